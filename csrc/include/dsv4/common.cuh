@@ -1,0 +1,85 @@
+// Small device helpers shared by the kernels: warp and cluster intrinsics, programmatic launch.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+namespace dsv4 {
+
+constexpr uint32_t kFullWarp = 0xffffffffu;
+constexpr int kWarpSize = 32;
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x & (kWarpSize - 1); }
+__device__ __forceinline__ int warp_id() { return threadIdx.x / kWarpSize; }
+
+__device__ __forceinline__ uint32_t lanes_below() {
+  uint32_t mask;
+  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
+  return mask;
+}
+
+// Inclusive prefix sum over the lanes of a full warp.
+__device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value) {
+#pragma unroll
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const uint32_t other = __shfl_up_sync(kFullWarp, value, step);
+    if (lane_id() >= step) value += other;
+  }
+  return value;
+}
+
+// ---- Programmatic dependent launch
+// --------------------------------------------------------------- wait: everything the previous
+// kernels of the stream wrote is visible, and what they still read may be overwritten. It must come
+// before the first global read *and* before the first global write.
+__device__ __forceinline__ void pdl_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Lets the next kernel's CTAs become resident as soon as this grid is; they stop in their own wait.
+__device__ __forceinline__ void pdl_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// ---- Clusters
+// ------------------------------------------------------------------------------------
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t n;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+  return n;
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Address of the same shared-memory object in the CTA `rank` of this cluster.
+__device__ __forceinline__ uint32_t map_shared(const void* local, uint32_t rank) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+__device__ __forceinline__ void store_remote(uint32_t address, uint4 v) {
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_remote(uint32_t address, uint64_t v) {
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(v) : "memory");
+}
+
+}  // namespace dsv4

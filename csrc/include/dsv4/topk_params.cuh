@@ -1,0 +1,115 @@
+// What one top-k call is told, and the two things every kernel does with it: find a row's window of
+// scores, and write a row's answer.
+#pragma once
+
+#include <cstdint>
+
+#include "dsv4/common.cuh"
+
+namespace dsv4 {
+
+constexpr int kTopkMax = 2048;
+
+// Integers of either width behind one pointer; strides in elements.
+struct IntTensor {
+  const void* data;
+  bool is_int64;
+
+  __device__ __forceinline__ int64_t operator[](int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+struct TopkParams {
+  const void* logits;  // [rows, columns], stride(1) == 1
+  int64_t logits_stride;
+  int32_t rows;
+  int32_t columns;
+  int32_t k;
+
+  // length(row) = lengths[row / length_group, row % length_group], or, where the engine keeps one
+  // length for its length_group rows, lengths[row / length_group] - length_group + 1 + remainder.
+  IntTensor lengths;
+  int64_t length_stride0;
+  int64_t length_stride1;
+  int32_t length_group;
+  bool length_shared;
+
+  IntTensor row_starts;  // [rows] or null
+  int64_t row_start_stride;
+
+  int32_t* out;  // [rows, k], stride(1) == 1
+  int64_t out_stride;
+  int32_t* out_raw;  // the same, or null
+  int64_t out_raw_stride;
+
+  const int32_t* page_table;  // [rows / page_group, pages], stride(1) == 1, or null
+  int64_t page_table_stride;
+  int32_t page_group;
+  int32_t pages;
+  int32_t page_size;
+  int32_t page_shift;  // log2(page_size), or -1 where it is no power of two
+
+  bool sort;
+};
+
+// The scores one row may look at: columns [start, start + length).
+struct RowWindow {
+  int32_t start;
+  int32_t length;
+};
+
+__device__ __forceinline__ RowWindow row_window(const TopkParams& p, int32_t row) {
+  const int32_t group = row / p.length_group;
+  const int32_t member = row - group * p.length_group;
+  int64_t length = p.lengths[group * p.length_stride0 + member * p.length_stride1];
+  if (p.length_shared) length += member + 1 - p.length_group;
+  int64_t start = 0;
+  if (p.row_starts.data != nullptr) {
+    start = p.row_starts[row * p.row_start_stride];
+    start = start < 0 ? 0 : start > p.columns ? p.columns : start;
+  }
+  const int64_t room = p.columns - start;
+  length = length < 0 ? 0 : length > room ? room : length;
+  return {static_cast<int32_t>(start), static_cast<int32_t>(length)};
+}
+
+// Where one row's answer goes. Index -1 stays -1 in every form.
+struct RowOutput {
+  int32_t* out;
+  int32_t* out_raw;
+  const int32_t* pages;
+  int32_t page_count;
+  int32_t page_size;
+  int32_t page_shift;
+
+  __device__ __forceinline__ RowOutput(const TopkParams& p, int32_t row)
+      : out(p.out + row * p.out_stride),
+        out_raw(p.out_raw == nullptr ? nullptr : p.out_raw + row * p.out_raw_stride),
+        pages(p.page_table == nullptr ? nullptr
+                                      : p.page_table + (row / p.page_group) * p.page_table_stride),
+        page_count(p.pages),
+        page_size(p.page_size),
+        page_shift(p.page_shift) {}
+
+  // The pool slot of a row-local index. An index beyond the table (a length the caller's table does
+  // not cover) becomes -1 rather than a read out of bounds.
+  __device__ __forceinline__ int32_t slot(int32_t index) const {
+    if (pages == nullptr || index < 0) return index;
+    const int32_t page = page_shift >= 0 ? index >> page_shift : index / page_size;
+    if (page >= page_count) return -1;
+    return __ldg(pages + page) * page_size + (index - page * page_size);
+  }
+
+  __device__ __forceinline__ void write(int32_t position, int32_t index) const {
+    out[position] = slot(index);
+    if (out_raw != nullptr) out_raw[position] = index;
+  }
+
+  // A row no longer than k: every position in order, then -1. No score is read.
+  __device__ __forceinline__ void write_all(int32_t length, int32_t k) const {
+    for (int32_t i = threadIdx.x; i < k; i += blockDim.x) write(i, i < length ? i : -1);
+  }
+};
+
+}  // namespace dsv4

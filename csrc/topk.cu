@@ -1,0 +1,211 @@
+// dsv4_topk: validate -> TopkParams -> choose -> launch.
+#include <cstdint>
+
+#include <cuda_runtime.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+
+#include "check.h"
+#include "dsv4/topk_launch.cuh"
+
+namespace dsv4 {
+namespace {
+
+using tvm::ffi::Optional;
+
+const void* data(const TensorView& t) { return static_cast<char*>(t.data_ptr()) + t.byte_offset(); }
+
+ScoreType score_type(const TensorView& logits, bool narrow) {
+  if (narrow && !is_dtype(logits, kDLFloat, 32)) {
+    TVM_FFI_THROW(TypeError) << "narrow=True, but logits is " << dtype_name(logits.dtype())
+                             << "; only float32 can be narrowed to bfloat16";
+  }
+  if (is_dtype(logits, kDLBfloat, 16)) return ScoreType::kBfloat16;
+  if (is_dtype(logits, kDLFloat, 16)) return ScoreType::kFloat16;
+  if (!is_dtype(logits, kDLFloat, 32)) {
+    TVM_FFI_THROW(TypeError) << "logits is " << dtype_name(logits.dtype())
+                             << "; it must be bfloat16, float16 or float32";
+  }
+  return narrow ? ScoreType::kNarrowedFloat32 : ScoreType::kFloat32;
+}
+
+void set_logits(TopkParams& p, const TensorView& logits) {
+  const DLDevice device = logits.device();
+  if (device.device_type != kDLCUDA) {
+    TVM_FFI_THROW(ValueError) << "logits is on " << device_name(device) << "; it must be on a GPU";
+  }
+  if (logits.ndim() != 2) {
+    TVM_FFI_THROW(ValueError) << "logits has shape " << shape_name(logits)
+                              << "; it must be [rows, columns]";
+  }
+  if (logits.size(1) > 1 && logits.stride(1) != 1) {
+    TVM_FFI_THROW(ValueError) << "logits has stride " << logits.stride(1)
+                              << " along columns; it must be 1";
+  }
+  if (logits.stride(0) < 0) {
+    TVM_FFI_THROW(ValueError) << "logits has row stride " << logits.stride(0)
+                              << "; it must not be negative";
+  }
+  // The last few values are left free so that no index computation near the end can overflow.
+  constexpr int64_t kMost = INT32_MAX - 4096;
+  if (logits.size(0) > kMost || logits.size(1) > kMost) {
+    TVM_FFI_THROW(ValueError) << "logits has shape " << shape_name(logits) << "; at most " << kMost
+                              << " rows and columns are allowed";
+  }
+  p.logits = data(logits);
+  p.logits_stride = logits.stride(0);
+  p.rows = static_cast<int32_t>(logits.size(0));
+  p.columns = static_cast<int32_t>(logits.size(1));
+}
+
+void check_index_tensor(const char* name, const TensorView& t, DLDevice device) {
+  if (!is_index(t)) {
+    TVM_FFI_THROW(TypeError) << name << " is " << dtype_name(t.dtype())
+                             << "; it must be int32 or int64";
+  }
+  check_device(name, t, device);
+  if (t.ndim() != 1 && t.ndim() != 2) {
+    TVM_FFI_THROW(ValueError) << name << " has shape " << shape_name(t)
+                              << "; it must be 1-D or 2-D";
+  }
+}
+
+void set_lengths(TopkParams& p, const TensorView& lengths, int64_t next_n, DLDevice device) {
+  check_index_tensor("lengths", lengths, device);
+  if (next_n < 1 || next_n > INT32_MAX) {
+    TVM_FFI_THROW(ValueError) << "next_n is " << next_n << "; it must be at least 1";
+  }
+  const int64_t count = lengths.numel();
+  p.lengths = {data(lengths), is_dtype(lengths, kDLInt, 64)};
+  p.length_stride0 = lengths.stride(0);
+  p.length_stride1 = lengths.ndim() == 2 ? lengths.stride(1) : 0;
+  p.length_shared = false;
+  if (count == p.rows) {
+    // One length a row; a 2-D tensor is walked row by row.
+    p.length_group = lengths.ndim() == 2 ? static_cast<int32_t>(lengths.size(1)) : 1;
+  } else if (count * next_n == p.rows && (lengths.ndim() == 1 || lengths.size(1) == 1)) {
+    p.length_group = static_cast<int32_t>(next_n);
+    p.length_stride1 = 0;
+    p.length_shared = true;
+  } else {
+    TVM_FFI_THROW(ValueError)
+        << "lengths has shape " << shape_name(lengths) << " with " << p.rows << " rows and next_n "
+        << next_n
+        << "; it must hold one length a row ([rows] or [batch, next_n]) or one "
+           "for each next_n rows ([batch] or [batch, 1])";
+  }
+  if (p.length_group < 1) p.length_group = 1;  // No rows at all: nothing is launched.
+}
+
+void set_row_starts(TopkParams& p, const Optional<TensorView>& row_starts, DLDevice device) {
+  if (!row_starts.has_value()) return;
+  const TensorView t = row_starts.value();
+  check_index_tensor("row_starts", t, device);
+  if (t.ndim() != 1 || t.size(0) != p.rows) {
+    TVM_FFI_THROW(ValueError) << "row_starts has shape " << shape_name(t) << "; it must be ["
+                              << p.rows << "], one start a row";
+  }
+  p.row_starts = {data(t), is_dtype(t, kDLInt, 64)};
+  p.row_start_stride = t.stride(0);
+}
+
+int32_t* output_rows(const char* name, const TensorView& t, const TopkParams& p, DLDevice device) {
+  check_int32_rows(name, t, device);
+  if (t.size(0) != p.rows || t.size(1) != p.k) {
+    TVM_FFI_THROW(ValueError) << name << " has shape " << shape_name(t) << "; it must be ["
+                              << p.rows << ", " << p.k << "], rows by k";
+  }
+  if (p.rows > 1 && t.stride(0) < p.k) {
+    TVM_FFI_THROW(ValueError) << name << " has row stride " << t.stride(0)
+                              << ", so its rows overlap; it must be at least k = " << p.k;
+  }
+  return static_cast<int32_t*>(const_cast<void*>(data(t)));
+}
+
+void set_page_table(TopkParams& p, const Optional<TensorView>& page_table, int64_t next_n,
+                    int64_t page_size, DLDevice device) {
+  if (!page_table.has_value()) return;
+  const TensorView t = page_table.value();
+  check_int32_rows("page_table", t, device);
+  if (t.size(0) == p.rows) {
+    p.page_group = 1;
+  } else if (t.size(0) * next_n == p.rows) {
+    p.page_group = static_cast<int32_t>(next_n);
+  } else {
+    TVM_FFI_THROW(ValueError) << "page_table has " << t.size(0) << " rows with " << p.rows
+                              << " rows of logits and next_n " << next_n
+                              << "; it must have one a row or one for each next_n rows";
+  }
+  if (page_size < 1 || page_size > INT32_MAX) {
+    TVM_FFI_THROW(ValueError) << "page_size is " << page_size << "; it must be at least 1";
+  }
+  p.page_table = static_cast<const int32_t*>(data(t));
+  p.page_table_stride = t.stride(0);
+  p.pages = static_cast<int32_t>(t.size(1) > INT32_MAX ? INT32_MAX : t.size(1));
+  p.page_size = static_cast<int32_t>(page_size);
+  p.page_shift = -1;
+  for (int shift = 0; shift < 31; ++shift) {
+    if (page_size == int64_t{1} << shift) p.page_shift = shift;
+  }
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_));
+    if (previous_ != device) check(cudaSetDevice(device));
+    changed_ = previous_ != device;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  static void check(cudaError_t error) {
+    if (error != cudaSuccess) {
+      TVM_FFI_THROW(RuntimeError) << "dsv4_topk: " << cudaGetErrorName(error) << ": "
+                                  << cudaGetErrorString(error);
+    }
+  }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+void topk(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
+          Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
+          int64_t next_n, int64_t page_size, bool sort, bool narrow) {
+  TopkParams p{};
+  const ScoreType type = score_type(logits, narrow);
+  set_logits(p, logits);
+  const DLDevice device = logits.device();
+  if (k < 1 || k > kTopkMax) {
+    TVM_FFI_THROW(ValueError) << "k is " << k << "; it must be 1 ... " << kTopkMax;
+  }
+  p.k = static_cast<int32_t>(k);
+  p.sort = sort;
+  set_lengths(p, lengths, next_n, device);
+  set_row_starts(p, row_starts, device);
+  p.out = output_rows("out", out, p, device);
+  p.out_stride = out.stride(0);
+  if (out_raw.has_value()) {
+    p.out_raw = output_rows("out_raw", out_raw.value(), p, device);
+    p.out_raw_stride = out_raw.value().stride(0);
+  }
+  set_page_table(p, page_table, next_n, page_size, device);
+  if (p.rows == 0) return;
+
+  const DeviceGuard guard(device.device_id);
+  const auto stream =
+      static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
+  DeviceGuard::check(launch_topk(p, type, device.device_id, stream));
+}
+
+}  // namespace
+}  // namespace dsv4
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(dsv4_topk, dsv4::topk);
