@@ -1,0 +1,57 @@
+"""dsv4_plugin: exact, deterministic, fast indexer ops of DeepSeek-V4 for vLLM, SGLang, TokenSpeed.
+
+Importing this package imports neither torch nor an engine; each public name is loaded when it is
+first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv4_plugin.envs import settings
+    from dsv4_plugin.ops import (
+        gather_indexer_cache,
+        read_indexer_cache,
+        read_indexer_cache_mxfp4,
+        topk,
+    )
+    from dsv4_plugin.state import status
+
+__all__ = [
+    "__version__",
+    "gather_indexer_cache",
+    "read_indexer_cache",
+    "read_indexer_cache_mxfp4",
+    "settings",
+    "status",
+    "topk",
+]
+
+_WHERE = {
+    "gather_indexer_cache": "dsv4_plugin.ops",
+    "read_indexer_cache": "dsv4_plugin.ops",
+    "read_indexer_cache_mxfp4": "dsv4_plugin.ops",
+    "settings": "dsv4_plugin.envs",
+    "status": "dsv4_plugin.state",
+    "topk": "dsv4_plugin.ops",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            value = importlib.import_module("dsv4_plugin._version").__version__
+        except ImportError:  # a source tree that was never built
+            value = "0+unknown"
+    elif name in _WHERE:
+        value = getattr(importlib.import_module(_WHERE[name]), name)
+    else:
+        raise AttributeError(f"module 'dsv4_plugin' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

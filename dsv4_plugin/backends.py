@@ -1,0 +1,157 @@
+"""The one dispatch: which implementations exist, what each supports, and which one a call gets.
+
+``auto`` takes the first of :data:`ORDER` that supports the call; it looks at the shape, dtype and
+device of a call, never at data. An explicit choice is met or refused with every unmet condition.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsv4_plugin import log
+from dsv4_plugin.checks import MAX_K
+from dsv4_plugin.envs import settings
+from dsv4_plugin.errors import UnmetError
+
+__all__ = ["ORDER", "Call", "capability", "choose", "resolve", "unmet"]
+
+ORDER = ("cuda", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a choice depends on: the op and the shape, dtype and device it is called with."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype | None = None
+    k: int = 0
+
+
+# op → backend → "module:function". An op that has no entry for a backend has no such form.
+_FORMS: dict[str, dict[str, str]] = {
+    "topk": {
+        "cuda": "dsv4_plugin.kernels.cuda:topk",
+        "torch": "dsv4_plugin.kernels.reference:topk",
+    },
+    "read": {
+        "triton": "dsv4_plugin.kernels.triton_cache:read_indexer_cache",
+        "torch": "dsv4_plugin.kernels.reference:read_indexer_cache",
+    },
+    "read_mxfp4": {
+        "triton": "dsv4_plugin.kernels.triton_cache:read_indexer_cache_mxfp4",
+        "torch": "dsv4_plugin.kernels.reference:read_indexer_cache_mxfp4",
+    },
+    "gather": {
+        "triton": "dsv4_plugin.kernels.triton_cache:gather_indexer_cache",
+        "torch": "dsv4_plugin.kernels.reference:gather_indexer_cache",
+    },
+}
+
+
+@functools.lru_cache(maxsize=None)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+def _unmet_cuda(call: Call) -> list[str]:
+    from dsv4_plugin.kernels import cuda
+
+    reasons = []
+    if call.device.type != "cuda":
+        reasons.append(f"the tensors are on {call.device}, not on a CUDA device")
+    elif torch.version.hip is not None:
+        reasons.append("this torch is built for ROCm")
+    elif capability(call.device) not in cuda.CAPABILITIES:
+        have = ".".join(map(str, capability(call.device)))
+        want = ", ".join(f"{a}.{b}" for a, b in cuda.CAPABILITIES)
+        reasons.append(f"the GPU has compute capability {have}, the kernels need {want}")
+    missing = cuda.missing()
+    if missing:
+        reasons.append(missing)
+    if call.k > MAX_K:
+        reasons.append(f"k is {call.k}, more than {MAX_K}")
+    return reasons
+
+
+def _unmet_triton(call: Call) -> list[str]:
+    try:
+        from dsv4_plugin.kernels import triton_cache
+    except ImportError as error:
+        return [f"triton cannot be imported ({error})"]
+    if call.device.type == "cuda":
+        if capability(call.device) < (8, 0):
+            have = ".".join(map(str, capability(call.device)))
+            return [f"the GPU has compute capability {have}, the Triton kernels need 8.0"]
+    elif not triton_cache.INTERPRETED:
+        return [f"the tensors are on {call.device}, not on a CUDA device"]
+    return []
+
+
+_UNMET: dict[str, Callable[[Call], list[str]]] = {
+    "cuda": _unmet_cuda,
+    "triton": _unmet_triton,
+    "torch": lambda call: [],
+}
+
+
+def unmet(call: Call, backend: str) -> list[str]:
+    """Return every reason why ``backend`` cannot serve ``call``; an empty list if it can."""
+    if backend not in ORDER:
+        return [f"{backend!r} is no backend; there are {', '.join(ORDER)}"]
+    if backend not in _FORMS[call.op]:
+        return [f"{call.op} has no {backend} implementation; it has {', '.join(_FORMS[call.op])}"]
+    return _UNMET[backend](call)
+
+
+def choose(call: Call, backend: str = "auto") -> str:
+    """Return the name of the backend that serves ``call``.
+
+    Raises:
+        UnmetError: ``backend`` is explicit and cannot serve the call.
+    """
+    if backend != "auto":
+        reasons = unmet(call, backend)
+        if reasons:
+            raise UnmetError(f"backend {backend!r} for {call.op}", reasons)
+        return backend
+    passed = []
+    for name in ORDER:
+        if name in _FORMS[call.op]:
+            reasons = unmet(call, name)
+            if not reasons:
+                because = f" ({'; '.join(passed)})" if passed else ""
+                log.once(logging.DEBUG, f"{call.op} on {call.device}: {name}{because}")
+                return name
+            passed.append(f"not {name}: {', '.join(reasons)}")
+    raise UnmetError(call.op, passed)
+
+
+@functools.lru_cache(maxsize=1024)
+def _load(call: Call, backend: str) -> Callable[..., Any]:
+    module, _, function = _FORMS[call.op][choose(call, backend)].partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def resolve(call: Call, backend: str | None = None) -> Callable[..., Any]:
+    """Return the function that serves ``call``.
+
+    ``backend`` ``None`` means the setting ``DSV4_BACKEND``, which binds every op that has an
+    implementation of that kind; an explicit ``backend`` binds in any case.
+
+    Raises:
+        UnmetError: an explicit choice cannot be met; the message has every reason.
+    """
+    if backend is None:
+        backend = settings().backend
+        if backend not in _FORMS[call.op]:
+            backend = "auto"
+    return _load(call, backend)

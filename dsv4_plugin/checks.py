@@ -1,0 +1,194 @@
+"""Validation of arguments: every message names the argument, what came and what is allowed.
+
+Nothing here looks at the data of a tensor on a GPU, so nothing synchronises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = [
+    "INDEX_DTYPES",
+    "INTEGER_DTYPES",
+    "LOGITS_DTYPES",
+    "MAX_K",
+    "OUT_DTYPES",
+    "as_pages",
+    "dtype_in",
+    "geometry",
+    "lengths_for",
+    "on_device",
+    "out_matrix",
+    "positive",
+    "slots_within",
+    "table",
+    "tensor",
+]
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTEGER_DTYPES = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+OUT_DTYPES = (torch.float32, torch.bfloat16)
+MAX_K = 2048
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def _show(t: torch.Tensor) -> str:
+    name = str(t.dtype).removeprefix("torch.")
+    return f"{name} {tuple(t.shape)} with strides {t.stride()} on {t.device}"
+
+
+def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], dims: tuple[int, ...]) -> None:
+    """Check that ``value`` is a tensor of one of ``dtypes`` with a number of dimensions in ``dims``."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be one of {_names(dtypes)}, got {_show(value)}")
+    if value.dim() not in dims:
+        allowed = " or ".join(str(d) for d in dims)
+        raise ValueError(f"{name} must have {allowed} dimensions, got {_show(value)}")
+
+
+def dtype_in(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Check that a dtype is one of those allowed."""
+    if value not in dtypes:
+        raise ValueError(f"{name} must be one of {_names(dtypes)}, got {value}")
+
+
+def positive(name: str, value: Any, most: int | None = None) -> None:
+    """Check that ``value`` is an int in 1 … ``most``."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if value < 1 or (most is not None and value > most):
+        limit = f"1 to {most}" if most is not None else "at least 1"
+        raise ValueError(f"{name} must be {limit}, got {value}")
+
+
+def on_device(name: str, value: torch.Tensor, device: torch.device, of: str) -> None:
+    """Check that a tensor is on the device that another argument is on."""
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of {of} ({device}), got {_show(value)}")
+
+
+def geometry(block_size: Any, head_dim: Any, multiple: int) -> None:
+    """Check the numbers that describe a page."""
+    positive("block_size", block_size)
+    positive("head_dim", head_dim)
+    if head_dim % multiple:
+        raise ValueError(f"head_dim must be a multiple of {multiple}, got {head_dim}")
+
+
+def as_pages(cache: Any, block_size: int, row_bytes: int) -> torch.Tensor:
+    """Return the cache as a view ``[pages, >= block_size * row_bytes]`` with unit inner stride.
+
+    Engines hand it over as ``[pages, bytes]``, ``[pages, block_size, row_bytes]`` or
+    ``[pages, block_size, 1, row_bytes]``; the page stride is free, the inside of a page is not.
+    """
+    tensor("cache", cache, (torch.uint8,), (2, 3, 4))
+    need = block_size * row_bytes
+    if cache.dim() == 2:
+        inner_ok = cache.shape[1] >= need and (cache.stride(1) == 1 or cache.shape[1] == 1)
+        flat = cache
+    else:
+        shape, strides = tuple(cache.shape[1:]), tuple(cache.stride()[1:])
+        contiguous: list[int] = []
+        for size in reversed(shape):
+            contiguous.insert(0, contiguous[0] * last if contiguous else 1)
+            last = size
+        inner_ok = (
+            shape[0] == block_size
+            and shape[-1] == row_bytes
+            and (len(shape) == 2 or shape[1] == 1)
+            and all(
+                s == c or n == 1 for s, c, n in zip(strides, contiguous, shape, strict=True)
+            )
+        )
+        flat = cache.as_strided((cache.shape[0], need), (cache.stride(0), 1)) if inner_ok else cache
+    if not inner_ok:
+        raise ValueError(
+            f"cache must be uint8 [pages, >= {need}] with unit inner stride, or "
+            f"[pages, {block_size}, {row_bytes}] or [pages, {block_size}, 1, {row_bytes}] with "
+            f"contiguous pages (block_size {block_size}, {row_bytes} bytes a key), "
+            f"got {_show(cache)}"
+        )
+    if row_bytes % 4 == 0 and (cache.storage_offset() % 4 or (flat.stride(0) % 4)):
+        raise ValueError(
+            "cache must start at, and have a page stride of, a multiple of 4 bytes, because its "
+            f"scales are 4 bytes wide; got storage offset {cache.storage_offset()}, {_show(cache)}"
+        )
+    return flat
+
+
+def slots_within(slots: torch.Tensor, total: int, block_size: int) -> None:
+    """Check slots that are on the CPU against the end of the cache; costs no synchronisation."""
+    if total and slots.device.type == "cpu" and slots.numel():
+        highest = int(slots.max())
+        if highest >= total:
+            raise IndexError(
+                f"slot_mapping holds slot {highest}, past the end of a cache of {total} slots "
+                f"({total // block_size} pages of {block_size})"
+            )
+
+
+def out_matrix(
+    name: str,
+    value: Any,
+    shape: tuple[int, int],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    of: str,
+) -> None:
+    """Check an output ``[rows, width]``; it may be a slice of a wider buffer."""
+    tensor(name, value, dtypes, (2,))
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {_show(value)}")
+    if shape[1] > 1 and value.stride(1) != 1:
+        raise ValueError(f"{name} must have unit stride along its rows, got {_show(value)}")
+    if shape[0] > 1 and value.stride(0) < shape[1]:
+        raise ValueError(f"{name} must not have rows that overlap, got {_show(value)}")
+    on_device(name, value, device, of)
+
+
+def lengths_for(lengths: Any, rows: int, next_n: int, device: torch.device) -> None:
+    """Check ``lengths``: one a row (1-D, or ``[batch, next_n]``), or one a request."""
+    tensor("lengths", lengths, INDEX_DTYPES, (1, 2))
+    on_device("lengths", lengths, device, "logits")
+    if rows % next_n:
+        raise ValueError(f"next_n must divide the number of rows, got next_n {next_n}, rows {rows}")
+    batch = rows // next_n
+    shape = tuple(lengths.shape)
+    if shape not in {(rows,), (batch,), (batch, next_n), (batch, 1), (rows, 1)}:
+        raise ValueError(
+            f"lengths must be [{rows}] or [{batch}, {next_n}] (one a row) or [{batch}] or "
+            f"[{batch}, 1] (one a request) for {rows} rows and next_n {next_n}, "
+            f"got {_show(lengths)}"
+        )
+
+
+def table(
+    name: str, value: Any, rows: int, next_n: int, device: torch.device
+) -> None:
+    """Check an int32 ``[rows or rows // next_n, pages]`` table with unit inner stride."""
+    tensor(name, value, (torch.int32,), (2,))
+    on_device(name, value, device, "logits")
+    if value.shape[0] not in (rows, rows // next_n):
+        raise ValueError(
+            f"{name} must have {rows} rows (one a row) or {rows // next_n} (one a request), "
+            f"got {_show(value)}"
+        )
+    if value.shape[1] > 1 and value.stride(1) != 1:
+        raise ValueError(f"{name} must have unit stride along its rows, got {_show(value)}")

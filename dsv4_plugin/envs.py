@@ -1,0 +1,191 @@
+"""Every setting of the plugin: the one module that reads ``DSV4_*`` from the environment.
+
+A setting has a variable, a type, a default and a meaning, all in :data:`VARIABLES`; the table
+in the README is generated from it (``python -m dsv4_plugin.envs``) and a test compares the two.
+
+An engine may override the environment for one model through its own configuration
+(vLLM: ``--additional-config.dsv4.topk bf16``): see :func:`override`. The kill switch
+``DSV4_PLUGIN=0`` cannot be overridden.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dsv4_plugin.errors import SettingError
+
+__all__ = ["VARIABLES", "Settings", "Variable", "override", "parse", "settings", "table"]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One setting: its variable, the values it takes (the first is the default), its meaning."""
+
+    name: str
+    field: str
+    choices: tuple[str, ...]
+    default: str
+    meaning: str
+
+
+VARIABLES: tuple[Variable, ...] = (
+    Variable(
+        "DSV4_PLUGIN",
+        "plugin",
+        ("", "0", "1"),
+        "",
+        "`1` switches the plugin on (`vllm serve --plugin dsv4` sets it), `0` is the kill switch: "
+        "nothing is patched, whatever else asks for it. Unset: installed but inert.",
+    ),
+    Variable(
+        "DSV4_TOPK",
+        "topk",
+        ("auto", "bf16", "fp16", "fp32", "off"),
+        "auto",
+        "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 where the engine can "
+        "write its index logits in bf16, exact float32 everywhere else. `bf16`, `fp16`, `fp32`: "
+        "this or an error when the layer is built. `off`: the engine's own top-k.",
+    ),
+    Variable(
+        "DSV4_INDEXER_READ",
+        "indexer_read",
+        ("auto", "triton", "torch", "off"),
+        "auto",
+        "What gathers the keys from the FP8 indexer cache for prefill. `off`: the engine's own.",
+    ),
+    Variable(
+        "DSV4_BACKEND",
+        "backend",
+        ("auto", "cuda", "triton", "torch"),
+        "auto",
+        "Which implementation runs. `auto`: the first of cuda, triton, torch that supports the "
+        "call; inside an engine its own CUDA kernel comes before torch. Anything else: this one "
+        "or an error, for every op that has an implementation of that kind.",
+    ),
+    Variable(
+        "DSV4_STRICT",
+        "strict",
+        ("0", "1"),
+        "0",
+        "`1` turns every fallback to the engine's own code (a missing seam, a layer that is not "
+        "eligible) into an error when the layer is built.",
+    ),
+    Variable(
+        "DSV4_LOG",
+        "log",
+        ("info", "debug", "warning", "error"),
+        "info",
+        "How much the plugin logs.",
+    ),
+)
+_BY_FIELD = {v.field: v for v in VARIABLES}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings in force. ``plugin`` is ``None`` where nobody asked either way."""
+
+    plugin: bool | None = None
+    topk: str = "auto"
+    indexer_read: str = "auto"
+    backend: str = "auto"
+    strict: bool = False
+    log: str = "info"
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the plugin may replace anything."""
+        return bool(self.plugin)
+
+
+_FLAGS: dict[str, bool | None] = {"": None, "0": False, "1": True}
+
+
+def _convert(variable: Variable, value: str, source: str) -> Any:
+    text = value.strip().lower()
+    if text not in variable.choices:
+        allowed = ", ".join(repr(c) if c else "unset" for c in variable.choices)
+        raise SettingError(f"{source} is {value!r}; it can be {allowed}")
+    return _FLAGS[text] if "1" in variable.choices else text
+
+
+def parse(environ: Mapping[str, str]) -> Settings:
+    """Build :class:`Settings` from a mapping of environment variables.
+
+    Raises:
+        SettingError: a variable has a value it cannot have.
+    """
+    values = {
+        v.field: _convert(v, environ.get(v.name, v.default), v.name)
+        for v in VARIABLES
+    }
+    return Settings(**values)
+
+
+_override: dict[str, Any] = {}
+_cache: tuple[tuple[str | None, ...], dict[str, Any], Settings] | None = None
+
+
+def settings() -> Settings:
+    """Return the settings in force: the environment, under what the engine's configuration says.
+
+    The environment is looked at on every call (a handful of dictionary reads), so a change
+    made before an engine starts its workers is seen by them and by this process alike.
+
+    Raises:
+        SettingError: a value is not one of those allowed; the message names the variable.
+    """
+    global _cache
+    raw = tuple(os.environ.get(v.name) for v in VARIABLES)
+    if _cache is not None and _cache[0] == raw and _cache[1] is _override:
+        return _cache[2]
+    base = parse(os.environ)
+    result = replace(base, **_override)
+    if base.plugin is False:
+        result = replace(result, plugin=False)
+    _cache = (raw, _override, result)
+    return result
+
+
+def override(config: Mapping[str, Any] | None) -> None:
+    """Put an engine's own configuration over the environment; ``None`` takes it away again.
+
+    ``config`` maps lower-case names (``plugin``, ``topk``, ``indexer_read`` …) to the values of
+    the variables of that name; naming anything switches the plugin on unless ``plugin`` says
+    otherwise.
+
+    Raises:
+        SettingError: an unknown name, or a value that is not one of those allowed.
+    """
+    global _override
+    if config is None:
+        _override = {}
+        return
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        variable = _BY_FIELD.get(str(key))
+        if variable is None:
+            raise SettingError(
+                f"additional_config['dsv4'] has the unknown name {key!r}; "
+                f"it can have {', '.join(sorted(_BY_FIELD))}"
+            )
+        text = str(int(value)) if isinstance(value, bool) else str(value)
+        values[variable.field] = _convert(variable, text, f"additional_config['dsv4'][{key!r}]")
+    values.setdefault("plugin", True)
+    _override = values
+
+
+def table() -> str:
+    """Return the settings as the Markdown table that the README shows."""
+    lines = ["| variable | values | default | meaning |", "|---|---|---|---|"]
+    for v in VARIABLES:
+        choices = " ".join(f"`{c}`" for c in v.choices if c)
+        lines.append(f"| `{v.name}` | {choices} | {v.default or 'unset'} | {v.meaning} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

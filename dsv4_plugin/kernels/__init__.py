@@ -1,0 +1,1 @@
+"""The implementations of the ops: same signatures in every module, ``reference`` is the oracle."""

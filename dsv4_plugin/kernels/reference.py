@@ -1,0 +1,259 @@
+"""The ops in plain torch: the oracle of the tests and the last resort at run time.
+
+Every function here fills tensors it is given, has no host synchronisation and no control flow
+that depends on data, so it can be captured in a CUDA graph; and it follows the same rules as the
+kernels, bit for bit. Arguments come validated from :mod:`dsv4_plugin.ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = [
+    "gather_indexer_cache",
+    "ordered_key",
+    "read_indexer_cache",
+    "read_indexer_cache_mxfp4",
+    "row_lengths",
+    "topk",
+]
+
+SCALE_BYTES = 4  # one float32 a key
+MX_BLOCK = 32  # values that share a UE8M0 scale
+
+# ----------------------------------------------------------------------------------------------
+# The indexer cache
+# ----------------------------------------------------------------------------------------------
+
+
+def _planes(
+    pages: torch.Tensor, block_size: int, value_bytes: int, scale_bytes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split page-planar pages into views ``[pages, block_size, bytes]`` of values and scales."""
+    split = block_size * value_bytes
+    values = pages[:, :split].unflatten(1, (block_size, value_bytes))
+    scales = pages[:, split : split + block_size * scale_bytes]
+    return values, scales.unflatten(1, (block_size, scale_bytes))
+
+
+def _locate(slots: torch.Tensor, total: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    safe = slots.clamp(0, total - 1)
+    return torch.div(safe, block_size, rounding_mode="floor"), safe % block_size
+
+
+def _blank(rows: torch.Tensor, slots: torch.Tensor, total: int) -> torch.Tensor:
+    """Zero the rows of padding (slot < 0); poison with NaN those of slots past the end."""
+    rows = rows.masked_fill((slots < 0)[:, None], 0.0)
+    return rows.masked_fill((slots >= total)[:, None], float("nan"))
+
+
+def read_indexer_cache(
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    out: torch.Tensor,
+    block_size: int,
+    head_dim: int,
+) -> None:
+    """Dequantise the FP8 keys at ``slots`` into ``out``; see :func:`dsv4_plugin.ops`."""
+    total = pages.shape[0] * block_size
+    if total == 0:
+        out.zero_()
+        return
+    slots = slots.to(torch.int64)
+    values, scales = _planes(pages, block_size, head_dim, SCALE_BYTES)
+    page, position = _locate(slots, total, block_size)
+    rows = values[page, position].view(torch.float8_e4m3fn).to(torch.float32)
+    rows = rows * scales[page, position].view(torch.float32)
+    out.copy_(_blank(rows, slots, total))
+
+
+def _ue8m0(scale: torch.Tensor) -> torch.Tensor:
+    """Turn UE8M0 bytes into float32: ``2**(byte - 127)``, 255 is NaN, 0 the denormal 2**-127."""
+    bits = scale.to(torch.int32) << 23
+    bits = bits.masked_fill(scale == 0, 0x00400000).masked_fill(scale == 255, 0x7FC00000)
+    return bits.view(torch.float32)
+
+
+def _e2m1(nibble: torch.Tensor) -> torch.Tensor:
+    """Turn FP4 codes (sign, two exponent bits, one mantissa bit) into float32."""
+    code = nibble.to(torch.int32)
+    exponent, mantissa = (code >> 1) & 3, code & 1
+    normal = ((exponent + 126) << 23) | (mantissa << 22)
+    magnitude = torch.where(exponent == 0, mantissa * 0x3F000000, normal)
+    return (magnitude | ((code & 8) << 28)).view(torch.float32)
+
+
+def read_indexer_cache_mxfp4(
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    out: torch.Tensor,
+    block_size: int,
+    head_dim: int,
+) -> None:
+    """Dequantise the MXFP4 keys at ``slots`` into ``out``; see :func:`dsv4_plugin.ops`."""
+    total = pages.shape[0] * block_size
+    if total == 0:
+        out.zero_()
+        return
+    slots = slots.to(torch.int64)
+    values, scales = _planes(pages, block_size, head_dim // 2, head_dim // MX_BLOCK)
+    page, position = _locate(slots, total, block_size)
+    packed = values[page, position]
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+    scale = _ue8m0(scales[page, position]).repeat_interleave(MX_BLOCK, dim=1)
+    out.copy_(_blank(_e2m1(codes) * scale, slots, total))
+
+
+def gather_indexer_cache(
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    values_out: torch.Tensor,
+    scales_out: torch.Tensor | None,
+    block_size: int,
+    head_dim: int,
+) -> None:
+    """Gather the keys of every sequence, one after the other; see :func:`dsv4_plugin.ops`.
+
+    With ``scales_out`` (float32 ``[T]``) the values stay quantised (uint8 ``[T, head_dim]``).
+    """
+    tokens, batch = values_out.shape[0], block_table.shape[0]
+    if tokens == 0 or batch == 0:
+        return
+    ends = cu_seq_lens[1:].to(torch.int64)
+    token = torch.arange(tokens, device=pages.device)
+    sequence = torch.searchsorted(ends, token, right=True)
+    inside = sequence < batch
+    sequence = sequence.clamp(max=batch - 1)
+    position = token - cu_seq_lens.to(torch.int64)[sequence]
+    column = torch.div(position, block_size, rounding_mode="floor")
+    in_table = (column >= 0) & (column < block_table.shape[1])
+    if block_table.shape[1]:
+        page = block_table[sequence, column.clamp(0, block_table.shape[1] - 1)].to(torch.int64)
+    else:
+        page = torch.zeros_like(column)
+    padding = in_table & (page < 0)
+    beyond = ~in_table | (page >= pages.shape[0])
+    if pages.shape[0]:
+        values, scales = _planes(pages, block_size, head_dim, SCALE_BYTES)
+        page, offset = page.clamp(0, pages.shape[0] - 1), position.clamp(min=0) % block_size
+        codes = values[page, offset]
+        scale = scales[page, offset].view(torch.float32).squeeze(1)
+    else:  # nothing to read: every page is past the end
+        codes = pages.new_zeros(tokens, head_dim)
+        scale = torch.zeros(tokens, device=pages.device)
+    scale = scale.masked_fill(padding, 0.0).masked_fill(beyond, float("nan"))
+    codes = codes.masked_fill(padding[:, None], 0).masked_fill(beyond[:, None], 0x7F)
+    if scales_out is not None:
+        values_out.copy_(torch.where(inside[:, None], codes, values_out))
+        scales_out.copy_(torch.where(inside, scale, scales_out))
+        return
+    rows = codes.view(torch.float8_e4m3fn).to(torch.float32) * scale[:, None]
+    values_out.copy_(torch.where(inside[:, None], rows.to(values_out.dtype), values_out))
+
+
+# ----------------------------------------------------------------------------------------------
+# Top-k
+# ----------------------------------------------------------------------------------------------
+
+# Elements of the int64 composite keys made at a time: 2**25 are 256 MiB.
+_CHUNK = 1 << 25
+_POSITION_BITS = 31
+_POSITION_MASK = (1 << _POSITION_BITS) - 1
+
+
+def ordered_key(x: torch.Tensor) -> torch.Tensor:
+    """Map float32, bfloat16 or float16 to int64 keys in the order of selection.
+
+    Larger numbers have larger keys, -0.0 and 0.0 the same key, and every NaN the same key, below
+    that of -inf.
+    """
+    bits = x.view(torch.int32 if x.dtype == torch.float32 else torch.int16).to(torch.int64)
+    sign_bit = 1 << (8 * x.dtype.itemsize - 1)
+    magnitude = bits & (sign_bit - 1)
+    key = torch.where(bits < 0, -magnitude, magnitude)
+    return key.masked_fill(x.isnan(), -sign_bit)
+
+
+def row_lengths(lengths: torch.Tensor, rows: int, next_n: int) -> torch.Tensor:
+    """Return one int64 length a row, by the engine's ``next_n`` rule where there is one a request.
+
+    Row ``b * next_n + j`` of a request with length ``n`` sees ``n - next_n + 1 + j`` columns.
+    """
+    flat = lengths.reshape(-1).to(torch.int64)
+    if flat.numel() == rows:
+        return flat
+    step = torch.arange(1 - next_n, 1, device=lengths.device)
+    return (flat[:, None] + step).clamp(min=0).reshape(-1)
+
+
+def topk(
+    logits: torch.Tensor,
+    lengths: torch.Tensor,
+    out: torch.Tensor,
+    out_raw: torch.Tensor | None,
+    row_starts: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    k: int,
+    next_n: int,
+    page_size: int,
+    sort: bool,
+    narrow: bool,
+) -> None:
+    """Select the ``k`` largest columns of every row; see :func:`dsv4_plugin.ops.topk`.
+
+    The scores past a row's length are loaded here, being part of the tensor, but masked before
+    they can matter: NaN or garbage there changes nothing.
+    """
+    rows, columns = logits.shape
+    n = row_lengths(lengths, rows, next_n)
+    start = torch.zeros_like(n) if row_starts is None else row_starts.to(torch.int64)
+    n = torch.minimum(n, columns - start).clamp(min=0).masked_fill(start < 0, 0)
+    step = max(1, _CHUNK // max(columns, 1))
+    for lo in range(0, rows, step):
+        part = slice(lo, min(lo + step, rows))
+        x = logits[part]
+        if row_starts is not None:
+            shift = start[part, None] + torch.arange(columns, device=logits.device)
+            x = x.gather(1, shift.clamp(0, max(columns - 1, 0)))
+        index = _select(x, n[part], k, sort, narrow)
+        if page_table is None:
+            out[part].copy_(index)
+            continue
+        row = torch.arange(part.start, part.stop, device=logits.device)
+        if page_table.shape[0] != rows:
+            row = torch.div(row, next_n, rounding_mode="floor")
+        out[part].copy_(_to_slots(index, page_table[row], page_size))
+        if out_raw is not None:
+            out_raw[part].copy_(index)
+
+
+def _select(x: torch.Tensor, n: torch.Tensor, k: int, sort: bool, narrow: bool) -> torch.Tensor:
+    columns = x.shape[1]
+    rank = torch.arange(k, device=x.device)
+    index = torch.full((x.shape[0], k), -1, dtype=torch.int64, device=x.device)
+    kept = min(k, columns)
+    if kept:
+        if narrow:
+            x = x.to(torch.bfloat16)
+        position = torch.arange(columns, device=x.device)
+        # One unique int64 an element: the key above, the position (lower is larger) below.
+        composite = (ordered_key(x) << _POSITION_BITS) + (_POSITION_MASK - position)
+        lowest = torch.iinfo(torch.int64).min
+        composite = composite.masked_fill(position >= n[:, None], lowest)
+        best = composite.topk(kept, dim=1, sorted=True).values
+        chosen = _POSITION_MASK - (best & _POSITION_MASK)
+        if not sort:
+            chosen = chosen.masked_fill(best == lowest, _POSITION_MASK).sort(dim=1).values
+        index[:, :kept] = chosen
+    short = torch.where(rank < n[:, None], rank, -1)
+    return torch.where((n <= k)[:, None], short, index)
+
+
+def _to_slots(index: torch.Tensor, page_table: torch.Tensor, page_size: int) -> torch.Tensor:
+    if page_table.shape[1] == 0:
+        return torch.full_like(index, -1)
+    page = torch.div(index.clamp(min=0), page_size, rounding_mode="floor")
+    number = page_table.gather(1, page.clamp(max=page_table.shape[1] - 1)).to(torch.int64)
+    gone = (index < 0) | (number < 0) | (page >= page_table.shape[1])
+    return (number * page_size + index % page_size).masked_fill(gone, -1)

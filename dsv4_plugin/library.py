@@ -1,0 +1,187 @@
+"""``torch.ops.dsv4.*``: schemas, fakes, and the bypass that keeps eager calls cheap.
+
+A call through the dispatcher to a Python implementation costs some 2.5 µs on the host, a direct
+call a tenth of that. So the public functions ask :func:`through_dispatcher` first: only a
+compiler, a fake or functional tensor or an active dispatch mode goes through ``torch.ops``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["functional", "mutating", "through_dispatcher"]
+
+_SCHEMAS = (
+    "read_indexer_cache(Tensor cache, Tensor slot_mapping, int block_size=64, int head_dim=128, "
+    "ScalarType? dtype=None, str? backend=None) -> Tensor",
+    "read_indexer_cache_out(Tensor cache, Tensor slot_mapping, Tensor(a!) out, int block_size=64, "
+    "int head_dim=128, str? backend=None) -> ()",
+    "read_indexer_cache_mxfp4(Tensor cache, Tensor slot_mapping, int block_size=64, "
+    "int head_dim=128, ScalarType? dtype=None, str? backend=None) -> Tensor",
+    "read_indexer_cache_mxfp4_out(Tensor cache, Tensor slot_mapping, Tensor(a!) out, "
+    "int block_size=64, int head_dim=128, str? backend=None) -> ()",
+    "gather_indexer_cache_out(Tensor cache, Tensor block_table, Tensor cu_seq_lens, "
+    "Tensor(a!) values, Tensor(b!)? scales, int block_size=64, int head_dim=128, "
+    "str? backend=None) -> ()",
+    "topk(Tensor logits, Tensor lengths, int k, int next_n=1, Tensor? row_starts=None, "
+    "Tensor? page_table=None, int page_size=64, bool sort=False, bool narrow=False, "
+    "str? backend=None) -> Tensor",
+    "topk_out(Tensor logits, Tensor lengths, Tensor(a!) out, Tensor(b!)? out_raw, "
+    "Tensor? row_starts, Tensor? page_table, int k, int next_n=1, int page_size=64, "
+    "bool sort=False, bool narrow=False, str? backend=None) -> ()",
+)
+_FUNCTIONAL = {
+    "read": "read_indexer_cache",
+    "read_mxfp4": "read_indexer_cache_mxfp4",
+    "topk": "topk",
+}
+_MUTATING = {
+    "read": "read_indexer_cache_out",
+    "read_mxfp4": "read_indexer_cache_mxfp4_out",
+    "gather": "gather_indexer_cache_out",
+    "topk": "topk_out",
+}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def functional(op: str) -> Callable[..., Any]:
+    """Return the ``torch.ops.dsv4`` overload of ``op`` that makes its output."""
+    return getattr(torch.ops.dsv4, _FUNCTIONAL[op]).default
+
+
+def mutating(op: str) -> Callable[..., Any]:
+    """Return the ``torch.ops.dsv4`` overload of ``op`` that fills its outputs."""
+    return getattr(torch.ops.dsv4, _MUTATING[op]).default
+
+
+def through_dispatcher(*tensors: Any) -> bool:
+    """Return whether a call on these arguments has to be seen by torch's dispatcher."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or any(
+            isinstance(t, torch.Tensor) and (type(t) not in _PLAIN or t.device.type == "meta")
+            for t in tensors
+        )
+    )
+
+
+def _register() -> torch.library.Library:
+    lib = torch.library.Library("dsv4", "DEF")
+    for schema in _SCHEMAS:
+        name = schema.partition("(")[0]
+        lib.define(schema)
+        lib.impl(name, globals()[f"_{name}"], "CompositeExplicitAutograd")
+        lib._register_fake(name, globals()[f"_fake_{name}"])
+    return lib
+
+
+# The implementations run below the dispatcher, on plain tensors; no mode is active there, so the
+# public functions take their direct road.
+
+
+def _read_indexer_cache(cache, slot_mapping, block_size=64, head_dim=128, dtype=None, backend=None):
+    from dsv4_plugin import ops
+
+    return ops.read_indexer_cache(
+        cache, slot_mapping, block_size=block_size, head_dim=head_dim,
+        dtype=dtype or torch.float32, backend=backend,
+    )  # fmt: skip
+
+
+def _read_indexer_cache_out(
+    cache, slot_mapping, out, block_size=64, head_dim=128, backend=None
+) -> None:
+    from dsv4_plugin import ops
+
+    ops.read_indexer_cache(
+        cache, slot_mapping, block_size=block_size, head_dim=head_dim, out=out, backend=backend
+    )
+
+
+def _read_indexer_cache_mxfp4(
+    cache, slot_mapping, block_size=64, head_dim=128, dtype=None, backend=None
+):
+    from dsv4_plugin import ops
+
+    return ops.read_indexer_cache_mxfp4(
+        cache, slot_mapping, block_size=block_size, head_dim=head_dim,
+        dtype=dtype or torch.float32, backend=backend,
+    )  # fmt: skip
+
+
+def _read_indexer_cache_mxfp4_out(
+    cache, slot_mapping, out, block_size=64, head_dim=128, backend=None
+) -> None:
+    from dsv4_plugin import ops
+
+    ops.read_indexer_cache_mxfp4(
+        cache, slot_mapping, block_size=block_size, head_dim=head_dim, out=out, backend=backend
+    )
+
+
+def _gather_indexer_cache_out(
+    cache, block_table, cu_seq_lens, values, scales, block_size=64, head_dim=128, backend=None
+) -> None:
+    from dsv4_plugin import ops
+
+    ops.gather_into(
+        cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend
+    )
+
+
+def _topk(
+    logits, lengths, k, next_n=1, row_starts=None, page_table=None, page_size=64, sort=False,
+    narrow=False, backend=None,
+):  # fmt: skip
+    from dsv4_plugin import ops
+
+    return ops.topk(
+        logits, lengths, k, next_n=next_n, row_starts=row_starts, page_table=page_table,
+        page_size=page_size, sort=sort, narrow=narrow, backend=backend,
+    )  # fmt: skip
+
+
+def _topk_out(
+    logits, lengths, out, out_raw, row_starts, page_table, k, next_n=1, page_size=64, sort=False,
+    narrow=False, backend=None,
+) -> None:  # fmt: skip
+    from dsv4_plugin import ops
+
+    ops.topk(
+        logits, lengths, k, next_n=next_n, row_starts=row_starts, page_table=page_table,
+        page_size=page_size, out=out, out_raw=out_raw, sort=sort, narrow=narrow, backend=backend,
+    )  # fmt: skip
+
+
+def _fake_read_indexer_cache(
+    cache, slot_mapping, block_size=64, head_dim=128, dtype=None, backend=None
+):
+    shape = (slot_mapping.shape[0], head_dim)
+    return torch.empty(shape, dtype=dtype or torch.float32, device=cache.device)
+
+
+_fake_read_indexer_cache_mxfp4 = _fake_read_indexer_cache
+
+
+def _fake_topk(
+    logits, lengths, k, next_n=1, row_starts=None, page_table=None, page_size=64, sort=False,
+    narrow=False, backend=None,
+):  # fmt: skip
+    return torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
+
+
+def _fake_nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+_fake_read_indexer_cache_out = _fake_nothing
+_fake_read_indexer_cache_mxfp4_out = _fake_nothing
+_fake_gather_indexer_cache_out = _fake_nothing
+_fake_topk_out = _fake_nothing
+
+_LIBRARY = _register()

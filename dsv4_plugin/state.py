@@ -1,0 +1,74 @@
+"""What the plugin did in this process: the seams that engaged, and how often each one ran.
+
+The counters count *Python calls*. Under full CUDA graphs an engine runs Python while it captures
+and never while it replays, so there a counter that is above zero says that the plugin's kernel is
+in the graph, and it stays where it is while the server decodes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Seam", "State", "state", "status"]
+
+
+@dataclass
+class Seam:
+    """One place where an engine can be changed.
+
+    ``where`` names what was patched (``None``: not found), ``why`` says why it is not engaged.
+    """
+
+    name: str
+    where: str | None = None
+    why: str | None = None
+
+    @property
+    def engaged(self) -> bool:
+        """Whether the patch is in place and nothing speaks against using it."""
+        return self.where is not None and self.why is None
+
+
+@dataclass
+class State:
+    """Per process; engines run one process a worker."""
+
+    host: str | None = None
+    seams: dict[str, Seam] = field(default_factory=dict)
+    counters: Counter[str] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count(self, name: str) -> None:
+        """Add one to a counter (``topk.decode``, ``topk.decode.upstream`` …)."""
+        with self._lock:
+            self.counters[name] += 1
+
+    def reset(self) -> None:
+        """Forget everything (``unregister()``, tests)."""
+        with self._lock:
+            self.host = None
+            self.seams.clear()
+            self.counters.clear()
+
+
+state = State()
+
+
+def status() -> dict[str, Any]:
+    """Return what the plugin did in this process, as plain data.
+
+    ``host`` is the engine it was loaded by, ``seams`` maps each place it can change to where that
+    is, whether it is engaged and why not, ``counters`` says how often each ran (Python calls:
+    under full CUDA graphs these happen at capture, not at replay).
+    """
+    return {
+        "host": state.host,
+        "seams": {
+            name: {"where": seam.where, "engaged": seam.engaged, "why": seam.why}
+            for name, seam in state.seams.items()
+        },
+        "counters": dict(state.counters),
+    }
