@@ -78,6 +78,19 @@ def _decode_e2m1(word):
 
 
 @triton.jit
+def _narrow(x, dtype: tl.constexpr, INTERPRETED_: tl.constexpr):
+    """Convert to the dtype of the output, to the nearest and ties to even.
+
+    That is what a GPU does; Triton's interpreter cuts bfloat16 off, so there it is done by hand.
+    """
+    if INTERPRETED_ and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000, bits)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def _join4(f0, f1, f2, f3):
     """Stack along two new last dimensions, so that a reshape puts f0 … f3 side by side."""
     return tl.join(tl.join(f0, f2), tl.join(f1, f3))
@@ -94,6 +107,7 @@ def _read_fp8_kernel(
     tokens, total, page_stride, out_stride, zero,
     BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
     WORD: tl.constexpr, WORDS: tl.constexpr, HARDWARE: tl.constexpr,
+    INTERPRETED_: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     word = (tl.arange(0, WORDS) ^ zero)[None, :]
@@ -120,19 +134,21 @@ def _read_fp8_kernel(
     else:
         f0, f1, f2, f3 = _decode_e4m3x4(packed, HARDWARE)
         keys = _join4(f0 * scale, f1 * scale, f2 * scale, f3 * scale)
-    _store_rows(out, keys, tokens, out_stride, HEAD_DIM, TOKENS, WORDS * WORD)
+    _store_rows(out, keys, tokens, out_stride, HEAD_DIM, TOKENS, WORDS * WORD, INTERPRETED_)
 
 
 @triton.jit
 def _store_rows(
     out, keys, tokens, out_stride,
     HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    INTERPRETED_: tl.constexpr,
 ):  # fmt: skip
     keys = tl.reshape(keys, [TOKENS, WIDTH])
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     live = (token < tokens) & (column < HEAD_DIM)
-    tl.store(out + token * out_stride + column, keys.to(out.dtype.element_ty), mask=live)
+    row = out + token * out_stride + column
+    tl.store(row, _narrow(keys, out.dtype.element_ty, INTERPRETED_), mask=live)
 
 
 @triton.jit
@@ -140,7 +156,7 @@ def _read_mxfp4_kernel(
     cache, slots, out,
     tokens, total, page_stride, out_stride, zero,
     BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
-    WORDS: tl.constexpr,
+    WORDS: tl.constexpr, INTERPRETED_: tl.constexpr,
 ):  # fmt: skip
     ROW: tl.constexpr = HEAD_DIM // 2
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
@@ -163,7 +179,7 @@ def _read_mxfp4_kernel(
         _decode_e2m1(packed >> 16) * scale, _decode_e2m1(packed >> 20) * scale,
         _decode_e2m1(packed >> 24) * scale, _decode_e2m1(packed >> 28) * scale,
     )  # fmt: skip
-    _store_rows(out, keys, tokens, out_stride, HEAD_DIM, TOKENS, WORDS * 8)
+    _store_rows(out, keys, tokens, out_stride, HEAD_DIM, TOKENS, WORDS * 8, INTERPRETED_)
 
 
 @triton.jit
@@ -172,6 +188,7 @@ def _gather_kernel(
     tokens, batch, table_width, pages, page_stride, table_stride, out_stride, zero,
     BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
     WORDS: tl.constexpr, STEPS: tl.constexpr, QUANTISED: tl.constexpr, HARDWARE: tl.constexpr,
+    INTERPRETED_: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     if QUANTISED:  # a plain copy: loads and stores of 16 bytes a lane agree
@@ -217,7 +234,7 @@ def _gather_kernel(
         kept = tl.reshape(_join4(live, live, live, live), [TOKENS, WORDS * 4])
         at = tl.arange(0, WORDS * 4)[None, :]
         row = values_out + token * out_stride + at
-        tl.store(row, keys.to(values_out.dtype.element_ty), mask=kept)
+        tl.store(row, _narrow(keys, values_out.dtype.element_ty, INTERPRETED_), mask=kept)
 
 
 # Under TRITON_INTERPRET=1 the decorator makes another class, and the kernels run on CPU tensors.
@@ -235,6 +252,7 @@ def _hardware_e4m3(device: torch.device) -> bool:
 
 def _launch(kernel, tokens: int, block: int, device: torch.device, args, **meta) -> None:
     grid = (triton.cdiv(tokens, block),)
+    meta["INTERPRETED_"] = INTERPRETED
     if device.type == "cuda":
         with torch.cuda.device(device):  # Triton launches on the current device
             kernel[grid](*args, TOKENS=block, num_warps=WARPS, **meta)

@@ -1,0 +1,124 @@
+"""Inputs for tests and benchmarks: caches as the engines write them, and scores of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["DISTRIBUTIONS", "fp8_cache", "mxfp4_cache", "poison_tail", "scores", "slot_list"]
+
+
+def fp8_cache(
+    pages: int,
+    *,
+    block_size: int = 64,
+    head_dim: int = 128,
+    pad: int = 0,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:
+    """Make a page-planar FP8 cache ``[pages, block_size · (head_dim + 4)]`` of random keys.
+
+    Every e4m3 byte but NaN, scales as the engines write them (powers of two) and odd ones. With
+    ``pad`` the result is a view into pages that are ``pad`` bytes longer, filled with 0xFF.
+    """
+    g = torch.Generator(device="cpu").manual_seed(seed)
+    split, size = block_size * head_dim, block_size * (head_dim + 4)
+    arena = torch.full((pages, size + pad), 0xFF, dtype=torch.uint8)
+    codes = torch.randint(0, 254, (pages, split), generator=g, dtype=torch.int32)
+    arena[:, :split] = (codes + (codes >= 0x7F)).to(torch.uint8)  # skip 0x7F; 0xFF is never drawn
+    exponent = torch.randint(-12, 4, (pages, block_size), generator=g).float()
+    odd = torch.rand(pages, block_size, generator=g) < 0.5
+    scale = torch.exp2(exponent) * torch.where(odd, torch.rand(pages, block_size, generator=g), 1.0)
+    arena[:, split:size] = scale.view(torch.uint8).reshape(pages, 4 * block_size)
+    return arena.to(device)[:, :size]
+
+
+def mxfp4_cache(
+    pages: int,
+    *,
+    block_size: int = 64,
+    head_dim: int = 128,
+    pad: int = 0,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:
+    """Make a page-planar MXFP4 cache of random codes and scales (NaN and denormals left out)."""
+    g = torch.Generator(device="cpu").manual_seed(seed)
+    split, size = block_size * head_dim // 2, block_size * (head_dim // 2 + head_dim // 32)
+    arena = torch.full((pages, size + pad), 0xFF, dtype=torch.uint8)
+    arena[:, :split] = torch.randint(0, 256, (pages, split), generator=g).to(torch.uint8)
+    scales = torch.randint(64, 192, (pages, size - split), generator=g)
+    arena[:, split:size] = scales.to(torch.uint8)
+    return arena.to(device)[:, :size]
+
+
+def slot_list(tokens: int, total: int, *, padding: float = 0.1, seed: int = 0) -> torch.Tensor:
+    """Draw int64 slots in ``[0, total)``, a share of them replaced by -1."""
+    g = torch.Generator(device="cpu").manual_seed(seed)
+    slots = torch.randint(0, max(total, 1), (tokens,), generator=g)
+    return slots.masked_fill(torch.rand(tokens, generator=g) < padding, -1)
+
+
+def _relu_sum(rows: int, columns: int, g: torch.Generator) -> torch.Tensor:
+    """Scores with a plateau of exact zeros, as the indexer's ReLU-sum makes them."""
+    x = torch.zeros(rows, columns, device=g.device)
+    for _ in range(4):
+        x += torch.relu(torch.randn(rows, columns, generator=g, device=g.device) - 1.0)
+    return x
+
+
+def _special(rows: int, columns: int, g: torch.Generator) -> torch.Tensor:
+    """NaN of both signs, infinities, zeros of both signs among few distinct numbers."""
+    pool = torch.tensor(
+        [float("nan"), -float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0],
+        device=g.device,
+    )
+    return pool[torch.randint(0, 8, (rows, columns), generator=g, device=g.device)]
+
+
+def _one_huge_bin(rows: int, columns: int, g: torch.Generator) -> torch.Tensor:
+    """Numbers that share their sign, exponent and leading mantissa bits."""
+    return 1.0 + torch.rand(rows, columns, generator=g, device=g.device) / 64
+
+
+DISTRIBUTIONS: dict[str, Callable[[int, int, torch.Generator], torch.Tensor]] = {
+    "normal": lambda r, c, g: torch.randn(r, c, generator=g, device=g.device),
+    "crowded": lambda r, c, g: 10 + torch.randn(r, c, generator=g, device=g.device),
+    "relu_sum": _relu_sum,
+    "all_equal": lambda r, c, g: torch.full((r, c), 0.25, device=g.device),
+    "two_values": lambda r, c, g: (
+        torch.rand(r, c, generator=g, device=g.device) < 0.01
+    ).float(),
+    "ascending": lambda r, c, g: (
+        torch.randn(r, c, generator=g, device=g.device).sort(dim=1).values
+    ),
+    "descending": lambda r, c, g: (
+        torch.randn(r, c, generator=g, device=g.device).sort(dim=1, descending=True).values
+    ),
+    "one_huge_bin": _one_huge_bin,
+    "special": _special,
+}
+
+
+def scores(
+    kind: str,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:
+    """Draw ``[rows, columns]`` scores of one of :data:`DISTRIBUTIONS`."""
+    g = torch.Generator(device=device).manual_seed(seed)
+    return DISTRIBUTIONS[kind](rows, columns, g).to(dtype)
+
+
+def poison_tail(logits: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Overwrite, in place, what lies past each row's length with NaN, inf and 1e30 in turn."""
+    column = torch.arange(logits.shape[1], device=logits.device)
+    bad = torch.tensor([float("nan"), float("inf"), 1e30], device=logits.device).to(logits.dtype)
+    past = column[None, :] >= lengths.reshape(-1, 1).to(logits.device)
+    return logits.copy_(torch.where(past, bad[column % 3], logits))

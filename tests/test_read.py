@@ -1,0 +1,178 @@
+"""Reads of the indexer cache: every implementation against loops, bit for bit."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import read_mxfp4_one_by_one, read_one_by_one
+
+import dsv4_plugin
+from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.testing.inputs import fp8_cache, mxfp4_cache, slot_list
+
+READS = {
+    "fp8": (dsv4_plugin.read_indexer_cache, fp8_cache, read_one_by_one),
+    "mxfp4": (dsv4_plugin.read_indexer_cache_mxfp4, mxfp4_cache, read_mxfp4_one_by_one),
+}
+both = pytest.mark.parametrize("form", READS)
+
+
+def bits(t):
+    """Compare NaN as equal and -0.0 as different from 0.0."""
+    return t.contiguous().view(torch.int32 if t.dtype == torch.float32 else torch.int16)
+
+
+def same(a, b):
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pad", [0, 16, 192])
+def test_equals_the_loop(form, dtype, pad, backend, device):
+    read, make, loop = READS[form]
+    cache = make(7, pad=pad)
+    slots = slot_list(90, 7 * 64)
+    got = read(cache.to(device) if not pad else padded(cache, device), slots.to(device),
+               dtype=dtype, backend=backend)  # fmt: skip
+    assert same(got.cpu(), loop(cache, slots).to(dtype))
+
+
+def padded(cache, device):
+    """Move a strided view to a device and keep its stride."""
+    arena = torch.full((cache.shape[0], cache.stride(0)), 0xFF, dtype=torch.uint8, device=device)
+    view = arena[:, : cache.shape[1]]
+    view.copy_(cache)
+    return view
+
+
+@both
+@pytest.mark.parametrize("block_size,head_dim", [(32, 128), (64, 64), (1, 32), (16, 96)])
+def test_other_geometries(form, block_size, head_dim, backend, device):
+    read, make, loop = READS[form]
+    cache = make(5, block_size=block_size, head_dim=head_dim)
+    slots = slot_list(40, 5 * block_size)
+    got = read(cache.to(device), slots.to(device), block_size=block_size, head_dim=head_dim,
+               backend=backend)  # fmt: skip
+    assert same(got.cpu(), loop(cache, slots, block_size, head_dim))
+
+
+@pytest.mark.parametrize("shape", [(64, 132), (64, 1, 132)])
+def test_engine_views(shape, backend, device):
+    cache = fp8_cache(3, pad=60)
+    view = padded(cache, device)
+    strides = (view.stride(0), 132, 1) if len(shape) == 2 else (view.stride(0), 132, 132, 1)
+    engine = view.as_strided((3, *shape), strides)
+    slots = torch.arange(3 * 64, device=device)
+    got = dsv4_plugin.read_indexer_cache(engine, slots, backend=backend)
+    assert same(got.cpu(), read_one_by_one(cache, slots.cpu()))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_any_integer_slots_on_any_device(form, dtype, backend, device):
+    read, make, loop = READS[form]
+    cache = make(2)
+    slots = torch.tensor([0, 5, 127, 64, 63], dtype=dtype)  # on the CPU, wherever the cache is
+    got = read(cache.to(device), slots, backend=backend)
+    assert got.device.type == torch.device(device).type
+    assert same(got.cpu(), loop(cache, slots))
+
+
+@both
+def test_every_byte(form, backend, device):
+    """All 256 codes, NaN among them, under a scale that is no power of two."""
+    read, make, loop = READS[form]
+    cache = make(2)
+    cache[0, :256] = torch.arange(256).to(torch.uint8)
+    got = read(cache.to(device), torch.arange(4, device=device), backend=backend).cpu()
+    want = loop(cache, torch.arange(4))
+    assert torch.equal(got.isnan(), want.isnan())
+    assert same(got.nan_to_num(7.0), want.nan_to_num(7.0))
+
+
+@both
+def test_padding_empty_cache_and_no_slots(form, backend, device):
+    read, make, _ = READS[form]
+    cache = make(3).to(device)
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    assert read(cache, none, backend=backend).shape == (0, 128)
+    minus = torch.full((9,), -1, device=device)
+    assert same(read(cache, minus, backend=backend).cpu(), torch.zeros(9, 128))
+    assert same(read(cache, minus - 7, backend=backend).cpu(), torch.zeros(9, 128))
+    for slots in (minus, minus + 1):
+        got = read(cache[:0], slots, backend=backend)
+        assert same(got.cpu(), torch.zeros(9, 128))
+
+
+@both
+def test_slot_past_the_end(form, backend, device):
+    read, make, _ = READS[form]
+    cache = make(3).to(device)
+    with pytest.raises(IndexError, match="slot 192.*192 slots"):
+        read(cache, torch.tensor([0, 192]), backend=backend)
+    if torch.device(device).type == "cuda":
+        got = read(cache, torch.tensor([0, 192, 1 << 40], device=device), backend=backend)
+        assert not got[0].isnan().any() and got[1:].isnan().all()
+
+
+@both
+def test_out_is_filled_and_returned(form, backend, device):
+    read, make, loop = READS[form]
+    cache = make(3)
+    slots = slot_list(21, 192)
+    buffer = torch.full((23, 200), 7.0, device=device)
+    out = buffer[1:22, 8:136]
+    assert read(cache.to(device), slots.to(device), out=out, backend=backend) is out
+    assert same(out.cpu(), loop(cache, slots))
+    rest = buffer.clone()
+    rest[1:22, 8:136] = 7.0
+    assert bool((rest == 7.0).all()), "wrote outside of out"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    pages=st.integers(1, 6),
+    slots=st.lists(st.integers(-3, 6 * 16 - 1), max_size=40),
+    pad=st.sampled_from([0, 4, 12, 16]),
+    form=st.sampled_from(list(READS)),
+    seed=st.integers(0, 5),
+)
+def test_property_torch_equals_the_loop(pages, slots, pad, form, seed):
+    read, make, loop = READS[form]
+    cache = make(pages, block_size=16, head_dim=32, pad=pad, seed=seed)
+    slots = torch.tensor(slots, dtype=torch.int64).clamp(max=pages * 16 - 1)
+    got = read(cache, slots, block_size=16, head_dim=32, backend="torch")
+    assert same(got, loop(cache, slots, 16, 32))
+
+
+CACHE = torch.zeros(2, 64 * 132, dtype=torch.uint8)
+SLOTS = torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "change,error,words",
+    [
+        ({"cache": CACHE.float()}, TypeError, "cache.*uint8.*float32"),
+        ({"cache": CACHE[0]}, ValueError, "cache.*dimensions"),
+        ({"cache": CACHE[:, :-1]}, ValueError, "cache.*8448.*8447"),
+        ({"cache": CACHE.t().contiguous().t()}, ValueError, "cache.*unit inner stride"),
+        ({"slot_mapping": SLOTS.float()}, TypeError, "slot_mapping.*float32"),
+        ({"slot_mapping": SLOTS[None]}, ValueError, "slot_mapping.*1 dimensions"),
+        ({"slot_mapping": [1, 2]}, TypeError, "slot_mapping.*list"),
+        ({"dtype": torch.float16}, ValueError, "dtype.*float32, bfloat16.*float16"),
+        ({"block_size": 0}, ValueError, "block_size.*0"),
+        ({"head_dim": 126}, ValueError, "head_dim.*4.*126"),
+        ({"out": torch.zeros(2, 128)}, ValueError, r"out.*\(3, 128\)"),
+        ({"out": torch.zeros(128, 3).t()}, ValueError, "out.*unit stride"),
+        ({"out": torch.zeros(3, 128, dtype=torch.int32)}, TypeError, "out.*int32"),
+        ({"out": torch.zeros(1, 128).expand(3, 128)}, ValueError, "out.*overlap"),
+        ({"backend": "cuda"}, UnmetError, "no cuda implementation"),
+    ],
+)
+def test_bad_input(change, error, words):
+    arguments = {"cache": CACHE, "slot_mapping": SLOTS} | change
+    with pytest.raises(error, match=words):
+        dsv4_plugin.read_indexer_cache(
+            arguments.pop("cache"), arguments.pop("slot_mapping"), **arguments
+        )
