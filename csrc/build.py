@@ -73,7 +73,8 @@ class Toolchain:
         if listed.returncode != 0:
             return nvcc, f"`{nvcc} --list-gpu-code` failed: {listed.stderr.strip()}"
         known = set(listed.stdout.split())
-        missing = [a for a in self.archs if f"sm_{a}" not in known]
+        # The list leaves the suffixed targets out; sm_90a came with sm_90.
+        missing = [a for a in self.archs if f"sm_{a.rstrip('af')}" not in known]
         if missing:
             return nvcc, f"{nvcc} does not know {', '.join('sm_' + a for a in missing)}"
         return nvcc, None

@@ -1,0 +1,69 @@
+# `make` shows what there is. Everything works on a bare machine with python3 (and its venv module),
+# git and make; nvcc is optional, without it the CUDA kernels are not built.
+#
+#   make test PYTHON=python3.12              another Python for the environment
+#   make test TORCH="torch==2.13.0 ..."      another torch (any pip arguments)
+#   make test-gpu PY=python3                 an environment that is there already
+#   make test ARGS="-k topk -x"              arguments for pytest
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+JOBS   ?= 2
+
+ifdef PY
+  READY :=
+else
+  PY    := $(VENV)/bin/python
+  READY := $(VENV)/.ready
+endif
+
+# csrc/build.py and csrc/*.cu are here so that a changed kernel is rebuilt before the tests run.
+CSRC   := $(wildcard csrc/* csrc/include/dsv4/*)
+CPPTREE = $(shell git ls-files -co --exclude-standard 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.h')
+
+.PHONY: help env demo test test-gpu lint format wheel so clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+env: $(READY)  ## create .venv with torch, the plugin (editable) and the tools
+
+$(VENV)/.ready: pyproject.toml $(CSRC)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade pip
+	$(VENV)/bin/python -m pip install -q $(TORCH)
+	$(VENV)/bin/python -m pip install -q -e '.[test,dev]'
+	touch $@
+
+demo: $(READY)  ## real vLLM indexer code on this CPU, with the plugin and without it
+	$(PY) examples/vllm_cpu_demo.py
+
+test: $(READY)  ## every test that needs no GPU; a CUDA device, if there is one, is not used
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+test-gpu: $(READY)  ## the tests that need a CUDA device; without one they fail
+	$(PY) -m pytest -m gpu --require-gpu $(ARGS)
+
+lint: $(READY)  ## ruff, mypy and clang-format, changing nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m clang_format --dry-run --Werror $(CPPTREE)
+
+format: $(READY)  ## put everything into the one format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) -m clang_format -i $(CPPTREE)
+
+wheel: $(READY)  ## build dist/*.tar.gz and dist/*.whl (with the CUDA kernels where nvcc is found)
+	$(PY) -m build
+
+so:  ## compile dsv4_plugin/_C.so in place; a missing nvcc is an error
+	@test -x $(PY) || command -v $(PY) >/dev/null || $(MAKE) env
+	DSV4_BUILD_CUDA=1 $(PY) -m pip install -q --no-deps -e .
+
+clean:  ## remove what was built (not .venv and .venvs)
+	rm -rf build dist *.egg-info dsv4_plugin/_C.so dsv4_plugin/_version.py
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
