@@ -125,10 +125,10 @@ def as_pages(cache: Any, block_size: int, row_bytes: int) -> torch.Tensor:
             f"contiguous pages (block_size {block_size}, {row_bytes} bytes a key), "
             f"got {_show(cache)}"
         )
-    if row_bytes % 4 == 0 and (cache.storage_offset() % 4 or (flat.stride(0) % 4)):
+    if cache.storage_offset() % 4 or (flat.stride(0) % 4 and flat.shape[0] > 1):
         raise ValueError(
-            "cache must start at, and have a page stride of, a multiple of 4 bytes, because its "
-            f"scales are 4 bytes wide; got storage offset {cache.storage_offset()}, {_show(cache)}"
+            "cache must start at, and have a page stride of, a multiple of 4 bytes, the width in "
+            f"which it is read; got storage offset {cache.storage_offset()}, {_show(cache)}"
         )
     return flat
 

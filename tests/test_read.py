@@ -51,8 +51,9 @@ def padded(cache, device):
 def test_other_geometries(form, block_size, head_dim, backend, device):
     read, make, loop = READS[form]
     cache = make(5, block_size=block_size, head_dim=head_dim)
+    cache = make(5, block_size=block_size, head_dim=head_dim, pad=-cache.shape[1] % 4)
     slots = slot_list(40, 5 * block_size)
-    got = read(cache.to(device), slots.to(device), block_size=block_size, head_dim=head_dim,
+    got = read(padded(cache, device), slots.to(device), block_size=block_size, head_dim=head_dim,
                backend=backend)  # fmt: skip
     assert same(got.cpu(), loop(cache, slots, block_size, head_dim))
 
@@ -157,6 +158,7 @@ SLOTS = torch.zeros(3, dtype=torch.int64)
         ({"cache": CACHE[0]}, ValueError, "cache.*dimensions"),
         ({"cache": CACHE[:, :-1]}, ValueError, "cache.*8448.*8447"),
         ({"cache": CACHE.t().contiguous().t()}, ValueError, "cache.*unit inner stride"),
+        ({"cache": torch.zeros(2, 8450, dtype=torch.uint8)}, ValueError, "stride.*multiple of 4"),
         ({"slot_mapping": SLOTS.float()}, TypeError, "slot_mapping.*float32"),
         ({"slot_mapping": SLOTS[None]}, ValueError, "slot_mapping.*1 dimensions"),
         ({"slot_mapping": [1, 2]}, TypeError, "slot_mapping.*list"),

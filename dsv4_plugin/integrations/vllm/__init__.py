@@ -1,0 +1,71 @@
+"""The vLLM adapter: ``register()`` is the ``vllm.general_plugins`` entry point ``dsv4``.
+
+vLLM calls ``register()`` in every process: API server, engine core, workers, the subprocess that
+inspects models. It imports neither vLLM nor torch, never raises, and may run any number of times.
+It leaves two notes with Python's import system (:mod:`.hooks`):
+
+* ``vllm.engine.arg_utils`` → the command line learns ``--plugin dsv4`` (:mod:`.flag`);
+* ``vllm.model_executor.layers.sparse_attn_indexer`` → the seams are looked for and patched
+  (:mod:`.seams`), and every layer that is built is looked at (:mod:`.guard`).
+
+Whether the plugin is switched on is asked when a layer is built, not here: in the parent process
+``register()`` runs before the command line is parsed. A process in which nobody asked runs the
+patched names straight through to vLLM's own. ``DSV4_PLUGIN=0`` installs nothing at all.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from dsv4_plugin import log
+from dsv4_plugin.envs import settings
+from dsv4_plugin.errors import SettingError
+from dsv4_plugin.integrations.vllm import hooks
+
+__all__ = ["INDEXER", "register", "unregister"]
+
+ARG_UTILS = "vllm.engine.arg_utils"
+INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
+
+
+def register() -> None:
+    """Install the adapter in this process; never raises."""
+    try:
+        try:
+            now = settings()
+        except SettingError as error:
+            # The layer that is built raises it again, where the user sees it as an error.
+            log.once(logging.WARNING, str(error))
+        else:
+            log.configure(now.log)
+            if now.plugin is False:
+                log.once(logging.INFO, "DSV4_PLUGIN=0: nothing is installed in vLLM")
+                return
+        hooks.after_import(ARG_UTILS, _on_arg_utils)
+        hooks.after_import(INDEXER, _on_indexer)
+    except Exception:
+        log.logger.exception("dsv4 could not be registered; vLLM stays as it is")
+
+
+def unregister() -> None:
+    """Take every patch back; what somebody else has patched since stays theirs, with a log line."""
+    import sys
+
+    hooks.forget(ARG_UTILS, INDEXER)
+    prefix = __name__ + "."
+    for name in ("seams", "flag"):
+        module = sys.modules.get(prefix + name)
+        if module is not None:
+            module.uninstall()
+
+
+def _on_arg_utils(module: object) -> None:
+    from dsv4_plugin.integrations.vllm import flag
+
+    flag.install(module)
+
+
+def _on_indexer(module: object) -> None:
+    from dsv4_plugin.integrations.vllm import seams
+
+    seams.install(module)

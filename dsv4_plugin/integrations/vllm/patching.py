@@ -1,0 +1,70 @@
+"""Replace an attribute, remember what was there, and put it back.
+
+A replacement is known by identity. Where, at the time of restoring or of use, the attribute holds
+something else, somebody patched after us: it is left alone and reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dsv4_plugin import log
+
+__all__ = ["Ledger", "Patch"]
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced attribute. ``original`` is the raw entry of the owner's ``__dict__``."""
+
+    owner: Any
+    name: str
+    original: Any
+    replacement: Any
+    where: str
+
+    @property
+    def ours(self) -> bool:
+        """Whether the replacement is what the owner holds now."""
+        return vars(self.owner).get(self.name) is self.replacement
+
+
+class Ledger:
+    """The patches of one adapter, in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self.patches: list[Patch] = []
+
+    def replace(self, owner: Any, name: str, replacement: Any, where: str) -> Patch:
+        """Set ``owner.name``; a second patch of ours on the same attribute is refused."""
+        if any(p.owner is owner and p.name == name for p in self.patches):
+            raise RuntimeError(f"{where} is patched already")
+        patch = Patch(owner, name, vars(owner).get(name, _ABSENT), replacement, where)
+        setattr(owner, name, replacement)
+        self.patches.append(patch)
+        return patch
+
+    def restore(self, resolve: Callable[[Patch], Any] | None = None) -> None:
+        """Put everything back, last first; ``resolve`` may name what belongs where nothing was."""
+        while self.patches:
+            patch = self.patches.pop()
+            if not patch.ours:
+                current = vars(patch.owner).get(patch.name)
+                log.logger.warning(
+                    "%s was patched by somebody else since (%s.%s); it is left as it is",
+                    patch.where,
+                    getattr(current, "__module__", type(current).__module__),
+                    getattr(current, "__qualname__", type(current).__qualname__),
+                )
+            elif patch.original is not _ABSENT:
+                setattr(patch.owner, patch.name, patch.original)
+            else:
+                found = resolve(patch) if resolve is not None else None
+                if found is None:
+                    delattr(patch.owner, patch.name)
+                else:
+                    setattr(patch.owner, patch.name, found)

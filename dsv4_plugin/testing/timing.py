@@ -1,0 +1,83 @@
+"""Timing of GPU work: CUDA-graph replays, the median of several, warm or cold."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["machine", "time_graph"]
+
+
+def time_graph(
+    calls: Sequence[Callable[[], Any]], *, launches: int = 100, replays: int = 21
+) -> float:
+    """Return microseconds a call: a graph of ``launches`` calls, the median of ``replays``.
+
+    ``calls`` are taken in turn: one call measures warm caches, several over different memory
+    (more than the L2 holds) measure cold ones.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:  # compilation and lazy loading stay outside of the capture
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            calls[i % len(calls)]()
+    times = []
+    for i in range(replays + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            times.append(begin.elapsed_time(end) * 1000 / launches)
+    return statistics.median(times)
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def machine() -> dict[str, Any]:
+    """Return what a result file must say of where it was made."""
+    import dsv4_plugin
+
+    about: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "plugin": dsv4_plugin.__version__,
+        "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    try:
+        import triton
+
+        about["triton"] = triton.__version__
+    except ImportError:
+        about["triton"] = None
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(0)
+        about |= {
+            "gpu": p.name,
+            "sms": p.multi_processor_count,
+            "driver": _output(
+                "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"
+            ),
+        }
+    return about
