@@ -6,11 +6,17 @@ under ``DSV4_CI=1`` it fails the run unless its reason starts with one of :data:
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings as hypothesis_settings
 
+HERE = str(Path(__file__).parent)
+if HERE not in sys.path:  # the helpers of the tests, beside them
+    sys.path.insert(0, HERE)
 NO_NVCC = "no nvcc here: the compiled wheel cannot be built"
 ALLOWED_SKIPS = (NO_NVCC,)
 LEFT_FOR_GPU = "needs a CUDA device: left for the GPU machine (make test-gpu)"
@@ -93,7 +99,35 @@ class SkipPolicy:
                     line(f"dsv4:     {test}", red=True)
 
 
+@functools.cache
 def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+if not _has_cuda():
+    # Triton kernels run on CPU tensors; to be said before triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on the plugin's variables in the shell that runs it."""
+    from dsv4_plugin.envs import VARIABLES
+
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable.name, raising=False)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``backend`` and ``device`` come together: each implementation where it runs.
+
+    The CUDA kernels run on a GPU only, the Triton kernels on a CPU only through the interpreter.
+    """
+    if {"backend", "device"} <= set(metafunc.fixturenames):
+        kinds = getattr(metafunc.module, "BACKENDS", ("torch", "triton"))
+        on_cpu = [b for b in kinds if b == "torch" or (b == "triton" and not _has_cuda())]
+        cases = [pytest.param(b, "cpu", id=f"{b}-cpu") for b in on_cpu]
+        cases += [pytest.param(b, "cuda", id=f"{b}-cuda", marks=pytest.mark.gpu) for b in kinds]
+        metafunc.parametrize("backend,device", cases)
