@@ -7,16 +7,13 @@ under ``DSV4_CI=1`` it fails the run unless its reason starts with one of :data:
 from __future__ import annotations
 
 import functools
+import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings as hypothesis_settings
 
-HERE = str(Path(__file__).parent)
-if HERE not in sys.path:  # the helpers of the tests, beside them
-    sys.path.insert(0, HERE)
 NO_NVCC = "no nvcc here: the compiled wheel cannot be built"
 ALLOWED_SKIPS = (NO_NVCC,)
 LEFT_FOR_GPU = "needs a CUDA device: left for the GPU machine (make test-gpu)"
@@ -32,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-gpu",
         action="store_true",
         help="fail instead of leaving the tests marked gpu out where there is no CUDA device",
+    )
+    parser.addoption(
+        "--results", type=Path, metavar="FILE", help="write machine, versions and counts there"
     )
 
 
@@ -88,6 +88,13 @@ class SkipPolicy:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         line = terminalreporter.write_line
+        file = self.config.getoption("--results")
+        if file is not None:
+            from dsv4_plugin.testing.timing import machine
+
+            kinds = ("passed", "failed", "error", "skipped")
+            counts = {k: len(terminalreporter.stats.get(k, [])) for k in kinds}
+            file.write_text(json.dumps({"machine": machine(), "tests": counts}, indent=1) + "\n")
         if self.left_for_gpu:
             line(f"dsv4: {self.left_for_gpu} tests left for the GPU machine (make test-gpu)")
         for reason, tests in self.skips.items():
