@@ -64,7 +64,9 @@ class _Finder(importlib.abc.MetaPathFinder):
         try:
             loader.exec_module = exec_module
         except AttributeError:
-            log.logger.warning("%s has a loader that cannot be followed; it stays as it is", spec.name)
+            log.logger.warning(
+                "%s has a loader that cannot be followed; it stays as it is", spec.name
+            )
 
     def leave(self) -> None:
         if not self.pending and self in sys.meta_path:

@@ -1,0 +1,264 @@
+"""What runs in place of vLLM's functions. Every wrapper ends in the original when in doubt.
+
+The counters (``dsv4_plugin.status()``) count calls of these Python functions. Under full CUDA
+graphs vLLM runs Python while it captures and not while it replays, so a counter above zero says
+that the kernel is in the graphs, and it stands still while the server decodes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsv4_plugin import ops
+from dsv4_plugin.integrations.vllm import plan
+from dsv4_plugin.state import state
+
+__all__ = ["as_fp32_logits", "asking", "decode_topk", "gather", "logits", "plain", "prefill_topk"]
+
+# Set on the very tensor that the indexer's logits function returned. Top-k calls of other callers
+# (GLM's pooled indexer, V4.1's specialised decode) reach the same patched names without it.
+_TAG = "_dsv4_index_logits"
+_LENGTHS = (torch.int32, torch.int64)
+
+
+class _Request(threading.local):
+    """Whether the DeepGEMM call below this frame shall write bfloat16; vLLM may use threads."""
+
+    bf16 = False
+
+
+asking = _Request()
+
+
+def _tagged(tensor: Any) -> bool:
+    return getattr(tensor, _TAG, False)
+
+
+def _widen(logits: torch.Tensor) -> torch.Tensor:
+    """Return float32 logits with the row stride as it was: upstream's kernels rely on it."""
+    if logits.dtype == torch.float32:
+        return logits
+    wide = torch.empty_strided(
+        logits.shape, logits.stride(), dtype=torch.float32, device=logits.device
+    )
+    return wide.copy_(logits)
+
+
+def plain(value: Any) -> Any:
+    """Return what upstream's float32 kernels can read: logits of ours widened, all else as it is."""
+    return _widen(value) if _tagged(value) else value
+
+
+def logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Compute index logits by upstream's function, in bfloat16 where that is the plan."""
+    now = plan.current()
+    if now.topk is None:
+        return original(*args, **kwargs)
+    if now.topk.ask and _readers_in_place():
+        asking.bf16 = True
+        try:
+            out = original(*args, **kwargs)
+        except Exception as error:
+            if now.strict:
+                raise
+            plan.switch_off("topk", error)
+            asking.bf16 = False
+            return original(*args, **kwargs)
+        finally:
+            asking.bf16 = False
+    else:
+        out = original(*args, **kwargs)
+    setattr(out, _TAG, True)
+    state.count("logits.bf16" if out.dtype == torch.bfloat16 else "logits.upstream")
+    return out
+
+
+def _readers_in_place() -> bool:
+    """Whether both top-k patches are still what vLLM will call.
+
+    Upstream's kernels cannot read bfloat16, so logits in bfloat16 must not be written once
+    somebody else has replaced their reader.
+    """
+    from dsv4_plugin.integrations.vllm import seams
+
+    return seams.intact("topk.decode") and seams.intact("topk.prefill")
+
+
+def as_fp32_logits(
+    original: Callable[..., torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Keep bfloat16 logits that our top-k reads; let upstream widen all others."""
+    if not _tagged(tensor):
+        return original(tensor, *args, **kwargs)
+    topk = plan.current().topk
+    if topk is not None and topk.dtype == "bf16":
+        return tensor
+    out = original(tensor, *args, **kwargs)
+    setattr(out, _TAG, True)
+    return out
+
+
+def _select(
+    kind: str,
+    scores: torch.Tensor,
+    lengths: Callable[[], torch.Tensor],
+    starts: torch.Tensor | None,
+    out: torch.Tensor,
+    k: int,
+    next_n: int,
+    upstream: Callable[[torch.Tensor], None],
+    readable: bool,
+) -> None:
+    """Run our top-k on logits we know, or ``upstream`` on the same arguments."""
+    now = plan.current()
+    known = _tagged(scores)
+    if now.topk is not None and known and readable and k in plan.KS:
+        try:
+            ops.topk(
+                scores,
+                lengths(),
+                k,
+                next_n=next_n,
+                row_starts=starts,
+                out=out,
+                backend=now.topk.backend,
+            )
+        except Exception as error:
+            if now.strict:
+                raise
+            plan.switch_off("topk", error)
+        else:
+            state.count(f"topk.{kind}")
+            state.count(f"topk.{kind}.{_name(scores.dtype)}.{now.topk.backend}")
+            return
+    if now.enabled:
+        state.count(f"topk.{kind}.upstream")
+    upstream(plain(scores))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
+
+
+def _is_matrix(scores: Any) -> bool:
+    return (
+        isinstance(scores, torch.Tensor)
+        and scores.dim() == 2
+        and scores.dtype in (torch.float32, torch.bfloat16)
+        and (scores.stride(1) == 1 or scores.shape[1] == 1)
+        and scores.shape[0] > 0
+        and scores.shape[1] > 0
+    )
+
+
+def _is_output(out: Any, rows: int, k: int) -> bool:
+    return (
+        isinstance(out, torch.Tensor)
+        and out.dtype == torch.int32
+        and tuple(out.shape) == (rows, k)
+        and out.stride(1) == 1
+    )
+
+
+def decode_topk(
+    scores: torch.Tensor,
+    seq_lens: torch.Tensor,
+    next_n: int,
+    out: torch.Tensor,
+    k: int,
+    upstream: Callable[[torch.Tensor], None],
+) -> None:
+    """Select at decode: rows = batch · next_n, ``seq_lens`` one a row or one a request."""
+    readable = (
+        _is_matrix(scores)
+        and _is_output(out, scores.shape[0], k)
+        and isinstance(seq_lens, torch.Tensor)
+        and seq_lens.dtype in _LENGTHS
+        and seq_lens.device == scores.device
+        and next_n > 0
+        and seq_lens.numel() in (scores.shape[0], scores.shape[0] // next_n)
+        and scores.shape[0] % next_n == 0
+    )
+    _select("decode", scores, lambda: seq_lens, None, out, k, next_n, upstream, readable)
+
+
+def prefill_topk(
+    original: Callable[..., None],
+    scores: torch.Tensor,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    out: torch.Tensor,
+    rows: int,
+    stride0: int,
+    stride1: int,
+    k: int,
+) -> None:
+    """Select at prefill: row ``i`` has the columns ``starts[i] … ends[i]``, indices from there.
+
+    One rule for both forms of the logits: absolute columns (to 0.32), and rows shifted to column
+    zero (from 0.33), where the caller passes zeros as ``starts``.
+    """
+    readable = (
+        _is_matrix(scores)
+        and _is_output(out, scores.shape[0], k)
+        and scores.shape[0] == rows == starts.numel() == ends.numel()
+        and (scores.stride(0), stride1) == (stride0, 1)
+        and starts.dtype in _LENGTHS
+        and ends.dtype in _LENGTHS
+        and starts.dim() == ends.dim() == 1
+    )
+
+    def upstream(plain: torch.Tensor) -> None:
+        original(plain, starts, ends, out, rows, stride0, stride1, k)
+
+    _select("prefill", scores, lambda: ends - starts, starts, out, k, 1, upstream, readable)
+
+
+def gather(
+    original: Callable[..., None],
+    kv_cache: torch.Tensor,
+    dst_k: torch.Tensor,
+    dst_scale: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+) -> None:
+    """Gather the quantised keys of a prefill chunk; anything but FP8 pages goes upstream."""
+    now = plan.current()
+    if now.gather is not None and _is_fp8_cache(kv_cache, dst_k, dst_scale):
+        try:
+            ops.gather_indexer_cache(
+                kv_cache,
+                block_table,
+                cu_seq_lens,
+                block_size=kv_cache.shape[1],
+                head_dim=dst_k.shape[1],
+                out=(dst_k, dst_scale),
+                backend=now.gather,
+            )
+        except Exception as error:
+            if now.strict:
+                raise
+            plan.switch_off("gather", error)
+        else:
+            state.count("gather")
+            state.count(f"gather.{now.gather}")
+            return
+    if now.enabled:
+        state.count("gather.upstream")
+    original(kv_cache, dst_k, dst_scale, block_table, cu_seq_lens)
+
+
+def _is_fp8_cache(kv_cache: torch.Tensor, dst_k: torch.Tensor, dst_scale: torch.Tensor) -> bool:
+    return (
+        kv_cache.dim() == 3
+        and kv_cache.dtype == torch.uint8
+        and dst_k.dim() == dst_scale.dim() == 2
+        and dst_k.dtype == torch.float8_e4m3fn
+        and dst_scale.dtype == torch.uint8
+        and dst_scale.shape[1] == 4
+        and kv_cache.shape[2] == dst_k.shape[1] + 4
+    )

@@ -1,0 +1,279 @@
+"""Which layers may be changed, and what the settings mean for them.
+
+Called when vLLM builds an indexer layer: the only moment at which its configuration can be read,
+and the one at which an explicit wish that cannot be met is an error a user sees.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsv4_plugin import backends, envs, log
+from dsv4_plugin.errors import SettingError, UnmetError
+from dsv4_plugin.integrations.vllm import plan
+from dsv4_plugin.integrations.vllm.plan import KS, Plan, Topk
+from dsv4_plugin.state import state
+
+__all__ = ["built", "forget"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_V4 = re.compile(r"deepseek_?v4(?![0-9])")  # not V4.1, which is deepseek_v41
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What was seen of a layer. ``unfit``: why upstream keeps it."""
+
+    k: int
+    device: torch.device
+    is_v4: bool
+    unfit: tuple[str, ...]
+    no_gather: tuple[str, ...]
+
+
+# vLLM may build a second model in a process (drafts; tests): a layer that is gone has no say.
+_layers: weakref.WeakKeyDictionary[Any, _Layer] = weakref.WeakKeyDictionary()
+
+
+def forget() -> None:
+    """Forget the layers and the engine's configuration."""
+    _layers.clear()
+    envs.override(None)
+
+
+def built(layer: Any) -> None:
+    """Look at a layer that has just been built and decide what this process does from now on.
+
+    Raises:
+        SettingError: a setting has a value it cannot have.
+        UnmetError: an explicit setting cannot be met (or, with ``DSV4_STRICT=1``, the default);
+            the message has every reason.
+    """
+    config = _config()
+    envs.override(_own(config))
+    settings = envs.settings()
+    log.configure(settings.log)
+    if not settings.enabled:
+        plan.decide(plan.INERT)
+        return
+    _layers[layer] = _seen(layer, config)
+    layers = list(_layers.values())
+    # Until all is decided nothing is changed: an error leaves upstream behind.
+    plan.decide(Plan(enabled=True, strict=settings.strict))
+    topk, topk_why = _decide_topk(settings, layers)
+    gather, gather_why = _decide_gather(settings, layers)
+    plan.decide(Plan(True, settings.strict, topk, gather))
+    _report(topk, topk_why, gather, gather_why)
+
+
+def _config() -> Any:
+    """Return the configuration of the engine that builds this layer."""
+    from vllm.config import get_current_vllm_config
+
+    try:
+        return get_current_vllm_config()
+    except Exception:  # none is set: a layer built by hand
+        return None
+
+
+def _own(config: Any) -> Mapping[str, Any] | None:
+    additional = getattr(config, "additional_config", None)
+    own = additional.get("dsv4") if isinstance(additional, Mapping) else None
+    if own is None or isinstance(own, Mapping):
+        return own
+    raise SettingError(
+        f"additional_config['dsv4'] is {own!r}; it must map names to values, as "
+        "--additional-config.dsv4.topk bf16 does"
+    )
+
+
+def _platform() -> Any:
+    """Return the platform as the indexer itself sees it."""
+    from dsv4_plugin.integrations.vllm import seams
+
+    return getattr(seams.indexer(), "current_platform", None)
+
+
+def _seen(layer: Any, config: Any) -> _Layer:
+    platform = _platform()
+    unfit: list[str] = []
+    if platform is None or not platform.is_cuda():
+        unfit.append(
+            f"vLLM runs on {getattr(platform, 'device_type', 'an unknown platform')!r}; its "
+            "indexer takes another way there"
+        )
+    k = getattr(layer, "topk_tokens", None)
+    if k not in KS:
+        unfit.append(f"index_topk is {k}, not one of {', '.join(map(str, KS))}")
+    chosen = getattr(layer, "topk_backend", "auto")
+    if chosen != "auto":
+        unfit.append(f"vLLM was told to use sparse_indexer_topk_backend={chosen!r}")
+    no_gather: list[str] = []
+    ranks = getattr(layer, "dcp_world_size", 1)
+    if ranks != 1:
+        no_gather.append(f"decode context parallelism over {ranks} ranks needs float32 logits")
+    if getattr(layer, "candidate_blocks", None) is not None:
+        no_gather.append("the layer masks its scores with candidate blocks (DeepSeek-V4.1)")
+    if getattr(layer, "use_fp4_cache", False):
+        no_gather.append("the indexer cache is MXFP4")
+    buffer = getattr(layer, "topk_indices_buffer", None)
+    if isinstance(buffer, torch.Tensor) and buffer.device.type != "meta":
+        device = buffer.device
+    else:
+        device = torch.device(getattr(platform, "device_type", "") or "cpu")
+    number = k if isinstance(k, int) else 0
+    return _Layer(number, device, _is_v4(config), (*unfit, *no_gather), tuple(no_gather))
+
+
+def _is_v4(config: Any) -> bool:
+    model = getattr(config, "model_config", None)
+    names: list[str] = []
+    for attribute in ("hf_config", "hf_text_config"):
+        hf = getattr(model, attribute, None)
+        names.append(getattr(hf, "model_type", None) or "")
+        names.extend(getattr(hf, "architectures", None) or ())
+    return any(_V4.search(str(name).lower()) for name in names)
+
+
+def _unique(reasons: list[str]) -> list[str]:
+    return list(dict.fromkeys(reasons))
+
+
+def _decide_topk(
+    settings: envs.Settings, layers: list[_Layer]
+) -> tuple[Topk | None, dict[str, list[str]]]:
+    """Return the choice, and for each dtype that was passed over why."""
+    if settings.topk == "off":
+        return None, {"top-k": ["DSV4_TOPK=off"]}
+    if settings.topk != "auto":
+        chosen, reasons = _possible(settings.topk, settings, layers)
+        if chosen is None:
+            raise UnmetError(f"DSV4_TOPK={settings.topk}", reasons)
+        return chosen, {}
+    passed: dict[str, list[str]] = {}
+    for dtype in ("bf16", "fp32") if all(layer.is_v4 for layer in layers) else ("fp32",):
+        chosen, reasons = _possible(dtype, settings, layers)
+        if chosen is not None:
+            return chosen, passed
+        passed[dtype] = reasons
+    everything = _unique([reason for reasons in passed.values() for reason in reasons])
+    if settings.strict or settings.backend in ("cuda", "torch"):
+        wish = f"DSV4_BACKEND={settings.backend} for the top-k"
+        if settings.strict:
+            wish = "DSV4_STRICT=1: the top-k"
+        raise UnmetError(wish, everything)
+    return None, passed
+
+
+def _possible(
+    dtype: str, settings: envs.Settings, layers: list[_Layer]
+) -> tuple[Topk | None, list[str]]:
+    """Return how top-k in ``dtype`` can be done for every layer, or every reason why it cannot."""
+    from dsv4_plugin.integrations.vllm import seams
+
+    reasons = [reason for layer in layers for reason in layer.unfit]
+    for name in ("guard", "topk.decode", "topk.prefill", "logits"):
+        reasons += seams.problems(name)
+    backend = settings.backend
+    if backend not in ("cuda", "torch"):  # top-k has no Triton form
+        # auto never puts torch ops in the place of the engine's CUDA kernel.
+        backend = "cuda" if any(layer.device.type == "cuda" for layer in layers) else "torch"
+    for layer in layers:
+        call = backends.Call("topk", layer.device, _DTYPES[dtype], layer.k)
+        reasons += [f"backend {backend}: {why}" for why in backends.unmet(call, backend)]
+    ask = False
+    if dtype == "bf16":
+        ask, why = _bf16_logits()
+        reasons += why
+    elif dtype == "fp16":
+        reasons.append("vLLM's DeepGEMM writes index logits in float32 or bfloat16 only")
+    reasons = _unique(reasons)
+    return (None, reasons) if reasons else (Topk(dtype, backend, ask), [])
+
+
+def _bf16_logits() -> tuple[bool, list[str]]:
+    """Return whether DeepGEMM has to be asked for bfloat16, and why it cannot be had."""
+    from dsv4_plugin.integrations.vllm import seams
+
+    platform = _platform()
+    if platform is None or not platform.has_device_capability(90):
+        return False, ["DeepGEMM's index logits need a GPU of compute capability 9.0 or later"]
+    if seams.takes_logits_dtype():
+        return True, []
+    # From 0.33 DeepGEMM writes bfloat16 on 10.x, unasked, and vLLM widens it afterwards.
+    if hasattr(seams.indexer(), "as_fp32_logits"):
+        if platform.is_device_capability_family(100):
+            return False, []
+        return False, [
+            f"{state.host}'s DeepGEMM takes no logits_dtype and writes float32 on this GPU"
+        ]
+    return False, [f"{state.host}'s DeepGEMM takes no logits_dtype"]
+
+
+def _decide_gather(settings: envs.Settings, layers: list[_Layer]) -> tuple[str | None, list[str]]:
+    from dsv4_plugin.integrations.vllm import seams
+
+    mode = settings.indexer_read
+    if mode == "off":
+        return None, ["DSV4_INDEXER_READ=off"]
+    reasons = [why for layer in layers for why in layer.no_gather] + seams.problems("gather")
+    device = layers[0].device
+    backend = mode
+    if mode == "auto":
+        backend = "triton" if device.type == "cuda" else "torch"
+        if settings.backend in ("triton", "torch"):
+            backend = settings.backend
+    call = backends.Call("gather", device, torch.uint8)
+    reasons += [f"backend {backend}: {why}" for why in backends.unmet(call, backend)]
+    reasons = _unique(reasons)
+    if not reasons:
+        return backend, []
+    if mode != "auto":
+        raise UnmetError(f"DSV4_INDEXER_READ={mode}", reasons)
+    if settings.strict:
+        raise UnmetError("DSV4_STRICT=1: the key gather", reasons)
+    return None, reasons
+
+
+def _report(
+    topk: Topk | None,
+    topk_why: dict[str, list[str]],
+    gather: str | None,
+    gather_why: list[str],
+) -> None:
+    """Say in one line what engaged, where, and why not; again only when it changes."""
+    not_topk = "; ".join(f"not {name}: {', '.join(why)}" for name, why in topk_why.items())
+    not_bf16 = None if topk is not None and topk.dtype == "bf16" else "logits stay as vLLM has them"
+    whys = {
+        "guard": None,
+        "topk.decode": None if topk else not_topk,
+        "topk.prefill": None if topk else not_topk,
+        "logits": not_topk or not_bf16 if not_bf16 else None,
+        "gather": None if gather else "; ".join(gather_why),
+    }
+    for name, why in whys.items():
+        seam = state.seams.get(name)
+        if seam is not None and seam.where is not None:
+            seam.why = why
+    parts = []
+    if topk is None:
+        parts.append(f"top-k: upstream's ({not_topk})")
+    else:
+        where = ", ".join(
+            state.seams[name].where or "?" for name in ("topk.decode", "topk.prefill")
+        )
+        passed = f" ({not_topk})" if not_topk else ""
+        logits = "bf16 logits" if topk.dtype == "bf16" else "float32 logits"
+        parts.append(f"top-k: {topk.dtype} by {topk.backend} on {logits} at {where}{passed}")
+    if gather is None:
+        parts.append(f"key gather: upstream's ({'; '.join(gather_why)})")
+    else:
+        parts.append(f"key gather: {gather} at {state.seams['gather'].where}")
+    log.once(logging.INFO, f"dsv4 in {state.host}: {'. '.join(parts)}.")
