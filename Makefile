@@ -6,11 +6,14 @@
 #   make test-gpu PY=python3                 an environment that is there already
 #   make test ARGS="-k topk -x"              arguments for pytest
 
-PYTHON ?= python3
-VENV   ?= .venv
-TORCH  ?= torch==2.13.0
-ARGS   ?=
-JOBS   ?= 2
+PYTHON   ?= python3
+VENV     ?= .venv
+VLLM_ENV ?= .venvs/vllm-cpu
+TORCH    ?= torch==2.13.0
+ARGS     ?=
+JOBS     ?= 2
+
+export DSV4_VLLM_ENV = $(abspath $(VLLM_ENV))
 
 ifdef PY
   READY :=
@@ -21,9 +24,11 @@ endif
 
 # csrc/build.py and csrc/*.cu are here so that a changed kernel is rebuilt before the tests run.
 CSRC   := $(wildcard csrc/* csrc/include/dsv4/*)
+# clang_format has no __main__.
+CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
 CPPTREE = $(shell git ls-files -co --exclude-standard 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.h')
 
-.PHONY: help env demo test test-gpu lint format wheel so clean
+.PHONY: help env demo test test-gpu lint format wheel so clean vllm-env
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,10 +42,14 @@ $(VENV)/.ready: pyproject.toml $(CSRC)
 	$(VENV)/bin/python -m pip install -q -e '.[test,dev]'
 	touch $@
 
-demo: $(READY)  ## real vLLM indexer code on this CPU, with the plugin and without it
-	$(PY) examples/vllm_cpu_demo.py
+# Two releases of vLLM without their CUDA stack, for the demo and tests/vllm: some 2 GB, once.
+vllm-env:
+	$(PYTHON) examples/make_vllm_cpu_env.py --dir $(VLLM_ENV)
 
-test: $(READY)  ## every test that needs no GPU; a CUDA device, if there is one, is not used
+demo: vllm-env  ## real vLLM indexer code on this CPU, with the plugin and without it
+	$(VLLM_ENV)/bin/python examples/demo_vllm_cpu.py
+
+test: $(READY) vllm-env  ## every test that needs no GPU; a CUDA device, if there is one, is not used
 	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA device; without one they fail
@@ -50,12 +59,12 @@ lint: $(READY)  ## ruff, mypy and clang-format, changing nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m clang_format --dry-run --Werror $(CPPTREE)
+	$(CLANG_FORMAT) --dry-run --Werror $(CPPTREE)
 
 format: $(READY)  ## put everything into the one format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m clang_format -i $(CPPTREE)
+	$(CLANG_FORMAT) -i $(CPPTREE)
 
 wheel: $(READY)  ## build dist/*.tar.gz and dist/*.whl (with the CUDA kernels where nvcc is found)
 	$(PY) -m build

@@ -84,7 +84,10 @@ class Toolchain:
         temp.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
-        includes = [f"-I{CSRC / 'include'}", f"-I{CSRC}", *(f"-isystem={p}" for p in _tvm_ffi())]
+        includes = [f"-I{CSRC / 'include'}", f"-I{CSRC}"]
+        for path in _tvm_ffi():
+            # Errors carry the file they come from: not one in a build environment that is gone.
+            includes += [f"-isystem={path}", f"-Xcompiler=-ffile-prefix-map={path}=tvm_ffi"]
         objects = [temp / f"{s.stem}.o" for s in sources]
         commands = [
             [self.nvcc, *COMPILE_FLAGS, *targets, *includes, "-c", str(s), "-o", str(o)]
@@ -142,7 +145,7 @@ class BuildExt(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile one extension. A failure is an error: a wheel tagged for a platform has its .so."""
+        """Compile one extension; failing is an error, so a platform wheel has its .so."""
         found = toolchain()
         if found is None:
             raise SetupError(f"{ext.name} was declared, but no compiler for it is there any more")

@@ -1,0 +1,94 @@
+"""The shared library: what it exports, what it needs, and under which tvm-ffi it loads."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging_tools import check
+
+# vLLM 0.26 pins 0.1.10; vLLM 0.33 and SGLang 0.5.16-0.5.23 0.1.11; tokenspeed-kernel 0.1.4
+# 0.1.13.post3. The last is whatever PyPI has in the range of pyproject.toml.
+TVM_FFI = ["==0.1.10", "==0.1.11", "==0.1.13.post3", ">=0.1.10,<0.2"]
+
+
+def tool(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_only_tvm_ffi_functions_are_exported(library: Path) -> None:
+    lines = tool("nm", "-D", "--defined-only", library).splitlines()
+    exported = [line.split()[-1] for line in lines]
+    assert "__tvm_ffi_dsv4_topk" in exported
+    assert [name for name in exported if not name.startswith("__tvm_ffi_")] == []
+
+
+def test_nothing_of_torch_tvm_ffi_or_cuda_is_linked(library: Path) -> None:
+    dynamic = tool("readelf", "-d", library)
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
+    system = r"lib(c|m|dl|rt|pthread|gcc_s|stdc\+\+)\.so\.\d+|ld-linux-.*"
+    assert needed and [name for name in needed if not re.fullmatch(system, name)] == []
+    assert not re.search(r"R(UN)?PATH", dynamic)
+
+
+def test_undefined_symbols_are_the_systems_or_tvm_ffis_c_api(library: Path) -> None:
+    lines = tool("nm", "-D", "--undefined-only", library).splitlines()
+    names = {
+        line.split()[-1].split("@")[0] for line in lines if "@" not in line and " w " not in line
+    }
+    assert names, "the library calls tvm-ffi's C API"
+    assert [n for n in names if not re.fullmatch(r"TVMFFI\w+", n)] == []
+
+
+def test_no_path_of_the_build_environment_is_in_an_error(library: Path) -> None:
+    assert b"/tvm_ffi/include/tvm/ffi" not in library.read_bytes()
+
+
+PROBE = """
+import sys
+import torch, tvm_ffi
+print(tvm_ffi.__version__, tvm_ffi.__file__)
+function = tvm_ffi.load_module(sys.argv[1]).get_function("dsv4_topk")
+def call(logits, k=512):
+    rows = torch.ones(2, dtype=torch.int32)
+    out = torch.full((2, 512), 7, dtype=torch.int32)
+    try:
+        function(logits, rows, out, None, None, None, k, 1, 64, False, False)
+    except Exception as error:
+        print(type(error).__name__, "|", str(error).splitlines()[0])
+    else:
+        print("no error")
+    assert (out == 7).all()
+call(torch.zeros(2, 8))
+call(torch.zeros(2, 8, dtype=torch.float64))
+call(torch.zeros(8))
+try:
+    function(1, 2)
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize("version", TVM_FFI)
+def test_loads_and_raises_python_errors(library: Path, version: str, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site]
+    check([*pip, f"apache-tvm-ffi{version}"], tmp_path)
+    done = check(
+        [sys.executable, "-c", PROBE, library],
+        tmp_path,
+        {"PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": ""},
+    )
+    loaded, on_cpu, dtype, rank, arity = done.stdout.splitlines()
+    number, _, file = loaded.partition(" ")
+    assert Path(file).is_relative_to(site)
+    if version.startswith("=="):
+        assert number == version[2:]
+    # Each names the argument and what came.
+    assert re.match(r"(ValueError|TypeError) \| .*logits.*(cpu|CUDA|cuda)", on_cpu), on_cpu
+    assert re.match(r"TypeError \| .*logits.*float64", dtype), dtype
+    assert re.match(r"ValueError \| .*logits", rank), rank
+    assert arity == "TypeError"
