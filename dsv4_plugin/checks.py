@@ -100,24 +100,18 @@ def as_pages(cache: Any, block_size: int, row_bytes: int) -> torch.Tensor:
     """
     tensor("cache", cache, (torch.uint8,), (2, 3, 4))
     need = block_size * row_bytes
+    flat = cache
     if cache.dim() == 2:
         inner_ok = cache.shape[1] >= need and (cache.stride(1) == 1 or cache.shape[1] == 1)
-        flat = cache
     else:
-        shape, strides = tuple(cache.shape[1:]), tuple(cache.stride()[1:])
-        contiguous: list[int] = []
-        for size in reversed(shape):
-            contiguous.insert(0, contiguous[0] * last if contiguous else 1)
-            last = size
-        inner_ok = (
-            shape[0] == block_size
-            and shape[-1] == row_bytes
-            and (len(shape) == 2 or shape[1] == 1)
-            and all(
-                s == c or n == 1 for s, c, n in zip(strides, contiguous, shape, strict=True)
-            )
+        shape, strides = tuple(cache.shape[1:]), cache.stride()[1:]
+        expected = (row_bytes, 1) if len(shape) == 2 else (row_bytes, row_bytes, 1)
+        inner_ok = shape in {(block_size, row_bytes), (block_size, 1, row_bytes)} and all(
+            have == want or size == 1
+            for have, want, size in zip(strides, expected, shape, strict=True)
         )
-        flat = cache.as_strided((cache.shape[0], need), (cache.stride(0), 1)) if inner_ok else cache
+        if inner_ok:
+            flat = cache.as_strided((cache.shape[0], need), (cache.stride(0), 1))
     if not inner_ok:
         raise ValueError(
             f"cache must be uint8 [pages, >= {need}] with unit inner stride, or "
@@ -179,9 +173,7 @@ def lengths_for(lengths: Any, rows: int, next_n: int, device: torch.device) -> N
         )
 
 
-def table(
-    name: str, value: Any, rows: int, next_n: int, device: torch.device
-) -> None:
+def table(name: str, value: Any, rows: int, next_n: int, device: torch.device) -> None:
     """Check an int32 ``[rows or rows // next_n, pages]`` table with unit inner stride."""
     tensor(name, value, (torch.int32,), (2,))
     on_device(name, value, device, "logits")

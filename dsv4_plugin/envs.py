@@ -118,10 +118,7 @@ def parse(environ: Mapping[str, str]) -> Settings:
     Raises:
         SettingError: a variable has a value it cannot have.
     """
-    values = {
-        v.field: _convert(v, environ.get(v.name, v.default), v.name)
-        for v in VARIABLES
-    }
+    values = {v.field: _convert(v, environ.get(v.name, v.default), v.name) for v in VARIABLES}
     return Settings(**values)
 
 

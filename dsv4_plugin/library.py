@@ -129,9 +129,7 @@ def _gather_indexer_cache_out(
 ) -> None:
     from dsv4_plugin import ops
 
-    ops.gather_into(
-        cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend
-    )
+    ops.gather_into(cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend)
 
 
 def _topk(

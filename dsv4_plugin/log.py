@@ -20,7 +20,8 @@ def configure(level: str) -> None:
     logger.setLevel(level.upper())
     if not logger.hasHandlers():
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s [dsv4] %(message)s", "%m-%d %H:%M:%S"))
+        line = "%(levelname)s %(asctime)s [dsv4] %(message)s"
+        handler.setFormatter(logging.Formatter(line, "%m-%d %H:%M:%S"))
         logger.addHandler(handler)
 
 

@@ -191,7 +191,7 @@ def _gather_kernel(
     INTERPRETED_: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
-    if QUANTISED:  # a plain copy: loads and stores of 16 bytes a lane agree
+    if QUANTISED:  # noqa: SIM108  # a plain copy: loads and stores of 16 bytes a lane agree
         word = tl.arange(0, WORDS)[None, :]
     else:
         word = (tl.arange(0, WORDS) ^ zero)[None, :]
@@ -243,7 +243,7 @@ INTERPRETED = not isinstance(_read_fp8_kernel, triton.runtime.JITFunction)
 WARPS = 4
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _hardware_e4m3(device: torch.device) -> bool:
     if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
         return False

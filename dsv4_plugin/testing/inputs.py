@@ -88,12 +88,8 @@ DISTRIBUTIONS: dict[str, Callable[[int, int, torch.Generator], torch.Tensor]] = 
     "crowded": lambda r, c, g: 10 + torch.randn(r, c, generator=g, device=g.device),
     "relu_sum": _relu_sum,
     "all_equal": lambda r, c, g: torch.full((r, c), 0.25, device=g.device),
-    "two_values": lambda r, c, g: (
-        torch.rand(r, c, generator=g, device=g.device) < 0.01
-    ).float(),
-    "ascending": lambda r, c, g: (
-        torch.randn(r, c, generator=g, device=g.device).sort(dim=1).values
-    ),
+    "two_values": lambda r, c, g: (torch.rand(r, c, generator=g, device=g.device) < 0.01).float(),
+    "ascending": lambda r, c, g: torch.randn(r, c, generator=g, device=g.device).sort(dim=1).values,
     "descending": lambda r, c, g: (
         torch.randn(r, c, generator=g, device=g.device).sort(dim=1, descending=True).values
     ),
