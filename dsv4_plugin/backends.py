@@ -56,7 +56,7 @@ _FORMS: dict[str, dict[str, str]] = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
@@ -123,7 +123,7 @@ def choose(call: Call, backend: str = "auto") -> str:
         if reasons:
             raise UnmetError(f"backend {backend!r} for {call.op}", reasons)
         return backend
-    passed = []
+    passed: list[str] = []
     for name in ORDER:
         if name in _FORMS[call.op]:
             reasons = unmet(call, name)

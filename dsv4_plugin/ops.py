@@ -174,15 +174,14 @@ def gather_indexer_cache(
             f"cu_seq_lens must have one entry more than block_table has rows "
             f"({block_table.shape[0]} + 1), got {cu_seq_lens.shape[0]}"
         )
-    result = out
     if out is None:
         total = int(cu_seq_lens[-1])
         if dtype is None:
             values = torch.empty(total, head_dim, dtype=torch.float8_e4m3fn, device=cache.device)
-            result = out = (values, torch.empty(total, device=cache.device))
+            out = (values, torch.empty(total, device=cache.device))
         else:
             checks.dtype_in("dtype", dtype, checks.OUT_DTYPES)
-            result = out = torch.empty(total, head_dim, dtype=dtype, device=cache.device)
+            out = torch.empty(total, head_dim, dtype=dtype, device=cache.device)
     if isinstance(out, torch.Tensor):
         if dtype is None or out.dtype != dtype:
             raise ValueError(
@@ -200,7 +199,7 @@ def gather_indexer_cache(
         )
     else:
         gather_into(cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend)
-    return result
+    return out
 
 
 def gather_into(

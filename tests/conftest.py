@@ -6,9 +6,7 @@ import os
 
 import pytest
 from hypothesis import settings as hypothesis_settings
-from skip_policy import has_cuda
-
-pytest_plugins = ["skip_policy"]
+from skip_policy import has_cuda, pytest_addoption, pytest_configure  # noqa: F401  # hooks
 
 # Timing on a busy two-core machine says nothing; in CI the same examples come every time.
 hypothesis_settings.register_profile("default", deadline=None)

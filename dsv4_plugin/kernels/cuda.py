@@ -38,7 +38,7 @@ def missing() -> str | None:
     return _module()[1]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _function(name: str) -> Any:
     module, why = _module()
     if module is None:

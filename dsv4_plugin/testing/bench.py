@@ -52,9 +52,7 @@ def bench_read(progress: Callable[[str], None]) -> list[Row]:
     progress(f"copy: {rate / 1e6:.2f} TB/s read + written")
     cache = fp8_cache(PAGES, device="cuda")
     g = torch.Generator().manual_seed(0)
-    lists = [
-        torch.randint(0, PAGES * 64, (TOKENS,), generator=g).cuda() for _ in range(24)
-    ]
+    lists = [torch.randint(0, PAGES * 64, (TOKENS,), generator=g).cuda() for _ in range(24)]
     rows: list[Row] = []
 
     def add(case: str, implementation: str, us: float, floor: float) -> None:
@@ -67,8 +65,10 @@ def bench_read(progress: Callable[[str], None]) -> list[Row]:
         name = str(dtype).removeprefix("torch.")
         out = torch.empty(TOKENS, HEAD_DIM, dtype=dtype, device="cuda")
         for backend in ("triton", "torch"):
-            warm = [lambda b=backend: read_indexer_cache(cache, lists[0], out=out, backend=b)]
-            cold = [lambda s=s, b=backend: read_indexer_cache(cache, s, out=out, backend=b)
+            warm = [
+                lambda b=backend, out=out: read_indexer_cache(cache, lists[0], out=out, backend=b)
+            ]
+            cold = [lambda s=s, b=backend, out=out: read_indexer_cache(cache, s, out=out, backend=b)
                     for s in lists]  # fmt: skip
             n = 96 if backend == "triton" else 24
             add(f"read {name} warm", backend, time_graph(warm, launches=n), floor)
@@ -126,8 +126,10 @@ def bench_topk(
                     line["warm_us"] = round(time_graph(calls[:1], launches=40, replays=11), 3)
                     line["cold_us"] = round(time_graph(calls, launches=64, replays=11), 3)
                     table.append(line)
-                    progress(f"{line['dtype']:9s} k {k:4d}  {r:3d} x {c:6d}  "
-                             f"warm {line['warm_us']:8.2f} us  cold {line['cold_us']:8.2f} us")
+                    progress(
+                        f"{line['dtype']:9s} k {k:4d}  {r:3d} x {c:6d}  "
+                        f"warm {line['warm_us']:8.2f} us  cold {line['cold_us']:8.2f} us"
+                    )
     return table
 
 
