@@ -53,7 +53,7 @@ def _show(t: torch.Tensor) -> str:
 
 
 def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], dims: tuple[int, ...]) -> None:
-    """Check that ``value`` is a tensor of one of ``dtypes``, its number of dimensions in ``dims``."""
+    """Check that ``value`` is a tensor of one of ``dtypes``, its ndim in ``dims``."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
