@@ -12,14 +12,6 @@ from packaging_tools import ROOT, Wheel, build, check, install, run
 from skip_policy import NO_NVCC
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # One worker of pytest-xdist gets them all, so that each wheel is built once.
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("packaging"))
-
-
 @pytest.fixture(scope="session")
 def has_git() -> bool:
     """Whether this tree is a git checkout (a release tarball is not)."""

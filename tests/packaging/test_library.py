@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from packaging_tools import check
 
+# One worker of pytest-xdist gets them all, so that each wheel is built once.
+pytestmark = pytest.mark.xdist_group("packaging")
+
 # vLLM 0.26 pins 0.1.10; vLLM 0.33 and SGLang 0.5.16-0.5.23 0.1.11; tokenspeed-kernel 0.1.4
 # 0.1.13.post3. The last is whatever PyPI has in the range of pyproject.toml.
 TVM_FFI = ["==0.1.10", "==0.1.11", "==0.1.13.post3", ">=0.1.10,<0.2"]

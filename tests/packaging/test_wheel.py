@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from packaging_tools import ROOT, Wheel, build, check, install, run, without_nvcc
 
+# One worker of pytest-xdist gets them all, so that each wheel is built once.
+pytestmark = pytest.mark.xdist_group("packaging")
+
 DIST_INFO = [
     "METADATA",
     "RECORD",
