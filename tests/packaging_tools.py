@@ -11,6 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+DIST_INFO = [
+    "METADATA",
+    "RECORD",
+    "WHEEL",
+    "entry_points.txt",
+    "licenses/LICENSE",
+    "licenses/NOTICE",
+    "top_level.txt",
+]
 
 
 @dataclass(frozen=True)
@@ -75,3 +84,11 @@ def install(wheel: Wheel, target: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target]
     check([*pip, wheel.path], target.parent)
     return target
+
+
+def expected_names(wheel: Wheel, tree: Path) -> set[str]:
+    """The package's modules, the typing marker, the written version, the metadata: no more."""
+    package = {str(p.relative_to(tree)) for p in (tree / "dsv4_plugin").rglob("*.py")}
+    version = wheel.path.stem.split("-")[1]
+    info = {f"dsv4_plugin-{version}.dist-info/{name}" for name in DIST_INFO}
+    return package | {"dsv4_plugin/py.typed", "dsv4_plugin/_version.py"} | info

@@ -1,4 +1,7 @@
-"""The shared library: what it exports, what it needs, and under which tvm-ffi it loads."""
+"""The wheel with the kernels: its tag, and what its library exports, needs and loads under.
+
+In one file, which ``pytest --dist loadfile`` gives to one worker: the wheel is built once.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from packaging_tools import check
-
-# One worker of pytest-xdist gets them all, so that each wheel is built once.
-pytestmark = pytest.mark.xdist_group("packaging")
+from packaging_tools import Wheel, check, expected_names, install
 
 # vLLM 0.26 pins 0.1.10; vLLM 0.33 and SGLang 0.5.16-0.5.23 0.1.11; tokenspeed-kernel 0.1.4
 # 0.1.13.post3. The last is whatever PyPI has in the range of pyproject.toml.
@@ -20,6 +20,17 @@ TVM_FFI = ["==0.1.10", "==0.1.11", "==0.1.13.post3", ">=0.1.10,<0.2"]
 
 def tool(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_cuda_wheel_is_for_one_platform_and_any_python(cuda_wheel: Wheel, tree: Path) -> None:
+    assert re.fullmatch(r"py3-none-linux_(x86_64|aarch64)", cuda_wheel.tag)
+    assert "Root-Is-Purelib: false" in cuda_wheel.read(".dist-info/WHEEL")
+    assert set(cuda_wheel.names) == expected_names(cuda_wheel, tree) | {"dsv4_plugin/_C.so"}
+
+
+def test_install_of_the_cuda_wheel(cuda_wheel: Wheel, tmp_path: Path) -> None:
+    site = install(cuda_wheel, tmp_path / "site")
+    assert (site / "dsv4_plugin" / "_C.so").stat().st_size > 100_000
 
 
 def test_only_tvm_ffi_functions_are_exported(library: Path) -> None:
