@@ -1,0 +1,74 @@
+"""The README and the pages of docs/: their names exist, their example runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging_tools import ROOT
+
+from dsv4_plugin import doctor, envs
+
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def between(mark: str) -> str:
+    found = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", README, re.S)
+    assert found, f"README.md has no <!-- {mark} --> … <!-- /{mark} -->"
+    return found[1]
+
+
+def test_the_settings_table_is_the_generated_one() -> None:
+    assert between("settings").strip() == envs.table()
+
+
+def test_there_is_a_place_for_the_figures() -> None:
+    between("figures")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_variable_that_is_named_exists(page: Path) -> None:
+    known = {v.name for v in envs.VARIABLES} | set(doctor.OTHER_VARIABLES)
+    assert set(re.findall(r"\bDSV4_[A-Z_]+[A-Z]\b", page.read_text())) <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_file_of_figures_exists() -> None:
+    """What stands between the marks is a claim, and a claim has its file."""
+    figures = between("figures")
+    files = re.findall(r"benchmarks/results/[\w./-]*\w", figures)
+    missing = [name for name in files if not (ROOT / name).exists()]
+    assert missing == []
+    assert files or not figures.strip(), "figures without a file in benchmarks/results"
+
+
+@pytest.fixture(scope="module")
+def example() -> dict[str, Any]:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    assert len(blocks) == 1
+    names: dict[str, Any] = {}
+    exec(compile(blocks[0], "README.md", "exec"), names)  # noqa: S102  # our own text
+    return names
+
+
+def test_the_example_gives_what_its_comments_say(example: dict[str, Any]) -> None:
+    assert example["keys"].shape == (3, 128) and example["keys"].dtype == torch.bfloat16
+    assert example["values"].shape == (130, 128)
+    assert example["values"].dtype == torch.float8_e4m3fn
+    assert example["scales"].shape == (130,) and example["scales"].dtype == torch.float32
+    indices = example["indices"]
+    assert indices.shape == (2, 512) and indices.dtype == torch.int32
+    assert indices[1].tolist() == [*range(300), *[-1] * 212]
+    best = example["logits"][0, :4000].float().topk(512).values.sort().values
+    got = example["logits"][0].float()[indices[0].long()].sort().values
+    assert torch.equal(got, best)
