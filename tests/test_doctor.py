@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,3 +195,29 @@ def test_without_torch_and_without_an_engine(form: list[str]) -> None:
     assert "torch cannot be imported" in done.stdout
     if form:
         assert "torch" in json.loads(done.stdout)["ops"]["error"]
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(
+        name="NVIDIA H20", major=9, minor=0, multi_processor_count=78, total_memory=96 << 30
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: card)
+    monkeypatch.setattr(backends, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "missing", lambda: "the compiled library cannot be loaded")
+    data = doctor.collect()
+    assert data["gpu"]["devices"] == [
+        {
+            "name": "NVIDIA H20",
+            "capability": "9.0",
+            "multiprocessors": 78,
+            "memory_gib": 96.0,
+        }
+    ]
+    assert data["exit_code"] == 1
+    assert data["ops"]["topk bfloat16 k=512"]["auto"] == "torch"
+    assert data["ops"]["gather uint8"]["auto"] == "triton"
+    text = doctor.render(data)
+    assert "NVIDIA H20, compute capability 9.0, 78 SMs, 96.0 GiB" in text
+    assert "not cuda: the compiled library cannot be loaded" in text
