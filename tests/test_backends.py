@@ -16,7 +16,7 @@ from dsv4_plugin.kernels import cuda, reference, triton_cache
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 TOPK = Call("topk", GPU, torch.bfloat16, 512)
-READ = Call("read", GPU, torch.bfloat16)
+MXFP4 = Call("read_mxfp4", GPU, torch.bfloat16)  # an op that has no CUDA form
 HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
 
 
@@ -49,7 +49,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def test_auto_takes_the_best_form_an_op_has(machine: Machine) -> None:
     assert backends.ORDER == ("cuda", "triton", "torch")
     assert backends.choose(TOPK) == "cuda"
-    assert backends.choose(READ) == "triton"
+    assert backends.choose(MXFP4) == "triton"
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_auto_takes_the_best_form_an_op_has(machine: Machine) -> None:
         (TOPK, HOPPER, "no library", "torch"),
         (Call("topk", GPU, torch.float32, MAX_K + 1), HOPPER, None, "torch"),
         (Call("topk", CPU, torch.float32, 512), HOPPER, None, "torch"),
-        (READ, AMPERE, None, "triton"),
-        (READ, TURING, None, "torch"),
+        (MXFP4, AMPERE, None, "triton"),
+        (MXFP4, TURING, None, "torch"),
         (Call("gather", GPU, torch.uint8), HOPPER, "no library", "triton"),
         (Call("read_mxfp4", CPU, torch.float32), HOPPER, None, "torch"),
     ],
@@ -90,7 +90,7 @@ def test_an_explicit_choice_is_taken(machine: Machine) -> None:
     assert backends.choose(TOPK, "torch") == "torch"
     assert backends.resolve(TOPK, "torch") is reference.topk
     assert backends.resolve(TOPK, "cuda") is cuda.topk
-    assert backends.resolve(READ, "triton") is triton_cache.read_indexer_cache
+    assert backends.resolve(MXFP4, "triton") is triton_cache.read_indexer_cache_mxfp4
 
 
 def test_an_explicit_choice_is_refused_with_every_reason(machine: Machine) -> None:
@@ -127,11 +127,11 @@ def test_the_setting_binds_the_ops_that_have_the_form(
     monkeypatch.setenv("DSV4_BACKEND", "cuda")
     with pytest.raises(UnmetError, match="no library"):
         backends.resolve(TOPK)
-    assert backends.resolve(READ) is triton_cache.read_indexer_cache
+    assert backends.resolve(MXFP4) is triton_cache.read_indexer_cache_mxfp4
     monkeypatch.setenv("DSV4_BACKEND", "triton")
     assert backends.resolve(TOPK) is reference.topk
     monkeypatch.setenv("DSV4_BACKEND", "torch")
-    assert backends.resolve(READ) is reference.read_indexer_cache
+    assert backends.resolve(MXFP4) is reference.read_indexer_cache_mxfp4
 
 
 def test_an_argument_wins_over_the_setting(

@@ -110,7 +110,7 @@ def test_a_wish_that_cannot_be_met_is_shown(no_gpu: None, monkeypatch: pytest.Mo
     data = doctor.collect()
     assert data["exit_code"] == 1
     assert "backend 'cuda' for topk" in data["verdict"]
-    assert data["ops"]["read float32"]["error"] is None, "read has no CUDA form to ask for"
+    assert data["ops"]["read_mxfp4 float32"]["error"] is None, "it has no CUDA form"
 
 
 def test_exit_code_0_where_the_kernels_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
