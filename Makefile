@@ -2,7 +2,7 @@
 # git and make; nvcc is optional, without it the CUDA kernels are not built.
 #
 #   make test PYTHON=python3.12              another Python for the environment
-#   make test TORCH="torch==2.13.0 ..."      another torch (any pip arguments)
+#   make test TORCH="torch==2.11.0"          another torch (any arguments of pip install)
 #   make test-gpu PY=python3                 an environment that is there already
 #   make test ARGS="-k topk -x"              arguments for pytest
 
@@ -12,6 +12,7 @@ VLLM_ENV ?= .venvs/vllm-cpu
 TORCH    ?= torch==2.13.0
 ARGS     ?=
 JOBS     ?= 2
+RESULTS  ?= benchmarks/results/gpu_suite.json
 
 export DSV4_VLLM_ENV = $(abspath $(VLLM_ENV))
 
@@ -53,7 +54,7 @@ test: $(READY) vllm-env  ## every test that needs no GPU; a CUDA device, if ther
 	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA device; without one they fail
-	$(PY) -m pytest -m gpu --require-gpu $(ARGS)
+	$(PY) -m pytest -m gpu --require-gpu --results $(RESULTS) $(ARGS)
 
 lint: $(READY)  ## ruff, mypy and clang-format, changing nothing
 	$(PY) -m ruff check .

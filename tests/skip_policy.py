@@ -88,6 +88,7 @@ class SkipPolicy:
 
             kinds = ("passed", "failed", "error", "skipped")
             counts = {k: len(terminalreporter.stats.get(k, [])) for k in kinds}
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"machine": machine(), "tests": counts}, indent=1) + "\n")
         if self.left_for_gpu:
             line(f"dsv4: {self.left_for_gpu} tests left for the GPU machine (make test-gpu)")

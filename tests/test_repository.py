@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from packaging_tools import ROOT
 
-from dsv4_plugin import envs
-
 TEXT = {
     ".py",
     ".md",
@@ -50,10 +48,6 @@ def test_no_path_of_one_machine_is_committed() -> None:
 
 def readme() -> str:
     return (ROOT / "README.md").read_text()
-
-
-def test_the_readme_shows_every_setting() -> None:
-    assert envs.table() in readme(), "paste `python -m dsv4_plugin.envs` into the README"
 
 
 def make_targets() -> set[str]:
