@@ -49,7 +49,7 @@ def _widen(logits: torch.Tensor) -> torch.Tensor:
 
 
 def plain(value: Any) -> Any:
-    """Return what upstream's float32 kernels can read: logits of ours widened, all else as it is."""
+    """Return what upstream's float32 kernels can read: our logits widened, all else as is."""
     return _widen(value) if _tagged(value) else value
 
 

@@ -249,7 +249,10 @@ def _report(
     gather_why: list[str],
 ) -> None:
     """Say in one line what engaged, where, and why not; again only when it changes."""
-    not_topk = "; ".join(f"not {name}: {', '.join(why)}" for name, why in topk_why.items())
+    if topk is None:  # what keeps float32 away keeps everything away
+        not_topk = "; ".join(list(topk_why.values())[-1])
+    else:
+        not_topk = "; ".join(f"not {name}: {'; '.join(why)}" for name, why in topk_why.items())
     not_bf16 = None if topk is not None and topk.dtype == "bf16" else "logits stay as vLLM has them"
     whys = {
         "guard": None,

@@ -57,7 +57,10 @@ def switch_off(part: str, error: Exception) -> None:
     Both kinds of top-k and the bfloat16 logits go together: logits in bfloat16 have no reader
     upstream.
     """
-    decide(replace(_current, **{part: None}))
+    if part == "topk":
+        decide(replace(_current, topk=None))
+    else:
+        decide(replace(_current, gather=None))
     why = f"failed at a call and was switched off ({type(error).__name__}: {error})"
     for name, seam in state.seams.items():
         if name.startswith(part) or (part == "topk" and name == "logits"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 import threading
 from typing import Any
@@ -57,9 +58,13 @@ def install(module: Any) -> None:
             where, why = patch(module), None
         except _NotFound as error:
             where, why = None, str(error)
+        except Exception as error:  # a host of a shape nobody thought of is one without the seam
+            where, why = None, f"could not be patched ({type(error).__name__}: {error})"
         _by_seam[name] = _ledger.patches[before:]
         state.seams[name] = Seam(name, where, why or "no layer was built yet")
-        log.logger.debug("%s: %s: %s", state.host, name, where or why)
+    missing = [f"{s.name} ({s.why})" for s in state.seams.values() if s.where is None]
+    if missing:
+        log.once(logging.INFO, f"{state.host}: upstream's stays at {'; '.join(missing)}")
 
 
 def uninstall() -> None:
@@ -148,9 +153,9 @@ def _guard(module: Any) -> str:
     original = vars(cls).get("__init__")
     _parameters(original, "SparseAttnIndexer.__init__", ("self", "k_cache"))
 
-    @functools.wraps(original)  # type: ignore[arg-type]
+    @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)  # type: ignore[misc]
+        original(self, *args, **kwargs)
         guard.built(self)
 
     _ledger.replace(cls, "__init__", __init__, "SparseAttnIndexer.__init__")
@@ -249,8 +254,11 @@ class _OpShim:
         if kwargs or len(args) != len(_OP) or plan.current().topk is None:
             return self._upstream(args, kwargs)
         logits, lengths, output, workspace, k, max_seq_len = args
-        requests = lengths.numel()
-        next_n = logits.shape[0] // requests if 0 < requests < logits.shape[0] else 1
+        # [batch, next_n] is one length a row; fewer lengths than rows are one a request.
+        if lengths.dim() == 2 and lengths.shape[1] > 1:
+            next_n = lengths.shape[1]
+        else:
+            next_n = max(1, logits.shape[0] // max(1, lengths.numel()))
 
         def upstream(plain: torch.Tensor) -> None:
             self.packet()(plain, lengths, output, workspace, k, max_seq_len)
