@@ -33,6 +33,8 @@ class Call:
     device: torch.device
     dtype: torch.dtype | None = None
     k: int = 0
+    head_dim: int = 128
+    alignment: int = 16  # of every row of the cache and of the output, in bytes
 
 
 # op → backend → "module:function". An op that has no entry for a backend has no such form.
@@ -42,6 +44,7 @@ _FORMS: dict[str, dict[str, str]] = {
         "torch": "dsv4_plugin.kernels.reference:topk",
     },
     "read": {
+        "cuda": "dsv4_plugin.kernels.cuda:read_indexer_cache",
         "triton": "dsv4_plugin.kernels.triton_cache:read_indexer_cache",
         "torch": "dsv4_plugin.kernels.reference:read_indexer_cache",
     },
@@ -50,6 +53,7 @@ _FORMS: dict[str, dict[str, str]] = {
         "torch": "dsv4_plugin.kernels.reference:read_indexer_cache_mxfp4",
     },
     "gather": {
+        "cuda": "dsv4_plugin.kernels.cuda:gather_indexer_cache",
         "triton": "dsv4_plugin.kernels.triton_cache:gather_indexer_cache",
         "torch": "dsv4_plugin.kernels.reference:gather_indexer_cache",
     },
@@ -79,6 +83,13 @@ def _unmet_cuda(call: Call) -> list[str]:
         reasons.append(missing)
     if call.k > MAX_K:
         reasons.append(f"k is {call.k}, more than {MAX_K}")
+    if call.head_dim != cuda.HEAD_DIM:
+        reasons.append(f"head_dim is {call.head_dim}, the kernels need {cuda.HEAD_DIM}")
+    if call.alignment < cuda.ALIGNMENT:
+        reasons.append(
+            f"pages or output rows start at multiples of {call.alignment} bytes, the kernels need "
+            f"{cuda.ALIGNMENT}"
+        )
     return reasons
 
 

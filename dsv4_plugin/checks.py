@@ -15,6 +15,7 @@ __all__ = [
     "LOGITS_DTYPES",
     "MAX_K",
     "OUT_DTYPES",
+    "alignment",
     "as_pages",
     "dtype_in",
     "geometry",
@@ -125,6 +126,14 @@ def as_pages(cache: Any, block_size: int, row_bytes: int) -> torch.Tensor:
             f"which it is read; got storage offset {cache.storage_offset()}, {_show(cache)}"
         )
     return flat
+
+
+def alignment(*matrices: torch.Tensor) -> int:
+    """Return the largest power of two up to 16 that every row of these starts at, in bytes."""
+    bits = 16
+    for m in matrices:
+        bits |= m.data_ptr() | m.stride(0) * m.element_size()
+    return bits & -bits
 
 
 def slots_within(slots: torch.Tensor, total: int, block_size: int) -> None:

@@ -50,7 +50,7 @@ def read_indexer_cache(
         head_dim: values a key; a multiple of 4.
         dtype: float32 or bfloat16; ignored when ``out`` is given.
         out: ``[tokens, head_dim]`` float32 or bfloat16 to fill, unit inner stride.
-        backend: ``"triton"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
+        backend: ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
 
     Returns:
         ``[tokens, head_dim]``: ``out``, or a new tensor on the cache's device. An empty cache
@@ -120,7 +120,9 @@ def _read(
         shape = (tokens, head_dim)
         checks.out_matrix("out", out, shape, checks.OUT_DTYPES, cache.device, "cache")
     if tokens:
-        run = resolve(Call(op, cache.device, out.dtype), backend)
+        aligned = checks.alignment(pages, out)
+        call = Call(op, cache.device, out.dtype, head_dim=head_dim, alignment=aligned)
+        run = resolve(call, backend)
         run(pages, slot_mapping.to(cache.device), out, block_size, head_dim)
     return out
 
@@ -154,7 +156,7 @@ def gather_indexer_cache(
             Dequantised: ``[T, head_dim]`` of ``dtype``. Rows at and past ``cu_seq_lens[-1]`` stay
             as they are. Without ``out`` the size is read from ``cu_seq_lens``, which
             synchronises if that is on a GPU; give ``out`` under CUDA graphs.
-        backend: ``"triton"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
+        backend: ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
 
     Returns:
         ``out``, or new tensors on the cache's device: values float8_e4m3fn ``[T, head_dim]`` and
@@ -240,7 +242,9 @@ def gather_into(
         values = values.view(torch.uint8)
         scales = scales.view(torch.float32).reshape(tokens)
     if values.shape[0]:
-        run = resolve(Call("gather", device, values.dtype), backend)
+        aligned = checks.alignment(pages, values)
+        call = Call("gather", device, values.dtype, head_dim=head_dim, alignment=aligned)
+        run = resolve(call, backend)
         run(pages, block_table, cu_seq_lens, values, scales, block_size, head_dim)
 
 

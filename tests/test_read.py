@@ -169,7 +169,7 @@ SLOTS = torch.zeros(3, dtype=torch.int64)
         ({"out": torch.zeros(128, 3).t()}, ValueError, "out.*unit stride"),
         ({"out": torch.zeros(3, 128, dtype=torch.int32)}, TypeError, "out.*int32"),
         ({"out": torch.zeros(1, 128).expand(3, 128)}, ValueError, "out.*overlap"),
-        ({"backend": "cuda"}, UnmetError, "no cuda implementation"),
+        ({"backend": "cuda"}, UnmetError, "on cpu, not on a CUDA device"),
     ],
 )
 def test_bad_input(change, error, words):

@@ -12,10 +12,21 @@ from typing import Any
 
 import torch
 
-__all__ = ["CAPABILITIES", "LIBRARY", "missing", "topk"]
+__all__ = [
+    "ALIGNMENT",
+    "CAPABILITIES",
+    "HEAD_DIM",
+    "LIBRARY",
+    "gather_indexer_cache",
+    "missing",
+    "read_indexer_cache",
+    "topk",
+]
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 CAPABILITIES = ((9, 0),)  # what csrc/build.py compiles for
+HEAD_DIM = 128  # what the cache kernels are written for
+ALIGNMENT = 16  # bytes a lane loads or stores at a time
 
 
 @functools.lru_cache(maxsize=1)
@@ -62,4 +73,35 @@ def topk(
     """Select the ``k`` largest columns of every row; see :func:`dsv4_plugin.ops.topk`."""
     _function("dsv4_topk")(
         logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort, narrow
+    )
+
+
+def read_indexer_cache(
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    out: torch.Tensor,
+    block_size: int,
+    head_dim: int,
+) -> None:
+    """Dequantise the FP8 keys at ``slots`` into ``out``; see :func:`dsv4_plugin.ops`."""
+    if pages.shape[0] == 0:
+        out.zero_()
+        return
+    if slots.dtype not in (torch.int32, torch.int64) or not slots.is_contiguous():
+        slots = slots.to(torch.int64).contiguous()
+    _function("dsv4_read")(pages, slots, out, block_size)
+
+
+def gather_indexer_cache(
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    values_out: torch.Tensor,
+    scales_out: torch.Tensor | None,
+    block_size: int,
+    head_dim: int,
+) -> None:
+    """Gather the keys of every sequence; see :func:`dsv4_plugin.ops`."""
+    _function("dsv4_gather")(
+        pages, block_table, cu_seq_lens.contiguous(), values_out, scales_out, block_size
     )

@@ -7,6 +7,7 @@ graph (:mod:`dsv4_plugin.testing.timing`).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import gather_indexer_cache, read_indexer_cache, topk
-from dsv4_plugin.testing.inputs import fp8_cache, scores
+from dsv4_plugin import gather_indexer_cache, read_indexer_cache
+from dsv4_plugin.testing import bench_topk
+from dsv4_plugin.testing.inputs import fp8_cache
 from dsv4_plugin.testing.timing import machine, time_graph
 
 __all__ = ["add_arguments", "run"]
@@ -24,9 +26,6 @@ __all__ = ["add_arguments", "run"]
 TOKENS = 14_338  # the prefill batch of the first seed
 PAGES = 16_384
 HEAD_DIM = 128
-COLD_BYTES = 150 << 20
-TOPK_COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)
-TOPK_ROWS = (1, 8, 32, 64, 128)
 
 Row = dict[str, Any]
 
@@ -41,9 +40,11 @@ def _peer_op(namespace: str, name: str) -> Any:
 
 def _copy_rate() -> float:
     """Measure bytes a microsecond of a large device-to-device copy, read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    source = torch.rand(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / time_graph([lambda: target.copy_(source)], launches=5, replays=7)
+    # A kernel: a copy node of the graph would go through the copy engine, which is slower.
+    us = time_graph([lambda: torch.mul(source, 2.0, out=target)], launches=5, replays=7)
+    return 2 * source.numel() * source.element_size() / us
 
 
 def bench_read(progress: Callable[[str], None]) -> list[Row]:
@@ -82,9 +83,13 @@ def bench_read(progress: Callable[[str], None]) -> list[Row]:
     values = torch.empty(TOKENS, HEAD_DIM, dtype=torch.float8_e4m3fn, device="cuda")
     scales = torch.empty(TOKENS, 4, dtype=torch.uint8, device="cuda")
     floor = TOKENS * 2 * (HEAD_DIM + 4) / rate
-    add("gather quantised", "triton", time_graph(
-        [lambda: gather_indexer_cache(cache, pages, cu, out=(values, scales), backend="triton")]
-    ), floor)  # fmt: skip
+
+    def gather(backend: str) -> None:
+        gather_indexer_cache(cache, pages, cu, out=(values, scales), backend=backend)
+
+    for backend in ("triton", "cuda"):
+        us = time_graph([functools.partial(gather, backend)])
+        add("gather quantised", backend, us, floor)
     theirs = _peer_op("_C_cache_ops", "cp_gather_indexer_k_quant_cache")
     if theirs is None:
         progress("vllm is not loaded: its cp_gather_indexer_k_quant_cache is not compared")
@@ -100,44 +105,12 @@ def bench_read(progress: Callable[[str], None]) -> list[Row]:
     return rows
 
 
-def bench_topk(
-    progress: Callable[[str], None],
-    ks: tuple[int, ...] = (512, 1024, 2048),
-    rows: tuple[int, ...] = TOPK_ROWS,
-    columns: tuple[int, ...] = TOPK_COLUMNS,
-) -> list[Row]:
-    """The exact top-k over the grid of the peers' table, warm and cold."""
-    table: list[Row] = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for k in ks:
-            for r in rows:
-                for c in columns:
-                    size = r * c * dtype.itemsize
-                    copies = max(1, min(64, -(-COLD_BYTES // size)))
-                    held = [scores("normal", r, c, dtype, seed=i, device="cuda")
-                            for i in range(min(copies, 4))]  # fmt: skip
-                    held += [held[0].clone() for _ in range(copies - len(held))]
-                    lengths = torch.full((r,), c, dtype=torch.int32, device="cuda")
-                    out = torch.empty(r, k, dtype=torch.int32, device="cuda")
-                    calls = [lambda x=x: topk(x, lengths, k, out=out, backend="cuda")  # noqa: B023
-                             for x in held]  # fmt: skip
-                    line: Row = {"dtype": str(dtype).removeprefix("torch."), "k": k, "rows": r,
-                                 "columns": c}  # fmt: skip
-                    line["warm_us"] = round(time_graph(calls[:1], launches=40, replays=11), 3)
-                    line["cold_us"] = round(time_graph(calls, launches=64, replays=11), 3)
-                    table.append(line)
-                    progress(
-                        f"{line['dtype']:9s} k {k:4d}  {r:3d} x {c:6d}  "
-                        f"warm {line['warm_us']:8.2f} us  cold {line['cold_us']:8.2f} us"
-                    )
-    return table
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``dsv4-plugin bench``."""
     parser.add_argument("what", choices=("read", "topk"), help="which ops")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--k", type=int, nargs="*", help="top-k: only these k")
+    parser.add_argument("--peers", type=Path, metavar="FILE.py", help="top-k: other kernels")
     parser.add_argument(
         "--load-library", action="append", default=[], metavar="SO",
         help="torch op library of a peer (vLLM's _C*.so) where the engine itself is not installed",
@@ -162,7 +135,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.what == "read":
         results = bench_read(progress)
     else:
-        results = bench_topk(progress, ks=tuple(arguments.k or (512, 1024, 2048)))
+        peers = bench_topk.load_peers(arguments.peers)
+        results = bench_topk.measure(progress, peers, ks=arguments.k or bench_topk.KS)
+        for field in ("warm_us", "cold_us"):
+            print("\n".join(bench_topk.summary(results, field)))
     if arguments.json:
         text = json.dumps({"machine": about, "what": arguments.what, "results": results}, indent=1)
         arguments.json.write_text(text + "\n")
