@@ -1,14 +1,19 @@
 // Scores as ordered integer keys, eight or four to a 16-byte vector.
 //
 // key(a) > key(b) exactly when a orders before b in a top-k: numbers by value, -0.0 equal to +0.0,
-// every NaN equal to every other NaN and below -inf. Key 0 is NaN alone (-inf is 0x007f, 0x03ff,
-// 0x007fffff), so a vector padded with NaN never wins against a number.
+// every NaN equal to every other NaN and below -inf. Key 0 is NaN alone, so a vector padded with
+// NaN never wins against a number.
 //
-// A policy says how a dtype in memory becomes a vector of keys:
-//   Scalar   the element in memory          kElems   elements of one vector
-//   kBits    width of a key (16 or 32)      load     one whole vector, 16-byte aligned
-//   pad/set  build a partial vector         key      ordered key of element e
-//   max_key  key of the largest element     kFine, fine_key   the same for kFine equal parts
+// A policy says how a dtype in memory becomes vectors of keys:
+//   Scalar          the element in memory        Key          its key (uint16_t or uint32_t)
+//   kElems, kBits   elements of a vector, bits of a key
+//   kLowest         key of -inf, the lowest number
+//   kWindowShift    histogram resolution of a 16-bit key prefix: 256 bins cover eight octaves
+//   load, set, pad  a whole vector (16-byte aligned); one element of a partial one; all NaN
+//   Best, best, better, best_key       largest element of a vector, without NaN; its key
+//   kFine, fine_key                    the same for kFine equal parts of a vector
+//   key, bits       key of a raw element, raw bits of a number's key
+//   at_least, above element masks: one bit an element that is >= or > a threshold (never for NaN)
 #pragma once
 
 #include <cstdint>
@@ -18,51 +23,76 @@
 
 namespace dsv4 {
 
-template <uint32_t kInfinity>
-__device__ __forceinline__ uint32_t ordered_key16(uint32_t bits) {
-  uint32_t key = (bits & 0x8000u) ? (~bits & 0xffffu) : (bits | 0x8000u);
-  key = key == 0x7fffu ? 0x8000u : key;  // -0.0 ties with +0.0
-  return (bits & 0x7fffu) > kInfinity ? 0u : key;
-}
-
-__device__ __forceinline__ uint32_t ordered_key32(uint32_t bits) {
-  uint32_t key = (bits & 0x80000000u) ? ~bits : (bits | 0x80000000u);
-  key = key == 0x7fffffffu ? 0x80000000u : key;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? 0u : key;
-}
-
 __device__ __forceinline__ uint32_t word(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
+// Not ld.global.nc: launched early, this kernel may be alive while the scores are still being
+// written.
 __device__ __forceinline__ uint4 load_vector(const void* p) {
-  return __ldg(static_cast<const uint4*>(p));
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ uint4 all_nan() {
+  return make_uint4(0xffffffffu, 0xffffffffu, 0xffffffffu, 0xffffffffu);
 }
 
 // Shared half of the 16-bit policies. The hardware maximum ignores NaN unless both operands are.
 template <class Pair, uint32_t kInfinity>
 struct Keys16 {
+  using Key = uint16_t;
+  using Best = uint32_t;  // two candidates
   static constexpr int kElems = 8;
   static constexpr int kBits = 16;
   static constexpr int kFine = 4;
+  static constexpr uint32_t kLowest = 0x7fffu - kInfinity;
 
-  static __device__ __forceinline__ uint4 pad() {
-    return make_uint4(0xffffffffu, 0xffffffffu, 0xffffffffu, 0xffffffffu);
+  static __device__ __forceinline__ uint4 pad() { return all_nan(); }
+  static __device__ __forceinline__ const Pair& pair(const uint32_t& bits) {
+    return reinterpret_cast<const Pair&>(bits);
   }
-  static __device__ __forceinline__ uint32_t key(const uint4& v, int e) {
-    return ordered_key16<kInfinity>((word(v, e / 2) >> (16 * (e & 1))) & 0xffffu);
+  static __device__ __forceinline__ uint32_t key(uint32_t bits) {
+    uint32_t key = (bits & 0x8000u) ? (~bits & 0xffffu) : (bits | 0x8000u);
+    key = key == 0x7fffu ? 0x8000u : key;  // -0.0 ties with +0.0
+    return (bits & 0x7fffu) > kInfinity ? 0u : key;
   }
-  static __device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b) {
-    const Pair m = __hmax2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
+  static __device__ __forceinline__ uint32_t bits(uint32_t key) {
+    return ((key & 0x8000u) ? key ^ 0x8000u : ~key & 0xffffu) * 0x10001u;
+  }
+  static __device__ __forceinline__ uint32_t element(const uint4& v, int e) {
+    return (word(v, e / 2) >> (16 * (e & 1))) & 0xffffu;
+  }
+  static __device__ __forceinline__ Best better(Best a, Best b) {
+    const Pair m = __hmax2(pair(a), pair(b));
     return reinterpret_cast<const uint32_t&>(m);
   }
-  static __device__ __forceinline__ uint32_t fine_key(const uint4& v, int part) {
-    const uint32_t w = word(v, part);
-    return ordered_key16<kInfinity>(pair_max(w, w >> 16) & 0xffffu);
+  static __device__ __forceinline__ Best best(const uint4& v) {
+    return better(better(v.x, v.y), better(v.z, v.w));
   }
-  static __device__ __forceinline__ uint32_t max_key(const uint4& v) {
-    const uint32_t m = pair_max(pair_max(v.x, v.y), pair_max(v.z, v.w));
-    return ordered_key16<kInfinity>(pair_max(m, m >> 16) & 0xffffu);
+  static __device__ __forceinline__ uint32_t best_key(Best b) {
+    return key(better(b, __byte_perm(b, b, 0x1032)) & 0xffffu);
+  }
+  static __device__ __forceinline__ uint32_t fine_key(const uint4& v, int part) {
+    return best_key(word(v, part));
+  }
+  // Two masks of 16 bits in one word to eight bits, element 0 lowest.
+  static __device__ __forceinline__ uint32_t gather_bits(uint32_t a, uint32_t b, uint32_t c,
+                                                         uint32_t d) {
+    const uint32_t spread =
+        (a & 0x00020001u) | (b & 0x00080004u) | (c & 0x00200010u) | (d & 0x00800040u);
+    return (spread | (spread >> 16)) & 0xffu;
+  }
+  static __device__ __forceinline__ uint32_t at_least(const uint4& v, uint32_t limit) {
+    return gather_bits(__hge2_mask(pair(v.x), pair(limit)), __hge2_mask(pair(v.y), pair(limit)),
+                       __hge2_mask(pair(v.z), pair(limit)), __hge2_mask(pair(v.w), pair(limit)));
+  }
+  static __device__ __forceinline__ uint32_t above(const uint4& v, uint32_t limit) {
+    return gather_bits(__hgt2_mask(pair(v.x), pair(limit)), __hgt2_mask(pair(v.y), pair(limit)),
+                       __hgt2_mask(pair(v.z), pair(limit)), __hgt2_mask(pair(v.w), pair(limit)));
   }
   static __device__ __forceinline__ void set16(uint4& v, int e, uint32_t bits) {
     const uint32_t keep = 0xffffu << (16 * ((e & 1) ^ 1));
@@ -76,12 +106,14 @@ struct Keys16 {
 
 struct Bfloat16Keys : Keys16<__nv_bfloat162, 0x7f80u> {
   using Scalar = uint16_t;
+  static constexpr int kWindowShift = 2;  // 128 keys an octave
   static __device__ __forceinline__ uint4 load(const Scalar* p) { return load_vector(p); }
   static __device__ __forceinline__ void set(uint4& v, int e, Scalar s) { set16(v, e, s); }
 };
 
 struct Float16Keys : Keys16<__half2, 0x7c00u> {
   using Scalar = uint16_t;
+  static constexpr int kWindowShift = 5;  // 1024 keys an octave
   static __device__ __forceinline__ uint4 load(const Scalar* p) { return load_vector(p); }
   static __device__ __forceinline__ void set(uint4& v, int e, Scalar s) { set16(v, e, s); }
 };
@@ -89,6 +121,7 @@ struct Float16Keys : Keys16<__half2, 0x7c00u> {
 // float32 in memory, selected as if it had been rounded to bfloat16 (nearest even) beforehand.
 struct NarrowedFloat32Keys : Keys16<__nv_bfloat162, 0x7f80u> {
   using Scalar = float;
+  static constexpr int kWindowShift = 2;
   static __device__ __forceinline__ uint32_t pack(uint32_t low, uint32_t high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(__uint_as_float(low), __uint_as_float(high));
     return reinterpret_cast<const uint32_t&>(pair);
@@ -105,14 +138,16 @@ struct NarrowedFloat32Keys : Keys16<__nv_bfloat162, 0x7f80u> {
 
 struct Float32Keys {
   using Scalar = float;
+  using Key = uint32_t;
+  using Best = float;
   static constexpr int kElems = 4;
   static constexpr int kBits = 32;
   static constexpr int kFine = 4;
+  static constexpr uint32_t kLowest = 0x007fffffu;
+  static constexpr int kWindowShift = 2;  // of the upper 16 bits: 128 an octave
 
   static __device__ __forceinline__ uint4 load(const Scalar* p) { return load_vector(p); }
-  static __device__ __forceinline__ uint4 pad() {
-    return make_uint4(0xffffffffu, 0xffffffffu, 0xffffffffu, 0xffffffffu);
-  }
+  static __device__ __forceinline__ uint4 pad() { return all_nan(); }
   static __device__ __forceinline__ void set(uint4& v, int e, Scalar s) {
     const uint32_t bits = __float_as_uint(s);
     if (e == 0) v.x = bits;
@@ -120,16 +155,33 @@ struct Float32Keys {
     if (e == 2) v.z = bits;
     if (e == 3) v.w = bits;
   }
-  static __device__ __forceinline__ uint32_t key(const uint4& v, int e) {
-    return ordered_key32(word(v, e));
+  static __device__ __forceinline__ uint32_t key(uint32_t bits) {
+    uint32_t key = (bits & 0x80000000u) ? ~bits : (bits | 0x80000000u);
+    key = key == 0x7fffffffu ? 0x80000000u : key;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? 0u : key;
   }
+  static __device__ __forceinline__ uint32_t bits(uint32_t key) {
+    return (key & 0x80000000u) ? key ^ 0x80000000u : ~key;
+  }
+  static __device__ __forceinline__ uint32_t element(const uint4& v, int e) { return word(v, e); }
+  static __device__ __forceinline__ Best better(Best a, Best b) { return fmaxf(a, b); }
+  static __device__ __forceinline__ Best best(const uint4& v) {
+    return fmaxf(fmaxf(__uint_as_float(v.x), __uint_as_float(v.y)),
+                 fmaxf(__uint_as_float(v.z), __uint_as_float(v.w)));
+  }
+  static __device__ __forceinline__ uint32_t best_key(Best b) { return key(__float_as_uint(b)); }
   static __device__ __forceinline__ uint32_t fine_key(const uint4& v, int part) {
-    return key(v, part);
+    return key(word(v, part));
   }
-  static __device__ __forceinline__ uint32_t max_key(const uint4& v) {
-    const float m = fmaxf(fmaxf(__uint_as_float(v.x), __uint_as_float(v.y)),
-                          fmaxf(__uint_as_float(v.z), __uint_as_float(v.w)));
-    return ordered_key32(__float_as_uint(m));
+  static __device__ __forceinline__ uint32_t at_least(const uint4& v, uint32_t limit) {
+    const float f = __uint_as_float(limit);
+    return (__uint_as_float(v.x) >= f ? 1u : 0u) | (__uint_as_float(v.y) >= f ? 2u : 0u) |
+           (__uint_as_float(v.z) >= f ? 4u : 0u) | (__uint_as_float(v.w) >= f ? 8u : 0u);
+  }
+  static __device__ __forceinline__ uint32_t above(const uint4& v, uint32_t limit) {
+    const float f = __uint_as_float(limit);
+    return (__uint_as_float(v.x) > f ? 1u : 0u) | (__uint_as_float(v.y) > f ? 2u : 0u) |
+           (__uint_as_float(v.z) > f ? 4u : 0u) | (__uint_as_float(v.w) > f ? 8u : 0u);
   }
 };
 

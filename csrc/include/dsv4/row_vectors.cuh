@@ -19,7 +19,9 @@ struct RowVectors {
   const Scalar* aligned;
   int32_t head;
   int32_t length;
-  int32_t count;  // vectors; at least one valid element in each
+  int32_t count;        // vectors; at least one valid element in each
+  int32_t whole_begin;  // vectors [whole_begin, whole_end) lie inside the window altogether
+  int32_t whole_end;
 
   __device__ __forceinline__ RowVectors(const TopkParams& p, int32_t row, RowWindow window) {
     const Scalar* first =
@@ -27,7 +29,10 @@ struct RowVectors {
     head = static_cast<int32_t>((reinterpret_cast<uintptr_t>(first) & 15u) / sizeof(Scalar));
     aligned = first - head;
     length = window.length;
-    count = static_cast<int32_t>((static_cast<uint32_t>(head) + length + kElems - 1) / kElems);
+    const uint32_t reach = static_cast<uint32_t>(head) + length;
+    count = static_cast<int32_t>((reach + kElems - 1) / kElems);
+    whole_begin = head == 0 ? 0 : 1;
+    whole_end = static_cast<int32_t>(reach / kElems);
   }
 
   __device__ __forceinline__ int32_t index(int32_t g, int e) const { return g * kElems + e - head; }
@@ -35,16 +40,23 @@ struct RowVectors {
     return static_cast<uint32_t>(index) < static_cast<uint32_t>(length);
   }
   __device__ __forceinline__ bool whole(int32_t g) const {
-    return index(g, 0) >= 0 && length - index(g, 0) >= kElems;
+    return g >= whole_begin && g < whole_end;
   }
-  __device__ __forceinline__ uint4 load_whole(int32_t g) const {
-    return Policy::load(aligned + static_cast<int64_t>(g) * kElems);
+  // One bit an element of vector g that lies inside the window.
+  __device__ __forceinline__ uint32_t valid_mask(int32_t g) const {
+    const int32_t low = max(0, head - g * kElems);
+    const int32_t high = min(kElems, length - index(g, 0));
+    return high <= low ? 0u : (1u << high) - (1u << low);
   }
+  __device__ __forceinline__ const Scalar* at(int32_t g) const {
+    return aligned + static_cast<int64_t>(g) * kElems;
+  }
+  __device__ __forceinline__ uint4 load_whole(int32_t g) const { return Policy::load(at(g)); }
   __device__ __forceinline__ uint4 load_partial(int32_t g) const {
     uint4 v = Policy::pad();
 #pragma unroll
     for (int e = 0; e < kElems; ++e) {
-      if (valid(index(g, e))) Policy::set(v, e, aligned[static_cast<int64_t>(g) * kElems + e]);
+      if (valid(index(g, e))) Policy::set(v, e, at(g)[e]);
     }
     return v;
   }

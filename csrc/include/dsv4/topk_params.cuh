@@ -60,14 +60,16 @@ struct RowWindow {
 };
 
 __device__ __forceinline__ RowWindow row_window(const TopkParams& p, int32_t row) {
-  const int32_t group = row / p.length_group;
+  // A division is some 25 instructions; rows that stand for themselves do without.
+  const int32_t group = p.length_group == 1 ? row : row / p.length_group;
   const int32_t member = row - group * p.length_group;
   int64_t length = p.lengths[group * p.length_stride0 + member * p.length_stride1];
   if (p.length_shared) length += member + 1 - p.length_group;
   int64_t start = 0;
   if (p.row_starts.data != nullptr) {
     start = p.row_starts[row * p.row_start_stride];
-    start = start < 0 ? 0 : start > p.columns ? p.columns : start;
+    // A start outside of the row leaves nothing to look at.
+    start = start < 0 || start > p.columns ? p.columns : start;
   }
   const int64_t room = p.columns - start;
   length = length < 0 ? 0 : length > room ? room : length;
@@ -86,19 +88,22 @@ struct RowOutput {
   __device__ __forceinline__ RowOutput(const TopkParams& p, int32_t row)
       : out(p.out + row * p.out_stride),
         out_raw(p.out_raw == nullptr ? nullptr : p.out_raw + row * p.out_raw_stride),
-        pages(p.page_table == nullptr ? nullptr
-                                      : p.page_table + (row / p.page_group) * p.page_table_stride),
+        pages(p.page_table == nullptr
+                  ? nullptr
+                  : p.page_table +
+                        (p.page_group == 1 ? row : row / p.page_group) * p.page_table_stride),
         page_count(p.pages),
         page_size(p.page_size),
         page_shift(p.page_shift) {}
 
-  // The pool slot of a row-local index. An index beyond the table (a length the caller's table does
-  // not cover) becomes -1 rather than a read out of bounds.
+  // The pool slot of a row-local index: -1 for an index beyond the table (a length the caller's
+  // table does not cover) and for one on a page that is none (a table padded with -1).
   __device__ __forceinline__ int32_t slot(int32_t index) const {
     if (pages == nullptr || index < 0) return index;
     const int32_t page = page_shift >= 0 ? index >> page_shift : index / page_size;
     if (page >= page_count) return -1;
-    return __ldg(pages + page) * page_size + (index - page * page_size);
+    const int32_t number = pages[page];
+    return number < 0 ? -1 : number * page_size + (index - page * page_size);
   }
 
   __device__ __forceinline__ void write(int32_t position, int32_t index) const {

@@ -57,16 +57,16 @@ __global__ __launch_bounds__(TopkWideSmem::kThreads) void topk_wide_kernel(
       const uint4 v = load(g);
 #pragma unroll
       for (int e = 0; e < Policy::kElems; ++e) {
-        const uint32_t key = Policy::key(v, e) >> shift;
+        const uint32_t key = Policy::key(Policy::element(v, e)) >> shift;
         if ((digit == 0 || key >> 8 == prefix) && vectors.valid(vectors.index(g, e))) {
-          atomicAdd(&smem.hist[digit][key & 255u], 1u);
+          atomicAdd(&smem.hist[digit][255u - (key & 255u)], 1u);
         }
       }
     }
     __syncthreads();
     const Pick pick = pick_bin(smem.hist[digit], need);
-    prefix = (prefix << 8) | pick.bin;
-    need -= pick.above;
+    prefix = (prefix << 8) | (255u - pick.bin);
+    need -= pick.before;
     if (pick.count == need) break;  // the whole bin is chosen: later digits decide nothing
   }
 
@@ -81,7 +81,7 @@ __global__ __launch_bounds__(TopkWideSmem::kThreads) void topk_wide_kernel(
     gt_mask = eq_mask = 0;
 #pragma unroll
     for (int e = 0; e < Policy::kElems; ++e) {
-      const uint32_t key = Policy::key(v, e) >> shift;
+      const uint32_t key = Policy::key(Policy::element(v, e)) >> shift;
       if (!vectors.valid(vectors.index(g, e))) continue;
       gt_mask |= static_cast<uint32_t>(key > prefix) << e;
       eq_mask |= static_cast<uint32_t>(key == prefix) << e;
@@ -127,7 +127,7 @@ __global__ __launch_bounds__(TopkWideSmem::kThreads) void topk_wide_kernel(
         const uint32_t position = gt + min(eq, need);
         const int32_t index = vectors.index(g, e);
         if (p.sort) {
-          smem.entries[position] = sort_entry(Policy::key(v, e), index);
+          smem.entries[position] = sort_entry(Policy::key(Policy::element(v, e)), index);
         } else {
           output.write(position, index);
         }
