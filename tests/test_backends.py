@@ -63,6 +63,10 @@ def test_auto_takes_the_best_form_an_op_has(machine: Machine) -> None:
         (MXFP4, AMPERE, None, "triton"),
         (MXFP4, TURING, None, "torch"),
         (Call("gather", GPU, torch.uint8), HOPPER, "no library", "triton"),
+        (Call("gather", GPU, torch.uint8), HOPPER, None, "cuda"),
+        (Call("read", GPU, torch.float32), HOPPER, None, "cuda"),
+        (Call("read", GPU, torch.float32, head_dim=64), HOPPER, None, "triton"),
+        (Call("read", GPU, torch.float32, alignment=4), HOPPER, None, "triton"),
         (Call("read_mxfp4", CPU, torch.float32), HOPPER, None, "torch"),
     ],
 )
