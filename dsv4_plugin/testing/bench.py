@@ -65,13 +65,14 @@ def bench_read(progress: Callable[[str], None]) -> list[Row]:
         floor = TOKENS * (8 + HEAD_DIM + 4 + HEAD_DIM * dtype.itemsize) / rate
         name = str(dtype).removeprefix("torch.")
         out = torch.empty(TOKENS, HEAD_DIM, dtype=dtype, device="cuda")
-        for backend in ("triton", "torch"):
-            warm = [
-                lambda b=backend, out=out: read_indexer_cache(cache, lists[0], out=out, backend=b)
-            ]
-            cold = [lambda s=s, b=backend, out=out: read_indexer_cache(cache, s, out=out, backend=b)
-                    for s in lists]  # fmt: skip
-            n = 96 if backend == "triton" else 24
+
+        def read(slots: torch.Tensor, backend: str, out: torch.Tensor = out) -> None:
+            read_indexer_cache(cache, slots, out=out, backend=backend)
+
+        for backend in ("cuda", "triton", "torch"):
+            warm = [functools.partial(read, lists[0], backend)]
+            cold = [functools.partial(read, slots, backend) for slots in lists]
+            n = 24 if backend == "torch" else 96
             add(f"read {name} warm", backend, time_graph(warm, launches=n), floor)
             add(f"read {name} cold slots", backend, time_graph(cold, launches=n), floor)
 
