@@ -290,7 +290,8 @@ def main() -> int:
     table(
         ["per-token loop", "read_indexer_cache (torch)", "faster", "values"],
         [[f"{read['loop_ms']:.2f} ms", f"{read['read_ms']:.3f} ms",
-          mark(times >= READ_BAR, f"{times:.0f}× (bar: {READ_BAR}×)"), mark(read["same"], verdict)]],
+          mark(times >= READ_BAR, f"{times:.0f}× (bar: {READ_BAR}×)"),
+          mark(read["same"], verdict)]],
     )  # fmt: skip
     print()
     print("On this CPU, for both columns alike, something stands in for")

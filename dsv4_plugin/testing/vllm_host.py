@@ -122,7 +122,7 @@ class _Ops:
 
     def __init__(self, calls: list[Call]) -> None:
         self.calls = calls
-        self.libraries = {}
+        self.libraries: dict[str, torch.library.Library] = {}
         for name, schema in _SCHEMAS.items():
             space, _, op = name.partition("::")
             library = self.libraries.get(space) or torch.library.Library(space, "FRAGMENT")
@@ -134,21 +134,21 @@ class _Ops:
         self.calls.append(Call(name, logits.dtype, logits.shape[0]))
         _upstream_rows(logits, _spans(lengths, logits.shape[0]), out, k)
 
-    def persistent_topk(self, logits, lengths, output, workspace, k, max_seq_len):  # type: ignore[no-untyped-def]
+    def persistent_topk(self, logits, lengths, output, workspace, k, max_seq_len):
         self._decode("persistent_topk", logits, lengths, output, k)
 
-    def cooperative_topk(self, logits, lengths, output, workspace, k, max_seq_len):  # type: ignore[no-untyped-def]
+    def cooperative_topk(self, logits, lengths, output, workspace, k, max_seq_len):
         self._decode("cooperative_topk", logits, lengths, output, k)
 
-    def top_k_per_row_decode(self, logits, next_n, seq_lens, indices, rows, s0, s1, k):  # type: ignore[no-untyped-def]
+    def top_k_per_row_decode(self, logits, next_n, seq_lens, indices, rows, s0, s1, k):
         self._decode("top_k_per_row_decode", logits, seq_lens, indices, k)
 
-    def top_k_per_row_prefill(self, logits, starts, ends, indices, rows, s0, s1, k):  # type: ignore[no-untyped-def]
+    def top_k_per_row_prefill(self, logits, starts, ends, indices, rows, s0, s1, k):
         self.calls.append(Call("top_k_per_row_prefill", logits.dtype, rows))
         spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
         _upstream_rows(logits, spans, indices, k)
 
-    def cp_gather_indexer_k_quant_cache(self, kv_cache, dst_k, dst_scale, table, cu):  # type: ignore[no-untyped-def]
+    def cp_gather_indexer_k_quant_cache(self, kv_cache, dst_k, dst_scale, table, cu):
         self.calls.append(Call("cp_gather_indexer_k_quant_cache", rows=int(cu[-1])))
         for request, (begin, end) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)):
             rows = _read(kv_cache, table[request], end - begin)
@@ -192,23 +192,23 @@ class DeepGemm:
             def paged(
                 q, kv_cache, weights, lens, table, schedule, width,
                 clean_logits=False, logits_dtype=torch.float32, indices=None,
-            ):  # type: ignore[no-untyped-def] # fmt: skip
+            ):  # fmt: skip
                 return self._paged(q, kv_cache, weights, lens, table, width, logits_dtype)
 
             def dense(
                 q, kv, weights, ks, ke, clean_logits=True, max_seqlen_k=0,
                 logits_dtype=torch.float32,
-            ):  # type: ignore[no-untyped-def] # fmt: skip
+            ):  # fmt: skip
                 return self._dense(q, kv, weights, ks, ke, max_seqlen_k, logits_dtype)
 
         else:
 
             def paged(  # type: ignore[misc]
                 q, kv_cache, weights, lens, table, schedule, width, indices=None
-            ):  # type: ignore[no-untyped-def]
+            ):
                 return self._paged(q, kv_cache, weights, lens, table, width, torch.float32)
 
-            def dense(q, kv, weights, ks, ke, max_seqlen_k):  # type: ignore[no-untyped-def,misc]
+            def dense(q, kv, weights, ks, ke, max_seqlen_k):  # type: ignore[misc]
                 return self._dense(q, kv, weights, ks, ke, max_seqlen_k, torch.float32)
 
         self.paged, self.dense = paged, dense
@@ -225,7 +225,7 @@ class DeepGemm:
         self.calls.append(Call(name, out.dtype, out.shape[0], out.clone(), spans))
         return out
 
-    def _paged(self, q, kv_cache, weights, lens, table, width, dtype):  # type: ignore[no-untyped-def]
+    def _paged(self, q, kv_cache, weights, lens, table, width, dtype):
         query, batch, next_n = q[0], q[0].shape[0], q[0].shape[1]
         out = self._new(batch * next_n, width, dtype)
         spans = _spans(lens, out.shape[0])
@@ -238,7 +238,7 @@ class DeepGemm:
                     out[row, :n] = _score(query[b, j], keys[:n], weights[row]).to(out.dtype)
         return self._record("paged_logits", out, spans)
 
-    def _dense(self, q, kv, weights, ks, ke, max_seqlen_k, dtype):  # type: ignore[no-untyped-def]
+    def _dense(self, q, kv, weights, ks, ke, max_seqlen_k, dtype):
         query = q[0]
         scales = kv[1].reshape(-1, 1).contiguous().view(torch.uint8)
         keys = torch.cat((kv[0].view(torch.uint8), scales), dim=1)
@@ -299,13 +299,13 @@ class Engine:
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.ops = _Ops(self.calls)
-        self.indexer = importlib.import_module(INDEXER)
-        deep_gemm = importlib.import_module("vllm.utils.deep_gemm")
+        self.indexer: Any = importlib.import_module(INDEXER)
+        deep_gemm: Any = importlib.import_module("vllm.utils.deep_gemm")
         takes = "clean_logits" in inspect.signature(deep_gemm.fp8_fp4_mqa_logits).parameters
         self.deep_gemm_module = deep_gemm
         self.deep_gemm = DeepGemm(self.calls, takes)
         self.install_deep_gemm()
-        self.indexer.has_deep_gemm = lambda: True
+        vars(self.indexer)["has_deep_gemm"] = lambda: True
         if not torch.accelerator.is_available():
             torch.accelerator.empty_cache = lambda: None  # the workspace asks for it as it grows
         workspace = importlib.import_module("vllm.v1.worker.workspace")
@@ -328,7 +328,7 @@ class Engine:
         undo = []
         for name in _SEES_PLATFORM:
             with contextlib.suppress(ImportError):
-                module = importlib.import_module(name)
+                module: Any = importlib.import_module(name)
                 if hasattr(module, "current_platform"):
                     undo.append((module, module.current_platform))
                     module.current_platform = _Platform(module.current_platform, capability)
