@@ -38,11 +38,19 @@ struct CacheParams {
   float* scales;  // quantised gather: [tokens]
 };
 
-// Where a key is: its first value and its scale; null for one that reads as `scale` times nothing.
+enum class KeyKind : int {
+  kKey,
+  kZeros,  // padding
+  kNan,    // past the end
+  kNone,   // nothing is written for this token
+};
+
+// Where a key is, and its scale. The scale is on its way from memory while the place is handed
+// round: nothing looks at it before the values have been asked for.
 struct KeyPlace {
+  KeyKind kind;
   const uint8_t* values;
   float scale;
-  bool live;  // false: nothing is written for this token
 };
 
 constexpr float kQuietNan = __builtin_nanf("");
@@ -61,20 +69,20 @@ __device__ __forceinline__ void split_position(const CacheParams& p, int64_t pos
 __device__ __forceinline__ KeyPlace place_key(const CacheParams& p, int64_t page, int64_t offset) {
   const uint8_t* base = p.cache + page * p.page_stride;
   const auto* scales = reinterpret_cast<const float*>(base + int64_t{p.block_size} * kHeadDim);
-  return {base + offset * kHeadDim, scales[offset], true};
+  return {KeyKind::kKey, base + offset * kHeadDim, scales[offset]};
 }
 
 template <class Slot>
 struct SlotKeys {
   // Slot < 0: padding, zeros. Slot past the end: NaN.
   static __device__ __forceinline__ KeyPlace find(const CacheParams& p, int64_t token) {
-    if (token >= p.tokens) return {nullptr, 0.0f, false};
+    if (token >= p.tokens) return {KeyKind::kNone, nullptr, 0.0f};
     const auto slot = static_cast<int64_t>(static_cast<const Slot*>(p.slots)[token]);
-    if (slot < 0) return {nullptr, 0.0f, true};
+    if (slot < 0) return {KeyKind::kZeros, nullptr, 0.0f};
     int64_t page;
     int64_t offset;
     split_position(p, slot, page, offset);
-    if (page >= p.pages) return {nullptr, kQuietNan, true};
+    if (page >= p.pages) return {KeyKind::kNan, nullptr, kQuietNan};
     return place_key(p, page, offset);
   }
 };
@@ -101,24 +109,17 @@ struct SequenceKeys {
       // The ends do not decrease: once the last of 32 lies past every token, no later one counts.
       if (__all_sync(kFullWarp, __shfl_sync(kFullWarp, end, held - 1) > token)) break;
     }
-    if (token >= p.tokens || sequence >= p.batch) return {nullptr, 0.0f, false};
+    if (token >= p.tokens || sequence >= p.batch) return {KeyKind::kNone, nullptr, 0.0f};
     int64_t column;
     int64_t offset;
     split_position(p, token - start, column, offset);
-    if (column >= p.table_width) return {nullptr, kQuietNan, true};
+    if (column >= p.table_width) return {KeyKind::kNan, nullptr, kQuietNan};
     const int64_t page = p.block_table[sequence * p.table_stride + column];
-    if (page < 0) return {nullptr, 0.0f, true};
-    if (page >= p.pages) return {nullptr, kQuietNan, true};
+    if (page < 0) return {KeyKind::kZeros, nullptr, 0.0f};
+    if (page >= p.pages) return {KeyKind::kNan, nullptr, kQuietNan};
     return place_key(p, page, offset);
   }
 };
-
-__device__ __forceinline__ KeyPlace place_of_lane(const KeyPlace& mine, int lane) {
-  const auto address = reinterpret_cast<uint64_t>(mine.values);
-  return {reinterpret_cast<const uint8_t*>(__shfl_sync(kFullWarp, address, lane)),
-          __shfl_sync(kFullWarp, mine.scale, lane),
-          static_cast<bool>(__shfl_sync(kFullWarp, static_cast<int>(mine.live), lane))};
-}
 
 __device__ __forceinline__ float2 widen_e4m3x2(uint32_t two) {
   const __half2_raw halves =
@@ -200,26 +201,29 @@ __global__ void __launch_bounds__(kCacheThreads) index_cache_kernel(const CacheP
   const int64_t first = warp * kKeys;
   if (first >= p.tokens) return;
   KeyPlace mine = Keys::find(p, lane < kKeys ? first + lane : first);
-  if (lane >= kKeys) mine.live = false;
+  if (lane >= kKeys) mine.kind = KeyKind::kNone;
 
   const int part = lane % kLanesPerKey;
   Word words[kRounds];
-  float scales[kRounds];
   bool live[kRounds];
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
-    const KeyPlace key = place_of_lane(mine, round * kKeysPerRound + lane / kLanesPerKey);
-    words[round] = filled_word<Word>(isnan(key.scale) && key.values == nullptr ? 0x7f7f7f7fu : 0u);
-    if (key.values != nullptr) words[round] = reinterpret_cast<const Word*>(key.values)[part];
-    scales[round] = key.scale;
-    live[round] = key.live;
+    const int from = round * kKeysPerRound + lane / kLanesPerKey;
+    const auto kind =
+        static_cast<KeyKind>(__shfl_sync(kFullWarp, static_cast<int>(mine.kind), from));
+    const auto values = reinterpret_cast<const Word*>(
+        __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(mine.values), from));
+    words[round] = filled_word<Word>(kind == KeyKind::kNan ? 0x7f7f7f7fu : 0u);
+    if (kind == KeyKind::kKey) words[round] = values[part];
+    live[round] = kind != KeyKind::kNone;
   }
-  if (p.scales != nullptr && mine.live) p.scales[first + lane] = mine.scale;
+  if (p.scales != nullptr && mine.kind != KeyKind::kNone) p.scales[first + lane] = mine.scale;
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
-    const int64_t token = first + round * kKeysPerRound + lane / kLanesPerKey;
-    auto* row = static_cast<typename Form::Out*>(p.out) + token * p.out_stride;
-    if (live[round]) Form::store(row, part, words[round], scales[round]);
+    const int from = round * kKeysPerRound + lane / kLanesPerKey;
+    const float scale = __shfl_sync(kFullWarp, mine.scale, from);
+    auto* row = static_cast<typename Form::Out*>(p.out) + (first + from) * p.out_stride;
+    if (live[round]) Form::store(row, part, words[round], scale);
   }
 }
 
