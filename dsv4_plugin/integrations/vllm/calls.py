@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import ops
+from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.integrations.vllm import plan
 from dsv4_plugin.state import state
 
@@ -130,7 +131,8 @@ def _select(
         except Exception as error:
             if now.strict:
                 raise
-            plan.switch_off("topk", error)
+            if not isinstance(error, UnmetError):  # that one is about this call's form only
+                plan.switch_off("topk", error)
         else:
             state.count(f"topk.{kind}")
             state.count(f"topk.{kind}.{_name(scores.dtype)}.{now.topk.backend}")
@@ -242,7 +244,8 @@ def gather(
         except Exception as error:
             if now.strict:
                 raise
-            plan.switch_off("gather", error)
+            if not isinstance(error, UnmetError):  # that one is about this call's form only
+                plan.switch_off("gather", error)
         else:
             state.count("gather")
             state.count(f"gather.{now.gather}")

@@ -223,23 +223,25 @@ def _decide_gather(settings: envs.Settings, layers: list[_Layer]) -> tuple[str |
     mode = settings.indexer_read
     if mode == "off":
         return None, ["DSV4_INDEXER_READ=off"]
-    reasons = [why for layer in layers for why in layer.no_gather] + seams.problems("gather")
+    wish = "DSV4_STRICT=1: the key gather" if settings.strict else None
     device = layers[0].device
-    backend = mode
-    if mode == "auto":
-        backend = "triton" if device.type == "cuda" else "torch"
-        if settings.backend in ("triton", "torch"):
-            backend = settings.backend
-    call = backends.Call("gather", device, torch.uint8)
-    reasons += [f"backend {backend}: {why}" for why in backends.unmet(call, backend)]
-    reasons = _unique(reasons)
-    if not reasons:
-        return backend, []
+    # auto never puts torch ops in the place of the engine's CUDA kernel.
+    candidates = ["cuda", "triton"] if device.type == "cuda" else ["torch"]
     if mode != "auto":
-        raise UnmetError(f"DSV4_INDEXER_READ={mode}", reasons)
-    if settings.strict:
-        raise UnmetError("DSV4_STRICT=1: the key gather", reasons)
-    return None, reasons
+        wish, candidates = f"DSV4_INDEXER_READ={mode}", [mode]
+    elif settings.backend != "auto":
+        wish, candidates = f"DSV4_BACKEND={settings.backend} for the key gather", [settings.backend]
+    reasons = [why for layer in layers for why in layer.no_gather] + seams.problems("gather")
+    possible = not reasons
+    call = backends.Call("gather", device, torch.uint8)
+    for backend in candidates:
+        unmet = backends.unmet(call, backend)
+        if possible and not unmet:
+            return backend, []
+        reasons += [f"backend {backend}: {why}" for why in unmet]
+    if wish is not None:
+        raise UnmetError(wish, _unique(reasons))
+    return None, _unique(reasons)
 
 
 def _report(

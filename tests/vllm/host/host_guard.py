@@ -323,3 +323,64 @@ def test_the_reason_for_upstream_is_said_once(engine, run, monkeypatch, caplog):
 def test_the_line_is_not_said_when_nobody_asked(engine, run, caplog):
     run.build(engine.problem(**MIXED))
     assert not [r for r in caplog.records if r.levelno >= logging.INFO]
+
+
+# --- on a GPU, as far as the decision goes ---------------------------------------------------
+
+
+class Cuda:
+    """A layer's view of a Hopper GPU: the decision looks at devices, never at data."""
+
+    def __init__(self, monkeypatch, unmet):
+        from dsv4_plugin.integrations.vllm import guard
+
+        self.asked = []
+        real = guard._seen
+
+        def seen(layer, config):
+            import dataclasses
+
+            return dataclasses.replace(real(layer, config), device=torch.device("cuda", 0))
+
+        def answer(call, backend):
+            self.asked.append((call.op, backend))
+            return unmet.get((call.op, backend), [])
+
+        monkeypatch.setattr(guard, "_seen", seen)
+        monkeypatch.setattr(guard.backends, "unmet", answer)
+
+
+def decided():
+    from dsv4_plugin.integrations.vllm import plan
+
+    now = plan.current()
+    return now.topk and now.topk.backend, now.gather
+
+
+def test_on_cuda_auto_takes_kernels_only(engine, run, monkeypatch):
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    cuda = Cuda(monkeypatch, {})
+    run.build(engine.problem(**MIXED))
+    assert decided() == ("cuda", "cuda")
+    assert "torch" not in {backend for _, backend in cuda.asked}
+
+
+def test_on_cuda_without_the_library_upstream_is_before_torch(engine, run, monkeypatch):
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    missing = ["the compiled library _C.so is not in this installation"]
+    cuda = Cuda(monkeypatch, {("topk", "cuda"): missing, ("gather", "cuda"): missing})
+    run.build(engine.problem(**MIXED))
+    assert decided() == (None, "triton")
+    assert "_C.so is not in this installation" in why()
+    assert "torch" not in {backend for _, backend in cuda.asked}
+    monkeypatch.setenv("DSV4_TOPK", "fp32")
+    error = refused(run, engine.problem(**MIXED))
+    assert any("_C.so" in reason for reason in error.unmet)
+
+
+def test_on_cuda_torch_is_there_for_who_asks_for_it(engine, run, monkeypatch):
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_BACKEND", "torch")
+    Cuda(monkeypatch, {})
+    run.build(engine.problem(**MIXED))
+    assert decided() == ("torch", "torch")

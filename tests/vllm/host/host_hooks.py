@@ -303,3 +303,27 @@ def test_a_deepgemm_that_vllm_resolved_anew_is_asked_again(engine, run, monkeypa
     run(engine.problem(**MIXED))
     wrote = {c.dtype for c in engine.calls if c.logits is not None}
     assert wrote == {torch.bfloat16 if can_bf16 else torch.float32}
+
+
+def test_a_call_our_kernel_does_not_take_is_one_call_upstream(engine, run, monkeypatch, caplog):
+    """As a cache whose rows are not aligned: about that call, so the next one is ours again."""
+    from dsv4_plugin import ops
+
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    real = ops.gather_indexer_cache
+    answers = [UnmetError("backend 'cuda' for gather", ["rows are aligned to 4 bytes"])]
+
+    def gather(*args, **kwargs):
+        if answers:
+            raise answers.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("dsv4_plugin.ops.gather_indexer_cache", gather)
+    problem = engine.problem(**MIXED)
+    with engine.gpu(), engine.config("deepseek_v32"):
+        layer = engine.layer(problem)
+        for _ in range(2):
+            engine.step(layer, problem)
+    counters = dsv4_plugin.status()["counters"]
+    assert (counters["gather.upstream"], counters["gather"]) == (1, 1)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
