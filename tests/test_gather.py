@@ -5,9 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import read_one_by_one
+from refusal import serve
 
 from dsv4_plugin import gather_indexer_cache
 from dsv4_plugin.testing.inputs import fp8_cache
+
+BACKENDS = ("torch", "triton", "cuda")
 
 
 def problem(lens, pages=40, pad=0, seed=0):
@@ -47,7 +50,16 @@ def check(lens, backend, device, pad=0, seed=0, cu_dtype=torch.int32):
 
 
 @pytest.mark.parametrize(
-    "lens", [(1,), (64,), (65,), (0, 3, 0, 0, 200, 1, 0), (63, 64, 65, 128, 0), tuple([5] * 33)]
+    "lens",
+    [
+        (1,),
+        (64,),
+        (65,),
+        (0, 3, 0, 0, 200, 1, 0),
+        (63, 64, 65, 128, 0),
+        tuple([5] * 33),
+        tuple([1] * 100),
+    ],
 )
 @pytest.mark.parametrize("cu_dtype", [torch.int32, torch.int64])
 def test_gather(lens, cu_dtype, backend, device):
@@ -60,7 +72,9 @@ def test_strided_pages(pad, backend, device):
     arena = torch.full((cache.shape[0], cache.stride(0)), 0xFF, dtype=torch.uint8, device=device)
     view = arena[:, : cache.shape[1]]
     view.copy_(cache)
-    values, scales = gather_indexer_cache(view, table.to(device), cu.to(device), backend=backend)
+    on = view, table.to(device), cu.to(device)
+    unaligned = "multiples of 4 bytes" if pad % 16 else None
+    values, scales = serve(lambda b: gather_indexer_cache(*on, backend=b), backend, unaligned)
     want_values, want_scales = codes_and_scales(cache, slots)
     assert torch.equal(values.cpu().view(torch.uint8), want_values)
     assert torch.equal(scales.cpu().view(torch.uint8).reshape(-1, 4), want_scales)
@@ -90,6 +104,13 @@ def test_padding_pages_and_pages_past_the_end(backend, device):
     assert bool(got[128:192].isnan().all())
     assert torch.equal(got[192:256], read_one_by_one(cache, torch.arange(192, 256)))
     assert bool(got[256:].isnan().all())
+    values, scales = gather_indexer_cache(
+        cache.to(device), table.to(device), cu.to(device), backend=backend
+    )
+    codes = values.cpu().view(torch.uint8)
+    assert bool((codes[64:128] == 0).all()) and bool((scales[64:128] == 0).all())
+    for past in (slice(128, 192), slice(256, None)):
+        assert bool((codes[past] == 0x7F).all()) and bool(scales[past].isnan().all())
 
 
 @settings(max_examples=25, deadline=None)

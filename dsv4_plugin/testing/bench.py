@@ -103,6 +103,16 @@ def bench_read(progress: Callable[[str], None]) -> list[Row]:
         same = torch.equal(ours[0].view(torch.uint8), values.view(torch.uint8))
         rows.append({"case": "gather equals vllm's bit for bit",
                      "equal": same and torch.equal(ours[1], scales)})  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        keys = torch.empty(TOKENS, HEAD_DIM, dtype=dtype, device="cuda")
+        floor = TOKENS * (HEAD_DIM + 4 + HEAD_DIM * dtype.itemsize) / rate
+
+        def dequantise(backend: str, keys: torch.Tensor = keys) -> None:
+            gather_indexer_cache(cache, pages, cu, dtype=keys.dtype, out=keys, backend=backend)
+
+        for backend in ("cuda", "triton"):
+            us = time_graph([functools.partial(dequantise, backend)])
+            add(f"gather {str(dtype).removeprefix('torch.')}", backend, us, floor)
     return rows
 
 
