@@ -5,10 +5,9 @@
 // NaN never wins against a number.
 //
 // A policy says how a dtype in memory becomes vectors of keys:
-//   Scalar          the element in memory        Key          its key (uint16_t or uint32_t)
+//   Scalar          the element in memory        Item         an element and its position, packed
 //   kElems, kBits   elements of a vector, bits of a key
 //   kLowest         key of -inf, the lowest number
-//   kWindowShift    histogram resolution of a 16-bit key prefix: 256 bins cover eight octaves
 //   load, set, pad  a whole vector (16-byte aligned); one element of a partial one; all NaN
 //   Best, best, better, best_key       largest element of a vector, without NaN; its key
 //   kFine, fine_key                    the same for kFine equal parts of a vector
@@ -44,7 +43,7 @@ __device__ __forceinline__ uint4 all_nan() {
 // Shared half of the 16-bit policies. The hardware maximum ignores NaN unless both operands are.
 template <class Pair, uint32_t kInfinity>
 struct Keys16 {
-  using Key = uint16_t;
+  using Item = uint32_t;  // raw score above, position below
   using Best = uint32_t;  // two candidates
   static constexpr int kElems = 8;
   static constexpr int kBits = 16;
@@ -66,6 +65,11 @@ struct Keys16 {
   static __device__ __forceinline__ uint32_t element(const uint4& v, int e) {
     return (word(v, e / 2) >> (16 * (e & 1))) & 0xffffu;
   }
+  static __device__ __forceinline__ Item item(const uint4& v, int e, uint32_t position) {
+    return __byte_perm(position, word(v, e / 2), e & 1 ? 0x7610 : 0x5410);
+  }
+  static __device__ __forceinline__ uint32_t item_key(Item item) { return key(item >> 16); }
+  static __device__ __forceinline__ uint32_t item_position(Item item) { return item & 0xffffu; }
   static __device__ __forceinline__ Best better(Best a, Best b) {
     const Pair m = __hmax2(pair(a), pair(b));
     return reinterpret_cast<const uint32_t&>(m);
@@ -106,14 +110,12 @@ struct Keys16 {
 
 struct Bfloat16Keys : Keys16<__nv_bfloat162, 0x7f80u> {
   using Scalar = uint16_t;
-  static constexpr int kWindowShift = 2;  // 128 keys an octave
   static __device__ __forceinline__ uint4 load(const Scalar* p) { return load_vector(p); }
   static __device__ __forceinline__ void set(uint4& v, int e, Scalar s) { set16(v, e, s); }
 };
 
 struct Float16Keys : Keys16<__half2, 0x7c00u> {
   using Scalar = uint16_t;
-  static constexpr int kWindowShift = 5;  // 1024 keys an octave
   static __device__ __forceinline__ uint4 load(const Scalar* p) { return load_vector(p); }
   static __device__ __forceinline__ void set(uint4& v, int e, Scalar s) { set16(v, e, s); }
 };
@@ -121,7 +123,6 @@ struct Float16Keys : Keys16<__half2, 0x7c00u> {
 // float32 in memory, selected as if it had been rounded to bfloat16 (nearest even) beforehand.
 struct NarrowedFloat32Keys : Keys16<__nv_bfloat162, 0x7f80u> {
   using Scalar = float;
-  static constexpr int kWindowShift = 2;
   static __device__ __forceinline__ uint32_t pack(uint32_t low, uint32_t high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(__uint_as_float(low), __uint_as_float(high));
     return reinterpret_cast<const uint32_t&>(pair);
@@ -138,13 +139,12 @@ struct NarrowedFloat32Keys : Keys16<__nv_bfloat162, 0x7f80u> {
 
 struct Float32Keys {
   using Scalar = float;
-  using Key = uint32_t;
+  using Item = uint2;  // raw score, position
   using Best = float;
   static constexpr int kElems = 4;
   static constexpr int kBits = 32;
   static constexpr int kFine = 4;
   static constexpr uint32_t kLowest = 0x007fffffu;
-  static constexpr int kWindowShift = 2;  // of the upper 16 bits: 128 an octave
 
   static __device__ __forceinline__ uint4 load(const Scalar* p) { return load_vector(p); }
   static __device__ __forceinline__ uint4 pad() { return all_nan(); }
@@ -164,6 +164,11 @@ struct Float32Keys {
     return (key & 0x80000000u) ? key ^ 0x80000000u : ~key;
   }
   static __device__ __forceinline__ uint32_t element(const uint4& v, int e) { return word(v, e); }
+  static __device__ __forceinline__ Item item(const uint4& v, int e, uint32_t position) {
+    return make_uint2(word(v, e), position);
+  }
+  static __device__ __forceinline__ uint32_t item_key(Item item) { return key(item.x); }
+  static __device__ __forceinline__ uint32_t item_position(Item item) { return item.y; }
   static __device__ __forceinline__ Best better(Best a, Best b) { return fmaxf(a, b); }
   static __device__ __forceinline__ Best best(const uint4& v) {
     return fmaxf(fmaxf(__uint_as_float(v.x), __uint_as_float(v.y)),

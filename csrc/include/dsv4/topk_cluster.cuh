@@ -1,39 +1,39 @@
 // Top-k with the row held on chip: one cluster of C CTAs a row (C = 1: one CTA), each score read
 // once.
 //
-//   1. load       each CTA takes a contiguous slice of the row, 16 bytes a load, and keeps a copy
-//   of
-//                 it in shared memory
+//   1. load       each CTA takes a contiguous slice of the row into registers, 16 bytes a load
 //   2. bound      a lower bound of the k-th largest *group maximum* of the slice. Maxima of
 //   disjoint
 //                 groups are distinct elements, so at least k elements reach it: nothing below can
 //                 be among the slice's, and so the row's, k largest. True of any data.
-//   3. gather     the elements that reach the bound, as a list in row order (about k of them)
-//   4. threshold  radix digits over the list only. The CTAs of a cluster push their 256-bin
-//   histograms
-//                 into each other's shared memory, one cluster barrier a digit; after it every CTA
-//                 knows the row's digit and, from the counts of the lower ranks, where its own part
-//                 of the answer goes and which share of the ties is its own. There is no leader.
+//   3. gather     the elements that reach the bound, as a list in row order (little more than k)
+//   4. threshold  radix digits over the list only. The CTAs of a cluster push their histograms into
+//   each
+//                 other's shared memory; once a CTA holds all of them it knows the row's digit and,
+//                 from the counts of the lower ranks, where its own part of the answer goes and
+//                 which share of the ties is its own. There is no leader and no second round trip.
 //   5. write      ascending positions
 //
-// The bound of step 2 is taken from one histogram of limited resolution. Where that lets more
-// elements through than the list has room for (all scores equal, a plateau, scores spread over more
-// than eight octaves) the exact bound is computed by digits; with it the list cannot overflow:
-// fewer than k groups lie above it, and of the elements equal to it the first k are enough, since
-// ties go to the lowest index.
+// The bound of step 2 comes from one histogram of the keys' upper 11 bits, so it is the floor of a
+// bin. Where that lets more elements through than the list has room for (all scores equal, a
+// plateau), the exact bound is computed by digits; with it the list cannot overflow: fewer than k
+// groups lie above it, and of the elements equal to it the first k are enough, since ties go to the
+// lowest index.
 //
 // Everything is decided on the device by each row's own length: a row up to `solo_length` is one
 // CTA's work whatever the width of the buffer, and the CTAs of a cluster share such rows among
 // them.
-//
-// Time is instructions more than bytes: a warp runs some 700 from end to end, about 5 cycles each.
 #pragma once
 
-#include "dsv4/radix_pick.cuh"
 #include "dsv4/row_vectors.cuh"
 #include "dsv4/topk_sort.cuh"
 
 namespace dsv4 {
+
+constexpr int kSoloDigit = 11;
+constexpr int kSoloBins = 1 << kSoloDigit;
+constexpr int kSharedDigit = 8;  // what the CTAs of a cluster exchange: 1 KB a pair
+constexpr int kSharedBins = 1 << kSharedDigit;
 
 // What the host chooses for topk_cluster_kernel beside the template arguments.
 struct TopkClusterPlan {
@@ -61,18 +61,20 @@ struct TopkClusterConfig {
 
 template <class Config>
 struct TopkClusterSmem {
-  // A histogram is filled in round q, read until the barrier of round q + 1, cleared right after
-  // that barrier and filled again in round q + 3, behind the barrier of round q + 2.
-  alignas(16) uint32_t hist[3][kBins];
-  alignas(16) uint32_t total[kBins];  // of the cluster
-  alignas(16) uint32_t lower[kBins];  // of the ranks below this one
-  uint64_t bounds[16];                // each rank's bound and best key
+  // All zero whenever no round is open: each round's readers clear what they read.
+  alignas(16) uint32_t hist[kSoloBins];
+  alignas(8) uint64_t bounds_barrier;
+  uint64_t digits_barrier[2];
+  uint64_t bounds[16];  // each rank's bound and best key
+  alignas(16) uint4 picked;
+  uint2 picked_lower;
   uint32_t warp_best[kWarpSize];
+  uint32_t warp_total[kWarpSize];
+  uint32_t warp_lower[kWarpSize];
   uint32_t warp_gathered[kWarpSize];
   uint32_t warp_equal[kWarpSize];
   uint32_t warp_chosen[kWarpSize];
-  alignas(16) uint4 scores[Config::kCapacity];  // raw; a listed element is replaced by its key
-  // Then, in this order: list[TopkClusterLayout::list_capacity], received[2][C][kBins] where C > 1,
+  // Then, in this order: items[list_capacity], received[2][C][kSharedBins] where C > 1,
   // entries[power of two >= k] (sort) or staged[k] (page table).
 };
 
@@ -90,8 +92,10 @@ struct TopkClusterLayout {
     // Fewer than k groups of kElems above the exact bound, and k of its equals.
     const uint32_t most = (kElems + 1) * p.k;
     list_capacity = most < kSlice ? most : kSlice;
-    received = sizeof(TopkClusterSmem<Config>) + (list_capacity * sizeof(uint16_t) + 15) / 16 * 16;
-    tail = received + (cluster > 1 ? 2 * cluster * kBins * sizeof(uint32_t) : 0);
+    received = (sizeof(TopkClusterSmem<Config>) +
+                list_capacity * sizeof(typename Config::Policy::Item) + 15) /
+               16 * 16;
+    tail = received + (cluster > 1 ? 2 * cluster * kSharedBins * sizeof(uint32_t) : 0);
     bytes = tail;
     if (p.sort) {
       uint32_t entries = 1;
@@ -103,10 +107,20 @@ struct TopkClusterLayout {
   }
 };
 
+// The bin of a histogram (bin 0 holds the best keys) at which the running count reaches `need`.
+struct TopkPick {
+  uint32_t bin;
+  uint32_t before;        // count in the bins before it
+  uint32_t count;         // count in the bin itself
+  bool found;             // whether the histogram holds `need` at all
+  uint32_t lower_before;  // the share of the lower ranks in both
+  uint32_t lower_count;
+};
+
 template <class Config>
 struct TopkClusterWorker {
   using Policy = typename Config::Policy;
-  using Key = typename Policy::Key;
+  using Item = typename Policy::Item;
   using Smem = TopkClusterSmem<Config>;
   using Vectors = RowVectors<Policy>;
   static constexpr int kElems = Policy::kElems;
@@ -115,15 +129,15 @@ struct TopkClusterWorker {
   static constexpr int kThreads = Config::kThreads;
   static constexpr int kWarps = Config::kWarps;
   static constexpr int kScans = (kVectors + 2) / 3;  // three steps' counts to a word
+  static constexpr int kKept = 2;                    // list items a lane keeps in registers
 
   const TopkParams& p;
   Smem& smem;
   const TopkClusterLayout<Config> layout;
   uint32_t size;       // CTAs of the cluster
   uint32_t rank;       // of this one
-  bool used;           // whether shared memory holds a row already
   bool joined;         // whether the cluster's start-up barrier has been waited for
-  int slot;            // histogram of this round, 0 ... 2
+  uint32_t shares;     // rows whose bounds were exchanged so far
   uint32_t exchanges;  // digits exchanged so far
 
   __device__ __forceinline__ TopkClusterWorker(const TopkParams& params, void* memory)
@@ -132,31 +146,25 @@ struct TopkClusterWorker {
         layout(params, cluster_size()),
         size(cluster_size()),
         rank(cluster_rank()),
-        used(false),
         joined(false),
-        slot(0),
+        shares(0),
         exchanges(0) {}
 
-  __device__ __forceinline__ unsigned char* at(uint32_t offset) const {
-    return reinterpret_cast<unsigned char*>(&smem) + offset;
-  }
-  __device__ __forceinline__ uint16_t* list() const {
-    return reinterpret_cast<uint16_t*>(at(sizeof(Smem)));
-  }
-  __device__ __forceinline__ Key* keys() const { return reinterpret_cast<Key*>(smem.scores); }
-
-  // Rounds: fill hist(), then close_round(), then read what close_round returned.
-  __device__ __forceinline__ uint32_t* hist() { return smem.hist[slot]; }
-
-  __device__ __forceinline__ const uint32_t* close_round() {
-    __syncthreads();
-    const int previous = slot == 0 ? 2 : slot - 1;
-    if (threadIdx.x < kBins / 4) {
-      reinterpret_cast<uint4*>(smem.hist[previous])[threadIdx.x] = make_uint4(0, 0, 0, 0);
+  // Before griddepcontrol.wait: none of this touches global memory.
+  __device__ __forceinline__ void start() {
+    if (size > 1) {
+      if (threadIdx.x == 0) {
+        barrier_init(&smem.bounds_barrier);
+        barrier_init(&smem.digits_barrier[0]);
+        barrier_init(&smem.digits_barrier[1]);
+        barrier_init_fence();
+      }
+      cluster_arrive();
     }
-    const uint32_t* filled = smem.hist[slot];
-    slot = slot == 2 ? 0 : slot + 1;
-    return filled;
+    for (int i = threadIdx.x; i < kSoloBins / 4; i += kThreads) {
+      reinterpret_cast<uint4*>(smem.hist)[i] = make_uint4(0, 0, 0, 0);
+    }
+    __syncthreads();
   }
 
   // The cluster's start-up barrier: no CTA's shared memory is written before that CTA runs.
@@ -165,99 +173,182 @@ struct TopkClusterWorker {
     joined = true;
   }
 
-  __device__ __forceinline__ void cluster_sync() {
-    cluster_arrive();
-    cluster_wait();
+  __device__ __forceinline__ unsigned char* at(uint32_t offset) const {
+    return reinterpret_cast<unsigned char*>(&smem) + offset;
+  }
+  __device__ __forceinline__ Item* items() const {
+    return reinterpret_cast<Item*>(at(sizeof(Smem)));
   }
 
-  // The row's bound is the largest of the slices'. `bounds` is written again for the next row only
-  // after that row's writer passed this row's first digit exchange, hence after all have read it.
+  // Sum of one word a warp: over all warps, and over the warps before this one.
+  __device__ __forceinline__ uint32_t sum_below(const uint32_t* of_warp, uint32_t& all) {
+    const int lane = lane_id();
+    const uint32_t own = lane < kWarps ? of_warp[lane] : 0u;
+    all = __reduce_add_sync(kFullWarp, own);
+    return __reduce_add_sync(kFullWarp, lane < warp_id() ? own : 0u);
+  }
+
+  // Closes a round over hist[0, kSoloBins). Each thread reads and clears bins of its own; the first
+  // barrier below stands between that and the next round's additions.
+  __device__ __forceinline__ TopkPick pick_solo(uint32_t need) {
+    constexpr int kOwn = kSoloBins / kThreads;
+    static_assert(kOwn == 2 || kOwn == 4 || kOwn == 8, "vector reads of the histogram");
+    __syncthreads();
+    uint32_t upto[kOwn];
+    uint32_t* own_bins = smem.hist + threadIdx.x * kOwn;
+    if constexpr (kOwn == 2) {
+      const uint2 v = *reinterpret_cast<uint2*>(own_bins);
+      *reinterpret_cast<uint2*>(own_bins) = make_uint2(0, 0);
+      upto[0] = v.x;
+      upto[1] = v.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kOwn; i += 4) {
+        const uint4 v = *reinterpret_cast<uint4*>(own_bins + i);
+        *reinterpret_cast<uint4*>(own_bins + i) = make_uint4(0, 0, 0, 0);
+        upto[i] = v.x;
+        upto[i + 1] = v.y;
+        upto[i + 2] = v.z;
+        upto[i + 3] = v.w;
+      }
+    }
+#pragma unroll
+    for (int i = 1; i < kOwn; ++i) upto[i] += upto[i - 1];
+    const uint32_t reached = warp_inclusive_sum(upto[kOwn - 1]);
+    if (lane_id() == kWarpSize - 1) smem.warp_total[warp_id()] = reached;
+    __syncthreads();
+    uint32_t all;
+    const uint32_t outside = sum_below(smem.warp_total, all) + reached - upto[kOwn - 1];
+    if (outside < need && need <= outside + upto[kOwn - 1]) {
+      uint32_t bin = 0;
+      uint32_t before = 0;
+      uint32_t through = upto[0];
+#pragma unroll
+      for (int i = 1; i < kOwn; ++i) {
+        if (upto[i - 1] < need - outside) {
+          bin = i;
+          before = upto[i - 1];
+          through = upto[i];
+        }
+      }
+      smem.picked = make_uint4(threadIdx.x * kOwn + bin, outside + before, through - before, 0u);
+    }
+    __syncthreads();
+    const uint4 picked = smem.picked;
+    return {picked.x, picked.y, picked.z, all >= need, 0u, 0u};
+  }
+
+  // The same over hist[0, kSharedBins) of every CTA of the cluster.
+  //
+  // received is double-buffered over all exchanges of this kernel. A peer pushes exchange q + 2
+  // into the half of exchange q only after it holds all of exchange q + 1, this CTA's part
+  // included, and that was sent after the barriers below, hence after exchange q was read. The last
+  // exchange is waited for by every CTA, so none exits while a peer still writes to it.
+  __device__ __forceinline__ TopkPick pick_shared(uint32_t need) {
+    constexpr int kPickWarps = kSharedBins / kWarpSize;
+    static_assert(kThreads >= kSharedBins, "one thread a bin");
+    const int lane = lane_id();
+    const int warp = warp_id();
+    uint32_t* half =
+        reinterpret_cast<uint32_t*>(at(layout.received)) + (exchanges & 1u) * size * kSharedBins;
+    uint64_t* barrier = &smem.digits_barrier[exchanges & 1u];
+    __syncthreads();
+    if (threadIdx.x == 0) barrier_expect(barrier, size * kSharedBins * sizeof(uint32_t));
+    for (uint32_t i = threadIdx.x; i < size * (kSharedBins / 4); i += kThreads) {
+      const uint32_t peer = (i / (kSharedBins / 4)) ^ rank;  // sizes are powers of two
+      const uint32_t quad = i % (kSharedBins / 4);
+      store_counted(map_shared(half + rank * kSharedBins + 4 * quad, peer),
+                    reinterpret_cast<const uint4*>(smem.hist)[quad], map_shared(barrier, peer));
+    }
+    uint32_t total = 0;
+    uint32_t lower = 0;
+    uint32_t reached = 0;
+    uint32_t lower_reached = 0;
+    if (warp < kPickWarps) {
+      barrier_wait(barrier, (exchanges >> 1) & 1u);
+#pragma unroll 4
+      for (uint32_t from = 0; from < size; ++from) {
+        const uint32_t count = half[from * kSharedBins + threadIdx.x];
+        total += count;
+        lower += from < rank ? count : 0u;
+      }
+      reached = warp_inclusive_sum(total);
+      lower_reached = warp_inclusive_sum(lower);
+      if (lane == kWarpSize - 1) {
+        smem.warp_total[warp] = reached;
+        smem.warp_lower[warp] = lower_reached;
+      }
+    }
+    ++exchanges;
+    __syncthreads();
+    if (threadIdx.x < kSharedBins) smem.hist[threadIdx.x] = 0;  // every thread has sent its part
+    if (warp < kPickWarps) {
+      const bool earlier = lane < warp;
+      const uint32_t outside =
+          __reduce_add_sync(kFullWarp, earlier ? smem.warp_total[lane] : 0u) + reached - total;
+      const uint32_t lower_outside =
+          __reduce_add_sync(kFullWarp, earlier ? smem.warp_lower[lane] : 0u) + lower_reached -
+          lower;
+      if (outside < need && need <= outside + total) {
+        smem.picked = make_uint4(threadIdx.x, outside, total, 0u);
+        smem.picked_lower = make_uint2(lower_outside, lower);
+      }
+    }
+    __syncthreads();
+    const uint4 picked = smem.picked;
+    const uint2 of_lower = smem.picked_lower;
+    return {picked.x, picked.y, picked.z, true, of_lower.x, of_lower.y};
+  }
+
+  // The row's bound is the largest of the slices'. `bounds` is written for the next row only after
+  // that row's writer holds this row's first digit from everybody, hence after all have read it.
   __device__ __forceinline__ void share_bound(uint32_t& bound, uint32_t& best) {
     join();
+    if (threadIdx.x == 0) barrier_expect(&smem.bounds_barrier, size * sizeof(uint64_t));
     if (threadIdx.x < size) {
-      store_remote(map_shared(&smem.bounds[rank], threadIdx.x),
-                   (static_cast<uint64_t>(best) << 32) | bound);
+      store_counted(map_shared(&smem.bounds[rank], threadIdx.x),
+                    (static_cast<uint64_t>(best) << 32) | bound,
+                    map_shared(&smem.bounds_barrier, threadIdx.x));
     }
-    cluster_sync();
+    barrier_wait(&smem.bounds_barrier, shares & 1u);
+    ++shares;
     const uint64_t of_rank = lane_id() < size ? smem.bounds[lane_id()] : 0u;
     bound = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(of_rank));
     best = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(of_rank >> 32));
   }
 
-  struct SharedPick {
-    Pick pick;
-    uint32_t lower_before;  // of lower ranks, in bins before the picked one
-    uint32_t lower_count;   // ... in the picked one
-  };
-
-  // One digit over the whole cluster.
-  //
-  // received is double-buffered over all exchanges of this kernel. A peer pushes exchange q into
-  // half q & 1 only after it passed the cluster barrier of exchange q - 1, at which every CTA
-  // arrived after it had read exchange q - 2, the last user of that half. After the last barrier
-  // nobody writes to a peer any more, so a CTA may exit while others still read their own shared
-  // memory.
-  __device__ __forceinline__ SharedPick exchange(const uint32_t* filled, uint32_t need) {
-    uint32_t* half =
-        reinterpret_cast<uint32_t*>(at(layout.received)) + (exchanges & 1u) * size * kBins;
-    ++exchanges;
-    for (uint32_t i = threadIdx.x; i < size * (kBins / 4); i += kThreads) {
-      const uint32_t peer = (i / (kBins / 4)) ^ rank;  // sizes are powers of two
-      const uint32_t quad = i % (kBins / 4);
-      store_remote(map_shared(half + rank * kBins + 4 * quad, peer),
-                   reinterpret_cast<const uint4*>(filled)[quad]);
-    }
-    cluster_sync();
-    for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
-      uint32_t total = 0;
-      uint32_t lower = 0;
-#pragma unroll 4
-      for (uint32_t from = 0; from < size; ++from) {
-        const uint32_t count = half[from * kBins + bin];
-        total += count;
-        lower += from < rank ? count : 0u;
-      }
-      smem.total[bin] = total;
-      smem.lower[bin] = lower;
-    }
-    __syncthreads();
-    SharedPick result;
-    result.pick = pick_bin(smem.total, need);
-    uint32_t lower_before = 0;
-#pragma unroll
-    for (int i = 0; i < kBins / kWarpSize; ++i) {
-      const uint32_t bin = i * kWarpSize + lane_id();
-      lower_before += bin < result.pick.bin ? smem.lower[bin] : 0u;
-    }
-    result.lower_before = __reduce_add_sync(kFullWarp, lower_before);
-    result.lower_count = smem.lower[result.pick.bin];
-    return result;
+  // Adds every group of the slice to the histogram by `bin(key)`; ~0 leaves it out.
+  template <class Bin>
+  __device__ __forceinline__ void add_group(uint32_t key, Bin bin) {
+    const uint32_t b = bin(key);
+    if (key != 0 && b != ~0u) atomicAdd(smem.hist + b, 1u);  // key 0: NaN or padding
   }
 
-  // The k-th largest group maximum of the slice, exactly; 0 where there are fewer than k groups.
-  __device__ __forceinline__ uint32_t exact_bound(int32_t count, int32_t depth, int32_t mine,
+  // The k-th largest group maximum of the slice, exactly; 0 where fewer than k groups hold a
+  // number.
+  __device__ __forceinline__ uint32_t exact_bound(const uint4 (&scores)[kVectors], int32_t depth,
                                                   uint32_t k, bool fine) {
     uint32_t prefix = 0;
     uint32_t need = k;
 #pragma unroll 1
     for (int shift = kBits - 8; shift >= 0; shift -= 8) {
-      uint32_t* bins = hist();
-      const auto add = [&](uint32_t key) {
+      const auto bin = [&](uint32_t key) {
         const uint32_t top = key >> shift;
-        if (key != 0 && (top >> 8) == prefix) atomicAdd(bins + (255u - (top & 255u)), 1u);
+        return (top >> 8) == prefix ? 255u - (top & 255u) : ~0u;
       };
-#pragma unroll 1
-      for (int step = 0; step < depth; ++step) {
-        if (mine + step * kWarpSize >= count) break;
-        const uint4 v = smem.scores[mine + step * kWarpSize];
+#pragma unroll
+      for (int step = 0; step < kVectors; ++step) {
+        if (step >= depth) break;
         if (fine) {
 #pragma unroll
-          for (int part = 0; part < Policy::kFine; ++part) add(Policy::fine_key(v, part));
+          for (int part = 0; part < Policy::kFine; ++part) {
+            add_group(Policy::fine_key(scores[step], part), bin);
+          }
         } else {
-          add(Policy::best_key(Policy::best(v)));
+          add_group(Policy::best_key(Policy::best(scores[step])), bin);
         }
       }
-      const Pick pick = pick_bin(close_round(), need);
+      const TopkPick pick = pick_solo(need);
       if (!pick.found) return 0;
       prefix = (prefix << 8) | (255u - pick.bin);
       need -= pick.before;
@@ -265,9 +356,22 @@ struct TopkClusterWorker {
     return prefix;
   }
 
-  // Lists the elements above the bound and the first k of those equal to it; returns how many. The
-  // rare path: it reads the slice back from shared memory, a vector at a time.
-  __device__ __forceinline__ uint32_t gather_limited(const Vectors& vectors, int32_t begin,
+  // Lists the masked elements of one vector, each at the place that place(e) names (~0: nowhere).
+  template <class Place>
+  __device__ __forceinline__ void list_elements(const uint4& scores, uint32_t mask, uint32_t first,
+                                                Place place) {
+#pragma unroll
+    for (int e = 0; e < kElems; ++e) {
+      if ((mask >> e) & 1u) {
+        const uint32_t position = place(e);
+        if (position != ~0u) items()[position] = Policy::item(scores, e, first + e);
+      }
+    }
+  }
+
+  // Lists the elements above the bound and the first k of those equal to it; returns how many.
+  __device__ __forceinline__ uint32_t gather_limited(const uint4 (&scores)[kVectors],
+                                                     const Vectors& vectors, int32_t begin,
                                                      int32_t count, int32_t depth, int32_t mine,
                                                      uint32_t bound) {
     const uint32_t k = p.k;
@@ -276,17 +380,16 @@ struct TopkClusterWorker {
     const auto classify = [&](int step, uint32_t& above, uint32_t& equal) {
       const int32_t v = mine + step * kWarpSize;
       above = equal = 0;
-      if (v >= count) return;
-      const uint4 scores = smem.scores[v];
-      const uint32_t reach = Policy::at_least(scores, limit);
-      above = any ? reach : Policy::above(scores, limit);
+      if (step >= depth || v >= count) return;
+      const uint32_t reach = Policy::at_least(scores[step], limit);
+      above = any ? reach : Policy::above(scores[step], limit);
       equal = (any ? vectors.valid_mask(begin + v) : reach) & ~above;
     };
     uint32_t above;
     uint32_t equal;
     uint32_t packed = 0;
-#pragma unroll 1
-    for (int step = 0; step < depth; ++step) {
+#pragma unroll
+    for (int step = 0; step < kVectors; ++step) {
       classify(step, above, equal);
       packed += __popc(above) | (__popc(equal) << 16);
     }
@@ -302,16 +405,16 @@ struct TopkClusterWorker {
     uint32_t all_equal;
     uint32_t above_before = sum_below(smem.warp_gathered, all_above);
     uint32_t equal_before = sum_below(smem.warp_equal, all_equal);
-#pragma unroll 1
-    for (int step = 0; step < depth; ++step) {
+#pragma unroll
+    for (int step = 0; step < kVectors; ++step) {
+      if (step >= depth) break;
       classify(step, above, equal);
       const uint32_t here = __popc(above) | (__popc(equal) << 16);
       const uint32_t upto = warp_inclusive_sum(here);
       uint32_t a = above_before + ((upto - here) & 0xffffu);
       uint32_t e = equal_before + ((upto - here) >> 16);
-      const uint32_t is_equal = equal;
-      list_elements(above | equal, (mine + step * kWarpSize) * kElems, [&](int element) {
-        if ((is_equal >> element) & 1u) {
+      list_elements(scores[step], above | equal, (mine + step * kWarpSize) * kElems, [&](int i) {
+        if ((equal >> i) & 1u) {
           const uint32_t place = e++;
           return place < k ? a + place : ~0u;
         }
@@ -324,36 +427,49 @@ struct TopkClusterWorker {
     return all_above + min(all_equal, k);
   }
 
-  // Where each step's elements of this lane go, relative to the warp's first: step-major, then
-  // lane. Returns the warp's total.
-  __device__ __forceinline__ uint32_t scan_steps(const uint32_t (&masks)[kVectors],
-                                                 uint32_t (&offset)[kVectors]) {
-    uint32_t total = 0;
+  // The element masks of all steps, a byte (or half of one) each, and where the elements go:
+  // relative to the warp's first, step by step, lane by lane.
+  struct Steps {
+    uint32_t mask_words[(kVectors + 3) / 4];
+    uint32_t before[kScans];  // of the lanes below, three steps of 10 bits to a word
+    uint32_t of_warp[kScans];
+
+    __device__ __forceinline__ uint32_t mask(int step) const {
+      return (mask_words[step / 4] >> (8 * (step % 4))) & 0xffu;
+    }
+    __device__ __forceinline__ uint32_t field(const uint32_t (&words)[kScans], int step) const {
+      return (words[step / 3] >> (10 * (step % 3))) & 1023u;
+    }
+    __device__ __forceinline__ uint32_t total() const {
+      uint32_t sum = 0;
+#pragma unroll
+      for (int step = 0; step < kVectors; ++step) sum += field(of_warp, step);
+      return sum;
+    }
+  };
+
+  __device__ __forceinline__ Steps mask_steps(const uint4 (&scores)[kVectors], int32_t depth,
+                                              uint32_t limit) {
+    Steps steps;
+#pragma unroll
+    for (uint32_t& words : steps.mask_words) words = 0;
+#pragma unroll
+    for (int step = 0; step < kVectors; ++step) {
+      if (step >= depth) break;
+      steps.mask_words[step / 4] |= Policy::at_least(scores[step], limit) << (8 * (step % 4));
+    }
 #pragma unroll
     for (int scan = 0; scan < kScans; ++scan) {
       uint32_t packed = 0;
 #pragma unroll
       for (int i = 0; i < 3; ++i) {
-        if (scan * 3 + i < kVectors) packed |= __popc(masks[scan * 3 + i]) << (10 * i);
+        if (scan * 3 + i < kVectors) packed |= __popc(steps.mask(scan * 3 + i)) << (10 * i);
       }
       const uint32_t upto = warp_inclusive_sum(packed);
-      const uint32_t before = upto - packed;
-      const uint32_t all = __shfl_sync(kFullWarp, upto, kWarpSize - 1);
-#pragma unroll
-      for (int i = 0; i < 3; ++i) {
-        if (scan * 3 + i >= kVectors) break;
-        offset[scan * 3 + i] = total + ((before >> (10 * i)) & 1023u);
-        total += (all >> (10 * i)) & 1023u;
-      }
+      steps.before[scan] = upto - packed;
+      steps.of_warp[scan] = __shfl_sync(kFullWarp, upto, kWarpSize - 1);
     }
-    return total;
-  }
-
-  __device__ __forceinline__ uint32_t sum_below(const uint32_t* of_warp, uint32_t& all) {
-    const int lane = lane_id();
-    const uint32_t own = lane < kWarps ? of_warp[lane] : 0u;
-    all = __reduce_add_sync(kFullWarp, own);
-    return __reduce_add_sync(kFullWarp, lane < warp_id() ? own : 0u);
+    return steps;
   }
 
   __device__ void select(int32_t row, RowWindow window, bool together) {
@@ -407,67 +523,51 @@ struct TopkClusterWorker {
         }
       }
     }
-    // Another warp may still be writing the previous row's answer from scores and list.
-    if (used) __syncthreads();
-    used = true;
-#pragma unroll
-    for (int step = 0; step < kVectors; ++step) {
-      if (step < depth) smem.scores[mine + step * kWarpSize] = scores[step];
-    }
 
     // ---- 2. Bound -------------------------------------------------------------------------------
-    // Key 0 (NaN, padding) never enters a histogram: a bound is a number's key, or 0.
     const bool fine = static_cast<uint32_t>(count) < k + k / 4;
     uint32_t best;   // largest key of the slice
     uint32_t bound;  // 0: let everything through
     bool refine;     // whether the exact bound is wanted instead
     {
       // Groups of two vectors where those are still at least 2k: half the histogram traffic.
-      constexpr int kPaired = kVectors / 2;
       const bool coarse = kVectors > 1 && static_cast<uint32_t>(count) >= 4 * k;
       typename Policy::Best single[kVectors];
 #pragma unroll
       for (int step = 0; step < kVectors; ++step) single[step] = Policy::best(scores[step]);
-      typename Policy::Best all = single[0];
-#pragma unroll
-      for (int step = 1; step < kVectors; ++step) all = Policy::better(all, single[step]);
-      best = __reduce_max_sync(kFullWarp, Policy::best_key(all));
-      if (lane == 0) smem.warp_best[warp] = best;
-      __syncthreads();
-      best = __reduce_max_sync(kFullWarp, lane < kWarps ? smem.warp_best[lane] : 0u);
-
-      uint32_t* bins = hist();
-      const uint32_t top = best >> (kBits - 16);
-      const auto add = [&](uint32_t key) {
-        const uint32_t bin = (top - (key >> (kBits - 16))) >> Policy::kWindowShift;
-        if (key != 0) atomicAdd(bins + min(bin, 255u), 1u);
-      };
+      const auto bin = [](uint32_t key) { return kSoloBins - 1 - (key >> (kBits - 11)); };
       if (fine) {
 #pragma unroll
         for (int step = 0; step < kVectors; ++step) {
           if (step >= depth) break;
 #pragma unroll
-          for (int part = 0; part < Policy::kFine; ++part)
-            add(Policy::fine_key(scores[step], part));
+          for (int part = 0; part < Policy::kFine; ++part) {
+            add_group(Policy::fine_key(scores[step], part), bin);
+          }
         }
       } else if (coarse) {
 #pragma unroll
-        for (int i = 0; i < kPaired; ++i) {
-          if (2 * i < depth)
-            add(Policy::best_key(Policy::better(single[2 * i], single[2 * i + 1])));
+        for (int step = 0; step + 1 < kVectors; step += 2) {
+          if (step < depth) {
+            add_group(Policy::best_key(Policy::better(single[step], single[step + 1])), bin);
+          }
         }
       } else {
 #pragma unroll
         for (int step = 0; step < kVectors; ++step) {
-          if (step < depth) add(Policy::best_key(single[step]));
+          if (step < depth) add_group(Policy::best_key(single[step]), bin);
         }
       }
-      const Pick pick = pick_bin(close_round(), k);
-      // The last bin is open towards lower keys. Fewer than k groups: everything is let through,
-      // and fits (count < 1.25 k vectors, or NaN almost everywhere, which the exact bound deals
-      // with).
-      const uint32_t depth_of_bin = ((pick.bin + 1) << Policy::kWindowShift) - 1;
-      bound = pick.bin == 255u || top < depth_of_bin ? 0u : (top - depth_of_bin) << (kBits - 16);
+#pragma unroll
+      for (int step = 1; step < kVectors; ++step)
+        single[0] = Policy::better(single[0], single[step]);
+      best = __reduce_max_sync(kFullWarp, Policy::best_key(single[0]));
+      if (lane == 0) smem.warp_best[warp] = best;
+      const TopkPick pick = pick_solo(k);
+      best = __reduce_max_sync(kFullWarp, lane < kWarps ? smem.warp_best[lane] : 0u);
+      // Where fewer than k groups hold a number everything is let through: that is fewer than
+      // k * kElems numbers, and of the NaN the first k.
+      bound = pick.found ? (kSoloBins - 1 - pick.bin) << (kBits - 11) : 0u;
       refine = bound < Policy::kLowest && (pick.found || coarse);
     }
     uint32_t row_best = best;
@@ -481,40 +581,49 @@ struct TopkClusterWorker {
     // ---- 3. Gather ------------------------------------------------------------------------------
     uint32_t gathered = 0;
     if (!refine && bound >= Policy::kLowest) {
-      uint32_t masks[kVectors];
-      uint32_t offset[kVectors];
-      const uint32_t limit = Policy::bits(bound);
-#pragma unroll
-      for (int step = 0; step < kVectors; ++step) {
-        masks[step] = step < depth ? Policy::at_least(scores[step], limit) : 0u;
-      }
-      const uint32_t own = scan_steps(masks, offset);
-      if (lane == 0) smem.warp_gathered[warp] = own;
+      const Steps steps = mask_steps(scores, depth, Policy::bits(bound));
+      if (lane == 0) smem.warp_gathered[warp] = steps.total();
       __syncthreads();
-      const uint32_t base = sum_below(smem.warp_gathered, gathered);
+      uint32_t base = sum_below(smem.warp_gathered, gathered);
       refine = gathered > layout.list_capacity;
       if (!refine) {
 #pragma unroll
         for (int step = 0; step < kVectors; ++step) {
-          uint32_t position = base + offset[step];
-          list_elements(masks[step], (mine + step * kWarpSize) * kElems,
+          if (step >= depth) break;
+          uint32_t position = base + steps.field(steps.before, step);
+          list_elements(scores[step], steps.mask(step), (mine + step * kWarpSize) * kElems,
                         [&](int) { return position++; });
+          base += steps.field(steps.of_warp, step);
         }
       }
     } else {
       refine = true;
     }
     if (refine) {
-      bound = max(bound, exact_bound(count, depth, mine, k, fine));
-      gathered = gather_limited(vectors, begin, count, depth, mine, bound);
+      bound = max(bound, exact_bound(scores, depth, k, fine));
+      gathered = gather_limited(scores, vectors, begin, count, depth, mine, bound);
     }
     __syncthreads();
     // From here on a warp owns a run of the list, again in row order.
     const uint32_t run = (gathered + kThreads - 1) / kThreads * kWarpSize;
     const uint32_t run_begin = min(gathered, warp * run);
     const uint32_t run_end = min(gathered, run_begin + run);
-    const uint16_t* listed = list();
-    const Key* key_of = keys();
+    const Item* listed = items();
+    // The first kKept steps of a run stay in registers: nearly always all of them.
+    uint32_t kept_distance[kKept];  // ~0: no item
+    uint32_t kept_position[kKept];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const uint32_t at = run_begin + i * kWarpSize + lane;
+      kept_distance[i] = ~0u;
+      kept_position[i] = 0;
+      if (at < run_end) {
+        const Item item = listed[at];
+        kept_distance[i] = row_best - Policy::item_key(item);
+        kept_position[i] = Policy::item_position(item);
+      }
+    }
+    const uint32_t rest_begin = run_begin + kKept * kWarpSize;
 
     // ---- 4. Threshold ---------------------------------------------------------------------------
     // Digits of distance = best - key, from 0 at the top. `prefix` is the threshold's so far; of
@@ -525,24 +634,24 @@ struct TopkClusterWorker {
     uint32_t lower_before = 0;
     uint32_t lower_equal = 0;
     int shift = 32 - __clz(row_best - row_bound);
+    const int digit = together ? kSharedDigit : kSoloDigit;
     do {
-      const int step = min(shift, 8);
+      const int step = min(shift, digit);
       shift -= step;
-      uint32_t* bins = hist();
-      for (uint32_t i = run_begin + lane; i < run_end; i += kWarpSize) {
-        const uint32_t digits = (row_best - key_of[listed[i]]) >> shift;
-        if ((digits >> step) == prefix) atomicAdd(bins + (digits & ((1u << step) - 1u)), 1u);
+      const auto add = [&](uint32_t distance) {
+        const uint32_t digits = distance >> shift;
+        if ((digits >> step) == prefix) atomicAdd(smem.hist + (digits & ((1u << step) - 1u)), 1u);
+      };
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        if (run_begin + i * kWarpSize + lane < run_end) add(kept_distance[i]);
       }
-      const uint32_t* filled = close_round();
-      Pick pick;
-      if (together) {
-        const SharedPick shared = exchange(filled, need);
-        pick = shared.pick;
-        lower_before += shared.lower_before;
-        lower_equal = shared.lower_count;
-      } else {
-        pick = pick_bin(filled, need);
+      for (uint32_t i = rest_begin + lane; i < run_end; i += kWarpSize) {
+        add(row_best - Policy::item_key(listed[i]));
       }
+      const TopkPick pick = together ? pick_shared(need) : pick_solo(need);
+      lower_before += pick.lower_before;
+      lower_equal = pick.lower_count;
       prefix = (prefix << step) | pick.bin;
       need -= pick.before;
       if (pick.count == need) break;  // the whole bin is chosen: later digits decide nothing
@@ -550,13 +659,19 @@ struct TopkClusterWorker {
 
     // ---- 5. Write -------------------------------------------------------------------------------
     // Counts travel packed: before the threshold in the low 12 bits, equal in the high 20.
+    const auto count_step = [&](bool inside, uint32_t distance) {
+      const uint32_t digits = distance >> shift;
+      return __popc(__ballot_sync(kFullWarp, inside && digits < prefix)) |
+             (__popc(__ballot_sync(kFullWarp, inside && digits == prefix)) << 12);
+    };
     uint32_t chosen = 0;
-    for (uint32_t i = run_begin; i < run_end; i += kWarpSize) {
-      const uint32_t digits =
-          i + lane < run_end ? (row_best - key_of[listed[i + lane]]) >> shift : ~0u;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      chosen += count_step(run_begin + i * kWarpSize + lane < run_end, kept_distance[i]);
+    }
+    for (uint32_t i = rest_begin; i < run_end; i += kWarpSize) {
       const bool inside = i + lane < run_end;
-      chosen += __popc(__ballot_sync(kFullWarp, inside && digits < prefix)) |
-                (__popc(__ballot_sync(kFullWarp, inside && digits == prefix)) << 12);
+      chosen += count_step(inside, inside ? row_best - Policy::item_key(listed[i + lane]) : 0u);
     }
     if (lane == 0) smem.warp_chosen[warp] = chosen;
     __syncthreads();
@@ -564,39 +679,49 @@ struct TopkClusterWorker {
     const uint32_t packed = sum_below(smem.warp_chosen, all);
     uint32_t above = lower_before + (packed & 0xfffu);
     uint32_t equal = lower_equal + (packed >> 12);
-    const RowOutput output(p, row);
     const uint32_t first = lower_before + min(lower_equal, need);
-    const bool stage = output.pages != nullptr && !p.sort;
+    const bool stage = p.page_table != nullptr && !p.sort;
     int32_t* staged = reinterpret_cast<int32_t*>(at(layout.tail));
     uint64_t* entries = reinterpret_cast<uint64_t*>(at(layout.tail));
     const int32_t origin = vectors.index(begin, 0);
-    for (uint32_t i = run_begin; i < run_end; i += kWarpSize) {
-      const bool inside = i + lane < run_end;
-      const uint32_t element = inside ? listed[i + lane] : 0u;
-      const uint32_t key = inside ? key_of[element] : 0u;
-      const uint32_t digits = (row_best - key) >> shift;
-      const uint32_t above_mask = __ballot_sync(kFullWarp, inside && digits < prefix);
-      const uint32_t equal_mask = __ballot_sync(kFullWarp, inside && digits == prefix);
+    int32_t* const out = p.out + row * p.out_stride;
+    const auto write_step = [&](bool inside, uint32_t distance, uint32_t element) {
+      const uint32_t digits = distance >> shift;
+      const bool is_above = inside && digits < prefix;
+      const bool is_equal = inside && digits == prefix;
+      const uint32_t above_mask = __ballot_sync(kFullWarp, is_above);
+      const uint32_t equal_mask = __ballot_sync(kFullWarp, is_equal);
       const uint32_t e = equal + __popc(equal_mask & lanes_below());
-      if (inside && (digits < prefix || (digits == prefix && e < need))) {
+      if (is_above || (is_equal && e < need)) {
         const uint32_t position = above + __popc(above_mask & lanes_below()) + min(e, need);
         const int32_t index = origin + static_cast<int32_t>(element);
         if (p.sort) {
           store_remote(map_shared(entries + position, together ? 0u : rank),
-                       sort_entry(key, index));
+                       sort_entry(row_best - distance, index));
         } else if (stage) {
           staged[position - first] = index;
         } else {
-          output.write(position, index);
+          out[position] = index;
+          if (p.out_raw != nullptr) p.out_raw[row * p.out_raw_stride + position] = index;
         }
       }
       above += __popc(above_mask);
       equal += __popc(equal_mask);
+    };
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      write_step(run_begin + i * kWarpSize + lane < run_end, kept_distance[i], kept_position[i]);
+    }
+    for (uint32_t i = rest_begin; i < run_end; i += kWarpSize) {
+      const bool inside = i + lane < run_end;
+      const Item item = inside ? listed[i + lane] : Item{};
+      write_step(inside, row_best - Policy::item_key(item), Policy::item_position(item));
     }
     if (stage) {
       // One table look-up a thread instead of a chain of them.
       const uint32_t last = lower_before + (all & 0xfffu) + min(lower_equal + (all >> 12), need);
       __syncthreads();
+      const RowOutput output(p, row);
       for (uint32_t i = first + threadIdx.x; i < last; i += kThreads) {
         output.write(i, staged[i - first]);
       }
@@ -605,26 +730,12 @@ struct TopkClusterWorker {
       // The next row's entries come behind that row's exchanges, for which rank 0 arrives only when
       // it is done here.
       if (together) {
-        cluster_sync();
+        cluster_arrive();
+        cluster_wait();
       } else {
         __syncthreads();
       }
-      if (!together || rank == 0) sort_and_write(entries, p.k, output);
-    }
-  }
-
-  // Lists the elements of one vector, each at the position that place(e) names (~0: not at all),
-  // and replaces each one's score by its key.
-  template <class Place>
-  __device__ __forceinline__ void list_elements(uint32_t mask, int32_t first, Place place) {
-    while (mask != 0) {
-      const int e = __ffs(mask) - 1;
-      mask &= mask - 1;
-      const uint32_t position = place(e);
-      if (position == ~0u) continue;
-      Key& element = keys()[first + e];
-      element = static_cast<Key>(Policy::key(element));
-      list()[position] = static_cast<uint16_t>(first + e);
+      if (!together || rank == 0) sort_and_write(entries, p.k, RowOutput(p, row));
     }
   }
 };
@@ -635,19 +746,22 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_clu
   extern __shared__ __align__(16) unsigned char memory[];
   pdl_launch_dependents();
   TopkClusterWorker<Config> worker(p, memory);
-  if (worker.size > 1) cluster_arrive();
-  for (int i = threadIdx.x; i < 3 * kBins; i += Config::kThreads) worker.smem.hist[0][i] = 0;
-  __syncthreads();
-  pdl_wait();
+  worker.start();
 
   // Rows in batches of 32, one lane each; first those that one CTA serves alone, dealt out over the
   // cluster's CTAs, then the others, all CTAs together. Every warp of the cluster sees the same.
   const int32_t cluster = blockIdx.x / worker.size;
   uint32_t dealt = 0;
+  int64_t row = cluster + int64_t{lane_id()} * plan.clusters;
+  WindowSource source(p, row < p.rows ? static_cast<int32_t>(row) : 0);
+  pdl_wait();
   for (int64_t first = cluster; first < p.rows; first += int64_t{kWarpSize} * plan.clusters) {
-    const int64_t row = first + int64_t{lane_id()} * plan.clusters;
+    if (first != cluster) {
+      row = first + int64_t{lane_id()} * plan.clusters;
+      source = WindowSource(p, row < p.rows ? static_cast<int32_t>(row) : 0);
+    }
     RowWindow window{0, 0};
-    if (row < p.rows) window = row_window(p, static_cast<int32_t>(row));
+    if (row < p.rows) window = source.read(p);
     const uint32_t present = __ballot_sync(kFullWarp, row < p.rows);
     const bool alone = worker.size == 1 || window.length <= max(p.k, plan.solo_length);
     uint32_t solo = present & __ballot_sync(kFullWarp, alone);

@@ -14,7 +14,7 @@ namespace dsv4 {
 enum class ScoreType { kBfloat16, kFloat16, kFloat32, kNarrowedFloat32 };
 
 // The compiled shapes of topk_cluster_kernel: threads and vectors a thread.
-enum class TopkShape : int { k512x2, k512x4, k512x8, k1024x8, kWide };
+enum class TopkShape : int { k512x2, k512x4, k512x8, k1024x8, kWide, k256x4, k256x8 };
 
 inline int64_t shape_capacity(TopkShape shape) {
   switch (shape) {
@@ -26,6 +26,10 @@ inline int64_t shape_capacity(TopkShape shape) {
       return 512 * 8;
     case TopkShape::k1024x8:
       return 1024 * 8;
+    case TopkShape::k256x4:
+      return 256 * 4;
+    case TopkShape::k256x8:
+      return 256 * 8;
     default:
       return 0;
   }
@@ -179,6 +183,10 @@ inline cudaError_t launch_shape(const TopkParams& p, const TopkPlan& plan, int d
       return launch_cluster<TopkClusterConfig<Policy, 512, 8>>(p, plan, device, stream);
     case TopkShape::k1024x8:
       return launch_cluster<TopkClusterConfig<Policy, 1024, 8>>(p, plan, device, stream);
+    case TopkShape::k256x4:
+      return launch_cluster<TopkClusterConfig<Policy, 256, 4>>(p, plan, device, stream);
+    case TopkShape::k256x8:
+      return launch_cluster<TopkClusterConfig<Policy, 256, 8>>(p, plan, device, stream);
     case TopkShape::kWide:
       return launch_overlapped(topk_wide_kernel<Policy>, p.rows, TopkWideSmem::kThreads, 1, 0,
                                stream, p);

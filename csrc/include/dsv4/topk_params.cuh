@@ -59,22 +59,33 @@ struct RowWindow {
   int32_t length;
 };
 
-__device__ __forceinline__ RowWindow row_window(const TopkParams& p, int32_t row) {
-  // A division is some 25 instructions; rows that stand for themselves do without.
-  const int32_t group = p.length_group == 1 ? row : row / p.length_group;
-  const int32_t member = row - group * p.length_group;
-  int64_t length = p.lengths[group * p.length_stride0 + member * p.length_stride1];
-  if (p.length_shared) length += member + 1 - p.length_group;
-  int64_t start = 0;
-  if (p.row_starts.data != nullptr) {
-    start = p.row_starts[row * p.row_start_stride];
-    // A start outside of the row leaves nothing to look at.
-    start = start < 0 || start > p.columns ? p.columns : start;
+// Where a row's length and start are found. Built before griddepcontrol.wait, read after it.
+struct WindowSource {
+  int64_t length_at;
+  int64_t start_at;
+  int32_t adjust;
+
+  __device__ __forceinline__ WindowSource(const TopkParams& p, int32_t row) {
+    // A division is some 25 instructions; rows that stand for themselves do without.
+    const int32_t group = p.length_group == 1 ? row : row / p.length_group;
+    const int32_t member = row - group * p.length_group;
+    length_at = group * p.length_stride0 + member * p.length_stride1;
+    start_at = row * p.row_start_stride;
+    adjust = p.length_shared ? member + 1 - p.length_group : 0;
   }
-  const int64_t room = p.columns - start;
-  length = length < 0 ? 0 : length > room ? room : length;
-  return {static_cast<int32_t>(start), static_cast<int32_t>(length)};
-}
+
+  __device__ __forceinline__ RowWindow read(const TopkParams& p) const {
+    int64_t length = p.lengths[length_at] + adjust;
+    int64_t start = 0;
+    if (p.row_starts.data != nullptr) {
+      start = p.row_starts[start_at];
+      start = start < 0 ? 0 : start > p.columns ? p.columns : start;
+    }
+    const int64_t room = p.columns - start;
+    length = length < 0 ? 0 : length > room ? room : length;
+    return {static_cast<int32_t>(start), static_cast<int32_t>(length)};
+  }
+};
 
 // Where one row's answer goes. Index -1 stays -1 in every form.
 struct RowOutput {

@@ -33,9 +33,10 @@ __global__ __launch_bounds__(TopkWideSmem::kThreads) void topk_wide_kernel(
   const int32_t row = blockIdx.x;
   for (int i = threadIdx.x; i < 4 * kBins; i += kThreads) smem.hist[0][i] = 0;
   __syncthreads();
+  const WindowSource source(p, row);
   pdl_wait();
 
-  const RowWindow window = row_window(p, row);
+  const RowWindow window = source.read(p);
   const RowOutput output(p, row);
   if (window.length <= p.k) {
     output.write_all(window.length, p.k);
