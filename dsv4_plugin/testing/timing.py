@@ -53,6 +53,19 @@ def _output(*command: str) -> str:
     return done.stdout.strip()
 
 
+def _commit() -> str:
+    """Return the commit of a checkout, else the one that the installed version was built from."""
+    commit = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
+    if commit == "unknown":
+        try:
+            from dsv4_plugin import _version
+
+            commit = getattr(_version, "__commit_id__", None) or commit
+        except ImportError:
+            pass
+    return commit
+
+
 def machine() -> dict[str, Any]:
     """Return what a result file must say of where it was made."""
     import dsv4_plugin
@@ -60,7 +73,7 @@ def machine() -> dict[str, Any]:
     about: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "plugin": dsv4_plugin.__version__,
-        "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

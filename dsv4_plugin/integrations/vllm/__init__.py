@@ -10,7 +10,8 @@ It leaves two notes with Python's import system (:mod:`.hooks`):
 
 Whether the plugin is switched on is asked when a layer is built, not here: in the parent process
 ``register()`` runs before the command line is parsed. A process in which nobody asked runs the
-patched names straight through to vLLM's own. ``DSV4_PLUGIN=0`` installs nothing at all.
+patched names straight through to vLLM's own. ``DSV4_PLUGIN=0`` patches nothing; only the option stays
+known, so that a command line with ``--plugin dsv4`` in it still starts the server.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def register() -> None:
         else:
             log.configure(now.log)
             if now.plugin is False:
-                log.once(logging.INFO, "DSV4_PLUGIN=0: nothing is installed in vLLM")
+                log.once(logging.INFO, "DSV4_PLUGIN=0: nothing is patched in vLLM")
+                hooks.after_import(ARG_UTILS, _on_arg_utils)
                 return
         hooks.after_import(ARG_UTILS, _on_arg_utils)
         hooks.after_import(INDEXER, _on_indexer)

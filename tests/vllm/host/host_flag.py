@@ -86,6 +86,12 @@ def test_none_switches_off(parsers):
     assert os.environ["DSV4_PLUGIN"] == "0"
 
 
+def test_the_kill_switch_wins_over_the_flag(parsers):
+    os.environ["DSV4_PLUGIN"] = "0"
+    parsers["serve"].parse_args(["m", "--plugin", "dsv4"])
+    assert os.environ["DSV4_PLUGIN"] == "0"
+
+
 def test_without_the_flag_nothing_is_set(parsers):
     parsers["serve"].parse_args(["m"])
     assert "DSV4_PLUGIN" not in os.environ
