@@ -10,8 +10,8 @@ It leaves two notes with Python's import system (:mod:`.hooks`):
 
 Whether the plugin is switched on is asked when a layer is built, not here: in the parent process
 ``register()`` runs before the command line is parsed. A process in which nobody asked runs the
-patched names straight through to vLLM's own. ``DSV4_PLUGIN=0`` patches nothing; only the option stays
-known, so that a command line with ``--plugin dsv4`` in it still starts the server.
+patched names straight through to vLLM's own. ``DSV4_PLUGIN=0`` patches nothing;
+only the option stays known, so that a command line with ``--plugin dsv4`` still starts the server.
 """
 
 from __future__ import annotations
