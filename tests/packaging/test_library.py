@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from packaging_tools import Wheel, check, expected_names, install
+from packaging_tools import ROOT, Wheel, check, expected_names, install
 
 # vLLM 0.26 pins 0.1.10; vLLM 0.33 and SGLang 0.5.16-0.5.23 0.1.11; tokenspeed-kernel 0.1.4
 # 0.1.13.post3. The last is whatever PyPI has in the range of pyproject.toml.
@@ -20,6 +20,11 @@ TVM_FFI = ["==0.1.10", "==0.1.11", "==0.1.13.post3", ">=0.1.10,<0.2"]
 
 def tool(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def exports(library: Path) -> list[str]:
+    lines = tool("nm", "-D", "--defined-only", library).splitlines()
+    return [line.split()[-1] for line in lines]
 
 
 def test_cuda_wheel_is_for_one_platform_and_any_python(cuda_wheel: Wheel, tree: Path) -> None:
@@ -34,10 +39,11 @@ def test_install_of_the_cuda_wheel(cuda_wheel: Wheel, tmp_path: Path) -> None:
 
 
 def test_only_tvm_ffi_functions_are_exported(library: Path) -> None:
-    lines = tool("nm", "-D", "--defined-only", library).splitlines()
-    exported = [line.split()[-1] for line in lines]
-    assert "__tvm_ffi_dsv4_topk" in exported
+    exported = exports(library)
     assert [name for name in exported if not name.startswith("__tvm_ffi_")] == []
+    # What the package calls is there, and nothing is there that it does not call.
+    calls = re.findall(r'_function\("(\w+)"\)', (ROOT / "dsv4_plugin/kernels/cuda.py").read_text())
+    assert calls and {f"__tvm_ffi_{name}" for name in calls} == set(exported)
 
 
 def test_nothing_of_torch_tvm_ffi_or_cuda_is_linked(library: Path) -> None:
@@ -79,24 +85,26 @@ def call(logits, k=512):
 call(torch.zeros(2, 8))
 call(torch.zeros(2, 8, dtype=torch.float64))
 call(torch.zeros(8))
-try:
-    function(1, 2)
-except Exception as error:
-    print(type(error).__name__)
+for name in sys.argv[2:]:
+    try:
+        tvm_ffi.load_module(sys.argv[1]).get_function(name)(1, 2)
+    except Exception as error:
+        print(type(error).__name__)
 """
 
 
 @pytest.mark.parametrize("version", TVM_FFI)
 def test_loads_and_raises_python_errors(library: Path, version: str, tmp_path: Path) -> None:
+    functions = [name.removeprefix("__tvm_ffi_") for name in exports(library)]
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site]
     check([*pip, f"apache-tvm-ffi{version}"], tmp_path)
     done = check(
-        [sys.executable, "-c", PROBE, library],
+        [sys.executable, "-c", PROBE, library, *functions],
         tmp_path,
         {"PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": ""},
     )
-    loaded, on_cpu, dtype, rank, arity = done.stdout.splitlines()
+    loaded, on_cpu, dtype, rank, *arity = done.stdout.splitlines()
     number, _, file = loaded.partition(" ")
     assert Path(file).is_relative_to(site)
     if version.startswith("=="):
@@ -105,4 +113,4 @@ def test_loads_and_raises_python_errors(library: Path, version: str, tmp_path: P
     assert re.match(r"(ValueError|TypeError) \| .*logits.*(cpu|CUDA|cuda)", on_cpu), on_cpu
     assert re.match(r"TypeError \| .*logits.*float64", dtype), dtype
     assert re.match(r"ValueError \| .*logits", rank), rank
-    assert arity == "TypeError"
+    assert arity == ["TypeError"] * len(functions)
