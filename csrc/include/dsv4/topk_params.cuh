@@ -79,7 +79,8 @@ struct WindowSource {
     int64_t start = 0;
     if (p.row_starts.data != nullptr) {
       start = p.row_starts[start_at];
-      start = start < 0 ? 0 : start > p.columns ? p.columns : start;
+      // A start outside of the row leaves nothing to look at.
+    start = start < 0 || start > p.columns ? p.columns : start;
     }
     const int64_t room = p.columns - start;
     length = length < 0 ? 0 : length > room ? room : length;
