@@ -27,6 +27,7 @@ BATCHES = {
     "decode with an empty row": {"decode": (700, 0, 1500)},
     "decode exactly k": {"decode": (512, 511, 513)},
     "prefill": {"prefill": ((1600, 5), (30, 3))},
+    "prefill, a later request longer than k": {"prefill": ((600, 2), (1500, 4))},
     "mixed": {"decode": (700, 3), "prefill": ((1600, 5), (30, 3))},
     "pages with padding between": {
         "decode": (700, 40),
@@ -39,7 +40,7 @@ BATCHES = {
         "wider_buffer": 512,
     },
     "k 1024": {"decode": (1700, 3), "prefill": ((1600, 5),), "k": 1024},
-    "k 2048": {"decode": (2700, 2049), "prefill": ((2500, 3),), "k": 2048},
+    "k 2048": {"decode": (2700, 2049), "prefill": ((90, 2), (2500, 3)), "k": 2048},
 }
 batches = pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 
