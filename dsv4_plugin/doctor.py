@@ -38,7 +38,13 @@ GROUPS = (
     "tokenspeed_kernel.plugins",
 )
 # Variables that are read while building, testing or by make, not by the plugin at run time.
-OTHER_VARIABLES = ("DSV4_BUILD_CUDA", "DSV4_CI", "DSV4_CUDA_ARCHS", "DSV4_VLLM_ENV")
+OTHER_VARIABLES = (
+    "DSV4_BUILD_CUDA",
+    "DSV4_CI",
+    "DSV4_CUDA_ARCHS",
+    "DSV4_VLLM_ENV",
+    "DSV4_VLLM_VERSIONS",
+)
 TOPK_K = 512  # the k of DeepSeek-V4
 WIDTH = 96
 

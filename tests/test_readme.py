@@ -72,3 +72,10 @@ def test_the_example_gives_what_its_comments_say(example: dict[str, Any]) -> Non
     best = example["logits"][0, :4000].float().topk(512).values.sort().values
     got = example["logits"][0].float()[indices[0].long()].sort().values
     assert torch.equal(got, best)
+
+
+def test_the_figures_are_made_from_the_results():
+    from dsv4_plugin.testing.figures import readme
+
+    between = README.split("<!-- figures -->")[1].split("<!-- /figures -->")[0]
+    assert between.strip() == readme()

@@ -1,0 +1,78 @@
+"""The README's figures, made from the committed results.
+
+``python -m dsv4_plugin.testing.figures`` prints what stands between the README's markers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RESULTS", "readme"]
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+_ROWS = (1, 8, 32, 64, 128)
+_COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)
+_UPSTREAM = "vllm33"
+
+
+def _load(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def readme() -> str:
+    """Return the Markdown between the ``figures`` markers of the README."""
+    topk, read = _load("h200_topk.json"), _load("h200_read.json")
+    warm = {
+        (r["dtype"], r["k"], r["rows"], r["columns"], r["implementation"]): r["warm_us"]
+        for r in topk["results"]
+    }
+    about = topk["machine"]
+    lines = [
+        f"On one {about['gpu']} (CUDA graphs, warm, µs; `benchmarks/results/h200_topk.json`), "
+        "k = 512: ours on bfloat16 scores / what vLLM 0.33 runs on float32 scores:",
+        "",
+        "| rows | " + " | ".join(f"{c // 1024}K" for c in _COLUMNS) + " |",
+        "|---" * (len(_COLUMNS) + 1) + "|",
+    ]
+    for rows in _ROWS:
+        cells = []
+        for c in _COLUMNS:
+            ours = warm["bfloat16", 512, rows, c, "dsv4"]
+            theirs = warm["float32", 512, rows, c, _UPSTREAM]
+            cells.append(f"{ours:.1f} / {theirs:.1f}")
+        lines.append(f"| {rows} | " + " | ".join(cells) + " |")
+    ratios = []
+    exact = all(r["exact"] for r in topk["results"] if r["implementation"] == "dsv4")
+    for (dtype, k, rows, c, name), us in warm.items():
+        if dtype == "bfloat16" and name == "dsv4":
+            ratios.append(us / warm["float32", k, rows, c, _UPSTREAM])
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    slower = sum(r > 1 for r in ratios)
+    lines += [
+        "",
+        f"Over all {len(ratios)} cells (k 512, 1024, 2048) the geometric mean of the ratio is "
+        f"{mean:.2f}; ours is slower in {slower} of them (worst {max(ratios):.2f}), and SGLang's "
+        "small bfloat16 kernel is faster up to 16K columns. "
+        f"Ours is {'exact in every cell' if exact else 'NOT exact in some cell'}.",
+        "",
+        "Reads of 14,338 keys (`benchmarks/results/h200_read.json`):",
+        "",
+        "| | CUDA | Triton | torch | vLLM | byte floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    us = {(r["case"], r["implementation"]): r for r in read["results"] if "us" in r}
+    for case in ("read float32 warm", "read bfloat16 warm", "gather quantised"):
+        shown = []
+        for implementation in ("cuda", "triton", "torch", "vllm cp_gather"):
+            row = us.get((case, implementation))
+            shown.append(f"{row['us']:.2f}" if row else "")
+        floor = us[case, "cuda"]["floor_us"]
+        lines.append(f"| {case.removesuffix(' warm')} | " + " | ".join(shown) + f" | {floor:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(readme())
