@@ -7,6 +7,8 @@ kernels, bit for bit. Arguments come validated from :mod:`dsv4_plugin.ops`.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 __all__ = [
@@ -41,10 +43,39 @@ def _locate(slots: torch.Tensor, total: int, block_size: int) -> tuple[torch.Ten
     return torch.div(safe, block_size, rounding_mode="floor"), safe % block_size
 
 
-def _blank(rows: torch.Tensor, slots: torch.Tensor, total: int) -> torch.Tensor:
-    """Zero the rows of padding (slot < 0); poison with NaN those of slots past the end."""
-    rows = rows.masked_fill((slots < 0)[:, None], 0.0)
-    return rows.masked_fill((slots >= total)[:, None], float("nan"))
+@functools.cache
+def _e4m3_values() -> torch.Tensor:
+    """Return float32 of every e4m3 byte, on the CPU."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+
+
+def _widen_e4m3(codes: torch.Tensor) -> torch.Tensor:
+    """Turn e4m3 bytes into float32; on a CPU a look-up, 0.13 ms where torch's cast takes 0.59."""
+    if codes.device.type != "cpu":
+        return codes.view(torch.float8_e4m3fn).to(torch.float32)
+    return _e4m3_values().index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
+
+
+def _take(plane: torch.Tensor, page: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Copy the bytes of the keys at ``(page, position)``, four at a time."""
+    return plane.view(torch.int32)[page, position].view(torch.uint8)
+
+
+def _multiply(rows: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """Write ``rows * scale`` in float32, rounded once to the dtype of ``out``."""
+    if out.dtype == torch.float32:
+        torch.mul(rows, scale, out=out)
+    else:
+        out.copy_(rows.mul_(scale))
+
+
+def _blank(
+    codes: torch.Tensor, scale: torch.Tensor, slots: torch.Tensor, total: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make padding (slot < 0) zero times zero, and a slot past the end zero times NaN."""
+    padding, beyond = (slots < 0)[:, None], (slots >= total)[:, None]
+    codes = codes.masked_fill_(padding | beyond, 0)
+    return codes, scale.masked_fill_(padding, 0.0).masked_fill_(beyond, float("nan"))
 
 
 def read_indexer_cache(
@@ -62,9 +93,9 @@ def read_indexer_cache(
     slots = slots.to(torch.int64)
     values, scales = _planes(pages, block_size, head_dim, SCALE_BYTES)
     page, position = _locate(slots, total, block_size)
-    rows = values[page, position].view(torch.float8_e4m3fn).to(torch.float32)
-    rows = rows * scales[page, position].view(torch.float32)
-    out.copy_(_blank(rows, slots, total))
+    scale = scales[page, position].view(torch.float32)
+    codes, scale = _blank(_take(values, page, position), scale, slots, total)
+    _multiply(_widen_e4m3(codes), scale, out)
 
 
 def _ue8m0(scale: torch.Tensor) -> torch.Tensor:
@@ -98,10 +129,11 @@ def read_indexer_cache_mxfp4(
     slots = slots.to(torch.int64)
     values, scales = _planes(pages, block_size, head_dim // 2, head_dim // MX_BLOCK)
     page, position = _locate(slots, total, block_size)
-    packed = values[page, position]
+    packed, scale = _blank(
+        _take(values, page, position), _ue8m0(scales[page, position]), slots, total
+    )
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
-    scale = _ue8m0(scales[page, position]).repeat_interleave(MX_BLOCK, dim=1)
-    out.copy_(_blank(_e2m1(codes) * scale, slots, total))
+    _multiply(_e2m1(codes), scale.repeat_interleave(MX_BLOCK, dim=1), out)
 
 
 def gather_indexer_cache(
@@ -137,7 +169,7 @@ def gather_indexer_cache(
     if pages.shape[0]:
         values, scales = _planes(pages, block_size, head_dim, SCALE_BYTES)
         page, offset = page.clamp(0, pages.shape[0] - 1), position.clamp(min=0) % block_size
-        codes = values[page, offset]
+        codes = _take(values, page, offset)
         scale = scales[page, offset].view(torch.float32).squeeze(1)
     else:  # nothing to read: every page is past the end
         codes = pages.new_zeros(tokens, head_dim)
@@ -148,7 +180,7 @@ def gather_indexer_cache(
         values_out.copy_(torch.where(inside[:, None], codes, values_out))
         scales_out.copy_(torch.where(inside, scale, scales_out))
         return
-    rows = codes.view(torch.float8_e4m3fn).to(torch.float32) * scale[:, None]
+    rows = _widen_e4m3(codes) * scale[:, None]
     values_out.copy_(torch.where(inside[:, None], rows.to(values_out.dtype), values_out))
 
 
