@@ -57,8 +57,9 @@ def _widen_e4m3(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _take(plane: torch.Tensor, page: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Copy the bytes of the keys at ``(page, position)``, four at a time."""
-    return plane.view(torch.int32)[page, position].view(torch.uint8)
+    """Copy the bytes of the keys at ``(page, position)`` as the widest words that they align to."""
+    wide = not (plane.stride(0) % 8 or plane.storage_offset() % 8 or plane.shape[2] % 8)
+    return plane.view(torch.int64 if wide else torch.int32)[page, position]
 
 
 def _multiply(rows: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
@@ -70,11 +71,11 @@ def _multiply(rows: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> Non
 
 
 def _blank(
-    codes: torch.Tensor, scale: torch.Tensor, slots: torch.Tensor, total: int
+    words: torch.Tensor, scale: torch.Tensor, slots: torch.Tensor, total: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Make padding (slot < 0) zero times zero, and a slot past the end zero times NaN."""
     padding, beyond = (slots < 0)[:, None], (slots >= total)[:, None]
-    codes = codes.masked_fill_(padding | beyond, 0)
+    codes = words.masked_fill_(padding | beyond, 0).view(torch.uint8)
     return codes, scale.masked_fill_(padding, 0.0).masked_fill_(beyond, float("nan"))
 
 
@@ -95,7 +96,12 @@ def read_indexer_cache(
     page, position = _locate(slots, total, block_size)
     scale = scales[page, position].view(torch.float32)
     codes, scale = _blank(_take(values, page, position), scale, slots, total)
-    _multiply(_widen_e4m3(codes), scale, out)
+    if out.device.type == "cpu" and out.dtype == torch.float32 and out.is_contiguous():
+        index = codes.reshape(-1).to(torch.int32)  # no row of values in between
+        torch.index_select(_e4m3_values(), 0, index, out=out.view(-1))
+        out.mul_(scale)
+    else:
+        _multiply(_widen_e4m3(codes), scale, out)
 
 
 def _ue8m0(scale: torch.Tensor) -> torch.Tensor:
@@ -169,7 +175,7 @@ def gather_indexer_cache(
     if pages.shape[0]:
         values, scales = _planes(pages, block_size, head_dim, SCALE_BYTES)
         page, offset = page.clamp(0, pages.shape[0] - 1), position.clamp(min=0) % block_size
-        codes = _take(values, page, offset)
+        codes = _take(values, page, offset).view(torch.uint8)
         scale = scales[page, offset].view(torch.float32).squeeze(1)
     else:  # nothing to read: every page is past the end
         codes = pages.new_zeros(tokens, head_dim)
