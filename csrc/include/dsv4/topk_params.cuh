@@ -80,7 +80,7 @@ struct WindowSource {
     if (p.row_starts.data != nullptr) {
       start = p.row_starts[start_at];
       // A start outside of the row leaves nothing to look at.
-    start = start < 0 || start > p.columns ? p.columns : start;
+      start = start < 0 || start > p.columns ? p.columns : start;
     }
     const int64_t room = p.columns - start;
     length = length < 0 ? 0 : length > room ? room : length;
