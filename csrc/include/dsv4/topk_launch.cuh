@@ -14,7 +14,7 @@ namespace dsv4 {
 enum class ScoreType { kBfloat16, kFloat16, kFloat32, kNarrowedFloat32 };
 
 // The compiled shapes of topk_cluster_kernel: threads and vectors a thread.
-enum class TopkShape : int { k512x2, k512x4, k512x8, k1024x8, kWide };
+enum class TopkShape : int { k512x2, k512x4, k512x8, k1024x8, kWide, k256x4, k256x8 };
 
 inline int64_t shape_capacity(TopkShape shape) {
   switch (shape) {
@@ -26,6 +26,10 @@ inline int64_t shape_capacity(TopkShape shape) {
       return 512 * 8;
     case TopkShape::k1024x8:
       return 1024 * 8;
+    case TopkShape::k256x4:
+      return 256 * 4;
+    case TopkShape::k256x8:
+      return 256 * 8;
     default:
       return 0;
   }
@@ -62,64 +66,31 @@ struct DeviceLimits {
 };
 
 // ---- The table of choices
-// ------------------------------------------------------------------------ Figures: microseconds on
-// an H200, N(0,1), warm, of the alternatives at that rule. A "vector" is 16 bytes of keys: 8
-// scores, or 4 of float32.
-//
-// Rows up to 1,024 vectors are one CTA's (1 x 8K bf16: 4.5, in a cluster of two 5.7).
-// Longer rows are cut into slices of 1,024 vectors while the grid still fits the SMs once: a second
-// CTA on an SM costs more than a longer slice (32 x 64K bf16: 9.1 in slices of 2,048, 10.9 of
-// 1,024). Slices over 2,048 vectors go to CTAs of 1,024 threads, as few a row as can hold it: their
-// rows wait for fewer exchanges, and 66 clusters of two are resident where 30 of four are (64 x
-// 128K bf16: 14.3 in two CTAs a row, 18.3 in four of half the size; k = 2048: 17.2 and 26.2).
+// ------------------------------------------------------------------------
 inline TopkPlan choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device) {
   const ScoreLayout layout = score_layout(p, type);
-  const int64_t rows = p.rows;
-  const bool large_k = p.k > 1024;
   const auto slice = [&](int cluster) { return ceil_div(layout.vectors, cluster); };
-  const auto fits = [&](int cluster) { return rows * cluster <= device.sms; };
-
+  int cluster = 1;
+  while (cluster < device.largest_cluster && slice(cluster) > 1024 &&
+         int64_t{2} * cluster * p.rows <= device.sms) {
+    cluster *= 2;
+  }
+  while (cluster < device.largest_cluster && slice(cluster) > 4096) cluster *= 2;
   TopkPlan plan{};
+  plan.cluster = cluster;
+  plan.shape = slice(cluster) <= 1024   ? TopkShape::k512x2
+               : slice(cluster) <= 2048 ? TopkShape::k512x4
+               : slice(cluster) <= 4096 ? TopkShape::k512x8
+               : slice(cluster) <= 8192 ? TopkShape::k1024x8
+                                        : TopkShape::kWide;
+  const int64_t solo = p.rows * 2 > device.sms ? shape_capacity(plan.shape) : 1024;
+  plan.solo_length = solo * layout.elems - layout.slack;
   plan.persistent = true;
-  plan.cluster = 1;
-  while (slice(plan.cluster) > 1024 && 2 * plan.cluster <= device.largest_cluster &&
-         fits(2 * plan.cluster)) {
-    plan.cluster *= 2;
-  }
-  // float32, or a large k: 2,048 vectors in one CTA, which needs no exchange (8 x 8K float32: 5.4,
-  // in two 6.4; 32 x 16K bf16, k = 2048: 8.5, in two 10.2).
-  if (layout.vectors <= 2048 && (layout.elems == 4 || large_k)) plan.cluster = 1;
-  plan.shape = slice(plan.cluster) <= 1024 ? TopkShape::k512x2 : TopkShape::k512x4;
-  // A large k in many rows wants more threads, not more CTAs (64 x 32K bf16, k = 2048: 11.1, in two
-  // CTAs of 512 threads 13.7).
-  const bool wide_cta = large_k && !fits(4) && slice(plan.cluster) > 1024;
-  if (slice(plan.cluster) > 2048 || wide_cta) {
-    plan.shape = TopkShape::k1024x8;
-    plan.cluster = 1;
-    while (slice(plan.cluster) > 8192 && plan.cluster < device.largest_cluster) plan.cluster *= 2;
-    if (plan.cluster == 1 && layout.vectors > 4096 && fits(2)) {
-      plan.cluster = 2;  // 64 x 64K bf16: 11.0, in one 11.8
-    } else if (plan.cluster == 4 && !large_k) {
-      plan.shape = TopkShape::k512x8;  // 32 x 250K bf16: 18.7, in four of 1,024 threads 22.9
-      plan.cluster = 8;
-    } else if (plan.cluster == 8 && 2 * 8 <= device.largest_cluster && fits(2 * 16)) {
-      plan.shape = TopkShape::k512x8;  // few rows: twice the SMs
-      plan.cluster = 16;
-    }
-  }
-  if (plan.shape == TopkShape::k1024x8 && slice(plan.cluster) > shape_capacity(plan.shape)) {
-    plan.shape = TopkShape::kWide;
-    plan.cluster = 1;
-  }
-  // In a cluster a row of up to 1,024 vectors is better off alone; where rows are many, any that
-  // fits.
-  const int64_t alone = 2 * rows > device.sms ? shape_capacity(plan.shape) : 1024;
-  plan.solo_length = alone * layout.elems - layout.slack;
   return plan;
 }
 
 // ---- Launch
-// --------------------------------------------------------------------------------------- A launch
+// -------------------------------------------------------------------------------------- A launch
 // that may start while the previous kernel of the stream drains (griddepcontrol.wait).
 template <class... Params>
 inline cudaError_t launch_overlapped(void (*kernel)(Params...), int64_t grid, int threads,
@@ -212,6 +183,10 @@ inline cudaError_t launch_shape(const TopkParams& p, const TopkPlan& plan, int d
       return launch_cluster<TopkClusterConfig<Policy, 512, 8>>(p, plan, device, stream);
     case TopkShape::k1024x8:
       return launch_cluster<TopkClusterConfig<Policy, 1024, 8>>(p, plan, device, stream);
+    case TopkShape::k256x4:
+      return launch_cluster<TopkClusterConfig<Policy, 256, 4>>(p, plan, device, stream);
+    case TopkShape::k256x8:
+      return launch_cluster<TopkClusterConfig<Policy, 256, 8>>(p, plan, device, stream);
     case TopkShape::kWide:
       return launch_overlapped(topk_wide_kernel<Policy>, p.rows, TopkWideSmem::kThreads, 1, 0,
                                stream, p);
