@@ -17,7 +17,16 @@ from typing import Any
 
 from dsv4_plugin.errors import SettingError
 
-__all__ = ["VARIABLES", "Settings", "Variable", "override", "parse", "settings", "table"]
+__all__ = [
+    "VARIABLES",
+    "Settings",
+    "Variable",
+    "override",
+    "parse",
+    "settings",
+    "switch",
+    "table",
+]
 
 
 @dataclass(frozen=True)
@@ -145,6 +154,19 @@ def settings() -> Settings:
         result = replace(result, plugin=False)
     _cache = (raw, _override, result)
     return result
+
+
+def switch(on: bool) -> bool:
+    """Switch the plugin on or off for this process and those it starts.
+
+    Returns:
+        False where that was not done, because the kill switch ``DSV4_PLUGIN=0`` is set.
+    """
+    name = _BY_FIELD["plugin"].name
+    if on and os.environ.get(name, "").strip() == "0":
+        return False
+    os.environ[name] = "1" if on else "0"
+    return True
 
 
 def override(config: Mapping[str, Any] | None) -> None:

@@ -84,44 +84,31 @@ def _register() -> torch.library.Library:
 # public functions take their direct road.
 
 
-def _read_indexer_cache(cache, slot_mapping, block_size=64, head_dim=128, dtype=None, backend=None):
-    from dsv4_plugin import ops
+def _reads(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return what runs behind a read: the form that makes its output, and the one that fills it."""
 
-    return ops.read_indexer_cache(
-        cache, slot_mapping, block_size=block_size, head_dim=head_dim,
-        dtype=dtype or torch.float32, backend=backend,
-    )  # fmt: skip
+    def functional(
+        cache, slot_mapping, block_size=64, head_dim=128, dtype=None, backend=None
+    ) -> torch.Tensor:
+        from dsv4_plugin import ops
 
+        return getattr(ops, name)(
+            cache, slot_mapping, block_size=block_size, head_dim=head_dim,
+            dtype=dtype or torch.float32, backend=backend,
+        )  # fmt: skip
 
-def _read_indexer_cache_out(
-    cache, slot_mapping, out, block_size=64, head_dim=128, backend=None
-) -> None:
-    from dsv4_plugin import ops
+    def mutating(cache, slot_mapping, out, block_size=64, head_dim=128, backend=None) -> None:
+        from dsv4_plugin import ops
 
-    ops.read_indexer_cache(
-        cache, slot_mapping, block_size=block_size, head_dim=head_dim, out=out, backend=backend
-    )
+        getattr(ops, name)(
+            cache, slot_mapping, block_size=block_size, head_dim=head_dim, out=out, backend=backend
+        )
 
-
-def _read_indexer_cache_mxfp4(
-    cache, slot_mapping, block_size=64, head_dim=128, dtype=None, backend=None
-):
-    from dsv4_plugin import ops
-
-    return ops.read_indexer_cache_mxfp4(
-        cache, slot_mapping, block_size=block_size, head_dim=head_dim,
-        dtype=dtype or torch.float32, backend=backend,
-    )  # fmt: skip
+    return functional, mutating
 
 
-def _read_indexer_cache_mxfp4_out(
-    cache, slot_mapping, out, block_size=64, head_dim=128, backend=None
-) -> None:
-    from dsv4_plugin import ops
-
-    ops.read_indexer_cache_mxfp4(
-        cache, slot_mapping, block_size=block_size, head_dim=head_dim, out=out, backend=backend
-    )
+_read_indexer_cache, _read_indexer_cache_out = _reads("read_indexer_cache")
+_read_indexer_cache_mxfp4, _read_indexer_cache_mxfp4_out = _reads("read_indexer_cache_mxfp4")
 
 
 def _gather_indexer_cache_out(

@@ -123,7 +123,10 @@ def _read(
         aligned = checks.alignment(pages, out)
         call = Call(op, cache.device, out.dtype, head_dim=head_dim, alignment=aligned)
         run = resolve(call, backend)
-        run(pages, slot_mapping.to(cache.device), out, block_size, head_dim)
+        if pages.shape[0] == 0:  # no page that padding could be read from
+            out.zero_()
+        else:
+            run(pages, slot_mapping.to(cache.device), out, block_size, head_dim)
     return out
 
 

@@ -84,9 +84,6 @@ def read_indexer_cache(
     head_dim: int,
 ) -> None:
     """Dequantise the FP8 keys at ``slots`` into ``out``; see :func:`dsv4_plugin.ops`."""
-    if pages.shape[0] == 0:
-        out.zero_()
-        return
     if slots.dtype not in (torch.int32, torch.int64) or not slots.is_contiguous():
         slots = slots.to(torch.int64).contiguous()
     _function("dsv4_read")(pages, slots, out, block_size)

@@ -88,9 +88,6 @@ def read_indexer_cache(
 ) -> None:
     """Dequantise the FP8 keys at ``slots`` into ``out``; see :func:`dsv4_plugin.ops`."""
     total = pages.shape[0] * block_size
-    if total == 0:
-        out.zero_()
-        return
     slots = slots.to(torch.int64)
     values, scales = _planes(pages, block_size, head_dim, SCALE_BYTES)
     page, position = _locate(slots, total, block_size)
@@ -129,9 +126,6 @@ def read_indexer_cache_mxfp4(
 ) -> None:
     """Dequantise the MXFP4 keys at ``slots`` into ``out``; see :func:`dsv4_plugin.ops`."""
     total = pages.shape[0] * block_size
-    if total == 0:
-        out.zero_()
-        return
     slots = slots.to(torch.int64)
     values, scales = _planes(pages, block_size, head_dim // 2, head_dim // MX_BLOCK)
     page, position = _locate(slots, total, block_size)

@@ -13,11 +13,12 @@ exchange through shared memory to get the stores back in order.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
+
+from dsv4_plugin.backends import capability
+from dsv4_plugin.checks import alignment
 
 __all__ = [
     "INTERPRETED",
@@ -243,11 +244,10 @@ INTERPRETED = not isinstance(_read_fp8_kernel, triton.runtime.JITFunction)
 WARPS = 4
 
 
-@functools.cache
 def _hardware_e4m3(device: torch.device) -> bool:
     if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    return capability(device) >= (8, 9)
 
 
 def _launch(kernel, tokens: int, block: int, device: torch.device, args, **meta) -> None:
@@ -274,13 +274,8 @@ def read_indexer_cache(
 ) -> None:
     """Dequantise the FP8 keys at ``slots`` into ``out``; see :func:`dsv4_plugin.ops`."""
     total = pages.shape[0] * block_size
-    if total == 0:
-        out.zero_()
-        return
     # bfloat16 makes 16 bytes to store of 8 loaded, which must then be aligned to 8.
-    wide = out.dtype == torch.bfloat16 and not (
-        head_dim % 8 or pages.stride(0) % 8 or pages.data_ptr() % 8
-    )
+    wide = out.dtype == torch.bfloat16 and head_dim % 8 == 0 and alignment(pages) >= 8
     word = 8 if wide else 4
     words = triton.next_power_of_2(triton.cdiv(head_dim, word))
     args = (pages, slots, out, slots.shape[0], total, pages.stride(0), out.stride(0), 0)
@@ -300,9 +295,6 @@ def read_indexer_cache_mxfp4(
 ) -> None:
     """Dequantise the MXFP4 keys at ``slots`` into ``out``; see :func:`dsv4_plugin.ops`."""
     total = pages.shape[0] * block_size
-    if total == 0:
-        out.zero_()
-        return
     words = triton.next_power_of_2(head_dim // 8)
     args = (pages, slots, out, slots.shape[0], total, pages.stride(0), out.stride(0), 0)
     _launch(

@@ -7,7 +7,7 @@ import functools
 import os
 from typing import Any
 
-from dsv4_plugin import log
+from dsv4_plugin import envs, log
 from dsv4_plugin.integrations.vllm.patching import Ledger
 
 __all__ = ["KNOWN", "install", "uninstall"]
@@ -41,14 +41,11 @@ class PluginAction(argparse.Action):
         if "none" in names:
             if "dsv4" in names:
                 raise argparse.ArgumentError(self, "'none' cannot be combined with 'dsv4'")
-            os.environ["DSV4_PLUGIN"] = "0"
+            envs.switch(False)
             return
-        if os.environ.get("DSV4_PLUGIN", "").strip() == "0":
-            log.logger.warning(
-                "--plugin dsv4 has no effect: DSV4_PLUGIN=0, the kill switch, is set"
-            )
+        if not envs.switch(True):
+            log.logger.warning("--plugin dsv4 has no effect: DSV4_PLUGIN=0 is set")
             return
-        os.environ["DSV4_PLUGIN"] = "1"
         # Ray copies the variables it knows by prefix; ours is not among them.
         prefixes = [p for p in os.environ.get(_RAY, "").split(",") if p]
         if "DSV4_" not in prefixes:
