@@ -128,6 +128,14 @@ __device__ __forceinline__ void store_counted(uint32_t address, uint4 v, uint32_
       : "memory");
 }
 
+__device__ __forceinline__ void store_counted(uint32_t address, uint32_t v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+          address),
+      "r"(v), "r"(barrier)
+      : "memory");
+}
+
 __device__ __forceinline__ void store_counted(uint32_t address, uint64_t v, uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(

@@ -1,18 +1,27 @@
-// Scores as ordered integer keys, eight or four to a 16-byte vector.
+// Scores as ordered keys, eight to a unit.
 //
-// key(a) > key(b) exactly when a orders before b in a top-k: numbers by value, -0.0 equal to +0.0,
-// every NaN equal to every other NaN and below -inf. Key 0 is NaN alone, so a vector padded with
-// NaN never wins against a number.
+// order(x) is an unsigned integer, 0 best: order(a) < order(b) exactly when a comes before b in a
+// top-k of numbers. -0.0 and +0.0 are one number, though their orders are neighbours; `distances`
+// closes that gap. NaN is no number: it never reaches a bound and never passes a comparison.
 //
-// A policy says how a dtype in memory becomes vectors of keys:
-//   Scalar          the element in memory        Item         an element and its position, packed
-//   kElems, kBits   elements of a vector, bits of a key
-//   kLowest         key of -inf, the lowest number
-//   load, set, pad  a whole vector (16-byte aligned); one element of a partial one; all NaN
-//   Best, best, better, best_key       largest element of a vector, without NaN; its key
-//   kFine, fine_key                    the same for kFine equal parts of a vector
-//   key, bits       key of a raw element, raw bits of a number's key
-//   at_least, above element masks: one bit an element that is >= or > a threshold (never for NaN)
+// A policy says how a dtype in memory becomes units of eight scores:
+//   Scalar            the score in memory          Unit    eight scores in registers
+//   kBits             bits of an order
+//   load, pad, set    a whole unit (16-byte aligned); a unit of NaN; one score of a partial unit
+//   pair              maxima of the two halves (or parities) of a unit: a packed pair of heads
+//   unit_maxima       the maxima of two units as one packed pair of heads
+//   add_digit         counts one digit of the scores' orders
+//   add_above         counts how far the scores lie above a bound
+//   each_order        a walk over the eight orders, NaN as -inf and -0.0 as +0.0
+//   classify          one bit a score: above the threshold; equal to it
+//   order_of, raw_of  order of one score, and back
+//
+// Histograms have kBins bins, and one more for what is not to be counted: an unconditional
+// atomicAdd is four times cheaper than one behind a branch.
+//
+// A *head* is the upper 16 bits of a score. It orders like the score, coarsely, and compares as a
+// bfloat16 or float16 number. The hardware maximum ignores NaN unless both operands are, and then
+// gives 0x7fff, the best order of all, where only NaN can be.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +31,11 @@
 
 namespace dsv4 {
 
+constexpr int kUnit = 8;  // scores of a unit
+constexpr int kBins = 256;
+constexpr int kSink = kBins;           // the bin of what is not counted
+constexpr int kHistogram = kBins + 4;  // words of a histogram
+
 __device__ __forceinline__ uint32_t word(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
@@ -30,7 +44,7 @@ __device__ __forceinline__ uint32_t word(const uint4& v, int i) {
 // written.
 __device__ __forceinline__ uint4 load_vector(const void* p) {
   uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
   return v;
@@ -40,84 +54,156 @@ __device__ __forceinline__ uint4 all_nan() {
   return make_uint4(0xffffffffu, 0xffffffffu, 0xffffffffu, 0xffffffffu);
 }
 
-// Shared half of the 16-bit policies. The hardware maximum ignores NaN unless both operands are.
-template <class Pair, uint32_t kInfinity>
-struct Keys16 {
-  using Item = uint32_t;  // raw score above, position below
-  using Best = uint32_t;  // two candidates
-  static constexpr int kElems = 8;
-  static constexpr int kBits = 16;
-  static constexpr int kFine = 4;
-  static constexpr uint32_t kLowest = 0x7fffu - kInfinity;
+// 0xffff in every half whose sign bit is set: one PRMT.
+__device__ __forceinline__ uint32_t negative_halves(uint32_t pair) {
+  uint32_t mask;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask) : "r"(pair));
+  return mask;
+}
 
-  static __device__ __forceinline__ uint4 pad() { return all_nan(); }
-  static __device__ __forceinline__ const Pair& pair(const uint32_t& bits) {
+// Orders of a packed pair of heads.
+__device__ __forceinline__ uint32_t order_pair(uint32_t raw) {
+  return raw ^ (~negative_halves(raw) & 0x7fff7fffu);
+}
+
+// The head with this 16-bit order, in both halves. The map is its own inverse.
+__device__ __forceinline__ uint32_t head_pair(uint32_t order) {
+  return (order < 0x8000u ? order ^ 0x7fffu : order) * 0x10001u;
+}
+
+// Comparisons and maxima of packed heads.
+template <class Pair>
+struct Heads {
+  static __device__ __forceinline__ const Pair& as(const uint32_t& bits) {
     return reinterpret_cast<const Pair&>(bits);
   }
-  static __device__ __forceinline__ uint32_t key(uint32_t bits) {
-    uint32_t key = (bits & 0x8000u) ? (~bits & 0xffffu) : (bits | 0x8000u);
-    key = key == 0x7fffu ? 0x8000u : key;  // -0.0 ties with +0.0
-    return (bits & 0x7fffu) > kInfinity ? 0u : key;
-  }
-  static __device__ __forceinline__ uint32_t bits(uint32_t key) {
-    return ((key & 0x8000u) ? key ^ 0x8000u : ~key & 0xffffu) * 0x10001u;
-  }
-  static __device__ __forceinline__ uint32_t element(const uint4& v, int e) {
-    return (word(v, e / 2) >> (16 * (e & 1))) & 0xffffu;
-  }
-  static __device__ __forceinline__ Item item(const uint4& v, int e, uint32_t position) {
-    return __byte_perm(position, word(v, e / 2), e & 1 ? 0x7610 : 0x5410);
-  }
-  static __device__ __forceinline__ uint32_t item_key(Item item) { return key(item >> 16); }
-  static __device__ __forceinline__ uint32_t item_position(Item item) { return item & 0xffffu; }
-  static __device__ __forceinline__ Best better(Best a, Best b) {
-    const Pair m = __hmax2(pair(a), pair(b));
+  static __device__ __forceinline__ uint32_t better(uint32_t a, uint32_t b) {
+    const Pair m = __hmax2(as(a), as(b));
     return reinterpret_cast<const uint32_t&>(m);
   }
-  static __device__ __forceinline__ Best best(const uint4& v) {
-    return better(better(v.x, v.y), better(v.z, v.w));
+  // 0xffff in a half where a >= b (a > b). Never for NaN.
+  static __device__ __forceinline__ uint32_t reaches(uint32_t a, uint32_t b) {
+    return __hge2_mask(as(a), as(b));
   }
-  static __device__ __forceinline__ uint32_t best_key(Best b) {
-    return key(better(b, __byte_perm(b, b, 0x1032)) & 0xffffu);
+  static __device__ __forceinline__ uint32_t above(uint32_t a, uint32_t b) {
+    return __hgt2_mask(as(a), as(b));
   }
-  static __device__ __forceinline__ uint32_t fine_key(const uint4& v, int part) {
-    return best_key(word(v, part));
+};
+
+// Two masks of 16 bits in one word, four times, to eight bits, element 0 lowest.
+__device__ __forceinline__ uint32_t gather_bits(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  const uint32_t spread =
+      (a & 0x00020001u) | (b & 0x00080004u) | (c & 0x00200010u) | (d & 0x00800040u);
+  return (spread | (spread >> 16)) & 0xffu;
+}
+
+template <class Pair_, uint32_t kInfinity>
+struct Keys16 {
+  using Pair = Pair_;
+  using H = Heads<Pair>;
+  struct Unit {
+    uint4 v;
+  };
+  static constexpr int kBits = 16;
+  static constexpr uint32_t kLastOrder = 0x8000u | kInfinity;  // of -inf
+  static constexpr uint32_t kLastHead = kLastOrder;
+
+  static __device__ __forceinline__ Unit pad() { return {all_nan()}; }
+  static __device__ __forceinline__ uint32_t pair(const Unit& u) {
+    return H::better(H::better(u.v.x, u.v.y), H::better(u.v.z, u.v.w));
   }
-  // Two masks of 16 bits in one word to eight bits, element 0 lowest.
-  static __device__ __forceinline__ uint32_t gather_bits(uint32_t a, uint32_t b, uint32_t c,
-                                                         uint32_t d) {
-    const uint32_t spread =
-        (a & 0x00020001u) | (b & 0x00080004u) | (c & 0x00200010u) | (d & 0x00800040u);
-    return (spread | (spread >> 16)) & 0xffu;
+  static __device__ __forceinline__ uint32_t unit_maxima(uint32_t pair0, uint32_t pair1) {
+    return H::better(__byte_perm(pair0, pair1, 0x5410), __byte_perm(pair0, pair1, 0x7632));
   }
-  static __device__ __forceinline__ uint32_t at_least(const uint4& v, uint32_t limit) {
-    return gather_bits(__hge2_mask(pair(v.x), pair(limit)), __hge2_mask(pair(v.y), pair(limit)),
-                       __hge2_mask(pair(v.z), pair(limit)), __hge2_mask(pair(v.w), pair(limit)));
+
+  static __device__ __forceinline__ uint32_t order_of(uint32_t raw) {
+    return raw ^ ((raw & 0x8000u) ? 0u : 0x7fffu);
   }
-  static __device__ __forceinline__ uint32_t above(const uint4& v, uint32_t limit) {
-    return gather_bits(__hgt2_mask(pair(v.x), pair(limit)), __hgt2_mask(pair(v.y), pair(limit)),
-                       __hgt2_mask(pair(v.z), pair(limit)), __hgt2_mask(pair(v.w), pair(limit)));
+  static __device__ __forceinline__ uint32_t raw_of(uint32_t order) { return order_of(order); }
+  static __device__ __forceinline__ bool is_nan(uint32_t raw) { return (raw & 0x7fffu) > kInfinity; }
+  // An order that equal numbers share, NaN last.
+  static __device__ __forceinline__ uint32_t sort_order(uint32_t raw) {
+    const uint32_t order = order_of(raw);
+    return is_nan(raw) ? 0xffffu : order == 0x8000u ? 0x7fffu : order;
   }
-  static __device__ __forceinline__ void set16(uint4& v, int e, uint32_t bits) {
-    const uint32_t keep = 0xffffu << (16 * ((e & 1) ^ 1));
-    const uint32_t put = bits << (16 * (e & 1));
-    if (e / 2 == 0) v.x = (v.x & keep) | put;
-    if (e / 2 == 1) v.y = (v.y & keep) | put;
-    if (e / 2 == 2) v.z = (v.z & keep) | put;
-    if (e / 2 == 3) v.w = (v.w & keep) | put;
+  static __device__ __forceinline__ uint32_t element(const Unit& u, int e) {
+    return (word(u.v, e / 2) >> (16 * (e & 1))) & 0xffffu;
+  }
+  static __device__ __forceinline__ void set16(Unit& u, int e, uint32_t bits) {
+    uint32_t* w = e < 2 ? &u.v.x : e < 4 ? &u.v.y : e < 6 ? &u.v.z : &u.v.w;
+    *w = e & 1 ? (*w & 0xffffu) | (bits << 16) : (*w & 0xffff0000u) | bits;
+  }
+
+  // Orders of a word's two scores.
+  static __device__ __forceinline__ uint32_t orders(uint32_t w) {
+    const uint32_t number = H::better(w, kLastOrder * 0x10001u);
+    const Pair canonical = __hadd2(H::as(number), H::as(0u));  // -0.0 becomes +0.0
+    return order_pair(reinterpret_cast<const uint32_t&>(canonical));
+  }
+  template <class F>
+  static __device__ __forceinline__ void each_order(const Unit& u, F f) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t o = orders(word(u.v, i));
+      f(o & 0xffffu);
+      f(o >> 16);
+    }
+  }
+  // Digit `round` of the orders whose higher digits are `prefix`.
+  static __device__ __forceinline__ void add_digit(uint32_t* hist, const Unit& u, int round,
+                                                   uint32_t prefix) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t o = orders(word(u.v, i));
+      if (round == 0) {
+        atomicAdd(hist + ((o >> 8) & 0xffu), 1u);
+        atomicAdd(hist + (o >> 24), 1u);
+      } else {
+        const uint32_t bins = __vminu2(o ^ (prefix * 0x01000100u), kSink * 0x10001u);
+        atomicAdd(hist + (bins & 0xffffu), 1u);
+        atomicAdd(hist + (bins >> 16), 1u);
+      }
+    }
+  }
+  // Bin 255 - d for a score d steps above the bound, d cut at 255. Bin 255: not above it.
+  static __device__ __forceinline__ void add_above(uint32_t* hist, const Unit& u, uint32_t bound) {
+    const uint32_t raw = raw_of(bound) * 0x10001u;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t distance;
+      if (bound < 0x8000u) {  // not below zero: a difference of raw bits
+        distance = H::better(word(u.v, i), raw) - raw;
+      } else {
+        const Pair canonical = __hadd2(H::as(H::better(word(u.v, i), raw)), H::as(0u));
+        distance = bound * 0x10001u - order_pair(reinterpret_cast<const uint32_t&>(canonical));
+      }
+      const uint32_t bins = 0x00ff00ffu - __vminu2(distance, 0x00ff00ffu);
+      atomicAdd(hist + (bins & 0xffffu), 1u);
+      atomicAdd(hist + (bins >> 16), 1u);
+    }
+  }
+  static __device__ __forceinline__ void classify(const Unit& u, uint32_t threshold,
+                                                  uint32_t& above, uint32_t& equal) {
+    const uint32_t raw = threshold * 0x10001u;
+    above = gather_bits(H::above(u.v.x, raw), H::above(u.v.y, raw), H::above(u.v.z, raw),
+                        H::above(u.v.w, raw));
+    equal = above ^ gather_bits(H::reaches(u.v.x, raw), H::reaches(u.v.y, raw),
+                                H::reaches(u.v.z, raw), H::reaches(u.v.w, raw));
   }
 };
 
 struct Bfloat16Keys : Keys16<__nv_bfloat162, 0x7f80u> {
   using Scalar = uint16_t;
-  static __device__ __forceinline__ uint4 load(const Scalar* p) { return load_vector(p); }
-  static __device__ __forceinline__ void set(uint4& v, int e, Scalar s) { set16(v, e, s); }
+  static __device__ __forceinline__ Unit load(const Scalar* p) { return {load_vector(p)}; }
+  static __device__ __forceinline__ uint32_t bits(Scalar s) { return s; }
+  static __device__ __forceinline__ void set(Unit& u, int e, Scalar s) { set16(u, e, s); }
 };
 
 struct Float16Keys : Keys16<__half2, 0x7c00u> {
   using Scalar = uint16_t;
-  static __device__ __forceinline__ uint4 load(const Scalar* p) { return load_vector(p); }
-  static __device__ __forceinline__ void set(uint4& v, int e, Scalar s) { set16(v, e, s); }
+  static __device__ __forceinline__ Unit load(const Scalar* p) { return {load_vector(p)}; }
+  static __device__ __forceinline__ uint32_t bits(Scalar s) { return s; }
+  static __device__ __forceinline__ void set(Unit& u, int e, Scalar s) { set16(u, e, s); }
 };
 
 // float32 in memory, selected as if it had been rounded to bfloat16 (nearest even) beforehand.
@@ -127,66 +213,105 @@ struct NarrowedFloat32Keys : Keys16<__nv_bfloat162, 0x7f80u> {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(__uint_as_float(low), __uint_as_float(high));
     return reinterpret_cast<const uint32_t&>(pair);
   }
-  static __device__ __forceinline__ uint4 load(const Scalar* p) {
+  static __device__ __forceinline__ Unit load(const Scalar* p) {
     const uint4 a = load_vector(p);
     const uint4 b = load_vector(p + 4);
-    return make_uint4(pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w));
+    return {make_uint4(pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w))};
   }
-  static __device__ __forceinline__ void set(uint4& v, int e, Scalar s) {
-    set16(v, e, pack(__float_as_uint(s), 0u) & 0xffffu);
+  static __device__ __forceinline__ uint32_t bits(Scalar s) {
+    return pack(__float_as_uint(s), 0u) & 0xffffu;
   }
+  static __device__ __forceinline__ void set(Unit& u, int e, Scalar s) { set16(u, e, bits(s)); }
 };
 
 struct Float32Keys {
+  using Pair = __nv_bfloat162;
+  using H = Heads<Pair>;
   using Scalar = float;
-  using Item = uint2;  // raw score, position
-  using Best = float;
-  static constexpr int kElems = 4;
+  struct Unit {
+    uint4 low;
+    uint4 high;
+  };
   static constexpr int kBits = 32;
-  static constexpr int kFine = 4;
-  static constexpr uint32_t kLowest = 0x007fffffu;
+  static constexpr uint32_t kLastOrder = 0xff800000u;
+  static constexpr uint32_t kLastHead = 0xff80u;
 
-  static __device__ __forceinline__ uint4 load(const Scalar* p) { return load_vector(p); }
-  static __device__ __forceinline__ uint4 pad() { return all_nan(); }
-  static __device__ __forceinline__ void set(uint4& v, int e, Scalar s) {
-    const uint32_t bits = __float_as_uint(s);
-    if (e == 0) v.x = bits;
-    if (e == 1) v.y = bits;
-    if (e == 2) v.z = bits;
-    if (e == 3) v.w = bits;
+  static __device__ __forceinline__ float number(uint32_t bits) { return __uint_as_float(bits); }
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    return __float_as_uint(fmaxf(number(a), number(b)));
   }
-  static __device__ __forceinline__ uint32_t key(uint32_t bits) {
-    uint32_t key = (bits & 0x80000000u) ? ~bits : (bits | 0x80000000u);
-    key = key == 0x7fffffffu ? 0x80000000u : key;
-    return (bits & 0x7fffffffu) > 0x7f800000u ? 0u : key;
+  static __device__ __forceinline__ Unit load(const Scalar* p) {
+    return {load_vector(p), load_vector(p + 4)};
   }
-  static __device__ __forceinline__ uint32_t bits(uint32_t key) {
-    return (key & 0x80000000u) ? key ^ 0x80000000u : ~key;
+  static __device__ __forceinline__ Unit pad() { return {all_nan(), all_nan()}; }
+  static __device__ __forceinline__ uint32_t element(const Unit& u, int e) {
+    return e < 4 ? word(u.low, e) : word(u.high, e - 4);
   }
-  static __device__ __forceinline__ uint32_t element(const uint4& v, int e) { return word(v, e); }
-  static __device__ __forceinline__ Item item(const uint4& v, int e, uint32_t position) {
-    return make_uint2(word(v, e), position);
+  static __device__ __forceinline__ uint32_t bits(Scalar s) { return __float_as_uint(s); }
+  static __device__ __forceinline__ void set(Unit& u, int e, Scalar s) {
+    uint4& v = e < 4 ? u.low : u.high;
+    const int i = e & 3;
+    (i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w) = bits(s);
   }
-  static __device__ __forceinline__ uint32_t item_key(Item item) { return key(item.x); }
-  static __device__ __forceinline__ uint32_t item_position(Item item) { return item.y; }
-  static __device__ __forceinline__ Best better(Best a, Best b) { return fmaxf(a, b); }
-  static __device__ __forceinline__ Best best(const uint4& v) {
-    return fmaxf(fmaxf(__uint_as_float(v.x), __uint_as_float(v.y)),
-                 fmaxf(__uint_as_float(v.z), __uint_as_float(v.w)));
+  static __device__ __forceinline__ uint32_t heads(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, 0x7632);
   }
-  static __device__ __forceinline__ uint32_t best_key(Best b) { return key(__float_as_uint(b)); }
-  static __device__ __forceinline__ uint32_t fine_key(const uint4& v, int part) {
-    return key(word(v, part));
+  static __device__ __forceinline__ uint32_t best_of_four(const uint4& v) {
+    return larger(larger(v.x, v.y), larger(v.z, v.w));
   }
-  static __device__ __forceinline__ uint32_t at_least(const uint4& v, uint32_t limit) {
-    const float f = __uint_as_float(limit);
-    return (__uint_as_float(v.x) >= f ? 1u : 0u) | (__uint_as_float(v.y) >= f ? 2u : 0u) |
-           (__uint_as_float(v.z) >= f ? 4u : 0u) | (__uint_as_float(v.w) >= f ? 8u : 0u);
+  static __device__ __forceinline__ uint32_t pair(const Unit& u) {
+    return heads(best_of_four(u.low), best_of_four(u.high));
   }
-  static __device__ __forceinline__ uint32_t above(const uint4& v, uint32_t limit) {
-    const float f = __uint_as_float(limit);
-    return (__uint_as_float(v.x) > f ? 1u : 0u) | (__uint_as_float(v.y) > f ? 2u : 0u) |
-           (__uint_as_float(v.z) > f ? 4u : 0u) | (__uint_as_float(v.w) > f ? 8u : 0u);
+  static __device__ __forceinline__ uint32_t unit_maxima(uint32_t pair0, uint32_t pair1) {
+    return H::better(__byte_perm(pair0, pair1, 0x5410), __byte_perm(pair0, pair1, 0x7632));
+  }
+
+  static __device__ __forceinline__ uint32_t order_of(uint32_t raw) {
+    return raw ^ ((raw & 0x80000000u) ? 0u : 0x7fffffffu);
+  }
+  static __device__ __forceinline__ uint32_t raw_of(uint32_t order) { return order_of(order); }
+  static __device__ __forceinline__ bool is_nan(uint32_t raw) {
+    return (raw & 0x7fffffffu) > 0x7f800000u;
+  }
+  static __device__ __forceinline__ uint32_t sort_order(uint32_t raw) {
+    const uint32_t order = order_of(raw);
+    return is_nan(raw) ? 0xffffffffu : order == 0x80000000u ? 0x7fffffffu : order;
+  }
+  static __device__ __forceinline__ uint32_t order_above(uint32_t bits, uint32_t bound) {
+    return order_of(__float_as_uint(__fadd_rn(number(larger(bits, bound)), 0.0f)));
+  }
+  template <class F>
+  static __device__ __forceinline__ void each_order(const Unit& u, F f) {
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) f(order_above(element(u, e), kLastOrder));
+  }
+  static __device__ __forceinline__ void add_digit(uint32_t* hist, const Unit& u, int round,
+                                                   uint32_t prefix) {
+    const int shift = kBits - 8 * (round + 1);
+    each_order(u, [&](uint32_t order) {
+      atomicAdd(hist + min((order >> shift) ^ (prefix << 8), static_cast<uint32_t>(kSink)), 1u);
+    });
+  }
+  // Bin 255 - d for a score in the d-th stretch of 65,536 orders above the bound, d cut at 255.
+  static __device__ __forceinline__ void add_above(uint32_t* hist, const Unit& u, uint32_t bound) {
+    const uint32_t raw = raw_of(bound);
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) {
+      const uint32_t distance = bound < 0x80000000u ? larger(element(u, e), raw) - raw
+                                                    : bound - order_above(element(u, e), raw);
+      atomicAdd(hist + 255u - min((distance + 0xffffu) >> 16, 255u), 1u);
+    }
+  }
+  static __device__ __forceinline__ void classify(const Unit& u, uint32_t threshold,
+                                                  uint32_t& above, uint32_t& equal) {
+    const float t = number(threshold);
+    above = equal = 0;
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) {
+      const float x = number(element(u, e));
+      above |= x > t ? 1u << e : 0u;
+      equal |= x == t ? 1u << e : 0u;
+    }
   }
 };
 

@@ -6,92 +6,78 @@
 
 #include <cuda_runtime.h>
 
-#include "dsv4/topk_cluster.cuh"
+#include "dsv4/topk_select.cuh"
 #include "dsv4/topk_wide.cuh"
 
 namespace dsv4 {
 
 enum class ScoreType { kBfloat16, kFloat16, kFloat32, kNarrowedFloat32 };
 
-// The compiled shapes of topk_cluster_kernel: threads and vectors a thread.
-enum class TopkShape : int { k512x2, k512x4, k512x8, k1024x8, kWide, k256x4, k256x8 };
+// The compiled shapes of topk_kernel, and the kernel for rows that none of them holds.
+enum class TopkShape : int { k512x16, k512x64, k256x16, kWide };
 
-inline int64_t shape_capacity(TopkShape shape) {
+struct TopkChoice {
+  TopkShape shape;
+  int cluster;         // CTAs a row
+  int32_t solo_units;  // longest row, in units of eight scores, that one CTA of a cluster serves
+};
+
+struct ShapeLimits {
+  int threads;
+  int steps;
+  int64_t units() const { return int64_t{threads} * steps; }
+};
+
+inline ShapeLimits shape_limits(TopkShape shape) {
   switch (shape) {
-    case TopkShape::k512x2:
-      return 512 * 2;
-    case TopkShape::k512x4:
-      return 512 * 4;
-    case TopkShape::k512x8:
-      return 512 * 8;
-    case TopkShape::k1024x8:
-      return 1024 * 8;
-    case TopkShape::k256x4:
-      return 256 * 4;
-    case TopkShape::k256x8:
-      return 256 * 8;
-    default:
-      return 0;
+    case TopkShape::k512x16:
+      return {512, 16};
+    case TopkShape::k512x64:
+      return {512, 64};
+    case TopkShape::k256x16:
+      return {256, 16};
+    case TopkShape::kWide:
+      break;
   }
+  return {1024, 0};
 }
 
-struct TopkPlan {
-  TopkShape shape;
-  int cluster;          // CTAs a row; a power of two
-  int64_t solo_length;  // longest row one CTA of a cluster serves alone
-  bool persistent;      // clusters for what is resident at once, instead of one a row
-};
-
-struct ScoreLayout {
-  int elems;        // scores of a 16-byte vector of keys
-  int64_t slack;    // scores by which a row may begin past a 16-byte boundary, at most
-  int64_t vectors;  // that the longest row can take
-};
-
-inline ScoreLayout score_layout(const TopkParams& p, ScoreType type) {
+// Units that the longest row of the call can take. A row may begin anywhere past a 16-byte boundary.
+inline int64_t most_units(const TopkParams& p, ScoreType type) {
   const int bytes = type == ScoreType::kBfloat16 || type == ScoreType::kFloat16 ? 2 : 4;
-  ScoreLayout layout{};
-  layout.elems = type == ScoreType::kFloat32 ? 4 : 8;
   const bool aligned = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 &&
                        (p.rows == 1 || p.logits_stride * bytes % 16 == 0) &&
                        p.row_starts.data == nullptr;
-  layout.slack = aligned ? 0 : 16 / bytes - 1;
-  layout.vectors = ceil_div(p.columns + layout.slack, layout.elems);
-  return layout;
+  return ceil_div(p.columns + (aligned ? 0 : 16 / bytes - 1), kUnit);
 }
 
 struct DeviceLimits {
   int sms;
   int largest_cluster;
+  int shared_bytes;  // a CTA may ask for
 };
 
-// ---- The table of choices
-// ------------------------------------------------------------------------
-inline TopkPlan choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device) {
-  const ScoreLayout layout = score_layout(p, type);
-  const auto slice = [&](int cluster) { return ceil_div(layout.vectors, cluster); };
+// ---- The table of choices -----------------------------------------------------------------------
+inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device) {
+  const int64_t units = most_units(p, type);
+  const auto slice = [&](int cluster) { return ceil_div(units, cluster); };
   int cluster = 1;
   while (cluster < device.largest_cluster && slice(cluster) > 1024 &&
          int64_t{2} * cluster * p.rows <= device.sms) {
     cluster *= 2;
   }
-  while (cluster < device.largest_cluster && slice(cluster) > 4096) cluster *= 2;
-  TopkPlan plan{};
-  plan.cluster = cluster;
-  plan.shape = slice(cluster) <= 1024   ? TopkShape::k512x2
-               : slice(cluster) <= 2048 ? TopkShape::k512x4
-               : slice(cluster) <= 4096 ? TopkShape::k512x8
-               : slice(cluster) <= 8192 ? TopkShape::k1024x8
-                                        : TopkShape::kWide;
-  const int64_t solo = p.rows * 2 > device.sms ? shape_capacity(plan.shape) : 1024;
-  plan.solo_length = solo * layout.elems - layout.slack;
-  plan.persistent = true;
-  return plan;
+  while (cluster < device.largest_cluster && slice(cluster) > 512 * 64) cluster *= 2;
+  TopkChoice choice{};
+  choice.cluster = cluster;
+  choice.shape = slice(cluster) <= 512 * 16   ? TopkShape::k512x16
+                 : slice(cluster) <= 512 * 64 ? TopkShape::k512x64
+                                              : TopkShape::kWide;
+  choice.solo_units = 1024;
+  return choice;
 }
 
-// ---- Launch
-// -------------------------------------------------------------------------------------- A launch
-// that may start while the previous kernel of the stream drains (griddepcontrol.wait).
+// ---- Launch -------------------------------------------------------------------------------------
+// A launch that may start while the previous kernel of the stream drains (griddepcontrol.wait).
 template <class... Params>
 inline cudaError_t launch_overlapped(void (*kernel)(Params...), int64_t grid, int threads,
                                      int cluster, size_t smem, cudaStream_t stream,
@@ -112,128 +98,155 @@ inline cudaError_t launch_overlapped(void (*kernel)(Params...), int64_t grid, in
 }
 
 constexpr int kMaxDevices = 64;
-constexpr int kMaxClusterLog2 = 4;
 
-// How many clusters of this kernel the device holds at once. Asked once per device, cluster size
-// and class of call (k up to 512, 1024, 2048; with sort or page table), for the class's largest
-// member.
+// Shared memory of one call, in bytes; fills in the plan's offsets.
 template <class Config>
-inline cudaError_t resident_clusters(const TopkParams& p, int device, int cluster, int* count) {
-  static std::atomic<int> known[kMaxDevices][kMaxClusterLog2 + 1][3][2];
-  int log2 = 0;
-  while ((1 << log2) < cluster) ++log2;
-  const int k_class = p.k <= 512 ? 0 : p.k <= 1024 ? 1 : 2;
-  const bool extra = p.sort || p.page_table != nullptr;
-  std::atomic<int>& cell = known[device][log2][k_class][extra];
-  *count = cell.load(std::memory_order_relaxed);
-  if (*count > 0) return cudaSuccess;
+inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, TopkPlan* plan) {
+  using Policy = typename Config::Policy;
+  const int64_t slice = ceil_div(units, cluster);
+  const int64_t longest = slice > plan->solo_units ? slice : plan->solo_units;
+  const int64_t most = units < longest ? units : longest;
+  const int64_t steps = ceil_div(most, Config::kThreads);
+  plan->list_steps = steps > Config::kDirect ? static_cast<int32_t>(steps) : 0;
+  const auto align = [](size_t bytes) { return (bytes + 15) / 16 * 16; };
+  const size_t lists = size_t{Config::kThreads} * plan->list_steps * sizeof(uint16_t);
+  size_t bytes = sizeof(TopkSmem<Config>) + align(lists);
+  plan->lists = static_cast<uint32_t>(bytes);
+  bytes += align(lists);
+  plan->received = static_cast<uint32_t>(bytes);
+  bytes += received_bytes(ThresholdSmem<Policy::kBits>::kRounds, cluster);
+  plan->tail = static_cast<uint32_t>(bytes);
+  if (p.sort) {
+    size_t entries = 1;
+    while (entries < static_cast<size_t>(p.k)) entries *= 2;
+    bytes += entries * sizeof(uint64_t);
+  } else if (p.page_table != nullptr) {
+    bytes += p.k * sizeof(int32_t);
+  }
+  const size_t wide = sizeof(TopkWideSmem<Config::kThreads>);
+  return bytes > wide ? bytes : wide;
+}
 
-  TopkParams largest{};
-  largest.k = 512 << k_class;
-  largest.sort = extra;
-  const size_t smem = TopkClusterLayout<Config>(largest, cluster).bytes;
-  const auto kernel = topk_cluster_kernel<Config>;
-  int limit = 0;
-  cudaError_t error =
-      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+// Lets the kernel use what the device has. Once a device.
+template <class Config>
+inline cudaError_t prepare(int device, const DeviceLimits& limits) {
+  static std::atomic<bool> done[kMaxDevices];
+  if (done[device].load(std::memory_order_relaxed)) return cudaSuccess;
+  const auto kernel = topk_kernel<Config>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           limits.shared_bytes);
   if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
-  if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(cluster);
-  config.blockDim = dim3(Config::kThreads);
-  config.dynamicSmemBytes = smem;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  error = cudaOccupancyMaxActiveClusters(count, kernel, &config);
-  if (error != cudaSuccess) return error;
-  if (*count < 1) return cudaErrorInvalidConfiguration;
-  cell.store(*count, std::memory_order_relaxed);
+  if (Config::kCluster) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  done[device].store(true, std::memory_order_relaxed);
   return cudaSuccess;
 }
 
 template <class Config>
-inline cudaError_t launch_cluster(const TopkParams& p, const TopkPlan& plan, int device,
-                                  cudaStream_t stream) {
-  const size_t smem = TopkClusterLayout<Config>(p, plan.cluster).bytes;
-  int resident = 0;
-  const cudaError_t error = resident_clusters<Config>(p, device, plan.cluster, &resident);
+inline cudaError_t launch_kernel(const TopkParams& p, ScoreType type, const TopkChoice& choice,
+                                 int device, const DeviceLimits& limits, cudaStream_t stream) {
+  const cudaError_t error = prepare<Config>(device, limits);
   if (error != cudaSuccess) return error;
-  TopkClusterPlan inner{};
-  inner.clusters = plan.persistent && resident < p.rows ? resident : p.rows;
-  inner.solo_length = static_cast<int32_t>(plan.solo_length);
-  return launch_overlapped(topk_cluster_kernel<Config>, int64_t{inner.clusters} * plan.cluster,
-                           Config::kThreads, plan.cluster, smem, stream, p, inner);
+  TopkPlan plan{};
+  plan.solo_units = choice.solo_units;
+  const size_t smem = shared_bytes<Config>(p, choice.cluster, most_units(p, type), &plan);
+  return launch_overlapped(topk_kernel<Config>, int64_t{p.rows} * choice.cluster, Config::kThreads,
+                           choice.cluster, smem, stream, p, plan);
+}
+
+template <class Policy, int kThreads, int kSteps, int kMinBlocks>
+inline cudaError_t launch_config(const TopkParams& p, ScoreType type, const TopkChoice& choice,
+                                 int device, const DeviceLimits& limits, cudaStream_t stream) {
+  if (choice.cluster > 1) {
+    return launch_kernel<TopkConfig<Policy, kThreads, kSteps, kMinBlocks, true>>(
+        p, type, choice, device, limits, stream);
+  }
+  return launch_kernel<TopkConfig<Policy, kThreads, kSteps, kMinBlocks, false>>(
+      p, type, choice, device, limits, stream);
 }
 
 template <class Policy>
-inline cudaError_t launch_shape(const TopkParams& p, const TopkPlan& plan, int device,
-                                cudaStream_t stream) {
-  switch (plan.shape) {
-    case TopkShape::k512x2:
-      return launch_cluster<TopkClusterConfig<Policy, 512, 2>>(p, plan, device, stream);
-    case TopkShape::k512x4:
-      return launch_cluster<TopkClusterConfig<Policy, 512, 4>>(p, plan, device, stream);
-    case TopkShape::k512x8:
-      return launch_cluster<TopkClusterConfig<Policy, 512, 8>>(p, plan, device, stream);
-    case TopkShape::k1024x8:
-      return launch_cluster<TopkClusterConfig<Policy, 1024, 8>>(p, plan, device, stream);
-    case TopkShape::k256x4:
-      return launch_cluster<TopkClusterConfig<Policy, 256, 4>>(p, plan, device, stream);
-    case TopkShape::k256x8:
-      return launch_cluster<TopkClusterConfig<Policy, 256, 8>>(p, plan, device, stream);
+inline cudaError_t launch_shape(const TopkParams& p, ScoreType type, const TopkChoice& choice,
+                                int device, const DeviceLimits& limits, cudaStream_t stream) {
+  switch (choice.shape) {
+    case TopkShape::k512x16:
+      return launch_config<Policy, 512, 16, 2>(p, type, choice, device, limits, stream);
+    case TopkShape::k512x64:
+      return launch_config<Policy, 512, 64, 1>(p, type, choice, device, limits, stream);
+    case TopkShape::k256x16:
+      return launch_config<Policy, 256, 16, 4>(p, type, choice, device, limits, stream);
     case TopkShape::kWide:
-      return launch_overlapped(topk_wide_kernel<Policy>, p.rows, TopkWideSmem::kThreads, 1, 0,
-                               stream, p);
+      return launch_overlapped(topk_wide_kernel<Policy, 1024>, p.rows, 1024, 1, 0, stream, p);
   }
   return cudaErrorInvalidValue;
 }
 
-inline cudaError_t launch_plan(const TopkParams& p, ScoreType type, const TopkPlan& plan,
-                               int device, cudaStream_t stream) {
+inline cudaError_t launch_choice(const TopkParams& p, ScoreType type, const TopkChoice& choice,
+                                 int device, const DeviceLimits& limits, cudaStream_t stream) {
   switch (type) {
     case ScoreType::kBfloat16:
-      return launch_shape<Bfloat16Keys>(p, plan, device, stream);
+      return launch_shape<Bfloat16Keys>(p, type, choice, device, limits, stream);
+#ifndef DSV4_ONLY_BF16
     case ScoreType::kFloat16:
-      return launch_shape<Float16Keys>(p, plan, device, stream);
+      return launch_shape<Float16Keys>(p, type, choice, device, limits, stream);
     case ScoreType::kFloat32:
-      return launch_shape<Float32Keys>(p, plan, device, stream);
+      return launch_shape<Float32Keys>(p, type, choice, device, limits, stream);
     case ScoreType::kNarrowedFloat32:
-      return launch_shape<NarrowedFloat32Keys>(p, plan, device, stream);
+      return launch_shape<NarrowedFloat32Keys>(p, type, choice, device, limits, stream);
+#else
+    default:
+      break;
+#endif
   }
   return cudaErrorInvalidValue;
 }
 
-// Multiprocessors, and the largest cluster the device can hold: 16 is not portable, so it is tried.
 inline cudaError_t device_limits(int device, DeviceLimits* limits) {
   static std::atomic<int> known_sms[kMaxDevices];
   static std::atomic<int> known_cluster[kMaxDevices];
+  static std::atomic<int> known_shared[kMaxDevices];
   if (device < 0 || device >= kMaxDevices) return cudaErrorInvalidDevice;
   limits->sms = known_sms[device].load(std::memory_order_relaxed);
   limits->largest_cluster = known_cluster[device].load(std::memory_order_relaxed);
-  if (limits->sms > 0 && limits->largest_cluster > 0) return cudaSuccess;
-  const cudaError_t error =
+  limits->shared_bytes = known_shared[device].load(std::memory_order_relaxed);
+  if (limits->sms > 0 && limits->largest_cluster > 0 && limits->shared_bytes > 0) {
+    return cudaSuccess;
+  }
+  cudaError_t error =
       cudaDeviceGetAttribute(&limits->sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  using Probe = TopkClusterConfig<Bfloat16Keys, 1024, 8>;
-  const TopkParams largest = [] {
-    TopkParams p{};
-    p.k = kTopkMax;
-    p.sort = true;
-    return p;
-  }();
-  limits->largest_cluster = 16;
+  error = cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                 device);
+  if (error != cudaSuccess) return error;
+  // Clusters of 16 are not portable, so one is tried: the largest shape with the most memory.
+  using Probe = TopkConfig<Bfloat16Keys, 512, 16, 2, true>;
+  error = prepare<Probe>(device, *limits);
+  if (error != cudaSuccess) return error;
+  TopkParams largest{};
+  largest.k = kTopkMax;
+  largest.sort = true;
+  TopkPlan plan{};
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {kMaxCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kMaxCluster);
+  config.blockDim = dim3(Probe::kThreads);
+  config.dynamicSmemBytes =
+      shared_bytes<Probe>(largest, kMaxCluster, int64_t{kMaxCluster} * Probe::kMaxUnits, &plan);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   int resident = 0;
-  if (resident_clusters<Probe>(largest, device, 16, &resident) != cudaSuccess) {
+  limits->largest_cluster = kMaxCluster;
+  if (cudaOccupancyMaxActiveClusters(&resident, topk_kernel<Probe>, &config) != cudaSuccess ||
+      resident < 1) {
     cudaGetLastError();  // not an error of the caller's
     limits->largest_cluster = 8;
   }
   known_cluster[device].store(limits->largest_cluster, std::memory_order_relaxed);
+  known_shared[device].store(limits->shared_bytes, std::memory_order_relaxed);
   known_sms[device].store(limits->sms, std::memory_order_relaxed);
   return cudaSuccess;
 }
@@ -243,7 +256,7 @@ inline cudaError_t launch_topk(const TopkParams& p, ScoreType type, int device,
   DeviceLimits limits{};
   const cudaError_t error = device_limits(device, &limits);
   if (error != cudaSuccess) return error;
-  return launch_plan(p, type, choose_topk(p, type, limits), device, stream);
+  return launch_choice(p, type, choose_topk(p, type, limits), device, limits, stream);
 }
 
 }  // namespace dsv4

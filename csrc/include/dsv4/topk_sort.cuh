@@ -1,4 +1,4 @@
-// sort=True: the chosen indices by descending key, ties by ascending index.
+// sort=True: the chosen indices best first, ties by ascending index.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,9 @@
 
 namespace dsv4 {
 
-__device__ __forceinline__ uint64_t sort_entry(uint32_t key, int32_t index) {
-  return (static_cast<uint64_t>(key) << 32) | (0xffffffffu - static_cast<uint32_t>(index));
+// `order`: 0 best. An entry of a score is above 0, which stands for none.
+__device__ __forceinline__ uint64_t sort_entry(uint32_t order, int32_t index) {
+  return (static_cast<uint64_t>(~order) << 32) | (0xffffffffu - static_cast<uint32_t>(index));
 }
 
 __device__ __forceinline__ int32_t sort_entry_index(uint64_t entry) {

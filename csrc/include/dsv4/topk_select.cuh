@@ -1,0 +1,604 @@
+// Exact top-k of a row: one CTA, or a cluster of C CTAs with a slice of the row each. Every score is
+// read once from memory.
+//
+// A short slice stays in registers (select_direct): two digits of a radix select give the threshold
+// of 16-bit scores, then every thread counts its own. A longer one (select_listed):
+//
+//   1. stream     all scores -> maxima of groups -> histogram                   topk_bound.cuh
+//   2. bound      a value that at least k scores reach. The CTAs of a cluster exchange theirs.
+//   3. list       units whose maximum reaches the bound: little more than k of them
+//   4. threshold  how far their scores lie above the bound                      topk_threshold.cuh
+//   5. masks      which of a listed unit's scores lie above the threshold, which equal it
+//   6. write      counts in row order, ascending positions
+//
+// Only the maxima stay in registers; listed units are read again, from L1 or L2. A warp's list has
+// room for all units of the warp, so no input overflows it.
+//
+// Everything is decided on the device by the row's own length: a row of up to plan.solo_units is
+// rank 0's work whatever the width of the buffer, and the other CTAs leave.
+#pragma once
+
+#include "dsv4/row_units.cuh"
+#include "dsv4/topk_bound.cuh"
+#include "dsv4/topk_sort.cuh"
+#include "dsv4/topk_threshold.cuh"
+#include "dsv4/topk_wide.cuh"
+
+namespace dsv4 {
+
+// What the host chooses beside the template arguments.
+struct TopkPlan {
+  int32_t solo_units;  // longest row, in units, that one CTA of a cluster serves alone
+  int32_t list_steps;  // units a thread for which lists and masks have room
+  uint32_t lists;      // byte offsets in shared memory: the warps' lists,
+  uint32_t received;   // digits of the peers,
+  uint32_t tail;       // entries (sort) or staged indices (page table)
+};
+
+template <class Policy_, int kThreads_, int kSteps_, int kMinBlocks_, bool kCluster_>
+struct TopkConfig {
+  using Policy = Policy_;
+  static constexpr int kThreads = kThreads_;
+  static constexpr int kSteps = kSteps_;  // units a thread at most
+  static constexpr int kMinBlocks = kMinBlocks_;
+  static constexpr bool kCluster = kCluster_;
+  static constexpr int kWarps = kThreads / kWarpSize;
+  static constexpr int kDirect = Policy::kBits == 16 ? 4 : 2;  // of these, kept in registers
+  static constexpr int kBatch = 4;                             // units in flight a thread
+  static constexpr int kMaxUnits = kThreads * kSteps;
+
+  static_assert(kWarps <= kWarpSize, "one lane reads one warp's count");
+  static_assert(kMaxUnits <= 1 << 15, "15 bits of a listed unit's number");
+  static_assert(kDirect * kUnit <= 32, "one mask of 32 bits a thread");
+  static_assert(kSteps % kBatch == 0 && kBatch % 4 == 0, "groups of up to four units of a batch");
+};
+
+template <class Config>
+struct TopkSmem {
+  // Zero when the row begins, and so are the masks.
+  ThresholdSmem<Config::Policy::kBits> threshold;
+  GroupHistogram groups;
+  // Not initialised.
+  alignas(16) uint32_t bound[4];
+  uint64_t bounds_barrier;
+  uint64_t equals_barrier;
+  uint64_t bounds[kMaxCluster];
+  uint32_t equals[kMaxCluster];
+  alignas(16) uint32_t warp_chosen[kWarpSize];
+  // Then 16-bit words: masks[kThreads * list_steps], lists[the same], received[rounds][C][kBins];
+  // then entries or staged indices.
+};
+
+template <class Config>
+struct TopkWorker {
+  using Policy = typename Config::Policy;
+  using Unit = typename Policy::Unit;
+  using H = typename Policy::H;
+  using Smem = TopkSmem<Config>;
+  static constexpr int kThreads = Config::kThreads;
+  static constexpr int kWarps = Config::kWarps;
+  static constexpr int kDirect = Config::kDirect;
+  static constexpr int kSteps = Config::kSteps;
+  static constexpr int kBatch = Config::kBatch;
+  // Counts travel packed: above the threshold in the low 12 bits, equal to it in the high 20.
+  static constexpr int kEqualShift = 12;
+  static constexpr uint32_t kAboveMask = (1u << kEqualShift) - 1u;
+  static_assert(kTopkMax < 1 << kEqualShift, "fewer than k lie above");
+  static_assert(Config::kMaxUnits * kUnit < 1 << (32 - kEqualShift), "all may be equal");
+
+  const TopkParams& p;
+  const TopkPlan& plan;
+  Smem& smem;
+  const RowUnits<Policy>& units;
+  const int32_t row;
+  const ClusterShape cluster;  // size 1: alone
+  ThresholdFinder<Policy, kThreads> finder;
+  int32_t begin;  // this CTA's units of the row
+  int32_t count;
+  int32_t depth;  // units a thread
+
+  __device__ __forceinline__ TopkWorker(const TopkParams& params, const TopkPlan& chosen,
+                                        Smem& memory, const RowUnits<Policy>& row_units,
+                                        int32_t of_row, ClusterShape shape)
+      : p(params),
+        plan(chosen),
+        smem(memory),
+        units(row_units),
+        row(of_row),
+        cluster(shape),
+        finder{memory.threshold, reinterpret_cast<unsigned char*>(&memory) + chosen.received,
+               shape} {
+    begin = 0;
+    count = units.count;
+    if (together()) {
+      const auto cut = [&](uint32_t rank) {
+        return static_cast<int32_t>(int64_t{units.count} * rank / cluster.size);
+      };
+      begin = cut(cluster.rank);
+      count = cut(cluster.rank + 1) - begin;
+    }
+    depth = (count + kThreads - 1) / kThreads;
+  }
+
+  __device__ __forceinline__ bool together() const { return Config::kCluster && cluster.size > 1; }
+  __device__ __forceinline__ unsigned char* at(uint32_t offset) const {
+    return reinterpret_cast<unsigned char*>(&smem) + offset;
+  }
+  __device__ __forceinline__ uint16_t* masks() const {
+    return reinterpret_cast<uint16_t*>(at(sizeof(Smem)));
+  }
+
+  // ---- Positions and writing --------------------------------------------------------------------
+  // What precedes this warp: in the lower warps of the CTA and the lower ranks.
+  __device__ __forceinline__ uint2 counted_before(uint32_t chosen, const Threshold& t) {
+    if (lane_id() == 0) smem.warp_chosen[warp_id()] = chosen;
+    __syncthreads();
+    const uint32_t of_warp = lane_id() < kWarps ? smem.warp_chosen[lane_id()] : 0u;
+    const uint32_t below = __reduce_add_sync(kFullWarp, lane_id() < warp_id() ? of_warp : 0u);
+    if (together() && !t.counted) {
+      const uint32_t all = __reduce_add_sync(kFullWarp, of_warp) >> kEqualShift;
+      if (threadIdx.x == 0) {
+        barrier_expect(&smem.equals_barrier, cluster.size * sizeof(uint32_t));
+      }
+      if (threadIdx.x < cluster.size) {
+        store_counted(map_shared(&smem.equals[cluster.rank], threadIdx.x), min(all, t.need),
+                      map_shared(&smem.equals_barrier, threadIdx.x));
+      }
+      barrier_wait(&smem.equals_barrier, 0u);
+    }
+    return make_uint2(t.lower_above + (below & kAboveMask),
+                      lower_equal(t) + (below >> kEqualShift));
+  }
+
+  // Equals of the lower ranks. Where nobody counted them, after counted_before.
+  __device__ __forceinline__ uint32_t lower_equal(const Threshold& t) const {
+    if (!together() || t.counted) return t.lower_equal;
+    return __reduce_add_sync(kFullWarp, lane_id() < cluster.rank ? smem.equals[lane_id()] : 0u);
+  }
+
+  // Writes the answer's share of 32 scores in a row, from row index `first` on; `before` counts
+  // what precedes them in the row.
+  __device__ __forceinline__ void write(int32_t first, uint32_t above, uint32_t equal,
+                                        uint2 before, uint32_t need) {
+    const uint32_t allowed = need > before.y ? need - before.y : 0u;
+    while (__popc(equal) > static_cast<int>(allowed)) equal &= ~(0x80000000u >> __clz(equal));
+    uint32_t chosen = above | equal;
+    uint32_t position = before.x + min(before.y, need);
+    if (!p.sort && p.page_table == nullptr) {
+      int32_t* out = p.out + row * p.out_stride + position;
+      if (p.out_raw == nullptr) {
+        while (chosen != 0) {
+          *out++ = first + __ffs(chosen) - 1;
+          chosen &= chosen - 1;
+        }
+      } else {
+        int32_t* raw = p.out_raw + row * p.out_raw_stride + position;
+        while (chosen != 0) {
+          *out++ = first + __ffs(chosen) - 1;
+          *raw++ = first + __ffs(chosen) - 1;
+          chosen &= chosen - 1;
+        }
+      }
+      return;
+    }
+    while (chosen != 0) {
+      const int32_t index = first + __ffs(chosen) - 1;
+      chosen &= chosen - 1;
+      if (p.sort) {
+        uint64_t* entry = reinterpret_cast<uint64_t*>(at(plan.tail)) + position;
+        const uint64_t value = sort_entry(Policy::sort_order(units.bits(index)), index);
+        if (together()) {
+          store_remote(map_shared(entry, 0), value);
+        } else {
+          *entry = value;
+        }
+      } else {
+        reinterpret_cast<int32_t*>(at(plan.tail))[position] = index;
+      }
+      ++position;
+    }
+  }
+
+  // After the last write: what could not be written at once.
+  __device__ __forceinline__ void finish(const Threshold& t) {
+    if (p.sort) {
+      if (together()) {
+        cluster_arrive();
+        cluster_wait();
+      } else {
+        __syncthreads();
+      }
+      if (cluster.rank == 0) {
+        sort_and_write(reinterpret_cast<uint64_t*>(at(plan.tail)), p.k, RowOutput(p, row));
+      }
+    } else if (p.page_table != nullptr) {
+      // One table look-up a thread instead of a chain of them. This CTA's positions are a run.
+      __syncthreads();
+      const uint32_t of_warp = lane_id() < kWarps ? smem.warp_chosen[lane_id()] : 0u;
+      const uint32_t all = __reduce_add_sync(kFullWarp, of_warp);
+      const uint32_t equal = lower_equal(t);
+      const uint32_t first = t.lower_above + min(equal, t.need);
+      const uint32_t last =
+          t.lower_above + (all & kAboveMask) + min(equal + (all >> kEqualShift), t.need);
+      const RowOutput output(p, row);
+      const int32_t* staged = reinterpret_cast<const int32_t*>(at(plan.tail));
+      for (uint32_t i = first + threadIdx.x; i < last; i += kThreads) output.write(i, staged[i]);
+    }
+  }
+
+  // ---- A slice in registers ---------------------------------------------------------------------
+  // A thread takes `depth` units in a row, so that threads are in row order.
+  __device__ __forceinline__ bool select_direct() {
+    Unit u[kDirect];
+    const int32_t mine = begin + threadIdx.x * depth;
+    const int32_t held = min(depth, begin + count - mine);  // may be below zero
+#pragma unroll
+    for (int i = 0; i < kDirect; ++i) {
+      u[i] = Policy::pad();
+      if (i < held && units.whole(mine + i)) u[i] = units.load_whole(mine + i);
+    }
+    if (units.whole_begin != 0 || units.whole_end != units.count) {
+#pragma unroll
+      for (int i = 0; i < kDirect; ++i) {
+        if (i < held && !units.whole(mine + i)) u[i] = units.load_partial(mine + i);
+      }
+    }
+    if (together()) cluster_wait();  // the start-up barrier: no peer is written to before it runs
+
+    const Threshold t = finder.by_digits(p.k, 1, [&](auto visit) {
+#pragma unroll
+      for (int i = 0; i < kDirect; ++i) {
+        if (i < depth) visit(u[i]);
+      }
+    });
+    if (t.order >= Policy::kLastOrder && t.need != 0) return false;
+
+    uint32_t above = 0;
+    uint32_t equal = 0;
+    const uint32_t raw = Policy::raw_of(t.order);
+#pragma unroll
+    for (int i = 0; i < kDirect; ++i) {
+      uint32_t of_unit[2] = {0u, 0u};
+      if (i < depth) Policy::classify(u[i], raw, of_unit[0], of_unit[1]);
+      above |= of_unit[0] << (kUnit * i);
+      equal |= of_unit[1] << (kUnit * i);
+    }
+    const uint32_t own = __popc(above) | (__popc(equal) << kEqualShift);
+    const uint32_t upto = warp_inclusive_sum(own);
+    const uint2 before = counted_before(__shfl_sync(kFullWarp, upto, kWarpSize - 1), t);
+    const uint32_t ahead = upto - own;
+    write(units.index(mine, 0), above, equal,
+          make_uint2(before.x + (ahead & kAboveMask), before.y + (ahead >> kEqualShift)), t.need);
+    finish(t);
+    return true;
+  }
+
+  // ---- A longer slice ---------------------------------------------------------------------------
+  // A warp takes 32 * depth units in a row; step s of it, lane l: unit 32 s + l of these.
+  __device__ __forceinline__ int32_t warp_begin() const { return warp_id() * kWarpSize * depth; }
+
+  // Loads a batch from step on; units outside of the slice are all NaN.
+  __device__ __forceinline__ void load(Unit (&u)[kBatch], int32_t step) const {
+    const int32_t first = begin + warp_begin() + step * kWarpSize;  // of the warp
+    const int32_t end = begin + min(count, warp_begin() + depth * kWarpSize);
+    if (first >= units.whole_begin && first + kBatch * kWarpSize <= min(end, units.whole_end)) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        u[i] = units.load_whole(first + i * kWarpSize + lane_id());
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int32_t g = first + i * kWarpSize + lane_id();
+        u[i] = Policy::pad();
+        if (g < end) u[i] = units.load(g);
+      }
+    }
+  }
+
+  // Adds a batch's groups: half units, units, pairs or fours of units. pairs: each unit's two half
+  // maxima; heads: those of each two units.
+  __device__ __forceinline__ void add_groups(const uint32_t (&pairs)[4], uint32_t heads01,
+                                             uint32_t heads23, int level) {
+    if (level == 0) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) smem.groups.add_pair(pairs[i]);
+    } else if (level == 1) {
+      smem.groups.add_pair(heads01);
+      smem.groups.add_pair(heads23);
+    } else {
+      const uint32_t best = H::better(heads01, heads23);
+      if (level == 2) {
+        smem.groups.add_pair(best);
+      } else {
+        smem.groups.add(order_pair(H::better(best, __byte_perm(best, best, 0x1032))) >> 20);
+      }
+    }
+  }
+
+  // The order of a head that at least k scores of the row reach. One warp finds it.
+  __device__ __forceinline__ GroupPick find_bound() {
+    __syncthreads();
+    if (warp_id() == 0) {
+      const GroupRanks ranks(smem.groups);
+      GroupPick own = ranks.pick(p.k, Policy::kLastHead);
+      if (together()) {
+        // Every slice's own bound is the row's; and if every slice has k / C scores that reach a
+        // value, the row has k. The first is sharp where one slice holds the best scores, the
+        // second where all are alike.
+        const GroupPick share =
+            ranks.pick((p.k + cluster.size - 1) / cluster.size, Policy::kLastHead);
+        if (lane_id() == 0) {
+          barrier_expect(&smem.bounds_barrier, cluster.size * sizeof(uint64_t));
+        }
+        if (lane_id() < cluster.size) {
+          store_counted(map_shared(&smem.bounds[cluster.rank], lane_id()),
+                        (static_cast<uint64_t>(own.bound) << 32) | share.bound,
+                        map_shared(&smem.bounds_barrier, lane_id()));
+        }
+        barrier_wait(&smem.bounds_barrier, 0u);
+        const bool is_rank = lane_id() < cluster.size;
+        const uint64_t of_rank = is_rank ? smem.bounds[lane_id()] : 0u;
+        const uint32_t best = __reduce_min_sync(
+            kFullWarp, is_rank ? static_cast<uint32_t>(of_rank >> 32) : kNoBound);
+        const uint32_t common = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(of_rank));
+        own = {min(best, common), 0u};
+      }
+      if (lane_id() == 0) {
+        smem.bound[0] = own.bound;
+        smem.bound[1] = own.reached;
+      }
+    }
+    __syncthreads();
+    return {smem.bound[0], smem.bound[1]};
+  }
+
+  __device__ __forceinline__ bool select_listed() {
+    // 1. Stream. heads: the maxima of steps 2j (low half) and 2j + 1 (high half).
+    uint32_t heads[kSteps / 2];
+    if (together()) cluster_wait();  // as in select_direct
+    {
+      // Some more groups than the rank asked of them.
+      const uint32_t k = p.k;
+      const uint32_t wanted = together() ? k + k / 4 : 2 * k - k / 4;
+      const uint32_t have = count;
+      const int level = have < wanted ? 0 : have < 2 * wanted ? 1 : have < 4 * wanted ? 2 : 3;
+#pragma unroll
+      for (int step = 0; step < kSteps; step += kBatch) {
+        if (step >= depth) break;
+        Unit u[kBatch];
+        load(u, step);
+#pragma unroll
+        for (int i = 0; i < kBatch; i += 4) {
+          uint32_t pairs[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) pairs[j] = Policy::pair(u[i + j]);
+          const uint32_t heads01 = Policy::unit_maxima(pairs[0], pairs[1]);
+          const uint32_t heads23 = Policy::unit_maxima(pairs[2], pairs[3]);
+          heads[(step + i) / 2] = heads01;
+          heads[(step + i) / 2 + 1] = heads23;
+          add_groups(pairs, heads01, heads23, level);
+        }
+      }
+    }
+
+    // 2. Bound.
+    GroupPick bound = find_bound();
+    if (bound.bound == kNoBound) return false;
+    if (!together() && bound.reached > p.k + p.k / 2u + 64u) refine(bound.bound, heads);
+
+    // 3. The warp's list of units that reach the bound, in any order. The top bit marks those that
+    //    hold more than the bound.
+    uint16_t* list = reinterpret_cast<uint16_t*>(at(plan.lists)) +
+                     warp_id() * kWarpSize * plan.list_steps;
+    uint32_t listed = 0;
+    const uint32_t limit = head_pair(bound.bound);
+#pragma unroll
+    for (int half = 0; half < kSteps / 2; half += 16) {
+      if (2 * half >= depth) break;
+      // Bit i: step 2 (half + i); bit 16 + i: the step after it.
+      uint32_t reaches = 0;
+      uint32_t exceeds = 0;
+#pragma unroll
+      for (int i = 0; i < 16 && half + i < kSteps / 2; ++i) {
+        if (2 * (half + i) >= depth) break;
+        reaches |= H::reaches(heads[half + i], limit) & (0x00010001u << i);
+        if (Policy::kBits == 16) {
+          exceeds |= H::above(heads[half + i], limit) & (0x00010001u << i);
+        }
+      }
+      if (Policy::kBits == 32) exceeds = reaches;
+      const uint32_t upto = warp_inclusive_sum(__popc(reaches));
+      uint16_t* to = list + listed + upto - __popc(reaches);
+      while (reaches != 0) {
+        const int bit = __ffs(reaches) - 1;
+        reaches &= reaches - 1;
+        const uint32_t step = 2 * (half + (bit & 15)) + (bit >> 4);
+        *to++ = static_cast<uint16_t>(warp_begin() + step * kWarpSize + lane_id() +
+                                      (((exceeds >> bit) & 1u) << 15));
+      }
+      listed += __shfl_sync(kFullWarp, upto, kWarpSize - 1);
+    }
+    __syncwarp();
+
+    // 4. Threshold.
+    bool far;
+    Threshold t =
+        finder.above_bound(p.k, full_order(bound.bound), far, [&](auto visit) {
+          for (uint32_t i = lane_id(); i < listed; i += kWarpSize) {
+            const uint32_t entry = list[i];
+            if (entry & 0x8000u) visit(units.load(begin + (entry & 0x7fffu)));
+          }
+        });
+    if (far) {
+      t = finder.by_digits(p.k, 1, [&](auto visit) {
+        for (uint32_t i = lane_id(); i < listed; i += kWarpSize) {
+          visit(units.load(begin + (list[i] & 0x7fffu)));
+        }
+      });
+      if (t.order >= Policy::kLastOrder && t.need != 0) return false;
+    }
+
+    // 5. Masks. Units that hold no more than the bound matter only where the threshold is the bound.
+    const bool at_bound = t.order >= full_order(bound.bound);
+    const uint32_t raw = Policy::raw_of(t.order);
+    for (uint32_t i = lane_id(); i < listed; i += kWarpSize) {
+      const uint32_t entry = list[i];
+      if ((entry & 0x8000u) || at_bound) {
+        uint32_t above;
+        uint32_t equal;
+        Policy::classify(units.load(begin + (entry & 0x7fffu)), raw, above, equal);
+        masks()[entry & 0x7fffu] = static_cast<uint16_t>(above | (equal << 8));
+      }
+    }
+    __syncwarp();
+
+    // 6. Write. A lane takes eight units in a row, a warp 256 a step: those it has listed itself.
+    constexpr int kLaneUnits = 8;
+    const int32_t own_units = kWarpSize * depth;
+    uint32_t chosen = 0;
+    for (int32_t first = lane_id() * kLaneUnits; first < own_units;
+         first += kWarpSize * kLaneUnits) {
+      const uint4 m = *reinterpret_cast<const uint4*>(masks() + warp_begin() + first);
+      chosen += count_masks(m);
+    }
+    uint2 before = counted_before(__reduce_add_sync(kFullWarp, chosen), t);
+    for (int32_t base = 0; base < own_units; base += kWarpSize * kLaneUnits) {
+      const int32_t first = base + lane_id() * kLaneUnits;
+      uint4 m = make_uint4(0, 0, 0, 0);
+      if (first < own_units) m = *reinterpret_cast<const uint4*>(masks() + warp_begin() + first);
+      const uint32_t own = count_masks(m);
+      if (__any_sync(kFullWarp, own != 0)) {
+        const uint32_t upto = warp_inclusive_sum(own);
+        if (own != 0) {
+          uint2 here = make_uint2(before.x + ((upto - own) & kAboveMask),
+                                  before.y + ((upto - own) >> kEqualShift));
+          const int32_t index = units.index(begin + warp_begin() + first, 0);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t low = i == 0 ? m.x : m.z;
+            const uint32_t high = i == 0 ? m.y : m.w;
+            const uint32_t above = __byte_perm(low, high, 0x6420);
+            const uint32_t equal = __byte_perm(low, high, 0x7531);
+            write(index + 32 * i, above, equal, here, t.need);
+            here.x += __popc(above);
+            here.y += __popc(equal);
+          }
+        }
+        const uint32_t step = __shfl_sync(kFullWarp, upto, kWarpSize - 1);
+        before.x += step & kAboveMask;
+        before.y += step >> kEqualShift;
+      }
+    }
+    finish(t);
+    return true;
+  }
+
+  static __device__ __forceinline__ uint32_t full_order(uint32_t head) {
+    return Policy::kBits == 16 ? head : min((head << 16) | 0xffffu, Policy::kLastOrder);
+  }
+
+  static __device__ __forceinline__ uint32_t count_masks(const uint4& m) {
+    constexpr uint32_t kAbove = 0x00ff00ffu;
+    uint32_t above = 0;
+    uint32_t all = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      above += __popc(word(m, i) & kAbove);
+      all += __popc(word(m, i));
+    }
+    return above | ((all - above) << kEqualShift);
+  }
+
+  // Many groups share the bound's bin: take the k-th largest maximum of single units instead, to
+  // the last bit of a head.
+  __device__ __forceinline__ void refine(uint32_t& bound, const uint32_t (&heads)[kSteps / 2]) {
+    uint32_t* hist = smem.threshold.hist[ThresholdSmem<Policy::kBits>::kRefine];
+#pragma unroll
+    for (int j = 0; j < kSteps / 2; ++j) {
+      if (2 * j >= depth) break;
+      const uint32_t orders = order_pair(heads[j]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t order = half == 0 ? orders & 0xffffu : orders >> 16;
+        const bool counts = order != 0 && order <= bound;  // 0: NaN
+        atomicAdd(hist + (counts ? kBins - 1 - min(bound - order, kBins - 1u) : kSink), 1u);
+      }
+    }
+    __syncthreads();
+    if (warp_id() == 0) {
+      const Pick pick = pick_bin(hist, p.k);
+      if (lane_id() == 0) smem.bound[2] = pick.found ? kBins - 1 - pick.bin : 0u;
+    }
+    __syncthreads();
+    bound -= smem.bound[2];
+  }
+};
+
+template <class Config>
+__global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_kernel(
+    const __grid_constant__ TopkParams p, const __grid_constant__ TopkPlan plan) {
+  using Policy = typename Config::Policy;
+  using Smem = TopkSmem<Config>;
+  extern __shared__ __align__(16) unsigned char memory[];
+  Smem& smem = *reinterpret_cast<Smem*>(memory);
+
+  // Before griddepcontrol.wait: nothing here touches global memory.
+  pdl_launch_dependents();
+  ClusterShape cluster{1u, 0u};
+  if constexpr (Config::kCluster) {
+    cluster = {cluster_size(), cluster_rank()};
+    if (threadIdx.x == 0) {
+      barrier_init(&smem.bounds_barrier);
+      barrier_init(&smem.equals_barrier);
+      smem.threshold.init_barriers();
+      barrier_init_fence();
+    }
+    cluster_arrive();
+  }
+  const auto clear = [](void* begin, int bytes) {
+    uint4* words = static_cast<uint4*>(begin);
+    for (int i = threadIdx.x; i < bytes / 16; i += Config::kThreads) {
+      words[i] = make_uint4(0, 0, 0, 0);
+    }
+  };
+  static_assert(ThresholdSmem<Policy::kBits>::kZeroBytes % 16 == 0, "whole words");
+  static_assert(sizeof(GroupHistogram) % 16 == 0 && sizeof(Smem) % 16 == 0, "whole words");
+  clear(&smem.threshold, ThresholdSmem<Policy::kBits>::kZeroBytes);
+  if (plan.list_steps > 0) {
+    clear(&smem.groups, sizeof(GroupHistogram));
+    clear(memory + sizeof(Smem), Config::kThreads * plan.list_steps * sizeof(uint16_t));
+  }
+  __syncthreads();
+  const int32_t row = Config::kCluster ? blockIdx.x / cluster.size : blockIdx.x;
+  const WindowSource source(p, row);
+  pdl_wait();
+
+  const RowWindow window = source.read(p);
+  bool joined = false;
+  if (window.length <= p.k) {
+    if (cluster.rank == 0) RowOutput(p, row).write_all(window.length, p.k);
+  } else {
+    const RowUnits<Policy> units(p, row, window);
+    const bool together = Config::kCluster && units.count > plan.solo_units;
+    if (together || cluster.rank == 0) {
+      if (!together) cluster.size = 1;
+      TopkWorker<Config> worker(p, plan, smem, units, row, cluster);
+      joined = together;
+      const int32_t share = together ? (units.count + cluster.size - 1) / cluster.size
+                                     : units.count;
+      const bool done = share <= Config::kDirect * Config::kThreads ? worker.select_direct()
+                                                                    : worker.select_listed();
+      if (!done && cluster.rank == 0) {
+        // What is left: rows with fewer numbers than a bound needs, and a threshold of -inf.
+        __syncthreads();
+        wide_select<Policy, Config::kThreads>(p, row, units, memory);
+      }
+    }
+  }
+  if constexpr (Config::kCluster) {
+    if (!joined) cluster_wait();  // no CTA leaves the start-up barrier half done
+  }
+}
+
+}  // namespace dsv4

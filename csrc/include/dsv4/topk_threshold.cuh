@@ -1,0 +1,317 @@
+// The k-th best score of a row: digit by digit from the top, or, where a bound is known that at
+// least k scores reach, by how far the scores lie above it.
+//
+// One warp closes a round: it finds the digit and tells the others, which wait in a barrier. All
+// warps doing so for themselves would save that barrier and cost twice as much: their shuffles
+// queue up in the one unit that serves them.
+//
+// The CTAs of a cluster push their histograms into each other's shared memory. Once a CTA holds all
+// of them it knows the row's digit and, from the counts of the lower ranks, where its own part of
+// the answer goes and which share of the ties is its own. There is no leader and no second trip.
+#pragma once
+
+#include <cstdint>
+
+#include "dsv4/warp_pick.cuh"
+
+namespace dsv4 {
+
+constexpr int kMaxCluster = 16;
+constexpr int kRankMost = 256;
+
+struct ClusterShape {
+  uint32_t size;
+  uint32_t rank;
+};
+
+struct Threshold {
+  uint32_t order;        // all before it are chosen, and of its equals
+  uint32_t need;         // the first `need` in row order
+  uint32_t lower_above;  // what the lower ranks hold of both
+  uint32_t lower_equal;
+  bool counted;          // whether lower_equal is known
+};
+
+template <int kBits>
+struct ThresholdSmem {
+  static constexpr int kRounds = 1 + kBits / 8;  // above a bound, and digits from the top
+  static constexpr int kRefine = kRounds;        // a histogram for the caller
+
+  // Zero when the row begins; each round has its own, so none has to be cleared in between.
+  alignas(16) uint32_t hist[kRounds + 1][kHistogram];
+  alignas(16) uint32_t ranked[4];  // scores in rank_list, then padding
+  // Not initialised.
+  alignas(16) uint4 rank_found;
+  alignas(16) uint32_t picked[8];
+  uint64_t hist_barrier[kRounds];
+  uint64_t list_barrier;
+  uint32_t rank_list[kRankMost];
+  uint32_t rank_sent[kRankMost];
+
+  static constexpr int kZeroBytes =
+      ((kRounds + 1) * kHistogram + 4) * static_cast<int>(sizeof(uint32_t));
+
+  __device__ __forceinline__ void init_barriers() {
+    for (int i = 0; i < kRounds; ++i) barrier_init(&hist_barrier[i]);
+    barrier_init(&list_barrier);
+  }
+};
+
+// A round of the whole row.
+struct RoundPick {
+  Pick pick;
+  uint32_t lower_before;  // the share of the lower ranks in `before` and `count`
+  uint32_t lower_count;
+};
+
+// What a cluster exchanges: 16-bit counts of every round, from every rank.
+__host__ __device__ constexpr uint32_t received_bytes(int rounds, uint32_t cluster) {
+  return cluster > 1 ? rounds * cluster * kBins * sizeof(uint16_t) : 0u;
+}
+
+template <class Policy, int kThreads>
+struct ThresholdFinder {
+  static constexpr int kBits = Policy::kBits;
+  static constexpr int kWarps = kThreads / kWarpSize;
+  using Unit = typename Policy::Unit;
+  using Smem = ThresholdSmem<kBits>;
+
+  Smem& smem;
+  void* received;
+  const ClusterShape cluster;
+
+  __device__ __forceinline__ bool together() const { return cluster.size > 1; }
+
+  // Closes round `round`. `kept`: bins that count.
+  __device__ __forceinline__ RoundPick close(int round, uint32_t need, uint32_t kept) {
+    __syncthreads();
+    if (together()) send(round);
+    if (warp_id() == 0) {
+      if (together()) {
+        pick_all(round, need, kept);
+      } else {
+        uint32_t upto[kLaneBins];
+        load_bins(smem.hist[round], upto);
+        drop_bins(upto, kept);
+        publish(pick_bin(upto, need), 0u, 0u);
+      }
+    }
+    __syncthreads();
+    const uint4 first = *reinterpret_cast<const uint4*>(smem.picked);
+    const uint2 lower = *reinterpret_cast<const uint2*>(smem.picked + 4);
+    return {{first.x, first.y, first.z, first.w != 0}, lower.x, lower.y};
+  }
+
+  // ---- The threshold digit by digit, from the top -------------------------------------------------
+  // `each(visit)` calls visit(unit) for every unit of this thread that may hold one of the k best;
+  // `first_round` is the first histogram to use. A threshold of -inf is not to be relied on: NaN
+  // counts as -inf here.
+  template <class Each>
+  __device__ __forceinline__ Threshold by_digits(uint32_t k, int first_round, Each each) {
+    Threshold t{0u, k, 0u, 0u, true};
+    uint32_t prefix = 0;
+    uint32_t width_bits = kBits;  // the threshold's order is prefix << width_bits, or behind it
+#pragma unroll 1
+    for (int digit = 0; digit < kBits / 8; ++digit) {
+      const int round = first_round + digit;
+      each([&](const Unit& u) { Policy::add_digit(smem.hist[round], u, digit, prefix); });
+      const RoundPick round_pick = close(round, t.need, kBins);
+      t.need -= round_pick.pick.before;
+      t.lower_above += round_pick.lower_before;
+      t.lower_equal = round_pick.lower_count;
+      prefix = prefix * kBins + round_pick.pick.bin;
+      width_bits -= 8;
+      if (width_bits == 0) break;
+      const uint32_t low = prefix << width_bits;
+      const uint32_t high = low + ((1u << width_bits) - 1u);
+      if (round_pick.pick.count == t.need && high < Policy::kLastOrder) {
+        take_all(t, high);
+        return t;
+      }
+      if (digit + 1 < kBits / 8 && kBits == 32 && digit >= 1 &&
+          round_pick.pick.count <= kRankMost) {
+        rank(t, round_pick.pick.count, low, high, each);
+        return t;
+      }
+    }
+    t.order = prefix;
+    return t;
+  }
+
+  // ---- The threshold by the distance above a bound ----------------------------------------------
+  // `each` as above, for the units that may hold scores above the bound. Where the threshold lies
+  // further above it than the histogram reaches, `far` is set and nothing is known.
+  template <class Each>
+  __device__ __forceinline__ Threshold above_bound(uint32_t k, uint32_t bound, bool& far,
+                                                   Each each) {
+    Threshold t{bound, k, 0u, 0u, true};
+    each([&](const Unit& u) { Policy::add_above(smem.hist[0], u, bound); });
+    const RoundPick round_pick = close(0, k, kBins - 1);
+    const Pick& pick = round_pick.pick;
+    far = pick.found && pick.bin == 0;
+    if (far) return t;
+    t.need -= pick.before;
+    t.lower_above = round_pick.lower_before;
+    if (!pick.found) {
+      // Fewer than k lie above the bound: it is the threshold. Its equals were not counted.
+      t.counted = false;
+      return t;
+    }
+    t.lower_equal = round_pick.lower_count;
+    const uint32_t distance = kBins - 1 - pick.bin;
+    if (kBits == 16) {
+      t.order = bound - distance;
+      return t;
+    }
+    // The scores of this bin lie in (distance - 1, distance] stretches above the bound.
+    const uint32_t low = bound - (distance << 16);
+    const uint32_t high = low + 0xffffu;
+    if (pick.count == t.need) {
+      take_all(t, high);
+    } else if (pick.count <= kRankMost) {
+      rank(t, pick.count, low, high, each);
+    } else {
+      far = true;
+    }
+    return t;
+  }
+
+ private:
+  // All orders up to `high` are chosen, and none behind it.
+  __device__ __forceinline__ void take_all(Threshold& t, uint32_t high) const {
+    t.order = high + 1;
+    if (t.order == 1u << (kBits - 1)) ++t.order;  // not -0.0, which equals +0.0
+    t.lower_above += t.lower_equal;
+    t.lower_equal = 0;
+    t.need = 0;
+  }
+
+  // Ranks the `count` scores with orders in [low, high] against each other.
+  template <class Each>
+  __device__ __forceinline__ void rank(Threshold& t, uint32_t count, uint32_t low, uint32_t high,
+                                       Each each) {
+    uint32_t* local = together() ? smem.rank_sent : smem.rank_list;
+    each([&](const Unit& u) {
+      Policy::each_order(u, [&](uint32_t order) {
+        if (order - low <= high - low) local[atomicAdd(smem.ranked, 1u)] = order;
+      });
+    });
+    __syncthreads();
+    if (together()) {
+      // Every rank's scores behind those of the lower ranks.
+      if (threadIdx.x == 0) barrier_expect(&smem.list_barrier, count * sizeof(uint32_t));
+      const uint32_t own = smem.ranked[0];
+      for (uint32_t i = threadIdx.x; i < own * cluster.size; i += kThreads) {
+        const uint32_t peer = i % cluster.size;
+        const uint32_t at = i / cluster.size;
+        store_counted(map_shared(smem.rank_list + t.lower_equal + at, peer), local[at],
+                      map_shared(&smem.list_barrier, peer));
+      }
+      barrier_wait(&smem.list_barrier, 0u);
+    }
+    for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+      const uint32_t own = smem.rank_list[i];
+      uint32_t before = 0;
+      uint32_t equal = 0;
+      uint32_t equal_ahead = 0;
+      uint32_t lower_before = 0;
+      uint32_t lower_equal = 0;
+      for (uint32_t j = 0; j < count; ++j) {
+        const uint32_t other = smem.rank_list[j];
+        before += other < own ? 1u : 0u;
+        equal += other == own ? 1u : 0u;
+        equal_ahead += other == own && j < i ? 1u : 0u;
+        lower_before += other < own && j < t.lower_equal ? 1u : 0u;
+        lower_equal += other == own && j < t.lower_equal ? 1u : 0u;
+      }
+      if (before < t.need && t.need <= before + equal && equal_ahead == 0) {
+        smem.rank_found = make_uint4(own, before, lower_before, lower_equal);
+      }
+    }
+    __syncthreads();
+    const uint4 found = smem.rank_found;
+    t.order = found.x;
+    t.need -= found.y;
+    t.lower_above += found.z;
+    t.lower_equal = found.w;
+  }
+
+  static __device__ __forceinline__ void drop_bins(uint32_t (&bins)[kLaneBins], uint32_t kept) {
+    static_assert(kBins - 1 == kLaneBins * kWarpSize - 1, "the last bin is the last lane's last");
+    if (kept < kBins && lane_id() == kWarpSize - 1) bins[kLaneBins - 1] = 0;
+  }
+
+  __device__ __forceinline__ void publish(const Pick& pick, uint32_t lower_before,
+                                          uint32_t lower_count) {
+    if (lane_id() == 0) {
+      *reinterpret_cast<uint4*>(smem.picked) =
+          make_uint4(pick.bin, pick.before, pick.count, pick.found);
+      *reinterpret_cast<uint2*>(smem.picked + 4) = make_uint2(lower_before, lower_count);
+    }
+  }
+
+  // Pushes this CTA's histogram to all ranks. Counts are cut at 4,095, which is more than any k:
+  // sums of sixteen stay within 16 bits, and a cut count is one that nobody needs exactly.
+  //
+  // No CTA exits while a peer still writes to it: what is sent here is waited for here, by its
+  // receiver, and every CTA of the cluster takes part in every round.
+  __device__ __forceinline__ void send(int round) {
+    constexpr uint32_t kCut = 4095u;
+    const int lane = lane_id();
+    uint4* to = static_cast<uint4*>(received) + (round * cluster.size + cluster.rank) * kWarpSize;
+    uint64_t* barrier = &smem.hist_barrier[round];
+    if (threadIdx.x == 0) barrier_expect(barrier, cluster.size * kBins * sizeof(uint16_t));
+    if (warp_id() < cluster.size) {
+      uint32_t bins[kLaneBins];
+      load_bins(smem.hist[round], bins);
+      const auto two = [](uint32_t a, uint32_t b) { return min(a, kCut) | (min(b, kCut) << 16); };
+      const uint4 own = make_uint4(two(bins[0], bins[1]), two(bins[2], bins[3]),
+                                   two(bins[4], bins[5]), two(bins[6], bins[7]));
+      for (uint32_t peer = warp_id(); peer < cluster.size; peer += kWarps) {
+        store_counted(map_shared(to + lane, peer), own, map_shared(barrier, peer));
+      }
+    }
+  }
+
+  // One warp: the sum over all ranks, its digit, and the share of the lower ranks.
+  __device__ __forceinline__ void pick_all(int round, uint32_t need, uint32_t kept) {
+    const int lane = lane_id();
+    const uint4* from = static_cast<const uint4*>(received) + round * cluster.size * kWarpSize;
+    barrier_wait(&smem.hist_barrier[round], 0u);
+    uint32_t total[4] = {0u, 0u, 0u, 0u};
+    uint32_t lower[4] = {0u, 0u, 0u, 0u};
+#pragma unroll 4
+    for (uint32_t rank = 0; rank < cluster.size; ++rank) {
+      const uint4 v = from[rank * kWarpSize + lane];
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        total[i] += words[i];
+        lower[i] += rank < cluster.rank ? words[i] : 0u;
+      }
+    }
+    uint32_t upto[kLaneBins];
+    uint32_t of_lower[kLaneBins];
+#pragma unroll
+    for (int i = 0; i < kLaneBins; ++i) {
+      upto[i] = (total[i / 2] >> (16 * (i & 1))) & 0xffffu;
+      of_lower[i] = (lower[i / 2] >> (16 * (i & 1))) & 0xffffu;
+    }
+    drop_bins(upto, kept);
+    drop_bins(of_lower, kept);
+    const Pick pick = pick_bin(upto, need);
+    uint32_t lower_before = 0;
+    uint32_t lower_count = 0;
+#pragma unroll
+    for (int i = 0; i < kLaneBins; ++i) {
+      const uint32_t bin = kLaneBins * lane + i;
+      lower_before += !pick.found || bin < pick.bin ? of_lower[i] : 0u;
+      lower_count += bin == pick.bin ? of_lower[i] : 0u;
+    }
+    lower_before = __reduce_add_sync(kFullWarp, lower_before);
+    lower_count = __reduce_add_sync(kFullWarp, lower_count);
+    publish(pick, lower_before, lower_count);
+  }
+};
+
+}  // namespace dsv4
