@@ -24,9 +24,9 @@ struct RowUnits {
   int32_t whole_begin;  // units [whole_begin, whole_end) lie inside the window altogether
   int32_t whole_end;
 
-  __device__ __forceinline__ RowUnits(const TopkParams& p, int32_t row, RowWindow window) {
-    const Scalar* first =
-        static_cast<const Scalar*>(p.logits) + row * p.logits_stride + window.start;
+  // `row`: the row's column 0.
+  __device__ __forceinline__ RowUnits(const Scalar* row, RowWindow window) {
+    const Scalar* first = row + window.start;
     head = static_cast<int32_t>((reinterpret_cast<uintptr_t>(first) & 15u) / sizeof(Scalar));
     aligned = first - head;
     length = window.length;

@@ -65,8 +65,10 @@ struct GroupRanks {
                              : quarter == 1 ? upto[0]
                              : quarter == 2 ? upto[1]
                                             : upto[2];
-    const uint32_t chunk = __shfl_sync(kFullWarp, 4 * lane + quarter, owner);
-    const uint32_t before = __shfl_sync(kFullWarp, outside + skipped, owner);
+    const uint32_t packed = __shfl_sync(
+        kFullWarp, (static_cast<uint32_t>(4 * lane + quarter) << 24) | (outside + skipped), owner);
+    const uint32_t chunk = packed >> 24;
+    const uint32_t before = packed & 0xffffffu;  // below rank
     uint32_t own = hist.fine[kWarpSize * chunk + lane];
     if (chunk == 0 && lane == 0) own = 0;
     const uint32_t through = before + warp_inclusive_sum(own);

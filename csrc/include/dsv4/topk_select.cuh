@@ -62,7 +62,7 @@ struct TopkSmem {
   alignas(16) uint32_t bound[4];
   uint64_t bounds_barrier;
   uint64_t equals_barrier;
-  uint64_t bounds[kMaxCluster];
+  uint32_t bounds[2][kMaxCluster];
   uint32_t equals[kMaxCluster];
   alignas(16) uint32_t warp_chosen[kWarpSize];
   // Then 16-bit words: masks[kThreads * list_steps], lists[the same], received[rounds][C][kBins];
@@ -96,6 +96,7 @@ struct TopkWorker {
   int32_t begin;  // this CTA's units of the row
   int32_t count;
   int32_t depth;  // units a thread
+  int32_t least;  // units of the shortest slice: the same in every CTA of the cluster
 
   __device__ __forceinline__ TopkWorker(const TopkParams& params, const TopkPlan& chosen,
                                         Smem& memory, const RowUnits<Policy>& row_units,
@@ -109,13 +110,14 @@ struct TopkWorker {
         finder{memory.threshold, reinterpret_cast<unsigned char*>(&memory) + chosen.received,
                shape} {
     begin = 0;
-    count = units.count;
+    count = least = units.count;
     if (together()) {
       const auto cut = [&](uint32_t rank) {
         return static_cast<int32_t>(int64_t{units.count} * rank / cluster.size);
       };
       begin = cut(cluster.rank);
       count = cut(cluster.rank + 1) - begin;
+      least = units.count / cluster.size;
     }
     depth = (count + kThreads - 1) / kThreads;
   }
@@ -160,8 +162,10 @@ struct TopkWorker {
   // what precedes them in the row.
   __device__ __forceinline__ void write(int32_t first, uint32_t above, uint32_t equal,
                                         uint2 before, uint32_t need) {
-    const uint32_t allowed = need > before.y ? need - before.y : 0u;
-    while (__popc(equal) > static_cast<int>(allowed)) equal &= ~(0x80000000u >> __clz(equal));
+    if (equal != 0) {
+      const int allowed = need > before.y ? static_cast<int>(need - before.y) : 0;
+      while (__popc(equal) > allowed) equal &= ~(0x80000000u >> __clz(equal));
+    }
     uint32_t chosen = above | equal;
     uint32_t position = before.x + min(before.y, need);
     if (!p.sort && p.page_table == nullptr) {
@@ -226,6 +230,13 @@ struct TopkWorker {
     }
   }
 
+  // ---- Groups -----------------------------------------------------------------------------------
+  // Some more groups than the rank asked of them.
+  __device__ __forceinline__ uint32_t groups_wanted() const {
+    const uint32_t k = p.k;
+    return together() ? k + k / 4 : 2 * k - k / 4;
+  }
+
   // ---- A slice in registers ---------------------------------------------------------------------
   // A thread takes `depth` units in a row, so that threads are in row order.
   __device__ __forceinline__ bool select_direct() {
@@ -245,13 +256,39 @@ struct TopkWorker {
     }
     if (together()) cluster_wait();  // the start-up barrier: no peer is written to before it runs
 
-    const Threshold t = finder.by_digits(p.k, 1, [&](auto visit) {
+    const auto each = [&](auto visit) {
 #pragma unroll
       for (int i = 0; i < kDirect; ++i) {
         if (i < depth) visit(u[i]);
       }
-    });
-    if (t.order >= Policy::kLastOrder && t.need != 0) return false;
+    };
+    Threshold t{};
+    bool far = true;
+    if (static_cast<uint32_t>(2 * least) >= groups_wanted()) {
+      // Groups of eight scores where those suffice, of four otherwise.
+      const bool whole = static_cast<uint32_t>(least) >= groups_wanted();
+#pragma unroll
+      for (int i = 0; i < kDirect; i += 2) {
+        if (i < depth) {
+          const uint32_t pair0 = Policy::pair(u[i]);
+          const uint32_t pair1 = Policy::pair(u[i + 1]);
+          if (whole) {
+            smem.groups.add_pair(Policy::unit_maxima(pair0, pair1));
+          } else {
+            smem.groups.add_pair(pair0);
+            smem.groups.add_pair(pair1);
+          }
+        }
+      }
+      const GroupPick bound = find_bound();
+      if (bound.bound != kNoBound) {
+        t = finder.above_bound(p.k, full_order(bound.bound), far, each);
+      }
+    }
+    if (far) {
+      t = finder.by_digits(p.k, 1, each);
+      if (t.order >= Policy::kLastOrder && t.need != 0) return false;
+    }
 
     uint32_t above = 0;
     uint32_t equal = 0;
@@ -316,37 +353,39 @@ struct TopkWorker {
     }
   }
 
-  // The order of a head that at least k scores of the row reach. One warp finds it.
+  // The order of a head that at least k scores of the row reach.
   __device__ __forceinline__ GroupPick find_bound() {
     __syncthreads();
-    if (warp_id() == 0) {
-      const GroupRanks ranks(smem.groups);
-      GroupPick own = ranks.pick(p.k, Policy::kLastHead);
+    if (warp_id() < (together() ? 2 : 1)) {
+      // Every slice's own bound is the row's; and if every slice has k / C scores that reach a
+      // value, the row has k. The first is sharp where one slice holds the best scores, the second
+      // where all are alike. A warp for each.
+      const bool is_share = warp_id() == 1;
+      const uint32_t rank = is_share ? (p.k + cluster.size - 1) / cluster.size : p.k;
+      GroupPick own = GroupRanks(smem.groups).pick(rank, Policy::kLastHead);
       if (together()) {
-        // Every slice's own bound is the row's; and if every slice has k / C scores that reach a
-        // value, the row has k. The first is sharp where one slice holds the best scores, the
-        // second where all are alike.
-        const GroupPick share =
-            ranks.pick((p.k + cluster.size - 1) / cluster.size, Policy::kLastHead);
-        if (lane_id() == 0) {
-          barrier_expect(&smem.bounds_barrier, cluster.size * sizeof(uint64_t));
+        if (threadIdx.x == 0) {
+          barrier_expect(&smem.bounds_barrier, 2 * cluster.size * sizeof(uint32_t));
         }
         if (lane_id() < cluster.size) {
-          store_counted(map_shared(&smem.bounds[cluster.rank], lane_id()),
-                        (static_cast<uint64_t>(own.bound) << 32) | share.bound,
+          store_counted(map_shared(&smem.bounds[is_share][cluster.rank], lane_id()), own.bound,
                         map_shared(&smem.bounds_barrier, lane_id()));
         }
-        barrier_wait(&smem.bounds_barrier, 0u);
-        const bool is_rank = lane_id() < cluster.size;
-        const uint64_t of_rank = is_rank ? smem.bounds[lane_id()] : 0u;
-        const uint32_t best = __reduce_min_sync(
-            kFullWarp, is_rank ? static_cast<uint32_t>(of_rank >> 32) : kNoBound);
-        const uint32_t common = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(of_rank));
-        own = {min(best, common), 0u};
       }
-      if (lane_id() == 0) {
-        smem.bound[0] = own.bound;
-        smem.bound[1] = own.reached;
+      if (!is_share) {
+        if (together()) {
+          barrier_wait(&smem.bounds_barrier, 0u);
+          const bool is_rank = lane_id() < cluster.size;
+          const uint32_t best =
+              __reduce_min_sync(kFullWarp, is_rank ? smem.bounds[0][lane_id()] : kNoBound);
+          const uint32_t common =
+              __reduce_max_sync(kFullWarp, is_rank ? smem.bounds[1][lane_id()] : 0u);
+          own = {min(best, common), 0u};
+        }
+        if (lane_id() == 0) {
+          smem.bound[0] = own.bound;
+          smem.bound[1] = own.reached;
+        }
       }
     }
     __syncthreads();
@@ -358,10 +397,8 @@ struct TopkWorker {
     uint32_t heads[kSteps / 2];
     if (together()) cluster_wait();  // as in select_direct
     {
-      // Some more groups than the rank asked of them.
-      const uint32_t k = p.k;
-      const uint32_t wanted = together() ? k + k / 4 : 2 * k - k / 4;
-      const uint32_t have = count;
+      const uint32_t wanted = groups_wanted();
+      const uint32_t have = least;
       const int level = have < wanted ? 0 : have < 2 * wanted ? 1 : have < 4 * wanted ? 2 : 3;
 #pragma unroll
       for (int step = 0; step < kSteps; step += kBatch) {
@@ -455,40 +492,42 @@ struct TopkWorker {
 
     // 6. Write. A lane takes eight units in a row, a warp 256 a step: those it has listed itself.
     constexpr int kLaneUnits = 8;
+    constexpr int kStepUnits = kWarpSize * kLaneUnits;
+    constexpr int kMaskSteps = (kSteps * kWarpSize + kStepUnits - 1) / kStepUnits;
     const int32_t own_units = kWarpSize * depth;
+    uint32_t own[kMaskSteps];
     uint32_t chosen = 0;
-    for (int32_t first = lane_id() * kLaneUnits; first < own_units;
-         first += kWarpSize * kLaneUnits) {
-      const uint4 m = *reinterpret_cast<const uint4*>(masks() + warp_begin() + first);
-      chosen += count_masks(m);
+#pragma unroll
+    for (int step = 0; step < kMaskSteps; ++step) {
+      if (step * kStepUnits >= own_units) break;
+      const int32_t first = step * kStepUnits + lane_id() * kLaneUnits;
+      own[step] = 0;
+      if (first < own_units) own[step] = count_masks(load_masks(first));
+      chosen += own[step];
     }
     uint2 before = counted_before(__reduce_add_sync(kFullWarp, chosen), t);
-    for (int32_t base = 0; base < own_units; base += kWarpSize * kLaneUnits) {
-      const int32_t first = base + lane_id() * kLaneUnits;
-      uint4 m = make_uint4(0, 0, 0, 0);
-      if (first < own_units) m = *reinterpret_cast<const uint4*>(masks() + warp_begin() + first);
-      const uint32_t own = count_masks(m);
-      if (__any_sync(kFullWarp, own != 0)) {
-        const uint32_t upto = warp_inclusive_sum(own);
-        if (own != 0) {
-          uint2 here = make_uint2(before.x + ((upto - own) & kAboveMask),
-                                  before.y + ((upto - own) >> kEqualShift));
-          const int32_t index = units.index(begin + warp_begin() + first, 0);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const uint32_t low = i == 0 ? m.x : m.z;
-            const uint32_t high = i == 0 ? m.y : m.w;
-            const uint32_t above = __byte_perm(low, high, 0x6420);
-            const uint32_t equal = __byte_perm(low, high, 0x7531);
-            write(index + 32 * i, above, equal, here, t.need);
-            here.x += __popc(above);
-            here.y += __popc(equal);
-          }
+    for (int step = 0; step < kMaskSteps; ++step) {
+      if (step * kStepUnits >= own_units) break;
+      const uint32_t upto = warp_inclusive_sum(own[step]);
+      if (own[step] != 0) {
+        const int32_t first = step * kStepUnits + lane_id() * kLaneUnits;
+        const uint4 m = load_masks(first);
+        uint2 here = make_uint2(before.x + ((upto - own[step]) & kAboveMask),
+                                before.y + ((upto - own[step]) >> kEqualShift));
+        const int32_t index = units.index(begin + warp_begin() + first, 0);
+        if ((m.x | m.y) != 0) {
+          write(index, above_of(m.x, m.y), equal_of(m.x, m.y), here, t.need);
+          here.x += __popc(above_of(m.x, m.y));
+          here.y += __popc(equal_of(m.x, m.y));
         }
-        const uint32_t step = __shfl_sync(kFullWarp, upto, kWarpSize - 1);
-        before.x += step & kAboveMask;
-        before.y += step >> kEqualShift;
+        if ((m.z | m.w) != 0) {
+          write(index + 32, above_of(m.z, m.w), equal_of(m.z, m.w), here, t.need);
+        }
       }
+      const uint32_t total = __shfl_sync(kFullWarp, upto, kWarpSize - 1);
+      before.x += total & kAboveMask;
+      before.y += total >> kEqualShift;
     }
     finish(t);
     return true;
@@ -498,16 +537,22 @@ struct TopkWorker {
     return Policy::kBits == 16 ? head : min((head << 16) | 0xffffu, Policy::kLastOrder);
   }
 
+  // Masks of eight units of this warp; of 32 scores, one bit each.
+  __device__ __forceinline__ uint4 load_masks(int32_t first) const {
+    return *reinterpret_cast<const uint4*>(masks() + warp_begin() + first);
+  }
+  static __device__ __forceinline__ uint32_t above_of(uint32_t low, uint32_t high) {
+    return __byte_perm(low, high, 0x6420);
+  }
+  static __device__ __forceinline__ uint32_t equal_of(uint32_t low, uint32_t high) {
+    return __byte_perm(low, high, 0x7531);
+  }
+  // A population count is an eighth as fast as an addition: none for the many empty ones.
   static __device__ __forceinline__ uint32_t count_masks(const uint4& m) {
-    constexpr uint32_t kAbove = 0x00ff00ffu;
-    uint32_t above = 0;
-    uint32_t all = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      above += __popc(word(m, i) & kAbove);
-      all += __popc(word(m, i));
-    }
-    return above | ((all - above) << kEqualShift);
+    if ((m.x | m.y | m.z | m.w) == 0) return 0u;
+    const uint32_t above = __popc(above_of(m.x, m.y)) + __popc(above_of(m.z, m.w));
+    const uint32_t equal = __popc(equal_of(m.x, m.y)) + __popc(equal_of(m.z, m.w));
+    return above | (equal << kEqualShift);
   }
 
   // Many groups share the bound's bin: take the k-th largest maximum of single units instead, to
@@ -544,7 +589,6 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   Smem& smem = *reinterpret_cast<Smem*>(memory);
 
   // Before griddepcontrol.wait: nothing here touches global memory.
-  pdl_launch_dependents();
   ClusterShape cluster{1u, 0u};
   if constexpr (Config::kCluster) {
     cluster = {cluster_size(), cluster_rank()};
@@ -565,21 +609,25 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   static_assert(ThresholdSmem<Policy::kBits>::kZeroBytes % 16 == 0, "whole words");
   static_assert(sizeof(GroupHistogram) % 16 == 0 && sizeof(Smem) % 16 == 0, "whole words");
   clear(&smem.threshold, ThresholdSmem<Policy::kBits>::kZeroBytes);
+  clear(&smem.groups, sizeof(GroupHistogram));
   if (plan.list_steps > 0) {
-    clear(&smem.groups, sizeof(GroupHistogram));
     clear(memory + sizeof(Smem), Config::kThreads * plan.list_steps * sizeof(uint16_t));
   }
   __syncthreads();
   const int32_t row = Config::kCluster ? blockIdx.x / cluster.size : blockIdx.x;
   const WindowSource source(p, row);
+  const auto* scores = static_cast<const typename Policy::Scalar*>(p.logits) + row * p.logits_stride;
   pdl_wait();
+  // Not before the wait: then kernels after the next would start as well, and their waiting CTAs
+  // would crowd those of one launch onto few multiprocessors (128 x 8K: 5.3 us instead of 4.0).
+  pdl_launch_dependents();
 
   const RowWindow window = source.read(p);
   bool joined = false;
   if (window.length <= p.k) {
     if (cluster.rank == 0) RowOutput(p, row).write_all(window.length, p.k);
   } else {
-    const RowUnits<Policy> units(p, row, window);
+    const RowUnits<Policy> units(scores, window);
     const bool together = Config::kCluster && units.count > plan.solo_units;
     if (together || cluster.rank == 0) {
       if (!together) cluster.size = 1;

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "dsv4/common.cuh"
+#include "dsv4/ordered_key.cuh"
 #include "dsv4/warp_pick.cuh"
 
 namespace dsv4 {
@@ -93,7 +95,7 @@ struct ThresholdFinder {
         uint32_t upto[kLaneBins];
         load_bins(smem.hist[round], upto);
         drop_bins(upto, kept);
-        publish(pick_bin(upto, need), 0u, 0u);
+        pick_bin(upto, need, [&](const Pick& pick) { publish(pick, 0u, 0u); });
       }
     }
     __syncthreads();
@@ -243,11 +245,9 @@ struct ThresholdFinder {
 
   __device__ __forceinline__ void publish(const Pick& pick, uint32_t lower_before,
                                           uint32_t lower_count) {
-    if (lane_id() == 0) {
-      *reinterpret_cast<uint4*>(smem.picked) =
-          make_uint4(pick.bin, pick.before, pick.count, pick.found);
-      *reinterpret_cast<uint2*>(smem.picked + 4) = make_uint2(lower_before, lower_count);
-    }
+    *reinterpret_cast<uint4*>(smem.picked) =
+        make_uint4(pick.bin, pick.before, pick.count, pick.found);
+    *reinterpret_cast<uint2*>(smem.picked + 4) = make_uint2(lower_before, lower_count);
   }
 
   // Pushes this CTA's histogram to all ranks. Counts are cut at 4,095, which is more than any k:
@@ -299,18 +299,22 @@ struct ThresholdFinder {
     }
     drop_bins(upto, kept);
     drop_bins(of_lower, kept);
-    const Pick pick = pick_bin(upto, need);
-    uint32_t lower_before = 0;
-    uint32_t lower_count = 0;
+    // The lower ranks' counts ahead of each lane are summed up beside the search.
+    uint32_t lower_own = 0;
 #pragma unroll
-    for (int i = 0; i < kLaneBins; ++i) {
-      const uint32_t bin = kLaneBins * lane + i;
-      lower_before += !pick.found || bin < pick.bin ? of_lower[i] : 0u;
-      lower_count += bin == pick.bin ? of_lower[i] : 0u;
-    }
-    lower_before = __reduce_add_sync(kFullWarp, lower_before);
-    lower_count = __reduce_add_sync(kFullWarp, lower_count);
-    publish(pick, lower_before, lower_count);
+    for (int i = 0; i < kLaneBins; ++i) lower_own += of_lower[i];
+    const uint32_t lower_reached = warp_inclusive_sum(lower_own);
+    pick_bin(upto, need, [&](const Pick& pick) {
+      uint32_t lower_before = pick.found ? lower_reached - lower_own : lower_reached;
+      uint32_t lower_count = 0;
+#pragma unroll
+      for (int i = 0; i < kLaneBins; ++i) {
+        const uint32_t bin = kLaneBins * lane + i;
+        lower_before += pick.found && bin < pick.bin ? of_lower[i] : 0u;
+        lower_count += pick.found && bin == pick.bin ? of_lower[i] : 0u;
+      }
+      publish(pick, lower_before, lower_count);
+    });
   }
 };
 

@@ -136,15 +136,16 @@ template <class Policy, int kThreads>
 __global__ __launch_bounds__(kThreads) void topk_wide_kernel(
     const __grid_constant__ TopkParams p) {
   __shared__ TopkWideSmem<kThreads> smem;
-  pdl_launch_dependents();
   const int32_t row = blockIdx.x;
   const WindowSource source(p, row);
+  const auto* scores = static_cast<const typename Policy::Scalar*>(p.logits) + row * p.logits_stride;
   pdl_wait();
+  pdl_launch_dependents();
   const RowWindow window = source.read(p);
   if (window.length <= p.k) {
     RowOutput(p, row).write_all(window.length, p.k);
   } else {
-    wide_select<Policy, kThreads>(p, row, RowUnits<Policy>(p, row, window), &smem);
+    wide_select<Policy, kThreads>(p, row, RowUnits<Policy>(scores, window), &smem);
   }
 }
 

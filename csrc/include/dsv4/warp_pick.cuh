@@ -18,38 +18,34 @@ struct Pick {
   bool found;       // whether the histogram holds `need` at all
 };
 
-// Lane i owns the bins 8i ... 8i + 7 and brings their counts. Bin 0 holds the best.
-__device__ __forceinline__ Pick pick_bin(uint32_t (&upto)[kLaneBins], uint32_t need) {
-  const int lane = lane_id();
-#pragma unroll
-  for (int i = 1; i < kLaneBins; ++i) upto[i] += upto[i - 1];
-  const uint32_t own = upto[kLaneBins - 1];
+// Lane i owns the bins 8i ... 8i + 7 and brings their counts; bin 0 holds the best. One lane calls
+// take(pick): the one that owns the bin, or the last where nothing is found.
+template <class Take>
+__device__ __forceinline__ void pick_bin(const uint32_t (&bins)[kLaneBins], uint32_t need,
+                                         Take take) {
+  static_assert(kLaneBins == 8, "a tree over eight bins");
+  const uint32_t low = bins[0] + bins[1] + bins[2];
+  const uint32_t own = low + (bins[3] + bins[4] + bins[5]) + (bins[6] + bins[7]);
   const uint32_t reached = warp_inclusive_sum(own);
   const uint32_t outside = reached - own;
-  const uint32_t rest = need - outside;  // meaningful in the owner alone
-
-  uint32_t skipped = 0;
-  uint32_t before = 0;
-  uint32_t through = own;
+  if (outside < need && need <= reached) {
+    uint32_t skipped = 0;
+    uint32_t before = outside;
+    uint32_t through = outside;
+    uint32_t count = 0;
 #pragma unroll
-  for (int i = kLaneBins - 2; i >= 0; --i) {
-    if (upto[i] >= rest) through = upto[i];
-  }
-#pragma unroll
-  for (int i = 0; i < kLaneBins - 1; ++i) {
-    if (upto[i] < rest) {
-      before = upto[i];
-      ++skipped;
+    for (int i = 0; i < kLaneBins; ++i) {
+      if (through < need) {
+        before = through;
+        count = bins[i];
+        skipped = i;
+      }
+      through += bins[i];
     }
+    take(Pick{kLaneBins * lane_id() + skipped, before, count, true});
+  } else if (lane_id() == kWarpSize - 1 && reached < need) {
+    take(Pick{kBins - 1, reached, 0u, false});
   }
-  const uint32_t lanes = __ballot_sync(kFullWarp, reached >= need);
-  const int owner = lanes != 0 ? __ffs(lanes) - 1 : kWarpSize - 1;
-  Pick pick;
-  pick.found = lanes != 0;
-  pick.bin = __shfl_sync(kFullWarp, kLaneBins * lane + skipped, owner);
-  pick.before = __shfl_sync(kFullWarp, lanes != 0 ? outside + before : reached, owner);
-  pick.count = __shfl_sync(kFullWarp, through - before, owner);
-  return pick;
 }
 
 __device__ __forceinline__ void load_bins(const uint32_t* hist, uint32_t (&bins)[kLaneBins]) {
@@ -65,10 +61,20 @@ __device__ __forceinline__ void load_bins(const uint32_t* hist, uint32_t (&bins)
   bins[7] = high.w;
 }
 
+// The same for a histogram in memory, and every lane has the answer.
 __device__ __forceinline__ Pick pick_bin(const uint32_t* hist, uint32_t need) {
   uint32_t bins[kLaneBins];
   load_bins(hist, bins);
-  return pick_bin(bins, need);
+  Pick mine{};
+  bool taken = false;
+  pick_bin(bins, need, [&](const Pick& pick) {
+    mine = pick;
+    taken = true;
+  });
+  const int owner = __ffs(__ballot_sync(kFullWarp, taken)) - 1;
+  return {__shfl_sync(kFullWarp, mine.bin, owner), __shfl_sync(kFullWarp, mine.before, owner),
+          __shfl_sync(kFullWarp, mine.count, owner),
+          __shfl_sync(kFullWarp, static_cast<int>(mine.found), owner) != 0};
 }
 
 }  // namespace dsv4
