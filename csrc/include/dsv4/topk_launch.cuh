@@ -107,12 +107,16 @@ inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, Topk
   const int64_t longest = slice > plan->solo_units ? slice : plan->solo_units;
   const int64_t most = units < longest ? units : longest;
   const int64_t steps = ceil_div(most, Config::kThreads);
-  plan->list_steps = steps > Config::kDirect ? static_cast<int32_t>(steps) : 0;
+  if (steps > Config::kDirect) {
+    plan->list_steps = static_cast<int32_t>(steps);
+    plan->mask_steps = 8;  // a power of two of granules of eight
+    while (plan->mask_steps < plan->list_steps) plan->mask_steps *= 2;
+  }
   const auto align = [](size_t bytes) { return (bytes + 15) / 16 * 16; };
-  const size_t lists = size_t{Config::kThreads} * plan->list_steps * sizeof(uint16_t);
-  size_t bytes = sizeof(TopkSmem<Config>) + align(lists);
+  size_t bytes = sizeof(TopkSmem<Config>) +
+                 size_t{Config::kThreads} * plan->mask_steps * sizeof(uint16_t);
   plan->lists = static_cast<uint32_t>(bytes);
-  bytes += align(lists);
+  bytes += align(size_t{Config::kThreads} * plan->list_steps * sizeof(uint16_t));
   plan->received = static_cast<uint32_t>(bytes);
   bytes += received_bytes(ThresholdSmem<Policy::kBits>::kRounds, cluster);
   plan->tail = static_cast<uint32_t>(bytes);

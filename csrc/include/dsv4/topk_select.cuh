@@ -29,7 +29,8 @@ namespace dsv4 {
 // What the host chooses beside the template arguments.
 struct TopkPlan {
   int32_t solo_units;  // longest row, in units, that one CTA of a cluster serves alone
-  int32_t list_steps;  // units a thread for which lists and masks have room
+  int32_t list_steps;  // units a thread for which the lists have room
+  int32_t mask_steps;  // and the masks
   uint32_t lists;      // byte offsets in shared memory: the warps' lists,
   uint32_t received;   // digits of the peers,
   uint32_t tail;       // entries (sort) or staged indices (page table)
@@ -65,8 +66,8 @@ struct TopkSmem {
   uint32_t bounds[2][kMaxCluster];
   uint32_t equals[kMaxCluster];
   alignas(16) uint32_t warp_chosen[kWarpSize];
-  // Then 16-bit words: masks[kThreads * list_steps], lists[the same], received[rounds][C][kBins];
-  // then entries or staged indices.
+  // Then 16-bit words: masks[kThreads * mask_steps], lists[kThreads * list_steps],
+  // received[rounds][C][kBins]; then entries or staged indices.
 };
 
 template <class Config>
@@ -479,55 +480,49 @@ struct TopkWorker {
     // 5. Masks. Units that hold no more than the bound matter only where the threshold is the bound.
     const bool at_bound = t.order >= full_order(bound.bound);
     const uint32_t raw = Policy::raw_of(t.order);
+    const MaskLayout layout(depth);
     for (uint32_t i = lane_id(); i < listed; i += kWarpSize) {
       const uint32_t entry = list[i];
       if ((entry & 0x8000u) || at_bound) {
         uint32_t above;
         uint32_t equal;
-        Policy::classify(units.load(begin + (entry & 0x7fffu)), raw, above, equal);
-        masks()[entry & 0x7fffu] = static_cast<uint16_t>(above | (equal << 8));
+        const int32_t unit = entry & 0x7fffu;
+        Policy::classify(units.load(begin + unit), raw, above, equal);
+        warp_masks(layout)[layout.mask(unit - warp_begin())] =
+            static_cast<uint16_t>(above | (equal << 8));
       }
     }
     __syncwarp();
 
-    // 6. Write. A lane takes eight units in a row, a warp 256 a step: those it has listed itself.
-    constexpr int kLaneUnits = 8;
-    constexpr int kStepUnits = kWarpSize * kLaneUnits;
-    constexpr int kMaskSteps = (kSteps * kWarpSize + kStepUnits - 1) / kStepUnits;
-    const int32_t own_units = kWarpSize * depth;
-    uint32_t own[kMaskSteps];
-    uint32_t chosen = 0;
-#pragma unroll
-    for (int step = 0; step < kMaskSteps; ++step) {
-      if (step * kStepUnits >= own_units) break;
-      const int32_t first = step * kStepUnits + lane_id() * kLaneUnits;
-      own[step] = 0;
-      if (first < own_units) own[step] = count_masks(load_masks(first));
-      chosen += own[step];
+    // 6. Write. A lane takes its share of the warp's units in a row.
+    uint32_t own = 0;
+    for (int32_t granule = 0; granule < layout.granules; ++granule) {
+      own += count_masks(load_masks(layout, granule));
     }
-    uint2 before = counted_before(__reduce_add_sync(kFullWarp, chosen), t);
+    const uint32_t upto = warp_inclusive_sum(own);
+    uint2 before = counted_before(__shfl_sync(kFullWarp, upto, kWarpSize - 1), t);
+    if (own != 0) {
+      before.x += (upto - own) & kAboveMask;
+      before.y += (upto - own) >> kEqualShift;
+      int32_t index = units.index(begin + warp_begin(), 0) +
+                      lane_id() * layout.granules * kGranule * kUnit;
+#pragma unroll 1
+      for (int32_t granule = 0; granule < layout.granules; ++granule) {
+        const uint4 m = load_masks(layout, granule);
 #pragma unroll
-    for (int step = 0; step < kMaskSteps; ++step) {
-      if (step * kStepUnits >= own_units) break;
-      const uint32_t upto = warp_inclusive_sum(own[step]);
-      if (own[step] != 0) {
-        const int32_t first = step * kStepUnits + lane_id() * kLaneUnits;
-        const uint4 m = load_masks(first);
-        uint2 here = make_uint2(before.x + ((upto - own[step]) & kAboveMask),
-                                before.y + ((upto - own[step]) >> kEqualShift));
-        const int32_t index = units.index(begin + warp_begin() + first, 0);
-        if ((m.x | m.y) != 0) {
-          write(index, above_of(m.x, m.y), equal_of(m.x, m.y), here, t.need);
-          here.x += __popc(above_of(m.x, m.y));
-          here.y += __popc(equal_of(m.x, m.y));
-        }
-        if ((m.z | m.w) != 0) {
-          write(index + 32, above_of(m.z, m.w), equal_of(m.z, m.w), here, t.need);
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t low = i == 0 ? m.x : m.z;
+          const uint32_t high = i == 0 ? m.y : m.w;
+          if ((low | high) != 0) {
+            const uint32_t above = above_of(low, high);
+            const uint32_t equal = equal_of(low, high);
+            write(index, above, equal, before, t.need);
+            before.x += __popc(above);
+            before.y += __popc(equal);
+          }
+          index += 4 * kUnit;
         }
       }
-      const uint32_t total = __shfl_sync(kFullWarp, upto, kWarpSize - 1);
-      before.x += total & kAboveMask;
-      before.y += total >> kEqualShift;
     }
     finish(t);
     return true;
@@ -537,9 +532,35 @@ struct TopkWorker {
     return Policy::kBits == 16 ? head : min((head << 16) | 0xffffu, Policy::kLastOrder);
   }
 
-  // Masks of eight units of this warp; of 32 scores, one bit each.
-  __device__ __forceinline__ uint4 load_masks(int32_t first) const {
-    return *reinterpret_cast<const uint4*>(masks() + warp_begin() + first);
+  // The warp's masks: a lane owns `granules` 16-byte granules of eight units each, stored so that
+  // eight lanes that read their granule g at once meet no bank twice.
+  static constexpr int kGranule = 8;
+  struct MaskLayout {
+    int32_t granules;  // a power of two, so that a lane's granules can trade places
+    int32_t shift;
+
+    __device__ __forceinline__ explicit MaskLayout(int32_t depth) {
+      const int32_t least = (depth + kGranule - 1) / kGranule;
+      shift = least <= 1 ? 0 : 32 - __clz(least - 1);
+      granules = 1 << shift;
+    }
+    // Where the granule lies, counted in granules.
+    __device__ __forceinline__ int32_t place(int32_t lane, int32_t granule) const {
+      const int32_t turn = shift >= 3 ? lane : lane >> (3 - shift);
+      return (lane << shift) + (granule ^ (turn & (granules - 1)));
+    }
+    // Where the mask of the warp's unit lies, counted in masks.
+    __device__ __forceinline__ int32_t mask(int32_t unit) const {
+      const int32_t granule = unit / kGranule;
+      return place(granule >> shift, granule & (granules - 1)) * kGranule + unit % kGranule;
+    }
+  };
+  __device__ __forceinline__ uint16_t* warp_masks(const MaskLayout& layout) const {
+    return masks() + warp_id() * kWarpSize * layout.granules * kGranule;
+  }
+  __device__ __forceinline__ uint4 load_masks(const MaskLayout& layout, int32_t granule) const {
+    return reinterpret_cast<const uint4*>(
+        warp_masks(layout))[layout.place(lane_id(), granule)];
   }
   static __device__ __forceinline__ uint32_t above_of(uint32_t low, uint32_t high) {
     return __byte_perm(low, high, 0x6420);
@@ -611,7 +632,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   clear(&smem.threshold, ThresholdSmem<Policy::kBits>::kZeroBytes);
   clear(&smem.groups, sizeof(GroupHistogram));
   if (plan.list_steps > 0) {
-    clear(memory + sizeof(Smem), Config::kThreads * plan.list_steps * sizeof(uint16_t));
+    clear(memory + sizeof(Smem), Config::kThreads * plan.mask_steps * sizeof(uint16_t));
   }
   __syncthreads();
   const int32_t row = Config::kCluster ? blockIdx.x / cluster.size : blockIdx.x;
