@@ -6,13 +6,14 @@ import datetime
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["machine", "time_graph"]
+__all__ = ["machine", "time_calls", "time_graph"]
 
 
 def time_graph(
@@ -43,6 +44,25 @@ def time_graph(
         if i >= 3:
             times.append(begin.elapsed_time(end) * 1000 / launches)
     return statistics.median(times)
+
+
+def time_calls(
+    calls: Sequence[Callable[[], Any]],
+    device: str | torch.device,
+    *,
+    launches: int = 40,
+    replays: int = 7,
+) -> float:
+    """Return microseconds a call: :func:`time_graph` on a GPU, the wall clock elsewhere.
+
+    Elsewhere is a dry run of the harness: each call runs once and the figure means nothing.
+    """
+    if torch.device(device).type == "cuda":
+        return time_graph(calls, launches=launches, replays=replays)
+    begin = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - begin) * 1e6 / len(calls)
 
 
 def _output(*command: str) -> str:
