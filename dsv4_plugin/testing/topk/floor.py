@@ -72,7 +72,7 @@ def floor_us(problem: Problem, *, launches: int = 40, replays: int = 5) -> float
 
 def read_rate(device: str | torch.device) -> float:
     """Measure the bytes a microsecond of a read-only pass over 1 GiB."""
-    rows, columns = (_ROOF_ROWS, _ROOF_COLUMNS) if torch.device(device).type == "cuda" else (4, 64)
+    rows, columns = (_ROOF_ROWS, _ROOF_COLUMNS) if torch.device(device).type == "cuda" else (64, 1 << 14)
     x = torch.zeros(rows, columns, device=device)
     lengths = torch.full((rows,), columns, dtype=torch.int32, device=device)
     return x.numel() * x.element_size() / floor_us(Problem(x, lengths), launches=5, replays=7)
@@ -80,7 +80,7 @@ def read_rate(device: str | torch.device) -> float:
 
 def copy_rate(device: str | torch.device) -> float:
     """Measure the bytes a microsecond, read and written, of a copy of 1 GiB."""
-    source = torch.zeros(1 << (28 if torch.device(device).type == "cuda" else 8), device=device)
+    source = torch.zeros(1 << (28 if torch.device(device).type == "cuda" else 20), device=device)
     target = torch.empty_like(source)
     # A kernel: a copy node of the graph would go through the copy engine, which is slower.
     us = time_calls([lambda: torch.mul(source, 2.0, out=target)], device, launches=5, replays=7)
