@@ -72,7 +72,8 @@ def floor_us(problem: Problem, *, launches: int = 40, replays: int = 5) -> float
 
 def read_rate(device: str | torch.device) -> float:
     """Measure the bytes a microsecond of a read-only pass over 1 GiB."""
-    rows, columns = (_ROOF_ROWS, _ROOF_COLUMNS) if torch.device(device).type == "cuda" else (64, 1 << 14)
+    gpu = torch.device(device).type == "cuda"
+    rows, columns = (_ROOF_ROWS, _ROOF_COLUMNS) if gpu else (64, 1 << 14)
     x = torch.zeros(rows, columns, device=device)
     lengths = torch.full((rows,), columns, dtype=torch.int32, device=device)
     return x.numel() * x.element_size() / floor_us(Problem(x, lengths), launches=5, replays=7)

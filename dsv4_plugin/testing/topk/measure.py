@@ -177,7 +177,7 @@ class Bench:
         if not row["exact"]:
             row["why"] = before.why or after.why
         if case.suite == "prefill":
-            row["gb_s"] = round(case.bytes_read / us / 1e3, 1)
+            row["gb_s"] = round(case.bytes_read / us / 1e3, 3)
         return row
 
     def _cold(self, case: Case, run: Run, held: list[Problem], warm_us: float) -> float:
