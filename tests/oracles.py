@@ -80,7 +80,7 @@ def check_selection(logits, lengths, k, out):
     valid = torch.arange(columns, device=logits.device)[None, :] < n[:, None]
     # Rank the numbers; NaN below -inf, both as finite float64 so that comparisons hold.
     x = logits.double()
-    x = torch.where(x.isnan(), -3e308, x.clamp(-1e308, 1e308))
+    x = torch.where(x.isnan(), -1.5e308, x.clamp(-1e308, 1e308))
     low = torch.where(chosen, x, torch.inf).amin(1)
     left = valid & ~chosen
     high = torch.where(left, x, -torch.inf).amax(1)
@@ -112,7 +112,7 @@ class Ranking:
             part = slice(lo, lo + step)
             # NaN below -inf, both as finite float64; -0.0 as 0.0; what does not count last.
             x = logits[part].double() + 0.0
-            x = torch.where(x.isnan(), -3e308, x.clamp(-1e308, 1e308))
+            x = torch.where(x.isnan(), -1.5e308, x.clamp(-1e308, 1e308))
             first = start[part, None]
             x = x.masked_fill((at < first) | (at >= first + self.n[part, None]), -torch.inf)
             order = x.sort(dim=1, descending=True, stable=True).indices

@@ -18,14 +18,14 @@ from dsv4_plugin.testing.topk.cases import (
     EDGES,
     KS,
     ODD_KS,
+    ROW_EDGES,
     plateau,
     short_lengths,
 )
 
 pytestmark = pytest.mark.gpu
 
-# Rows of one call: they decide how many CTAs a row gets, and whether one serves several rows.
-ROW_COUNTS = (1, 8, 33, 67, 133)
+ROW_COUNTS = (1, 8, 33, 67, 133)  # for the widths; ROW_EDGES has all
 
 
 @pytest.mark.parametrize("shape", [(1, 8192), (3, 65_536), (33, 40_000), (2, 262_144), (140, 9001)])
@@ -81,6 +81,22 @@ def test_widths_around_an_edge(edge, dtype):
                 got = run(logits, lengths, k, dtype=dtype)
                 want = ranking.rows([r] * rows)
                 want.check(got, k, context=f"{rows} x {width}")
+
+
+@pytest.mark.parametrize("columns", [6000, 9000, 70_000, 140_000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_counts(dtype, columns):
+    """Around every number of rows at which the grid changes; long and short rows mixed."""
+    rows = max(ROW_EDGES)
+    logits = draw("relu_sum", rows, columns, dtype)
+    at = torch.arange(rows, device=DEVICE)
+    lengths = torch.where(at % 3 == 0, columns - at, torch.where(at % 3 == 1, 600 + at, columns))
+    poison_tail(logits, lengths)
+    ranking = Ranking(seen(logits, dtype), lengths)
+    for count in ROW_EDGES:
+        for k in (512, 2048):
+            got = run(logits[:count], lengths[:count], k, dtype=dtype)
+            ranking.rows(slice(count)).check(got, k, context=f"{count} x {columns}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,7 +6,7 @@ from oracles import Ranking, check_selection
 from topk_device import DEVICE, draw, ints, run, seen
 
 from dsv4_plugin import topk
-from dsv4_plugin.testing.topk.cases import DTYPES
+from dsv4_plugin.testing.topk.cases import DTYPES, ROW_EDGES
 
 pytestmark = pytest.mark.gpu
 
@@ -164,7 +164,7 @@ def test_a_row_depends_on_itself_only(dtype, k):
                 assert torch.equal(wide, alone[r]), f"length {n} in a buffer of {width}"
     want = torch.stack(alone)
     Ranking(seen(bank, dtype), lengths).check(want, k)
-    for rows in (2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 66, 67, 132, 133, 264, 300):
+    for rows in (*ROW_EDGES, 300):
         index = (torch.arange(rows, device=DEVICE) * 5 + rows) % len(LENGTHS)
         got = run(bank[index], lengths[index], k, dtype=dtype)
         assert torch.equal(got, want[index]), f"in a batch of {rows}"

@@ -24,6 +24,7 @@ __all__ = [
     "KS",
     "ODD_KS",
     "ROWS",
+    "ROW_EDGES",
     "SUITES",
     "Case",
     "Problem",
@@ -83,6 +84,10 @@ EDGES = (
     524_288,  # 16 x 8,192 vectors of float32: longer rows go to the wide kernel
     1_048_576,  # the same of bfloat16
 )
+
+# Rows of a call: they decide how many CTAs a row gets. Clusters of 16, 8, 4 and 2 CTAs that are
+# resident at once (7, 15, 30, 66 of 1,024 threads), SMs (132), and one more of each.
+ROW_EDGES = (1, 2, 7, 8, 14, 15, 16, 30, 31, 33, 62, 63, 66, 67, 131, 132, 133, 264, 265)
 
 # Elements that tie for the last slots of a row: the caps at which kernels have dropped candidates
 # (vllm#51782, sglang#36807), k, and this kernel's list (5 k and 9 k, filled in for each k).
