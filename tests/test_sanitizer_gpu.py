@@ -22,9 +22,8 @@ pytestmark = pytest.mark.gpu
 
 FOUND = 99  # the exit code for errors that a tool found
 DRIVER = ROOT / "tests" / "sanitizer_driver.py"
-CLEAN = re.compile(
-    r"ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\)"
-)
+# "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+CLEAN = re.compile(r"(ERROR SUMMARY: 0 error|RACECHECK SUMMARY: 0 hazard)s?\b")
 OPTIONS = {
     # The probe for the largest cluster asks for one that the device may not have.
     "memcheck": ["--report-api-errors", "no"],

@@ -25,10 +25,11 @@ from dsv4_plugin.testing.topk.cases import (
 
 pytestmark = pytest.mark.gpu
 
+SHAPES = ((1, 8192), (3, 65_536), (33, 40_000), (2, 262_144), (140, 9001))
 ROW_COUNTS = (1, 8, 33, 67, 133)  # for the widths; ROW_EDGES has all
 
 
-@pytest.mark.parametrize("shape", [(1, 8192), (3, 65_536), (33, 40_000), (2, 262_144), (140, 9001)])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 def test_every_distribution(kind, dtype, shape):
