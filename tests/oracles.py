@@ -136,12 +136,14 @@ class Ranking:
         return torch.where((self.n <= k)[:, None], short, wide).int()
 
     def check(self, out, k, sort=False, context=""):
-        """Assert range, uniqueness, the exact set and the tie rule; the order with `sort`."""
+        """Assert range, uniqueness, the exact set, the tie rule, short rows; order with `sort`."""
         want, got = self.want(k), out
+        short = (self.n <= k)[:, None]  # these have their order in both forms
+        assert torch.equal(torch.where(short, out, 0), torch.where(short, want, 0)), (
+            f"a row no longer than k is not 0 ... n - 1, -1 ... ({context}, k {k}, sort {sort})"
+        )
         if not sort:
             want, got = want.sort(1).values, got.sort(1).values
-        else:  # short rows keep their order in both forms
-            assert torch.equal(out[self.n <= k], want[self.n <= k]), f"a short row, {context}"
         if not torch.equal(got, want):
             wrong = (got != want).any(1).nonzero().reshape(-1)
             r = int(wrong[0])

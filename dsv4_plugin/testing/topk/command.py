@@ -117,7 +117,7 @@ def run(
                                columns=arguments.columns)  # fmt: skip
             if name == "seed":
                 some = _not_yet(some, document["results"])
-            say(f"\n{name}: {len(some)} cells")
+            say(f"\n{name}: {len(some)} cells; us warm/cold, ! not exact")
             bench.run(some)
         complete = not bench.out_of_time
     except KeyboardInterrupt:

@@ -146,10 +146,7 @@ class Bench:
         chosen = mine[1:] if self.cold_all else sorted(mine[1:], key=_warm_us)[:COLD_PEERS]
         for row in [mine[0], *chosen]:
             row["cold_us"] = self._cold(case, runs[row["implementation"]], held, row["warm_us"])
-        return "  ".join(
-            f"{row['implementation']} {row['warm_us']:.2f}{'' if row['exact'] else '!'}"
-            for row in mine
-        )
+        return "  ".join(_shown(row) for row in mine)
 
     def _warm(
         self, case: Case, run: Run, problem: Problem, reference: Reference, floor_us: float,
@@ -200,6 +197,12 @@ class Bench:
 
 def _warm_us(row: Row) -> float:
     return row["warm_us"]
+
+
+def _shown(row: Row) -> str:
+    """Show warm/cold, where cold was measured; ! is not exact."""
+    cold = "" if row["cold_us"] is None else f"/{row['cold_us']:.2f}"
+    return f"{row['implementation']} {row['warm_us']:.2f}{cold}{'' if row['exact'] else '!'}"
 
 
 def _clock(seconds: float) -> str:
