@@ -167,9 +167,11 @@ def test_a_missing_matplotlib_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert bench("plot", RESULTS, "--plot", tmp_path / "x.svg") == 2
-    said = capsys.readouterr().err
-    assert "--plot needs matplotlib" in said and "dsv4-plugin[bench]" in said
+    for what in (["plot", RESULTS], ["topk", "--device", "cpu"]):
+        assert bench(*what, "--plot", tmp_path / "x.svg") == 2
+        said = capsys.readouterr()
+        assert "--plot needs matplotlib" in said.err and "dsv4-plugin[bench]" in said.err
+        assert "decode: " not in said.out, "measured before it was said"
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])

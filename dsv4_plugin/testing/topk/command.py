@@ -68,6 +68,8 @@ def run(
     arguments: argparse.Namespace, about: dict[str, Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure the suites; returns the document of the results file, which is kept up to date."""
+    if arguments.plot:
+        plot.require()  # now, not when all is measured
     others = peers.load(arguments.peers)
     for name, why in others.missing.items():
         say(f"{name} is not compared: {why}")

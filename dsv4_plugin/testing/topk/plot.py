@@ -8,12 +8,27 @@ from typing import Any
 from dsv4_plugin.testing.topk import UsageError, bars
 from dsv4_plugin.testing.topk.peers import OURS
 
-__all__ = ["draw"]
+__all__ = ["draw", "require"]
 
 Row = dict[str, Any]
 Line = list[tuple[int, float]]
 
 FLOOR = "one pass over bfloat16"
+
+
+def require() -> None:
+    """Load matplotlib for drawing into files.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "--plot needs matplotlib, which is not installed: pip install 'dsv4-plugin[bench]'"
+        ) from error
+    matplotlib.use("Agg")
 
 
 def draw(document: Row, file: Path, *, k: int | None = None) -> None:
@@ -25,13 +40,7 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     Raises:
         UsageError: matplotlib is not installed, or the document has no such cells.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            "--plot needs matplotlib, which is not installed: pip install 'dsv4-plugin[bench]'"
-        ) from error
-    matplotlib.use("Agg")
+    require()
     from matplotlib import pyplot
     from matplotlib.ticker import NullLocator
 
