@@ -67,11 +67,12 @@ PREFILL_KS = (512, 2048)
 
 # ---- Where the kernel changes its path: the tests run lengths of -5 ... +5 around each ----------
 
-# Row lengths. A slice of one CTA is 1,024, 2,048, 4,096 or 8,192 vectors of 8 keys (4 of float32),
-# a cluster has 1 ... 16 of them, and 16 x 8,192 vectors is the most that is held on chip.
+# Row lengths. A step of 512 threads is 4,096 scores; one CTA serves up to 8,192 alone, a cluster
+# has 1 ... 16 of them, and 16 x 262,144 scores is the most that is served without the wide kernel.
 EDGES = (
-    4096,  # 1,024 vectors of float32: one CTA
-    8192,  # 1,024 vectors of bfloat16; 2,048 of float32
+    4096,  # one step
+    8192,
+    12_288,
     16_384,
     24_576,
     32_768,  # sglang#33835: 115 of 512 slots unique just above it
@@ -81,8 +82,9 @@ EDGES = (
     131_072,
     196_608,
     262_144,
-    524_288,  # 16 x 8,192 vectors of float32: longer rows go to the wide kernel
-    1_048_576,  # the same of bfloat16
+    524_288,
+    1_048_576,
+    4_194_304,  # longer rows go to the wide kernel
 )
 
 # Rows of a call: they decide how many CTAs a row gets. Clusters of 16, 8, 4 and 2 CTAs that are
