@@ -87,8 +87,11 @@ def install(wheel: Wheel, target: Path) -> Path:
 
 
 def expected_names(wheel: Wheel, tree: Path) -> set[str]:
-    """The package's modules, the typing marker, the written version, the metadata: no more."""
-    package = {str(p.relative_to(tree)) for p in (tree / "dsv4_plugin").rglob("*.py")}
+    """Modules, figures of the benchmark, typing marker, written version, metadata: no more."""
+    kinds = ("*.py", "*.csv")
+    package = {
+        str(p.relative_to(tree)) for kind in kinds for p in (tree / "dsv4_plugin").rglob(kind)
+    }
     version = wheel.path.stem.split("-")[1]
     info = {f"dsv4_plugin-{version}.dist-info/{name}" for name in DIST_INFO}
     return package | {"dsv4_plugin/py.typed", "dsv4_plugin/_version.py"} | info

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache
-from dsv4_plugin.testing import bench_topk
 from dsv4_plugin.testing.inputs import fp8_cache
 from dsv4_plugin.testing.timing import machine, time_graph
+from dsv4_plugin.testing.topk import UsageError, command
+from dsv4_plugin.testing.topk.floor import copy_rate
 
 __all__ = ["add_arguments", "run"]
 
@@ -38,18 +39,9 @@ def _peer_op(namespace: str, name: str) -> Any:
         return None
 
 
-def _copy_rate() -> float:
-    """Measure bytes a microsecond of a large device-to-device copy, read and written."""
-    source = torch.rand(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    # A kernel: a copy node of the graph would go through the copy engine, which is slower.
-    us = time_graph([lambda: torch.mul(source, 2.0, out=target)], launches=5, replays=7)
-    return 2 * source.numel() * source.element_size() / us
-
-
 def bench_read(progress: Callable[[str], None]) -> list[Row]:
     """The read by slot and the paged gather, against the byte floor and vLLM's gather."""
-    rate = _copy_rate()
+    rate = copy_rate("cuda")
     progress(f"copy: {rate / 1e6:.2f} TB/s read + written")
     cache = fp8_cache(PAGES, device="cuda")
     g = torch.Generator().manual_seed(0)
@@ -118,40 +110,53 @@ def bench_read(progress: Callable[[str], None]) -> list[Row]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``dsv4-plugin bench``."""
-    parser.add_argument("what", choices=("read", "topk"), help="which ops")
+    parser.add_argument("what", choices=("read", "topk", "plot"), help="which ops, or a plot")
+    parser.add_argument(
+        "results", type=Path, nargs="?", metavar="RESULTS.json", help="plot: the file to draw"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
-    parser.add_argument("--k", type=int, nargs="*", help="top-k: only these k")
-    parser.add_argument("--peers", type=Path, metavar="FILE.py", help="top-k: other kernels")
     parser.add_argument(
         "--load-library", action="append", default=[], metavar="SO",
         help="torch op library of a peer (vLLM's _C*.so) where the engine itself is not installed",
     )  # fmt: skip
+    command.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``dsv4-plugin bench``; returns the exit code."""
-    if not torch.cuda.is_available():
+    try:
+        return _run(arguments)
+    except UsageError as error:
+        print(f"dsv4-plugin bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.what == "plot":
+        command.run_plot(arguments)
+        print(f"drawn to {arguments.plot}")
+        return 0
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         print("dsv4-plugin bench: there is no CUDA device here; nothing was measured",
               file=sys.stderr)  # fmt: skip
         return 2
     for library in arguments.load_library:
         torch.ops.load_library(library)
     about = machine()
-    print(f"{about['gpu']} ({about['sms']} SMs), driver {about['driver']}, torch {about['torch']}, "
-          f"triton {about['triton']}, dsv4-plugin {about['plugin']}")  # fmt: skip
+    print(f"{about.get('gpu', 'no GPU')} ({about.get('sms', 0)} SMs), driver "
+          f"{about.get('driver')}, torch {about['torch']}, triton {about['triton']}, "
+          f"dsv4-plugin {about['plugin']}")  # fmt: skip
 
     def progress(line: str) -> None:
         print(line, flush=True)
 
-    if arguments.what == "read":
-        results = bench_read(progress)
+    if arguments.what == "topk":
+        command.run(arguments, about, progress)
     else:
-        peers = bench_topk.load_peers(arguments.peers)
-        results = bench_topk.measure(progress, peers, ks=arguments.k or bench_topk.KS)
-        for field in ("warm_us", "cold_us"):
-            print("\n".join(bench_topk.summary(results, field)))
+        results = bench_read(progress)
+        if arguments.json:
+            document = {"machine": about, "what": "read", "results": results}
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     if arguments.json:
-        text = json.dumps({"machine": about, "what": arguments.what, "results": results}, indent=1)
-        arguments.json.write_text(text + "\n")
         print(f"written to {arguments.json}")
     return 0

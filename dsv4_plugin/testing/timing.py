@@ -6,22 +6,30 @@ import datetime
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["machine", "time_graph"]
+__all__ = ["machine", "time_calls", "time_graph"]
+
+FLUSH_BYTES = 256 << 20  # the L2 of an H200 holds 60 MB
 
 
 def time_graph(
-    calls: Sequence[Callable[[], Any]], *, launches: int = 100, replays: int = 21
+    calls: Sequence[Callable[[], Any]],
+    *,
+    launches: int = 100,
+    replays: int = 21,
+    flush: bool = False,
 ) -> float:
     """Return microseconds a call: a graph of ``launches`` calls, the median of ``replays``.
 
     ``calls`` are taken in turn: one call measures warm caches, several over different memory
-    (more than the L2 holds) measure cold ones.
+    (more than the L2 holds) measure cold ones. ``flush`` overwrites the L2 before each replay,
+    outside of what is timed: calls over different memory are cold then, however small it is.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -34,7 +42,10 @@ def time_graph(
         for i in range(launches):
             calls[i % len(calls)]()
     times = []
+    other = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda") if flush else None
     for i in range(replays + 3):
+        if other is not None:
+            other.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
@@ -43,6 +54,26 @@ def time_graph(
         if i >= 3:
             times.append(begin.elapsed_time(end) * 1000 / launches)
     return statistics.median(times)
+
+
+def time_calls(
+    calls: Sequence[Callable[[], Any]],
+    device: str | torch.device,
+    *,
+    launches: int = 40,
+    replays: int = 7,
+    flush: bool = False,
+) -> float:
+    """Return microseconds a call: :func:`time_graph` on a GPU, the wall clock elsewhere.
+
+    Elsewhere is a dry run of the harness: each call runs once and the figure means nothing.
+    """
+    if torch.device(device).type == "cuda":
+        return time_graph(calls, launches=launches, replays=replays, flush=flush)
+    begin = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - begin) * 1e6 / len(calls)
 
 
 def _output(*command: str) -> str:

@@ -1,0 +1,180 @@
+"""``dsv4-plugin bench topk`` and ``bench plot``: options, the run, the results file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dsv4_plugin.testing.topk import UsageError, bars, cases, floor, peers, plot, report
+from dsv4_plugin.testing.topk.measure import Bench
+
+__all__ = ["add_arguments", "run", "run_plot"]
+
+SAVE_EVERY_S = 2.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that only the top-k and its plot have."""
+    group = parser.add_argument_group("top-k")
+    add = group.add_argument
+    add(
+        "--suite", nargs="+", choices=(*cases.SUITES, "all"), default=["decode"],
+        help="decode: k x rows x columns (default); narrow: 8K rows in 256,000-wide buffers; "
+        "adversarial: scores that hurt; prefill: thousands of rows; seed: bfloat16 over float32 "
+        "beside the figures of vLLM #40811",
+    )  # fmt: skip
+    add("--k", type=int, nargs="+", help="only these k (plot: the k to draw)")
+    add("--rows", type=int, nargs="+", help="only these numbers of rows")
+    add("--columns", type=int, nargs="+", help="only these numbers of columns")
+    add(
+        "--dtype", nargs="+", choices=tuple(cases.DTYPES),
+        help="what selects; narrow is float32 read as bfloat16 (default: bfloat16 float32)",
+    )  # fmt: skip
+    add(
+        "--peers", type=Path, metavar="FILE.py",
+        help="other kernels: available() and available_prefill() return them by name",
+    )  # fmt: skip
+    add(
+        "--against", type=Path, action="append", default=[], metavar="FILE.csv",
+        help="figures of another run for peers that cannot be loaded; marked as recorded",
+    )  # fmt: skip
+    add(
+        "--vllm-choice", default="vllm33", metavar="NAME",
+        help="the peer that stands for what vLLM 0.33 itself runs (default: vllm33)",
+    )  # fmt: skip
+    add("--cold", action="store_true", help="cold for every peer, not only the best two of a cell")
+    add("--launches", type=int, default=40, help="launches in a graph (default: 40)")
+    add("--replays", type=int, default=7, help="replays, whose median counts (default: 7)")
+    add(
+        "--budget", type=float, metavar="SECONDS",
+        help="begin no cell after this time; what was measured is reported",
+    )  # fmt: skip
+    add(
+        "--plot", type=Path, metavar="FILE",
+        help="draw the decode suite (.png or .svg); needs matplotlib",
+    )  # fmt: skip
+    add(
+        "--device", choices=("cuda", "cpu"), default="cuda",
+        help="cpu: a dry run of the harness on the torch reference; its times mean nothing",
+    )  # fmt: skip
+
+
+def run(
+    arguments: argparse.Namespace, about: dict[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure the suites; returns the document of the results file, which is kept up to date."""
+    if arguments.plot:
+        plot.require()  # now, not when all is measured
+    others = peers.load(arguments.peers)
+    for name, why in others.missing.items():
+        say(f"{name} is not compared: {why}")
+    known = [row for file in arguments.against for row in peers.recorded(file)]
+    for file in arguments.against:
+        say(f"recorded, other run: {file}")
+    device = arguments.device
+    roof = {
+        "read_gb_s": round(floor.read_rate(device) / 1e3, 1),
+        "copy_gb_s": round(floor.copy_rate(device) / 1e3, 1),
+    }
+    say(f"roof: read {roof['read_gb_s']:.0f} GB/s, copy {roof['copy_gb_s']:.0f} GB/s "
+        f"(read + written); floor: {floor.method(device)}")  # fmt: skip
+    document: dict[str, Any] = {
+        "machine": about,
+        "what": "topk",
+        "complete": False,
+        "suites": _suites(arguments.suite),
+        "launches": arguments.launches,
+        "replays": arguments.replays,
+        "vllm_choice": arguments.vllm_choice,
+        "roof": roof,
+        "floor": floor.method(device),
+        "bars": [],
+        "results": [],
+    }
+    saved = time.monotonic()
+
+    def save(*, now: bool = False) -> None:
+        nonlocal saved
+        if arguments.json and (now or time.monotonic() - saved > SAVE_EVERY_S):
+            write(document, arguments.json)
+            saved = time.monotonic()
+
+    bench = Bench(
+        others, say, save, device=device, cold_all=arguments.cold, launches=arguments.launches,
+        replays=arguments.replays, budget_s=arguments.budget, results=document["results"],
+    )  # fmt: skip
+    try:  # now, not in four minutes
+        save(now=True)
+    except OSError as error:
+        raise UsageError(f"--json cannot be written: {error}") from error
+    complete = False
+    try:
+        for name in document["suites"]:
+            some = cases.suite(name, dtypes=arguments.dtype, ks=arguments.k, rows=arguments.rows,
+                               columns=arguments.columns)  # fmt: skip
+            if name == "seed":
+                some = _not_yet(some, document["results"])
+            say(f"\n{name}: {len(some)} cells; us warm/cold, ! not exact")
+            bench.run(some)
+        complete = not bench.out_of_time
+    except KeyboardInterrupt:
+        say("interrupted: what was measured is reported")
+    finally:
+        save(now=True)
+    document["complete"] = complete
+    mine = {(row["k"], row["rows"], row["columns"]) for row in document["results"]}
+    document["results"] += [r for r in known if (r["k"], r["rows"], r["columns"]) in mine]
+    document["bars"] = [
+        bar.as_dict() for bar in bars.all_bars(document["results"], arguments.vllm_choice)
+    ]
+    save(now=True)
+    for line in report.lines(document["results"], roof, arguments.vllm_choice):
+        say(line)
+    if arguments.plot:
+        plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
+        say(f"drawn to {arguments.plot}")
+    return document
+
+
+def run_plot(arguments: argparse.Namespace) -> None:
+    """Draw a results file."""
+    if arguments.results is None or arguments.plot is None:
+        raise UsageError("bench plot needs a results file and --plot FILE")
+    try:
+        document = json.loads(arguments.results.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{arguments.results} is no results file: {error}") from error
+    if not isinstance(document, dict) or "results" not in document:
+        raise UsageError(f"{arguments.results} is no results file: it has no results")
+    plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
+
+
+def write(document: dict[str, Any], file: Path) -> None:
+    """Write the document so that the file is whole at any moment."""
+    part = file.with_name(file.name + ".part")
+    head = {name: value for name, value in document.items() if name not in ("bars", "results")}
+    text = json.dumps(head, indent=1).removesuffix("\n}")
+    for name in ("bars", "results"):
+        lines = ",\n  ".join(json.dumps(row) for row in document[name])
+        text += f',\n "{name}": [\n  {lines}\n ]' if lines else f',\n "{name}": []'
+    part.write_text(text + "\n}\n")
+    os.replace(part, file)
+
+
+def _suites(names: list[str]) -> list[str]:
+    return list(cases.SUITES) if "all" in names else list(dict.fromkeys(names))
+
+
+def _not_yet(some: list[cases.Case], results: list[dict[str, Any]]) -> list[cases.Case]:
+    """Leave out the seed's cells that the decode suite of this run has measured."""
+    have = {
+        (row["dtype"], row["k"], row["rows"], row["columns"])
+        for row in results
+        if row["suite"] == "decode" and row["implementation"] == peers.OURS
+    }
+    return [case for case in some if (case.dtype, case.k, case.rows, case.columns) not in have]

@@ -1,0 +1,190 @@
+"""A case of the top-k for each path of the kernel, made for compute-sanitizer.
+
+    python tests/sanitizer_driver.py [--only NAME ...] [--plant outside | uninitialised]
+
+Only kernels of this project are instrumented (test_sanitizer_gpu.py filters by name), so nothing
+that a kernel of torch wrote counts as initialised: all data is drawn on the CPU and copied. With
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is its own cudaMalloc, so that a read one element
+outside of it is seen. What lies outside of a row's window is never written: a kernel that reads it
+is caught by initcheck. `--plant` makes a mistake on purpose, to see that the tool sees it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+
+import torch
+
+from dsv4_plugin import topk
+from dsv4_plugin.testing.inputs import scores
+
+SIZES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
+         "narrow": torch.float32}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """One call. `lengths` are taken in turn by the rows; columns past them are uninitialised."""
+
+    name: str
+    rows: int
+    width: int
+    lengths: tuple[int, ...]
+    k: int = 512
+    dtype: str = "bfloat16"
+    kind: str = "normal"
+    offset: int = 0  # of the first row, in elements
+    start: int = 0  # row_starts, where not 0
+    next_n: int = 1
+    pages: bool = False
+    sort: bool = False
+
+
+# One entry for each path: a change of choose_topk (csrc) is a change here. CTAs a row grow with the
+# length and shrink with the rows; a row past what 16 CTAs hold goes to the wide kernel.
+PATHS = (
+    Path("short rows", 5, 700, (-1, 0, 1, 511, 512)),
+    Path("one CTA", 2, 8192, (513, 8192)),
+    Path("one CTA, float32", 2, 4096, (4096, 2049), dtype="float32", k=2048),
+    Path("one CTA, larger slice", 70, 16_384, (16_384, 9001)),
+    Path("cluster of 2", 2, 16_000, (16_000, 15_999)),
+    Path("cluster of 4", 2, 32_768, (32_767, 32_768), k=2048),
+    Path("cluster of 8", 1, 65_536, (65_535,), k=1024),
+    Path("cluster of 16", 1, 131_072, (131_072,)),
+    Path("cluster of 16, larger slice", 1, 262_144, (262_143,), k=2048),
+    Path("cluster of 16, float32", 1, 200_000, (200_000,), dtype="float32"),
+    Path("very long row", 1, 600_000, (600_000,), dtype="float32"),
+    Path("wide kernel", 1, 4_200_000, (4_199_999,)),
+    Path("short and long rows of one grid", 9, 100_000, (300, 513, 8192, 8193, 100_000)),
+    Path("more rows than clusters", 40, 65_536, (65_536, 100, 40_000)),
+    Path("more rows than SMs", 140, 9000, (9000, 513, 4097)),
+    Path("float16", 2, 40_000, (40_000, 39_999), dtype="float16"),
+    Path("narrow", 2, 40_000, (40_000, 39_999), dtype="narrow"),
+    Path("misaligned", 3, 20_001, (20_001, 19_990, 515), offset=3),
+    Path("misaligned float32", 3, 20_001, (20_001, 19_990, 515), dtype="float32", offset=1),
+    Path("row starts", 3, 50_000, (30_000, 8192, 600), start=7),
+    Path("row starts to the end", 2, 9000, (9000 - 13,), start=13, dtype="float32"),
+    Path("next_n", 4, 40_000, (40_000, 514), next_n=2),
+    Path("page table", 3, 40_000, (40_000, 513, 100), pages=True),
+    Path("page table, sorted", 2, 40_000, (40_000, 100), pages=True, sort=True, k=1000),
+    Path("sorted", 3, 40_000, (40_000, 2049, 100), sort=True, k=2048),
+    Path("sorted, one CTA", 3, 8192, (8192, 513, 100), sort=True),
+    Path("all equal", 2, 40_000, (40_000, 39_999), kind="all_equal"),
+    Path("all equal, one CTA", 2, 8192, (8192, 8000), kind="all_equal", k=2048),
+    Path("plateau, cluster", 1, 131_072, (131_071,), kind="relu_sum", k=2048),
+    Path("two values, float32", 2, 65_536, (65_536, 40_001), kind="two_values", dtype="float32"),
+    Path("one crowded bin, float32", 2, 40_000, (40_000,), kind="one_huge_bin", dtype="float32"),
+    Path("NaN and infinities", 2, 40_000, (40_000, 600), kind="special"),
+    Path("odd k", 2, 40_000, (40_000, 101), k=100),
+    Path("k of 1", 2, 40_000, (40_000, 1), k=1),
+)  # fmt: skip
+
+
+class Call:
+    """The tensors of a path, on the CPU whole and on the GPU initialised in the windows only."""
+
+    def __init__(self, path: Path, plant: str = "") -> None:
+        self.path = path
+        dtype = SIZES[path.dtype]
+        requests = path.rows // path.next_n
+        ends = [path.lengths[i % len(path.lengths)] for i in range(requests)]
+        self.lengths = torch.tensor(ends, dtype=torch.int32)
+        step = torch.arange(1 - path.next_n, 1)
+        windows = (self.lengths[:, None] + step).clamp(min=0).reshape(-1).tolist()
+        self.starts = torch.full((path.rows,), path.start, dtype=torch.int32)
+        self.logits = scores(path.kind, path.rows, path.width, dtype)
+        width = path.width
+        count = path.offset + path.rows * width
+        if plant == "outside":  # the allocation ends before the last row does
+            held = torch.empty(count - width // 2, dtype=dtype, device="cuda")
+            flat = beyond(held, count)
+            self.held = held
+        else:
+            flat = torch.empty(count, dtype=dtype, device="cuda")
+        self.gpu_logits = flat[path.offset :].view(path.rows, width)
+        room = flat.shape[0] - (width // 2 if plant == "outside" else 0)
+        for r, n in enumerate(windows):
+            n = max(0, min(n, width - path.start))
+            if plant == "uninitialised" and n:
+                n -= 1
+            begin = path.offset + r * width + path.start
+            end = min(begin + n, room)
+            part = self.logits[r, path.start : path.start + end - begin]
+            flat[begin:end].copy_(part)  # contiguous on both sides: a plain copy, no kernel
+        self.table = None
+        if path.pages:
+            pages = -(-width // 64)
+            self.table = torch.arange(requests * pages, dtype=torch.int32).view(requests, pages)
+            self.table[:, ::7] = -1
+
+    def arguments(self, device: str) -> dict[str, object]:
+        """The keywords of `topk`."""
+        path = self.path
+        more: dict[str, object] = {
+            "next_n": path.next_n, "sort": path.sort, "narrow": path.dtype == "narrow",
+        }  # fmt: skip
+        if path.start:
+            more["row_starts"] = self.starts.to(device)
+        if self.table is not None:
+            more["page_table"] = self.table.to(device)
+        return more
+
+    def run(self) -> torch.Tensor:
+        """Call the kernel twice, the second beginning while the first ends."""
+        path, lengths, more = self.path, self.lengths.cuda(), self.arguments("cuda")
+        outs = [torch.empty(path.rows, path.k, dtype=torch.int32, device="cuda") for _ in range(2)]
+        raws = [None, None]
+        if path.pages:
+            raws = [torch.empty_like(out) for out in outs]
+        for out, raw in zip(outs, raws, strict=True):
+            topk(self.gpu_logits, lengths, path.k, out=out, out_raw=raw, backend="cuda", **more)
+        results = [out.cpu() for out in outs]
+        if not torch.equal(*results):
+            raise AssertionError(f"{path.name}: the second call differs from the first")
+        return results[0]
+
+    def want(self) -> torch.Tensor:
+        """The torch reference's answer, on the CPU."""
+        more = self.arguments("cpu")
+        return topk(self.logits, self.lengths, self.path.k, backend="torch", **more)
+
+
+def beyond(held: torch.Tensor, count: int) -> torch.Tensor:
+    """A tensor that says it has `count` elements on memory that has fewer."""
+    words = {2: "<i2", 4: "<i4"}[held.dtype.itemsize]
+
+    class Claim:
+        __cuda_array_interface__ = {
+            "shape": (count,), "typestr": words, "data": (held.data_ptr(), False), "version": 3,
+        }  # fmt: skip
+
+    return torch.as_tensor(Claim(), device="cuda").view(held.dtype)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=[path.name for path in PATHS])
+    parser.add_argument("--plant", choices=("outside", "uninitialised"), default="")
+    arguments = parser.parse_args()
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
+        print("sanitizer_driver: set PYTORCH_NO_CUDA_MEMORY_CACHING=1, else torch's allocator "
+              "hides what lies around a tensor", file=sys.stderr)  # fmt: skip
+        return 2
+    some = [path for path in PATHS if not arguments.only or path.name in arguments.only]
+    for path in some:
+        call = Call(path, arguments.plant)
+        got, want = call.run(), call.want()
+        if not path.sort:
+            got, want = got.sort(1).values, want.sort(1).values
+        if not torch.equal(got, want) and not arguments.plant:
+            raise AssertionError(f"{path.name}: not the reference's answer")
+        print(f"exact: {path.name}", flush=True)
+    print(f"{len(some)} cases done", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
