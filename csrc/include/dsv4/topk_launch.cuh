@@ -58,22 +58,49 @@ struct DeviceLimits {
 };
 
 // ---- The table of choices -----------------------------------------------------------------------
+// Measured on an H100 (132 multiprocessors) for k = 512, 1024, 2048 x 1 ... 128 rows x 8K ... 250K,
+// shape by shape and cluster by cluster (docs/notes/topk.md). What it says:
+//   - A row of up to 8K scores is one CTA's: an exchange costs more than it saves (3.4 us; 4.0 in a
+//     cluster). Few rows of 16K gain from four (4.0; 4.2), many lose (128 rows: 5.0; 6.2).
+//   - Few rows: eight CTAs each, with 256 threads up to 64K (8 x 64K: 4.6; 512 threads 4.7; sixteen
+//     CTAs 5.1) and with 512 above. Sixteen pay for up to four rows only, and from 128K on: a device
+//     holds seven clusters of that size at once.
+//   - Up to a quarter of the multiprocessors: six CTAs, not eight (32 x 250K: 10.6; 15.1), which do
+//     not fit at once; two for 32K, where six would get too little each.
+//   - Up to three quarters: two. More rows than that: one, and no exchange at all.
 inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device) {
   const int64_t units = most_units(p, type);
-  const auto slice = [&](int cluster) { return ceil_div(units, cluster); };
+  const auto holds = [&](TopkShape shape, int cluster) {
+    return ceil_div(units, cluster) <= shape_limits(shape).units();
+  };
+  TopkShape shape = TopkShape::k512x16;
   int cluster = 1;
-  while (cluster < device.largest_cluster && slice(cluster) > 1024 &&
-         int64_t{2} * cluster * p.rows <= device.sms) {
-    cluster *= 2;
+  const int64_t rows = p.rows;
+  if (rows * 8 <= device.sms) {
+    const bool wide_scores = type == ScoreType::kFloat32;
+    if (units > 8192) {
+      cluster = rows <= 4 ? 16 : 8;
+    } else if (units > 2048) {
+      cluster = 8;
+      if (!wide_scores) shape = TopkShape::k256x16;
+    } else if (units > 1024) {
+      cluster = 4;
+      if (!wide_scores) shape = TopkShape::k256x16;
+    }
+  } else if (rows * 8 <= device.sms * 3) {
+    if (units > 4096) {
+      cluster = rows * 4 <= device.sms ? 6 : 4;
+    } else if (units > 2048) {
+      cluster = 2;
+    }
+  } else if (rows * 4 <= device.sms * 3 && units > 2048) {
+    cluster = 2;
   }
-  while (cluster < device.largest_cluster && slice(cluster) > 512 * 64) cluster *= 2;
-  TopkChoice choice{};
-  choice.cluster = cluster;
-  choice.shape = slice(cluster) <= 512 * 16   ? TopkShape::k512x16
-                 : slice(cluster) <= 512 * 64 ? TopkShape::k512x64
-                                              : TopkShape::kWide;
-  choice.solo_units = 1024;
-  return choice;
+  if (cluster > device.largest_cluster) cluster = device.largest_cluster;
+  if (!holds(shape, cluster)) shape = TopkShape::k512x64;
+  while (!holds(shape, cluster) && cluster < device.largest_cluster) ++cluster;
+  if (!holds(shape, cluster)) shape = TopkShape::kWide;
+  return {shape, shape == TopkShape::kWide ? 1 : cluster, 1024};
 }
 
 // ---- Launch -------------------------------------------------------------------------------------

@@ -81,6 +81,11 @@ struct TopkWorker {
   static constexpr int kDirect = Config::kDirect;
   static constexpr int kSteps = Config::kSteps;
   static constexpr int kBatch = Config::kBatch;
+  // An entry of a list: a unit's number in the slice, and whether it holds more than the bound.
+  static constexpr uint32_t kExceeds = 1u << 15;
+  static constexpr uint32_t kListed = 1u << 16;  // in a register only: it is an entry at all
+  static constexpr int kListBatch = Policy::kBits == 16 ? 4 : 2;
+  static constexpr uint32_t kPlateau = 8 * kWarpSize;  // listed units that are looked at one by one
   // Counts travel packed: above the threshold in the low 12 bits, equal to it in the high 20.
   static constexpr int kEqualShift = 12;
   static constexpr uint32_t kAboveMask = (1u << kEqualShift) - 1u;
@@ -159,49 +164,81 @@ struct TopkWorker {
     return __reduce_add_sync(kFullWarp, lane_id() < cluster.rank ? smem.equals[lane_id()] : 0u);
   }
 
-  // Writes the answer's share of 32 scores in a row, from row index `first` on; `before` counts
+  // Which of 32 scores in a row are chosen, and the position of the first of these; `before` counts
   // what precedes them in the row.
-  __device__ __forceinline__ void write(int32_t first, uint32_t above, uint32_t equal,
-                                        uint2 before, uint32_t need) {
+  struct Chosen {
+    uint32_t bits;
+    uint32_t position;
+  };
+  static __device__ __forceinline__ Chosen choose(uint32_t above, uint32_t equal, uint2 before,
+                                                  uint32_t need) {
     if (equal != 0) {
       const int allowed = need > before.y ? static_cast<int>(need - before.y) : 0;
-      while (__popc(equal) > allowed) equal &= ~(0x80000000u >> __clz(equal));
-    }
-    uint32_t chosen = above | equal;
-    uint32_t position = before.x + min(before.y, need);
-    if (!p.sort && p.page_table == nullptr) {
-      int32_t* out = p.out + row * p.out_stride + position;
-      if (p.out_raw == nullptr) {
-        while (chosen != 0) {
-          *out++ = first + __ffs(chosen) - 1;
-          chosen &= chosen - 1;
-        }
+      if (allowed == 0) {
+        equal = 0;
       } else {
-        int32_t* raw = p.out_raw + row * p.out_raw_stride + position;
-        while (chosen != 0) {
-          *out++ = first + __ffs(chosen) - 1;
-          *raw++ = first + __ffs(chosen) - 1;
-          chosen &= chosen - 1;
-        }
+        while (__popc(equal) > allowed) equal &= ~(0x80000000u >> __clz(equal));
       }
-      return;
     }
-    while (chosen != 0) {
-      const int32_t index = first + __ffs(chosen) - 1;
-      chosen &= chosen - 1;
-      if (p.sort) {
-        uint64_t* entry = reinterpret_cast<uint64_t*>(at(plan.tail)) + position;
-        const uint64_t value = sort_entry(Policy::sort_order(units.bits(index)), index);
-        if (together()) {
-          store_remote(map_shared(entry, 0), value);
-        } else {
-          *entry = value;
-        }
+    return {above | equal, before.x + min(before.y, need)};
+  }
+
+  // Whether answers go to `out` as they are, at once.
+  __device__ __forceinline__ bool plain() const {
+    return !p.sort && p.page_table == nullptr && p.out_raw == nullptr;
+  }
+  __device__ __forceinline__ void emit(uint32_t position, int32_t index) const {
+    if (p.sort) {
+      uint64_t* entry = reinterpret_cast<uint64_t*>(at(plan.tail)) + position;
+      const uint64_t value = sort_entry(Policy::sort_order(units.bits(index)), index);
+      if (together()) {
+        store_remote(map_shared(entry, 0), value);
       } else {
-        reinterpret_cast<int32_t*>(at(plan.tail))[position] = index;
+        *entry = value;
       }
-      ++position;
+    } else if (p.page_table != nullptr) {
+      reinterpret_cast<int32_t*>(at(plan.tail))[position] = index;
+    } else {
+      p.out[row * p.out_stride + position] = index;
+      if (p.out_raw != nullptr) p.out_raw[row * p.out_raw_stride + position] = index;
     }
+  }
+
+  // A lane's 32 scores from row index `first` on.
+  __device__ __forceinline__ void write(int32_t first, Chosen chosen) const {
+    if (plain()) {
+      int32_t* out = p.out + row * p.out_stride + chosen.position;
+      while (chosen.bits != 0) {
+        *out++ = first + __ffs(chosen.bits) - 1;
+        chosen.bits &= chosen.bits - 1;
+      }
+    } else {
+      while (chosen.bits != 0) {
+        emit(chosen.position++, first + __ffs(chosen.bits) - 1);
+        chosen.bits &= chosen.bits - 1;
+      }
+    }
+  }
+
+  // The same by a whole warp. Where few lanes hold much of the answer (sorted rows), all lanes
+  // write it.
+  static constexpr int kMany = 8;
+  __device__ __forceinline__ void write_warp(int32_t first, Chosen chosen) const {
+    uint32_t many = __ballot_sync(kFullWarp, __popc(chosen.bits) > kMany);
+    if (many != 0 && __popc(many) <= kMany) {
+      while (many != 0) {
+        const int owner = __ffs(many) - 1;
+        many &= many - 1;
+        const uint32_t bits = __shfl_sync(kFullWarp, chosen.bits, owner);
+        const uint32_t position = __shfl_sync(kFullWarp, chosen.position, owner);
+        const int32_t index = __shfl_sync(kFullWarp, first, owner);
+        if ((bits >> lane_id()) & 1u) {
+          emit(position + __popc(bits & lanes_below()), index + lane_id());
+        }
+        if (lane_id() == owner) chosen.bits = 0;
+      }
+    }
+    write(first, chosen);
   }
 
   // After the last write: what could not be written at once.
@@ -305,8 +342,10 @@ struct TopkWorker {
     const uint32_t upto = warp_inclusive_sum(own);
     const uint2 before = counted_before(__shfl_sync(kFullWarp, upto, kWarpSize - 1), t);
     const uint32_t ahead = upto - own;
-    write(units.index(mine, 0), above, equal,
-          make_uint2(before.x + (ahead & kAboveMask), before.y + (ahead >> kEqualShift)), t.need);
+    write(units.index(mine, 0),
+          choose(above, equal,
+                 make_uint2(before.x + (ahead & kAboveMask), before.y + (ahead >> kEqualShift)),
+                 t.need));
     finish(t);
     return true;
   }
@@ -425,8 +464,7 @@ struct TopkWorker {
     if (bound.bound == kNoBound) return false;
     if (!together() && bound.reached > p.k + p.k / 2u + 64u) refine(bound.bound, heads);
 
-    // 3. The warp's list of units that reach the bound, in any order. The top bit marks those that
-    //    hold more than the bound.
+    // 3. The warp's list of units that reach the bound, in any order.
     uint16_t* list = reinterpret_cast<uint16_t*>(at(plan.lists)) +
                      warp_id() * kWarpSize * plan.list_steps;
     uint32_t listed = 0;
@@ -446,33 +484,62 @@ struct TopkWorker {
         }
       }
       if (Policy::kBits == 32) exceeds = reaches;
-      const uint32_t upto = warp_inclusive_sum(__popc(reaches));
-      uint16_t* to = list + listed + upto - __popc(reaches);
-      while (reaches != 0) {
-        const int bit = __ffs(reaches) - 1;
-        reaches &= reaches - 1;
+      const auto entry = [&](int bit) {
         const uint32_t step = 2 * (half + (bit & 15)) + (bit >> 4);
-        *to++ = static_cast<uint16_t>(warp_begin() + step * kWarpSize + lane_id() +
-                                      (((exceeds >> bit) & 1u) << 15));
+        return static_cast<uint16_t>(warp_begin() + step * kWarpSize + lane_id() +
+                                     (((exceeds >> bit) & 1u) << 15));
+      };
+      const uint32_t own = __popc(reaches);
+      if (__any_sync(kFullWarp, own > kMany)) {
+        // Many: a step at a time, side by side.
+#pragma unroll 1
+        for (int bit = 0; bit < 32; ++bit) {
+          const uint32_t lanes = __ballot_sync(kFullWarp, (reaches >> bit) & 1u);
+          if ((reaches >> bit) & 1u) list[listed + __popc(lanes & lanes_below())] = entry(bit);
+          listed += __popc(lanes);
+        }
+      } else {
+        const uint32_t upto = warp_inclusive_sum(own);
+        uint16_t* to = list + listed + upto - own;
+        while (reaches != 0) {
+          *to++ = entry(__ffs(reaches) - 1);
+          reaches &= reaches - 1;
+        }
+        listed += __shfl_sync(kFullWarp, upto, kWarpSize - 1);
       }
-      listed += __shfl_sync(kFullWarp, upto, kWarpSize - 1);
     }
     __syncwarp();
 
-    // 4. Threshold.
+    // 4. Threshold. Listed units in batches, so that their loads overlap.
+    const auto each_listed = [&](uint32_t mask, auto visit) {
+#pragma unroll 1
+      for (uint32_t first = 0; first < listed; first += kListBatch * kWarpSize) {
+        Unit u[kListBatch];
+        uint32_t entries[kListBatch];
+#pragma unroll
+        for (int i = 0; i < kListBatch; ++i) {
+          const uint32_t at = first + i * kWarpSize + lane_id();
+          entries[i] = at < listed ? list[at] : 0u;
+          if (at < listed) entries[i] |= kListed;
+        }
+#pragma unroll
+        for (int i = 0; i < kListBatch; ++i) {
+          u[i] = Policy::pad();
+          if (entries[i] & mask) u[i] = units.load(begin + (entries[i] & 0x7fffu));
+        }
+#pragma unroll
+        for (int i = 0; i < kListBatch; ++i) {
+          if (__any_sync(kFullWarp, entries[i] & mask)) visit(u[i], entries[i]);
+        }
+      }
+    };
     bool far;
-    Threshold t =
-        finder.above_bound(p.k, full_order(bound.bound), far, [&](auto visit) {
-          for (uint32_t i = lane_id(); i < listed; i += kWarpSize) {
-            const uint32_t entry = list[i];
-            if (entry & 0x8000u) visit(units.load(begin + (entry & 0x7fffu)));
-          }
-        });
+    Threshold t = finder.above_bound(p.k, full_order(bound.bound), far, [&](auto visit) {
+      each_listed(kExceeds, [&](const Unit& u, uint32_t) { visit(u); });
+    });
     if (far) {
       t = finder.by_digits(p.k, 1, [&](auto visit) {
-        for (uint32_t i = lane_id(); i < listed; i += kWarpSize) {
-          visit(units.load(begin + (list[i] & 0x7fffu)));
-        }
+        each_listed(kListed, [&](const Unit& u, uint32_t) { visit(u); });
       });
       if (t.order >= Policy::kLastOrder && t.need != 0) return false;
     }
@@ -481,48 +548,63 @@ struct TopkWorker {
     const bool at_bound = t.order >= full_order(bound.bound);
     const uint32_t raw = Policy::raw_of(t.order);
     const MaskLayout layout(depth);
-    for (uint32_t i = lane_id(); i < listed; i += kWarpSize) {
-      const uint32_t entry = list[i];
-      if ((entry & 0x8000u) || at_bound) {
-        uint32_t above;
-        uint32_t equal;
-        const int32_t unit = entry & 0x7fffu;
-        Policy::classify(units.load(begin + unit), raw, above, equal);
-        warp_masks(layout)[layout.mask(unit - warp_begin())] =
-            static_cast<uint16_t>(above | (equal << 8));
+    const auto classify = [&](const Unit& u, int32_t unit) {  // its number in this slice
+      uint32_t above;
+      uint32_t equal;
+      Policy::classify(u, raw, above, equal);
+      warp_masks(layout)[layout.mask(unit - warp_begin())] =
+          static_cast<uint16_t>(above | (equal << 8));
+      return __popc(equal);
+    };
+    // A plateau: in row order, until there are enough equals, instead of all of them.
+    const bool plateau = at_bound && listed > kPlateau;
+    if (plateau) {
+      uint32_t equals = 0;
+      for (int32_t step = 0; step < depth && equals < t.need; ++step) {
+        const int32_t unit = warp_begin() + step * kWarpSize + lane_id();
+        equals += __reduce_add_sync(
+            kFullWarp, unit < count ? classify(units.load(begin + unit), unit) : 0u);
       }
     }
+    const uint32_t wanted = at_bound && !plateau ? kListed : kExceeds;
+    each_listed(wanted, [&](const Unit& u, uint32_t entry) {
+      if (entry & wanted) classify(u, entry & 0x7fffu);
+    });
     __syncwarp();
 
     // 6. Write. A lane takes its share of the warp's units in a row.
     uint32_t own = 0;
+    uint32_t blocks = 0;  // of 32 scores, two a granule: which hold any
     for (int32_t granule = 0; granule < layout.granules; ++granule) {
-      own += count_masks(load_masks(layout, granule));
+      const uint4 m = load_masks(layout, granule);
+      if ((m.x | m.y | m.z | m.w) != 0) {
+        own += count_masks(m);
+        blocks |= ((m.x | m.y) != 0 ? 1u : 0u) << (2 * granule);
+        blocks |= ((m.z | m.w) != 0 ? 2u : 0u) << (2 * granule);
+      }
     }
     const uint32_t upto = warp_inclusive_sum(own);
     uint2 before = counted_before(__shfl_sync(kFullWarp, upto, kWarpSize - 1), t);
-    if (own != 0) {
-      before.x += (upto - own) & kAboveMask;
-      before.y += (upto - own) >> kEqualShift;
-      int32_t index = units.index(begin + warp_begin(), 0) +
-                      lane_id() * layout.granules * kGranule * kUnit;
-#pragma unroll 1
-      for (int32_t granule = 0; granule < layout.granules; ++granule) {
-        const uint4 m = load_masks(layout, granule);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t low = i == 0 ? m.x : m.z;
-          const uint32_t high = i == 0 ? m.y : m.w;
-          if ((low | high) != 0) {
-            const uint32_t above = above_of(low, high);
-            const uint32_t equal = equal_of(low, high);
-            write(index, above, equal, before, t.need);
-            before.x += __popc(above);
-            before.y += __popc(equal);
-          }
-          index += 4 * kUnit;
-        }
+    before.x += (upto - own) & kAboveMask;
+    before.y += (upto - own) >> kEqualShift;
+    const int32_t lane_begin = units.index(begin + warp_begin(), 0) +
+                               lane_id() * layout.granules * kGranule * kUnit;
+    // Each lane goes from one of its own blocks to the next: as many turns as the fullest lane needs.
+    while (__any_sync(kFullWarp, blocks != 0)) {
+      Chosen chosen{0u, 0u};
+      int32_t first = lane_begin;
+      if (blocks != 0) {
+        const int block = __ffs(blocks) - 1;
+        blocks &= blocks - 1;
+        const uint2 m = load_block(layout, block);
+        const uint32_t above = above_of(m.x, m.y);
+        const uint32_t equal = equal_of(m.x, m.y);
+        chosen = choose(above, equal, before, t.need);
+        before.x += __popc(above);
+        before.y += __popc(equal);
+        first += block * 4 * kUnit;
       }
+      write_warp(first, chosen);
     }
     finish(t);
     return true;
@@ -535,6 +617,7 @@ struct TopkWorker {
   // The warp's masks: a lane owns `granules` 16-byte granules of eight units each, stored so that
   // eight lanes that read their granule g at once meet no bank twice.
   static constexpr int kGranule = 8;
+  static_assert(2 * kSteps <= 32 * kGranule, "one bit of 32 a block of four units");
   struct MaskLayout {
     int32_t granules;  // a power of two, so that a lane's granules can trade places
     int32_t shift;
@@ -562,15 +645,17 @@ struct TopkWorker {
     return reinterpret_cast<const uint4*>(
         warp_masks(layout))[layout.place(lane_id(), granule)];
   }
+  __device__ __forceinline__ uint2 load_block(const MaskLayout& layout, int32_t block) const {
+    return reinterpret_cast<const uint2*>(
+        warp_masks(layout))[2 * layout.place(lane_id(), block / 2) + block % 2];
+  }
   static __device__ __forceinline__ uint32_t above_of(uint32_t low, uint32_t high) {
     return __byte_perm(low, high, 0x6420);
   }
   static __device__ __forceinline__ uint32_t equal_of(uint32_t low, uint32_t high) {
     return __byte_perm(low, high, 0x7531);
   }
-  // A population count is an eighth as fast as an addition: none for the many empty ones.
   static __device__ __forceinline__ uint32_t count_masks(const uint4& m) {
-    if ((m.x | m.y | m.z | m.w) == 0) return 0u;
     const uint32_t above = __popc(above_of(m.x, m.y)) + __popc(above_of(m.z, m.w));
     const uint32_t equal = __popc(equal_of(m.x, m.y)) + __popc(equal_of(m.z, m.w));
     return above | (equal << kEqualShift);
