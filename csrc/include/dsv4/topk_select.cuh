@@ -354,18 +354,19 @@ struct TopkWorker {
   // A warp takes 32 * depth units in a row; step s of it, lane l: unit 32 s + l of these.
   __device__ __forceinline__ int32_t warp_begin() const { return warp_id() * kWarpSize * depth; }
 
-  // Loads a batch from step on; units outside of the slice are all NaN.
-  __device__ __forceinline__ void load(Unit (&u)[kBatch], int32_t step) const {
+  // Loads units from step on; those outside of the slice are all NaN.
+  template <int kCount>
+  __device__ __forceinline__ void load(Unit (&u)[kCount], int32_t step) const {
     const int32_t first = begin + warp_begin() + step * kWarpSize;  // of the warp
     const int32_t end = begin + min(count, warp_begin() + depth * kWarpSize);
-    if (first >= units.whole_begin && first + kBatch * kWarpSize <= min(end, units.whole_end)) {
+    if (first >= units.whole_begin && first + kCount * kWarpSize <= min(end, units.whole_end)) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         u[i] = units.load_whole(first + i * kWarpSize + lane_id());
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         const int32_t g = first + i * kWarpSize + lane_id();
         u[i] = Policy::pad();
         if (g < end) u[i] = units.load(g);
@@ -464,46 +465,57 @@ struct TopkWorker {
     if (bound.bound == kNoBound) return false;
     if (!together() && bound.reached > p.k + p.k / 2u + 64u) refine(bound.bound, heads);
 
-    // 3. The warp's list of units that reach the bound, in any order.
+    // 3. The warp's list of units that reach the bound, in any order. Where very many do, only of
+    //    those that exceed it: the others matter if the threshold is the bound, and step 5 then goes
+    //    through them in row order.
+    constexpr int kHalves = (kSteps + 31) / 32;
+    uint32_t reaches[kHalves];  // bit i: step 32 half + 2 i; bit 16 + i: the step after it
+    uint32_t exceeds[kHalves];
+    const uint32_t limit = head_pair(bound.bound);
+    uint32_t all = 0;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      reaches[half] = exceeds[half] = 0;
+#pragma unroll
+      for (int i = 0; i < 16 && 16 * half + i < kSteps / 2; ++i) {
+        const int j = 16 * half + i;
+        if (2 * j >= depth) break;
+        reaches[half] |= H::reaches(heads[j], limit) & (0x00010001u << i);
+        if (Policy::kBits == 16) exceeds[half] |= H::above(heads[j], limit) & (0x00010001u << i);
+      }
+      // A float32 head that equals the bound's may belong to a score that exceeds it.
+      if (Policy::kBits == 32) exceeds[half] = reaches[half];
+      all += __popc(reaches[half]);
+    }
+    const bool plateau =
+        Policy::kBits == 16 && __reduce_add_sync(kFullWarp, all) > kPlateau;
     uint16_t* list = reinterpret_cast<uint16_t*>(at(plan.lists)) +
                      warp_id() * kWarpSize * plan.list_steps;
     uint32_t listed = 0;
-    const uint32_t limit = head_pair(bound.bound);
 #pragma unroll
-    for (int half = 0; half < kSteps / 2; half += 16) {
-      if (2 * half >= depth) break;
-      // Bit i: step 2 (half + i); bit 16 + i: the step after it.
-      uint32_t reaches = 0;
-      uint32_t exceeds = 0;
-#pragma unroll
-      for (int i = 0; i < 16 && half + i < kSteps / 2; ++i) {
-        if (2 * (half + i) >= depth) break;
-        reaches |= H::reaches(heads[half + i], limit) & (0x00010001u << i);
-        if (Policy::kBits == 16) {
-          exceeds |= H::above(heads[half + i], limit) & (0x00010001u << i);
-        }
-      }
-      if (Policy::kBits == 32) exceeds = reaches;
+    for (int half = 0; half < kHalves; ++half) {
+      if (32 * half >= depth) break;
+      uint32_t chosen = plateau ? exceeds[half] : reaches[half];
       const auto entry = [&](int bit) {
-        const uint32_t step = 2 * (half + (bit & 15)) + (bit >> 4);
+        const uint32_t step = 32 * half + 2 * (bit & 15) + (bit >> 4);
         return static_cast<uint16_t>(warp_begin() + step * kWarpSize + lane_id() +
-                                     (((exceeds >> bit) & 1u) << 15));
+                                     (((exceeds[half] >> bit) & 1u) << 15));
       };
-      const uint32_t own = __popc(reaches);
+      const uint32_t own = __popc(chosen);
       if (__any_sync(kFullWarp, own > kMany)) {
         // Many: a step at a time, side by side.
 #pragma unroll 1
         for (int bit = 0; bit < 32; ++bit) {
-          const uint32_t lanes = __ballot_sync(kFullWarp, (reaches >> bit) & 1u);
-          if ((reaches >> bit) & 1u) list[listed + __popc(lanes & lanes_below())] = entry(bit);
+          const uint32_t lanes = __ballot_sync(kFullWarp, (chosen >> bit) & 1u);
+          if ((chosen >> bit) & 1u) list[listed + __popc(lanes & lanes_below())] = entry(bit);
           listed += __popc(lanes);
         }
       } else {
         const uint32_t upto = warp_inclusive_sum(own);
         uint16_t* to = list + listed + upto - own;
-        while (reaches != 0) {
-          *to++ = entry(__ffs(reaches) - 1);
-          reaches &= reaches - 1;
+        while (chosen != 0) {
+          *to++ = entry(__ffs(chosen) - 1);
+          chosen &= chosen - 1;
         }
         listed += __shfl_sync(kFullWarp, upto, kWarpSize - 1);
       }
@@ -556,14 +568,19 @@ struct TopkWorker {
           static_cast<uint16_t>(above | (equal << 8));
       return __popc(equal);
     };
-    // A plateau: in row order, until there are enough equals, instead of all of them.
-    const bool plateau = at_bound && listed > kPlateau;
-    if (plateau) {
+    // A plateau: in row order, until there are enough equals.
+    if (at_bound && plateau) {
       uint32_t equals = 0;
-      for (int32_t step = 0; step < depth && equals < t.need; ++step) {
-        const int32_t unit = warp_begin() + step * kWarpSize + lane_id();
-        equals += __reduce_add_sync(
-            kFullWarp, unit < count ? classify(units.load(begin + unit), unit) : 0u);
+      for (int32_t step = 0; step < depth && equals < t.need; step += kListBatch) {
+        Unit u[kListBatch];
+        load(u, step);
+        uint32_t own = 0;
+#pragma unroll
+        for (int i = 0; i < kListBatch; ++i) {
+          const int32_t unit = warp_begin() + (step + i) * kWarpSize + lane_id();
+          if (step + i < depth && unit < count) own += classify(u[i], unit);
+        }
+        equals += __reduce_add_sync(kFullWarp, own);
       }
     }
     const uint32_t wanted = at_bound && !plateau ? kListed : kExceeds;

@@ -173,7 +173,24 @@ struct ThresholdFinder {
     } else if (pick.count <= kRankMost) {
       rank(t, pick.count, low, high, each);
     } else {
-      far = true;
+      // Many share the upper half of an order (a plateau): two more digits.
+      uint32_t prefix = 0;
+#pragma unroll 1
+      for (int round = 1; round <= 2; ++round) {
+        each([&](const Unit& u) {
+          Policy::each_order(u, [&](uint32_t order) {
+            const uint32_t offset = order - low;
+            const uint32_t digits = round == 1 ? offset >> 8 : offset ^ (prefix << 8);
+            atomicAdd(smem.hist[round] + min(digits, static_cast<uint32_t>(kSink)), 1u);
+          });
+        });
+        const RoundPick digit = close(round, t.need, kBins);
+        t.need -= digit.pick.before;
+        t.lower_above += digit.lower_before;
+        t.lower_equal = digit.lower_count;
+        prefix = prefix * kBins + digit.pick.bin;
+      }
+      t.order = low + prefix;
     }
     return t;
   }
