@@ -21,8 +21,11 @@ __all__ = [
     "VARIABLES",
     "Settings",
     "Variable",
+    "choices",
+    "killed",
     "override",
     "parse",
+    "put",
     "settings",
     "switch",
     "table",
@@ -156,17 +159,37 @@ def settings() -> Settings:
     return result
 
 
+def killed() -> bool:
+    """Whether ``DSV4_PLUGIN=0`` is set; holds even where another setting is wrong."""
+    return os.environ.get(_BY_FIELD["plugin"].name, "").strip() == "0"
+
+
 def switch(on: bool) -> bool:
     """Switch the plugin on or off for this process and those it starts.
 
     Returns:
         False where that was not done, because the kill switch ``DSV4_PLUGIN=0`` is set.
     """
-    name = _BY_FIELD["plugin"].name
-    if on and os.environ.get(name, "").strip() == "0":
+    if on and killed():
         return False
-    os.environ[name] = "1" if on else "0"
+    os.environ[_BY_FIELD["plugin"].name] = "1" if on else "0"
     return True
+
+
+def choices(field: str) -> tuple[str, ...]:
+    """Return the values that a setting can have."""
+    return tuple(choice for choice in _BY_FIELD[field].choices if choice)
+
+
+def put(field: str, value: str) -> None:
+    """Set one variable for this process and those it starts (an engine's command line).
+
+    Raises:
+        SettingError: the setting cannot have this value.
+    """
+    variable = _BY_FIELD[field]
+    _convert(variable, value, variable.name)
+    os.environ[variable.name] = value
 
 
 def override(config: Mapping[str, Any] | None) -> None:
