@@ -20,6 +20,8 @@ from cpu_env import ROOT, build_venv, install_plugin, unpack
 
 DEFAULT_DIR = ROOT / ".venvs" / "hosts-cpu"
 SGLANG = ("0.5.23", "0.5.20", "0.5.16")
+# Importing the indexer looks for the sources of its kernels and reads configuration.
+SGLANG_FILES = (".py", ".json", ".cu", ".cuh", ".h", ".hpp", ".cpp")
 # A release of the runtime and the kernel package that it was released with.
 TOKENSPEED = {"0.1.1": "0.1.4"}
 
@@ -29,6 +31,7 @@ PACKAGES = (
     "dill",
     "einops",
     "ipython",
+    "loguru",
     "msgspec",
     "numpy",
     "openai==2.6.1",
@@ -64,8 +67,7 @@ def make(folder: Path, sglang: list[str], tokenspeed: list[str]) -> Path:
     install_plugin(python, folder)
     for version in sglang:
         target = folder / "sglang" / version
-        # The configuration beside the Python files is read when modules are imported.
-        unpack(python, target, f"sglang=={version}", "sglang/__init__.py", (".py", ".json"))
+        unpack(python, target, f"sglang=={version}", "sglang/__init__.py", SGLANG_FILES)
     for version in tokenspeed:
         target = folder / "tokenspeed" / version
         unpack(python, target / "runtime", f"tokenspeed=={version}", "tokenspeed/__init__.py")
@@ -83,7 +85,9 @@ def main() -> None:
     parser.add_argument("--tokenspeed", default=",".join(TOKENSPEED))
     arguments = parser.parse_args()
     began = time.monotonic()
-    wanted = [[v for v in text.split(",") if v] for text in (arguments.sglang, arguments.tokenspeed)]
+    wanted = [
+        [v for v in text.split(",") if v] for text in (arguments.sglang, arguments.tokenspeed)
+    ]
     python = make(arguments.dir.absolute(), *wanted)
     print(
         f"{python} with SGLang {arguments.sglang} and TokenSpeed {arguments.tokenspeed} after "

@@ -102,9 +102,7 @@ def topk_v1(
         plain = widen(scores) if isinstance(scores, torch.Tensor) else scores
         original(plain, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices)
 
-    _paged(
-        scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices, upstream
-    )
+    _paged(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices, upstream)
 
 
 def topk_v2(
@@ -125,9 +123,7 @@ def topk_v2(
             plain, seq_lens, page_tables, out_page_indices, page_size, metadata, out_raw_indices
         )
 
-    _paged(
-        scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices, upstream
-    )
+    _paged(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices, upstream)
 
 
 def _paged(

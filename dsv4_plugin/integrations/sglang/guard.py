@@ -89,9 +89,7 @@ def _get(kind: _Kind) -> Topk | None:
     return topk
 
 
-def _possible(
-    dtype: str, settings: envs.Settings, kind: _Kind
-) -> tuple[Topk | None, list[str]]:
+def _possible(dtype: str, settings: envs.Settings, kind: _Kind) -> tuple[Topk | None, list[str]]:
     reasons = choice.unfit_k(kind.k)
     if kind.fp4:
         reasons.append("the indexer cache is MXFP4 (--enable-deepseek-v4-fp4-indexer)")
@@ -164,4 +162,3 @@ def _report(kind: _Kind, topk: Topk | None, passed: choice.Passed) -> None:
             f"{topk.dtype} by {topk.backend} on {logits} at {where}"
         ) + (f" ({not_})" if not_ else "")
     log.once(logging.INFO, said)
-

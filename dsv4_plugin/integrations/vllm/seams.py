@@ -17,8 +17,8 @@ import torch
 
 from dsv4_plugin import log
 from dsv4_plugin.integrations import plan
-from dsv4_plugin.integrations.vllm import calls, guard
 from dsv4_plugin.integrations.patching import Ledger, Patch
+from dsv4_plugin.integrations.vllm import calls, guard
 from dsv4_plugin.state import Seam, state
 
 __all__ = ["NAMES", "indexer", "install", "intact", "takes_logits_dtype", "uninstall"]
