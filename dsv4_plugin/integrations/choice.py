@@ -37,7 +37,9 @@ def explicit() -> bool:
         now = envs.settings()
     except SettingError:
         return True
-    return now.strict or now.topk not in ("auto", "off") or now.backend in ("cuda", "torch")
+    if now.topk == "off":
+        return False
+    return now.strict or now.topk != "auto" or now.backend in ("cuda", "torch")
 
 
 def unfit_k(k: object) -> list[str]:

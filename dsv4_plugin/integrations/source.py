@@ -9,15 +9,34 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Missing", "Module", "find"]
+__all__ = ["Missing", "Module", "Site", "find", "guarded"]
 
 
 class Missing(Exception):
     """A module, name or parameter is not where it is looked for."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One seam: what it is called for people, why it is not there, the attributes to patch."""
+
+    where: str | None
+    why: str | None = None
+    targets: tuple[str, ...] = ()
+
+
+def guarded(site: Callable[[], Site]) -> Site:
+    """Return ``site()``, or why it is missing."""
+    try:
+        return site()
+    except Missing as error:
+        return Site(None, str(error))
 
 
 @functools.lru_cache(maxsize=32)
@@ -32,18 +51,26 @@ def find(name: str) -> Module:
         Missing: the package is not installed, or has no such file.
     """
     package, *rest = name.split(".")
+    for location in _locations(package):
+        stem = Path(location, *rest)
+        for path in (stem.with_suffix(".py") if rest else stem, stem / "__init__.py"):
+            if path.is_file():
+                return Module(name, path)
+    raise Missing(f"{name} is gone")
+
+
+def _locations(package: str) -> list[str]:
+    """Return the folders of a top-level package, imported or not."""
+    path = getattr(sys.modules.get(package), "__path__", None)
+    if path is not None:
+        return list(path)
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError) as error:
         raise Missing(f"{package} cannot be found ({error})") from error
     if spec is None:
         raise Missing(f"{package} is not installed")
-    for location in spec.submodule_search_locations or ():
-        stem = Path(location, *rest)
-        for path in (stem.with_suffix(".py") if rest else stem, stem / "__init__.py"):
-            if path.is_file():
-                return Module(name, path)
-    raise Missing(f"{name} is gone")
+    return list(spec.submodule_search_locations or ())
 
 
 class Module:

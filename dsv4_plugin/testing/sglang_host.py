@@ -137,9 +137,7 @@ class Engine:
         self.install_deep_gemm()
         self.indexer: Any = importlib.import_module(INDEXER)
         self.metadata: Any = importlib.import_module("sglang.srt.layers.attention.dsv4.metadata")
-        self.dsa: Any = importlib.import_module(
-            "sglang.srt.layers.attention.dsa.dsa_topk_backend"
-        )
+        self.dsa: Any = importlib.import_module("sglang.srt.layers.attention.dsa.dsa_topk_backend")
         self.envs: Any = importlib.import_module("sglang.srt.environ").envs
         self.mode: Any = importlib.import_module(
             "sglang.srt.model_executor.forward_batch_info"
@@ -229,9 +227,14 @@ class Engine:
         return problem.out
 
     def dsa_step(
-        self, logits: torch.Tensor, problem: Problem, *, v2: bool = True, backend: str = "sgl-kernel",
+        self,
+        logits: torch.Tensor,
+        problem: Problem,
+        *,
+        v2: bool = True,
+        backend: str = "sgl-kernel",
         **kwargs: Any,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Run ``DSATopKBackend.topk_transform`` in its decode-shaped PAGED form."""
         self.envs.SGLANG_OPT_USE_TOPK_V2.set(v2)
         metadata = types.SimpleNamespace(
@@ -262,7 +265,7 @@ class _Layer:
         self.engine, self.problem = engine, problem
         indexer = engine.indexer
 
-        class Backend(indexer.C4IndexerBackendMixin):  # type: ignore[misc, name-defined]
+        class Backend(indexer.C4IndexerBackendMixin):  # type: ignore[name-defined]
             def forward_indexer_compressor(self, **kwargs: Any) -> None:
                 """Nothing to compress: the cache is full."""
 

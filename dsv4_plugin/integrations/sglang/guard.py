@@ -6,16 +6,15 @@ cannot be met ends the start with one error that lists every unmet condition.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dsv4_plugin import backends, envs, log
-from dsv4_plugin.errors import UnmetError
-from dsv4_plugin.integrations import choice, plan
-from dsv4_plugin.integrations.plan import Plan, Topk
+from dsv4_plugin import backends, envs
+from dsv4_plugin.integrations import choice
+from dsv4_plugin.integrations.decisions import Decisions, announce
+from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.sglang import seams
 from dsv4_plugin.state import state
 
@@ -43,12 +42,8 @@ class _Kind:
     fp4: bool = False
 
 
-_decided: dict[_Kind, Topk | None] = {}
-
-
-def forget() -> None:
-    """Forget every decision."""
-    _decided.clear()
+_decisions: Decisions[_Kind] = Decisions()
+forget = _decisions.forget
 
 
 def for_v4(backend_mixin: Any, c4_indexer: Any, device: torch.device) -> Topk | None:
@@ -65,32 +60,25 @@ def for_dsa(dsa_backend: Any, k: int, device: torch.device) -> Topk | None:
 
 
 def _get(kind: _Kind) -> Topk | None:
-    if plan.is_off("topk") or not seams.installed():
+    if not seams.installed():
         return None
-    try:
-        return _decided[kind]
-    except KeyError:
-        pass
-    settings = envs.settings()
-    log.configure(settings.log)
-    if not settings.enabled:
-        return None
-    plan.decide(Plan(True, settings.strict))
-    if settings.indexer_read not in ("auto", "off"):
-        raise UnmetError(
-            f"DSV4_INDEXER_READ={settings.indexer_read}",
-            [f"{state.host} gathers the indexer's keys with one kernel of its own; no seam there"],
-        )
-    candidates = ("bf16", "fp32") if kind.name == _V4 else ("fp32",)
-    topk, passed = choice.choose_topk(settings, candidates, lambda d: _possible(d, settings, kind))
-    _decided[kind] = topk
-    plan.decide(Plan(True, settings.strict, topk))
-    _report(kind, topk, passed)
-    return topk
+    names = ("forward", "topk.paged", "logits") if kind.name == _V4 else ("topk.dsa",)
+    what = f"{kind.name}, k {kind.k}, {kind.device}"
+    return _decisions.get(
+        kind,
+        ("bf16", "fp32") if kind.name == _V4 else ("fp32",),
+        lambda settings, dtype: _possible(dtype, settings, kind),
+        lambda topk, passed: announce(what, names, topk, passed),
+    )
 
 
 def _possible(dtype: str, settings: envs.Settings, kind: _Kind) -> tuple[Topk | None, list[str]]:
     reasons = choice.unfit_k(kind.k)
+    if settings.indexer_read not in ("auto", "off"):
+        reasons.append(
+            f"DSV4_INDEXER_READ={settings.indexer_read} has no seam: {state.host} gathers the "
+            "indexer's keys with one kernel of its own"
+        )
     if kind.fp4:
         reasons.append("the indexer cache is MXFP4 (--enable-deepseek-v4-fp4-indexer)")
     if kind.backend is not None and not kind.backend.is_sgl_kernel():
@@ -134,31 +122,3 @@ def _set(name: str) -> bool:
         return bool(variable is not None and variable.get())
     except Exception:  # not a switch any more
         return False
-
-
-def _report(kind: _Kind, topk: Topk | None, passed: choice.Passed) -> None:
-    """Say in one line what engaged, where, and why not."""
-    not_ = "; ".join(f"not {name}: {'; '.join(why)}" for name, why in passed.items())
-    if topk is None:
-        not_ = "; ".join(list(passed.values())[-1])
-    names = ("forward", "topk.paged", "logits") if kind.name == _V4 else ("topk.dsa",)
-    for name in names:
-        seam = state.seams.get(name)
-        if seam is None or seam.where is None:
-            continue
-        if topk is None:
-            seam.why = not_
-        elif name == "logits" and topk.dtype != "bf16":
-            seam.why = not_ or "logits stay as SGLang has them"
-        else:
-            seam.why = None
-    if topk is None:
-        said = f"dsv4 inactive in {state.host}, {kind.name}: upstream's top-k ({not_})"
-    else:
-        logits = "bf16 logits" if topk.dtype == "bf16" else "float32 logits"
-        where = " and ".join(state.seams[n].where or "?" for n in names if n.startswith("topk"))
-        said = (
-            f"dsv4 active in {state.host}, {kind.name}, k {kind.k}, {kind.device}: "
-            f"{topk.dtype} by {topk.backend} on {logits} at {where}"
-        ) + (f" ({not_})" if not_ else "")
-    log.once(logging.INFO, said)

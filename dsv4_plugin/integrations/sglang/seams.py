@@ -9,10 +9,10 @@ from __future__ import annotations
 import inspect
 import logging
 from importlib import metadata
-from typing import Any
 
 from dsv4_plugin import log
 from dsv4_plugin.integrations import choice, plan
+from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
 from dsv4_plugin.integrations.patching import Ledger
 from dsv4_plugin.integrations.sglang import registry, sites
 from dsv4_plugin.state import Seam, state
@@ -134,13 +134,3 @@ def wrap_deep_gemm() -> list[str]:
         wrapper = calls.logits(vars(deep_gemm)[name], vars(deep_gemm)[wide])
         _ledger.replace(deep_gemm, name, wrapper, f"deep_gemm.{name}")
     return []
-
-
-def has_logits_dtype(function: Any) -> bool:
-    """Whether a DeepGEMM function can be asked for bfloat16."""
-    if function is None:
-        return False
-    try:
-        return "logits_dtype" in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # pybind11: the signature is in the docstring
-        return "logits_dtype" in (getattr(function, "__doc__", None) or "")

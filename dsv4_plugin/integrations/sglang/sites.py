@@ -6,13 +6,10 @@ seam that is not recognised has no target, so nothing is registered for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from dsv4_plugin.integrations import source
-from dsv4_plugin.integrations.source import Missing
+from dsv4_plugin.integrations.source import Missing, Site
 
-__all__ = ["DSA", "INDEXER", "SERVER_ARGS", "Site", "look"]
+__all__ = ["DSA", "INDEXER", "SERVER_ARGS", "look"]
 
 INDEXER = "sglang.srt.layers.attention.dsv4.indexer"
 DSA = "sglang.srt.layers.attention.dsa.dsa_topk_backend"
@@ -32,31 +29,15 @@ DSA_PARAMETERS = (
 LOGITS = ("fp8_paged_mqa_logits", "fp8_mqa_logits")
 
 
-@dataclass(frozen=True)
-class Site:
-    """One seam: what it is called for people, and the attributes to hook."""
-
-    where: str | None
-    why: str | None = None
-    targets: tuple[str, ...] = ()
-
-
 def look() -> dict[str, Site]:
     """Look for every seam."""
     return {
-        "flag": _guarded(_flag),
-        "forward": _guarded(_forward),
-        "topk.paged": _guarded(_paged),
-        "logits": _guarded(_logits),
-        "topk.dsa": _guarded(_dsa),
+        "flag": source.guarded(_flag),
+        "forward": source.guarded(_forward),
+        "topk.paged": source.guarded(_paged),
+        "logits": source.guarded(_logits),
+        "topk.dsa": source.guarded(_dsa),
     }
-
-
-def _guarded(site: Callable[[], Site]) -> Site:
-    try:
-        return site()
-    except Missing as error:
-        return Site(None, str(error))
 
 
 def _flag() -> Site:
