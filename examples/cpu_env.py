@@ -8,6 +8,8 @@ is used by putting that folder on PYTHONPATH. What exists is kept, so a second r
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import venv
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,15 @@ QUIET = ("--quiet", "--disable-pip-version-check")
 
 def run(*command: object, **env: str) -> None:
     subprocess.run([str(c) for c in command], check=True, env={**os.environ, **env})
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time make an environment; the others find it made."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def build_venv(

@@ -16,7 +16,7 @@ import argparse
 import time
 from pathlib import Path
 
-from cpu_env import ROOT, build_venv, install_plugin, unpack
+from cpu_env import ROOT, build_venv, install_plugin, locked, unpack
 
 DEFAULT_DIR = ROOT / ".venvs" / "hosts-cpu"
 SGLANG = ("0.5.23", "0.5.20", "0.5.16")
@@ -88,7 +88,9 @@ def main() -> None:
     wanted = [
         [v for v in text.split(",") if v] for text in (arguments.sglang, arguments.tokenspeed)
     ]
-    python = make(arguments.dir.absolute(), *wanted)
+    folder = arguments.dir.absolute()
+    with locked(folder):
+        python = make(folder, *wanted)
     print(
         f"{python} with SGLang {arguments.sglang} and TokenSpeed {arguments.tokenspeed} after "
         f"{time.monotonic() - began:.0f} s"

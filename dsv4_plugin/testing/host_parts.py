@@ -7,6 +7,8 @@ not write hold NaN, so a consumer that reads them shows.
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
+import types
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +18,7 @@ __all__ = [
     "KEY_BYTES",
     "Call",
     "DeepGemm",
+    "DeepGemmModule",
     "oracle",
     "read_keys",
     "spans_of",
@@ -184,3 +187,33 @@ class DeepGemm:
             out[row, span[0] : span[1]] = score(query[row], keys[begin:end], weights[row])
             spans.append(span)
         return self._record("dense_logits", out, spans)
+
+
+class DeepGemmModule(types.ModuleType):
+    """A ``deep_gemm`` with the functions the engines call, and those the adapters ask."""
+
+    def __init__(self, maths: DeepGemm, has_logits_dtype: bool) -> None:
+        super().__init__("deep_gemm")
+        self.__spec__ = importlib.machinery.ModuleSpec("deep_gemm", None)
+        self.__file__ = "<stand-in>"
+
+        def paged(q, kv_cache, weights, lens, table, schedule, width, clean_logits=False):
+            if clean_logits or q.dtype != torch.float8_e4m3fn:
+                raise TypeError("expected e4m3 queries and clean_logits False")
+            return maths._paged((q,), kv_cache, weights, lens, table, width, torch.float32)
+
+        def dense(q, kv, weights, ks, ke, clean_logits=True, max_seqlen_k=0):
+            return maths._dense((q,), kv, weights, ks, ke, max_seqlen_k, torch.float32)
+
+        # Not plain references: the hook registry rewrites every module global that is a target.
+        self.fp8_paged_mqa_logits = paged
+        self.fp8_mqa_logits = dense
+        self.get_num_sms = lambda: 132
+        self.get_pdl = lambda: True
+        self.set_pdl = lambda value: None
+        self.get_paged_mqa_logits_metadata = lambda lens, page, sms, indices=None: torch.zeros(
+            sms + 1, 2, dtype=torch.int32
+        )
+        if has_logits_dtype:
+            self.fp8_fp4_paged_mqa_logits = maths.paged
+            self.fp8_fp4_mqa_logits = maths.dense

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.machinery
-import importlib.util
 import sys
 import types
 from typing import Any
@@ -23,6 +21,7 @@ from dsv4_plugin.testing.host_parts import (
     HEAD_DIM,
     Call,
     DeepGemm,
+    DeepGemmModule,
     make_cache,
     spans_of,
     upstream_rows,
@@ -39,34 +38,6 @@ STANDS_IN = {
 INDEXER = "sglang.srt.layers.attention.dsv4.indexer"
 PAGE = 64
 HEADS = 64
-
-
-class _DeepGemmModule(types.ModuleType):
-    """A ``deep_gemm`` with the functions that SGLang calls, and those the adapter asks."""
-
-    def __init__(self, maths: DeepGemm, has_logits_dtype: bool) -> None:
-        super().__init__("deep_gemm")
-        self.__spec__ = importlib.machinery.ModuleSpec("deep_gemm", None)
-        self.__file__ = "<stand-in>"
-
-        def paged(q, kv_cache, weights, lens, table, schedule, width, clean_logits=False):
-            if clean_logits or q.dtype != torch.float8_e4m3fn:
-                raise TypeError("expected e4m3 queries and clean_logits False")
-            return maths._paged((q,), kv_cache, weights, lens, table, width, torch.float32)
-
-        def dense(q, kv, weights, ks, ke, clean_logits=True, max_seqlen_k=0):
-            return maths._dense((q,), kv, weights, ks, ke, max_seqlen_k, torch.float32)
-
-        # Not plain references: the hook registry rewrites every module global that is a target.
-        self.fp8_paged_mqa_logits = paged
-        self.fp8_mqa_logits = dense
-        self.get_num_sms = lambda: 132
-        self.get_paged_mqa_logits_metadata = lambda lens, page, sms, indices=None: torch.zeros(
-            sms + 1, 2, dtype=torch.int32
-        )
-        if has_logits_dtype:
-            self.fp8_fp4_paged_mqa_logits = maths.paged
-            self.fp8_fp4_mqa_logits = maths.dense
 
 
 class _Kernel:
@@ -88,6 +59,8 @@ class _Kernel:
         out.copy_(torch.where(raw < 0, -1, page * page_size + raw % page_size))
         if isinstance(raw_out, torch.Tensor):
             raw_out.copy_(raw)
+
+    topk_transform_paged = topk_transform  # as it is called from 0.5.20 on
 
 
 def prepare() -> None:
@@ -155,7 +128,7 @@ class Engine:
 
     def install_deep_gemm(self, has_logits_dtype: bool = True) -> Any:
         """Put the stand-in where SGLang imports DeepGEMM from."""
-        self.deep_gemm = _DeepGemmModule(self.maths, has_logits_dtype)
+        self.deep_gemm = DeepGemmModule(self.maths, has_logits_dtype)
         sys.modules["deep_gemm"] = self.deep_gemm
         return self.deep_gemm
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.testing.host_parts import HEAD_DIM, Call, DeepGemm, make_cache
+from dsv4_plugin.testing.host_parts import HEAD_DIM, Call, DeepGemm, DeepGemmModule, make_cache
 
 __all__ = ["STANDS_IN", "Engine"]
 
@@ -31,7 +31,6 @@ STANDS_IN = {
     "the GPU": "a platform that says 'NVIDIA, 9.0' (or what a test asks for)",
     "tokenspeed_triton, flashinfer, deep_ep, trtllm_kernel, fast_hadamard_transform": "empty "
     "modules: nothing of them is called",
-    "the signature of TokenSpeed's own kernels": "kept; a test counts that they were called",
 }
 
 PAGE = 64
@@ -89,27 +88,6 @@ class _Finder:
         pass
 
 
-class _DeepGemmModule(types.ModuleType):
-    def __init__(self, maths: DeepGemm, has_logits_dtype: bool) -> None:
-        super().__init__("deep_gemm")
-        self.__spec__ = importlib.machinery.ModuleSpec("deep_gemm", None)
-        self.__file__ = "<stand-in>"
-
-        def paged(q, kv_cache, weights, lens, table, schedule, width, clean_logits=False):
-            return maths._paged((q,), kv_cache, weights, lens, table, width, torch.float32)
-
-        def dense(q, kv, weights, ks, ke, clean_logits=True, max_seqlen_k=0):
-            return maths._dense((q,), kv, weights, ks, ke, max_seqlen_k, torch.float32)
-
-        self.fp8_paged_mqa_logits, self.fp8_mqa_logits = paged, dense
-        if has_logits_dtype:
-            self.fp8_fp4_paged_mqa_logits, self.fp8_fp4_mqa_logits = maths.paged, maths.dense
-        self.get_num_sms = lambda: 132
-        self.get_pdl = lambda: True
-        self.set_pdl = lambda value: None
-        self.get_paged_mqa_logits_metadata = lambda *args: torch.zeros(133, 2, dtype=torch.int32)
-
-
 class Engine:
     """TokenSpeed's kernel package and its runtime's readers. One per process."""
 
@@ -156,7 +134,7 @@ class Engine:
 
     def install_deep_gemm(self, has_logits_dtype: bool = True) -> Any:
         """Put the stand-in where TokenSpeed imports DeepGEMM from."""
-        self.deep_gemm = _DeepGemmModule(self.maths, has_logits_dtype)
+        self.deep_gemm = DeepGemmModule(self.maths, has_logits_dtype)
         sys.modules["deep_gemm"] = self.deep_gemm
         return self.deep_gemm
 

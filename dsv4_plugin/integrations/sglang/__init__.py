@@ -27,18 +27,17 @@ def register() -> None:
     """Install the adapter in this process; never raises."""
     try:
         may = startup.may_patch("SGLang")
+        from dsv4_plugin.integrations.sglang import flag, registry
+
         try:
-            from dsv4_plugin.integrations.sglang import registry
-        except Exception as error:
+            registry.around(flag.target(), flag.add_cli_args)
+        except (ImportError, AttributeError) as error:
             log.once(
                 logging.WARNING,
                 f"SGLang has no hook registry that dsv4 knows ({type(error).__name__}: {error}); "
                 "nothing is patched",
             )
             return
-        from dsv4_plugin.integrations.sglang import flag
-
-        registry.around(flag.target(), flag.add_cli_args)
         if may and startup.asked():
             from dsv4_plugin.integrations.sglang import seams
 

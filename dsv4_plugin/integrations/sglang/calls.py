@@ -147,6 +147,7 @@ def _paged(
         and (raw is None or is_output(raw, rows, out.shape[1]))
         and seq_lens.dtype in LENGTHS
         and seq_lens.numel() == rows
+        and isinstance(page_tables, torch.Tensor)
         and page_tables.dim() == 2
         and page_tables.dtype == torch.int32
         and page_tables.shape[0] == rows

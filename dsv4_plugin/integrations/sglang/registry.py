@@ -6,14 +6,13 @@ hook in its closure; a wrapper around ours was made by another plugin.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import pkgutil
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
-
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from dsv4_plugin import log
 
@@ -23,23 +22,33 @@ _hooks: dict[str, Callable[..., Any]] = {}  # target -> our hook
 _owners: dict[str, Any] = {}  # what the path before the last dot is
 
 
+def _theirs() -> Any:
+    """Return SGLang's module of the registry; it is there before a plugin is called.
+
+    Raises:
+        ImportError: this SGLang has none.
+    """
+    return importlib.import_module("sglang.srt.plugins.hook_registry")
+
+
 def around(target: str | None, hook: Callable[..., Any]) -> None:
     """Register ``hook`` around ``target`` once; SGLang applies it after all plugins ran."""
     if target is None or target in _hooks:
         return
-    if target in getattr(HookRegistry, "_patched", ()):
+    theirs = _theirs()
+    if target in getattr(theirs.HookRegistry, "_patched", ()):
         log.once(
             logging.WARNING,
             f"{target} was hooked and applied before dsv4 was registered; it is left as it is",
         )
         return
-    HookRegistry.register(target, hook, HookType.AROUND)
+    theirs.HookRegistry.register(target, hook, theirs.HookType.AROUND)
     _hooks[target] = hook
 
 
 def other_hooks(target: str) -> list[str]:
     """Return who else registered for ``target``: the names of their hooks."""
-    registered = getattr(HookRegistry, "_hooks", {}).get(target, [])
+    registered = getattr(_theirs().HookRegistry, "_hooks", {}).get(target, [])
     return [
         f"{getattr(hook, '__module__', '?')}.{getattr(hook, '__qualname__', repr(hook))}"
         for _, hook, *_ in registered
@@ -89,20 +98,31 @@ def intact(target: str) -> bool:
 def uninstall() -> None:
     """Take our hooks back."""
     _owners.clear()
+    if not _hooks:
+        return
+    registry = _theirs().HookRegistry
+    spread: dict[int, tuple[Any, Any]] = {}
     for target, hook in list(_hooks.items()):
         del _hooks[target]
-        registered = getattr(HookRegistry, "_hooks", {}).get(target)
+        registered = getattr(registry, "_hooks", {}).get(target)
         if registered is not None:
             registered[:] = [entry for entry in registered if entry[1] is not hook]
-        if target not in getattr(HookRegistry, "_patched", ()):
+        if target not in getattr(registry, "_patched", ()):
             continue
         try:
-            _restore(target, hook, bool(registered))
+            restored = _restore(target, hook)
         except (ImportError, AttributeError, ValueError) as error:
             log.logger.warning("%s could not be restored (%s)", target, error)
+            continue
+        if restored is not None:
+            spread[id(restored[0])] = restored
+            if not registered:
+                registry._patched.discard(target)
+    _gather_in(spread)
 
 
-def _restore(target: str, hook: Any, shared: bool) -> None:
+def _restore(target: str, hook: Any) -> tuple[Any, Any] | None:
+    """Put the original back; returns our wrapper and the original, or None if it is not ours."""
     owner, name, raw = _place(target)
     wrapper = _function(raw)
     if not _made_for(wrapper, hook):
@@ -113,13 +133,19 @@ def _restore(target: str, hook: Any, shared: bool) -> None:
             getattr(wrapper, "__module__", type(wrapper).__module__),
             getattr(wrapper, "__qualname__", type(wrapper).__qualname__),
         )
-        return
+        return None
     original = wrapper.__wrapped__
     setattr(owner, name, type(raw)(original) if raw is not wrapper else original)
-    for module in list(sys.modules.values()):  # where the registry had spread it
-        if isinstance(module, types.ModuleType) and module is not owner:
+    return wrapper, original
+
+
+def _gather_in(spread: dict[int, tuple[Any, Any]]) -> None:
+    """Put originals back into every module to which the registry had spread our wrappers."""
+    if not spread:
+        return
+    for module in list(sys.modules.values()):
+        if isinstance(module, types.ModuleType):
             for attribute, value in list(vars(module).items()):
-                if value is wrapper:
-                    setattr(module, attribute, original)
-    if not shared:
-        HookRegistry._patched.discard(target)
+                found = spread.get(id(value))
+                if found is not None and found[0] is value:
+                    setattr(module, attribute, found[1])
