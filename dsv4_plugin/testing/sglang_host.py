@@ -217,14 +217,20 @@ class Engine:
             topk_v2_plan=torch.zeros(len(problem.lengths) + 1, 2, dtype=torch.int32),
             token_to_batch_idx=None,
         )
-        return self.dsa.DSATopKBackend(backend).topk_transform(
-            logits=logits,
-            lengths=problem.lengths,
-            topk=problem.k,
-            topk_transform_method=self.dsa.TopkTransformMethod.PAGED,
-            attn_metadata=metadata,
-            **kwargs,
-        )
+        context: Any = importlib.import_module("sglang.srt.model_executor.forward_context")
+        pool = context.get_token_to_kv_pool  # where 0.5.16 reads the page size
+        context.get_token_to_kv_pool = lambda: types.SimpleNamespace(page_size=PAGE)
+        try:
+            return self.dsa.DSATopKBackend(backend).topk_transform(
+                logits=logits,
+                lengths=problem.lengths,
+                topk=problem.k,
+                topk_transform_method=self.dsa.TopkTransformMethod.PAGED,
+                attn_metadata=metadata,
+                **kwargs,
+            )
+        finally:
+            context.get_token_to_kv_pool = pool
 
     def logits_of(self, name: str | None = None) -> Call:
         """Return the last call of DeepGEMM."""
