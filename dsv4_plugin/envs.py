@@ -49,8 +49,9 @@ VARIABLES: tuple[Variable, ...] = (
         "plugin",
         ("", "0", "1"),
         "",
-        "`1` switches the plugin on (`vllm serve --plugin dsv4` sets it), `0` is the kill switch: "
-        "nothing is patched, whatever else asks for it. Unset: installed but inert.",
+        "`1` switches the plugin on (`vllm serve --plugin dsv4` and `sglang serve --dsv4-topk` set "
+        "it), `0` is the kill switch: nothing is patched, whatever else asks for it. Unset: "
+        "installed but inert.",
     ),
     Variable(
         "DSV4_TOPK",
@@ -59,14 +60,15 @@ VARIABLES: tuple[Variable, ...] = (
         "auto",
         "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 where the engine can "
         "write its index logits in bf16, exact float32 everywhere else. `bf16`, `fp16`, `fp32`: "
-        "this or an error when the layer is built. `off`: the engine's own top-k.",
+        "this or an error when the layer is built or first called. `off`: the engine's own top-k.",
     ),
     Variable(
         "DSV4_INDEXER_READ",
         "indexer_read",
         ("auto", "triton", "torch", "off"),
         "auto",
-        "What gathers the keys from the FP8 indexer cache for prefill. `off`: the engine's own.",
+        "What gathers the keys from the FP8 indexer cache for prefill (vLLM, TokenSpeed). `off`: "
+        "the engine's own.",
     ),
     Variable(
         "DSV4_BACKEND",
@@ -83,7 +85,7 @@ VARIABLES: tuple[Variable, ...] = (
         ("0", "1"),
         "0",
         "`1` turns every fallback to the engine's own code (a missing seam, a layer that is not "
-        "eligible) into an error when the layer is built.",
+        "eligible) into an error when the layer is built or first called.",
     ),
     Variable(
         "DSV4_LOG",

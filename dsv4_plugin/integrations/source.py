@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Missing", "Module", "Site", "find", "guarded"]
+__all__ = ["Missing", "Module", "Site", "find", "guarded", "shown"]
 
 
 class Missing(Exception):
@@ -29,6 +29,11 @@ class Site:
     where: str | None
     why: str | None = None
     targets: tuple[str, ...] = ()
+
+
+def shown(sites: dict[str, Site]) -> dict[str, dict[str, str | None]]:
+    """Return what ``dsv4-plugin doctor`` shows of the seams."""
+    return {name: {"where": site.where, "why": site.why} for name, site in sites.items()}
 
 
 def guarded(site: Callable[[], Site]) -> Site:

@@ -60,5 +60,6 @@ def unregister() -> None:
 def probe() -> dict[str, dict[str, Any]]:
     """Return, for ``dsv4-plugin doctor``, where each seam is; reads source, imports nothing."""
     from dsv4_plugin.integrations.sglang import sites
+    from dsv4_plugin.integrations.source import shown
 
-    return {name: {"where": s.where, "why": s.why} for name, s in sites.look().items()}
+    return shown(sites.look())

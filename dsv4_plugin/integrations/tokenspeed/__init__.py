@@ -57,6 +57,7 @@ def unregister() -> None:
 
 def probe() -> dict[str, dict[str, Any]]:
     """Return, for ``dsv4-plugin doctor``, where each seam is; reads source, imports nothing."""
+    from dsv4_plugin.integrations.source import shown
     from dsv4_plugin.integrations.tokenspeed import sites
 
-    return {name: {"where": s.where, "why": s.why} for name, s in sites.look().items()}
+    return shown(sites.look())

@@ -61,6 +61,8 @@ def install() -> None:
     if missing:
         level = logging.ERROR if choice.explicit() else logging.INFO
         log.once(level, f"{state.host}: upstream's stays at {'; '.join(missing)}")
+    if len(missing) == len(found):
+        return
     explicit = choice.explicit()
     idle = _idle(explicit)
     if idle:

@@ -16,10 +16,12 @@ only the option stays known, so that a command line with ``--plugin dsv4`` still
 
 from __future__ import annotations
 
+from typing import Any
+
 from dsv4_plugin import log
 from dsv4_plugin.integrations import import_hooks, startup
 
-__all__ = ["INDEXER", "register", "unregister"]
+__all__ = ["INDEXER", "probe", "register", "unregister"]
 
 ARG_UTILS = "vllm.engine.arg_utils"
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
@@ -45,6 +47,14 @@ def unregister() -> None:
         module = sys.modules.get(prefix + name)
         if module is not None:
             module.uninstall()
+
+
+def probe() -> dict[str, dict[str, Any]]:
+    """Return, for ``dsv4-plugin doctor``, where each seam is; reads source, imports nothing."""
+    from dsv4_plugin.integrations.source import shown
+    from dsv4_plugin.integrations.vllm import sites
+
+    return shown(sites.look())
 
 
 def _on_arg_utils(module: object) -> None:

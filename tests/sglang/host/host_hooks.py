@@ -44,6 +44,15 @@ def test_the_loader_applies_every_hook(engine, load):
     assert all(seam["where"] for seam in seams.values()), seams
 
 
+def test_the_doctor_shows_the_seams(engine):
+    from dsv4_plugin import doctor
+
+    part = doctor.collect()["sglang"]
+    assert part["installed"]
+    assert set(part["seams"]) == {"flag", "forward", "topk.paged", "logits", "topk.dsa"}
+    assert all(seam["where"] for seam in part["seams"].values()), part
+
+
 @pytest.mark.parametrize("value", ["0", ""], ids=["DSV4_PLUGIN=0", "unset"])
 def test_not_asked_for_nothing_is_patched(engine, load, caplog, value):
     """Only the option stays known, so that a command line with it still starts."""

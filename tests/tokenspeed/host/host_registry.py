@@ -34,6 +34,15 @@ def test_ours_are_selected_on_hopper(engine, load, caplog):
     assert dsv4_plugin.status()["host"].startswith("TokenSpeed 0.1")
 
 
+def test_the_doctor_shows_the_seams(engine):
+    from dsv4_plugin import doctor
+
+    part = doctor.collect()["tokenspeed"]
+    assert part["installed"]
+    found = {name for name, seam in part["seams"].items() if seam["where"]}
+    assert found >= {f"topk.{mode}" for mode in MODES} | {"read.fp8"}, part
+
+
 @pytest.mark.parametrize("value", ["0", ""], ids=["DSV4_PLUGIN=0", "unset"])
 def test_not_asked_for_nothing_is_registered(engine, load, value, caplog):
     assert load(DSV4_PLUGIN=value) == []
