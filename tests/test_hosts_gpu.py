@@ -305,6 +305,18 @@ def test_tokenspeed_gather_by_slot(backend, device):
     assert torch.equal(got.cpu(), read_one_by_one(plane.cpu(), slots))
 
 
+def test_tokenspeed_reader_with_slots_on_the_cpu(device, backend):
+    """The loop took any device; and padding alone, and a cache without pages, are zeros."""
+    plane = plane_of(40, 1024, device)
+    slots = torch.tensor([-1, 0, 5, 40 * PAGE - 1, -7, 64])
+    got = ops.read_indexer_cache(plane, slots, backend=backend)
+    assert got.device.type == device
+    assert torch.equal(got.cpu(), read_one_by_one(plane.cpu(), slots))
+    padding = torch.full((5,), -1, device=device)
+    assert not ops.read_indexer_cache(plane, padding, backend=backend).any()
+    assert not ops.read_indexer_cache(plane[:0], padding, backend=backend).any()
+
+
 def test_tokenspeed_reader_in_a_graph(device, backend):
     """What replaces TokenSpeed's loop can be captured, where the loop cannot."""
     plane = plane_of(40, 1024, device)

@@ -70,6 +70,19 @@ def test_the_parser_made_twice_has_the_option_once(parse):
     parse("--dsv4-topk", "bf16")
 
 
+def test_sglang_serve_itself_knows_the_option(engine, monkeypatch, capsys):
+    """The real command: it loads the plugins, then parses."""
+    import sglang.cli.serve as cli
+    import sglang.srt.plugins as plugins
+
+    monkeypatch.setattr(plugins, "_plugins_loaded", False)
+    command = ["--model-type", "llm", "--model-path", "/nowhere", "--dsv4-topk", "bf61"]
+    with pytest.raises(SystemExit) as caught:
+        cli.serve(argparse.Namespace(), command)
+    assert caught.value.code == 2
+    assert "argument --dsv4-topk: invalid choice: 'bf61'" in capsys.readouterr().err
+
+
 def test_a_spawned_process_has_what_the_flag_said(parse):
     """A scheduler process inherits the environment and loads the plugins first thing."""
     parse("--dsv4-topk", "fp32")
