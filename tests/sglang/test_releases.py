@@ -17,7 +17,7 @@ CASES = Path(__file__).resolve().parent / "host"
 MAKE = ROOT / "examples" / "make_hosts_cpu_env.py"
 ENV = Path(os.environ.get("DSV4_HOSTS_ENV", ROOT / ".venvs" / "hosts-cpu"))
 VERSIONS = os.environ.get("DSV4_SGLANG_VERSIONS", "0.5.23,0.5.20,0.5.16").split(",")
-FEWEST_CASES = 100
+FEWEST_CASES = 175
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ CASES = Path(__file__).resolve().parent / "host"
 MAKE = ROOT / "examples" / "make_hosts_cpu_env.py"
 ENV = Path(os.environ.get("DSV4_HOSTS_ENV", ROOT / ".venvs" / "hosts-cpu"))
 VERSIONS = os.environ.get("DSV4_TOKENSPEED_VERSIONS", "0.1.1").split(",")
-FEWEST_CASES = 50
+FEWEST_CASES = 129
 
 
 @pytest.fixture(scope="session")
