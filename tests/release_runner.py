@@ -48,10 +48,10 @@ def run_cases(
 
 
 def _environ(paths: Sequence[Path], drop: Sequence[str]) -> dict[str, str]:
-    own = ("DSV4_", "PYTEST_", "COV_", *drop)
+    own = ("DSV4_", "PYTEST_", "COV_", "TRITON_", *drop)
     keep = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     # The checkout: the cases judge this tree even if the environment was made from another one.
-    keep["PYTHONPATH"] = os.pathsep.join(map(str, (*paths, ROOT)))
+    keep["PYTHONPATH"] = os.pathsep.join(map(str, (*paths, ROOT, ROOT / "tests")))
     keep["CUDA_VISIBLE_DEVICES"] = ""
     keep["OMP_NUM_THREADS"] = "2"
     return keep
