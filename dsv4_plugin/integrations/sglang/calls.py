@@ -83,47 +83,48 @@ def logits(float32: Callable[..., Any], asked: Callable[..., Any]) -> Callable[.
     return with_dtype
 
 
-def topk_v1(
-    original: Callable[..., None],
-    scores: torch.Tensor,
-    seq_lens: torch.Tensor,
-    page_tables: torch.Tensor,
-    out_page_indices: torch.Tensor,
-    page_size: int,
-    out_raw_indices: torch.Tensor | None = None,
-) -> None:
+_V1 = ("seq_lens", "page_tables", "out_page_indices", "page_size", "out_raw_indices")
+_V2 = (*_V1[:-1], "metadata", _V1[-1])
+
+
+def topk_v1(original: Callable[..., None], scores: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     """Select by the fused page table, in the form without a plan.
 
     Why: SGLang's kernels read float32 only, and ties are not theirs to order. May go when they
     read bfloat16, are exact, break ties by the lowest index and are not slower.
     """
-
-    def upstream() -> None:
-        plain = widen(scores) if isinstance(scores, torch.Tensor) else scores
-        original(plain, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices)
-
-    _paged(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices, upstream)
+    _transform(_V1, original, scores, args, kwargs)
 
 
-def topk_v2(
+def topk_v2(original: Callable[..., None], scores: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """Select by the fused page table, in the form with SGLang's plan, which ours does not need."""
+    _transform(_V2, original, scores, args, kwargs)
+
+
+def _transform(
+    names: tuple[str, ...],
     original: Callable[..., None],
     scores: torch.Tensor,
-    seq_lens: torch.Tensor,
-    page_tables: torch.Tensor,
-    out_page_indices: torch.Tensor,
-    page_size: int,
-    metadata: Any,
-    out_raw_indices: torch.Tensor | None = None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
-    """Select by the fused page table, in the form with SGLang's plan, which ours does not need."""
-
-    def upstream() -> None:
+    def upstream() -> None:  # with what came, and nothing that the caller did not pass
         plain = widen(scores) if isinstance(scores, torch.Tensor) else scores
-        original(
-            plain, seq_lens, page_tables, out_page_indices, page_size, metadata, out_raw_indices
-        )
+        original(plain, *args, **kwargs)
 
-    _paged(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices, upstream)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if not _scope.inside or not set(_V1[:-1]) <= set(given):
+        upstream()  # another model's call of the same names
+        return
+    _paged(
+        scores,
+        given["seq_lens"],
+        given["page_tables"],
+        given["out_page_indices"],
+        given["page_size"],
+        given.get("out_raw_indices"),
+        upstream,
+    )
 
 
 def _paged(
@@ -135,9 +136,6 @@ def _paged(
     raw: torch.Tensor | None,
     upstream: Callable[[], None],
 ) -> None:
-    if not _scope.inside:  # another model's call of the same names
-        upstream()
-        return
     rows = scores.shape[0]
     readable = (
         not plan.is_off("topk")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
 from dsv4_plugin import log
 from dsv4_plugin.integrations import choice, plan
@@ -32,7 +34,7 @@ def install() -> None:
         return
     state.host = f"SGLang {_version()}"
     found = sites.look()
-    hooks = {
+    hooks: dict[str, tuple[Callable[..., Any], ...]] = {
         "forward": (calls.forward,),
         "topk.paged": (calls.topk_v1, calls.topk_v2),
         "topk.dsa": (calls.topk_dsa,),
@@ -103,7 +105,7 @@ def _signature_problem(target: str) -> list[str]:
         got = tuple(inspect.signature(registry.hooked(target)).parameters)
     except (TypeError, ValueError):
         return [f"{target} has no readable signature"]
-    if got != (*want, "out_raw_indices"):
+    if got not in (want, (*want, "out_raw_indices")):  # 0.5.19's v2 has none
         return [f"{target} takes ({', '.join(got)}), not ({', '.join(want)}, out_raw_indices)"]
     return []
 

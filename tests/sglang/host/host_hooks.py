@@ -245,8 +245,8 @@ def test_a_topk_that_takes_something_else(engine, load, monkeypatch, caplog):
     name = engine.topk_names()[1]
     real = engine.pristine[engine.indexer, name]
 
-    def tomorrow(scores, seq_lens, page_tables, out, size, plan, raw=None, *, policy=None):
-        return real(scores, seq_lens, page_tables, out, size, plan, raw)
+    def tomorrow(scores, seq_lens, page_tables, out, size, *rest, policy=None):
+        return real(scores, seq_lens, page_tables, out, size, *rest)
 
     monkeypatch.setattr(engine.indexer, name, tomorrow)
     load()
