@@ -9,12 +9,14 @@
 PYTHON   ?= python3
 VENV     ?= .venv
 VLLM_ENV ?= .venvs/vllm-cpu
+HOSTS_ENV ?= .venvs/hosts-cpu
 TORCH    ?= torch==2.13.0
 ARGS     ?=
 JOBS     ?= 2
 RESULTS  ?= benchmarks/results/gpu_suite.json
 
 export DSV4_VLLM_ENV = $(abspath $(VLLM_ENV))
+export DSV4_HOSTS_ENV = $(abspath $(HOSTS_ENV))
 
 ifdef PY
   READY :=
@@ -29,7 +31,7 @@ CSRC   := $(wildcard csrc/* csrc/include/dsv4/*)
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
 CPPTREE = $(shell git ls-files -co --exclude-standard 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.h')
 
-.PHONY: help env demo test test-gpu lint format wheel so clean vllm-env
+.PHONY: help env demo test test-gpu lint format wheel so clean vllm-env hosts-env
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,10 +49,15 @@ $(VENV)/.ready: pyproject.toml $(CSRC)
 vllm-env:
 	$(PYTHON) examples/make_vllm_cpu_env.py --dir $(VLLM_ENV)
 
+# SGLang (four releases) and TokenSpeed (one) in the same way, for tests/sglang and
+# tests/tokenspeed: some 2.8 GB, once. Python 3.11 or later.
+hosts-env:
+	$(PYTHON) examples/make_hosts_cpu_env.py --dir $(HOSTS_ENV)
+
 demo: vllm-env  ## real vLLM indexer code on this CPU, with the plugin and without it
 	$(VLLM_ENV)/bin/python examples/demo_vllm_cpu.py
 
-test: $(READY) vllm-env  ## every test that needs no GPU; a CUDA device, if there is one, is not used
+test: $(READY) vllm-env hosts-env  ## every test that needs no GPU; a CUDA device, if there is one, is not used
 	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA device; without one they fail

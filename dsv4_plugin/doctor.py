@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import importlib
 import json
 import os
 import platform
@@ -37,14 +39,24 @@ GROUPS = (
     "tokenspeed.plugins",
     "tokenspeed_kernel.plugins",
 )
+# part of the report -> (what it is called, its distribution)
+ENGINES = {
+    "vllm": ("vLLM", "vllm"),
+    "sglang": ("SGLang", "sglang"),
+    "tokenspeed": ("TokenSpeed", "tokenspeed"),
+}
 # Variables that are read while building, testing or by make, not by the plugin at run time.
 OTHER_VARIABLES = (
     "DSV4_BUILD_CUDA",
     "DSV4_CI",
     "DSV4_CUDA_ARCHS",
+    "DSV4_HOSTS_ENV",
+    "DSV4_SGLANG_VERSIONS",
+    "DSV4_TOKENSPEED_VERSIONS",
     "DSV4_VLLM_ENV",
     "DSV4_VLLM_VERSIONS",
 )
+SWITCHES = "`vllm serve --plugin dsv4`, `sglang serve --dsv4-topk auto` or `DSV4_PLUGIN=1`"
 TOPK_K = 512  # the k of DeepSeek-V4
 WIDTH = 96
 
@@ -74,8 +86,9 @@ def collect() -> Data:
         "unknown_variables": _guarded(_unknown_variables),
         "ops": _guarded(_ops),
         "entry_points": _guarded(_entry_points),
-        "vllm": _guarded(_vllm),
     }
+    for engine in ENGINES:
+        data[engine] = _guarded(functools.partial(_engine, engine))
     data["exit_code"], data["verdict"] = _verdict(data)
     return data
 
@@ -238,19 +251,17 @@ def _entry_points() -> dict[str, str | None]:
     return found
 
 
-def _vllm() -> Data:
-    """Look for the seams in the vLLM that is installed; imports vLLM's modules if it is."""
-    if _installed("vllm") is None:
-        return {"installed": False, "seams": {}, "why": "vLLM is not installed"}
+def _engine(name: str) -> Data:
+    """Look for the seams in the engine that is installed: reads its source, imports nothing."""
+    called, distribution = ENGINES[name]
+    version = _installed(distribution)
+    if version is None:
+        return {"installed": False, "seams": {}, "why": f"{called} is not installed"}
     try:
-        from dsv4_plugin.integrations import vllm
-
-        probe = getattr(vllm, "probe", None)
-        if probe is None:
-            return {"installed": True, "seams": {}, "why": "this version has no probe"}
+        adapter = importlib.import_module(f"dsv4_plugin.integrations.{name}")
         seams = {
-            str(name): {"where": seam.get("where"), "why": seam.get("why")}
-            for name, seam in probe().items()
+            str(seam): {"where": found.get("where"), "why": found.get("why")}
+            for seam, found in adapter.probe().items()
         }
     except (Exception, SystemExit) as error:
         return {"installed": True, "seams": {}, "why": f"the probe failed: {_said(error)}"}
@@ -271,7 +282,10 @@ def _verdict(data: Data) -> tuple[int, str]:
     if refused:
         return 1, f"what is asked for cannot be had: {refused[0]}"
     if any(row["auto"] == "cuda" for row in ops):
-        how = "" if settings["DSV4_PLUGIN"]["value"] else "; `vllm serve --plugin dsv4` engages it"
+        how = (
+            "; `vllm serve --plugin dsv4`, `sglang serve --dsv4-topk auto` or DSV4_PLUGIN=1 engages"
+        )
+        how = "" if settings["DSV4_PLUGIN"]["value"] else f"{how} them"
         return 0, f"the compiled kernels can serve here{how}"
     names = sorted({row["auto"] for row in ops if row["auto"]})
     if not names:
@@ -289,7 +303,8 @@ def render(data: Data) -> str:
     lines += ["", "what `auto` takes here", *_rows(_op_rows(data["ops"]))]
     lines += ["", "entry points"]
     lines += _rows(_plain(data["entry_points"], lambda value: value or "not registered"))
-    lines += ["", "seams in vLLM", *_rows(_seam_rows(data["vllm"]))]
+    for engine, (called, _) in ENGINES.items():
+        lines += ["", f"seams in {called}", *_rows(_seam_rows(data[engine]))]
     mark = {0: "ok", 1: "note", 2: "error"}[data["exit_code"]]
     lines += ["", f"{mark}: {data['verdict']}"]
     return "\n".join(lines)
@@ -375,11 +390,12 @@ def _op_rows(ops: Data) -> list[Row]:
     return rows + [("", reason) for reason in sorted(seen)]
 
 
-def _seam_rows(vllm: Data) -> list[Row]:
-    if "error" in vllm:
-        return [("error", vllm["error"])]
-    if not vllm["seams"]:
-        return [("none", vllm["why"] or "the probe found nothing")]
+def _seam_rows(engine: Data) -> list[Row]:
+    if "error" in engine:
+        return [("error", engine["error"])]
+    if not engine["seams"]:
+        return [("none", engine["why"] or "the probe found nothing")]
     return [
-        (name, seam["where"] or f"not found: {seam['why']}") for name, seam in vllm["seams"].items()
+        (name, seam["where"] or f"not found: {seam['why']}")
+        for name, seam in engine["seams"].items()
     ]

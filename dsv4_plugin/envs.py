@@ -21,8 +21,11 @@ __all__ = [
     "VARIABLES",
     "Settings",
     "Variable",
+    "choices",
+    "killed",
     "override",
     "parse",
+    "put",
     "settings",
     "switch",
     "table",
@@ -46,8 +49,9 @@ VARIABLES: tuple[Variable, ...] = (
         "plugin",
         ("", "0", "1"),
         "",
-        "`1` switches the plugin on (`vllm serve --plugin dsv4` sets it), `0` is the kill switch: "
-        "nothing is patched, whatever else asks for it. Unset: installed but inert.",
+        "`1` switches the plugin on (`vllm serve --plugin dsv4` and `sglang serve --dsv4-topk` set "
+        "it), `0` is the kill switch: nothing is patched, whatever else asks for it. Unset: "
+        "installed but inert.",
     ),
     Variable(
         "DSV4_TOPK",
@@ -56,14 +60,15 @@ VARIABLES: tuple[Variable, ...] = (
         "auto",
         "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 where the engine can "
         "write its index logits in bf16, exact float32 everywhere else. `bf16`, `fp16`, `fp32`: "
-        "this or an error when the layer is built. `off`: the engine's own top-k.",
+        "this or an error when the layer is built or first called. `off`: the engine's own top-k.",
     ),
     Variable(
         "DSV4_INDEXER_READ",
         "indexer_read",
         ("auto", "triton", "torch", "off"),
         "auto",
-        "What gathers the keys from the FP8 indexer cache for prefill. `off`: the engine's own.",
+        "What gathers the keys from the FP8 indexer cache for prefill (vLLM, TokenSpeed). `off`: "
+        "the engine's own.",
     ),
     Variable(
         "DSV4_BACKEND",
@@ -80,7 +85,7 @@ VARIABLES: tuple[Variable, ...] = (
         ("0", "1"),
         "0",
         "`1` turns every fallback to the engine's own code (a missing seam, a layer that is not "
-        "eligible) into an error when the layer is built.",
+        "eligible) into an error when the layer is built or first called.",
     ),
     Variable(
         "DSV4_LOG",
@@ -156,17 +161,37 @@ def settings() -> Settings:
     return result
 
 
+def killed() -> bool:
+    """Whether ``DSV4_PLUGIN=0`` is set; holds even where another setting is wrong."""
+    return os.environ.get(_BY_FIELD["plugin"].name, "").strip() == "0"
+
+
 def switch(on: bool) -> bool:
     """Switch the plugin on or off for this process and those it starts.
 
     Returns:
         False where that was not done, because the kill switch ``DSV4_PLUGIN=0`` is set.
     """
-    name = _BY_FIELD["plugin"].name
-    if on and os.environ.get(name, "").strip() == "0":
+    if on and killed():
         return False
-    os.environ[name] = "1" if on else "0"
+    os.environ[_BY_FIELD["plugin"].name] = "1" if on else "0"
     return True
+
+
+def choices(field: str) -> tuple[str, ...]:
+    """Return the values that a setting can have."""
+    return tuple(choice for choice in _BY_FIELD[field].choices if choice)
+
+
+def put(field: str, value: str) -> None:
+    """Set one variable for this process and those it starts (an engine's command line).
+
+    Raises:
+        SettingError: the setting cannot have this value.
+    """
+    variable = _BY_FIELD[field]
+    _convert(variable, value, variable.name)
+    os.environ[variable.name] = value
 
 
 def override(config: Mapping[str, Any] | None) -> None:

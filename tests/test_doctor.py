@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dsv4_plugin import backends, cli, doctor, envs
-from dsv4_plugin.integrations import vllm as adapter
+from dsv4_plugin.integrations import sglang, tokenspeed, vllm
 from dsv4_plugin.kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +26,8 @@ PARTS = {
     "ops",
     "entry_points",
     "vllm",
+    "sglang",
+    "tokenspeed",
     "exit_code",
     "verdict",
 }
@@ -36,8 +38,12 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
+ADAPTERS = {"vllm": vllm, "sglang": sglang, "tokenspeed": tokenspeed}
+engines = pytest.mark.parametrize("engine", ADAPTERS)
+
+
 @pytest.fixture
-def vllm_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def engines_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_installed", lambda distribution: "0.99.0")
 
 
@@ -122,22 +128,27 @@ def test_exit_code_0_where_the_kernels_can_serve(monkeypatch: pytest.MonkeyPatch
     assert doctor.render(data).splitlines()[-1].startswith("ok: ")
 
 
+@engines
 @pytest.mark.parametrize("error", [RuntimeError("seam moved"), SystemExit(3)])
 def test_a_probe_that_raises_is_shown(
-    error: BaseException, vllm_is_there: None, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, engine: str, engines_are_there: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def probe() -> Any:
         raise error
 
-    monkeypatch.setattr(adapter, "probe", probe, raising=False)
+    monkeypatch.setattr(ADAPTERS[engine], "probe", probe)
     data = doctor.collect()
-    assert data["vllm"]["installed"] and not data["vllm"]["seams"]
-    assert type(error).__name__ in data["vllm"]["why"]
+    assert data[engine]["installed"] and not data[engine]["seams"]
+    assert type(error).__name__ in data[engine]["why"]
     assert type(error).__name__ in doctor.render(data)
 
 
+@engines
 def test_what_the_probe_finds_is_shown(
-    vllm_is_there: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    engine: str,
+    engines_are_there: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def probe() -> dict[str, dict[str, str | None]]:
         print("an engine that logs to stdout")
@@ -146,10 +157,10 @@ def test_what_the_probe_finds_is_shown(
             "gather": {"where": None, "why": "it is gone"},
         }
 
-    monkeypatch.setattr(adapter, "probe", probe, raising=False)
+    monkeypatch.setattr(ADAPTERS[engine], "probe", probe)
     doctor.run(as_json=True)
     data = json.loads(capsys.readouterr().out)
-    assert data["vllm"]["seams"]["topk.decode"]["where"] == "SparseIndexerTopk.forward"
+    assert data[engine]["seams"]["topk.decode"]["where"] == "SparseIndexerTopk.forward"
     text = doctor.render(data)
     assert "SparseIndexerTopk.forward" in text and "not found: it is gone" in text
 
@@ -161,7 +172,10 @@ def test_a_part_that_breaks_does_not_break_the_report(
     def broken() -> Any:
         raise OSError("broken on purpose")
 
-    monkeypatch.setattr(doctor, f"_{part}", broken)
+    if part in doctor.ENGINES:
+        monkeypatch.setattr(doctor, "_engine", lambda name: broken())
+    else:
+        monkeypatch.setattr(doctor, f"_{part}", broken)
     data = doctor.collect()
     assert data[part] == {"error": "OSError: broken on purpose"}
     assert "broken on purpose" in doctor.render(data)

@@ -21,6 +21,17 @@ from typing import Any
 
 import torch
 
+from dsv4_plugin.testing.host_parts import (
+    HEAD_DIM,
+    KEY_BYTES,
+    Call,
+    DeepGemm,
+    oracle,
+    read_keys,
+    spans_of,
+    upstream_rows,
+)
+
 __all__ = ["STANDS_IN", "Call", "Engine", "Problem", "oracle"]
 
 STANDS_IN = {
@@ -30,37 +41,11 @@ STANDS_IN = {
     "the platform, as the indexer sees it": "says 'CUDA, SM90' (or what a test asks for)",
 }
 
-HEAD_DIM = 128
 HEADS = 64
 BLOCK = 64
-KEY_BYTES = HEAD_DIM + 4
 PREFIX = "model.layers.0.self_attn.indexer.k_cache"
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 _SEES_PLATFORM = (INDEXER, "vllm.model_executor.layers.indexer_topk", "vllm.utils.deep_gemm")
-
-
-def oracle(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the top-k of one row as the contract has it: exact, lowest index among equals.
-
-    Sorted columns, int32, padded with -1. A stable sort and nothing else, on purpose: it shares no
-    code with what it judges.
-    """
-    order = torch.sort(scores.to(torch.float64), descending=True, stable=True).indices
-    out = torch.full((k,), -1, dtype=torch.int32)
-    chosen = order[:k].sort().values
-    out[: chosen.numel()] = chosen.to(torch.int32)
-    return out
-
-
-@dataclasses.dataclass
-class Call:
-    """One call of a stand-in: which, and what is worth knowing about its arguments."""
-
-    name: str
-    dtype: torch.dtype | None = None
-    rows: int = 0
-    logits: torch.Tensor | None = None
-    spans: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -96,27 +81,6 @@ _SCHEMAS = {
 }
 
 
-def _upstream_rows(
-    logits: torch.Tensor, spans: Sequence[tuple[int, int]], out: torch.Tensor, k: int
-) -> None:
-    if logits.dtype != torch.float32:
-        raise TypeError(f"vLLM's top-k kernels read float32 logits, got {logits.dtype}")
-    for row, (start, end) in enumerate(spans):
-        count = max(0, end - start)
-        out[row] = -1
-        if count:
-            best = logits[row, start:end].topk(min(k, count)).indices
-            out[row, : best.numel()] = best.to(torch.int32)
-
-
-def _spans(lengths: torch.Tensor, rows: int) -> list[tuple[int, int]]:
-    flat = [int(n) for n in lengths.reshape(-1)]
-    if len(flat) != rows:  # one a request: row j of next_n sees that many columns fewer
-        next_n = rows // len(flat)
-        flat = [max(0, n - next_n + 1 + j) for n in flat for j in range(next_n)]
-    return [(0, n) for n in flat]
-
-
 class _Ops:
     """The compiled ops, on the CPU key of the dispatcher, recording their calls."""
 
@@ -132,7 +96,7 @@ class _Ops:
 
     def _decode(self, name: str, logits: Any, lengths: Any, out: Any, k: int) -> None:
         self.calls.append(Call(name, logits.dtype, logits.shape[0]))
-        _upstream_rows(logits, _spans(lengths, logits.shape[0]), out, k)
+        upstream_rows(logits, spans_of(lengths, logits.shape[0]), out, k)
 
     def persistent_topk(self, logits, lengths, output, workspace, k, max_seq_len):
         self._decode("persistent_topk", logits, lengths, output, k)
@@ -146,109 +110,14 @@ class _Ops:
     def top_k_per_row_prefill(self, logits, starts, ends, indices, rows, s0, s1, k):
         self.calls.append(Call("top_k_per_row_prefill", logits.dtype, rows))
         spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
-        _upstream_rows(logits, spans, indices, k)
+        upstream_rows(logits, spans, indices, k)
 
     def cp_gather_indexer_k_quant_cache(self, kv_cache, dst_k, dst_scale, table, cu):
         self.calls.append(Call("cp_gather_indexer_k_quant_cache", rows=int(cu[-1])))
         for request, (begin, end) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)):
-            rows = _read(kv_cache, table[request], end - begin)
+            rows = read_keys(kv_cache, table[request], end - begin)
             dst_k[begin:end].view(torch.uint8).copy_(rows[:, :HEAD_DIM])
             dst_scale[begin:end].copy_(rows[:, HEAD_DIM:])
-
-
-def _read(cache: torch.Tensor, pages: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Return ``[tokens, 132]`` bytes: the e4m3 values of each key, then its scale."""
-    block = cache.shape[1]
-    parts = []
-    for page in pages[: (tokens + block - 1) // block].tolist():
-        flat = cache[page].reshape(-1)
-        values = flat[: block * HEAD_DIM].view(block, HEAD_DIM)
-        parts.append(torch.cat((values, flat[block * HEAD_DIM :].view(block, 4)), dim=1))
-    return torch.cat(parts)[:tokens] if parts else cache.new_empty(0, KEY_BYTES)
-
-
-# --- DeepGEMM --------------------------------------------------------------------------------
-
-
-def _score(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Score one query ``[heads, 128]`` against ``[tokens, 132]`` bytes of keys, in float32."""
-    values = keys[:, :HEAD_DIM].contiguous().view(torch.float8_e4m3fn).float()
-    scale = keys[:, HEAD_DIM:].contiguous().view(torch.float32).reshape(-1)
-    return weights.float() @ torch.relu(query.float() @ values.T) * scale
-
-
-class DeepGemm:
-    """The two logits functions, with the signature of the release at hand.
-
-    ``native`` is a dtype that is written whatever is asked (bfloat16 on SM100 from 0.33).
-    """
-
-    def __init__(self, calls: list[Call], has_logits_dtype: bool) -> None:
-        self.calls = calls
-        self.native: torch.dtype | None = None
-        self.fail_on_bf16 = False
-        if has_logits_dtype:
-
-            def paged(
-                q, kv_cache, weights, lens, table, schedule, width,
-                clean_logits=False, logits_dtype=torch.float32, indices=None,
-            ):  # fmt: skip
-                return self._paged(q, kv_cache, weights, lens, table, width, logits_dtype)
-
-            def dense(
-                q, kv, weights, ks, ke, clean_logits=True, max_seqlen_k=0,
-                logits_dtype=torch.float32,
-            ):  # fmt: skip
-                return self._dense(q, kv, weights, ks, ke, max_seqlen_k, logits_dtype)
-
-        else:
-
-            def paged(  # type: ignore[misc]
-                q, kv_cache, weights, lens, table, schedule, width, indices=None
-            ):
-                return self._paged(q, kv_cache, weights, lens, table, width, torch.float32)
-
-            def dense(q, kv, weights, ks, ke, max_seqlen_k):  # type: ignore[misc]
-                return self._dense(q, kv, weights, ks, ke, max_seqlen_k, torch.float32)
-
-        self.paged, self.dense = paged, dense
-
-    def _new(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        if dtype == torch.bfloat16 and self.fail_on_bf16:
-            raise RuntimeError("a DeepGEMM that cannot compile its bfloat16 kernel")
-        dtype = self.native or dtype
-        align = 1024 // dtype.itemsize  # rows start at multiples of 1024 bytes
-        padded = (width + align - 1) // align * align
-        return torch.full((rows, padded), float("nan"), dtype=dtype)[:, :width]
-
-    def _record(self, name: str, out: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
-        self.calls.append(Call(name, out.dtype, out.shape[0], out.clone(), spans))
-        return out
-
-    def _paged(self, q, kv_cache, weights, lens, table, width, dtype):
-        query, batch, next_n = q[0], q[0].shape[0], q[0].shape[1]
-        out = self._new(batch * next_n, width, dtype)
-        spans = _spans(lens, out.shape[0])
-        for b in range(batch):
-            keys = _read(kv_cache.squeeze(-2), table[b], int(lens[b].max()))
-            for j in range(next_n):
-                row = b * next_n + j
-                n = spans[row][1]
-                if n:
-                    out[row, :n] = _score(query[b, j], keys[:n], weights[row]).to(out.dtype)
-        return self._record("paged_logits", out, spans)
-
-    def _dense(self, q, kv, weights, ks, ke, max_seqlen_k, dtype):
-        query = q[0]
-        scales = kv[1].reshape(-1, 1).contiguous().view(torch.uint8)
-        keys = torch.cat((kv[0].view(torch.uint8), scales), dim=1)
-        out, spans = self._new(query.shape[0], max_seqlen_k or keys.shape[0], dtype), []
-        for row, (begin, end) in enumerate(zip(ks.tolist(), ke.tolist(), strict=True)):
-            shift = begin if max_seqlen_k else 0  # the later form starts every row at column 0
-            span = (begin - shift, end - shift)
-            out[row, span[0] : span[1]] = _score(query[row], keys[begin:end], weights[row])
-            spans.append(span)
-        return self._record("dense_logits", out, spans)
 
 
 # --- the engine around the indexer -----------------------------------------------------------
@@ -504,7 +373,7 @@ class Engine:
                 arena[page, : BLOCK * HEAD_DIM] = values.reshape(-1)
                 content = slice(BLOCK * HEAD_DIM, BLOCK * KEY_BYTES)
                 arena[page, content] = scale.view(torch.uint8).reshape(-1)
-        keys_of = [_read(cache, table[len(decode) + i], n) for i, (n, _) in enumerate(prefill)]
+        keys_of = [read_keys(cache, table[len(decode) + i], n) for i, (n, _) in enumerate(prefill)]
         tokens = sum(n for _, n in requests)
         query = torch.randn(tokens, heads, HEAD_DIM, generator=g).to(torch.float8_e4m3fn)
         weights = torch.rand(tokens, heads, generator=g)

@@ -121,17 +121,28 @@ def test_the_pure_wheel_installs_and_imports(installed: Path, tmp_path: Path) ->
     assert imported == "[]", "importing dsv4_plugin must stay light"
 
 
-def test_entry_points_are_found_and_load(installed: Path, tmp_path: Path) -> None:
+ENTRY_POINTS = {
+    "vllm.general_plugins": "dsv4_plugin.integrations.vllm:register",
+    "sglang.srt.plugins": "dsv4_plugin.integrations.sglang:register",
+    "tokenspeed.plugins": "dsv4_plugin.integrations.tokenspeed:register",
+    "tokenspeed_kernel.plugins": "dsv4_plugin.integrations.tokenspeed:register_kernels",
+    "console_scripts": "dsv4_plugin.cli:main",
+}
+
+
+@pytest.mark.parametrize("group", ENTRY_POINTS)
+def test_entry_points_are_found_and_load(installed: Path, tmp_path: Path, group: str) -> None:
+    name = "dsv4-plugin" if group == "console_scripts" else "dsv4"
     code = (
-        "from importlib.metadata import entry_points, distribution\n"
-        "eps = [e for e in entry_points(group='vllm.general_plugins') if e.name == 'dsv4']\n"
-        "assert {e.value for e in eps} == {'dsv4_plugin.integrations.vllm:register'}, eps\n"
-        "scripts = {e.value for e in entry_points(group='console_scripts', name='dsv4-plugin')}\n"
-        "assert scripts == {'dsv4_plugin.cli:main'}, scripts\n"
+        "from importlib.metadata import entry_points\n"
+        f"eps = [e for e in entry_points(group={group!r}) if e.name == {name!r}]\n"
+        f"assert {{e.value for e in eps}} == {{{ENTRY_POINTS[group]!r}}}, eps\n"
         "import dsv4_plugin; print(dsv4_plugin.__file__)\n"
-        "register = eps[0].load()\n"
-        "import sys; assert 'vllm' not in sys.modules and 'torch' not in sys.modules\n"
-        "assert callable(register)\n"
+        "function = eps[0].load()\n"
+        "import sys\n"
+        "heavy = {'torch', 'vllm', 'sglang', 'tokenspeed', 'tokenspeed_kernel'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "assert callable(function)\n"
     )
     done = check([sys.executable, "-c", code], tmp_path, {"PYTHONPATH": str(installed)})
     assert Path(done.stdout.strip()).is_relative_to(installed)

@@ -2,7 +2,7 @@
 
 vLLM calls ``register()`` in every process: API server, engine core, workers, the subprocess that
 inspects models. It imports neither vLLM nor torch, never raises, and may run any number of times.
-It leaves two notes with Python's import system (:mod:`.hooks`):
+It leaves two notes with Python's import system (:mod:`..import_hooks`):
 
 * ``vllm.engine.arg_utils`` → the command line learns ``--plugin dsv4`` (:mod:`.flag`);
 * ``vllm.model_executor.layers.sparse_attn_indexer`` → the seams are looked for and patched
@@ -16,14 +16,12 @@ only the option stays known, so that a command line with ``--plugin dsv4`` still
 
 from __future__ import annotations
 
-import logging
+from typing import Any
 
 from dsv4_plugin import log
-from dsv4_plugin.envs import settings
-from dsv4_plugin.errors import SettingError
-from dsv4_plugin.integrations.vllm import hooks
+from dsv4_plugin.integrations import import_hooks, startup
 
-__all__ = ["INDEXER", "register", "unregister"]
+__all__ = ["INDEXER", "probe", "register", "unregister"]
 
 ARG_UTILS = "vllm.engine.arg_utils"
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
@@ -32,19 +30,9 @@ INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 def register() -> None:
     """Install the adapter in this process; never raises."""
     try:
-        try:
-            now = settings()
-        except SettingError as error:
-            # The layer that is built raises it again, where the user sees it as an error.
-            log.once(logging.WARNING, str(error))
-        else:
-            log.configure(now.log)
-            if now.plugin is False:
-                log.once(logging.INFO, "DSV4_PLUGIN=0: nothing is patched in vLLM")
-                hooks.after_import(ARG_UTILS, _on_arg_utils)
-                return
-        hooks.after_import(ARG_UTILS, _on_arg_utils)
-        hooks.after_import(INDEXER, _on_indexer)
+        import_hooks.after_import(ARG_UTILS, _on_arg_utils)
+        if startup.may_patch("vLLM"):
+            import_hooks.after_import(INDEXER, _on_indexer)
     except Exception:
         log.logger.exception("dsv4 could not be registered; vLLM stays as it is")
 
@@ -53,12 +41,20 @@ def unregister() -> None:
     """Take every patch back; what somebody else has patched since stays theirs, with a log line."""
     import sys
 
-    hooks.forget(ARG_UTILS, INDEXER)
+    import_hooks.forget(ARG_UTILS, INDEXER)
     prefix = __name__ + "."
     for name in ("seams", "flag"):
         module = sys.modules.get(prefix + name)
         if module is not None:
             module.uninstall()
+
+
+def probe() -> dict[str, dict[str, Any]]:
+    """Return, for ``dsv4-plugin doctor``, where each seam is; reads source, imports nothing."""
+    from dsv4_plugin.integrations.source import shown
+    from dsv4_plugin.integrations.vllm import sites
+
+    return shown(sites.look())
 
 
 def _on_arg_utils(module: object) -> None:

@@ -15,7 +15,10 @@ import torch
 
 from dsv4_plugin import ops
 from dsv4_plugin.errors import UnmetError
-from dsv4_plugin.integrations.vllm import plan
+from dsv4_plugin.integrations import plan
+from dsv4_plugin.integrations.plan import Topk
+from dsv4_plugin.integrations.serve import serve
+from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, widen
 from dsv4_plugin.state import state
 
 __all__ = ["as_fp32_logits", "asking", "decode_topk", "gather", "logits", "plain", "prefill_topk"]
@@ -23,7 +26,6 @@ __all__ = ["as_fp32_logits", "asking", "decode_topk", "gather", "logits", "plain
 # Set on the very tensor that the indexer's logits function returned. Top-k calls of other callers
 # (GLM's pooled indexer, V4.1's specialised decode) reach the same patched names without it.
 _TAG = "_dsv4_index_logits"
-_LENGTHS = (torch.int32, torch.int64)
 
 
 class _Request(threading.local):
@@ -39,19 +41,9 @@ def _tagged(tensor: Any) -> bool:
     return getattr(tensor, _TAG, False)
 
 
-def _widen(logits: torch.Tensor) -> torch.Tensor:
-    """Return float32 logits with the row stride as it was: upstream's kernels rely on it."""
-    if logits.dtype == torch.float32:
-        return logits
-    wide = torch.empty_strided(
-        logits.shape, logits.stride(), dtype=torch.float32, device=logits.device
-    )
-    return wide.copy_(logits)
-
-
 def plain(value: Any) -> Any:
     """Return what upstream's float32 kernels can read: our logits widened, all else as is."""
-    return _widen(value) if _tagged(value) else value
+    return widen(value) if _tagged(value) else value
 
 
 def logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -115,55 +107,16 @@ def _select(
     readable: bool,
 ) -> None:
     """Run our top-k on logits we know, or ``upstream`` on the same arguments."""
-    now = plan.current()
-    known = _tagged(scores)
-    if now.topk is not None and known and readable and k in plan.KS:
-        try:
-            ops.topk(
-                scores,
-                lengths(),
-                k,
-                next_n=next_n,
-                row_starts=starts,
-                out=out,
-                backend=now.topk.backend,
-            )
-        except Exception as error:
-            if now.strict:
-                raise
-            if not isinstance(error, UnmetError):  # that one is about this call's form only
-                plan.switch_off("topk", error)
-        else:
-            state.count(f"topk.{kind}")
-            state.count(f"topk.{kind}.{_name(scores.dtype)}.{now.topk.backend}")
-            return
-    if now.enabled:
-        state.count(f"topk.{kind}.upstream")
-    upstream(plain(scores))
+    topk = plan.current().topk
+    if not (_tagged(scores) and readable and k in plan.KS):
+        topk = None
 
+    def ours(topk: Topk) -> None:
+        ops.topk(
+            scores, lengths(), k, next_n=next_n, row_starts=starts, out=out, backend=topk.backend
+        )
 
-def _name(dtype: torch.dtype) -> str:
-    return "bf16" if dtype == torch.bfloat16 else "fp32"
-
-
-def _is_matrix(scores: Any) -> bool:
-    return (
-        isinstance(scores, torch.Tensor)
-        and scores.dim() == 2
-        and scores.dtype in (torch.float32, torch.bfloat16)
-        and (scores.stride(1) == 1 or scores.shape[1] == 1)
-        and scores.shape[0] > 0
-        and scores.shape[1] > 0
-    )
-
-
-def _is_output(out: Any, rows: int, k: int) -> bool:
-    return (
-        isinstance(out, torch.Tensor)
-        and out.dtype == torch.int32
-        and tuple(out.shape) == (rows, k)
-        and out.stride(1) == 1
-    )
+    serve(kind, topk, scores.dtype, ours, lambda: upstream(plain(scores)))
 
 
 def decode_topk(
@@ -176,10 +129,10 @@ def decode_topk(
 ) -> None:
     """Select at decode: rows = batch · next_n, ``seq_lens`` one a row or one a request."""
     readable = (
-        _is_matrix(scores)
-        and _is_output(out, scores.shape[0], k)
+        is_matrix(scores)
+        and is_output(out, scores.shape[0], k)
         and isinstance(seq_lens, torch.Tensor)
-        and seq_lens.dtype in _LENGTHS
+        and seq_lens.dtype in LENGTHS
         and seq_lens.device == scores.device
         and next_n > 0
         and seq_lens.numel() in (scores.shape[0], scores.shape[0] // next_n)
@@ -205,12 +158,12 @@ def prefill_topk(
     zero (from 0.33), where the caller passes zeros as ``starts``.
     """
     readable = (
-        _is_matrix(scores)
-        and _is_output(out, scores.shape[0], k)
+        is_matrix(scores)
+        and is_output(out, scores.shape[0], k)
         and scores.shape[0] == rows == starts.numel() == ends.numel()
         and (scores.stride(0), stride1) == (stride0, 1)
-        and starts.dtype in _LENGTHS
-        and ends.dtype in _LENGTHS
+        and starts.dtype in LENGTHS
+        and ends.dtype in LENGTHS
         and starts.dim() == ends.dim() == 1
     )
 

@@ -17,13 +17,13 @@ import torch
 
 from dsv4_plugin import backends, envs, log
 from dsv4_plugin.errors import SettingError, UnmetError
-from dsv4_plugin.integrations.vllm import plan
-from dsv4_plugin.integrations.vllm.plan import KS, Plan, Topk
+from dsv4_plugin.integrations import choice, plan
+from dsv4_plugin.integrations.choice import unique
+from dsv4_plugin.integrations.plan import Plan, Topk
 from dsv4_plugin.state import state
 
 __all__ = ["built", "forget"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _V4 = re.compile(r"deepseek_?v4(?![0-9])")  # not V4.1, which is deepseek_v41
 
 
@@ -110,8 +110,7 @@ def _seen(layer: Any, config: Any) -> _Layer:
             "indexer takes another way there"
         )
     k = getattr(layer, "topk_tokens", None)
-    if k not in KS:
-        unfit.append(f"index_topk is {k}, not one of {', '.join(map(str, KS))}")
+    unfit += choice.unfit_k(k)
     chosen = getattr(layer, "topk_backend", "auto")
     if chosen != "auto":
         unfit.append(f"vLLM was told to use sparse_indexer_topk_backend={chosen!r}")
@@ -142,34 +141,12 @@ def _is_v4(config: Any) -> bool:
     return any(_V4.search(str(name).lower()) for name in names)
 
 
-def _unique(reasons: list[str]) -> list[str]:
-    return list(dict.fromkeys(reasons))
-
-
 def _decide_topk(
     settings: envs.Settings, layers: list[_Layer]
-) -> tuple[Topk | None, dict[str, list[str]]]:
+) -> tuple[Topk | None, choice.Passed]:
     """Return the choice, and for each dtype that was passed over why."""
-    if settings.topk == "off":
-        return None, {"top-k": ["DSV4_TOPK=off"]}
-    if settings.topk != "auto":
-        chosen, reasons = _possible(settings.topk, settings, layers)
-        if chosen is None:
-            raise UnmetError(f"DSV4_TOPK={settings.topk}", reasons)
-        return chosen, {}
-    passed: dict[str, list[str]] = {}
-    for dtype in ("bf16", "fp32") if all(layer.is_v4 for layer in layers) else ("fp32",):
-        chosen, reasons = _possible(dtype, settings, layers)
-        if chosen is not None:
-            return chosen, passed
-        passed[dtype] = reasons
-    everything = _unique([reason for reasons in passed.values() for reason in reasons])
-    if settings.strict or settings.backend in ("cuda", "torch"):
-        wish = f"DSV4_BACKEND={settings.backend} for the top-k"
-        if settings.strict:
-            wish = "DSV4_STRICT=1: the top-k"
-        raise UnmetError(wish, everything)
-    return None, passed
+    dtypes = ("bf16", "fp32") if all(layer.is_v4 for layer in layers) else ("fp32",)
+    return choice.choose_topk(settings, dtypes, lambda dtype: _possible(dtype, settings, layers))
 
 
 def _possible(
@@ -181,20 +158,17 @@ def _possible(
     reasons = [reason for layer in layers for reason in layer.unfit]
     for name in ("guard", "topk.decode", "topk.prefill", "logits"):
         reasons += seams.problems(name)
-    backend = settings.backend
-    if backend not in ("cuda", "torch"):  # top-k has no Triton form
-        # auto never puts torch ops in the place of the engine's CUDA kernel.
-        backend = "cuda" if any(layer.device.type == "cuda" for layer in layers) else "torch"
+    on_gpu = any(layer.device.type == "cuda" for layer in layers)
+    backend = choice.topk_backend(settings, on_gpu)
     for layer in layers:
-        call = backends.Call("topk", layer.device, _DTYPES[dtype], layer.k)
-        reasons += [f"backend {backend}: {why}" for why in backends.unmet(call, backend)]
+        reasons += choice.unmet_topk(dtype, backend, layer.device, layer.k)
     ask = False
     if dtype == "bf16":
         ask, why = _bf16_logits()
         reasons += why
     elif dtype == "fp16":
         reasons.append("vLLM's DeepGEMM writes index logits in float32 or bfloat16 only")
-    reasons = _unique(reasons)
+    reasons = unique(reasons)
     return (None, reasons) if reasons else (Topk(dtype, backend, ask), [])
 
 
@@ -240,8 +214,8 @@ def _decide_gather(settings: envs.Settings, layers: list[_Layer]) -> tuple[str |
             return backend, []
         reasons += [f"backend {backend}: {why}" for why in unmet]
     if wish is not None:
-        raise UnmetError(wish, _unique(reasons))
-    return None, _unique(reasons)
+        raise UnmetError(wish, unique(reasons))
+    return None, unique(reasons)
 
 
 def _report(

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from dsv4_plugin import log
-from dsv4_plugin.integrations.vllm import calls, guard, plan
-from dsv4_plugin.integrations.vllm.patching import Ledger, Patch
+from dsv4_plugin.integrations import plan
+from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
+from dsv4_plugin.integrations.patching import Ledger, Patch
+from dsv4_plugin.integrations.vllm import calls, guard
 from dsv4_plugin.state import Seam, state
 
 __all__ = ["NAMES", "indexer", "install", "intact", "takes_logits_dtype", "uninstall"]
@@ -358,17 +360,10 @@ def takes_logits_dtype() -> bool:
         if stale:  # vLLM resolved DeepGEMM anew
             _ledger.patches.remove(stale[0])
         implementation = getattr(deep_gemm, name, None)
-        if implementation is None or not _has_logits_dtype(implementation):
+        if implementation is None or not has_logits_dtype(implementation):
             return False
         _ledger.replace(deep_gemm, name, _asked(implementation), f"{DEEP_GEMM}.{name}")
     return True
-
-
-def _has_logits_dtype(function: Any) -> bool:
-    try:
-        return "logits_dtype" in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # pybind11: the signature is in the docstring
-        return "logits_dtype" in (getattr(function, "__doc__", None) or "")
 
 
 def _asked(implementation: Any) -> Any:

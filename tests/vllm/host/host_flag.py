@@ -169,7 +169,7 @@ def _child(queue) -> None:
 
     load_general_plugins()
     from dsv4_plugin import settings
-    from dsv4_plugin.integrations.vllm.hooks import _finder
+    from dsv4_plugin.integrations.import_hooks import _finder
 
     queue.put((settings().enabled, sorted(_finder.pending), INDEXER in sys.modules))
 

@@ -322,7 +322,7 @@ def test_the_reason_for_upstream_is_said_once(engine, run, monkeypatch, caplog):
 
 def test_the_line_is_not_said_when_nobody_asked(engine, run, caplog):
     run.build(engine.problem(**MIXED))
-    assert not [r for r in caplog.records if r.levelno >= logging.INFO]
+    assert not [r for r in caplog.records if r.name == "dsv4_plugin" and r.levelno >= logging.INFO]
 
 
 # --- on a GPU, as far as the decision goes ---------------------------------------------------
@@ -351,7 +351,7 @@ class Cuda:
 
 
 def decided():
-    from dsv4_plugin.integrations.vllm import plan
+    from dsv4_plugin.integrations import plan
 
     now = plan.current()
     return now.topk and now.topk.backend, now.gather

@@ -52,6 +52,15 @@ def test_the_import_hook_found_every_seam(_engine):
     assert _engine.after_import["host"] == f"vLLM {_engine.version}"
 
 
+def test_the_probe_of_the_source_finds_the_same(_engine):
+    """What ``dsv4-plugin doctor`` shows, without importing vLLM, is what is patched."""
+    from dsv4_plugin.integrations.vllm import probe
+
+    found = probe()
+    assert set(found) == set(_engine.after_import["seams"])
+    assert all(seam["where"] and not seam["why"] for seam in found.values()), found
+
+
 def test_the_module_keeps_its_loader_and_source(_engine):
     module = sys.modules[INDEXER]
     assert type(module.__loader__).__name__ == "SourceFileLoader"
@@ -326,4 +335,6 @@ def test_a_call_our_kernel_does_not_take_is_one_call_upstream(engine, run, monke
             engine.step(layer, problem)
     counters = dsv4_plugin.status()["counters"]
     assert (counters["gather.upstream"], counters["gather"]) == (1, 1)
-    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert not [
+        r for r in caplog.records if r.name == "dsv4_plugin" and r.levelno >= logging.WARNING
+    ]

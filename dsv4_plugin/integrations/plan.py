@@ -1,4 +1,7 @@
-"""What this process does at each seam: decided when a layer is built, read at every call."""
+"""What this process does at each seam: decided once, read at every call.
+
+One process runs one engine, so the adapters share this plan. Who decides, and when, is theirs.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from dataclasses import dataclass, replace
 from dsv4_plugin import log
 from dsv4_plugin.state import state
 
-__all__ = ["INERT", "KS", "Plan", "Topk", "current", "decide", "switch_off"]
+__all__ = ["INERT", "KS", "Plan", "Topk", "current", "decide", "is_off", "switch_off"]
 
-KS = (512, 1024, 2048)  # the k that vLLM's own kernels have; all else stays with upstream
+KS = (512, 1024, 2048)  # the k that the engines' own kernels have; all else stays with upstream
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Plan:
 
 INERT = Plan()
 _current = INERT
+_off: set[str] = set()
 
 
 def current() -> Plan:
@@ -49,20 +53,32 @@ def decide(plan: Plan) -> None:
     """Put a plan into force."""
     global _current
     _current = plan
+    if plan is INERT:
+        _off.clear()
+
+
+def is_off(part: str) -> bool:
+    """Whether :func:`switch_off` took ``part`` away in this process."""
+    return part in _off
 
 
 def switch_off(part: str, error: Exception) -> None:
-    """Leave ``topk`` or ``gather`` to upstream from now on, because ours has just failed.
+    """Leave a part (``topk``, ``gather``) to upstream from now on, because ours has just failed.
 
     Both kinds of top-k and the bfloat16 logits go together: logits in bfloat16 have no reader
     upstream.
     """
+    _off.add(part)
     if part == "topk":
         decide(replace(_current, topk=None))
-    else:
+    elif part == "gather":
         decide(replace(_current, gather=None))
     why = f"failed at a call and was switched off ({type(error).__name__}: {error})"
     for name, seam in state.seams.items():
         if name.startswith(part) or (part == "topk" and name == "logits"):
             seam.why = why
-    log.once(logging.ERROR, f"{part} {why}; vLLM's own code serves this and every later call")
+    log.once(
+        logging.ERROR,
+        f"{part} {why}; the own code of {state.host or 'the engine'} serves this and every later "
+        "call",
+    )

@@ -1,0 +1,155 @@
+"""Look into an engine's source without importing it: what is defined, and with which parameters.
+
+Importing an engine takes seconds and may touch a GPU; the command ``dsv4-plugin doctor`` and the
+``register()`` of an adapter need only know whether a seam is there.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Missing", "Module", "Site", "find", "guarded", "shown"]
+
+
+class Missing(Exception):
+    """A module, name or parameter is not where it is looked for."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One seam: what it is called for people, why it is not there, the attributes to patch."""
+
+    where: str | None
+    why: str | None = None
+    targets: tuple[str, ...] = ()
+
+
+def shown(sites: dict[str, Site]) -> dict[str, dict[str, str | None]]:
+    """Return what ``dsv4-plugin doctor`` shows of the seams."""
+    return {name: {"where": site.where, "why": site.why} for name, site in sites.items()}
+
+
+def guarded(site: Callable[[], Site]) -> Site:
+    """Return ``site()``, or why it is missing."""
+    try:
+        return site()
+    except Missing as error:
+        return Site(None, str(error))
+
+
+@functools.lru_cache(maxsize=32)
+def _parse(path: Path, changed: int) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def find(name: str) -> Module:
+    """Return the source of a module, found beside its top-level package.
+
+    Raises:
+        Missing: the package is not installed, or has no such file.
+    """
+    package, *rest = name.split(".")
+    for location in _locations(package):
+        stem = Path(location, *rest)
+        for path in (stem.with_suffix(".py") if rest else stem, stem / "__init__.py"):
+            if path.is_file():
+                return Module(name, path)
+    raise Missing(f"{name} is gone")
+
+
+def _locations(package: str) -> list[str]:
+    """Return the folders of a top-level package, imported or not."""
+    path = getattr(sys.modules.get(package), "__path__", None)
+    if path is not None:
+        return list(path)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError) as error:
+        raise Missing(f"{package} cannot be found ({error})") from error
+    if spec is None:
+        raise Missing(f"{package} is not installed")
+    return list(spec.submodule_search_locations or ())
+
+
+class Module:
+    """The parsed source of one module."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self.path = path
+        try:
+            self._tree = _parse(path, path.stat().st_mtime_ns)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise Missing(f"{name} cannot be read ({error})") from error
+
+    def _top(self) -> Iterator[ast.stmt]:
+        """Yield the statements of the module, those under ``if`` and ``try`` too."""
+        stack = list(reversed(self._tree.body))
+        while stack:
+            node = stack.pop()
+            yield node
+            for block in ("body", "orelse", "finalbody"):
+                if isinstance(node, (ast.If, ast.Try)):
+                    stack.extend(reversed(getattr(node, block, [])))
+
+    def binds(self, name: str) -> bool:
+        """Whether the module's namespace gets ``name``: by import, definition or assignment."""
+        for node in self._top():
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                if any((a.asname or a.name) == name for a in node.names):
+                    return True
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                if node.name == name:
+                    return True
+            elif isinstance(node, ast.Assign) and any(
+                isinstance(t, ast.Name) and t.id == name for t in node.targets
+            ):
+                return True
+        return False
+
+    def mentions(self, name: str) -> bool:
+        """Whether the code uses ``name``: as a name, an attribute or an import."""
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.Attribute) and node.attr == name:
+                return True
+            if isinstance(node, ast.Name) and node.id == name:
+                return True
+            if isinstance(node, ast.alias) and node.name == name:
+                return True
+        return False
+
+    def parameters(self, path: str) -> tuple[str, ...]:
+        """Return the parameters of ``function`` or ``Class.method``.
+
+        Raises:
+            Missing: it is not defined here.
+        """
+        *owner, name = path.split(".")
+        body: Any = list(self._top())
+        for cls in owner:
+            inner = [n for n in body if isinstance(n, ast.ClassDef) and n.name == cls]
+            if not inner:
+                raise Missing(f"{self.name}.{cls} is gone")
+            body = inner[-1].body
+        found = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == name]
+        if not found:
+            raise Missing(f"{self.name}.{path} is gone")
+        args = found[-1].args
+        return tuple(a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs))
+
+    def require(self, path: str, first: tuple[str, ...]) -> None:
+        """Check that the parameters of ``path`` begin with ``first``.
+
+        Raises:
+            Missing: it is not defined here, or takes something else.
+        """
+        got = self.parameters(path)
+        if got[: len(first)] != first:
+            raise Missing(f"{path} takes ({', '.join(got)}), not ({', '.join(first)})")

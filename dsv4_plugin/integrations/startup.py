@@ -1,0 +1,36 @@
+"""What every ``register()`` asks first: may anything be patched in this process?"""
+
+from __future__ import annotations
+
+import logging
+
+from dsv4_plugin import envs, log
+from dsv4_plugin.errors import SettingError
+
+__all__ = ["asked", "may_patch"]
+
+
+def may_patch(engine: str) -> bool:
+    """Set up logging; False where the kill switch ``DSV4_PLUGIN=0`` is set, with a log line.
+
+    A setting of a wrong value is logged here and raised at the first real use, where the user
+    sees it as an error: ``register()`` must not end an engine's process.
+    """
+    if envs.killed():
+        log.configure("info")
+        log.once(logging.INFO, f"DSV4_PLUGIN=0: nothing is patched in {engine}")
+        return False
+    try:
+        log.configure(envs.settings().log)
+    except SettingError as error:
+        log.configure("info")
+        log.once(logging.WARNING, str(error))
+    return True
+
+
+def asked() -> bool:
+    """Whether somebody switched the plugin on; True as well where a setting is wrong."""
+    try:
+        return envs.settings().enabled
+    except SettingError:
+        return True

@@ -1,0 +1,48 @@
+"""Questions about tensors that every adapter asks: shape and stride only, never data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["LENGTHS", "dtype_name", "is_matrix", "is_output", "widen"]
+
+LENGTHS = (torch.int32, torch.int64)
+
+
+def widen(logits: torch.Tensor) -> torch.Tensor:
+    """Return float32 logits with the row stride as it was: upstream's kernels rely on it."""
+    if logits.dtype == torch.float32:
+        return logits
+    wide = torch.empty_strided(
+        logits.shape, logits.stride(), dtype=torch.float32, device=logits.device
+    )
+    return wide.copy_(logits)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name the dtype of index logits as the counters do."""
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
+
+
+def is_matrix(scores: Any) -> bool:
+    """Whether ``scores`` are index logits that our top-k reads as they are."""
+    return (
+        isinstance(scores, torch.Tensor)
+        and scores.dim() == 2
+        and scores.dtype in (torch.float32, torch.bfloat16)
+        and (scores.stride(1) == 1 or scores.shape[1] == 1)
+        and scores.shape[0] > 0
+        and scores.shape[1] > 0
+    )
+
+
+def is_output(out: Any, rows: int, k: int) -> bool:
+    """Whether ``out`` is an index buffer that our top-k fills as it is."""
+    return (
+        isinstance(out, torch.Tensor)
+        and out.dtype == torch.int32
+        and tuple(out.shape) == (rows, k)
+        and out.stride(1) == 1
+    )

@@ -1,0 +1,63 @@
+"""The TokenSpeed adapter: two entry points named ``dsv4``.
+
+* ``tokenspeed_kernel.plugins`` → :func:`register_kernels`: the indexer's top-k is registered in
+  TokenSpeed's own kernel registry, with a plugin's priority (:mod:`.registration`);
+* ``tokenspeed.plugins`` → :func:`register`: the readers of the indexer cache, which have no
+  registry, are replaced once their module is imported (:mod:`.readers`).
+
+Both run in every process that builds a model's configuration, never raise, and do nothing unless
+the plugin is switched on (``DSV4_PLUGIN=1``): TokenSpeed has no hook for its command line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsv4_plugin import log
+from dsv4_plugin.integrations import import_hooks, startup
+
+__all__ = ["probe", "register", "register_kernels", "unregister"]
+
+
+def register_kernels() -> None:
+    """Register our kernels in this process; never raises."""
+    try:
+        if startup.may_patch("TokenSpeed") and startup.asked():
+            from dsv4_plugin.integrations.tokenspeed import registration
+
+            registration.install()
+    except Exception:
+        log.logger.exception("dsv4's kernels could not be registered; TokenSpeed's own run")
+
+
+def register() -> None:
+    """Replace the readers of the indexer cache in this process; never raises."""
+    try:
+        if startup.may_patch("TokenSpeed") and startup.asked():
+            from dsv4_plugin.integrations.tokenspeed import readers, sites
+
+            readers.look()
+            import_hooks.after_import(sites.OPS, readers.install)
+    except Exception:
+        log.logger.exception("dsv4 could not be registered; TokenSpeed stays as it is")
+
+
+def unregister() -> None:
+    """Take the kernels out of the registry and put the readers back."""
+    import sys
+
+    from dsv4_plugin.integrations.tokenspeed import sites
+
+    import_hooks.forget(sites.OPS)
+    for name in ("readers", "registration"):
+        module = sys.modules.get(f"{__name__}.{name}")
+        if module is not None:
+            module.uninstall()
+
+
+def probe() -> dict[str, dict[str, Any]]:
+    """Return, for ``dsv4-plugin doctor``, where each seam is; reads source, imports nothing."""
+    from dsv4_plugin.integrations.source import shown
+    from dsv4_plugin.integrations.tokenspeed import sites
+
+    return shown(sites.look())

@@ -1,0 +1,72 @@
+"""What a kernel of ours does when TokenSpeed has chosen it: decided at its first real call.
+
+TokenSpeed's registry has already looked at dtypes, shapes and the architecture. What is left are
+the settings and DeepGEMM; an explicit wish that cannot be met is one error with every reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsv4_plugin import envs
+from dsv4_plugin.integrations import choice
+from dsv4_plugin.integrations.decisions import Decisions, announce
+from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
+from dsv4_plugin.integrations.plan import Topk
+
+__all__ = ["decide", "forget"]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    mode: str
+    k: int
+    device: torch.device
+
+
+_decisions: Decisions[_Kind] = Decisions()
+forget = _decisions.forget
+
+
+def decide(mode: str, k: int, device: torch.device) -> Topk | None:
+    """Return how a call of ``mode`` selects, or None: TokenSpeed's own kernel."""
+    return _decisions.get(
+        _Kind(mode, k, device),
+        ("bf16", "fp32"),
+        lambda settings, dtype: _possible(settings, dtype, mode, k, device),
+        lambda topk, passed: announce(f"{mode}, k {k}, {device}", (f"topk.{mode}",), topk, passed),
+    )
+
+
+def _possible(
+    settings: envs.Settings, dtype: str, mode: str, k: int, device: torch.device
+) -> tuple[Topk | None, list[str]]:
+    reasons = choice.unfit_k(k)
+    backend = choice.topk_backend(settings, device.type != "cpu")
+    reasons += choice.unmet_topk(dtype, backend, device, k)
+    if dtype == "fp16":
+        reasons.append("DeepGEMM writes index logits in float32 or bfloat16 only")
+    else:
+        reasons += _deep_gemm(dtype, "prefill" if "prefill" in mode else "decode")
+    return (None, reasons) if reasons else (Topk(dtype, backend, dtype == "bf16"), [])
+
+
+_WIDE = {"decode": "fp8_fp4_paged_mqa_logits", "prefill": "fp8_fp4_mqa_logits"}
+_PLAIN = {"decode": "fp8_paged_mqa_logits", "prefill": "fp8_mqa_logits"}
+
+
+def _deep_gemm(dtype: str, phase: str) -> list[str]:
+    """Return why DeepGEMM cannot write the index logits in ``dtype``."""
+    try:
+        import deep_gemm
+    except Exception as error:
+        return [f"deep_gemm cannot be imported ({type(error).__name__}: {error})"]
+    if has_logits_dtype(getattr(deep_gemm, _WIDE[phase], None)):
+        return []
+    if dtype == "bf16":
+        return [f"deep_gemm.{_WIDE[phase]} is missing or takes no logits_dtype"]
+    if not callable(getattr(deep_gemm, _PLAIN[phase], None)):
+        return [f"deep_gemm has neither {_WIDE[phase]} with logits_dtype nor {_PLAIN[phase]}"]
+    return []

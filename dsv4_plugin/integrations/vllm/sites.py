@@ -1,0 +1,63 @@
+"""Where vLLM can be changed, found in its source: what ``dsv4-plugin doctor`` shows.
+
+The patches themselves look at the modules once they are imported (:mod:`.seams`); this is the same
+question without importing an engine.
+"""
+
+from __future__ import annotations
+
+from dsv4_plugin.integrations import source
+from dsv4_plugin.integrations.source import Missing, Site
+
+__all__ = ["look"]
+
+INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
+TOPK = "vllm.model_executor.layers.indexer_topk"
+OPS = "vllm._custom_ops"
+
+
+def look() -> dict[str, Site]:
+    """Look for every seam."""
+    return {
+        "guard": source.guarded(_guard),
+        "topk.decode": source.guarded(_decode),
+        "topk.prefill": source.guarded(_prefill),
+        "logits": source.guarded(_logits),
+        "gather": source.guarded(_gather),
+    }
+
+
+def _guard() -> Site:
+    source.find(INDEXER).require("SparseAttnIndexer.__init__", ("self", "k_cache"))
+    return Site("SparseAttnIndexer.__init__")
+
+
+def _decode() -> Site:
+    try:
+        wanted = ("self", "logits", "seq_lens", "next_n", "topk_indices", "topk_tokens")
+        source.find(TOPK).require("SparseIndexerTopk.forward", wanted)
+    except Missing as error:
+        if not source.find(INDEXER).mentions("persistent_topk"):
+            raise error
+        return Site("torch.ops._C.persistent_topk")
+    return Site("SparseIndexerTopk.forward")
+
+
+def _prefill() -> Site:
+    wanted = ("logits", "cu_seqlen_ks", "cu_seqlen_ke", "raw_topk_indices")
+    source.find(OPS).require("top_k_per_row_prefill", wanted)
+    return Site(f"{OPS}.top_k_per_row_prefill")
+
+
+def _logits() -> Site:
+    names = ("fp8_fp4_paged_mqa_logits", "fp8_fp4_mqa_logits")
+    missing = [name for name in names if not source.find(INDEXER).binds(name)]
+    if missing:
+        raise Missing(f"{INDEXER} has no {' and no '.join(missing)}")
+    return Site("/".join(names))
+
+
+def _gather() -> Site:
+    wanted = ("kv_cache", "dst_k", "dst_scale", "block_table", "cu_seq_lens")
+    source.find(OPS).require("cp_gather_indexer_k_quant_cache", wanted)
+    return Site(f"{OPS}.cp_gather_indexer_k_quant_cache")

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Serve DeepSeek-V4 with TokenSpeed and the kernels of dsv4_plugin in its indexer.
+#
+#   pip install "tokenspeed>=0.1.1" dsv4-plugin    # or: pip install .   in a checkout
+#   MODEL=... TP=4 examples/serve_tokenspeed.sh [more options of tokenspeed serve]
+#
+# TokenSpeed lets a plugin add no options, so the switch is the environment: DSV4_PLUGIN=0 serves
+# with TokenSpeed's own kernels (docs/tokenspeed.md). What engaged is one line a mode of each worker:
+# "dsv4 active in TokenSpeed ...".
+set -euo pipefail
+
+export DSV4_PLUGIN="${DSV4_PLUGIN:-1}" DSV4_TOPK="${DSV4_TOPK:-auto}"
+
+dsv4-plugin doctor || true # says what is here and why not more; exit code 1 is not an error
+
+exec tokenspeed serve --model "${MODEL:-deepseek-ai/DeepSeek-V4-Flash}" \
+    --tensor-parallel-size "${TP:-4}" \
+    --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" \
+    "$@"
