@@ -120,7 +120,9 @@ struct Keys16 {
     return raw ^ ((raw & 0x8000u) ? 0u : 0x7fffu);
   }
   static __device__ __forceinline__ uint32_t raw_of(uint32_t order) { return order_of(order); }
-  static __device__ __forceinline__ bool is_nan(uint32_t raw) { return (raw & 0x7fffu) > kInfinity; }
+  static __device__ __forceinline__ bool is_nan(uint32_t raw) {
+    return (raw & 0x7fffu) > kInfinity;
+  }
   // An order that equal numbers share, NaN last.
   static __device__ __forceinline__ uint32_t sort_order(uint32_t raw) {
     const uint32_t order = order_of(raw);

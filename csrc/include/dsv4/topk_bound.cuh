@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
-#include "dsv4/ordered_key.cuh"
 #include "dsv4/common.cuh"
+#include "dsv4/ordered_key.cuh"
 
 namespace dsv4 {
 

@@ -42,7 +42,8 @@ inline ShapeLimits shape_limits(TopkShape shape) {
   return {1024, 0};
 }
 
-// Units that the longest row of the call can take. A row may begin anywhere past a 16-byte boundary.
+// Units that the longest row of the call can take. A row may begin anywhere past a 16-byte
+// boundary.
 inline int64_t most_units(const TopkParams& p, ScoreType type) {
   const int bytes = type == ScoreType::kBfloat16 || type == ScoreType::kFloat16 ? 2 : 4;
   const bool aligned = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 &&
@@ -63,10 +64,11 @@ struct DeviceLimits {
 //   - A row of up to 8K scores is one CTA's: an exchange costs more than it saves (3.4 us; 4.0 in a
 //     cluster). Few rows of 16K gain from four (4.0; 4.2), many lose (128 rows: 5.0; 6.2).
 //   - Few rows: eight CTAs each, with 256 threads up to 64K (8 x 64K: 4.6; 512 threads 4.7; sixteen
-//     CTAs 5.1) and with 512 above. Sixteen pay for up to four rows only, and from 128K on: a device
-//     holds seven clusters of that size at once.
+//     CTAs 5.1) and with 512 above. Sixteen pay for up to four rows only, and from 128K on: a
+//     device holds seven clusters of that size at once.
 //   - Up to a quarter of the multiprocessors: six CTAs, not eight (32 x 250K: 10.6; 15.1), which do
-//     not fit at once; two for 32K, where six would get too little each.
+//     not fit at once; four small ones up to 128K where k is small (32 x 64K, k 512: 7.0; 7.4); two
+//     for 32K, where six would get too little each.
 //   - Up to three quarters: two. More rows than that: one, and no exchange at all.
 inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device) {
   const int64_t units = most_units(p, type);
@@ -76,8 +78,8 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
   TopkShape shape = TopkShape::k512x16;
   int cluster = 1;
   const int64_t rows = p.rows;
+  const bool wide_scores = type == ScoreType::kFloat32;
   if (rows * 8 <= device.sms) {
-    const bool wide_scores = type == ScoreType::kFloat32;
     if (units > 8192) {
       cluster = rows <= 4 ? 16 : 8;
     } else if (units > 2048) {
@@ -88,7 +90,11 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
       if (!wide_scores) shape = TopkShape::k256x16;
     }
   } else if (rows * 8 <= device.sms * 3) {
-    if (units > 4096) {
+    if (units > 4096 && p.k <= 512 && rows * 4 <= device.sms && holds(TopkShape::k256x16, 4) &&
+        !wide_scores) {
+      shape = TopkShape::k256x16;
+      cluster = 4;
+    } else if (units > 4096) {
       cluster = rows * 4 <= device.sms ? 6 : 4;
     } else if (units > 2048) {
       cluster = 2;
@@ -140,8 +146,8 @@ inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, Topk
     while (plan->mask_steps < plan->list_steps) plan->mask_steps *= 2;
   }
   const auto align = [](size_t bytes) { return (bytes + 15) / 16 * 16; };
-  size_t bytes = sizeof(TopkSmem<Config>) +
-                 size_t{Config::kThreads} * plan->mask_steps * sizeof(uint16_t);
+  size_t bytes =
+      sizeof(TopkSmem<Config>) + size_t{Config::kThreads} * plan->mask_steps * sizeof(uint16_t);
   plan->lists = static_cast<uint32_t>(bytes);
   bytes += align(size_t{Config::kThreads} * plan->list_steps * sizeof(uint16_t));
   plan->received = static_cast<uint32_t>(bytes);
@@ -219,17 +225,12 @@ inline cudaError_t launch_choice(const TopkParams& p, ScoreType type, const Topk
   switch (type) {
     case ScoreType::kBfloat16:
       return launch_shape<Bfloat16Keys>(p, type, choice, device, limits, stream);
-#ifndef DSV4_ONLY_BF16
     case ScoreType::kFloat16:
       return launch_shape<Float16Keys>(p, type, choice, device, limits, stream);
     case ScoreType::kFloat32:
       return launch_shape<Float32Keys>(p, type, choice, device, limits, stream);
     case ScoreType::kNarrowedFloat32:
       return launch_shape<NarrowedFloat32Keys>(p, type, choice, device, limits, stream);
-#else
-    default:
-      break;
-#endif
   }
   return cudaErrorInvalidValue;
 }
@@ -245,8 +246,7 @@ inline cudaError_t device_limits(int device, DeviceLimits* limits) {
   if (limits->sms > 0 && limits->largest_cluster > 0 && limits->shared_bytes > 0) {
     return cudaSuccess;
   }
-  cudaError_t error =
-      cudaDeviceGetAttribute(&limits->sms, cudaDevAttrMultiProcessorCount, device);
+  cudaError_t error = cudaDeviceGetAttribute(&limits->sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                  device);

@@ -1,5 +1,5 @@
-// Exact top-k of a row: one CTA, or a cluster of C CTAs with a slice of the row each. Every score is
-// read once from memory.
+// Exact top-k of a row: one CTA, or a cluster of C CTAs with a slice of the row each. Every score
+// is read once from memory.
 //
 // A short slice stays in registers (select_direct): two digits of a radix select give the threshold
 // of 16-bit scores, then every thread counts its own. A longer one (select_listed):
@@ -85,7 +85,7 @@ struct TopkWorker {
   static constexpr uint32_t kExceeds = 1u << 15;
   static constexpr uint32_t kListed = 1u << 16;  // in a register only: it is an entry at all
   static constexpr int kListBatch = Policy::kBits == 16 ? 4 : 2;
-  static constexpr uint32_t kPlateau = 8 * kWarpSize;  // listed units that are looked at one by one
+  static constexpr uint32_t kPlateau = 4 * kWarpSize;  // listed units that are looked at one by one
   // Counts travel packed: above the threshold in the low 12 bits, equal to it in the high 20.
   static constexpr int kEqualShift = 12;
   static constexpr uint32_t kAboveMask = (1u << kEqualShift) - 1u;
@@ -466,8 +466,8 @@ struct TopkWorker {
     if (!together() && bound.reached > p.k + p.k / 2u + 64u) refine(bound.bound, heads);
 
     // 3. The warp's list of units that reach the bound, in any order. Where very many do, only of
-    //    those that exceed it: the others matter if the threshold is the bound, and step 5 then goes
-    //    through them in row order.
+    //    those that exceed it: the others matter if the threshold is the bound, and step 5 then
+    //    goes through them in row order.
     constexpr int kHalves = (kSteps + 31) / 32;
     uint32_t reaches[kHalves];  // bit i: step 32 half + 2 i; bit 16 + i: the step after it
     uint32_t exceeds[kHalves];
@@ -487,10 +487,9 @@ struct TopkWorker {
       if (Policy::kBits == 32) exceeds[half] = reaches[half];
       all += __popc(reaches[half]);
     }
-    const bool plateau =
-        Policy::kBits == 16 && __reduce_add_sync(kFullWarp, all) > kPlateau;
-    uint16_t* list = reinterpret_cast<uint16_t*>(at(plan.lists)) +
-                     warp_id() * kWarpSize * plan.list_steps;
+    const bool plateau = Policy::kBits == 16 && __reduce_add_sync(kFullWarp, all) > kPlateau;
+    uint16_t* list =
+        reinterpret_cast<uint16_t*>(at(plan.lists)) + warp_id() * kWarpSize * plan.list_steps;
     uint32_t listed = 0;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
@@ -530,17 +529,16 @@ struct TopkWorker {
         uint32_t entries[kListBatch];
 #pragma unroll
         for (int i = 0; i < kListBatch; ++i) {
+          entries[i] = 0;
+          if (first + i * kWarpSize >= listed) continue;  // of the whole warp: lists are short
           const uint32_t at = first + i * kWarpSize + lane_id();
-          entries[i] = at < listed ? list[at] : 0u;
-          if (at < listed) entries[i] |= kListed;
-        }
-#pragma unroll
-        for (int i = 0; i < kListBatch; ++i) {
+          if (at < listed) entries[i] = list[at] | kListed;
           u[i] = Policy::pad();
           if (entries[i] & mask) u[i] = units.load(begin + (entries[i] & 0x7fffu));
         }
 #pragma unroll
         for (int i = 0; i < kListBatch; ++i) {
+          if (first + i * kWarpSize >= listed) continue;
           if (__any_sync(kFullWarp, entries[i] & mask)) visit(u[i], entries[i]);
         }
       }
@@ -556,7 +554,8 @@ struct TopkWorker {
       if (t.order >= Policy::kLastOrder && t.need != 0) return false;
     }
 
-    // 5. Masks. Units that hold no more than the bound matter only where the threshold is the bound.
+    // 5. Masks. Units that hold no more than the bound matter only where the threshold is the
+    // bound.
     const bool at_bound = t.order >= full_order(bound.bound);
     const uint32_t raw = Policy::raw_of(t.order);
     const MaskLayout layout(depth);
@@ -604,9 +603,10 @@ struct TopkWorker {
     uint2 before = counted_before(__shfl_sync(kFullWarp, upto, kWarpSize - 1), t);
     before.x += (upto - own) & kAboveMask;
     before.y += (upto - own) >> kEqualShift;
-    const int32_t lane_begin = units.index(begin + warp_begin(), 0) +
-                               lane_id() * layout.granules * kGranule * kUnit;
-    // Each lane goes from one of its own blocks to the next: as many turns as the fullest lane needs.
+    const int32_t lane_begin =
+        units.index(begin + warp_begin(), 0) + lane_id() * layout.granules * kGranule * kUnit;
+    // Each lane goes from one of its own blocks to the next: as many turns as the fullest lane
+    // needs.
     while (__any_sync(kFullWarp, blocks != 0)) {
       Chosen chosen{0u, 0u};
       int32_t first = lane_begin;
@@ -659,8 +659,7 @@ struct TopkWorker {
     return masks() + warp_id() * kWarpSize * layout.granules * kGranule;
   }
   __device__ __forceinline__ uint4 load_masks(const MaskLayout& layout, int32_t granule) const {
-    return reinterpret_cast<const uint4*>(
-        warp_masks(layout))[layout.place(lane_id(), granule)];
+    return reinterpret_cast<const uint4*>(warp_masks(layout))[layout.place(lane_id(), granule)];
   }
   __device__ __forceinline__ uint2 load_block(const MaskLayout& layout, int32_t block) const {
     return reinterpret_cast<const uint2*>(
@@ -739,7 +738,8 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   __syncthreads();
   const int32_t row = Config::kCluster ? blockIdx.x / cluster.size : blockIdx.x;
   const WindowSource source(p, row);
-  const auto* scores = static_cast<const typename Policy::Scalar*>(p.logits) + row * p.logits_stride;
+  const auto* scores =
+      static_cast<const typename Policy::Scalar*>(p.logits) + row * p.logits_stride;
   pdl_wait();
   // Not before the wait: then kernels after the next would start as well, and their waiting CTAs
   // would crowd those of one launch onto few multiprocessors (128 x 8K: 5.3 us instead of 4.0).
@@ -756,8 +756,8 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
       if (!together) cluster.size = 1;
       TopkWorker<Config> worker(p, plan, smem, units, row, cluster);
       joined = together;
-      const int32_t share = together ? (units.count + cluster.size - 1) / cluster.size
-                                     : units.count;
+      const int32_t share =
+          together ? (units.count + cluster.size - 1) / cluster.size : units.count;
       const bool done = share <= Config::kDirect * Config::kThreads ? worker.select_direct()
                                                                     : worker.select_listed();
       if (!done && cluster.rank == 0) {

@@ -31,7 +31,7 @@ struct Threshold {
   uint32_t need;         // the first `need` in row order
   uint32_t lower_above;  // what the lower ranks hold of both
   uint32_t lower_equal;
-  bool counted;          // whether lower_equal is known
+  bool counted;  // whether lower_equal is known
 };
 
 template <int kBits>
@@ -104,10 +104,10 @@ struct ThresholdFinder {
     return {{first.x, first.y, first.z, first.w != 0}, lower.x, lower.y};
   }
 
-  // ---- The threshold digit by digit, from the top -------------------------------------------------
-  // `each(visit)` calls visit(unit) for every unit of this thread that may hold one of the k best;
-  // `first_round` is the first histogram to use. A threshold of -inf is not to be relied on: NaN
-  // counts as -inf here.
+  // ---- The threshold digit by digit, from the top
+  // ------------------------------------------------- `each(visit)` calls visit(unit) for every
+  // unit of this thread that may hold one of the k best; `first_round` is the first histogram to
+  // use. A threshold of -inf is not to be relied on: NaN counts as -inf here.
   template <class Each>
   __device__ __forceinline__ Threshold by_digits(uint32_t k, int first_round, Each each) {
     Threshold t{0u, k, 0u, 0u, true};

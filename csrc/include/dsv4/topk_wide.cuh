@@ -1,6 +1,6 @@
 // Top-k of a row of any width and any content: one CTA, which reads the scores once per digit and
-// twice more to write the answer. Nothing has to fit on chip and nothing has to be a number, so this
-// serves rows that no cluster can hold, and rows with fewer than k groups of numbers.
+// twice more to write the answer. Nothing has to fit on chip and nothing has to be a number, so
+// this serves rows that no cluster can hold, and rows with fewer than k groups of numbers.
 #pragma once
 
 #include "dsv4/row_units.cuh"
@@ -133,12 +133,12 @@ __device__ __noinline__ void wide_select(const TopkParams& p, int32_t row,
 }
 
 template <class Policy, int kThreads>
-__global__ __launch_bounds__(kThreads) void topk_wide_kernel(
-    const __grid_constant__ TopkParams p) {
+__global__ __launch_bounds__(kThreads) void topk_wide_kernel(const __grid_constant__ TopkParams p) {
   __shared__ TopkWideSmem<kThreads> smem;
   const int32_t row = blockIdx.x;
   const WindowSource source(p, row);
-  const auto* scores = static_cast<const typename Policy::Scalar*>(p.logits) + row * p.logits_stride;
+  const auto* scores =
+      static_cast<const typename Policy::Scalar*>(p.logits) + row * p.logits_stride;
   pdl_wait();
   pdl_launch_dependents();
   const RowWindow window = source.read(p);
