@@ -43,6 +43,12 @@ def prefill(logits, row_starts, row_ends, k, out):
 def available():
     return {"vllm33": exact, "wrong": first_k, "absent": "is not installed"}
 
+def paged(logits, lengths, page_table, k, out):
+    topk(logits, lengths, k, page_table=page_table, page_size=64, out=out)
+
+def available_paged():
+    return {"sglang_paged": paged}
+
 def available_prefill():
     return {"vllm_prefill": prefill, "sglang_ragged": prefill}
 """
@@ -70,10 +76,12 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
     document = json.loads(file.read_text())
     assert document["complete"] is True and document["what"] == "topk"
     rows = document["results"]
-    assert {row["suite"] for row in rows} == {"decode", "narrow", "adversarial", "prefill"}
+    assert {r["suite"] for r in rows} == {"decode", "narrow", "adversarial", "prefill", "paged"}
     ours = [row for row in rows if row["implementation"] == "dsv4"]
-    # decode, narrow, adversarial (1 x 8K only), prefill; the cells of the seed are decode's.
-    assert len(ours) == 12 + 24 + 48 + 24
+    # decode, narrow, adversarial (1 x 8K only), prefill, paged; the cells of the seed are decode's.
+    assert len(ours) == 12 + 24 + 48 + 24 + 12
+    paged = [row for row in rows if row["implementation"] == "sglang_paged"]
+    assert len(paged) == 8 and all(row["exact"] for row in paged)
     assert all(row["exact"] and row["lowest_index"] for row in ours)
     assert all(row["warm_us"] > 0 and row["cold_us"] > 0 and row["ratio"] > 0 for row in ours)
     assert {row["suite"] for row in rows if "gb_s" in row} == {"prefill"}
@@ -85,6 +93,7 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
     for words in ("absent is not compared: is not installed", "vllm33 refuses bfloat16",
                   "[  1/12 ", "left] bfloat16 k 100 1 x 8192", "other run", "roof: read",
                   "in a 256,000-wide buffer", "Adversarial scores", "Prefill: us warm",
+                  "Answers in pool slots: us warm",
                   "Speed-up of bfloat16 over float32", "the seed's", "x the one-pass floor",
                   "PASS  cells in which ours is not exact: 0.000"):  # fmt: skip
         assert words in said, words
@@ -191,7 +200,8 @@ def test_the_plot_of_a_committed_file(tmp_path: Path, suffix: str) -> None:
 
 def test_the_suites_have_the_cells_of_the_project() -> None:
     count = {name: len(cases.suite(name)) for name in cases.SUITES}
-    assert count == {"decode": 180, "narrow": 60, "adversarial": 160, "prefill": 48, "seed": 108}
+    assert count == {"decode": 180, "narrow": 60, "adversarial": 160, "prefill": 48, "paged": 54,
+                     "seed": 108}  # fmt: skip
     some = cases.suite("decode", dtypes=["narrow"], ks=[512], rows=[8], columns=[8192])
     assert some == [Case("decode", "narrow", 512, 8, 8192)]
     with pytest.raises(ValueError, match="suite must be one of decode.*got 'nope'"):

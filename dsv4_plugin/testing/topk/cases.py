@@ -23,6 +23,7 @@ __all__ = [
     "EDGES",
     "KS",
     "ODD_KS",
+    "PAGE_SIZE",
     "ROWS",
     "ROW_EDGES",
     "SUITES",
@@ -61,14 +62,20 @@ ADVERSARIAL = (
 )
 ADVERSARIAL_SHAPES = ((1, 8192), (1, 65_536), (8, 256_000), (32, 65_536), (128, 131_072))
 
+# The form that answers in pool slots (SGLang's decode): the page table is part of the call.
+PAGED_ROWS, PAGED_COLUMNS = (1, 8, 32), (8192, 65_536, 256_000)
+PAGE_SIZE = 64
+
 PREFILL_ROWS = (2048, 8192)
 PREFILL_COLUMNS = (8192, 32_768, 65_536)
 PREFILL_KS = (512, 2048)
 
 # ---- Where the kernel changes its path: the tests run lengths of -5 ... +5 around each ----------
 
-# Row lengths. A step of 512 threads is 4,096 scores; one CTA serves up to 8,192 alone, a cluster
-# has 1 ... 16 of them, and 16 x 262,144 scores is the most that is served without the wide kernel.
+# Row lengths. A thread takes one more unit every 4,096 scores (512 threads); up to two or four units
+# stay in registers; a lane's share of the masks doubles at 32,768, 65,536 and 131,072; the table of
+# choices changes at 8K, 16K, 32K, 64K and 128K; 16 CTAs of 262,144 scores are the most that is served
+# without the wide kernel.
 EDGES = (
     4096,  # one step
     8192,
@@ -87,13 +94,14 @@ EDGES = (
     4_194_304,  # longer rows go to the wide kernel
 )
 
-# Rows of a call: they decide how many CTAs a row gets. Clusters of 16, 8, 4 and 2 CTAs that are
-# resident at once (7, 15, 30, 66 of 1,024 threads), SMs (132), and one more of each.
-ROW_EDGES = (1, 2, 7, 8, 14, 15, 16, 30, 31, 33, 62, 63, 66, 67, 131, 132, 133, 264, 265)
+# Rows of a call: they decide how many CTAs a row gets. 4; an eighth, a quarter, three eighths and three
+# quarters of 132 multiprocessors; all of them, and twice that; and one more of each.
+ROW_EDGES = (1, 2, 4, 5, 8, 16, 17, 31, 33, 34, 49, 50, 63, 64, 99, 100, 131, 132, 133, 264, 265)
 
 # Elements that tie for the last slots of a row: the caps at which kernels have dropped candidates
-# (vllm#51782, sglang#36807), k, and this kernel's list (5 k and 9 k, filled in for each k).
-CAPACITIES = (512, 1024, 2048, 3708, 4096, 8192, 16_384, 32_768)
+# (vllm#51782, sglang#36807), k, and this kernel's own limits: 256 scores that are ranked against each
+# other, lists of more than 128 units a warp.
+CAPACITIES = (128, 256, 512, 1024, 2048, 3708, 4096, 8192, 16_384, 32_768)
 
 # k that are neither tuned nor a multiple of anything.
 ODD_KS = (1, 2, 7, 31, 100, 511, 513, 1000, 1023, 1025, 2047)
@@ -111,6 +119,7 @@ class Problem:
     logits: torch.Tensor
     lengths: torch.Tensor
     row_starts: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None  # the identity, so that slots are columns
     # Where each row's columns begin and end, as the engines' prefill kernels take it.
     starts: torch.Tensor = dataclasses.field(init=False)
     row_ends: torch.Tensor = dataclasses.field(init=False)
@@ -141,7 +150,7 @@ class Case:
         dtype = DTYPES[self.dtype]
         return (
             dtype, self.rows, self.columns, self.kind, self.width, self.windows,
-            self.suite == "prefill",
+            self.suite == "prefill", self.suite == "paged",
         )  # fmt: skip
 
     @property
@@ -161,6 +170,12 @@ class Case:
         length = context - half + 1 + at if half <= context else at * context // half + 1
         return request * context, length
 
+    def _page_table(self, device: str | torch.device) -> torch.Tensor | None:
+        if self.suite != "paged":
+            return None
+        pages = torch.arange(-(-self.columns // PAGE_SIZE), dtype=torch.int32, device=device)
+        return pages.repeat(self.rows, 1)
+
     def make(self, device: str | torch.device = "cpu", seed: int = 0) -> Problem:
         """Draw the tensors; columns past a row's end are NaN where the buffer is wider."""
         dtype = DTYPES[self.dtype]
@@ -177,11 +192,12 @@ class Case:
         if self.windows == "full":
             lengths = torch.full((self.rows,), self.columns, dtype=torch.int32, device=device)
             # Engines always hand starts to their prefill kernels.
-            return Problem(logits, lengths, torch.zeros_like(lengths) if prefill else None)
+            starts = torch.zeros_like(lengths) if prefill else None
+            return Problem(logits, lengths, starts, self._page_table(device))
         if self.windows != "causal":
             raise ValueError(f"windows must be 'full' or 'causal', got {self.windows!r}")
-        starts, length = self._causal()
-        return Problem(logits, length.int().to(device), starts.int().to(device))
+        begins, length = self._causal()
+        return Problem(logits, length.int().to(device), begins.int().to(device))
 
     def __str__(self) -> str:
         """Return the cell as progress lines and messages show it."""
@@ -248,7 +264,7 @@ def _prefill(
                         yield Case("prefill", dtype, k, r, c, windows=windows)
 
 
-SUITES = ("decode", "narrow", "adversarial", "prefill", "seed")
+SUITES = ("decode", "narrow", "adversarial", "prefill", "paged", "seed")
 
 
 def suite(
@@ -279,6 +295,9 @@ def suite(
     if name == "prefill":
         chosen = rows or PREFILL_ROWS, columns or PREFILL_COLUMNS
         return list(_prefill(types, ks or PREFILL_KS, *chosen))
+    if name == "paged":
+        chosen = rows or PAGED_ROWS, columns or PAGED_COLUMNS
+        return list(_grid(name, types, ks or KS, *chosen))
     if name == "seed":
         some = [r for r in SEED_ROWS if not rows or r in rows]
         return list(_grid(name, ("bfloat16", "float32"), ks or KS, some, columns or COLUMNS))

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--suite", nargs="+", choices=(*cases.SUITES, "all"), default=["decode"],
         help="decode: k x rows x columns (default); narrow: 8K rows in 256,000-wide buffers; "
-        "adversarial: scores that hurt; prefill: thousands of rows; seed: bfloat16 over float32 "
-        "beside the figures of vLLM #40811",
+        "adversarial: scores that hurt; prefill: thousands of rows; paged: answers in pool slots; "
+        "seed: bfloat16 over float32 beside the figures of vLLM #40811",
     )  # fmt: skip
     add("--k", type=int, nargs="+", help="only these k (plot: the k to draw)")
     add("--rows", type=int, nargs="+", help="only these numbers of rows")
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--peers", type=Path, metavar="FILE.py",
-        help="other kernels: available() and available_prefill() return them by name",
+        help="other kernels: available(), available_prefill() and available_paged() return them",
     )  # fmt: skip
     add(
         "--against", type=Path, action="append", default=[], metavar="FILE.csv",

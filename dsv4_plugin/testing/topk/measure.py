@@ -20,7 +20,7 @@ import torch
 from dsv4_plugin import topk
 from dsv4_plugin.testing.timing import time_calls
 from dsv4_plugin.testing.topk import floor
-from dsv4_plugin.testing.topk.cases import Case, Problem
+from dsv4_plugin.testing.topk.cases import PAGE_SIZE, Case, Problem
 from dsv4_plugin.testing.topk.check import Reference
 from dsv4_plugin.testing.topk.peers import OURS, Peers
 
@@ -106,11 +106,15 @@ class Bench:
         runs: dict[str, Run] = {OURS: functools.partial(self._ours, case)}
         if case.dtype == "narrow" or case.suite == "seed":
             return runs
-        peers = self.peers.prefill if case.suite == "prefill" else self.peers.decode
+        peers = {"prefill": self.peers.prefill, "paged": self.peers.paged}.get(
+            case.suite, self.peers.decode
+        )
 
         def run(call: Any, problem: Problem, out: torch.Tensor) -> None:
             if case.suite == "prefill":
                 call(problem.logits, problem.starts, problem.row_ends, case.k, out)
+            elif case.suite == "paged":
+                call(problem.logits, problem.lengths, problem.page_table, case.k, out)
             else:
                 call(problem.logits, problem.lengths, case.k, out)
 
@@ -119,6 +123,7 @@ class Bench:
     def _ours(self, case: Case, problem: Problem, out: torch.Tensor) -> None:
         topk(
             problem.logits, problem.lengths, case.k, row_starts=problem.row_starts, out=out,
+            page_table=problem.page_table, page_size=PAGE_SIZE,
             narrow=case.dtype == "narrow", backend="cuda" if self.device == "cuda" else "torch",
         )  # fmt: skip
 

@@ -17,7 +17,8 @@ OURS = "dsv4"
 SEED = Path(__file__).with_name("seed_vllm_40811.csv")
 VLLM_COOPERATIVE_ROWS = 64  # vLLM 0.33 takes cooperative_topk up to here, persistent_topk above
 
-# decode: (logits, lengths, k, out) → None; prefill: (logits, row_starts, row_ends, k, out) → None.
+# decode: (logits, lengths, k, out) → None; prefill: (logits, row_starts, row_ends, k, out) → None;
+# paged: (logits, lengths, page_table, k, out) → None, pages of 64, `out` in pool slots.
 # out is int32 [rows, k]; its indices count from the row's start, in any order.
 Call = Callable[..., Any]
 Row = dict[str, Any]
@@ -26,23 +27,30 @@ Row = dict[str, Any]
 class Peers:
     """The kernels of other engines by name; a string in place of a function says why it is none."""
 
-    def __init__(self, decode: dict[str, Call | str], prefill: dict[str, Call | str]) -> None:
+    def __init__(
+        self,
+        decode: dict[str, Call | str],
+        prefill: dict[str, Call | str],
+        paged: dict[str, Call | str] | None = None,
+    ) -> None:
         self.decode = {name: call for name, call in decode.items() if not isinstance(call, str)}
         self.prefill = {name: call for name, call in prefill.items() if not isinstance(call, str)}
-        self.missing = {
-            name: why for name, why in {**decode, **prefill}.items() if isinstance(why, str)
-        }
+        paged = paged or {}
+        self.paged = {name: call for name, call in paged.items() if not isinstance(call, str)}
+        every = {**decode, **prefill, **paged}
+        self.missing = {name: why for name, why in every.items() if isinstance(why, str)}
 
 
 def load(file: Path | None) -> Peers:
-    """Load ``file``: ``available()`` returns the decode kernels, ``available_prefill()`` others."""
+    """Load ``file``: ``available()`` returns the decode kernels, two more functions others."""
     if file is None:
         return Peers({}, {})
     module = _module(file)
     if not hasattr(module, "available"):
         raise UsageError(f"--peers must be a file with a function available(), got {file}")
     prefill = module.available_prefill() if hasattr(module, "available_prefill") else {}
-    return Peers(module.available(), prefill)
+    paged = module.available_paged() if hasattr(module, "available_paged") else {}
+    return Peers(module.available(), prefill, paged)
 
 
 def _module(file: Path) -> ModuleType:
