@@ -72,10 +72,10 @@ PREFILL_KS = (512, 2048)
 
 # ---- Where the kernel changes its path: the tests run lengths of -5 ... +5 around each ----------
 
-# Row lengths. A thread takes one more unit every 4,096 scores (512 threads); up to two or four units
-# stay in registers; a lane's share of the masks doubles at 32,768, 65,536 and 131,072; the table of
-# choices changes at 8K, 16K, 32K, 64K and 128K; 16 CTAs of 262,144 scores are the most that is served
-# without the wide kernel.
+# Row lengths. A thread takes one more unit every 4,096 scores (512 threads); two or four units stay
+# in registers; a lane's share of the masks doubles at 32,768, 65,536 and 131,072; the table of
+# choices changes at 8K, 16K, 32K, 64K and 128K; 16 CTAs of 262,144 scores are the most that is
+# served without the wide kernel.
 EDGES = (
     4096,  # one step
     8192,
@@ -94,13 +94,13 @@ EDGES = (
     4_194_304,  # longer rows go to the wide kernel
 )
 
-# Rows of a call: they decide how many CTAs a row gets. 4; an eighth, a quarter, three eighths and three
-# quarters of 132 multiprocessors; all of them, and twice that; and one more of each.
+# Rows of a call: they decide how many CTAs a row gets. 4; an eighth, a quarter, three eighths and
+# three quarters of 132 multiprocessors; all of them, and twice that; and one more of each.
 ROW_EDGES = (1, 2, 4, 5, 8, 16, 17, 31, 33, 34, 49, 50, 63, 64, 99, 100, 131, 132, 133, 264, 265)
 
 # Elements that tie for the last slots of a row: the caps at which kernels have dropped candidates
-# (vllm#51782, sglang#36807), k, and this kernel's own limits: 256 scores that are ranked against each
-# other, lists of more than 128 units a warp.
+# (vllm#51782, sglang#36807), k, and this kernel's own limits: 256 scores that are ranked against
+# each other, lists of more than 128 units a warp.
 CAPACITIES = (128, 256, 512, 1024, 2048, 3708, 4096, 8192, 16_384, 32_768)
 
 # k that are neither tuned nor a multiple of anything.
