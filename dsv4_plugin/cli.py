@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,3 +41,7 @@ def _bench() -> tuple[Any, str]:
     except ImportError as error:
         return None, str(error)
     return bench, ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
