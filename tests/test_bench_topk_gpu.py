@@ -47,7 +47,7 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     document = json.loads(file.read_text())
     assert document["complete"] and document["machine"]["gpu"] in said
     rows = document["results"]
-    assert {row["suite"] for row in rows} == {"decode", "narrow", "adversarial", "prefill"}
+    assert {r["suite"] for r in rows} == {"decode", "narrow", "adversarial", "prefill", "paged"}
     wrong = [row for row in rows if not (row["exact"] and row["lowest_index"])]
     assert wrong == []
     for row in rows:

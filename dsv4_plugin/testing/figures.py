@@ -36,7 +36,7 @@ def _mean(ratios: list[float]) -> float:
 
 def readme() -> str:
     """Return the Markdown between the ``figures`` markers of the README."""
-    topk, read = _load("h200_topk.json"), _load("h200_read.json")
+    topk, read = _load("h100_topk.json"), _load("h200_read.json")
     warm = {
         (r["dtype"], r["k"], r["rows"], r["columns"], r["implementation"]): r["warm_us"]
         for r in _decode(topk)
@@ -44,7 +44,7 @@ def readme() -> str:
     upstream = topk.get("vllm_choice", "vllm33")
     about = topk["machine"]
     lines = [
-        f"On one {about['gpu']} (CUDA graphs, warm, µs; `benchmarks/results/h200_topk.json`), "
+        f"On one {about['gpu']} (CUDA graphs, warm, µs; `benchmarks/results/h100_topk.json`), "
         "k = 512: ours on bfloat16 scores / what vLLM 0.33 runs on float32 scores:",
         "",
         "| rows | " + " | ".join(f"{c // 1024}K" for c in _COLUMNS) + " |",

@@ -160,7 +160,7 @@ inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, Topk
   } else if (p.page_table != nullptr) {
     bytes += p.k * sizeof(int32_t);
   }
-  const size_t wide = sizeof(TopkWideSmem<Config::kThreads>);
+  const size_t wide = sizeof(TopkSmem<Config>) + TopkWideSmem<Config::kThreads>::bytes(p.sort);
   return bytes > wide ? bytes : wide;
 }
 

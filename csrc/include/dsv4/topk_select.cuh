@@ -67,7 +67,8 @@ struct TopkSmem {
   uint32_t equals[kMaxCluster];
   alignas(16) uint32_t warp_chosen[kWarpSize];
   // Then 16-bit words: masks[kThreads * mask_steps], lists[kThreads * list_steps],
-  // received[rounds][C][kBins]; then entries or staged indices.
+  // received[rounds][C][kBins]; then entries or staged indices. Or, over all of these,
+  // TopkWideSmem.
 };
 
 template <class Config>
@@ -763,7 +764,10 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
       if (!done && cluster.rank == 0) {
         // What is left: rows with fewer numbers than a bound needs, and a threshold of -inf.
         __syncthreads();
-        wide_select<Policy, Config::kThreads>(p, row, units, memory);
+        // Not over TopkSmem: the memory of a live mbarrier must not hold anything else. Where it
+        // did, one row of some thousands came out with the state of the four barriers in place of
+        // its first four entries.
+        wide_select<Policy, Config::kThreads>(p, row, units, memory + sizeof(Smem));
       }
     }
   }

@@ -3,6 +3,9 @@
 // this serves rows that no cluster can hold, and rows with fewer than k groups of numbers.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 #include "dsv4/row_units.cuh"
 #include "dsv4/topk_sort.cuh"
 #include "dsv4/warp_pick.cuh"
@@ -17,7 +20,11 @@ struct TopkWideSmem {
   alignas(16) uint32_t hist[4][kBins];  // one per digit, so none has to be cleared in between
   uint32_t above[kWarps];
   uint32_t equal[kWarps];
-  uint64_t entries[kTopkMax];
+  uint64_t entries[kTopkMax];  // last: without sort there need be no room for them
+
+  static constexpr size_t bytes(bool sort) {
+    return sort ? sizeof(TopkWideSmem) : offsetof(TopkWideSmem, entries);
+  }
 };
 
 // The row is longer than k. `memory` has room for TopkWideSmem and is the block's own.
