@@ -3,12 +3,12 @@
 
 #include <cuda_runtime.h>
 #include <tvm/ffi/error.h>
-#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
 
 #include "check.h"
 #include "dsv4/topk_launch.cuh"
+#include "launch.h"
 
 namespace dsv4 {
 namespace {
@@ -151,31 +151,6 @@ void set_page_table(TopkParams& p, const Optional<TensorView>& page_table, int64
   }
 }
 
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_));
-    if (previous_ != device) check(cudaSetDevice(device));
-    changed_ = previous_ != device;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  static void check(cudaError_t error) {
-    if (error != cudaSuccess) {
-      TVM_FFI_THROW(RuntimeError) << "dsv4_topk: " << cudaGetErrorName(error) << ": "
-                                  << cudaGetErrorString(error);
-    }
-  }
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
 void topk(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
           Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
           int64_t next_n, int64_t page_size, bool sort, bool narrow) {
@@ -199,10 +174,8 @@ void topk(TensorView logits, TensorView lengths, TensorView out, Optional<Tensor
   set_page_table(p, page_table, next_n, page_size, device);
   if (p.rows == 0) return;
 
-  const DeviceGuard guard(device.device_id);
-  const auto stream =
-      static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
-  DeviceGuard::check(launch_topk(p, type, device.device_id, stream));
+  const Launch launch("dsv4_topk", device);
+  launch.check(launch_topk(p, type, device.device_id, launch.stream()));
 }
 
 }  // namespace
