@@ -143,3 +143,20 @@ def test_rows_that_share_memory(stride):
     ranking = Ranking(logits, lengths)
     for k in KS:
         ranking.check(run(logits, lengths, k), k, context=f"stride {stride}")
+
+
+@pytest.mark.parametrize("sort", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_short_rows_of_nan_beside_long_ones(dtype, sort):
+    """A threshold among NaN, where a cluster's first CTA selects by the whole row.
+
+    Its shared memory once lay over the cluster's barriers, and one row in thousands came out with
+    their state in place of its first entries.
+    """
+    rows, columns, k = 76, 65_568, 2047
+    lengths = ints(columns if row % 2 else k + 1 for row in range(rows))
+    logits = draw("special", rows, columns, dtype)
+    ranking = Ranking(seen(logits, dtype), lengths)
+    for turn in range(40):
+        got = run(logits, lengths, k, dtype=dtype, sort=sort)
+        ranking.check(got, k, sort=sort, context=f"turn {turn}")
