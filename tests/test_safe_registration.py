@@ -7,13 +7,11 @@ what is being tested.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from own_process import run_alone
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,24 +66,7 @@ HOST = {
 
 
 def run(code: str, tmp_path: Path, host: dict[str, str] | None = None, **env: str) -> str:
-    """Run ``code`` in a new process; returns what it printed, and fails if it did not end well."""
-    for name, text in (host or {}).items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(textwrap.dedent(text))
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("DSV4_")}
-    environ["PYTHONPATH"] = os.pathsep.join((str(tmp_path), str(ROOT)))
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
-        env={**environ, **env},
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return run_alone(PRELUDE + textwrap.dedent(code), tmp_path, host, **env)
 
 
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"

@@ -14,6 +14,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from own_process import run_alone
 
 from dsv4_plugin.integrations import source
 
@@ -57,28 +58,11 @@ ODD_TOKENSPEED = {
 }
 
 
+PRELUDE = "import logging, sys\nlogging.basicConfig(level=logging.DEBUG, stream=sys.stdout)\n"
+
+
 def run(code: str, tmp_path: Path, files: dict[str, str] | None = None, **env: str) -> str:
-    """Run ``code`` in a new process; returns what it printed, and fails if it did not end well."""
-    for name, text in (files or {}).items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    prelude = "import logging, sys\nlogging.basicConfig(level=logging.DEBUG, stream=sys.stdout)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", prelude + textwrap.dedent(code)],
-        env={
-            **{k: v for k, v in os.environ.items() if not k.startswith("DSV4_")},
-            "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))),
-            **env,
-        },
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return run_alone(PRELUDE + textwrap.dedent(code), tmp_path, files, **env)
 
 
 AGAIN = "register(); register(); unregister(); register(); unregister(); print('alive')"

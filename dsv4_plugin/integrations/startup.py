@@ -1,13 +1,14 @@
-"""What every ``register()`` asks first: may anything be patched in this process?"""
+"""What every ``register()`` asks first, and how every ``unregister()`` ends."""
 
 from __future__ import annotations
 
 import logging
+import sys
 
 from dsv4_plugin import envs, log
 from dsv4_plugin.errors import SettingError
 
-__all__ = ["asked", "may_patch"]
+__all__ = ["asked", "may_patch", "uninstall"]
 
 
 def may_patch(engine: str) -> bool:
@@ -34,3 +35,11 @@ def asked() -> bool:
         return envs.settings().enabled
     except SettingError:
         return True
+
+
+def uninstall(package: str, *names: str) -> None:
+    """Call ``uninstall()`` of those modules of an adapter that this process has loaded."""
+    for name in names:
+        module = sys.modules.get(f"{package}.{name}")
+        if module is not None:
+            module.uninstall()

@@ -1,20 +1,22 @@
 // Scores as ordered keys, eight to a unit.
 //
 // order(x) is an unsigned integer, 0 best: order(a) < order(b) exactly when a comes before b in a
-// top-k of numbers. -0.0 and +0.0 are one number, though their orders are neighbours; `distances`
-// closes that gap. NaN is no number: it never reaches a bound and never passes a comparison.
+// top-k of numbers. -0.0 and +0.0 are one number, though their orders are neighbours: where orders
+// are counted, -0.0 has become +0.0. NaN is no number: it never reaches a bound and never passes a
+// comparison.
 //
 // A policy says how a dtype in memory becomes units of eight scores:
 //   Scalar            the score in memory          Unit    eight scores in registers
 //   kBits             bits of an order
 //   load, pad, set    a whole unit (16-byte aligned); a unit of NaN; one score of a partial unit
 //   pair              maxima of the two halves (or parities) of a unit: a packed pair of heads
-//   unit_maxima       the maxima of two units as one packed pair of heads
 //   add_digit         counts one digit of the scores' orders
 //   add_above         counts how far the scores lie above a bound
 //   each_order        a walk over the eight orders, NaN as -inf and -0.0 as +0.0
 //   classify          one bit a score: above the threshold; equal to it
 //   order_of, raw_of  order of one score, and back
+//   bits, element     raw bits of a score in memory, of one in a unit
+//   sort_order        an order that equal numbers share, NaN last
 //
 // Histograms have kBins bins, and one more for what is not to be counted: an unconditional
 // atomicAdd is four times cheaper than one behind a branch.
@@ -81,6 +83,10 @@ struct Heads {
     const Pair m = __hmax2(as(a), as(b));
     return reinterpret_cast<const uint32_t&>(m);
   }
+  // The maxima of two units, by each one's pair, as one packed pair.
+  static __device__ __forceinline__ uint32_t unit_maxima(uint32_t pair0, uint32_t pair1) {
+    return better(__byte_perm(pair0, pair1, 0x5410), __byte_perm(pair0, pair1, 0x7632));
+  }
   // 0xffff in a half where a >= b (a > b). Never for NaN.
   static __device__ __forceinline__ uint32_t reaches(uint32_t a, uint32_t b) {
     return __hge2_mask(as(a), as(b));
@@ -112,10 +118,6 @@ struct Keys16 {
   static __device__ __forceinline__ uint32_t pair(const Unit& u) {
     return H::better(H::better(u.v.x, u.v.y), H::better(u.v.z, u.v.w));
   }
-  static __device__ __forceinline__ uint32_t unit_maxima(uint32_t pair0, uint32_t pair1) {
-    return H::better(__byte_perm(pair0, pair1, 0x5410), __byte_perm(pair0, pair1, 0x7632));
-  }
-
   static __device__ __forceinline__ uint32_t order_of(uint32_t raw) {
     return raw ^ ((raw & 0x8000u) ? 0u : 0x7fffu);
   }
@@ -264,10 +266,6 @@ struct Float32Keys {
   static __device__ __forceinline__ uint32_t pair(const Unit& u) {
     return heads(best_of_four(u.low), best_of_four(u.high));
   }
-  static __device__ __forceinline__ uint32_t unit_maxima(uint32_t pair0, uint32_t pair1) {
-    return H::better(__byte_perm(pair0, pair1, 0x5410), __byte_perm(pair0, pair1, 0x7632));
-  }
-
   static __device__ __forceinline__ uint32_t order_of(uint32_t raw) {
     return raw ^ ((raw & 0x80000000u) ? 0u : 0x7fffffffu);
   }

@@ -312,7 +312,7 @@ struct TopkWorker {
           const uint32_t pair0 = Policy::pair(u[i]);
           const uint32_t pair1 = Policy::pair(u[i + 1]);
           if (whole) {
-            smem.groups.add_pair(Policy::unit_maxima(pair0, pair1));
+            smem.groups.add_pair(H::unit_maxima(pair0, pair1));
           } else {
             smem.groups.add_pair(pair0);
             smem.groups.add_pair(pair1);
@@ -452,8 +452,8 @@ struct TopkWorker {
           uint32_t pairs[4];
 #pragma unroll
           for (int j = 0; j < 4; ++j) pairs[j] = Policy::pair(u[i + j]);
-          const uint32_t heads01 = Policy::unit_maxima(pairs[0], pairs[1]);
-          const uint32_t heads23 = Policy::unit_maxima(pairs[2], pairs[3]);
+          const uint32_t heads01 = H::unit_maxima(pairs[0], pairs[1]);
+          const uint32_t heads23 = H::unit_maxima(pairs[2], pairs[3]);
           heads[(step + i) / 2] = heads01;
           heads[(step + i) / 2 + 1] = heads23;
           add_groups(pairs, heads01, heads23, level);

@@ -48,13 +48,7 @@ def register() -> None:
 
 def unregister() -> None:
     """Take every hook back; what somebody else has hooked since stays theirs, with a log line."""
-    import sys
-
-    prefix = __name__ + "."
-    for name in ("seams", "registry"):
-        module = sys.modules.get(prefix + name)
-        if module is not None:
-            module.uninstall()
+    startup.uninstall(__name__, "seams", "registry")
 
 
 def probe() -> dict[str, dict[str, Any]]:

@@ -44,15 +44,10 @@ def register() -> None:
 
 def unregister() -> None:
     """Take the kernels out of the registry and put the readers back."""
-    import sys
-
     from dsv4_plugin.integrations.tokenspeed import sites
 
     import_hooks.forget(sites.OPS)
-    for name in ("readers", "registration"):
-        module = sys.modules.get(f"{__name__}.{name}")
-        if module is not None:
-            module.uninstall()
+    startup.uninstall(__name__, "readers", "registration")
 
 
 def probe() -> dict[str, dict[str, Any]]:

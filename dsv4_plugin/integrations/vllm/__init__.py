@@ -39,14 +39,8 @@ def register() -> None:
 
 def unregister() -> None:
     """Take every patch back; what somebody else has patched since stays theirs, with a log line."""
-    import sys
-
     import_hooks.forget(ARG_UTILS, INDEXER)
-    prefix = __name__ + "."
-    for name in ("seams", "flag"):
-        module = sys.modules.get(prefix + name)
-        if module is not None:
-            module.uninstall()
+    startup.uninstall(__name__, "seams", "flag")
 
 
 def probe() -> dict[str, dict[str, Any]]:
