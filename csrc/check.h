@@ -2,6 +2,7 @@
 // allowed.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include <tvm/ffi/container/tensor.h>
@@ -36,6 +37,10 @@ inline std::string shape_name(const TensorView& t) {
   return name + "]";
 }
 
+inline const void* data(const TensorView& t) {
+  return static_cast<char*>(t.data_ptr()) + t.byte_offset();
+}
+
 inline bool is_dtype(const TensorView& t, int code, int bits) {
   const DLDataType d = t.dtype();
   return d.code == code && d.bits == bits && d.lanes == 1;
@@ -48,8 +53,16 @@ inline bool is_index(const TensorView& t) {
 inline void check_device(const char* name, const TensorView& t, DLDevice want) {
   const DLDevice d = t.device();
   if (d.device_type != want.device_type || d.device_id != want.device_id) {
-    TVM_FFI_THROW(ValueError) << name << " is on " << device_name(d) << "; logits is on "
-                              << device_name(want) << ", where all arguments must be";
+    TVM_FFI_THROW(ValueError) << name << " is on " << device_name(d)
+                              << "; every argument of this call must be on "
+                              << device_name(want);
+  }
+}
+
+inline void check_aligned(const char* name, const void* data, int64_t stride_bytes) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride_bytes % 16 != 0) {
+    TVM_FFI_THROW(ValueError) << name << " must start at, and have a row stride of, a multiple of "
+                              << "16 bytes; the stride is " << stride_bytes;
   }
 }
 

@@ -18,13 +18,6 @@ uint8_t* bytes_of(const TensorView& t) {
   return static_cast<uint8_t*>(t.data_ptr()) + t.byte_offset();
 }
 
-void check_aligned(const char* name, const void* data, int64_t stride_bytes) {
-  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride_bytes % 16 != 0) {
-    TVM_FFI_THROW(ValueError) << name << " must start at, and have a row stride of, a multiple of "
-                              << "16 bytes; the stride is " << stride_bytes;
-  }
-}
-
 void set_cache(CacheParams& p, const TensorView& pages, int64_t block_size) {
   if (!is_dtype(pages, kDLUInt, 8)) {
     TVM_FFI_THROW(TypeError) << "pages is " << dtype_name(pages.dtype()) << "; it must be uint8";

@@ -9,13 +9,12 @@
 #include "check.h"
 #include "dsv4/topk_launch.cuh"
 #include "launch.h"
+#include "row_lengths.h"
 
 namespace dsv4 {
 namespace {
 
 using tvm::ffi::Optional;
-
-const void* data(const TensorView& t) { return static_cast<char*>(t.data_ptr()) + t.byte_offset(); }
 
 ScoreType score_type(const TensorView& logits, bool narrow) {
   if (narrow && !is_dtype(logits, kDLFloat, 32)) {
@@ -58,45 +57,6 @@ void set_logits(TopkParams& p, const TensorView& logits) {
   p.logits_stride = logits.stride(0);
   p.rows = static_cast<int32_t>(logits.size(0));
   p.columns = static_cast<int32_t>(logits.size(1));
-}
-
-void check_index_tensor(const char* name, const TensorView& t, DLDevice device) {
-  if (!is_index(t)) {
-    TVM_FFI_THROW(TypeError) << name << " is " << dtype_name(t.dtype())
-                             << "; it must be int32 or int64";
-  }
-  check_device(name, t, device);
-  if (t.ndim() != 1 && t.ndim() != 2) {
-    TVM_FFI_THROW(ValueError) << name << " has shape " << shape_name(t)
-                              << "; it must be 1-D or 2-D";
-  }
-}
-
-void set_lengths(TopkParams& p, const TensorView& lengths, int64_t next_n, DLDevice device) {
-  check_index_tensor("lengths", lengths, device);
-  if (next_n < 1 || next_n > INT32_MAX) {
-    TVM_FFI_THROW(ValueError) << "next_n is " << next_n << "; it must be at least 1";
-  }
-  const int64_t count = lengths.numel();
-  p.lengths = {data(lengths), is_dtype(lengths, kDLInt, 64)};
-  p.length_stride0 = lengths.stride(0);
-  p.length_stride1 = lengths.ndim() == 2 ? lengths.stride(1) : 0;
-  p.length_shared = false;
-  if (count == p.rows) {
-    // One length a row; a 2-D tensor is walked row by row.
-    p.length_group = lengths.ndim() == 2 ? static_cast<int32_t>(lengths.size(1)) : 1;
-  } else if (count * next_n == p.rows && (lengths.ndim() == 1 || lengths.size(1) == 1)) {
-    p.length_group = static_cast<int32_t>(next_n);
-    p.length_stride1 = 0;
-    p.length_shared = true;
-  } else {
-    TVM_FFI_THROW(ValueError)
-        << "lengths has shape " << shape_name(lengths) << " with " << p.rows << " rows and next_n "
-        << next_n
-        << "; it must hold one length a row ([rows] or [batch, next_n]) or one "
-           "for each next_n rows ([batch] or [batch, 1])";
-  }
-  if (p.length_group < 1) p.length_group = 1;  // No rows at all: nothing is launched.
 }
 
 void set_row_starts(TopkParams& p, const Optional<TensorView>& row_starts, DLDevice device) {
@@ -163,7 +123,7 @@ void topk(TensorView logits, TensorView lengths, TensorView out, Optional<Tensor
   }
   p.k = static_cast<int32_t>(k);
   p.sort = sort;
-  set_lengths(p, lengths, next_n, device);
+  p.lengths = row_lengths(lengths, p.rows, next_n, device);
   set_row_starts(p, row_starts, device);
   p.out = output_rows("out", out, p, device);
   p.out_stride = out.stride(0);

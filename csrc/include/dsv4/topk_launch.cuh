@@ -6,6 +6,7 @@
 
 #include <cuda_runtime.h>
 
+#include "dsv4/host_launch.cuh"
 #include "dsv4/topk_select.cuh"
 #include "dsv4/topk_wide.cuh"
 
@@ -110,28 +111,6 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
 }
 
 // ---- Launch -------------------------------------------------------------------------------------
-// A launch that may start while the previous kernel of the stream drains (griddepcontrol.wait).
-template <class... Params>
-inline cudaError_t launch_overlapped(void (*kernel)(Params...), int64_t grid, int threads,
-                                     int cluster, size_t smem, cudaStream_t stream,
-                                     const Params&... params) {
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = smem;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, params...);
-}
-
-constexpr int kMaxDevices = 64;
-
 // Shared memory of one call, in bytes; fills in the plan's offsets.
 template <class Config>
 inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, TopkPlan* plan) {
@@ -189,8 +168,9 @@ inline cudaError_t launch_kernel(const TopkParams& p, ScoreType type, const Topk
   TopkPlan plan{};
   plan.solo_units = choice.solo_units;
   const size_t smem = shared_bytes<Config>(p, choice.cluster, most_units(p, type), &plan);
-  return launch_overlapped(topk_kernel<Config>, int64_t{p.rows} * choice.cluster, Config::kThreads,
-                           choice.cluster, smem, stream, p, plan);
+  return launch_overlapped(topk_kernel<Config>,
+                           dim3(static_cast<unsigned>(int64_t{p.rows} * choice.cluster)),
+                           Config::kThreads, choice.cluster, smem, stream, p, plan);
 }
 
 template <class Policy, int kThreads, int kSteps, int kMinBlocks>
@@ -215,7 +195,7 @@ inline cudaError_t launch_shape(const TopkParams& p, ScoreType type, const TopkC
     case TopkShape::k256x16:
       return launch_config<Policy, 256, 16, 4>(p, type, choice, device, limits, stream);
     case TopkShape::kWide:
-      return launch_overlapped(topk_wide_kernel<Policy, 1024>, p.rows, 1024, 1, 0, stream, p);
+      return launch_overlapped(topk_wide_kernel<Policy, 1024>, dim3(p.rows), 1024, 1, 0, stream, p);
   }
   return cudaErrorInvalidValue;
 }
@@ -236,18 +216,13 @@ inline cudaError_t launch_choice(const TopkParams& p, ScoreType type, const Topk
 }
 
 inline cudaError_t device_limits(int device, DeviceLimits* limits) {
-  static std::atomic<int> known_sms[kMaxDevices];
   static std::atomic<int> known_cluster[kMaxDevices];
   static std::atomic<int> known_shared[kMaxDevices];
-  if (device < 0 || device >= kMaxDevices) return cudaErrorInvalidDevice;
-  limits->sms = known_sms[device].load(std::memory_order_relaxed);
+  cudaError_t error = multiprocessors(device, &limits->sms);
+  if (error != cudaSuccess) return error;
   limits->largest_cluster = known_cluster[device].load(std::memory_order_relaxed);
   limits->shared_bytes = known_shared[device].load(std::memory_order_relaxed);
-  if (limits->sms > 0 && limits->largest_cluster > 0 && limits->shared_bytes > 0) {
-    return cudaSuccess;
-  }
-  cudaError_t error = cudaDeviceGetAttribute(&limits->sms, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
+  if (limits->largest_cluster > 0 && limits->shared_bytes > 0) return cudaSuccess;
   error = cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                  device);
   if (error != cudaSuccess) return error;
@@ -278,7 +253,6 @@ inline cudaError_t device_limits(int device, DeviceLimits* limits) {
   }
   known_cluster[device].store(limits->largest_cluster, std::memory_order_relaxed);
   known_shared[device].store(limits->shared_bytes, std::memory_order_relaxed);
-  known_sms[device].store(limits->sms, std::memory_order_relaxed);
   return cudaSuccess;
 }
 

@@ -5,20 +5,11 @@
 #include <cstdint>
 
 #include "dsv4/common.cuh"
+#include "dsv4/row_lengths.cuh"
 
 namespace dsv4 {
 
 constexpr int kTopkMax = 2048;
-
-// Integers of either width behind one pointer; strides in elements.
-struct IntTensor {
-  const void* data;
-  bool is_int64;
-
-  __device__ __forceinline__ int64_t operator[](int64_t i) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
 
 struct TopkParams {
   const void* logits;  // [rows, columns], stride(1) == 1
@@ -27,13 +18,7 @@ struct TopkParams {
   int32_t columns;
   int32_t k;
 
-  // length(row) = lengths[row / length_group, row % length_group], or, where the engine keeps one
-  // length for its length_group rows, lengths[row / length_group] - length_group + 1 + remainder.
-  IntTensor lengths;
-  int64_t length_stride0;
-  int64_t length_stride1;
-  int32_t length_group;
-  bool length_shared;
+  RowLengths lengths;
 
   IntTensor row_starts;  // [rows] or null
   int64_t row_start_stride;
@@ -61,21 +46,14 @@ struct RowWindow {
 
 // Where a row's length and start are found. Built before griddepcontrol.wait, read after it.
 struct WindowSource {
-  int64_t length_at;
+  RowLengths::Place length_at;
   int64_t start_at;
-  int32_t adjust;
 
-  __device__ __forceinline__ WindowSource(const TopkParams& p, int32_t row) {
-    // A division is some 25 instructions; rows that stand for themselves do without.
-    const int32_t group = p.length_group == 1 ? row : row / p.length_group;
-    const int32_t member = row - group * p.length_group;
-    length_at = group * p.length_stride0 + member * p.length_stride1;
-    start_at = row * p.row_start_stride;
-    adjust = p.length_shared ? member + 1 - p.length_group : 0;
-  }
+  __device__ __forceinline__ WindowSource(const TopkParams& p, int32_t row)
+      : length_at(p.lengths.place(row)), start_at(row * p.row_start_stride) {}
 
   __device__ __forceinline__ RowWindow read(const TopkParams& p) const {
-    int64_t length = p.lengths[length_at] + adjust;
+    int64_t length = p.lengths.read(length_at);
     int64_t start = 0;
     if (p.row_starts.data != nullptr) {
       start = p.row_starts[start_at];

@@ -1,0 +1,54 @@
+// Host side of every launch: what the device has, and a launch that may begin while the kernel before
+// it in the stream still runs (programmatic dependent launch; the kernel waits itself, see pdl_wait).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+namespace dsv4 {
+
+constexpr int kMaxDevices = 64;
+
+inline cudaError_t multiprocessors(int device, int* count) {
+  static std::atomic<int> known[kMaxDevices];
+  if (device < 0 || device >= kMaxDevices) return cudaErrorInvalidDevice;
+  *count = known[device].load(std::memory_order_relaxed);
+  if (*count > 0) return cudaSuccess;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) known[device].store(*count, std::memory_order_relaxed);
+  return error;
+}
+
+// Lets a kernel use `bytes` of dynamic shared memory, always the same for a kernel. Once a device.
+template <auto kKernel>
+inline cudaError_t allow_shared_memory(int device, int bytes) {
+  static std::atomic<bool> done[kMaxDevices];
+  if (done[device].load(std::memory_order_relaxed)) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) done[device].store(true, std::memory_order_relaxed);
+  return error;
+}
+
+template <class... Params>
+inline cudaError_t launch_overlapped(void (*kernel)(Params...), dim3 grid, int threads, int cluster,
+                                     size_t smem, cudaStream_t stream, const Params&... params) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, params...);
+}
+
+}  // namespace dsv4

@@ -1,0 +1,84 @@
+// A warpgroup's ring of key blocks in shared memory: 64 keys and their scales a slot, copied
+// asynchronously, in the layout that the matrix unit reads.
+#pragma once
+
+#include <cstdint>
+
+#include "dsv4/common.cuh"
+#include "dsv4/logits_params.cuh"
+#include "dsv4/logits_score.cuh"
+#include "dsv4/wgmma_e4m3.cuh"
+
+namespace dsv4 {
+
+// Copies 16 bytes, past the L1.
+__device__ __forceinline__ void copy_chunk(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)),
+               "l"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_word(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Returns when all but the last n groups of this thread's copies have arrived.
+template <int kPending>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+template <int kSlots>
+struct KeyRing {
+  static constexpr int kBytes = kSlots * kBlockBytes;
+
+  uint8_t* keys;  // [kSlots][64][kKeyBytes], a multiple of kSwizzleBytes
+  float* scales;  // [kSlots][64]
+
+  // Begins the copy of the first `count` keys of a block to a slot; what is past them stays. The
+  // keys are at multiples of 16 bytes, the scales of kScaleAlign.
+  template <int kScaleAlign>
+  __device__ __forceinline__ void copy(int32_t slot, const uint8_t* from, const float* from_scales,
+                                       int32_t count = kBlockKeys) const {
+    const int thread = threadIdx.x % kGroupThreads;
+    uint8_t* to = keys + slot * kBlockScales;
+#pragma unroll
+    for (int turn = 0; turn < kBlockScales / 16 / kGroupThreads; ++turn) {
+      const int i = turn * kGroupThreads + thread;
+      if (i / 8 < count) copy_chunk(to + swizzled(i / 8, i % 8), from + i * 16);
+    }
+    float* to_scales = scales + slot * kBlockKeys;
+    if constexpr (kScaleAlign == 16) {
+      if (thread * 4 < count) copy_chunk(to_scales + thread * 4, from_scales + thread * 4);
+    } else {
+      if (thread < count) copy_word(to_scales + thread, from_scales + thread);
+    }
+  }
+
+  __device__ __forceinline__ float scale(int32_t slot) const {
+    return scales[slot * kBlockKeys + own_key()];
+  }
+
+  // Begins a slot's 64 keys against a query in shared memory.
+  template <int kHeads>
+  __device__ __forceinline__ void multiply(MmaSums<kHeads>& sums, int32_t slot,
+                                           const uint8_t* query) const {
+    const uint64_t a = mma_operand(shared_address(keys + slot * kBlockScales));
+    const uint64_t b = mma_operand(shared_address(query));
+    constexpr int kNext = kMmaDepth / 16;
+    mma_begin();
+    sums.set(a, b);
+#pragma unroll
+    for (int step = 1; step < kKeyBytes / kMmaDepth; ++step) {
+      sums.add(a + step * kNext, b + step * kNext);
+    }
+    mma_commit();
+  }
+};
+
+}  // namespace dsv4
