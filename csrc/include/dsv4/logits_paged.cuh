@@ -140,7 +140,8 @@ class RangeScorer {
                                          const Weights& weights) {
     pin(sums.v);
     const int32_t turn = unit / kRows, row = unit % kRows;
-    const float sum = sum_heads(sums, weights.row(row)) * shared_.ring.scale(turn % kPagedStages);
+    const float sum =
+        sum_heads<kHeads>(sums.v, weights.row(row)) * shared_.ring.scale(turn % kPagedStages);
     const float score = exists(pages_.recall(turn)) ? sum : -INFINITY;
     const int32_t column = (range_.first + turn * range_.step) * kBlockKeys + own_key();
     if (writes_score() && column < (row == 0 ? length_[0] : length_[kRows - 1])) {

@@ -2,8 +2,8 @@
 // column j of its output is key row_starts[r] + j.
 //
 // A CTA has a tile of sixteen rows' queries in shared memory and a run of blocks of 64 keys. Its four
-// warpgroups take the blocks in turn, so that a key is read once a tile; a warpgroup turns the sums
-// of one row into scores while the matrix unit works on the next.
+// warpgroups take the blocks in turn, so that a key is read once a tile; while one of them turns sums
+// into scores, the matrix unit works for the others.
 #pragma once
 
 #include <cstdint>
@@ -22,12 +22,13 @@ using TileRing = KeyRing<2>;
 
 template <int kHeads>
 struct TileShared {
-  static constexpr int kBytes = kTileRows * (kQueryBytes<kHeads> + kHeads * 4 + 2 * 4) +
+  static constexpr int kBytes = kTileRows * (kQueryBytes<kHeads> + kHeads * 4 + 2 * 8) +
                                 kTileGroups * TileRing::kBytes;
 
   uint8_t* queries;  // [kTileRows][kQueryBytes]
   TileRing ring;     // of this warpgroup
   float* weights;    // [kTileRows][kHeads]
+  int64_t* origins;  // [kTileRows], where key 0 would be in the output, from the tile's first row
   int32_t* starts;   // [kTileRows]
   int32_t* lengths;  // [kTileRows]
 
@@ -36,7 +37,8 @@ struct TileShared {
     float* scales = reinterpret_cast<float*>(keys + kTileGroups * 2 * kBlockScales);
     ring = {keys + group * 2 * kBlockScales, scales + group * 2 * kBlockKeys};
     weights = scales + kTileGroups * 2 * kBlockKeys;
-    starts = reinterpret_cast<int32_t*>(weights + kTileRows * kHeads);
+    origins = reinterpret_cast<int64_t*>(weights + kTileRows * kHeads);
+    starts = reinterpret_cast<int32_t*>(origins + kTileRows);
     lengths = starts + kTileRows;
   }
 
@@ -79,13 +81,17 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   pdl_wait();
   pdl_launch_dependents();
 
-  // The blocks that any row of the tile wants of this run; every warp finds out for itself.
+  // The blocks that any row of the tile wants of this run, and the keys that every row wants; every
+  // warp finds out for itself.
   KeyWindow window{p, row0 + (lane_id() < rows ? lane_id() : 0)};
   if (lane_id() >= rows) window.length = 0;
   const bool wants = window.length > 0;
+  const int32_t end = window.start + window.length;
   int32_t first = __reduce_min_sync(kFullWarp, wants ? window.start / kBlockKeys : INT32_MAX);
-  int32_t last = __reduce_max_sync(
-      kFullWarp, wants ? (window.start + window.length - 1) / kBlockKeys + 1 : 0);
+  int32_t last = __reduce_max_sync(kFullWarp, wants ? (end - 1) / kBlockKeys + 1 : 0);
+  const bool present = lane_id() < rows;
+  const int32_t all_from = __reduce_max_sync(kFullWarp, present ? window.start : 0);
+  const int32_t all_to = __reduce_min_sync(kFullWarp, present ? end : INT32_MAX);
   const int32_t run_first = blockIdx.y * run;
   first = first < run_first ? run_first : first;
   last = last > run_first + run ? run_first + run : last;
@@ -94,6 +100,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   if (threadIdx.x < kTileRows) {
     shared.starts[threadIdx.x] = window.start;
     shared.lengths[threadIdx.x] = window.length;
+    shared.origins[threadIdx.x] = int64_t{threadIdx.x} * p.output.stride - window.start;
   }
   for (int32_t j = 0; j < rows; ++j) {
     QueryCopy<kHeads, kTileThreads> copy;
@@ -121,55 +128,37 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     mma_shared_fence();
     group_sync(group);
   };
-  // A unit is a block against a row, and a block's rows follow one another: all sixteen, since rows
-  // that the call does not have have empty windows.
-  MmaSums<kHeads> even, odd;
-  const auto begin = [&](MmaSums<kHeads>& sums, int32_t unit) {
-    shared.ring.multiply(sums, unit / kTileRows % 2, shared.query(unit % kTileRows));
-  };
-  const auto finish = [&](MmaSums<kHeads>& sums, int32_t unit) {
-    pin(sums.v);
-    const int32_t j = unit % kTileRows;
-    const float sum = sum_heads(sums, SharedWeights<kHeads>(shared.weights + j * kHeads));
-    const int32_t column = (block + unit / kTileRows * kTileGroups) * kBlockKeys + own_key() -
-                           shared.starts[j];
-    if (writes_score() && column >= 0 && column < shared.lengths[j]) {
-      round_to(sum * shared.ring.scale(unit / kTileRows % 2), out + j * p.output.stride + column);
+  // Rows scored at a time: an instruction's 128 columns. Those of the tile that the call does not have
+  // are scored for nobody.
+  constexpr int kRows = 128 / kHeads;
+  int32_t slot = 0;
+  begin_copy(block, slot);
+  for (; block < last; block += kTileGroups) {
+    arrive();
+    if (block + kTileGroups < last) begin_copy(block + kTileGroups, slot ^ 1);
+    const int32_t key = block * kBlockKeys + own_key();
+    const float scale = shared.ring.scale(slot);
+    // Most blocks lie inside every row's window.
+    const bool inside = block * kBlockKeys >= all_from && (block + 1) * kBlockKeys <= all_to;
+    for (int32_t j = 0; j < rows; j += kRows) {
+      MmaSums<128> sums;
+      shared.ring.multiply(sums, slot, shared.query(j));
+      mma_wait<0>();
+      pin(sums.v);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int32_t row = j + r;
+        const float sum = sum_heads<kHeads>(
+            sums.v + r * (kHeads / 2), SharedWeights<kHeads>(shared.weights + row * kHeads));
+        bool writes = writes_score() && row < rows;
+        if (!inside) {
+          const int32_t column = key - shared.starts[row];
+          writes &= column >= 0 && column < shared.lengths[row];
+        }
+        if (writes) round_to(sum * scale, out + shared.origins[row] + key);
+      }
     }
-  };
-  const int32_t blocks = (last - block + kTileGroups - 1) / kTileGroups;
-  const int32_t units = blocks * kTileRows;
-  begin_copy(block, 0);
-  arrive();
-  if (blocks > 1) begin_copy(block + kTileGroups, 1);
-  begin(even, 0);
-  int32_t unit = 1;
-  for (; unit + 1 < units; unit += 2) {
-    begin(odd, unit);
-    mma_wait<1>();
-    finish(even, unit - 1);
-    if (unit % kTileRows == 1 && unit > kTileRows) {
-      // Every warp has waited for the block before, once all are here: its slot is free.
-      group_sync(group);
-      const int32_t next = unit / kTileRows + 1;
-      if (next < blocks) begin_copy(block + next * kTileGroups, next % 2);
-    }
-    if ((unit + 1) % kTileRows == 0) arrive();
-    begin(even, unit + 1);
-    mma_wait<1>();
-    finish(odd, unit);
-  }
-  // There is always a unit left, but nvcc 13.0 is not to know: it would fold this into the loop and
-  // then wait for each instruction (ptxas note C7514).
-  if (unit < units) {
-    begin(odd, unit);
-    mma_wait<1>();
-    finish(even, unit - 1);
-    mma_wait<0>();
-    finish(odd, unit);
-  } else {
-    mma_wait<0>();
-    finish(even, unit - 1);
+    slot ^= 1;
   }
 }
 

@@ -64,9 +64,9 @@ struct KeyRing {
     return scales[slot * kBlockKeys + own_key()];
   }
 
-  // Begins a slot's 64 keys against a query in shared memory.
-  template <int kHeads>
-  __device__ __forceinline__ void multiply(MmaSums<kHeads>& sums, int32_t slot,
+  // Begins a slot's 64 keys against the queries from `query` on, as many as the columns hold.
+  template <int kColumns>
+  __device__ __forceinline__ void multiply(MmaSums<kColumns>& sums, int32_t slot,
                                            const uint8_t* query) const {
     const uint64_t a = mma_operand(shared_address(keys + slot * kBlockScales));
     const uint64_t b = mma_operand(shared_address(query));

@@ -103,17 +103,18 @@ __device__ __forceinline__ float relu(float x) {
   return r;
 }
 
-// Sum over the heads for own_key(), without its scale. The order of the additions depends on nothing.
+// Sum over the heads for own_key(), without its scale, of one query's columns of MmaSums. The order of
+// the additions depends on nothing.
 template <int kHeads, class Weights>
-__device__ __forceinline__ float sum_heads(const MmaSums<kHeads>& sums, const Weights& weights) {
+__device__ __forceinline__ float sum_heads(const float* sums, const Weights& weights) {
   float low[2] = {0, 0}, high[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < kHeads / 8; ++i) {
     const float2 w = weights[i];
-    low[0] = fmaf(relu(sums.v[4 * i]), w.x, low[0]);
-    low[1] = fmaf(relu(sums.v[4 * i + 1]), w.y, low[1]);
-    high[0] = fmaf(relu(sums.v[4 * i + 2]), w.x, high[0]);
-    high[1] = fmaf(relu(sums.v[4 * i + 3]), w.y, high[1]);
+    low[0] = fmaf(relu(sums[4 * i]), w.x, low[0]);
+    low[1] = fmaf(relu(sums[4 * i + 1]), w.y, low[1]);
+    high[0] = fmaf(relu(sums[4 * i + 2]), w.x, high[0]);
+    high[1] = fmaf(relu(sums[4 * i + 3]), w.y, high[1]);
   }
   // Four lanes share two keys: each gives away the key it does not end up with.
   const bool odd = lane_id() & 1;
