@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 __all__ = ["main"]
+
+# Commands that need torch: name -> (module with add_arguments() and run(), what it does).
+COMMANDS = {
+    "bench": ("dsv4_plugin.testing.bench", "time the ops against the peers that can be loaded"),
+    "fuzz": ("dsv4_plugin.testing.fuzz.command", "random calls of the ops, checked and shrunk"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,29 +25,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="say what is here, what engages, and why not")
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
-    bench = commands.add_parser("bench", help="time the ops against the peers that can be loaded")
-    module, why = _bench()
-    if module is not None:
-        module.add_arguments(bench)
+    loaded = {}
+    for name, (_, about) in COMMANDS.items():
+        loaded[name] = module, _ = _load(name)
+        command = commands.add_parser(name, help=about)
+        if module is not None:
+            module.add_arguments(command)
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command == "bench" and module is None:
-        parser.error(f"bench cannot be loaded ({why})")
+    module, why = loaded.get(arguments.command, (None, ""))
+    if why:
+        parser.error(f"{arguments.command} cannot be loaded ({why})")
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if arguments.command == "bench":
+    if module is not None:
         return module.run(arguments)
     from dsv4_plugin.doctor import run
 
     return run(as_json=arguments.json)
 
 
-def _bench() -> tuple[Any, str]:
-    """Return the module of the benchmark, or why there is none: doctor must work without torch."""
+def _load(name: str) -> tuple[Any, str]:
+    """Return the module of a command, or why there is none: doctor must work without torch."""
     try:
-        from dsv4_plugin.testing import bench
+        return importlib.import_module(COMMANDS[name][0]), ""
     except ImportError as error:
         return None, str(error)
-    return bench, ""
 
 
 if __name__ == "__main__":

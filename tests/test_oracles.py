@@ -56,7 +56,7 @@ def test_the_check_of_a_selection_sees_every_mistake():
     check_selection(logits, n, 2, torch.tensor([[2, 1]], dtype=torch.int32))
     for wrong, words in (
         ([1, 3], "lowest index"), ([1, 0], "larger score"), ([1, 1], "twice"),
-        ([1, 4], "past the row"), ([1, -1], "number of indices"),
+        ([1, 4], "outside of the row"), ([1, -1], "number of indices"),
     ):  # fmt: skip
         with pytest.raises(AssertionError, match=words):
             check_selection(logits, n, 2, torch.tensor([wrong], dtype=torch.int32))

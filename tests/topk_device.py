@@ -6,9 +6,12 @@ the tests themselves are tried out.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from dsv4_plugin import topk
+from dsv4_plugin.testing import canary
 from dsv4_plugin.testing.inputs import scores
 from dsv4_plugin.testing.topk.cases import DTYPES
 
@@ -16,13 +19,27 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 BACKEND = "cuda" if ON_GPU else "torch"
 
-CANARY = 0x5A
-GUARD = 4096  # bytes before and after
+Guarded = functools.partial(canary.Guarded, device=DEVICE)
 
 
 def run(logits, lengths, k, *, dtype="", **more):
-    """Call the implementation under test; `dtype` "narrow" sets `narrow`."""
-    return topk(logits, lengths, k, narrow=dtype == "narrow", backend=BACKEND, **more)
+    """Call the implementation under test; `dtype` "narrow" sets `narrow`.
+
+    Without `out` every tensor of the call lies between canaries, which are looked at afterwards;
+    who brings an `out` (for a graph, a stream, guards of its own) gets the plain call.
+    """
+    more |= {"narrow": dtype == "narrow", "backend": BACKEND}
+    if more.get("out") is not None:
+        return topk(logits, lengths, k, **more)
+    canaries = canary.Canaries()
+    for name in ("row_starts", "page_table"):
+        if more.get(name) is not None:
+            more[name] = canaries.around(name, more[name])
+    out = canaries.output("out", len(logits), k, torch.int32, DEVICE)
+    logits, lengths = canaries.around("logits", logits), canaries.around("lengths", lengths)
+    topk(logits, lengths, k, out=out, **more)
+    canaries.check(f"{tuple(logits.shape)}, k {k}")
+    return out.clone()
 
 
 def seen(logits, dtype):
@@ -38,35 +55,7 @@ def ints(values, dtype=torch.int32):
     return torch.tensor(list(values), dtype=dtype, device=DEVICE)
 
 
-class Guarded:
-    """A matrix in the middle of a larger buffer; all bytes around it, and between rows, are known.
-
-    `offset` elements past a 256-byte boundary, rows `stride` elements apart.
-    """
-
-    def __init__(self, rows, columns, dtype, *, stride=None, offset=0):
-        stride = columns if stride is None else stride
-        size = dtype.itemsize
-        need = ((rows - 1) * stride + columns + offset) * size if rows else 0
-        self.bytes = torch.full((2 * GUARD + need,), CANARY, dtype=torch.uint8, device=DEVICE)
-        flat = self.bytes.view(torch.uint8)[: (len(self.bytes) // size) * size].view(dtype)
-        begin = GUARD // size + offset
-        self.inside = flat.as_strided((rows, columns), (stride, 1), begin)
-
-    def assert_untouched(self, context=""):
-        """Assert that nothing was written but the matrix; overwrites the matrix."""
-        self.inside.view(_INTEGERS[self.inside.dtype.itemsize]).fill_(
-            _WORDS[self.inside.dtype.itemsize]
-        )
-        wrong = (self.bytes != CANARY).nonzero().reshape(-1)
-        assert len(wrong) == 0, (
-            f"{len(wrong)} bytes outside of the matrix were written, the first "
-            f"{int(wrong[0]) - GUARD} bytes from its begin ({context})"
-        )
-
-
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-_WORDS = {2: 0x5A5A, 4: 0x5A5A5A5A}
 
 
 def bits(x):
