@@ -120,11 +120,11 @@ class TopkCase(Case):
         longest = max((int(x) for x in listed), default=self.columns)
         if 0 < longest < self.columns:
             yield self.but(columns=longest)
+        for k in _smaller(self.k):
+            yield self.but(k=k)
         for columns in _smaller(self.columns):
             fit = "/".join(str(min(int(x), columns)) for x in listed) or self.lengths
             yield self.but(columns=columns, lengths=fit)
-        for k in _smaller(self.k):
-            yield self.but(k=k)
         if len(listed) == 1:
             for n in _smaller(max(int(listed[0]), 0)):
                 yield self.but(lengths=str(n))
@@ -135,8 +135,8 @@ class TopkCase(Case):
 
 
 def _smaller(value: int) -> list[int]:
-    """Return smaller positive numbers: a few small ones, parts of it, and one less."""
-    some = [1, 2, 3, 4, 8, value // 4, value // 2, value * 3 // 4, value * 7 // 8, value - 1]
+    """Return smaller positive numbers: a few small ones, parts of it, and a little less."""
+    some = [1, 2, 3, 4, 8, *(value - value // part for part in (2, 4, 8, 32, 128)), value - 1]
     return sorted({n for n in some if 0 < n < value})
 
 
