@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 __all__ = ["main"]
@@ -25,6 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="say what is here, what engages, and why not")
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    doctor.add_argument(
+        "--hosts", nargs="*", metavar="RELEASE",
+        help="the seams in releases that pip downloads: vllm==0.33.0, sglang (the newest), "
+        "tokenspeed@FOLDER; none: the newest of each engine",
+    )  # fmt: skip
+    doctor.add_argument(
+        "--folder",
+        type=Path,
+        help="with --hosts: keep there what was downloaded (default: nowhere)",
+    )
     loaded = {}
     for name, (_, about) in COMMANDS.items():
         loaded[name] = module, _ = _load(name)
@@ -39,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if module is not None:
         return module.run(arguments)
-    from dsv4_plugin.doctor import run
+    from dsv4_plugin.doctor import run, run_hosts
 
+    if arguments.hosts is not None:
+        return run_hosts(arguments.hosts, arguments.json, arguments.folder)
     return run(as_json=arguments.json)
 
 

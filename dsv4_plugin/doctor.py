@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from dsv4_plugin import envs
 from dsv4_plugin.errors import SettingError
 
-__all__ = ["collect", "render", "run"]
+__all__ = ["collect", "render", "run", "run_hosts"]
 
 PACKAGES = {
     "torch": "torch",
@@ -61,6 +61,24 @@ TOPK_K = 512  # the k of DeepSeek-V4
 WIDTH = 96
 
 Data = dict[str, Any]
+
+
+def run_hosts(specs: Sequence[str], as_json: bool = False, folder: Path | None = None) -> int:
+    """Print the seams of releases that are not installed; without ``specs`` the newest of each.
+
+    Returns:
+        0 if every seam was found, 1 if one moved or a release cannot be had, 2 for a wrong spec.
+    """
+    from dsv4_plugin.integrations import releases
+
+    try:
+        found = releases.matrix(specs or list(releases.ENGINES), folder)
+    except releases.SpecError as error:
+        print(f"dsv4-plugin doctor: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found, indent=2) if as_json else releases.render(found))
+    whole = all(not r["error"] and all(s["where"] for s in r["seams"].values()) for r in found)
+    return 0 if whole else 1
 
 
 def run(as_json: bool = False) -> int:

@@ -7,15 +7,19 @@ Importing an engine takes seconds and may touch a GPU; the command ``dsv4-plugin
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Missing", "Module", "Site", "find", "guarded", "shown"]
+__all__ = ["Missing", "Module", "Site", "find", "guarded", "packages_in", "shown"]
+
+_FOLDER: ContextVar[Path | None] = ContextVar("dsv4_packages_in", default=None)
 
 
 class Missing(Exception):
@@ -64,8 +68,23 @@ def find(name: str) -> Module:
     raise Missing(f"{name} is gone")
 
 
+@contextlib.contextmanager
+def packages_in(folder: Path) -> Iterator[None]:
+    """Look at the packages in this folder, not at those that are installed."""
+    token = _FOLDER.set(folder)
+    try:
+        yield
+    finally:
+        _FOLDER.reset(token)
+
+
 def _locations(package: str) -> list[str]:
     """Return the folders of a top-level package, imported or not."""
+    folder = _FOLDER.get()
+    if folder is not None:
+        if not (folder / package).is_dir():
+            raise Missing(f"{package} is not there")
+        return [str(folder / package)]
     path = getattr(sys.modules.get(package), "__path__", None)
     if path is not None:
         return list(path)
