@@ -10,6 +10,7 @@ PYTHON   ?= python3
 VENV     ?= .venv
 VLLM_ENV ?= .venvs/vllm-cpu
 HOSTS_ENV ?= .venvs/hosts-cpu
+AUDIT    ?= .venvs/audit
 TORCH    ?= torch==2.13.0
 ARGS     ?=
 JOBS     ?= 2
@@ -31,7 +32,7 @@ CSRC   := $(wildcard csrc/* csrc/include/dsv4/*)
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
 CPPTREE = $(shell git ls-files -co --exclude-standard 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.h')
 
-.PHONY: help env demo test test-gpu lint format wheel so clean vllm-env hosts-env
+.PHONY: help env demo test test-gpu lint format audit wheel so clean vllm-env hosts-env
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +74,12 @@ format: $(READY)  ## put everything into the one format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(CPPTREE)
+
+audit: $(READY)  ## known vulnerabilities of what the package depends on (pip-audit; needs PyPI)
+	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install -q pip-audit; }
+	$(PY) -c "from importlib.metadata import version as v; [print(n, v(n).split('+')[0], sep='==') \
+	  for n in ('torch', 'apache-tvm-ffi')]" > $(AUDIT)/requirements.txt
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip -r $(AUDIT)/requirements.txt
 
 wheel: $(READY)  ## build dist/*.tar.gz and dist/*.whl (with the CUDA kernels where nvcc is found)
 	$(PY) -m build

@@ -15,6 +15,7 @@ __all__ = ["main"]
 COMMANDS = {
     "bench": ("dsv4_plugin.testing.bench", "time the ops against the peers that can be loaded"),
     "fuzz": ("dsv4_plugin.testing.fuzz.command", "random calls of the ops, checked and shrunk"),
+    "soak": ("dsv4_plugin.testing.soak", "graphs of 43 layers of calls, replayed under load"),
 }
 
 
