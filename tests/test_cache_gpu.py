@@ -3,12 +3,40 @@
 import pytest
 import torch
 
-from dsv4_plugin import gather_indexer_cache, read_indexer_cache
+import dsv4_plugin
 from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.testing.canary import Canaries
 from dsv4_plugin.testing.inputs import fp8_cache, slot_list
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+def read_indexer_cache(cache, slots, **more):
+    """The op; without `out` every tensor of the call lies between canaries."""
+    if "out" in more:
+        return dsv4_plugin.read_indexer_cache(cache, slots, **more)
+    canaries = Canaries()
+    shape = len(slots), more.get("head_dim", 128)
+    out = canaries.output("out", *shape, more.pop("dtype", torch.float32), cache.device)
+    cache, slots = canaries.around("cache", cache), canaries.around("slots", slots)
+    dsv4_plugin.read_indexer_cache(cache, slots, out=out, **more)
+    canaries.check("of a read")
+    return out.clone()
+
+
+def gather_indexer_cache(cache, table, cu, **more):
+    """The op; without `out` every tensor of the call lies between canaries."""
+    if "out" in more:
+        return dsv4_plugin.gather_indexer_cache(cache, table, cu, **more)
+    canaries, total, dtype = Canaries(), int(cu[-1]), more.get("dtype")
+    values = canaries.output("values", total, 128, dtype or torch.uint8, cache.device)
+    scales = canaries.output("scales", total, 4, torch.uint8, cache.device)
+    out = values if dtype else (values, scales)
+    given = [canaries.around(*p) for p in (("cache", cache), ("table", table), ("cu", cu))]
+    dsv4_plugin.gather_indexer_cache(*given, out=out, **more)
+    canaries.check("of a gather")
+    return values.clone() if dtype else (values.clone(), scales.clone())
 
 
 def same(a, b):
