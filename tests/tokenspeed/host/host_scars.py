@@ -1,0 +1,17 @@
+"""Lines of docs/scars.md that TokenSpeed's facades can meet and no other file here has."""
+
+from __future__ import annotations
+
+import pytest
+from host_calls import decode
+
+
+@pytest.mark.parametrize("topk", ["bf16", "fp32"])
+def test_ties_go_to_the_lowest_index(engine, load, topk):
+    """Keys of zeros: every score is the same, so the first k positions are the answer."""
+    load(DSV4_TOPK=topk)
+    batch = engine.batch((1500, 600))
+    batch["plane"].zero_()
+    for _ in range(3):
+        got, _ = decode(engine, batch)
+        assert got.sort(1).values.tolist() == [[*range(512)]] * 2
