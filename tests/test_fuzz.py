@@ -31,7 +31,7 @@ def test_random_calls_pass():
     """Every op, every backend that runs on a CPU; how much is tried is the command's to say."""
     report = fuzz(seed=20, device="cpu", seconds=25)
     assert [(f.why, str(f.shrunk)) for f in report.failures] == []
-    assert sum(report.cases.values()) >= 40 and report.cases["topk"] >= 20
+    assert sum(report.cases.values()) >= 20 and report.cases["topk"] >= 10
     assert report.refused.total() == 0
 
 
