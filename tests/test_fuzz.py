@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dsv4_plugin import cli, gather_indexer_cache, read_indexer_cache, topk
+from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.testing.fuzz import cache
 from dsv4_plugin.testing.fuzz.case import CaseError, describe, parse
 from dsv4_plugin.testing.fuzz.engine import OPS, fuzz, run_case, shrink
@@ -243,6 +244,13 @@ def test_a_failure_is_shown_as_a_command(monkeypatch, capsys):
     assert cli.main(arguments) == 1 and "FAILS" in capsys.readouterr().out
     monkeypatch.undo()
     assert cli.main(arguments) == 0 and "passes" in capsys.readouterr().out
+
+
+def test_an_implementation_that_is_not_there_is_refused(capsys):
+    assert cli.main(["fuzz", "--device", "cpu", "--backend", "cuda"]) == 2
+    assert "no cuda form on cpu: topk, read" in capsys.readouterr().err
+    with pytest.raises(UnmetError, match="fuzzing topk on cpu"):
+        fuzz(seed=0, device="cpu", ops=["topk"], cases=1, backends=("cuda",))
 
 
 def test_the_fields_are_shown(capsys):

@@ -17,7 +17,7 @@ import torch
 
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.testing.fuzz.case import CaseError, describe, parse
-from dsv4_plugin.testing.fuzz.engine import OPS, Failure, Report, fuzz, run_case
+from dsv4_plugin.testing.fuzz.engine import OPS, Failure, Report, backends_here, fuzz, run_case
 from dsv4_plugin.testing.timing import machine
 
 __all__ = ["add_arguments", "run"]
@@ -66,10 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.case is not None:
         return _one(arguments.case, device)
+    wanted = set(arguments.backend or ("cuda", "triton", "torch"))
+    ops = [name for name in arguments.op or OPS if wanted & set(backends_here(name, device))]
+    if not ops or (arguments.op and ops != arguments.op):
+        lacking = [name for name in arguments.op or OPS if name not in ops]
+        return _usage(f"no {' or '.join(sorted(wanted))} form on {device}: {', '.join(lacking)}")
     with contextlib.ExitStack() as stack:
         trace = stack.enter_context(arguments.trace.open("w")) if arguments.trace else None
         report = fuzz(
-            seed=arguments.seed, device=device, ops=tuple(arguments.op or OPS),
+            seed=arguments.seed, device=device, ops=ops,
             seconds=arguments.minutes * 60, cases=arguments.cases,
             backends=tuple(arguments.backend) if arguments.backend else None,
             progress=_progress(),

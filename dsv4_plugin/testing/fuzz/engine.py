@@ -159,14 +159,20 @@ def fuzz(
     """Run random cases until the time, the number of cases or the patience is used up.
 
     Case number ``i`` depends on ``seed``, ``i`` and the device only. ``functions`` stand in for
-    the public functions of the ops.
+    the public functions of the ops. An op that none of ``backends`` serves is left out.
+
+    Raises:
+        UnmetError: no op is left.
     """
     report, began = Report(), time.monotonic()
-    names = [name for name in ops for _ in range(OPS[name].weight)]
     here = {
         name: tuple(b for b in backends_here(name, device) if backends is None or b in backends)
-        for name in set(names)
+        for name in dict.fromkeys(ops)
     }
+    names = [name for name, some in here.items() if some for _ in range(OPS[name].weight)]
+    if not names:
+        wanted = ", ".join(backends or ())
+        raise UnmetError(f"fuzzing {', '.join(here)} on {device}", [f"no {wanted} there"])
     number = 0
     while len(report.failures) < most_failures:
         report.seconds = time.monotonic() - began
@@ -176,7 +182,7 @@ def fuzz(
         number += 1
         op = r.choice(names)
         case = OPS[op].draw(r.randint(0, (1 << 31) - 1), device, here[op])
-        if backends is not None and case.backend == "auto" and here[op]:
+        if backends is not None and case.backend == "auto":
             case = case.but(backend=here[op][0])
         function = (functions or {}).get(op)
         before(case)
