@@ -22,6 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, why = _bench()
     if module is not None:
         module.add_arguments(bench)
+    recalled, _ = _recall()
+    if recalled is not None:
+        recalled.add_arguments(
+            commands.add_parser("recall", help="what narrower scores keep of the exact selection")
+        )
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "bench" and module is None:
         parser.error(f"bench cannot be loaded ({why})")
@@ -29,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "bench":
         return module.run(arguments)
+    if arguments.command == "recall" and recalled is not None:
+        return recalled.run(arguments)
     from dsv4_plugin.doctor import run
 
     return run(as_json=arguments.json)
@@ -41,6 +48,15 @@ def _bench() -> tuple[Any, str]:
     except ImportError as error:
         return None, str(error)
     return bench, ""
+
+
+def _recall() -> tuple[Any, str]:
+    """Return the module of ``recall``, or why there is none."""
+    try:
+        from dsv4_plugin.testing.recall import command
+    except ImportError as error:
+        return None, str(error)
+    return command, ""
 
 
 if __name__ == "__main__":
