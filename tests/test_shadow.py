@@ -36,6 +36,7 @@ def _fresh(monkeypatch):
 @pytest.fixture
 def on(monkeypatch):
     monkeypatch.setenv("DSV4_SHADOW", "1")
+    shadow.prepare(CPU)  # as an adapter does when it decides
 
 
 def ints(rows):
@@ -227,6 +228,7 @@ def test_no_counters_are_made_while_a_graph_is_captured(on, monkeypatch, caplog)
     shadow.prepare(CPU, "decode")
     kept = shadow._kept["decode", CPU]
     shadow.forget()
+    assert not shadow.on()
     assert shadow._kept["decode", CPU] is kept, "a graph may still write there"
 
 

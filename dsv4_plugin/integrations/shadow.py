@@ -151,15 +151,18 @@ class _Kept:
 
 _kept: dict[tuple[str, torch.device], _Kept] = {}
 _lock = threading.Lock()
+_wanted = False
 _off = False
 _captured = False  # a capture has run since the counters last began at zero
 _thread: threading.Thread | None = None
 
 
 def on() -> bool:
-    """Whether the shadow is asked for and has not failed."""
-    if _off:
-        return False
+    """Whether the shadow was asked for when the plugin decided, and has not failed."""
+    return _wanted and not _off
+
+
+def _asked() -> bool:
     try:
         return envs.settings().shadow
     except SettingError:  # somebody else's to raise
@@ -167,7 +170,12 @@ def on() -> bool:
 
 
 def prepare(device: torch.device, *seams: str) -> None:
-    """Allocate the counters of ``seams``; to be called outside of any CUDA graph's capture."""
+    """Look whether the shadow is asked for, and allocate the counters of ``seams``.
+
+    To be called when the plugin decides what it does, outside of a capture if that can be.
+    """
+    global _wanted
+    _wanted = _asked()
     if not on():
         return
     try:
@@ -209,8 +217,8 @@ def _capturing(device: torch.device) -> bool:
 
 def forget() -> None:
     """Begin anew; the memory stays, as a graph may still write to it."""
-    global _off, _captured
-    _off = _captured = False
+    global _wanted, _off, _captured
+    _wanted = _off = _captured = False
     for kept in _kept.values():
         kept.counters.zero_()
         kept.mirror.zero_()
@@ -228,8 +236,8 @@ def _end(error: Exception) -> None:
 
 
 def unavailable(seam: str, why: str) -> None:
-    """Say once that a seam cannot be watched."""
-    if on():
+    """Say once that a seam cannot be watched, if that was asked for."""
+    if _asked():
         log.once(logging.WARNING, f"dsv4 shadow: not available for {seam}: {why}")
 
 

@@ -17,7 +17,7 @@ import torch
 
 from dsv4_plugin import envs, log
 from dsv4_plugin.errors import UnmetError
-from dsv4_plugin.integrations import choice, plan, shadow
+from dsv4_plugin.integrations import choice, plan
 from dsv4_plugin.integrations.plan import KS, Topk
 from dsv4_plugin.integrations.serve import serve
 from dsv4_plugin.integrations.tokenspeed import guard, kernels, sites
@@ -38,7 +38,6 @@ _FEATURES = {
     "dsa_decode_topk": {"logical_offsets", "batch_invariant"},
     "dsa_prefill_topk": {"batch_invariant"},
 }
-_NO_SHADOW = "TokenSpeed's kernels compute the scores and select in one call"
 _registered: list[str] = []
 
 
@@ -186,7 +185,7 @@ def _kernel(mode: str) -> Callable[..., Any]:
             result.append(_next(mode, q, kwargs)(**kwargs))
 
         dtype = choice.DTYPES[chosen.dtype] if chosen is not None else torch.float32
-        serve(mode, chosen, dtype, run, upstream, lambda: shadow.unavailable(mode, _NO_SHADOW))
+        serve(mode, chosen, dtype, run, upstream)
         return result[0]
 
     kernel.__name__ = f"{SOLUTION}_{mode}"
@@ -250,5 +249,4 @@ def uninstall() -> None:
         _registered.clear()
     guard.forget()
     plan.decide(plan.INERT)
-    shadow.forget()
     state.reset()

@@ -27,8 +27,9 @@ def entries(problem):
 
 
 @batches
-@v2
-@pytest.mark.parametrize("raw", [False, True], ids=["slots", "slots and raw"])
+@pytest.mark.parametrize(
+    ("v2", "raw"), [(False, True), (True, False)], ids=["v1, slots and raw", "v2, slots"]
+)
 def test_the_output_stays_and_the_counters_are_right(engine, load, batch, v2, raw):
     """Slots are compared as they are; the columns, where SGLang asks for them, tell ties too."""
     load(DSV4_SHADOW="1", DSV4_TOPK="auto" if raw else "fp32")
@@ -50,6 +51,14 @@ def test_the_output_stays_and_the_counters_are_right(engine, load, batch, v2, ra
         assert got["agree"] == got["entries"] and got["worst"] == 1
 
 
+def test_raw_indices_in_the_other_form(engine, load):
+    load(DSV4_SHADOW="1")
+    problem = engine.problem((1536, 700, 3, 0), raw=True)
+    engine.step(problem, v2=True)
+    assert torch.equal(canonical(problem.raw), expected(engine, problem))
+    assert found()["agree"] + found()["tied"] == found()["entries"] == 2 * 512 + 3
+
+
 @v2
 def test_dsa(engine, load, v2):
     load(DSV4_SHADOW="1")
@@ -60,7 +69,6 @@ def test_dsa(engine, load, v2):
     want = torch.stack([oracle(row[:n], 512) for row, n in rows])
     assert torch.equal(canonical(got), canonical(problem.slots(want)))
     assert "topk.dsa.upstream" not in dsv4_plugin.status()["counters"]
-    assert names(engine), "SGLang's selection has to run"
     assert (found("dsa")["rows"], found("dsa")["entries"]) == (4, 3 * 512 + 3)
     assert found("dsa")["agree"] == found("dsa")["entries"]
 
