@@ -63,6 +63,12 @@ def test_rows_that_nobody_chose_from_are_left_out():
     assert got["worst"] == 500_000
 
 
+def test_the_other_set_may_be_int64():
+    counters = torch.zeros(len(Field), dtype=torch.int64)
+    shadow.compare(counters, ints([[3, 1]]), torch.tensor([[1, 3]]))
+    assert counters[Field.EQUAL] == 1
+
+
 def test_a_hole_and_a_repeated_index_are_losses():
     got = counted([[1, 2, 3, 4]] * 2, [[1, 2, -1, -1], [1, 1, 1, 4]])
     assert (got["entries"], got["agree"], got["worst"]) == (8, 4, 500_000)

@@ -106,7 +106,7 @@ def compare(
     for low in range(0, rows if k else 0, step):
         part = slice(low, low + step)
         mine, in_mine = _distinct(ours[part])
-        other, in_other = _distinct(theirs[part])
+        other, in_other = _distinct(theirs[part].to(ours.dtype))
         at = torch.searchsorted(mine, other).clamp_(max=k - 1)
         both = in_other & (mine.gather(1, at) == other)
         common = both.sum(1)
@@ -219,10 +219,13 @@ def forget() -> None:
     """Begin anew; the memory stays, as a graph may still write to it."""
     global _wanted, _off, _captured
     _wanted = _off = _captured = False
-    for kept in _kept.values():
-        kept.counters.zero_()
-        kept.mirror.zero_()
     _said.clear()
+    try:
+        for kept in _kept.values():
+            kept.counters.zero_()
+            kept.mirror.zero_()
+    except Exception as error:  # a device that is lost; taking the patches back must go on
+        _end(error)
 
 
 def _end(error: Exception) -> None:
