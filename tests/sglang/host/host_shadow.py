@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import expected, names
-from host_calls import UPSTREAM, batches, dsa_scores, v2
+from host_calls import UPSTREAM, batches, dsa_scores
 
 import dsv4_plugin
 from dsv4_plugin.integrations import plan, shadow
@@ -59,12 +59,11 @@ def test_raw_indices_in_the_other_form(engine, load):
     assert found()["agree"] + found()["tied"] == found()["entries"] == 2 * 512 + 3
 
 
-@v2
-def test_dsa(engine, load, v2):
+def test_dsa(engine, load):
     load(DSV4_SHADOW="1")
     problem = engine.problem((1536, 700, 512, 3, 0), k=512)
     scores = dsa_scores(problem)
-    got = engine.dsa_step(scores, problem, v2=v2)
+    got = engine.dsa_step(scores, problem)
     rows = zip(scores, problem.lengths.tolist(), strict=True)
     want = torch.stack([oracle(row[:n], 512) for row, n in rows])
     assert torch.equal(canonical(got), canonical(problem.slots(want)))
