@@ -15,6 +15,10 @@ __all__ = ["main"]
 COMMANDS = {
     "bench": ("dsv4_plugin.testing.bench", "time the ops against the peers that can be loaded"),
     "fuzz": ("dsv4_plugin.testing.fuzz.command", "random calls of the ops, checked and shrunk"),
+    "recall": (
+        "dsv4_plugin.testing.recall.command",
+        "what narrower scores keep of the exact selection",
+    ),
     "soak": ("dsv4_plugin.testing.soak", "graphs of 43 layers of calls, replayed under load"),
 }
 

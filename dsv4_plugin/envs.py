@@ -88,6 +88,15 @@ VARIABLES: tuple[Variable, ...] = (
         "eligible) into an error when the layer is built or first called.",
     ),
     Variable(
+        "DSV4_SHADOW",
+        "shadow",
+        ("0", "1"),
+        "0",
+        "`1` runs the engine's own selection beside the plugin's on the same scores and reports in "
+        "the log how far they agree ([docs/shadow.md](docs/shadow.md)). The plugin's answer is "
+        "served; every call takes longer.",
+    ),
+    Variable(
         "DSV4_LOG",
         "log",
         ("info", "debug", "warning", "error"),
@@ -107,6 +116,7 @@ class Settings:
     indexer_read: str = "auto"
     backend: str = "auto"
     strict: bool = False
+    shadow: bool = False
     log: str = "info"
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,8 @@ class State:
     host: str | None = None
     seams: dict[str, Seam] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
+    peaks: dict[str, float] = field(default_factory=dict)
+    reports: dict[str, Callable[[], Any]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, name: str) -> None:
@@ -46,12 +49,22 @@ class State:
         with self._lock:
             self.counters[name] += 1
 
+    def peak(self, name: str, value: float) -> bool:
+        """Keep the largest value of a name (``logits.saved_mib``); True where this one is it."""
+        with self._lock:
+            largest = value > self.peaks.get(name, 0.0)
+            if largest:
+                self.peaks[name] = value
+        return largest
+
     def reset(self) -> None:
         """Forget everything (``unregister()``, tests)."""
         with self._lock:
             self.host = None
             self.seams.clear()
             self.counters.clear()
+            self.peaks.clear()
+            self.reports.clear()
 
 
 state = State()
@@ -62,7 +75,9 @@ def status() -> dict[str, Any]:
 
     ``host`` is the engine it was loaded by, ``seams`` maps each place it can change to where that
     is, whether it is engaged and why not, ``counters`` says how often each ran (Python calls:
-    under full CUDA graphs these happen at capture, not at replay).
+    under full CUDA graphs these happen at capture, not at replay). Where there is something to say,
+    ``peaks`` has the largest value of each name (``logits.saved_mib``: by how much the logits of
+    one call were smaller than in float32), and ``shadow`` how the selections agreed at each seam.
     """
     return {
         "host": state.host,
@@ -71,4 +86,6 @@ def status() -> dict[str, Any]:
             for name, seam in state.seams.items()
         },
         "counters": dict(state.counters),
+        **({"peaks": dict(state.peaks)} if state.peaks else {}),
+        **{name: report() for name, report in state.reports.items()},
     }

@@ -21,11 +21,13 @@ def serve(
     dtype: torch.dtype,
     ours: Callable[[Topk], None],
     upstream: Callable[[], None],
+    beside: Callable[[], None] | None = None,
 ) -> None:
     """Run ``ours`` where there is a ``topk`` for this call, else or if it raises ``upstream``.
 
     An error of ours is logged once and switches the top-k off for the process (one that is about
     this call's form only, :class:`UnmetError`, does not); with ``DSV4_STRICT=1`` it is raised.
+    ``beside`` runs once ours has served: it watches (:mod:`.shadow`) and must not raise.
     """
     now = plan.current()
     if topk is not None:
@@ -39,6 +41,8 @@ def serve(
         else:
             state.count(f"topk.{kind}")
             state.count(f"topk.{kind}.{dtype_name(dtype)}.{topk.backend}")
+            if beside is not None:
+                beside()
             return
     if now.enabled:
         state.count(f"topk.{kind}.upstream")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["LENGTHS", "dtype_name", "is_matrix", "is_output", "widen"]
+__all__ = ["LENGTHS", "dtype_name", "is_matrix", "is_output", "saved_mib", "widen"]
 
 LENGTHS = (torch.int32, torch.int64)
 
@@ -19,6 +19,12 @@ def widen(logits: torch.Tensor) -> torch.Tensor:
         logits.shape, logits.stride(), dtype=torch.float32, device=logits.device
     )
     return wide.copy_(logits)
+
+
+def saved_mib(logits: torch.Tensor) -> float:
+    """Return by how many MiB the buffer of these logits is smaller than one in float32."""
+    elements = logits.shape[0] * max(logits.stride(0), logits.shape[1])
+    return round(elements * (4 - logits.dtype.itemsize) / (1 << 20), 3)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,18 +1,21 @@
-"""The README's figures, made from the committed results.
+"""The figures of the README and of docs/, made from the committed results.
 
-``python -m dsv4_plugin.testing.figures`` prints what stands between the README's markers.
+``python -m dsv4_plugin.testing.figures`` prints what stands between the README's markers, with
+``recall`` as its argument what stands in docs/numerics.md.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
+from dsv4_plugin.testing.recall.command import table
 from dsv4_plugin.testing.topk.bars import best_peers
 
-__all__ = ["RESULTS", "readme"]
+__all__ = ["RESULTS", "readme", "recall"]
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 _ROWS = (1, 8, 32, 64, 128)
@@ -90,5 +93,16 @@ def readme() -> str:
     return "\n".join(lines)
 
 
+def recall() -> str:
+    """Return the Markdown between the ``recall`` markers of docs/numerics.md."""
+    document = _load("cpu_recall.json")
+    rows = max(row["rows"] for row in document["results"])
+    head = (
+        f"Overlap with the float32 selection in %, mean / 1st percentile / worst of {rows} rows "
+        "(`benchmarks/results/cpu_recall.json`), by the number of columns:"
+    )
+    return f"{head}\n\n{table(document)}"
+
+
 if __name__ == "__main__":
-    print(readme())
+    print(recall() if sys.argv[1:] == ["recall"] else readme())

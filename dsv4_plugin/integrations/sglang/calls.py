@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from dsv4_plugin import ops
-from dsv4_plugin.integrations import plan
+from dsv4_plugin.integrations import plan, shadow
 from dsv4_plugin.integrations.plan import KS, Topk
 from dsv4_plugin.integrations.serve import serve
 from dsv4_plugin.integrations.sglang import guard, seams
-from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, widen
+from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
 from dsv4_plugin.state import state
 
 __all__ = ["forward", "logits", "topk_dsa", "topk_v1", "topk_v2"]
@@ -74,6 +74,7 @@ def logits(float32: Callable[..., Any], asked: Callable[..., Any]) -> Callable[.
                 _scope.topk = None
             else:
                 state.count("logits.bf16")
+                state.peak("logits.saved_mib", saved_mib(out))
                 return out
         state.count("logits.upstream")
         return float32(q, *args, **kwargs)
@@ -113,6 +114,11 @@ def _transform(
         original(plain, *args, **kwargs)
 
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def again(**into: torch.Tensor) -> None:  # the same call with other outputs
+        placed = [into.pop(n, v) for n, v in zip(names, args, strict=False)]
+        original(widen(scores), *placed, **{**kwargs, **into})
+
     if not _scope.inside or not set(_V1[:-1]) <= set(given):
         upstream()  # another model's call of the same names
         return
@@ -124,6 +130,7 @@ def _transform(
         given["page_size"],
         given.get("out_raw_indices"),
         upstream,
+        again,
     )
 
 
@@ -135,6 +142,7 @@ def _paged(
     page_size: int,
     raw: torch.Tensor | None,
     upstream: Callable[[], None],
+    again: Callable[..., None],
 ) -> None:
     rows = scores.shape[0]
     readable = (
@@ -164,7 +172,19 @@ def _paged(
             backend=topk.backend,
         )
 
-    serve("paged", _scope.topk if readable else None, scores.dtype, ours, upstream)
+    def beside() -> None:
+        if raw is None:  # a page has one slot range: sets of slots are sets of columns
+            shadow.watch("paged", out, lambda scratch: again(out_page_indices=scratch))
+            return
+        shadow.watch(
+            "paged",
+            raw,
+            lambda scratch: again(out_page_indices=torch.empty_like(out), out_raw_indices=scratch),
+            scores,
+            lambda: seq_lens.reshape(-1),
+        )
+
+    serve("paged", _scope.topk if readable else None, scores.dtype, ours, upstream, beside)
 
 
 _DSA_REST = (
@@ -194,12 +214,13 @@ def topk_dsa(
     given = {**dict(zip(_DSA_REST, args, strict=False)), **kwargs}
     result: list[torch.Tensor] = []
 
-    def upstream() -> None:
-        result.append(
-            original(
-                self, logits, lengths, topk, topk_transform_method, attn_metadata, *args, **kwargs
-            )
+    def theirs() -> torch.Tensor:
+        return original(
+            self, logits, lengths, topk, topk_transform_method, attn_metadata, *args, **kwargs
         )
+
+    def upstream() -> None:
+        result.append(theirs())
 
     decided = None
     if _decode_shaped(logits, lengths, topk, topk_transform_method, attn_metadata, given):
@@ -220,7 +241,10 @@ def topk_dsa(
             )
         )
 
-    serve("dsa", decided, logits.dtype, ours, upstream)
+    def beside() -> None:  # it allocates what it returns
+        shadow.watch("dsa", result[0], lambda _: theirs())
+
+    serve("dsa", decided, logits.dtype, ours, upstream, beside)
     return result[0]
 
 

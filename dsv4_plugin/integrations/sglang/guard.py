@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import backends, envs
-from dsv4_plugin.integrations import choice
+from dsv4_plugin.integrations import choice, shadow
 from dsv4_plugin.integrations.decisions import Decisions, announce
 from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.sglang import seams
@@ -64,11 +64,17 @@ def _get(kind: _Kind) -> Topk | None:
         return None
     names = ("forward", "topk.paged", "logits") if kind.name == _V4 else ("topk.dsa",)
     what = f"{kind.name}, k {kind.k}, {kind.device}"
+
+    def decided(topk: Topk | None, passed: choice.Passed) -> None:
+        announce(what, names, topk, passed)
+        if topk is not None:
+            shadow.prepare(kind.device, "paged" if kind.name == _V4 else "dsa")
+
     return _decisions.get(
         kind,
         ("bf16", "fp32") if kind.name == _V4 else ("fp32",),
         lambda settings, dtype: _possible(dtype, settings, kind),
-        lambda topk, passed: announce(what, names, topk, passed),
+        decided,
     )
 
 

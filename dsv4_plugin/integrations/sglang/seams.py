@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from dsv4_plugin import log
-from dsv4_plugin.integrations import choice, plan
+from dsv4_plugin.integrations import choice, plan, shadow
 from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
 from dsv4_plugin.integrations.patching import Ledger
 from dsv4_plugin.integrations.sglang import registry, sites
@@ -68,6 +68,7 @@ def uninstall() -> None:
     _targets.clear()
     guard.forget()
     plan.decide(plan.INERT)
+    shadow.forget()
     state.reset()
 
 

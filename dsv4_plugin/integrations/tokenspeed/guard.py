@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from dsv4_plugin import envs
-from dsv4_plugin.integrations import choice
+from dsv4_plugin.integrations import choice, shadow
 from dsv4_plugin.integrations.decisions import Decisions, announce
 from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
 from dsv4_plugin.integrations.plan import Topk
@@ -32,11 +32,18 @@ forget = _decisions.forget
 
 def decide(mode: str, k: int, device: torch.device) -> Topk | None:
     """Return how a call of ``mode`` selects, or None: TokenSpeed's own kernel."""
+
+    def decided(topk: Topk | None, passed: choice.Passed) -> None:
+        announce(f"{mode}, k {k}, {device}", (f"topk.{mode}",), topk, passed)
+        if topk is not None:
+            why = "TokenSpeed's kernels compute the scores and select in one call"
+            shadow.unavailable(mode, why)
+
     return _decisions.get(
         _Kind(mode, k, device),
         ("bf16", "fp32"),
         lambda settings, dtype: _possible(settings, dtype, mode, k, device),
-        lambda topk, passed: announce(f"{mode}, k {k}, {device}", (f"topk.{mode}",), topk, passed),
+        decided,
     )
 
 

@@ -15,13 +15,23 @@ import torch
 
 from dsv4_plugin import ops
 from dsv4_plugin.errors import UnmetError
-from dsv4_plugin.integrations import plan
+from dsv4_plugin.integrations import plan, shadow
 from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.serve import serve
-from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, widen
+from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
+from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.state import state
 
-__all__ = ["as_fp32_logits", "asking", "decode_topk", "gather", "logits", "plain", "prefill_topk"]
+__all__ = [
+    "as_fp32_logits",
+    "asking",
+    "decode_topk",
+    "gather",
+    "logits",
+    "plain",
+    "prefill_chunks",
+    "prefill_topk",
+]
 
 # Set on the very tensor that the indexer's logits function returned. Top-k calls of other callers
 # (GLM's pooled indexer, V4.1's specialised decode) reach the same patched names without it.
@@ -66,7 +76,11 @@ def logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> 
     else:
         out = original(*args, **kwargs)
     setattr(out, _TAG, True)
-    state.count("logits.bf16" if out.dtype == torch.bfloat16 else "logits.upstream")
+    if out.dtype == torch.bfloat16:
+        state.count("logits.bf16")
+        state.peak("logits.saved_mib", saved_mib(out))
+    else:
+        state.count("logits.upstream")
     return out
 
 
@@ -103,10 +117,15 @@ def _select(
     out: torch.Tensor,
     k: int,
     next_n: int,
-    upstream: Callable[[torch.Tensor], None],
+    upstream: Callable[[torch.Tensor, torch.Tensor], None],
     readable: bool,
+    again: Callable[[torch.Tensor], None] | None = None,
 ) -> None:
-    """Run our top-k on logits we know, or ``upstream`` on the same arguments."""
+    """Run our top-k on logits we know, or ``upstream`` on the same arguments.
+
+    ``upstream(scores, out)`` reads float32. ``again(out)`` is the same for the shadow, where a call
+    can be cut into parts.
+    """
     topk = plan.current().topk
     if not (_tagged(scores) and readable and k in plan.KS):
         topk = None
@@ -116,7 +135,17 @@ def _select(
             scores, lengths(), k, next_n=next_n, row_starts=starts, out=out, backend=topk.backend
         )
 
-    serve(kind, topk, scores.dtype, ours, lambda: upstream(plain(scores)))
+    def beside() -> None:
+        shadow.watch(
+            kind,
+            out,
+            again or (lambda scratch: upstream(plain(scores), scratch)),
+            scores,
+            lambda: row_lengths(lengths(), scores.shape[0], next_n),
+            starts,
+        )
+
+    serve(kind, topk, scores.dtype, ours, lambda: upstream(plain(scores), out), beside)
 
 
 def decode_topk(
@@ -125,9 +154,12 @@ def decode_topk(
     next_n: int,
     out: torch.Tensor,
     k: int,
-    upstream: Callable[[torch.Tensor], None],
+    upstream: Callable[[torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Select at decode: rows = batch · next_n, ``seq_lens`` one a row or one a request."""
+    """Select at decode: rows = batch · next_n, ``seq_lens`` one a row or one a request.
+
+    ``upstream(scores, out)`` is vLLM's own selection of float32 scores into ``out``.
+    """
     readable = (
         is_matrix(scores)
         and is_output(out, scores.shape[0], k)
@@ -167,10 +199,33 @@ def prefill_topk(
         and starts.dim() == ends.dim() == 1
     )
 
-    def upstream(plain: torch.Tensor) -> None:
-        original(plain, starts, ends, out, rows, stride0, stride1, k)
+    def upstream(plain: torch.Tensor, into: torch.Tensor) -> None:
+        original(plain, starts, ends, into, rows, stride0, stride1, k)
 
-    _select("prefill", scores, lambda: ends - starts, starts, out, k, 1, upstream, readable)
+    def again(scratch: torch.Tensor) -> None:
+        for part in shadow.parts(scores):
+            some = widen(scores[part])
+            original(
+                some, starts[part], ends[part], scratch[part], some.shape[0], stride0, stride1, k
+            )
+
+    _select("prefill", scores, lambda: ends - starts, starts, out, k, 1, upstream, readable, again)
+
+
+def prefill_chunks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Plan the prefill chunks of a step: a budget of bytes holds twice as many bfloat16 logits.
+
+    vLLM counts four bytes each, so twice the bytes are the rows that fit. Where the bfloat16 logits
+    fail at a later call, the chunks of that one step are float32 and take twice the budget.
+    """
+    topk = plan.current().topk
+    if topk is not None and topk.dtype == "bf16" and (not topk.ask or _readers_in_place()):
+        if "max_logits_bytes" in kwargs:
+            kwargs = {**kwargs, "max_logits_bytes": 2 * kwargs["max_logits_bytes"]}
+        else:
+            args = (*args[:3], 2 * args[3], *args[4:])
+        state.count("budget.bf16")
+    return original(*args, **kwargs)
 
 
 def gather(

@@ -17,7 +17,7 @@ import torch
 
 from dsv4_plugin import backends, envs, log
 from dsv4_plugin.errors import SettingError, UnmetError
-from dsv4_plugin.integrations import choice, plan
+from dsv4_plugin.integrations import choice, plan, shadow
 from dsv4_plugin.integrations.choice import unique
 from dsv4_plugin.integrations.plan import Plan, Topk
 from dsv4_plugin.state import state
@@ -70,6 +70,8 @@ def built(layer: Any) -> None:
     topk, topk_why = _decide_topk(settings, layers)
     gather, gather_why = _decide_gather(settings, layers)
     plan.decide(Plan(True, settings.strict, topk, gather))
+    if topk is not None:
+        shadow.prepare(layers[0].device, "decode", "prefill")
     _report(topk, topk_why, gather, gather_why)
 
 
@@ -236,6 +238,7 @@ def _report(
         "topk.prefill": None if topk else not_topk,
         "logits": not_topk or not_bf16 if not_bf16 else None,
         "gather": None if gather else "; ".join(gather_why),
+        "budget": not_topk or not_bf16 if not_bf16 else None,
     }
     for name, why in whys.items():
         seam = state.seams.get(name)
@@ -250,6 +253,8 @@ def _report(
         )
         passed = f" ({not_topk})" if not_topk else ""
         logits = "bf16 logits" if topk.dtype == "bf16" else "float32 logits"
+        if topk.dtype == "bf16" and state.seams["budget"].where is not None:
+            logits += " (half the bytes, so twice the rows in a prefill chunk's budget)"
         parts.append(f"top-k: {topk.dtype} by {topk.backend} on {logits} at {where}{passed}")
     if gather is None:
         parts.append(f"key gather: upstream's ({'; '.join(gather_why)})")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import log
-from dsv4_plugin.integrations import plan
+from dsv4_plugin.integrations import plan, shadow
 from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
 from dsv4_plugin.integrations.patching import Ledger, Patch
 from dsv4_plugin.integrations.vllm import calls, guard
@@ -27,7 +27,8 @@ __all__ = ["NAMES", "indexer", "install", "intact", "takes_logits_dtype", "unins
 TOPK = "vllm.model_executor.layers.indexer_topk"
 DEEP_GEMM = "vllm.utils.deep_gemm"
 OPS = "vllm._custom_ops"
-NAMES = ("guard", "topk.decode", "topk.prefill", "logits", "gather")
+PLANNER = "vllm.v1.attention.backends.mla.indexer"
+NAMES = ("guard", "topk.decode", "topk.prefill", "logits", "gather", "budget")
 
 _ledger = Ledger()
 _by_seam: dict[str, list[Patch]] = {}
@@ -54,6 +55,7 @@ def install(module: Any) -> None:
         ("topk.prefill", _prefill_topk),
         ("logits", _logits),
         ("gather", _gather),
+        ("budget", _budget),
     ):
         before = len(_ledger.patches)
         try:
@@ -77,6 +79,7 @@ def uninstall() -> None:
     _by_seam.clear()
     guard.forget()
     plan.decide(plan.INERT)
+    shadow.forget()
     state.reset()
 
 
@@ -193,8 +196,8 @@ def _decode_topk(module: Any) -> str:
         topk_tokens: int,
         max_seq_len: int,
     ) -> None:
-        def upstream(plain: torch.Tensor) -> None:
-            original(self, plain, seq_lens, next_n, topk_indices, topk_tokens, max_seq_len)
+        def upstream(plain: torch.Tensor, out: torch.Tensor) -> None:
+            original(self, plain, seq_lens, next_n, out, topk_tokens, max_seq_len)
 
         calls.decode_topk(logits, seq_lens, next_n, topk_indices, topk_tokens, upstream)
 
@@ -262,8 +265,8 @@ class _OpShim:
         else:
             next_n = max(1, logits.shape[0] // max(1, lengths.numel()))
 
-        def upstream(plain: torch.Tensor) -> None:
-            self.packet()(plain, lengths, output, workspace, k, max_seq_len)
+        def upstream(plain: torch.Tensor, out: torch.Tensor) -> None:
+            self.packet()(plain, lengths, out, workspace, k, max_seq_len)
 
         return calls.decode_topk(logits, lengths, next_n, output, k, upstream)
 
@@ -395,4 +398,37 @@ def _gather(module: Any) -> str:
     original = _exactly(vars(ops).get("cp_gather_indexer_k_quant_cache"), where, _GATHER)
     replacement = _around(original, calls.gather)
     _ledger.replace(ops, "cp_gather_indexer_k_quant_cache", replacement, where)
+    return where
+
+
+# --- budget ----------------------------------------------------------------------------------
+
+_PLAN = ("workspace_size", "max_logits_bytes", "request_offset")
+
+
+def _budget(module: Any) -> str:
+    """Let the planner of prefill chunks count bfloat16 logits as two bytes.
+
+    Why: it keeps a chunk's logits below ``VLLM_SPARSE_INDEXER_MAX_LOGITS_MB`` and counts four bytes
+    each; in bfloat16 the same bytes hold twice the rows, so there are fewer and larger chunks.
+    May go when the planner asks for the logits' dtype.
+    """
+    planner = _imported(PLANNER)
+    cls = getattr(planner, "DeepseekV32IndexerMetadataBuilder", None)
+    name = "_split_indexer_prefill_chunks"
+    raw = vars(cls).get(name) if cls is not None else None
+    if isinstance(raw, staticmethod):
+        owner, where, original = cls, f"DeepseekV32IndexerMetadataBuilder.{name}", raw.__func__
+    else:
+        owner, name, where = planner, name[1:], name[1:]
+        original = vars(planner).get(name)
+    if original is None:
+        raise _NotFound(f"{PLANNER} has no split_indexer_prefill_chunks")
+    got = tuple(inspect.signature(original).parameters)
+    if len(got) != 5 or got[2:] != _PLAN:
+        raise _NotFound(f"{where} takes ({', '.join(got)}), not (…, …, {', '.join(_PLAN)})")
+    if "max_logits_bytes // 4" not in inspect.getsource(original):
+        raise _NotFound(f"{where} does not count four bytes for each of the logits")
+    wrapper = _around(original, calls.prefill_chunks)
+    _ledger.replace(owner, name, wrapper if owner is planner else staticmethod(wrapper), where)
     return where

@@ -14,6 +14,7 @@ __all__ = ["look"]
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 TOPK = "vllm.model_executor.layers.indexer_topk"
 OPS = "vllm._custom_ops"
+PLANNER = "vllm.v1.attention.backends.mla.indexer"
 
 
 def look() -> dict[str, Site]:
@@ -24,6 +25,7 @@ def look() -> dict[str, Site]:
         "topk.prefill": source.guarded(_prefill),
         "logits": source.guarded(_logits),
         "gather": source.guarded(_gather),
+        "budget": source.guarded(_budget),
     }
 
 
@@ -61,3 +63,18 @@ def _gather() -> Site:
     wanted = ("kv_cache", "dst_k", "dst_scale", "block_table", "cu_seq_lens")
     source.find(OPS).require("cp_gather_indexer_k_quant_cache", wanted)
     return Site(f"{OPS}.cp_gather_indexer_k_quant_cache")
+
+
+def _budget() -> Site:
+    planner = source.find(PLANNER)
+    method = "DeepseekV32IndexerMetadataBuilder._split_indexer_prefill_chunks"
+    names = (method, "split_indexer_prefill_chunks")  # a function to 0.26, a method later
+    for name in names:
+        try:
+            got = planner.parameters(name)
+        except Missing:
+            continue
+        if got[2:] == ("workspace_size", "max_logits_bytes", "request_offset"):
+            return Site(name)
+        raise Missing(f"{name} takes ({', '.join(got)})")
+    raise Missing(f"{PLANNER} has neither {' nor '.join(names)}")
