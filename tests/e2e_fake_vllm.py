@@ -3,6 +3,7 @@
 FAKE_MS      milliseconds a token
 FAKE_OTHER   a position at which the token differs from other servers'
 FAKE_DIES    end at once, with this message
+FAKE_FAILS   to copy contexts
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ def trace(topk: float) -> dict[str, Any]:
     return {"traceEvents": events}
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"
 
@@ -58,6 +63,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/completions":
             return
         assert body["model"] == option("--served-model-name") and body["temperature"] == 0
+        if "FAKE_FAILS" in os.environ:
+            (Path(os.environ["E2E_DIR"]) / "copy").unlink(missing_ok=True)
         for i in range(body["max_tokens"]):
             time.sleep(MS / 1000)
             token = (sum(body["prompt"]) + i + (i == OTHER)) % 1000
@@ -83,4 +90,4 @@ if __name__ == "__main__":
     print("INFO dsv4: plugins allowed:", os.environ.get("VLLM_PLUGINS"), flush=True)
     status = Path(os.environ["E2E_DIR"]) / f"status-{os.getpid()}.json"
     status.write_text(json.dumps({"host": "fake", "counters": {"topk.decode": 2}}))
-    ThreadingHTTPServer(("127.0.0.1", int(option("--port"))), Handler).serve_forever()
+    Server(("127.0.0.1", int(option("--port"))), Handler).serve_forever()

@@ -86,6 +86,24 @@ def test_two_servers_are_measured_in_turn(
     assert found["machine"]["plugin"] and found["command"][2] == "dsv4_plugin.testing.e2e"
 
 
+def test_contexts_are_copied_or_else_computed_up_to_a_length(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "CHUNK", 64)
+    monkeypatch.setattr(command, "COMPUTABLE", 512)
+    arguments = ("--contexts", "64", "256", "320", "1K", "--copy-contexts", "--pairs", "1")
+    code, found = run(model, tmp_path, "--server", "off", *arguments)
+    assert code == 0
+    made = [entry["context_made"] for entry in found["tpot_ms"]]
+    assert made == ["computed", "copied", "copied", "copied"]
+    code, found = run(model, tmp_path, "--server", "off:FAKE_FAILS=1", *arguments)
+    assert code == 1
+    assert [entry["context_made"] for entry in found["tpot_ms"]] == ["computed"] * 3
+    assert found["skipped"] == [
+        "context 1024: RuntimeError: copying contexts failed before; too long to be computed"
+    ]
+
+
 def test_a_server_that_ends_is_an_error_with_its_log(model: Path, tmp_path: Path) -> None:
     code, found = run(model, tmp_path, "--server", "off", "--server", "on:FAKE_DIES=no GPU here")
     assert code == 1 and found["complete"] is False

@@ -70,6 +70,7 @@ def test_ours_counts_as_the_same_part() -> None:
         ("void dsv4::paged_logits_kernel<64>(dsv4::LogitsParams)", "logits"),
         ("void deep_gemm::smxx_paged_mqa_logits_metadata<32u, …>", "metadata"),
         ("void deep_gemm::sm90_fp8_mqa_logits<…>", ""),  # prefill
+        ("void dsv4::ragged_logits_kernel<64>(dsv4::LogitsParams)", ""),  # prefill
         ("_fused_kv_compress_norm_rope_insert_sparse_attn", ""),  # not the indexer's
         ("_combine_topk_swa_indices_kernel", ""),
         (GEMM, ""),

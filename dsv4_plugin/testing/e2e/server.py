@@ -71,7 +71,8 @@ class Server:
             "ignore_frontend": True,
         }
         self.arguments = [
-            "serve", str(model), "--served-model-name", MODEL, "--host", HOST, "--port", str(port),
+            "serve", str(model.absolute()), "--served-model-name", MODEL,
+            "--host", HOST, "--port", str(port),
             "--load-format", "dummy", "--kv-cache-dtype", "fp8", "--block-size", "256",
             "--profiler-config", json.dumps(profiler), *arguments,
         ]  # fmt: skip
@@ -100,6 +101,7 @@ class Server:
             self.process = subprocess.Popen(
                 self.command,
                 env=environment,
+                cwd=self.folder,  # the plugin that is installed, not one in the folder at hand
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -37,7 +37,7 @@ LAUNCHES = re.compile(r"Launch")
 # In this order: our logits kernel must not be taken for something else of ours.
 _NAMES = (
     ("metadata", re.compile(r"paged_mqa_logits_metadata")),
-    ("logits", re.compile(r"paged_mqa_logits|dsv4::\S*logits")),
+    ("logits", re.compile(r"paged_mqa_logits|dsv4::\S*paged_logits")),
     ("transform", re.compile(r"compute_global_topk|dsv4::\S*(slots|global)")),
     ("topk", re.compile(r"dsv4::\S*topk|(cooperative|persistent|filtered)_?topk|"
                         r"topk_?per_?row|FilteredTopK", re.I)),
