@@ -1,0 +1,342 @@
+"""``python -m dsv4_plugin.testing.e2e``: servers side by side, the steps in turn, one results file.
+
+All servers run at the same time on one GPU, each with its own weights and cache; only one is asked
+at a time, so that what the GPU does is that one's. This takes half the time of one after the
+other, and A and B meet the same clocks: every figure comes from pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dsv4_plugin.testing.e2e import measure
+from dsv4_plugin.testing.e2e.server import VLLM, Server, ServerError
+
+__all__ = ["main", "number", "parse_server", "summarise"]
+
+RESERVE_S = 12  # to stop, reduce traces and write
+LONG = 512 << 10
+COMPUTABLE = 256 << 10  # tokens that are computed where copying was wished for and failed
+UNITS = {"k": 1024, "m": 1024 * 1024}
+
+
+def number(text: str) -> int:
+    """Return ``64K`` as 65536."""
+    unit = UNITS.get(text[-1:].lower())
+    return int(text[:-1]) * unit if unit else int(text)
+
+
+def parse_server(text: str) -> tuple[str, dict[str, str]]:
+    """Return ``NAME:VARIABLE=VALUE,…`` as name and environment."""
+    name, _, rest = text.partition(":")
+    pairs = [p.partition("=") for p in rest.split(",") if p]
+    if not name or any(not key or not equals for key, equals, _ in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME or NAME:VARIABLE=VALUE,…")
+    return name, {key: value for key, _, value in pairs}
+
+
+def _crowd(text: str) -> tuple[int, int]:
+    context, _, count = text.partition(":")
+    return number(context), int(count)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m dsv4_plugin.testing.e2e", description=__doc__.splitlines()[0]
+    )
+    add = p.add_argument
+    add("--model", type=Path, required=True, help="as examples/make_tiny_v4.py writes it")
+    add(
+        "--server", type=parse_server, action="append", metavar="NAME[:VAR=VALUE,…]",
+        help="a server and its environment; the first is what the others are compared with "
+        "(default: off:DSV4_PLUGIN=0 and on:DSV4_PLUGIN=1)",
+    )  # fmt: skip
+    add("--json", type=Path, required=True, help="the results; whole at any moment")
+    add("--contexts", type=number, nargs="*", default=[8 << 10, 64 << 10, 128 << 10],
+        help="time per token at batch 1 with so many tokens of context")  # fmt: skip
+    add("--concurrent", type=_crowd, nargs="*", default=[], metavar="CONTEXT:REQUESTS",
+        help="the same with several requests, each with a context of its own")  # fmt: skip
+    add("--ttft", type=number, nargs="*", default=[], help="time to the first token")
+    add("--profile", type=number, nargs="*", default=[],
+        help="kernel times at these of the contexts, batch 1")  # fmt: skip
+    add("--outputs", type=int, nargs="*", default=[], metavar="TOKENS",
+        help="compare greedy answers to prompts of these lengths")  # fmt: skip
+    add("--pairs", type=int, default=5, help="measurements of each server (default: 5)")
+    add("--tokens", type=int, default=96, help="tokens of a measurement (default: 96)")
+    add("--copy-contexts", action="store_true",
+        help="make long contexts by copying cache pages instead of by prefill")  # fmt: skip
+    add("--checkpoint", action="store_true",
+        help="the model folder has weights: load them (default: random ones)")  # fmt: skip
+    add("--kv-gib", type=float, default=10.2, help="cache of each server (default: 10.2)")
+    add("--max-model-len", type=number, default=1 << 20)
+    add("--max-num-seqs", type=int, default=16)
+    add("--port", type=int, default=8100, help="of the first server; the others follow")
+    add("--budget", type=float, default=3600, help="begin no step after so many seconds")
+    add("--ready", type=float, default=600, help="seconds for the servers to start")
+    add("--folder", type=Path, help="logs and traces (default: a temporary folder, removed)")
+    add("--vllm", type=shlex.split, metavar="COMMAND",
+        help="what to run as vllm (default: the vLLM of this Python)")  # fmt: skip
+    add("--commit", help="of the plugin, where neither git nor the version says it")
+    add("serve", nargs="*", help="after --: further arguments of vllm serve, for every server")
+    return p
+
+
+class Run:
+    """One run: the servers, the clock and the results file."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.a = arguments
+        self.began = time.monotonic()
+        self.results: dict[str, Any] = {
+            "complete": False,
+            "command": ["python", "-m", "dsv4_plugin.testing.e2e", *sys.argv[1:]],
+            "tpot_ms": [],
+            "ttft_s": [],
+            "profiles": [],
+            "skipped": [],
+        }
+        config = json.loads((arguments.model / "config.json").read_text())
+        self.layers = config.get("compress_ratios", []).count(4) or config["num_hidden_layers"]
+        self.results["model"] = {
+            k: config.get(k)
+            for k in ("num_hidden_layers", "n_routed_experts", "index_topk", "index_n_heads",
+                      "compress_ratios", "hidden_size", "expert_dtype")
+        }  # fmt: skip
+        wished = arguments.server or [
+            ("off", {"DSV4_PLUGIN": "0"}),
+            ("on", {"DSV4_PLUGIN": "1"}),
+        ]
+        sizes = [str(n) for n in (1, 2, 4, 8, 16, 32, 64) if n <= arguments.max_num_seqs]
+        share = 0.85 / len(wished)
+        serve = [
+            "--max-model-len", str(arguments.max_model_len),
+            "--max-num-seqs", str(arguments.max_num_seqs),
+            "--max-num-batched-tokens", str(measure.CHUNK),
+            "--kv-cache-memory-bytes", str(int(arguments.kv_gib * 2**30)),
+            "--gpu-memory-utilization", f"{share:.2f}",
+            "--seed", "0", "--cudagraph-capture-sizes", *sizes,
+            *(["--load-format", "auto"] if arguments.checkpoint else []),
+            *arguments.serve,
+        ]  # fmt: skip
+        self.servers = []
+        for i, (name, environment) in enumerate(wished):
+            place = folder / name
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            port = arguments.port + i
+            self.servers.append(
+                Server(
+                    name, environment, arguments.model, place, port, serve, arguments.vllm or VLLM
+                )
+            )
+        self.traces = measure.Traces(self.layers)
+        self.copies = True
+
+    def say(self, text: str) -> None:
+        """Show progress."""
+        print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
+
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.a.budget - RESERVE_S - (time.monotonic() - self.began)
+
+    def save(self) -> None:
+        """Write the results."""
+        self.results["seconds"] = round(time.monotonic() - self.began, 1)
+        part = self.a.json.with_suffix(".part")
+        part.write_text(json.dumps(self.results, indent=1) + "\n")
+        part.replace(self.a.json)
+
+    def step(self, name: str, work: Callable[[], None], needs: float = 5) -> None:
+        """Do one step if there is time; an error is noted, and ends the run only with a server."""
+        if self.left() < needs:
+            self.results["skipped"].append(f"{name}: {self.left():.0f} s were left")
+            self.say(f"{name}: skipped")
+            return
+        before = time.monotonic()
+        try:
+            work()
+            self.say(f"{name}: {time.monotonic() - before:.1f} s")
+        except Exception as error:
+            self.results["skipped"].append(f"{name}: {type(error).__name__}: {error}"[:1500])
+            self.say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+            gone = [s for s in self.servers if not s.alive()]
+            if gone:
+                raise ServerError(
+                    f"{gone[0].name} ended during {name}\n{gone[0].errors()}"
+                ) from error
+        self.save()
+
+    def run(self) -> None:
+        """Start, measure, stop."""
+        try:
+            for server in self.servers:
+                server.start(weights=not self.a.checkpoint)
+            self.results |= about()
+            if self.a.commit:
+                self.results["machine"]["commit"] = self.a.commit
+            self.save()
+            deadline = self.began + min(self.a.ready, self.a.budget - RESERVE_S)
+            for server in self.servers:
+                server.wait(deadline)
+                self.say(f"{server.name} serves after {server.ready_s} s")
+            self.measure()
+            self.results["complete"] = not self.results["skipped"]
+        except ServerError as error:
+            self.results["error"] = str(error)[:4000]
+            self.say(str(error)[:3000])
+        finally:
+            self.results["servers"] = {s.name: s.about() for s in self.servers}
+            for server in self.servers:
+                server.stop()
+            for case, by_server in self.traces.results().items():
+                self.results["profiles"].append({"context": int(case), "servers": by_server})
+            self.results["summary"] = summarise(self.results, [s.name for s in self.servers])
+            self.save()
+
+    def measure(self) -> None:
+        """The steps, in the order of their worth."""
+        a, servers, results = self.a, self.servers, self.results
+        until = time.monotonic() + self.left() / 3
+
+        def warm() -> None:
+            results["warm_up_s"] = measure.warm(servers, a.max_num_seqs, until)
+
+        def outputs() -> None:
+            results["outputs"] = measure.outputs(servers, a.outputs, 64)
+
+        self.step("warm-up", warm)
+        if a.outputs:
+            self.step("outputs", outputs, 15)
+        for context in a.contexts:
+            self.step(f"context {context}", functools.partial(self._context, context, 1), 15)
+        for context, count in a.concurrent:
+            name = f"context {context} x {count}"
+            self.step(name, functools.partial(self._context, context, count), 20)
+        for context in a.ttft:
+            self.step(
+                f"TTFT {context}", functools.partial(self._ttft, context), 10 + context / 6000
+            )
+
+    def _context(self, context: int, count: int) -> None:
+        a = self.a
+        long = context > 2 * measure.CHUNK
+        if a.copy_contexts and not self.copies and context * count > COMPUTABLE:
+            raise RuntimeError("copying contexts failed before; too long to be computed")
+        before = time.monotonic()
+        prompts, how = measure.contexts(
+            self.servers, context, count, a.copy_contexts and self.copies
+        )
+        self.copies = self.copies and (how == "copied" or not long)
+        made = time.monotonic() - before
+        # A long prompt costs seconds a request before its first token, cached or not.
+        pairs = a.pairs if count == 1 and context < LONG else min(a.pairs, 3)
+        # Once unseen: the first answer after a change of shape compiles, allocates, fills caches.
+        measure.tpot(self.servers, prompts, 16, 1)
+        figures = measure.tpot(self.servers, prompts, a.tokens, pairs)
+        self.results["tpot_ms"].append(
+            {
+                "context": context + measure.TAIL,
+                "concurrency": count,
+                "context_made": how,
+                "context_s": round(made, 2),
+                "tokens": a.tokens,
+                "servers": figures,
+            }
+        )
+        shown = ", ".join(f"{n} {statistics.median(v):.3f}" for n, v in figures.items())
+        self.say(f"{context} x {count} ({how} in {made:.1f} s): ms a token: {shown}")
+        self.save()
+        if count == 1 and context in a.profile:
+            for server in self.servers:
+                wrong = measure.profile(
+                    server, prompts, 14, str(context + measure.TAIL), self.traces
+                )
+                if wrong:
+                    raise RuntimeError(wrong)
+
+    def _ttft(self, context: int) -> None:
+        figures = measure.ttft(self.servers, context, min(self.a.pairs, 3))
+        self.results["ttft_s"].append({"context": context, "servers": figures})
+        shown = ", ".join(f"{n} {statistics.median(v):.3f}" for n, v in figures.items())
+        self.say(f"TTFT {context}: {shown} s")
+
+
+def about() -> dict[str, Any]:
+    """Return machine and versions; asked of a child, so that this process takes no GPU memory."""
+    code = (
+        "import json; from dsv4_plugin.testing.timing import machine; print(json.dumps(machine()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    try:
+        machine = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        machine = {"error": done.stderr[-500:]}
+    try:
+        machine["vllm"] = metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        machine["vllm"] = None
+    return {"machine": machine}
+
+
+def summarise(results: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return each figure of each server beside the first server's, with the ratio."""
+    rows = []
+    base, others = names[0], names[1:]
+    for kind in ("tpot_ms", "ttft_s"):
+        for entry in results[kind]:
+            for name in others:
+                a, b = entry["servers"][base], entry["servers"][name]
+                rows.append(
+                    {
+                        "figure": kind,
+                        "context": entry["context"],
+                        "concurrency": entry.get("concurrency", 1),
+                        base: round(statistics.median(a), 4),
+                        name: round(statistics.median(b), 4),
+                        **measure.paired(a, b),
+                    }
+                )
+    for entry in results["profiles"]:
+        for name in others:
+            a, b = entry["servers"].get(base, {}), entry["servers"].get(name, {})
+            if "chain_us_layer" in a and "chain_us_layer" in b:
+                rows.append(
+                    {
+                        "figure": "chain_us_layer",
+                        "context": entry["context"],
+                        "concurrency": 1,
+                        base: a["chain_us_layer"],
+                        name: b["chain_us_layer"],
+                        "ratio": round(b["chain_us_layer"] / a["chain_us_layer"], 4),
+                    }
+                )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0 if every step was done."""
+    arguments = parser().parse_args(argv)
+    if not (arguments.model / "config.json").exists():
+        parser().error(f"--model {arguments.model}: no config.json there")
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="dsv4-e2e-") as temporary:
+        run = Run(arguments, (arguments.folder or Path(temporary)).absolute())
+        run.run()
+        for row in run.results["summary"]:
+            print(json.dumps(row))
+    return 0 if run.results["complete"] else 1

@@ -1,0 +1,238 @@
+"""The steps of a run: each takes the servers, alternates between them and returns plain data."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv4_plugin.testing.e2e.client import random_prompt, time_per_token, together
+from dsv4_plugin.testing.e2e.server import Server
+
+__all__ = ["CHUNK", "TAIL", "Traces", "contexts", "outputs", "profile", "tpot", "ttft", "warm"]
+
+CHUNK = 8192  # --max-num-batched-tokens
+# A context is whole chunks and this: the end of it is computed, whatever comes before is copied.
+TAIL = 512
+SETTLED = 1.2
+
+
+def everywhere(servers: Sequence[Server], work: Callable[[Server], None]) -> None:
+    """Do ``work`` on every server at the same time; raises the first error."""
+    errors: list[Exception] = []
+
+    def one(server: Server) -> None:
+        try:
+            work(server)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=one, args=(server,)) for server in servers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def warm(servers: Sequence[Server], batch: int, until: float) -> dict[str, list[float]]:
+    """Send prompts nobody has seen until the first token comes as fast as the time before.
+
+    Kernels are compiled on the way. Returns the seconds to each first token.
+    """
+    took: dict[str, list[float]] = {server.name: [] for server in servers}
+
+    def one(server: Server) -> None:
+        times = took[server.name]
+        seed = 1_000_000
+        while len(times) < 6 and time.monotonic() < until:
+            seed += 1
+            prompt = random_prompt(2 * CHUNK + TAIL, seed)
+            times.append(round(server.client.complete(prompt, 8).ttft, 3))
+            server.client.complete(prompt, 8)  # what is left when the prefix is cached
+            if len(times) > 1 and times[-1] * SETTLED > times[-2]:
+                break
+        prompts = [random_prompt(TAIL + 7 * i, seed + i) for i in range(batch)]
+        together([(server.client, p) for p in prompts], 24)
+
+    everywhere(servers, one)
+    return took
+
+
+def outputs(
+    servers: Sequence[Server], lengths: Sequence[int], tokens: int, times: int = 2
+) -> dict[str, Any]:
+    """Greedy answers to the same prompts, several times each, never from the prefix cache."""
+    prompts = [random_prompt(n, 77 + i) for i, n in enumerate(lengths)]
+    answers: dict[str, list[list[list[int]]]] = {server.name: [] for server in servers}
+
+    def one(server: Server) -> None:
+        for again in range(times):
+            answers[server.name].append(
+                [
+                    server.client.complete(p, tokens, f"outputs {again}", ids=True).tokens
+                    for p in prompts
+                ]
+            )
+
+    for server in servers:  # one after the other: nothing else on the GPU
+        one(server)
+    base = servers[0].name
+    return {
+        "prompt_tokens": list(lengths),
+        "tokens": tokens,
+        "repeatable": {
+            name: [all(run[i] == runs[0][i] for run in runs) for i in range(len(prompts))]
+            for name, runs in answers.items()
+        },
+        "as_baseline": {
+            name: [_agreement(answers[base][0][i], runs[0][i]) for i in range(len(prompts))]
+            for name, runs in answers.items()
+            if name != base
+        },
+        "token_ids": answers,
+    }
+
+
+def _agreement(a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
+    same = [x == y for x, y in zip(a, b, strict=True)]
+    return {
+        "identical": all(same),
+        "first_difference": same.index(False) if False in same else None,
+        "share": round(sum(same) / len(same), 4),
+    }
+
+
+def contexts(
+    servers: Sequence[Server], context: int, count: int, copy: bool
+) -> tuple[list[list[int]], str]:
+    """Fill the caches of all servers with ``count`` contexts; returns prompts and how.
+
+    A context is made of whole chunks and :data:`TAIL` tokens. Up to two chunks it is computed. A
+    server in which copying fails computes the rest: that counts as computed.
+    """
+    prompts = [random_prompt(context + TAIL, 10 * context + i) for i in range(count)]
+    copy = copy and context > 2 * CHUNK
+    failed: list[str] = []
+
+    def one(server: Server) -> None:
+        server.copy_contexts(copy)
+        try:
+            for prompt in prompts:
+                server.client.complete(prompt, 2, timeout=600)
+            failed.extend([server.name] if copy and not server.copies else [])
+        finally:
+            server.copy_contexts(False)
+
+    everywhere(servers, one)
+    if failed and len(failed) < len(servers):
+        raise RuntimeError(f"copying a context failed in {', '.join(failed)} only; see the log")
+    return prompts, "copied" if copy and not failed else "computed"
+
+
+def tpot(
+    servers: Sequence[Server], prompts: Sequence[Sequence[int]], tokens: int, pairs: int
+) -> dict[str, list[float]]:
+    """Milliseconds a token in turn: A B, B A, …; the prompts are in the prefix cache."""
+    found: dict[str, list[float]] = {server.name: [] for server in servers}
+    for pair in range(pairs):
+        for server in servers if pair % 2 == 0 else list(servers)[::-1]:
+            answers = together([(server.client, p) for p in prompts], tokens)
+            found[server.name].append(round(time_per_token(answers), 4))
+    return found
+
+
+def ttft(servers: Sequence[Server], context: int, pairs: int) -> dict[str, list[float]]:
+    """Seconds to the first token of a prompt that no cache has, computed, in turn."""
+    found: dict[str, list[float]] = {server.name: [] for server in servers}
+    for pair in range(pairs):
+        prompt = random_prompt(context, 5 * context + pair)
+        for server in servers if pair % 2 == 0 else list(servers)[::-1]:
+            salt = f"ttft {pair}"
+            found[server.name].append(round(server.client.complete(prompt, 1, salt).ttft, 4))
+    return found
+
+
+class Traces:
+    """Traces are reduced by child processes while the run goes on."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self._running: list[tuple[str, str, Path, subprocess.Popen[bytes]]] = []
+
+    def add(self, server: str, case: str, trace: Path) -> None:
+        """Begin to reduce one trace."""
+        out = trace.parent / f"{case}.reduced.json"
+        command = [
+            sys.executable, "-m", "dsv4_plugin.testing.e2e.trace", str(trace),
+            "--layers", str(self.layers), "--json", str(out),
+        ]  # fmt: skip
+        self._running.append((case, server, out, subprocess.Popen(command)))
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Wait for all of them; returns case → server → what :func:`.trace.reduce` returns."""
+        found: dict[str, dict[str, Any]] = {}
+        for case, server, out, process in self._running:
+            process.wait()
+            try:
+                result = json.loads(out.read_text())
+            except OSError:
+                result = {"error": f"the reduction ended with {process.returncode}"}
+            found.setdefault(case, {})[server] = result
+        return found
+
+
+def profile(
+    server: Server, prompts: Sequence[Sequence[int]], tokens: int, case: str, traces: Traces
+) -> str | None:
+    """Profile one answer to each prompt at once; returns what went wrong, or None."""
+    before = {p.name for p in server.traces.iterdir()}
+    server.client.post("/start_profile", {})
+    try:
+        together([(server.client, p) for p in prompts], tokens)
+    finally:
+        server.client.post("/stop_profile", {})
+    for _ in range(40):
+        new = [
+            p for p in server.traces.glob("*.json*")
+            if p.name not in before and ".reduced" not in p.name
+        ]  # fmt: skip
+        if new:
+            biggest = max(new, key=lambda p: p.stat().st_size)
+            time.sleep(0.2)
+            kept = server.traces / f"{case}{''.join(biggest.suffixes[-2:])}"
+            biggest.rename(kept)
+            traces.add(server.name, case, kept)
+            return None
+        time.sleep(0.25)
+    return f"{server.name}: no trace was written"
+
+
+def paired(base: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Return the ratio other/base of paired measurements: median, and a 95 % interval.
+
+    The interval is Student's t over the logarithms of the pairs' ratios; ``None`` for one pair.
+    """
+    import math
+
+    logs = [math.log(b / a) for a, b in zip(base, other, strict=False)]
+    middle, half = statistics.mean(logs), None
+    if len(logs) > 1:
+        half = _T95[min(len(logs) - 2, len(_T95) - 1)] * statistics.stdev(logs) / len(logs) ** 0.5
+    return {
+        "pairs": len(logs),
+        "ratio": round(math.exp(middle), 5),
+        "interval95": half
+        and [round(math.exp(middle - half), 5), round(math.exp(middle + half), 5)],
+    }
+
+
+# Student's t, two-sided 95 %, for 1, 2, 3 … degrees of freedom.
+_T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
