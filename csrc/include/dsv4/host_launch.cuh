@@ -23,12 +23,19 @@ inline cudaError_t multiprocessors(int device, int* count) {
 }
 
 // Lets a kernel use `bytes` of dynamic shared memory, always the same for a kernel. Once a device.
+//
+// A multiprocessor divides its memory into L1 and shared memory anew only when it is idle. With
+// programmatic launches it hardly ever is, and a kernel that came in behind another would find room
+// for some of its CTAs only: so all of ours ask for the same, the most shared memory.
 template <auto kKernel>
 inline cudaError_t allow_shared_memory(int device, int bytes) {
   static std::atomic<bool> done[kMaxDevices];
   if (done[device].load(std::memory_order_relaxed)) return cudaSuccess;
-  const cudaError_t error =
+  cudaError_t error =
       cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
   if (error == cudaSuccess) done[device].store(true, std::memory_order_relaxed);
   return error;
 }

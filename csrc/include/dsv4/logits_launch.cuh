@@ -50,8 +50,11 @@ inline cudaError_t launch_paged_logits(const PagedLogitsParams& p, LogitsType ty
     using Out = std::remove_pointer_t<decltype(out)>;
     constexpr int kHeads = decltype(head_count)::value;
     if (p.queries.next_n == 1) {
-      return launch_overlapped(paged_logits_kernel<Out, kHeads, true>, grid, kGroupThreads, 1,
-                               PagedShared<kHeads>::bytes(1), stream, p);
+      constexpr auto kOneRow = paged_logits_kernel<Out, kHeads, true>;
+      constexpr int kLess = PagedShared<kHeads>::bytes(1);
+      const cudaError_t allowed = allow_shared_memory<kOneRow>(device, kLess);
+      if (allowed != cudaSuccess) return allowed;
+      return launch_overlapped(kOneRow, grid, kGroupThreads, 1, kLess, stream, p);
     }
     constexpr auto kKernel = paged_logits_kernel<Out, kHeads, false>;
     constexpr int kBytes = PagedShared<kHeads>::bytes(kPagedRows);

@@ -148,12 +148,11 @@ template <class Config>
 inline cudaError_t prepare(int device, const DeviceLimits& limits) {
   static std::atomic<bool> done[kMaxDevices];
   if (done[device].load(std::memory_order_relaxed)) return cudaSuccess;
-  const auto kernel = topk_kernel<Config>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           limits.shared_bytes);
+  cudaError_t error = allow_shared_memory<topk_kernel<Config>>(device, limits.shared_bytes);
   if (error != cudaSuccess) return error;
   if (Config::kCluster) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    error = cudaFuncSetAttribute(topk_kernel<Config>,
+                                 cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
   }
   done[device].store(true, std::memory_order_relaxed);
