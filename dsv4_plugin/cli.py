@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from dsv4_plugin.testing.ab import command as ab
+
 __all__ = ["main"]
 
 
@@ -22,11 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, why = _bench()
     if module is not None:
         module.add_arguments(bench)
-    arguments, rest = parser.parse_known_args(argv)
+    ab.add_arguments(
+        commands.add_parser("ab", help="a server without the plugin against one with it")
+    )
+    given = list(sys.argv[1:] if argv is None else argv)
+    at = given.index("--") if "--" in given else len(given)
+    given, after = given[:at], given[at + 1 :]  # what stands after -- is not ours to parse
+    arguments, rest = parser.parse_known_args(given)
     if arguments.command == "bench" and module is None:
         parser.error(f"bench cannot be loaded ({why})")
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest or (after and arguments.command != "ab"):
+        parser.error(f"unrecognized arguments: {' '.join(rest + after)}")
+    if arguments.command == "ab":
+        return ab.run(arguments, after)
     if arguments.command == "bench":
         return module.run(arguments)
     from dsv4_plugin.doctor import run
