@@ -128,7 +128,8 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.event({"choices": [{"index": 0, "text": " w1"}]})
         if not native:
-            usage = {"prompt_tokens": 1, "completion_tokens": tokens}
+            given = len(str(body["prompt"]).split())
+            usage = {"prompt_tokens": given, "completion_tokens": tokens}
             self.event({"choices": [], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")
         self.close_connection = True

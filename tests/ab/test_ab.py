@@ -81,6 +81,7 @@ def table(said: str) -> dict[str, str]:
     return {n: line for line in said.splitlines() for n in names if line.startswith(f"{n} ")}
 
 
+@pytest.mark.slow
 def test_a_whole_run(tmp_path: Path, port: int, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "ab.svg"
     code = main([*command(tmp_path, port, "--warmup-rounds=4", "--tolerance=0.9",
@@ -187,8 +188,8 @@ def running(tmp_path: Path, port: int) -> Iterator[Running]:
 def test_servers_that_run_already(
     tmp_path: Path, running: Running, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = [f"--{what}-{side}={tmp_path}/{name}" for side in "ab"
-             for what, name in (("log", f"{side}.log"), ("status-dir", f"status-{side}"))]  # fmt: skip
+    known = [f"--log-{side}={tmp_path}/{side}.log" for side in "ab"]
+    known += [f"--status-dir-{side}={tmp_path}/status-{side}" for side in "ab"]
     assert main(running.command(*known)) == 0, capsys.readouterr().err
     data = document(tmp_path)
     assert data["complete"] and "UNVERIFIED" not in capsys.readouterr().out
