@@ -384,6 +384,8 @@ USAGE = {
     "two modes": (["--together", "--restart"], "exclude each other"),
     "running and started": (["--url-a=http://a", "--url-b=http://b"], "no server is started"),
     "the log of a server of ab's": (["--log-a=x"], "are for --url-a and --url-b"),
+    "a plot of no known form": (["--plot=x.txt"], "must end in one of .png, .svg, .pdf"),
+    "a plot in no folder": (["--plot=/no/such/folder/x.svg"], "there is no folder"),
 }
 
 
@@ -434,6 +436,24 @@ def test_a_dry_run_shows_the_engines_commands(
              "sglang": "sglang.bench_serving --backend sglang"}[engine]  # fmt: skip
     assert client.startswith(f"client: /opt/py -m {bench} --base-url http://127.0.0.1:{port} ")
     assert order.startswith("restart: AB AB AB, 1 run(s)")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_the_example(engine: str, tmp_path: Path) -> None:
+    shim = tmp_path / "bin" / "dsv4-plugin"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dsv4_plugin.cli "$@"\n')
+    shim.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{shim.parent}:{os.environ['PATH']}", "TP": "2",
+               "MODEL": "org/model", "PAIRS": "4", "OUT": "x"}  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples" / f"ab_{engine}.sh"), "--dry-run", "--", "--seed", "3"],
+        env=environ, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("   ")]
+    tp = {"vllm": "--tensor-parallel-size", "sglang": "--tp-size"}[engine]
+    assert f" {tp} 2 --seed 3 --host 127.0.0.1 --port " in lines[0] and "org/model" in lines[0]
+    assert lines[3].startswith("restart: AB AB AB AB, 1 run(s) of in=65536,out=256,n=4,c=1, in=")
 
 
 def test_a_client_of_ones_own(tmp_path: Path, port: int) -> None:

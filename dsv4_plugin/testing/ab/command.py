@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of the engine's; gets its options unless it has {result}: {url} {model} "
         "{seed} {input_len} {output_len} {num_prompts} {concurrency} are filled in",
     )  # fmt: skip
+    add("--serve-args", default="", metavar="'...'", help="for both servers, as what is after --")
     add("--client-args", default="", metavar="'...'", help="more options of the client")
     add("--host", default="127.0.0.1", help="where the servers listen (default: 127.0.0.1)")
     add("--port", type=int, help="their port (default: the engine's, 8000 or 30000)")
@@ -87,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--workload", action="append", default=[], metavar="in=N,out=N,n=N,c=N",
         help="tokens in and out, prompts, concurrency; may be given often "
-        "(default: in=1024,out=128,n=16,c=4)",
+        "(default: in=8192,out=128,n=16,c=4)",
     )  # fmt: skip
     add("--pairs", type=int, default=3, help=f"A-B pairs, at least {FEWEST_PAIRS} (default: 3)")
     add("--runs", type=int, default=1, help="runs of the client in half a pair (default: 1)")
@@ -124,7 +125,7 @@ def run(arguments: argparse.Namespace, more: Sequence[str] = ()) -> int:
         if arguments.results is not None:
             _again(arguments)
             return 0
-        return _run(arguments, list(more))
+        return _run(arguments, [*split(arguments.serve_args, "--serve-args"), *more])
     except UsageError as error:
         print(f"dsv4-plugin ab: {error}", file=sys.stderr)
         return 2
@@ -142,6 +143,7 @@ def _again(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{file} is not complete: {document.get('error') or 'it was cut off'}")
     print("\n".join(report.lines(document)))
     if arguments.plot:
+        plot.check(arguments.plot)
         plot.draw(document, arguments.plot)
         print(f"drawn to {arguments.plot}")
 
@@ -165,8 +167,8 @@ class _Plan:
         starts = more or arguments.server_command or arguments.args_a or arguments.args_b
         if running and (starts or arguments.env_a or arguments.env_b):
             raise UsageError(
-                "with --url-a and --url-b no server is started: --server-command, --args-a/-b, "
-                "--env-a/-b and what stands after -- have no meaning"
+                "with --url-a and --url-b no server is started: --server-command, --serve-args, "
+                "--args-a/-b, --env-a/-b and what stands after -- have no meaning"
             )
         known = (arguments.status_dir_a, arguments.status_dir_b, arguments.log_a, arguments.log_b)
         if not running and any(known):
@@ -265,14 +267,12 @@ def _run(arguments: argparse.Namespace, more: list[str]) -> int:
     if arguments.dry_run:
         _show(plan)
         return 0
-    if arguments.plot:
-        from dsv4_plugin.testing.topk.plot import require
-
-        require()  # now, not when all is measured
     folder = arguments.out
     if folder is None:
         raise UsageError("--out DIR is missing: where results and logs go")
     folder = folder.absolute()
+    if arguments.plot:  # now, not when all is measured
+        plot.check(arguments.plot, folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--out {folder} must be an empty or new folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -323,7 +323,7 @@ def _document(plan: _Plan) -> dict[str, Any]:
     sides = {}
     for side in SIDES:
         running = plan.design.mode == "running"
-        environ = {} if running else plan.environ(side, Path("STATUS"))
+        environ = {} if running else plan.environ(side, Path("OUT", "SERVER", "status"))
         sides[side] = {
             "command": shown(plan.commands.get(side, [])),
             "url": plan.urls[side],

@@ -39,7 +39,7 @@ class Workload:
         Raises:
             UsageError: another key, or a value that is no positive integer.
         """
-        values = {"in": 1024, "out": 128, "n": 16, "c": 4}
+        values = {"in": 8192, "out": 128, "n": 16, "c": 4}
         for part in filter(None, text.split(",")):
             key, _, value = part.partition("=")
             if key not in values or not value.isascii() or not value.isdigit() or int(value) < 1:

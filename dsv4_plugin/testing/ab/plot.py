@@ -7,11 +7,28 @@ from typing import Any
 
 from dsv4_plugin.testing.topk import UsageError
 
-__all__ = ["draw"]
+__all__ = ["check", "draw"]
 
 Row = dict[str, Any]
 SHOWN = ("TTFT mean", "TPOT mean", "ITL p99", "output throughput")
+SUFFIXES = (".png", ".svg", ".pdf")
 COLORS = {"better": "tab:green", "worse": "tab:red", "undecided": "0.4"}
+
+
+def check(file: Path, *coming: Path) -> None:
+    """Check that a plot can be drawn into ``file``; the folders ``coming`` will be there.
+
+    Raises:
+        UsageError: its form, its folder or matplotlib is missing.
+    """
+    from dsv4_plugin.testing.topk.plot import require
+
+    if file.suffix not in SUFFIXES:
+        raise UsageError(f"--plot {file} must end in one of {', '.join(SUFFIXES)}")
+    folder = file.absolute().parent
+    if folder not in coming and not folder.is_dir():
+        raise UsageError(f"--plot {file}: there is no folder {folder}")
+    require()
 
 
 def draw(document: Row, file: Path) -> None:
