@@ -266,8 +266,8 @@ def test_two_settings_of_the_plugin_can_be_compared(tmp_path: Path, port: int) -
 FAILED = {
     "the server ends at its start": (["--", "--die-at-start=3"], "", [
         "server A ended with exit code 3", "ValueError: no such model", "line 21\n"]),
-    "the server is never healthy": (["--start-timeout=1", "--", "--never-healthy"], "", [
-        "server A is not healthy after 1 s (HTTP 503"]),
+    "the server is never healthy": (["--start-timeout=6", "--", "--never-healthy"], "", [
+        "server A is not healthy after 6 s (HTTP 503"]),
     "the server ends under load": (["--", "--die-at-request=6"], "", [
         "server A ended with exit code 7", "illegal memory access"]),
     "a request fails": (["--", "--fail-at-request=6"], "", [
@@ -319,8 +319,8 @@ def test_warm_up_goes_on_until_it_is_steady(tmp_path: Path, port: int) -> None:
     data = document(tmp_path)
     for warmup in data["warmups"]:
         rounds = [r["TTFT mean"] for r in warmup["rounds"]]
-        assert warmup["settled"] and len(rounds) >= 3 and rounds[0] > 3 * rounds[-1]
-    assert max(run["metrics"]["TTFT mean"] for run in data["runs"]) < 60
+        assert warmup["settled"] and len(rounds) >= 3 and rounds[0] > 2 * rounds[-1]
+    assert max(run["metrics"]["TTFT mean"] for run in data["runs"]) < 100
 
 
 def test_what_never_settles_is_said(
