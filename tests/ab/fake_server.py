@@ -156,15 +156,12 @@ if arguments.die_at_start is not None:
     say("ValueError: no such model")
     sys.exit(arguments.die_at_start)
 if on:
+    import logging
+
     from dsv4_plugin import log
-    from dsv4_plugin.integrations import decisions
-    from dsv4_plugin.integrations.plan import Topk
-    from dsv4_plugin.state import Seam, state
 
     log.configure("info")
-    state.host = "vLLM 9.9.9"
-    state.seams["topk.decode"] = Seam("topk.decode", "somewhere")
-    decisions.announce("decode", ["topk.decode"], Topk("bf16", "cuda"), {})
+    log.once(logging.INFO, "dsv4 active in vLLM 9.9.9, decode: bf16 by cuda on bf16 logits")
 
 
 class Server(ThreadingHTTPServer):

@@ -119,7 +119,7 @@ class Process:
                 continue
             left = self.living()
             for pid in left:
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(OSError):  # gone, or not ours to end
                     os.kill(pid, number)
             end = time.monotonic() + seconds
             while left and time.monotonic() < end:

@@ -19,6 +19,7 @@ __all__ = ["Server", "free_port", "version"]
 
 POLL_S = 0.5
 SAY_EVERY_S = 15.0
+PORT_S = 2.0  # how long a port may be held by what has just ended
 
 
 def free_port(host: str, port: int, console: Console, patience: float = 0.0) -> None:
@@ -100,7 +101,7 @@ class Server:
         if self._command:
             assert self.log is not None and self._environ is not None
             at = urlsplit(self.url)
-            free_port(at.hostname or "", at.port or 0, self._console, patience=30.0)
+            free_port(at.hostname or "", at.port or 0, self._console, PORT_S)
             mark = f"DSV4_STATUS_DIR={self._environ['DSV4_STATUS_DIR']}"
             self.process = Process(
                 f"server {self.name}", self._command, self._environ, self.log, self._console, mark
