@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv4_plugin.testing.ab import command as ab
+
 __all__ = ["main"]
 
 # Commands that need torch: name -> (module with add_arguments() and run(), what it does).
@@ -41,18 +43,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="with --hosts: keep there what was downloaded (default: nowhere)",
     )
+    ab.add_arguments(
+        commands.add_parser("ab", help="a server without the plugin against one with it")
+    )
     loaded = {}
     for name, (_, about) in COMMANDS.items():
         loaded[name] = module, _ = _load(name)
         command = commands.add_parser(name, help=about)
         if module is not None:
             module.add_arguments(command)
-    arguments, rest = parser.parse_known_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    at = given.index("--") if "--" in given else len(given)
+    given, after = given[:at], given[at + 1 :]  # what stands after -- is not ours to parse
+    arguments, rest = parser.parse_known_args(given)
     module, why = loaded.get(arguments.command, (None, ""))
     if why:
         parser.error(f"{arguments.command} cannot be loaded ({why})")
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest or (after and arguments.command != "ab"):
+        parser.error(f"unrecognized arguments: {' '.join(rest + after)}")
+    if arguments.command == "ab":
+        return ab.run(arguments, after)
     if module is not None:
         return module.run(arguments)
     from dsv4_plugin.doctor import run, run_hosts

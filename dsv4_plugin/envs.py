@@ -34,13 +34,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Variable:
-    """One setting: its variable, the values it takes (the first is the default), its meaning."""
+    """One setting: its variable, the values it takes (the first is the default), its meaning.
+
+    ``path``: it takes any absolute path besides its choices.
+    """
 
     name: str
     field: str
     choices: tuple[str, ...]
     default: str
     meaning: str
+    path: bool = False
 
 
 VARIABLES: tuple[Variable, ...] = (
@@ -103,6 +107,15 @@ VARIABLES: tuple[Variable, ...] = (
         "info",
         "How much the plugin logs.",
     ),
+    Variable(
+        "DSV4_STATUS_DIR",
+        "status_dir",
+        ("",),
+        "",
+        "A directory: every process in which the plugin is at work writes its counters there, "
+        "one small JSON file a process (`dsv4-plugin ab` reads them). Unset: no file is written.",
+        path=True,
+    ),
 )
 _BY_FIELD = {v.field: v for v in VARIABLES}
 
@@ -118,6 +131,7 @@ class Settings:
     strict: bool = False
     shadow: bool = False
     log: str = "info"
+    status_dir: str = ""
 
     @property
     def enabled(self) -> bool:
@@ -129,9 +143,12 @@ _FLAGS: dict[str, bool | None] = {"": None, "0": False, "1": True}
 
 
 def _convert(variable: Variable, value: str, source: str) -> Any:
+    if variable.path and os.path.isabs(value.strip()):
+        return value.strip()
     text = value.strip().lower()
     if text not in variable.choices:
         allowed = ", ".join(repr(c) if c else "unset" for c in variable.choices)
+        allowed += ", or an absolute path" if variable.path else ""
         raise SettingError(f"{source} is {value!r}; it can be {allowed}")
     return _FLAGS[text] if "1" in variable.choices else text
 
@@ -236,7 +253,7 @@ def table() -> str:
     """Return the settings as the Markdown table that the README shows."""
     lines = ["| variable | values | default | meaning |", "|---|---|---|---|"]
     for v in VARIABLES:
-        choices = " ".join(f"`{c}`" for c in v.choices if c)
+        choices = " ".join(f"`{c}`" for c in v.choices if c) or "an absolute path"
         lines.append(f"| `{v.name}` | {choices} | {v.default or 'unset'} | {v.meaning} |")
     return "\n".join(lines)
 

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsv4_plugin import status_file
+
 __all__ = ["Seam", "State", "state", "status"]
 
 
@@ -42,12 +44,26 @@ class State:
     counters: Counter[str] = field(default_factory=Counter)
     peaks: dict[str, float] = field(default_factory=dict)
     reports: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)  # part -> why it was switched off
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, name: str) -> None:
         """Add one to a counter (``topk.decode``, ``topk.decode.upstream`` …)."""
         with self._lock:
             self.counters[name] += 1
+            number = self.counters[name]
+        if number & (number - 1) == 0:  # 1, 2, 4, 8 …: a file that is at most half behind
+            status_file.publish(self.report)
+
+    def fail(self, part: str, why: str) -> None:
+        """Note that a part failed at a call and serves no more."""
+        with self._lock:
+            self.failures[part] = why
+        status_file.publish(self.report)
+
+    def report(self) -> dict[str, Any]:
+        """Return what the file of ``DSV4_STATUS_DIR`` says of this process."""
+        return {**status(), "failures": dict(self.failures)}
 
     def peak(self, name: str, value: float) -> bool:
         """Keep the largest value of a name (``logits.saved_mib``); True where this one is it."""
@@ -65,6 +81,7 @@ class State:
             self.counters.clear()
             self.peaks.clear()
             self.reports.clear()
+            self.failures.clear()
 
 
 state = State()

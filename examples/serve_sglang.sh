@@ -4,7 +4,7 @@
 #   pip install "sglang>=0.5.16" dsv4-plugin    # or: pip install .   in a checkout
 #   MODEL=... TP=4 examples/serve_sglang.sh [more options of sglang serve]
 #
-# TOPK=off serves with SGLang's own top-k: the other side of an A/B (docs/sglang.md). What engaged
+# TOPK=off serves with SGLang's own top-k: the other side of an A/B (docs/ab.md). What engaged
 # is one line of each scheduler process: "dsv4 active in SGLang ...".
 set -euo pipefail
 

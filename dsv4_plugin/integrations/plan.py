@@ -77,6 +77,7 @@ def switch_off(part: str, error: Exception) -> None:
     for name, seam in state.seams.items():
         if name.startswith(part) or (part == "topk" and name == "logits"):
             seam.why = why
+    state.fail(part, why)
     log.once(
         logging.ERROR,
         f"{part} {why}; the own code of {state.host or 'the engine'} serves this and every later "

@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from dsv4_plugin.testing.provenance import commit, output
 
 __all__ = ["machine", "time_calls", "time_graph"]
 
@@ -76,27 +76,6 @@ def time_calls(
     return (time.perf_counter() - begin) * 1e6 / len(calls)
 
 
-def _output(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def _commit() -> str:
-    """Return the commit of a checkout, else the one that the installed version was built from."""
-    commit = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
-    if commit == "unknown":
-        try:
-            from dsv4_plugin import _version
-
-            commit = getattr(_version, "__commit_id__", None) or commit
-        except ImportError:
-            pass
-    return commit
-
-
 def machine() -> dict[str, Any]:
     """Return what a result file must say of where it was made."""
     import dsv4_plugin
@@ -104,7 +83,7 @@ def machine() -> dict[str, Any]:
     about: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "plugin": dsv4_plugin.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -120,7 +99,7 @@ def machine() -> dict[str, Any]:
         about |= {
             "gpu": p.name,
             "sms": p.multi_processor_count,
-            "driver": _output(
+            "driver": output(
                 "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"
             ),
         }

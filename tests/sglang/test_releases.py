@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import pytest
+from real_client import check
 from release_runner import ROOT, environment, run_cases
 
 CASES = Path(__file__).resolve().parent / "host"
@@ -25,11 +26,24 @@ def python() -> Path:
     return environment(MAKE, ENV, "--sglang", ",".join(VERSIONS), "--tokenspeed", "")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("version", VERSIONS)
-def test_release(python: Path, version: str, tmp_path: Path) -> None:
+def find(python: Path, version: str) -> Path:
     release = ENV / "sglang" / version
     if not (python.is_file() and (release / "sglang" / "__init__.py").is_file()):
         pytest.skip(f"no SGLang {version} in {ENV}: python {MAKE.relative_to(ROOT)} makes it")
+    return release
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_release(python: Path, version: str, tmp_path: Path) -> None:
+    release = find(python, version)
     report = tmp_path / "report.xml"
     run_cases(f"SGLang {version}", python, CASES, [release], report, FEWEST_CASES, ["SGLANG_"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [VERSIONS[0], VERSIONS[-1]])
+def test_bench_client(python: Path, version: str, tmp_path: Path) -> None:
+    """``sglang.bench_serving`` takes what ``dsv4-plugin ab`` gives, and answers what ab reads."""
+    script = Path(__file__).with_name("bench_client.py")
+    check("sglang", python, script, [find(python, version)], tmp_path)

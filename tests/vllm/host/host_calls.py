@@ -107,6 +107,27 @@ def test_v4_selects_in_bf16_where_the_host_writes_it(engine, run, batch, monkeyp
     assert counters[f"topk.{kind}.{dtype}.torch"] == 1
 
 
+def test_a_served_call_is_evidence_for_an_ab(engine, run, monkeypatch, tmp_path):
+    """What ``dsv4-plugin ab`` asks for is there after real calls, and only where it is on."""
+    from dsv4_plugin.testing.ab.console import Console
+    from dsv4_plugin.testing.ab.engagement import judge
+    from dsv4_plugin.testing.ab.servers import Server
+
+    server = Server("B", "http://127.0.0.1:1", Console(), status=tmp_path)
+    monkeypatch.setenv("DSV4_STATUS_DIR", str(tmp_path))
+    run(engine.problem(decode=(700, 40)))
+    assert list(tmp_path.iterdir()) == []
+    assert judge(server, "off")[0].processes == []
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_TOPK", "fp32")
+    monkeypatch.setenv("DSV4_BACKEND", "torch")
+    run(engine.problem(decode=(700, 40), prefill=((900, 4),)))
+    evidence, warnings = judge(server, "on")
+    assert warnings == []
+    assert evidence.processes[0]["counters"]["topk.decode"] == 1
+    assert evidence.processes[0]["host"].startswith("vLLM ")
+
+
 @pytest.mark.parametrize("topk", ["fp32", "bf16"])
 def test_ties_go_to_the_lowest_index(engine, run, monkeypatch, can_bf16, topk):
     if topk == "bf16" and not can_bf16:

@@ -1,0 +1,51 @@
+"""The status of each process as a file, for who cannot ask the process: ``DSV4_STATUS_DIR``.
+
+An engine's workers are processes of their own, and ``dsv4_plugin.status()`` is per process. Where
+the setting names a directory, a process writes ``<host>-<pid>.json`` there when a counter reaches
+1, 2, 4, 8 … and when a part is switched off; a reader never sees half a file. Without the setting
+nothing is written, ever. A counter in the file is at least half of the true one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dsv4_plugin import envs, log
+
+__all__ = ["publish"]
+
+_lock = threading.Lock()
+
+
+def publish(report: Callable[[], dict[str, Any]]) -> None:
+    """Write ``report()`` for this process if the setting asks for it; never raises.
+
+    It runs on the way of a served call, also while a CUDA graph is captured: it touches no device.
+    """
+    try:
+        folder = envs.settings().status_dir
+        if not folder:
+            return
+        with _lock:
+            _write(Path(folder), report())
+    except Exception as error:  # a full disk must not end a server
+        log.once(logging.WARNING, f"DSV4_STATUS_DIR: no status is written ({error})")
+
+
+def _write(folder: Path, report: dict[str, Any]) -> None:
+    import dsv4_plugin
+
+    host, pid = platform.node() or "unknown", os.getpid()
+    report = {"pid": pid, "node": host, "plugin": dsv4_plugin.__version__, **report}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{host}-{pid}.json"
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(part, file)

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# vLLM without dsv4_plugin against vLLM with it: three restarts of each, a table, JSON and a plot.
+#
+#   MODEL=... TP=4 OUT=results/ab examples/ab_vllm.sh [more options of dsv4-plugin ab]
+#
+# The plot needs matplotlib (pip install "dsv4-plugin[bench]"). --dry-run shows the commands;
+# docs/ab.md says how to read what comes out.
+set -euo pipefail
+
+tp="${TP:-4}"
+out="${OUT:-ab-vllm-$(date +%Y%m%d-%H%M%S)}"
+
+exec dsv4-plugin ab --engine vllm --model "${MODEL:-deepseek-ai/DeepSeek-V4-Flash}" \
+    --out "$out" --plot "$out/ab.svg" --pairs "${PAIRS:-3}" --workers "$tp" \
+    --serve-args="--tensor-parallel-size $tp" \
+    --workload in=65536,out=256,n=4,c=1 \
+    --workload in=8192,out=256,n=64,c=16 \
+    "$@"
