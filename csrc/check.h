@@ -54,8 +54,7 @@ inline void check_device(const char* name, const TensorView& t, DLDevice want) {
   const DLDevice d = t.device();
   if (d.device_type != want.device_type || d.device_id != want.device_id) {
     TVM_FFI_THROW(ValueError) << name << " is on " << device_name(d)
-                              << "; every argument of this call must be on "
-                              << device_name(want);
+                              << "; every argument of this call must be on " << device_name(want);
   }
 }
 

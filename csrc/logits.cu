@@ -103,8 +103,9 @@ void paged_logits(TensorView q, TensorView pages, TensorView weights, TensorView
   check_bytes("pages", pages, 2);
   check_device("pages", pages, device);
   if (pages.size(1) < kBlockBytes || pages.stride(1) != 1 || pages.size(0) > INT32_MAX) {
-    TVM_FFI_THROW(ValueError) << "pages is " << shape_name(pages) << "; it must be [pages, >= "
-                              << kBlockBytes << "] with unit inner stride";
+    TVM_FFI_THROW(ValueError) << "pages is " << shape_name(pages)
+                              << "; it must be [pages, >= " << kBlockBytes
+                              << "] with unit inner stride";
   }
   check_aligned("pages", data(pages), pages.size(0) > 1 ? pages.stride(0) : 0);
   p.cache = static_cast<const uint8_t*>(data(pages));
@@ -129,8 +130,8 @@ void paged_logits(TensorView q, TensorView pages, TensorView weights, TensorView
   p.lengths = row_lengths(lengths, static_cast<int32_t>(rows), next_n, device);
 
   const Launch launch("dsv4_paged_logits", device);
-  launch.check(launch_paged_logits(p, type, static_cast<int>(heads), device.device_id,
-                                   launch.stream()));
+  launch.check(
+      launch_paged_logits(p, type, static_cast<int>(heads), device.device_id, launch.stream()));
 }
 
 void set_bounds(const char* name, IntTensor& bounds, int64_t& stride, const TensorView& t,
@@ -191,8 +192,8 @@ void ragged_logits(TensorView q, TensorView k, TensorView k_scale, TensorView we
   if (rows == 0) return;
 
   const Launch launch("dsv4_ragged_logits", device);
-  launch.check(launch_ragged_logits(p, type, static_cast<int>(heads), device.device_id,
-                                    launch.stream()));
+  launch.check(
+      launch_ragged_logits(p, type, static_cast<int>(heads), device.device_id, launch.stream()));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Host side of every launch: what the device has, and a launch that may begin while the kernel before
-// it in the stream still runs (programmatic dependent launch; the kernel waits itself, see pdl_wait).
+// Host side of every launch: what the device has, and a launch that may begin while the kernel
+// before it in the stream still runs (programmatic dependent launch; the kernel waits itself, see
+// pdl_wait).
 #pragma once
 
 #include <atomic>
@@ -16,8 +17,7 @@ inline cudaError_t multiprocessors(int device, int* count) {
   if (device < 0 || device >= kMaxDevices) return cudaErrorInvalidDevice;
   *count = known[device].load(std::memory_order_relaxed);
   if (*count > 0) return cudaSuccess;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  const cudaError_t error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) known[device].store(*count, std::memory_order_relaxed);
   return error;
 }

@@ -96,8 +96,8 @@ class BlockList {
   uint32_t upto_ = 0;    // of the turn's requests up to this lane's
 };
 
-// The pages of blocks first, first + step, ... of a table row of `width` entries: 32 at a time in the
-// lanes of a warp, the next 32 on their way.
+// The pages of blocks first, first + step, ... of a table row of `width` entries: 32 at a time in
+// the lanes of a warp, the next 32 on their way.
 class PageNumbers {
  public:
   __device__ __forceinline__ PageNumbers(const int32_t* row, int32_t width, int32_t first,

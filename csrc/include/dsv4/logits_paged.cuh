@@ -4,11 +4,11 @@
 // A CTA is one warpgroup, and four fit a multiprocessor. It takes its share of the blocks (pages of
 // 64 keys) of all requests, request by request; up to two rows of a request share one read of its
 // keys. Pages are copied to a ring in shared memory some blocks ahead; the matrix unit works on a
-// block while the sums of the one before are turned into scores. A single request's blocks are dealt
-// to the CTAs in turn, so that each knows its first page before it knows the length.
+// block while the sums of the one before are turned into scores. A single request's blocks are
+// dealt to the CTAs in turn, so that each knows its first page before it knows the length.
 //
-// Scores are float32 until they are rounded once, and a key's score depends on the key and the query
-// alone.
+// Scores are float32 until they are rounded once, and a key's score depends on the key and the
+// query alone.
 #pragma once
 
 #include <cstdint>
@@ -104,8 +104,7 @@ class RangeScorer {
   // The slot of block b is free once every warp is done with it, which is known two blocks later.
   static constexpr int kAhead = kPagedStages - 2;
 
-  using Weights =
-      std::conditional_t<kRows == 1, RegisterWeights<kHeads>, SharedWeights<kHeads>>;
+  using Weights = std::conditional_t<kRows == 1, RegisterWeights<kHeads>, SharedWeights<kHeads>>;
 
   // A page that does not exist leaves its slot as it is.
   __device__ __forceinline__ void begin_copy(int32_t turn) {
@@ -169,8 +168,8 @@ class RangeScorer {
       mma_wait<1>();
       finish(odd, unit, weights);
     }
-    // With two rows there is always a unit left, but nvcc 13.0 is not to know: it would fold this into
-    // the loop and then wait for each instruction (ptxas note C7514).
+    // With two rows there is always a unit left, but nvcc 13.0 is not to know: it would fold this
+    // into the loop and then wait for each instruction (ptxas note C7514).
     if (unit < units) {
       if (kRows == 1) arrive(unit);
       begin(odd, unit);

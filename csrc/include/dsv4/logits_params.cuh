@@ -10,8 +10,8 @@
 
 namespace dsv4 {
 
-constexpr int kKeyBytes = 128;  // e4m3 values of a key
-constexpr int kBlockKeys = 64;  // keys scored together, and keys of a page
+constexpr int kKeyBytes = 128;                        // e4m3 values of a key
+constexpr int kBlockKeys = 64;                        // keys scored together, and keys of a page
 constexpr int kBlockScales = kBlockKeys * kKeyBytes;  // where a page's float32 scales begin
 constexpr int kBlockBytes = kBlockScales + kBlockKeys * 4;
 

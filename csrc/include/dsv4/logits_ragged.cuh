@@ -1,9 +1,9 @@
-// Index logits over gathered keys (prefill): row r scores keys row_starts[r] ... row_ends[r] - 1, and
-// column j of its output is key row_starts[r] + j.
+// Index logits over gathered keys (prefill): row r scores keys row_starts[r] ... row_ends[r] - 1,
+// and column j of its output is key row_starts[r] + j.
 //
-// A CTA has a tile of sixteen rows' queries in shared memory and a run of blocks of 64 keys. Its four
-// warpgroups take the blocks in turn, so that a key is read once a tile; while one of them turns sums
-// into scores, the matrix unit works for the others.
+// A CTA has a tile of sixteen rows' queries in shared memory and a run of blocks of 64 keys. Its
+// four warpgroups take the blocks in turn, so that a key is read once a tile; while one of them
+// turns sums into scores, the matrix unit works for the others.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,8 @@ using TileRing = KeyRing<2>;
 
 template <int kHeads>
 struct TileShared {
-  static constexpr int kBytes = kTileRows * (kQueryBytes<kHeads> + kHeads * 4 + 2 * 8) +
-                                kTileGroups * TileRing::kBytes;
+  static constexpr int kBytes =
+      kTileRows * (kQueryBytes<kHeads> + kHeads * 4 + 2 * 8) + kTileGroups * TileRing::kBytes;
 
   uint8_t* queries;  // [kTileRows][kQueryBytes]
   TileRing ring;     // of this warpgroup
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     mma_shared_fence();
     group_sync(group);
   };
-  // Rows scored at a time: an instruction's 128 columns. Those of the tile that the call does not have
-  // are scored for nobody.
+  // Rows scored at a time: an instruction's 128 columns. Those of the tile that the call does not
+  // have are scored for nobody.
   constexpr int kRows = 128 / kHeads;
   int32_t slot = 0;
   begin_copy(block, slot);
@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const int32_t row = j + r;
-        const float sum = sum_heads<kHeads>(
-            sums.v + r * (kHeads / 2), SharedWeights<kHeads>(shared.weights + row * kHeads));
+        const float sum = sum_heads<kHeads>(sums.v + r * (kHeads / 2),
+                                            SharedWeights<kHeads>(shared.weights + row * kHeads));
         bool writes = writes_score() && row < rows;
         if (!inside) {
           const int32_t column = key - shared.starts[row];

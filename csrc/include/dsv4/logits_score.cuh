@@ -1,6 +1,6 @@
-// Scores of 64 keys against one query: score = scale * sum over heads of weight * ReLU(q . k), by one
-// warpgroup. The matrix unit gives q . k for the 64 keys and all heads; what is here turns that into
-// a score a key, and brings queries to shared memory.
+// Scores of 64 keys against one query: score = scale * sum over heads of weight * ReLU(q . k), by
+// one warpgroup. The matrix unit gives q . k for the 64 keys and all heads; what is here turns that
+// into a score a key, and brings queries to shared memory.
 #pragma once
 
 #include <cstdint>
@@ -103,8 +103,8 @@ __device__ __forceinline__ float relu(float x) {
   return r;
 }
 
-// Sum over the heads for own_key(), without its scale, of one query's columns of MmaSums. The order of
-// the additions depends on nothing.
+// Sum over the heads for own_key(), without its scale, of one query's columns of MmaSums. The order
+// of the additions depends on nothing.
 template <int kHeads, class Weights>
 __device__ __forceinline__ float sum_heads(const float* sums, const Weights& weights) {
   float low[2] = {0, 0}, high[2] = {0, 0};
