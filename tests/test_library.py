@@ -52,22 +52,23 @@ def new(rows: int = 4) -> torch.Tensor:
     return torch.full((rows, K), -7, dtype=torch.int32)
 
 
-def scored(next_n: int = 1) -> tuple[torch.Tensor, ...]:
-    """Arguments of the paged logits: 4 rows."""
-    return draw_paged([64, 30, 5, 9], next_n, heads=2).arguments
+def scored(next_n: int = 1, lengths: tuple[int, ...] = (64, 30, 5, 9)) -> tuple[torch.Tensor, ...]:
+    """Arguments of the paged logits, 4 rows; uint8, because opcheck does arithmetic with them."""
+    q, *rest = draw_paged(list(lengths), next_n, heads=2).arguments
+    return q.view(torch.uint8), *rest
 
 
 def full(next_n: int = 1) -> tuple[torch.Tensor, ...]:
     """The same with rows that fill the table: no column of a new result is uninitialised."""
-    return draw_paged([64] * 4, next_n, heads=2).arguments
+    return scored(next_n, (64,) * 4)
 
 
 def windows() -> tuple[torch.Tensor, ...]:
     """Arguments of the ragged logits: 4 rows, 20 keys, a window of all of them."""
-    case = draw_paged([64] * 4, heads=2)
-    keys = case.cache[0, : 20 * 128].reshape(20, 128)
+    q, cache, weights, _, _ = full()
+    keys = cache[0, : 20 * 128].reshape(20, 128)
     start = torch.zeros(4, dtype=torch.int32)
-    return case.q[:, 0], keys, torch.ones(20), case.weights, start, start + 20
+    return q[:, 0], keys, torch.ones(20), weights, start, start + 20
 
 
 def op_calls() -> dict[str, list[tuple[Any, ...]]]:
