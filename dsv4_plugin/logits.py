@@ -86,6 +86,8 @@ def paged_logits(
     checks.on_device("cache", cache, device, "q")
     checks.head_weights(weights, rows, heads, device)
     checks.lengths_for(lengths, rows, next_n, device, "q")
+    if lengths.dim() == 2 and lengths.shape[1] == 1:
+        lengths = lengths.squeeze(1)
     checks.table("block_table", block_table, batch, 1, device, "q")
     columns = block_table.shape[1] * block_size
     out = _result(out, rows, columns, dtype, device)

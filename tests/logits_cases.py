@@ -53,7 +53,7 @@ def codes(shape: tuple[int, ...], kind: str, g: torch.Generator) -> torch.Tensor
 
 @dataclass
 class Paged:
-    """The arguments of `paged_logits`; `n` is the length of each row."""
+    """The arguments of `paged_logits`; there is one length a row."""
 
     q: torch.Tensor
     cache: torch.Tensor
@@ -90,7 +90,7 @@ def paged(
     block_size: int = 64,
     seed: int = 0,
 ) -> Paged:
-    """Draw a call; `lengths` are one a row. Every key lies in a page of its own request."""
+    """Draw a call; `lengths` are one a row. Requests share pages only where `pages` are few."""
     g = torch.Generator().manual_seed(seed)
     rows = len(lengths)
     batch = rows // next_n

@@ -121,7 +121,7 @@ def paged_logits(
     block_size: int,
 ) -> None:
     """Score the keys of every request's pages; see :func:`dsv4_plugin.paged_logits`."""
-    _function("dsv4_paged_logits")(q, pages, weights, lengths, block_table, out, next_n)
+    _function("dsv4_paged_logits")(q, pages, weights, lengths, block_table, out)
 
 
 def ragged_logits(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from dsv4_plugin.kernels.reference import SCALE_BYTES, _planes, _widen_e4m3, row_lengths
+from dsv4_plugin.kernels.reference import SCALE_BYTES, planes, row_lengths, widen_e4m3
 
 __all__ = ["paged_logits", "ragged_logits"]
 
@@ -29,8 +29,8 @@ def _scores(
     the result ``[n, rows, columns]``.
     """
     n, rows, heads, head_dim = q.shape
-    wide = _widen_e4m3(q).to(torch.float64).reshape(n, rows * heads, head_dim)
-    dots = torch.bmm(wide, _widen_e4m3(keys).to(torch.float64).transpose(1, 2))
+    wide = widen_e4m3(q).to(torch.float64).reshape(n, rows * heads, head_dim)
+    dots = torch.bmm(wide, widen_e4m3(keys).to(torch.float64).transpose(1, 2))
     dots = dots.to(torch.float32).relu_().unflatten(1, (rows, heads))
     total = weights[:, :, 0, None] * dots[:, :, 0]
     for h in range(1, heads):
@@ -72,7 +72,7 @@ def paged_logits(
             gone = (page < 0) | (page >= pages.shape[0])
             gone = gone.repeat_interleave(block_size, dim=1)[:, None, : end - begin]
             if pages.shape[0]:
-                values, scales = _planes(pages, block_size, head_dim, SCALE_BYTES)
+                values, scales = planes(pages, block_size, head_dim, SCALE_BYTES)
                 page = page.clamp(0, pages.shape[0] - 1)
                 keys = values[page].flatten(1, 2)[:, : end - begin]
                 scale = scales[page].flatten(1, 2).view(torch.float32)[:, : end - begin, 0]
