@@ -99,7 +99,7 @@ def test_v32_calls_past_the_layer(engine, run, own):
 def test_the_line_says_whose_logits(engine, run, own, caplog):
     run.build(engine.problem(**MIXED))
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
-    assert "bf16 by torch on own bf16 logits at" in line
+    assert "bf16 by torch on own bf16 logits" in line
     assert dsv4_plugin.status()["seams"]["logits"]["engaged"]
 
 
