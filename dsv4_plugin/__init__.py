@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv4_plugin.envs import settings
+    from dsv4_plugin.logits import paged_logits, ragged_logits, select
     from dsv4_plugin.ops import (
         gather_indexer_cache,
         read_indexer_cache,
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 __all__ = [
     "__version__",
     "gather_indexer_cache",
+    "paged_logits",
+    "ragged_logits",
     "read_indexer_cache",
     "read_indexer_cache_mxfp4",
+    "select",
     "settings",
     "status",
     "topk",
@@ -31,8 +35,11 @@ __all__ = [
 
 _WHERE = {
     "gather_indexer_cache": "dsv4_plugin.ops",
+    "paged_logits": "dsv4_plugin.logits",
+    "ragged_logits": "dsv4_plugin.logits",
     "read_indexer_cache": "dsv4_plugin.ops",
     "read_indexer_cache_mxfp4": "dsv4_plugin.ops",
+    "select": "dsv4_plugin.logits",
     "settings": "dsv4_plugin.envs",
     "status": "dsv4_plugin.state",
     "topk": "dsv4_plugin.ops",

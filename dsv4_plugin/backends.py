@@ -34,7 +34,9 @@ class Call:
     dtype: torch.dtype | None = None
     k: int = 0
     head_dim: int = 128
-    alignment: int = 16  # of every row of the cache and of the output, in bytes
+    heads: int = 64
+    block_size: int = 64  # looked at for the logits; the reads take any
+    alignment: int = 16  # of every row that is read or written in vectors, in bytes
 
 
 # op → backend → "module:function". An op that has no entry for a backend has no such form.
@@ -56,6 +58,14 @@ _FORMS: dict[str, dict[str, str]] = {
         "cuda": "dsv4_plugin.kernels.cuda:gather_indexer_cache",
         "triton": "dsv4_plugin.kernels.triton_cache:gather_indexer_cache",
         "torch": "dsv4_plugin.kernels.reference:gather_indexer_cache",
+    },
+    "paged_logits": {
+        "cuda": "dsv4_plugin.kernels.cuda:paged_logits",
+        "torch": "dsv4_plugin.kernels.reference_logits:paged_logits",
+    },
+    "ragged_logits": {
+        "cuda": "dsv4_plugin.kernels.cuda:ragged_logits",
+        "torch": "dsv4_plugin.kernels.reference_logits:ragged_logits",
     },
 }
 
@@ -85,9 +95,15 @@ def _unmet_cuda(call: Call) -> list[str]:
         reasons.append(f"k is {call.k}, more than {MAX_K}")
     if call.head_dim != cuda.HEAD_DIM:
         reasons.append(f"head_dim is {call.head_dim}, the kernels need {cuda.HEAD_DIM}")
+    if call.heads not in cuda.HEADS:
+        want = " or ".join(map(str, cuda.HEADS))
+        reasons.append(f"q has {call.heads} heads, the kernels need {want}")
+    if call.op == "paged_logits" and call.block_size != cuda.BLOCK_SIZE:
+        reasons.append(f"block_size is {call.block_size}, the kernel needs {cuda.BLOCK_SIZE}")
     if call.alignment < cuda.ALIGNMENT:
+        what = "pages, keys or queries" if call.op.endswith("logits") else "pages or output rows"
         reasons.append(
-            f"pages or output rows start at multiples of {call.alignment} bytes, the kernels need "
+            f"{what} start at multiples of {call.alignment} bytes, the kernels need "
             f"{cuda.ALIGNMENT}"
         )
     return reasons

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "E4M3_DTYPES",
     "INDEX_DTYPES",
     "INTEGER_DTYPES",
     "LOGITS_DTYPES",
@@ -17,12 +18,16 @@ __all__ = [
     "OUT_DTYPES",
     "alignment",
     "as_pages",
+    "bounds",
     "dtype_in",
     "geometry",
+    "head_weights",
+    "keys",
     "lengths_for",
     "on_device",
     "out_matrix",
     "positive",
+    "queries",
     "slots_within",
     "table",
     "tensor",
@@ -41,6 +46,7 @@ INTEGER_DTYPES = (
     torch.uint64,
 )
 OUT_DTYPES = (torch.float32, torch.bfloat16)
+E4M3_DTYPES = (torch.float8_e4m3fn, torch.uint8)
 MAX_K = 2048
 
 
@@ -132,7 +138,9 @@ def alignment(*matrices: torch.Tensor) -> int:
     """Return the largest power of two up to 16 that every row of these starts at, in bytes."""
     bits = 16
     for m in matrices:
-        bits |= m.data_ptr() | m.stride(0) * m.element_size()
+        bits |= m.data_ptr()
+        for stride in m.stride()[:-1]:
+            bits |= stride * m.element_size()
     return bits & -bits
 
 
@@ -166,10 +174,12 @@ def out_matrix(
     on_device(name, value, device, of)
 
 
-def lengths_for(lengths: Any, rows: int, next_n: int, device: torch.device) -> None:
+def lengths_for(
+    lengths: Any, rows: int, next_n: int, device: torch.device, of: str = "logits"
+) -> None:
     """Check ``lengths``: one a row (1-D, or ``[batch, next_n]``), or one a request."""
     tensor("lengths", lengths, INDEX_DTYPES, (1, 2))
-    on_device("lengths", lengths, device, "logits")
+    on_device("lengths", lengths, device, of)
     if rows % next_n:
         raise ValueError(f"next_n must divide the number of rows, got next_n {next_n}, rows {rows}")
     batch = rows // next_n
@@ -182,14 +192,60 @@ def lengths_for(lengths: Any, rows: int, next_n: int, device: torch.device) -> N
         )
 
 
-def table(name: str, value: Any, rows: int, next_n: int, device: torch.device) -> None:
+def table(
+    name: str, value: Any, rows: int, next_n: int, device: torch.device, of: str = "logits"
+) -> None:
     """Check an int32 ``[rows or rows // next_n, pages]`` table with unit inner stride."""
     tensor(name, value, (torch.int32,), (2,))
-    on_device(name, value, device, "logits")
+    on_device(name, value, device, of)
     if value.shape[0] not in (rows, rows // next_n):
+        a_row = f"{rows} rows (one a row) or " if next_n > 1 else ""
         raise ValueError(
-            f"{name} must have {rows} rows (one a row) or {rows // next_n} (one a request), "
-            f"got {_show(value)}"
+            f"{name} must have {a_row}{rows // next_n} rows (one a request), got {_show(value)}"
         )
     if value.shape[1] > 1 and value.stride(1) != 1:
         raise ValueError(f"{name} must have unit stride along its rows, got {_show(value)}")
+
+
+def queries(q: Any, dims: tuple[int, ...]) -> torch.Tensor:
+    """Return the queries as a uint8 view ``[batch, next_n, heads, head_dim]``."""
+    tensor("q", q, E4M3_DTYPES, dims)
+    heads, head_dim = q.shape[-2:]
+    if (head_dim > 1 and q.stride(-1) != 1) or (heads > 1 and q.stride(-2) != head_dim):
+        raise ValueError(
+            f"q must be contiguous in its last two dimensions (heads, head_dim), got {_show(q)}"
+        )
+    if heads < 1 or (q.dim() == 4 and q.shape[1] < 1):
+        raise ValueError(f"q must have at least one head and one row a request, got {_show(q)}")
+    return (q if q.dim() == 4 else q.unsqueeze(1)).view(torch.uint8)
+
+
+def keys(k: Any, k_scale: Any, head_dim: int, device: torch.device) -> torch.Tensor:
+    """Check gathered keys and their scales; return the keys as a uint8 view."""
+    tensor("k", k, E4M3_DTYPES, (2,))
+    tensor("k_scale", k_scale, (torch.float32,), (1,))
+    on_device("k", k, device, "q")
+    on_device("k_scale", k_scale, device, "q")
+    if k.shape[1] != head_dim or not k.is_contiguous():
+        raise ValueError(f"k must be contiguous [keys, {head_dim}], as q has it, got {_show(k)}")
+    if k_scale.shape[0] != k.shape[0] or not k_scale.is_contiguous():
+        raise ValueError(f"k_scale must be contiguous [{k.shape[0]}], got {_show(k_scale)}")
+    return k.view(torch.uint8)
+
+
+def head_weights(weights: Any, rows: int, heads: int, device: torch.device) -> None:
+    """Check float32 ``[rows, heads]`` with unit inner stride."""
+    tensor("weights", weights, (torch.float32,), (2,))
+    on_device("weights", weights, device, "q")
+    if tuple(weights.shape) != (rows, heads):
+        raise ValueError(f"weights must be [{rows}, {heads}] (rows, heads), got {_show(weights)}")
+    if heads > 1 and weights.stride(1) != 1:
+        raise ValueError(f"weights must have unit stride along its rows, got {_show(weights)}")
+
+
+def bounds(name: str, value: Any, rows: int, device: torch.device) -> None:
+    """Check the starts or the ends of windows: contiguous int32 or int64 ``[rows]``."""
+    tensor(name, value, INDEX_DTYPES, (1,))
+    on_device(name, value, device, "q")
+    if value.shape[0] != rows or not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous [{rows}], got {_show(value)}")

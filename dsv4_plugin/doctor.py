@@ -228,6 +228,11 @@ def _ops() -> dict[str, Data]:
         for op in ("read", "read_mxfp4", "gather")
         for dtype in (torch.float32, torch.bfloat16)
     ]
+    calls += [
+        backends.Call(op, device, dtype)
+        for op in ("paged_logits", "ragged_logits")
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
     # The gather that keeps the keys quantised, which is what engines ask for.
     calls.append(backends.Call("gather", device, torch.uint8))
     try:

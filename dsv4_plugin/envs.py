@@ -62,9 +62,19 @@ VARIABLES: tuple[Variable, ...] = (
         "topk",
         ("auto", "bf16", "fp16", "fp32", "off"),
         "auto",
-        "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 where the engine can "
-        "write its index logits in bf16, exact float32 everywhere else. `bf16`, `fp16`, `fp32`: "
-        "this or an error when the layer is built or first called. `off`: the engine's own top-k.",
+        "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 where its index "
+        "logits can be had in bf16 (see `DSV4_LOGITS`), exact float32 everywhere else. `bf16`, "
+        "`fp16`, `fp32`: this or an error when the layer is built or first called. `off`: the "
+        "engine's own top-k.",
+    ),
+    Variable(
+        "DSV4_LOGITS",
+        "logits",
+        ("auto", "host", "own"),
+        "auto",
+        "Who computes the index logits that the top-k selects on. `auto`: the engine's DeepGEMM "
+        "where it can write them in the dtype of the top-k, else the plugin's own kernel. `host`: "
+        "the engine's. `own`: the plugin's, or an error when the layer is built or first called.",
     ),
     Variable(
         "DSV4_INDEXER_READ",
@@ -126,6 +136,7 @@ class Settings:
 
     plugin: bool | None = None
     topk: str = "auto"
+    logits: str = "auto"
     indexer_read: str = "auto"
     backend: str = "auto"
     strict: bool = False

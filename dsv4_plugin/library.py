@@ -32,17 +32,38 @@ _SCHEMAS = (
     "topk_out(Tensor logits, Tensor lengths, Tensor(a!) out, Tensor(b!)? out_raw, "
     "Tensor? row_starts, Tensor? page_table, int k, int next_n=1, int page_size=64, "
     "bool sort=False, bool narrow=False, str? backend=None) -> ()",
+    "paged_logits(Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor block_table, "
+    "int block_size=64, ScalarType? dtype=None, str? backend=None) -> Tensor",
+    "paged_logits_out(Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor block_table, "
+    "Tensor(a!) out, int block_size=64, str? backend=None) -> ()",
+    "ragged_logits(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor row_starts, "
+    "Tensor row_ends, ScalarType? dtype=None, str? backend=None) -> Tensor",
+    "ragged_logits_out(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor row_starts, "
+    "Tensor row_ends, Tensor(a!) out, str? backend=None) -> ()",
+    "select(Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor block_table, int k, "
+    "int block_size=64, ScalarType? dtype=None, Tensor? page_table=None, int page_size=64, "
+    "bool sort=False, str? backend=None) -> Tensor",
+    "select_out(Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor block_table, "
+    "Tensor(a!) out, Tensor(b!)? out_raw, Tensor(c!)? logits, Tensor? page_table, int k, "
+    "int block_size=64, ScalarType? dtype=None, int page_size=64, bool sort=False, "
+    "str? backend=None) -> ()",
 )
 _FUNCTIONAL = {
     "read": "read_indexer_cache",
     "read_mxfp4": "read_indexer_cache_mxfp4",
     "topk": "topk",
+    "paged_logits": "paged_logits",
+    "ragged_logits": "ragged_logits",
+    "select": "select",
 }
 _MUTATING = {
     "read": "read_indexer_cache_out",
     "read_mxfp4": "read_indexer_cache_mxfp4_out",
     "gather": "gather_indexer_cache_out",
     "topk": "topk_out",
+    "paged_logits": "paged_logits_out",
+    "ragged_logits": "ragged_logits_out",
+    "select": "select_out",
 }
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -143,6 +164,66 @@ def _topk_out(
     )  # fmt: skip
 
 
+def _paged_logits(q, cache, weights, lengths, block_table, block_size=64, dtype=None, backend=None):
+    from dsv4_plugin import logits
+
+    return logits.paged_logits(
+        q, cache, weights, lengths, block_table,
+        block_size=block_size, dtype=dtype or torch.bfloat16, backend=backend,
+    )  # fmt: skip
+
+
+def _paged_logits_out(
+    q, cache, weights, lengths, block_table, out, block_size=64, backend=None
+) -> None:
+    from dsv4_plugin import logits
+
+    logits.paged_logits(
+        q, cache, weights, lengths, block_table, block_size=block_size, out=out, backend=backend
+    )
+
+
+def _ragged_logits(q, k, k_scale, weights, row_starts, row_ends, dtype=None, backend=None):
+    from dsv4_plugin import logits
+
+    return logits.ragged_logits(
+        q, k, k_scale, weights, row_starts, row_ends,
+        dtype=dtype or torch.bfloat16, backend=backend,
+    )  # fmt: skip
+
+
+def _ragged_logits_out(q, k, k_scale, weights, row_starts, row_ends, out, backend=None) -> None:
+    from dsv4_plugin import logits
+
+    logits.ragged_logits(q, k, k_scale, weights, row_starts, row_ends, out=out, backend=backend)
+
+
+def _select(
+    q, cache, weights, lengths, block_table, k, block_size=64, dtype=None, page_table=None,
+    page_size=64, sort=False, backend=None,
+):  # fmt: skip
+    from dsv4_plugin import logits
+
+    return logits.select(
+        q, cache, weights, lengths, block_table, k, block_size=block_size,
+        dtype=dtype or torch.bfloat16, page_table=page_table, page_size=page_size, sort=sort,
+        backend=backend,
+    )  # fmt: skip
+
+
+def _select_out(
+    q, cache, weights, lengths, block_table, out, out_raw, logits, page_table, k, block_size=64,
+    dtype=None, page_size=64, sort=False, backend=None,
+) -> None:  # fmt: skip
+    from dsv4_plugin.logits import select
+
+    select(
+        q, cache, weights, lengths, block_table, k, block_size=block_size,
+        dtype=dtype or torch.bfloat16, page_table=page_table, page_size=page_size, out=out,
+        out_raw=out_raw, sort=sort, logits=logits, backend=backend,
+    )  # fmt: skip
+
+
 def _fake_read_indexer_cache(
     cache, slot_mapping, block_size=64, head_dim=128, dtype=None, backend=None
 ):
@@ -160,6 +241,32 @@ def _fake_topk(
     return torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
 
 
+def _rows(q: torch.Tensor) -> int:
+    return q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
+
+
+def _fake_paged_logits(
+    q, cache, weights, lengths, block_table, block_size=64, dtype=None, backend=None
+):
+    from dsv4_plugin.logits import new_logits
+
+    columns = block_table.shape[1] * block_size
+    return new_logits(_rows(q), columns, dtype or torch.bfloat16, q.device)
+
+
+def _fake_ragged_logits(q, k, k_scale, weights, row_starts, row_ends, dtype=None, backend=None):
+    from dsv4_plugin.logits import new_logits
+
+    return new_logits(q.shape[0], k.shape[0], dtype or torch.bfloat16, q.device)
+
+
+def _fake_select(
+    q, cache, weights, lengths, block_table, k, block_size=64, dtype=None, page_table=None,
+    page_size=64, sort=False, backend=None,
+):  # fmt: skip
+    return torch.empty(_rows(q), k, dtype=torch.int32, device=q.device)
+
+
 def _fake_nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
@@ -168,5 +275,8 @@ _fake_read_indexer_cache_out = _fake_nothing
 _fake_read_indexer_cache_mxfp4_out = _fake_nothing
 _fake_gather_indexer_cache_out = _fake_nothing
 _fake_topk_out = _fake_nothing
+_fake_paged_logits_out = _fake_nothing
+_fake_ragged_logits_out = _fake_nothing
+_fake_select_out = _fake_nothing
 
 _LIBRARY = _register()

@@ -1,12 +1,13 @@
-"""A case of the top-k for each path of the kernel, made for compute-sanitizer.
+"""A case for each path of the top-k and of the logits, made for compute-sanitizer.
 
     python tests/sanitizer_driver.py [--only NAME ...] [--plant outside | uninitialised]
 
 Only kernels of this project are instrumented (test_sanitizer_gpu.py filters by name), so nothing
 that a kernel of torch wrote counts as initialised: all data is drawn on the CPU and copied. With
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is its own cudaMalloc, so that a read one element
-outside of it is seen. What lies outside of a row's window is never written: a kernel that reads it
-is caught by initcheck. `--plant` makes a mistake on purpose, to see that the tool sees it.
+outside of it is seen. What lies outside of a row's window (of the scores, of the block table) is
+never written: a kernel that reads it is caught by initcheck. `--plant` makes a mistake on purpose,
+to see that the tool sees it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import dataclasses
 import os
 import sys
 
+import logits_cases
 import torch
 
-from dsv4_plugin import topk
+from dsv4_plugin import paged_logits, ragged_logits, select, topk
 from dsv4_plugin.testing.inputs import scores
 
 SIZES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
@@ -152,6 +154,146 @@ class Call:
         return topk(self.logits, self.lengths, self.path.k, backend="torch", **more)
 
 
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """One call of the logits. `lengths` are taken in turn by the rows, or are ends of windows."""
+
+    name: str
+    rows: int
+    lengths: tuple[int, ...]
+    op: str = "paged"  # or "ragged" or "select"
+    heads: int = 64
+    next_n: int = 1
+    dtype: str = "bfloat16"
+    columns: int = 0  # of `out`; 0: as many as the longest row
+    pad: int = 0  # bytes between pages
+    offset: int = 0  # of `out`, in elements
+    holes: bool = False  # pages that are none
+
+
+# One entry for each path: a change of the launch in csrc/logits.cu is a change here.
+LOGITS = (
+    Logits("paged, one page", 1, (64,)),
+    Logits("paged, short rows", 8, (0, 1, 63, 64, 65, -1, 127, 129)),
+    Logits("paged, 32 heads", 3, (200, 65, 500), heads=32),
+    Logits("paged, one long row", 1, (40_000,)),
+    Logits("paged, long and short rows", 9, (9000, 1, 300, 0, 4097)),
+    Logits("paged, more rows than SMs", 140, (700, 64, 1)),
+    Logits("paged, next_n 2", 6, (1000, 65), next_n=2),
+    Logits("paged, next_n 4, 32 heads", 8, (129, 1000), next_n=4, heads=32),
+    Logits("paged, next_n 6", 12, (700, 64, 63), next_n=6),
+    Logits("paged, float32", 3, (700, 65, 64), dtype="float32"),
+    Logits("paged, float16", 3, (700, 65, 64), dtype="float16"),
+    Logits("paged, pages apart", 3, (700, 65, 64), pad=448),
+    Logits("paged, pages that are none", 3, (700, 65, 640), holes=True),
+    Logits("paged, narrow out", 3, (700, 65, 640), columns=333),
+    Logits("paged, wide out", 3, (700, 65, 640), columns=1000),
+    Logits("paged, misaligned out", 4, (700, 65, 640, 3), offset=3, columns=701),
+    Logits("ragged", 70, (300, 1, 0, 64, 65, 129), op="ragged"),
+    Logits("ragged, one row", 1, (5000,), op="ragged"),
+    Logits("ragged, more rows than SMs, 32 heads", 150, (65, 700), op="ragged", heads=32),
+    Logits("ragged, float32, misaligned", 5, (700, 64), op="ragged", dtype="float32", offset=1),
+    Logits("select", 4, (3000, 513, 512, 0), op="select"),
+    Logits("select, next_n 2, float32", 4, (3000, 600), op="select", next_n=2, dtype="float32"),
+)  # fmt: skip
+CASES = (*PATHS, *LOGITS)
+
+
+class LogitsCall:
+    """The tensors of a case: on the GPU the table has nothing past a row's length."""
+
+    def __init__(self, path: Logits, plant: str = "") -> None:
+        self.path = path
+        ends = [path.lengths[i % len(path.lengths)] for i in range(path.rows)]
+        most = max(max(ends), 1)
+        self.columns = path.columns or most
+        self.width = self.columns + 5
+        self.case = logits_cases.paged(
+            ends, path.next_n, path.heads, columns=most, pad=path.pad, pages=200
+        )
+        if path.holes:
+            self.case.table[:, 1::3] = -1
+            self.case.table[0, 2] = 1 << 30
+        self.out = torch.full((path.rows, self.width), -77.0, dtype=SIZES[path.dtype])
+        self.plant = plant
+
+    def _cache(self) -> torch.Tensor:
+        cache = self.case.cache
+        arena = torch.empty(len(cache), cache.stride(0), dtype=torch.uint8, device="cuda")
+        for page, content in enumerate(cache):  # what lies between pages is never written
+            arena[page, : len(content)].copy_(content)
+        return arena[:, : cache.shape[1]]
+
+    def _table(self) -> torch.Tensor:
+        table = self.case.table
+        batch, width = table.shape
+        flat = torch.empty(batch * width, dtype=torch.int32, device="cuda")
+        if self.plant == "outside":  # the allocation ends before the table does
+            self.held = table.view(-1)[: batch * width // 2].cuda()
+            return beyond(self.held, batch * width).view(batch, width)
+        longest = self.case.lengths.view(batch, -1).amax(1).clamp(0, self.columns)
+        for b, n in enumerate(longest.tolist()):
+            pages = -(-n // 64) - (self.plant == "uninitialised")
+            if pages > 0:
+                flat[b * width : b * width + pages].copy_(table[b, :pages])
+        return flat.view(batch, width)
+
+    def run(self) -> torch.Tensor:
+        """Call the kernel twice, the second beginning while the first ends."""
+        path, case = self.path, self.case
+        wholes = [self.out.cuda() for _ in range(2)]
+        outs = [whole[:, path.offset : path.offset + self.columns] for whole in wholes]
+        q, weights, lengths = case.q.cuda(), case.weights.cuda(), case.lengths.cuda()
+        if path.op == "ragged":
+            k, scale = (x.cuda() for x in self._keys())
+            starts = self._starts().cuda()
+            for out in outs:
+                ragged_logits(q[:, 0], k, scale, weights, starts, lengths, out=out, backend="cuda")
+        else:
+            arguments = (q, self._cache(), weights, lengths, self._table())
+            for i, out in enumerate(outs):
+                if path.op == "select":
+                    chosen = select(*arguments, 512, logits=out, backend="cuda").cpu()
+                    logits = wholes[i].cpu()[:, path.offset : path.offset + self.columns]
+                    want = topk(logits, case.lengths, 512, next_n=path.next_n, backend="torch")
+                    if not torch.equal(chosen.sort(1).values, want.sort(1).values):
+                        raise AssertionError(f"{path.name}: not the top-k of the logits")
+                else:
+                    paged_logits(*arguments, out=out, backend="cuda")
+        results = [whole.cpu() for whole in wholes]
+        if not torch.equal(*results):
+            raise AssertionError(f"{path.name}: the second call differs from the first")
+        return results[0]
+
+    def _keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = self.case.cache
+        pages = -(-max(self.path.lengths) // 64)
+        split = 64 * logits_cases.D
+        scale = cache[:pages, split:].contiguous().view(torch.float32)
+        return cache[:pages, :split].reshape(-1, logits_cases.D), scale.reshape(-1)
+
+    def _starts(self) -> torch.Tensor:
+        return torch.arange(self.path.rows, dtype=torch.int32) % 7
+
+    def check(self, got: torch.Tensor) -> None:
+        """Compare with float64, and what lies outside of the rows with what was there."""
+        case, path = self.case, self.path
+        if path.op == "ragged":
+            score, size, n = logits_cases.ragged_oracle(
+                case.q[:, 0], *self._keys(), case.weights, self._starts(), case.lengths
+            )
+        else:
+            score, size = logits_cases.oracle(case)
+            n = case.lengths.clamp(max=score.shape[1])
+        part = slice(path.offset, path.offset + self.columns)
+        tolerance = logits_cases.TOLERANCE["cuda", "normal"]
+        logits_cases.check(got[:, part], score, size, n, tolerance, path.name)
+        logits_cases.untouched(got[:, part], n, self.out[:, part], path.name)
+        got[:, part] = -77.0
+        if not torch.equal(got, self.out):
+            raise AssertionError(f"{path.name}: wrote outside of out")
+
+
 def beyond(held: torch.Tensor, count: int) -> torch.Tensor:
     """A tensor that says it has `count` elements on memory that has fewer."""
     words = {2: "<i2", 4: "<i4"}[held.dtype.itemsize]
@@ -166,15 +308,22 @@ def beyond(held: torch.Tensor, count: int) -> torch.Tensor:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=[path.name for path in PATHS])
+    parser.add_argument("--only", nargs="+", choices=[path.name for path in CASES])
     parser.add_argument("--plant", choices=("outside", "uninitialised"), default="")
     arguments = parser.parse_args()
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
         print("sanitizer_driver: set PYTORCH_NO_CUDA_MEMORY_CACHING=1, else torch's allocator "
               "hides what lies around a tensor", file=sys.stderr)  # fmt: skip
         return 2
-    some = [path for path in PATHS if not arguments.only or path.name in arguments.only]
+    some = [path for path in CASES if not arguments.only or path.name in arguments.only]
     for path in some:
+        if isinstance(path, Logits):
+            scored = LogitsCall(path, arguments.plant)
+            result = scored.run()
+            if not arguments.plant:
+                scored.check(result)
+            print(f"exact: {path.name}", flush=True)
+            continue
         call = Call(path, arguments.plant)
         got, want = call.run(), call.want()
         if not path.sort:

@@ -1,6 +1,6 @@
-"""The adapters' own functions on tensors as SGLang and TokenSpeed make them, in a CUDA graph.
+"""The adapters' own functions on tensors as the engines make them, in a CUDA graph.
 
-Neither engine is needed: what is called is what runs inside them (``calls``, ``kernels``), and
+No engine is needed: what is called is what runs inside them (``calls``, ``kernels``), and
 DeepGEMM is torch here. Judged by the torch reference through the same page table. Everything runs
 on a CPU too, with the torch backend and without a graph, so the logic is known to hold before a
 GPU sees it.
@@ -17,11 +17,13 @@ import pytest
 import torch
 from oracles import check_selection, read_one_by_one
 
-from dsv4_plugin import ops
+from dsv4_plugin import ops, paged_logits
 from dsv4_plugin.integrations import plan
 from dsv4_plugin.integrations.plan import Plan, Topk
 from dsv4_plugin.integrations.sglang import calls
 from dsv4_plugin.integrations.tokenspeed import kernels
+from dsv4_plugin.integrations.vllm import calls as vllm_calls
+from dsv4_plugin.integrations.vllm import seams as vllm_seams
 from dsv4_plugin.state import state
 from dsv4_plugin.testing.host_parts import make_cache
 from dsv4_plugin.testing.inputs import poison_tail, scores
@@ -30,7 +32,8 @@ BACKENDS = ("torch", "cuda")
 PAGE, K = 64, 512
 WIDTHS = {"cpu": 2_112, "cuda": 40_000}  # columns of the logits; on a GPU past every path boundary
 names = pytest.mark.parametrize("name", ["bf16", "fp32"])
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+whose = pytest.mark.parametrize("who", ["host", "own"])  # logits by DeepGEMM, or by us
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +178,72 @@ def test_sglang_dsa(backend, device, monkeypatch):
         check_selection(logits, lengths, K, in_row(result[-1], table))
 
 
+# --- vLLM ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("next_n", [1, 2])
+def test_vllm_own_decode(backend, device, name, next_n, monkeypatch):
+    """Logits and top-k through vLLM's patched names, with the schedule that ours do not need."""
+    monkeypatch.setattr(vllm_seams, "intact", lambda seam: True)
+    plan.decide(Plan(True, True, Topk(name, backend, False, "own")))
+    batch, pages = 4, WIDTHS[device] // PAGE // 8
+    width = pages * PAGE
+    plane = plane_of(1 + batch * pages, 576 - (PAGE * 132) % 576, device)
+    cache = plane.as_strided((len(plane), PAGE, 1, 132), (plane.stride(0), 132, 132, 1))
+    table = (1 + torch.randperm(batch * pages)).view(batch, pages).int().to(device)
+    q = torch.zeros(batch, next_n, 64, 128, dtype=torch.float8_e4m3fn, device=device)
+    weights = torch.rand(batch * next_n, 64, device=device)
+    lengths = torch.zeros(batch, next_n, dtype=torch.int32, device=device)
+    out = torch.empty(batch * next_n, K, dtype=torch.int32, device=device)
+    made: list[torch.Tensor] = []
+
+    def run() -> None:
+        logits = vllm_calls.paged_logits(
+            unreachable, (q, None), cache, weights, lengths, table, None, max_model_len=width + 100
+        )
+        made.append(logits)
+        vllm_calls.decode_topk(logits, lengths, next_n, out, K, unreachable)
+
+    again = captured(device, run)
+    for step in range(3):
+        lengths.copy_(lengths_of(step, width, device)[-batch * next_n :].view(batch, next_n))
+        lengths.clamp_(max=width)
+        q.copy_(torch.randn(q.shape).to(torch.float8_e4m3fn))
+        out.fill_(-7)
+        again()
+        logits, flat = made[-1], lengths.reshape(-1)
+        assert (logits.shape, logits.dtype) == ((batch * next_n, width + 100), DTYPES[name])
+        check_selection(logits.float().nan_to_num(-1e30), flat, K, out)
+        want = paged_logits(q, plane, weights, lengths, table, dtype=torch.float32, backend="torch")
+        for row, n in enumerate(flat.tolist()):
+            a, b = logits[row, :n].float(), want[row, :n]
+            assert n == 0 or bool(((a - b).abs() <= 2**-7 * b.abs() + 1e-3 * b.max()).all())
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["0.26", "0.33"])
+def test_vllm_own_prefill(backend, device, compressed, monkeypatch):
+    monkeypatch.setattr(vllm_seams, "intact", lambda seam: True)
+    plan.decide(Plan(True, True, Topk("bf16", backend, False, "own")))
+    rows, keys = 40, 2000
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(rows, 64, 128, generator=g).to(torch.float8_e4m3fn).to(device)
+    k = torch.randn(keys, 128, generator=g).to(torch.float8_e4m3fn).to(device)
+    scale, weights = torch.rand(keys, device=device), torch.rand(rows, 64, device=device)
+    starts = torch.tensor([0] * 20 + [700] * 20, dtype=torch.int32, device=device)
+    ends = starts + torch.arange(rows, dtype=torch.int32, device=device) * 33
+    width = {"max_seqlen_k": 1300} if compressed else {"clean_logits": False}
+    logits = vllm_calls.dense_logits(
+        unreachable, (q, None), (k, scale), weights, starts, ends, **width
+    )
+    out = torch.empty(rows, K, dtype=torch.int32, device=device)
+    begin, end = (starts * 0, ends - starts) if compressed else (starts, ends)
+    vllm_calls.prefill_topk(
+        unreachable, logits, begin, end, out, rows, logits.stride(0), logits.stride(1), K
+    )
+    check_selection(logits.float().nan_to_num(-1e30), ends - starts, K, out)
+
+
 # --- TokenSpeed ------------------------------------------------------------------------------
 
 
@@ -237,9 +306,10 @@ def seen(monkeypatch) -> list[torch.Tensor]:
 
 
 @names
+@whose
 @pytest.mark.parametrize("layout", ["logical_offsets", "global_slots"])
 @pytest.mark.parametrize("pad", [0, 1024], ids=["dense", "arena"])
-def test_tokenspeed_decode(backend, device, name, layout, pad, seen):
+def test_tokenspeed_decode(backend, device, name, who, layout, pad, seen):
     rows, pages = 8, WIDTHS[device] // PAGE // 8
     width = pages * PAGE
     plane = plane_of(1 + rows * pages, pad, device)
@@ -252,7 +322,7 @@ def test_tokenspeed_decode(backend, device, name, layout, pad, seen):
 
     def run() -> None:
         kernels.dsa_decode(
-            Topk(name, backend, name == "bf16"), q, weights, lengths, table, page_size=PAGE,
+            Topk(name, backend, name == "bf16", who), q, weights, lengths, table, page_size=PAGE,
             topk=K, softmax_scale=0.1, index_k_cache=plane, topk_layout=layout, out=out,
             lens_out=lens,
         )  # fmt: skip
@@ -270,7 +340,8 @@ def test_tokenspeed_decode(backend, device, name, layout, pad, seen):
 
 
 @names
-def test_tokenspeed_prefill(backend, device, name, seen):
+@whose
+def test_tokenspeed_prefill(backend, device, name, who, seen):
     """Two requests whose keys lie anywhere in an arena; blocks of queries below a byte limit."""
     keys, queries = (WIDTHS[device] // 8, 900), (6, 4)
     plane = plane_of(2 + sum(keys) // PAGE, 1024, device)
@@ -285,16 +356,18 @@ def test_tokenspeed_prefill(backend, device, name, seen):
     weights = torch.randn(sum(queries), 64, generator=g).to(device)
     limit = 4 * sum(keys) * DTYPES[name].itemsize
     out, lens = kernels.dsa_prefill(
-        Topk(name, backend, name == "bf16"), q, weights, slots, starts, ends, topk=K,
+        Topk(name, backend, name == "bf16", who), q, weights, slots, starts, ends, topk=K,
         softmax_scale=0.1, index_k_cache=plane, page_size=PAGE, max_logits_bytes=limit,
     )  # fmt: skip
     assert [len(part) for part in seen] == [4, 4, 2]
     lengths = (ends - starts).int()
     assert torch.equal(lens, lengths.clamp_max(K))
-    absolute = torch.cat([part.float() for part in seen]).nan_to_num(-1e30)
+    logits = torch.cat([part.float() for part in seen]).nan_to_num(-1e30)
     for row, (a, n) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         local = torch.where(out[row] < 0, -1, out[row] - a)[None]
-        check_selection(absolute[row : row + 1, a : a + max(n, 1)], lengths[row, None], K, local)
+        begin = 0 if who == "own" else a  # DeepGEMM's columns are those of all keys
+        window = logits[row : row + 1, begin : begin + max(n, 1)]
+        check_selection(window, lengths[row, None], K, local)
 
 
 def test_tokenspeed_gather_by_slot(backend, device):

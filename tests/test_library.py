@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from logits_cases import paged as draw_paged
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4_plugin import (
     gather_indexer_cache,
     library,
+    paged_logits,
+    ragged_logits,
     read_indexer_cache,
     read_indexer_cache_mxfp4,
+    select,
     topk,
 )
 from dsv4_plugin.testing.inputs import fp8_cache, mxfp4_cache
@@ -48,6 +52,25 @@ def new(rows: int = 4) -> torch.Tensor:
     return torch.full((rows, K), -7, dtype=torch.int32)
 
 
+def scored(next_n: int = 1, lengths: tuple[int, ...] = (64, 30, 5, 9)) -> tuple[torch.Tensor, ...]:
+    """Arguments of the paged logits, 4 rows; uint8, because opcheck does arithmetic with them."""
+    q, *rest = draw_paged(list(lengths), next_n, heads=2).arguments
+    return q.view(torch.uint8), *rest
+
+
+def full(next_n: int = 1) -> tuple[torch.Tensor, ...]:
+    """The same with rows that fill the table: no column of a new result is uninitialised."""
+    return scored(next_n, (64,) * 4)
+
+
+def windows() -> tuple[torch.Tensor, ...]:
+    """Arguments of the ragged logits: 4 rows, 20 keys, a window of all of them."""
+    q, cache, weights, _, _ = full()
+    keys = cache[0, : 20 * 128].reshape(20, 128)
+    start = torch.zeros(4, dtype=torch.int32)
+    return q[:, 0], keys, torch.ones(20), weights, start, start + 20
+
+
 def op_calls() -> dict[str, list[tuple[Any, ...]]]:
     """Every op and arguments that between them use every optional tensor."""
     fp8, fp4 = fp8_cache(3), mxfp4_cache(3)
@@ -69,6 +92,15 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
         "topk_out": [
             (logits(), lengths(), new(), None, None, None, K),
             (logits(), lengths(), new(), new(), torch.tensor([0, 3, 1, 2]), pages(), K, 1, 16),
+        ],
+        "paged_logits": [(*full(),), (*full(2), 64, torch.float32)],
+        "paged_logits_out": [(*scored(), torch.zeros(4, 64))],
+        "ragged_logits": [windows(), (*windows(), torch.float16)],
+        "ragged_logits_out": [(*windows(), torch.zeros(4, 20))],
+        "select": [(*scored(), K), (*scored(2), K, 64, torch.float32, pages(), 16, True)],
+        "select_out": [
+            (*scored(), new(), None, None, None, K),
+            (*scored(), new(), new(), torch.zeros(4, 64), pages(), K, 64, torch.float32, 16),
         ],
     }
 
@@ -118,6 +150,36 @@ def best_slots(scores: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return torch.cat([out, raw])
 
 
+def score(*arguments: torch.Tensor) -> torch.Tensor:
+    return paged_logits(*arguments, dtype=torch.float32) + 1
+
+
+def score_out(*arguments: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros(4, 64, dtype=torch.bfloat16)
+    paged_logits(*arguments, out=out)
+    return out + 1
+
+
+def score_ragged(*arguments: torch.Tensor) -> torch.Tensor:
+    return ragged_logits(*arguments) + 1
+
+
+def score_ragged_out(*arguments: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros(4, 20)
+    ragged_logits(*arguments, out=out)
+    return out + 1
+
+
+def chosen(*arguments: torch.Tensor) -> torch.Tensor:
+    return select(*arguments, K, sort=True) + 1
+
+
+def chosen_slots(*arguments: torch.Tensor) -> torch.Tensor:
+    raw = torch.empty(4, K, dtype=torch.int32)
+    out = select(*arguments, K, page_table=arguments[4], out_raw=raw)
+    return torch.cat([out, raw])
+
+
 FUNCTIONS: list[tuple[Callable[..., torch.Tensor], Callable[[], tuple[torch.Tensor, ...]]]] = [
     (read, lambda: (fp8_cache(3), slots())),
     (read_mxfp4, lambda: (mxfp4_cache(3), slots())),
@@ -125,6 +187,12 @@ FUNCTIONS: list[tuple[Callable[..., torch.Tensor], Callable[[], tuple[torch.Tens
     (gather_out, lambda: (fp8_cache(3), slots())),
     (best, lambda: (logits(), lengths())),
     (best_slots, lambda: (logits(), lengths())),
+    (score, full),
+    (score_out, scored),
+    (score_ragged, windows),
+    (score_ragged_out, windows),
+    (chosen, scored),
+    (chosen_slots, scored),
 ]
 NAMES = [function.__name__ for function, _ in FUNCTIONS]
 
@@ -167,6 +235,20 @@ def test_fake_of_topk(dtype: torch.dtype) -> None:
     with FakeTensorMode() as mode:
         fake = topk(mode.from_tensor(logits().to(dtype)), mode.from_tensor(lengths()), K)
     assert (fake.shape, fake.dtype) == (real.shape, real.dtype) == ((4, K), torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fakes_of_the_logits(dtype: torch.dtype) -> None:
+    """Shape, dtype and strides: 20 keys of bfloat16 have rows 24 apart."""
+    for function, inputs in ((paged_logits, scored()), (ragged_logits, windows())):
+        real = function(*inputs, dtype=dtype)
+        with FakeTensorMode() as mode:
+            fake = function(*map(mode.from_tensor, inputs), dtype=dtype)
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, dtype, real.stride())
+    indices = select(*scored(), K, dtype=dtype)
+    with FakeTensorMode() as mode:
+        fake = select(*map(mode.from_tensor, scored()), K, dtype=dtype)
+    assert (fake.shape, fake.dtype) == (indices.shape, indices.dtype) == ((4, K), torch.int32)
 
 
 class Seen(TorchDispatchMode):
@@ -212,7 +294,12 @@ def test_plain_tensors_go_around_the_dispatcher(
 
 
 def test_the_dispatcher_and_the_direct_road_agree() -> None:
-    for name, arguments in (("topk", (logits(), lengths(), K)),
-                            ("read_indexer_cache", (fp8_cache(3), slots()))):  # fmt: skip
-        direct = {"topk": topk, "read_indexer_cache": read_indexer_cache}[name](*arguments)
+    for name, function, arguments in (
+        ("topk", topk, (logits(), lengths(), K)),
+        ("read_indexer_cache", read_indexer_cache, (fp8_cache(3), slots())),
+        ("paged_logits", paged_logits, full()),
+        ("ragged_logits", ragged_logits, windows()),
+        ("select", select, (*scored(), K)),
+    ):
+        direct = function(*arguments)
         assert torch.equal(getattr(torch.ops.dsv4, name)(*arguments), direct)

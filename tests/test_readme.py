@@ -69,6 +69,9 @@ def test_the_example_gives_what_its_comments_say(example: dict[str, Any]) -> Non
     indices = example["indices"]
     assert indices.shape == (2, 512) and indices.dtype == torch.int32
     assert indices[1].tolist() == [*range(300), *[-1] * 212]
+    assert example["scores"].shape == (2, 128) and example["scores"].dtype == torch.bfloat16
+    assert example["best"][1].tolist() == [*range(30), *[-1] * 482]
+    assert example["windows"].shape == (2, 130)
     best = example["logits"][0, :4000].float().topk(512).values.sort().values
     got = example["logits"][0].float()[indices[0].long()].sort().values
     assert torch.equal(got, best)

@@ -39,7 +39,9 @@ def explicit() -> bool:
         return True
     if now.topk == "off":
         return False
-    return now.strict or now.topk != "auto" or now.backend in ("cuda", "torch")
+    return (
+        now.strict or now.topk != "auto" or now.logits == "own" or now.backend in ("cuda", "torch")
+    )
 
 
 def unfit_k(k: object) -> list[str]:
@@ -71,15 +73,19 @@ def choose_topk(
     ``possible(dtype)`` returns how a dtype can be had, or every reason why it cannot.
 
     Raises:
-        UnmetError: an explicit setting cannot be met (or, with ``DSV4_STRICT=1`` or an explicit
-            ``DSV4_BACKEND``, the default); the message has every reason.
+        UnmetError: an explicit setting cannot be met (or, with ``DSV4_STRICT=1``,
+            ``DSV4_LOGITS=own`` or an explicit ``DSV4_BACKEND``, the default); the message has every
+            reason.
     """
     if settings.topk == "off":
+        if settings.logits == "own":
+            raise UnmetError("DSV4_LOGITS=own", ["DSV4_TOPK=off leaves the logits to the engine"])
         return None, {"top-k": ["DSV4_TOPK=off"]}
     if settings.topk != "auto":
         chosen, reasons = possible(settings.topk)
         if chosen is None:
-            raise UnmetError(f"DSV4_TOPK={settings.topk}", reasons)
+            own = ", DSV4_LOGITS=own" if settings.logits == "own" else ""
+            raise UnmetError(f"DSV4_TOPK={settings.topk}{own}", reasons)
         return chosen, {}
     passed: Passed = {}
     for dtype in candidates:
@@ -88,9 +94,11 @@ def choose_topk(
             return chosen, passed
         passed[dtype] = reasons
     everything = unique(reason for reasons in passed.values() for reason in reasons)
-    if settings.strict or settings.backend in ("cuda", "torch"):
+    if settings.strict or settings.logits == "own" or settings.backend in ("cuda", "torch"):
         wish = f"DSV4_BACKEND={settings.backend} for the top-k"
-        if settings.strict:
+        if settings.logits == "own":
+            wish = "DSV4_LOGITS=own"
+        elif settings.strict:
             wish = "DSV4_STRICT=1: the top-k"
         raise UnmetError(wish, everything)
     return None, passed

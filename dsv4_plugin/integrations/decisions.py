@@ -72,17 +72,16 @@ def announce(what: str, names: Sequence[str], topk: Topk | None, passed: Passed)
             continue
         if topk is None:
             seam.why = why
-        elif name == "logits" and topk.dtype != "bf16":
+        elif name == "logits" and topk.dtype == "fp32" and topk.logits == "host":
             seam.why = why or "logits stay as the engine has them"
         else:
             seam.why = None
     if topk is None:
         said = f"dsv4 inactive in {state.host}, {what}: upstream's top-k ({why})"
     else:
-        logits = "bf16 logits" if topk.dtype == "bf16" else "float32 logits"
         where = ", ".join(state.seams[n].where or "?" for n in names if n.startswith("topk"))
         said = (
-            f"dsv4 active in {state.host}, {what}: {topk.dtype} by {topk.backend} on {logits} at "
+            f"dsv4 active in {state.host}, {what}: {topk.dtype} by {topk.backend} on {topk.on} at "
             f"{where}" + (f" ({why})" if why else "")
         )
     log.once(logging.INFO, said)

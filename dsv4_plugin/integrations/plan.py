@@ -18,15 +18,23 @@ KS = (512, 1024, 2048)  # the k that the engines' own kernels have; all else sta
 
 @dataclass(frozen=True)
 class Topk:
-    """Select in ``dtype`` (``bf16`` or ``fp32``) with ``backend``.
+    """Select in ``dtype`` (``bf16``, ``fp16`` or ``fp32``) with ``backend``.
 
-    ``ask`` is True where DeepGEMM has to be asked for bfloat16, False where it writes what it
-    writes.
+    ``logits`` says who writes them: ``"host"``, the engine's DeepGEMM, or ``"own"``, ours by
+    ``backend``. ``ask`` is True where DeepGEMM has to be asked for bfloat16, False where it writes
+    what it writes.
     """
 
     dtype: str
     backend: str
     ask: bool = False
+    logits: str = "host"
+
+    @property
+    def on(self) -> str:
+        """What is selected on, for people."""
+        dtype = "float32" if self.dtype == "fp32" else self.dtype
+        return f"{'own ' if self.logits == 'own' else ''}{dtype} logits"
 
 
 @dataclass(frozen=True)

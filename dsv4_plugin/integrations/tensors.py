@@ -29,7 +29,7 @@ def saved_mib(logits: torch.Tensor) -> float:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Name the dtype of index logits as the counters do."""
-    return "bf16" if dtype == torch.bfloat16 else "fp32"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
 
 
 def is_matrix(scores: Any) -> bool:
@@ -37,7 +37,7 @@ def is_matrix(scores: Any) -> bool:
     return (
         isinstance(scores, torch.Tensor)
         and scores.dim() == 2
-        and scores.dtype in (torch.float32, torch.bfloat16)
+        and scores.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and (scores.stride(1) == 1 or scores.shape[1] == 1)
         and scores.shape[0] > 0
         and scores.shape[1] > 0

@@ -14,18 +14,24 @@ import torch
 
 __all__ = [
     "ALIGNMENT",
+    "BLOCK_SIZE",
     "CAPABILITIES",
+    "HEADS",
     "HEAD_DIM",
     "LIBRARY",
     "gather_indexer_cache",
     "missing",
+    "paged_logits",
+    "ragged_logits",
     "read_indexer_cache",
     "topk",
 ]
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 CAPABILITIES = ((9, 0),)  # what csrc/build.py compiles for
-HEAD_DIM = 128  # what the cache kernels are written for
+HEAD_DIM = 128  # what the kernels of the cache and of the logits are written for
+HEADS = (32, 64)  # what those of the logits are written for
+BLOCK_SIZE = 64  # keys a page, for the paged logits
 ALIGNMENT = 16  # bytes a lane loads or stores at a time
 
 
@@ -102,3 +108,30 @@ def gather_indexer_cache(
     _function("dsv4_gather")(
         pages, block_table, cu_seq_lens.contiguous(), values_out, scales_out, block_size
     )
+
+
+def paged_logits(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    out: torch.Tensor,
+    next_n: int,
+    block_size: int,
+) -> None:
+    """Score the keys of every request's pages; see :func:`dsv4_plugin.paged_logits`."""
+    _function("dsv4_paged_logits")(q, pages, weights, lengths, block_table, out)
+
+
+def ragged_logits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    row_starts: torch.Tensor,
+    row_ends: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Score a window of gathered keys for every row; see :func:`dsv4_plugin.ragged_logits`."""
+    _function("dsv4_ragged_logits")(q, k, k_scale, weights, row_starts, row_ends, out)

@@ -7,9 +7,11 @@ not write hold NaN, so a consumer that reads them shows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.machinery
 import types
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ __all__ = [
     "DeepGemmModule",
     "oracle",
     "read_keys",
+    "record_own_logits",
     "spans_of",
     "upstream_rows",
 ]
@@ -72,6 +75,32 @@ class Call:
     rows: int = 0
     logits: torch.Tensor | None = None
     spans: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    own: bool = False  # logits by this package, not by an engine's stand-in
+
+
+def record_own_logits(calls: list[Call]) -> None:
+    """Let the logits ops of this package note their results too, as DeepGEMM's stand-in does."""
+    from dsv4_plugin import logits
+
+    paged = getattr(logits.paged_logits, "__wrapped__", logits.paged_logits)
+    ragged = getattr(logits.ragged_logits, "__wrapped__", logits.ragged_logits)
+
+    @functools.wraps(paged)
+    def paged_logits(q: Any, cache: Any, weights: Any, lengths: Any, *args: Any, **kwargs: Any):
+        out = paged(q, cache, weights, lengths, *args, **kwargs)
+        spans = [(0, min(n, out.shape[1])) for _, n in spans_of(lengths, out.shape[0])]
+        calls.append(Call("paged_logits", out.dtype, out.shape[0], out.clone(), spans, own=True))
+        return out
+
+    @functools.wraps(ragged)
+    def ragged_logits(q, k, k_scale, weights, row_starts, row_ends, **kwargs):
+        out = ragged(q, k, k_scale, weights, row_starts, row_ends, **kwargs)
+        windows = zip(row_starts.tolist(), row_ends.tolist(), strict=True)
+        spans = [(0, max(0, end - begin)) for begin, end in windows]
+        calls.append(Call("dense_logits", out.dtype, out.shape[0], out.clone(), spans, own=True))
+        return out
+
+    logits.paged_logits, logits.ragged_logits = paged_logits, ragged_logits
 
 
 def upstream_rows(

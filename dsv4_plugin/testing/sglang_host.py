@@ -23,6 +23,7 @@ from dsv4_plugin.testing.host_parts import (
     DeepGemm,
     DeepGemmModule,
     make_cache,
+    record_own_logits,
     spans_of,
     upstream_rows,
 )
@@ -108,6 +109,7 @@ class Engine:
         prepare()
         self.calls: list[Call] = []
         self.maths = DeepGemm(self.calls, has_logits_dtype=True)
+        record_own_logits(self.calls)
         self.install_deep_gemm()
         self.indexer: Any = importlib.import_module(INDEXER)
         self.metadata: Any = importlib.import_module("sglang.srt.layers.attention.dsv4.metadata")
@@ -234,7 +236,7 @@ class Engine:
             context.get_token_to_kv_pool = pool
 
     def logits_of(self, name: str | None = None) -> Call:
-        """Return the last call of DeepGEMM."""
+        """Return the last call that made logits: DeepGEMM's, or ours."""
         return [c for c in self.calls if c.logits is not None and name in (None, c.name)][-1]
 
 

@@ -22,7 +22,14 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.testing.host_parts import HEAD_DIM, Call, DeepGemm, DeepGemmModule, make_cache
+from dsv4_plugin.testing.host_parts import (
+    HEAD_DIM,
+    Call,
+    DeepGemm,
+    DeepGemmModule,
+    make_cache,
+    record_own_logits,
+)
 
 __all__ = ["STANDS_IN", "Engine"]
 
@@ -106,6 +113,7 @@ class Engine:
         self.selection: Any = importlib.import_module("tokenspeed_kernel.selection")
         self.calls: list[Call] = []
         self.maths = DeepGemm(self.calls, has_logits_dtype=True)
+        record_own_logits(self.calls)
         self.install_deep_gemm()
         self.dsa: Any = importlib.import_module(DSA)
         self.dsv4: Any = importlib.import_module(DSV4)

@@ -28,6 +28,7 @@ from dsv4_plugin.testing.host_parts import (
     DeepGemm,
     oracle,
     read_keys,
+    record_own_logits,
     spans_of,
     upstream_rows,
 )
@@ -174,6 +175,7 @@ class Engine:
         self.deep_gemm_module = deep_gemm
         self.deep_gemm = DeepGemm(self.calls, takes)
         self.install_deep_gemm()
+        record_own_logits(self.calls)
         vars(self.indexer)["has_deep_gemm"] = lambda: True
         if not torch.accelerator.is_available():
             torch.accelerator.empty_cache = lambda: None  # the workspace asks for it as it grows

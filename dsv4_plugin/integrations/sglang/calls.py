@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import ops
+from dsv4_plugin.integrations import logits as own
 from dsv4_plugin.integrations import plan, shadow
 from dsv4_plugin.integrations.plan import KS, Topk
 from dsv4_plugin.integrations.serve import serve
@@ -23,7 +24,7 @@ from dsv4_plugin.integrations.sglang import guard, seams
 from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
 from dsv4_plugin.state import state
 
-__all__ = ["forward", "logits", "topk_dsa", "topk_v1", "topk_v2"]
+__all__ = ["forward", "logits", "own_dense", "own_paged", "topk_dsa", "topk_v1", "topk_v2"]
 
 
 class _Scope(threading.local):
@@ -57,14 +58,55 @@ def forward(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any)
         _scope.topk, _scope.inside = before
 
 
-def logits(float32: Callable[..., Any], asked: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a DeepGEMM function: bfloat16 below a forward that wants it, else as it was."""
+_PAGED = ("cache", "weights", "lengths", "table", "schedule", "columns", "clean_logits")
+_DENSE = ("keys", "weights", "starts", "ends", "clean_logits", "max_seqlen_k")
+
+
+def own_paged(topk: Topk, q: Any, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Compute the logits of ``fp8_paged_mqa_logits`` ourselves; None: the call has another form."""
+    given = dict(zip(_PAGED, args, strict=False)) | kwargs
+    known = set(_PAGED[:6]) <= set(given) <= set(_PAGED) and len(args) <= len(_PAGED)
+    if not known or given.get("clean_logits"):
+        return None
+    rest = (given[name] for name in ("cache", "weights", "lengths", "table", "columns"))
+    return own.paged(topk, q, *rest)
+
+
+def own_dense(topk: Topk, q: Any, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Compute the logits of ``fp8_mqa_logits`` ourselves; None: the call has another form.
+
+    Only with ``max_seqlen_k``, as SGLang calls it: rows begin at column zero then.
+    """
+    given = dict(zip(_DENSE, args, strict=False)) | kwargs
+    known = set(given) == set(_DENSE) and len(args) <= len(_DENSE)
+    if not known or given["clean_logits"] or not given["max_seqlen_k"]:
+        return None
+    rest = (given[name] for name in ("keys", "weights", "starts", "ends", "max_seqlen_k"))
+    return own.dense(topk, q, *rest)
+
+
+def logits(
+    float32: Callable[..., Any],
+    asked: Callable[..., Any] | None,
+    ours: Callable[..., torch.Tensor | None],
+) -> Callable[..., Any]:
+    """Wrap a DeepGEMM function: below a forward that wants it bfloat16 or ours, else as it was."""
 
     def with_dtype(q: Any, *args: Any, **kwargs: Any) -> Any:
         topk = _scope.topk
         if topk is None:
             return float32(q, *args, **kwargs)
-        if topk.ask and not plan.is_off("topk") and isinstance(q, torch.Tensor):
+        if topk.logits == "own" and not plan.is_off("topk"):
+            try:
+                out = ours(topk, q, *args, **kwargs)
+            except Exception as error:
+                own.failed(error)
+                out = None
+                if plan.is_off("topk"):
+                    _scope.topk = None
+            if out is not None:
+                return out
+        elif topk.ask and asked and not plan.is_off("topk") and isinstance(q, torch.Tensor):
             try:
                 out = asked((q, None), *args, logits_dtype=torch.bfloat16, **kwargs)
             except Exception as error:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import backends, envs
-from dsv4_plugin.integrations import choice, shadow
+from dsv4_plugin.integrations import choice, logits, shadow
 from dsv4_plugin.integrations.decisions import Decisions, announce
 from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.sglang import seams
@@ -95,29 +95,48 @@ def _possible(dtype: str, settings: envs.Settings, kind: _Kind) -> tuple[Topk | 
         reasons += seams.problems(name)
     backend = choice.topk_backend(settings, kind.device.type != "cpu")
     reasons += choice.unmet_topk(dtype, backend, kind.device, kind.k)
-    if dtype == "fp16":
-        reasons.append("DeepGEMM writes index logits in float32 or bfloat16 only")
-    elif dtype == "bf16":
-        reasons += _bf16_logits(kind)
-    reasons = choice.unique(reasons)
-    return (None, reasons) if reasons else (Topk(dtype, backend, dtype == "bf16"), [])
+    who, why = logits.choose(
+        settings,
+        dtype,
+        lambda: _host_logits(dtype, kind),
+        lambda: _own_logits(dtype, backend, kind),
+    )
+    reasons = choice.unique([*reasons, *why])
+    ask = dtype == "bf16" and who == "host"
+    return (None, reasons) if reasons else (Topk(dtype, backend, ask, who), [])
 
 
-def _bf16_logits(kind: _Kind) -> list[str]:
-    """Return why DeepGEMM cannot be asked for bfloat16 here."""
+def _elsewhere(kind: _Kind) -> list[str]:
+    """Return why the logits of this call do not come from the functions that can be wrapped."""
     if kind.name != _V4:
         return ["V3.2 and GLM select on float32 logits; they were not trained with bfloat16 ones"]
-    if kind.fp4:
-        return []  # said already
     reasons = seams.problems("logits")
-    reasons += [
+    return reasons + [
         f"SGLang was told to compute its index logits elsewhere by {name}"
         for name in _OTHER_LOGITS
         if _set(name)
     ]
+
+
+def _own_logits(dtype: str, backend: str, kind: _Kind) -> list[str]:
+    """Return why our kernel cannot write the logits here."""
+    if kind.name != _V4:
+        return ["own logits: V3.2 and GLM have no seam for them in SGLang"]
+    reasons = [] if kind.fp4 else _elsewhere(kind)
+    reasons += logits.unmet(dtype, backend, kind.device)
+    return reasons or seams.wrap_deep_gemm()
+
+
+def _host_logits(dtype: str, kind: _Kind) -> list[str]:
+    """Return why DeepGEMM cannot write this dtype here."""
+    if dtype == "fp32" or kind.fp4:  # said already
+        return []
+    if dtype == "fp16":
+        return ["DeepGEMM writes index logits in float32 or bfloat16 only"]
+    reasons = _elsewhere(kind)
     if kind.device.type == "cuda" and backends.capability(kind.device) < (9, 0):
         reasons.append("DeepGEMM's index logits need a GPU of compute capability 9.0 or later")
-    return reasons or seams.wrap_deep_gemm()
+    return reasons or seams.wrap_deep_gemm(asked=True)
 
 
 def _set(name: str) -> bool:

@@ -111,18 +111,17 @@ def _signature_problem(target: str) -> list[str]:
     return []
 
 
-def wrap_deep_gemm() -> list[str]:
-    """Make DeepGEMM's logits functions honour the wish for bfloat16; return why that cannot be.
+def wrap_deep_gemm(asked: bool = False) -> list[str]:
+    """Wrap DeepGEMM's logits functions, so that the decision counts; return why that cannot be.
+
+    With ``asked`` they also have to write bfloat16 when they are asked for it.
 
     Why: SGLang calls the functions that write float32 only, though V4 was trained with bfloat16
-    scores; half the bytes are written and read. May go when SGLang can be told to write bfloat16.
+    scores; half the bytes are written and read. Where DeepGEMM has no others our own kernel writes
+    them. May go when SGLang can be told to write bfloat16.
     """
     from dsv4_plugin.integrations.sglang import calls
 
-    if _ledger.patches:
-        if all(patch.ours for patch in _ledger.patches):
-            return []
-        return ["deep_gemm was patched by somebody else since"]
     try:
         import deep_gemm
     except Exception as error:
@@ -131,9 +130,13 @@ def wrap_deep_gemm() -> list[str]:
     for name, wide in pairs.items():
         if not callable(vars(deep_gemm).get(name)):
             return [f"deep_gemm has no {name}"]
-        if not has_logits_dtype(vars(deep_gemm).get(wide)):
+        if asked and not has_logits_dtype(vars(deep_gemm).get(wide)):
             return [f"deep_gemm.{wide} is missing or takes no logits_dtype"]
-    for name, wide in pairs.items():
-        wrapper = calls.logits(vars(deep_gemm)[name], vars(deep_gemm)[wide])
+    if _ledger.patches:
+        if all(patch.ours for patch in _ledger.patches):
+            return []
+        return ["deep_gemm was patched by somebody else since"]
+    for (name, wide), ours in zip(pairs.items(), (calls.own_paged, calls.own_dense), strict=True):
+        wrapper = calls.logits(vars(deep_gemm)[name], vars(deep_gemm).get(wide), ours)
         _ledger.replace(deep_gemm, name, wrapper, f"deep_gemm.{name}")
     return []

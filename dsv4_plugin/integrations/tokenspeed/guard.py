@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from dsv4_plugin import envs
-from dsv4_plugin.integrations import choice, shadow
+from dsv4_plugin.integrations import choice, logits, shadow
 from dsv4_plugin.integrations.decisions import Decisions, announce
 from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
 from dsv4_plugin.integrations.plan import Topk
@@ -53,11 +53,15 @@ def _possible(
     reasons = choice.unfit_k(k)
     backend = choice.topk_backend(settings, device.type != "cpu")
     reasons += choice.unmet_topk(dtype, backend, device, k)
-    if dtype == "fp16":
-        reasons.append("DeepGEMM writes index logits in float32 or bfloat16 only")
-    else:
-        reasons += _deep_gemm(dtype, "prefill" if "prefill" in mode else "decode")
-    return (None, reasons) if reasons else (Topk(dtype, backend, dtype == "bf16"), [])
+    who, why = logits.choose(
+        settings,
+        dtype,
+        lambda: _deep_gemm(dtype, "prefill" if "prefill" in mode else "decode"),
+        lambda: logits.unmet(dtype, backend, device),
+    )
+    reasons = choice.unique([*reasons, *why])
+    ask = dtype == "bf16" and who == "host"
+    return (None, reasons) if reasons else (Topk(dtype, backend, ask, who), [])
 
 
 _WIDE = {"decode": "fp8_fp4_paged_mqa_logits", "prefill": "fp8_fp4_mqa_logits"}
@@ -66,6 +70,8 @@ _PLAIN = {"decode": "fp8_paged_mqa_logits", "prefill": "fp8_mqa_logits"}
 
 def _deep_gemm(dtype: str, phase: str) -> list[str]:
     """Return why DeepGEMM cannot write the index logits in ``dtype``."""
+    if dtype == "fp16":
+        return ["DeepGEMM writes index logits in float32 or bfloat16 only"]
     try:
         import deep_gemm
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The kernels that TokenSpeed's registry gets: logits by DeepGEMM, then our top-k.
+"""The kernels that TokenSpeed's registry gets: logits by DeepGEMM or by us, then our top-k.
 
 On Hopper the indexer of DeepSeek-V4 goes through ``dsa_decode_topk`` and ``dsa_prefill_topk`` with
 a page-planar FP8 plane and bfloat16 queries; ``dsv4_*`` come with FP8 queries. A plane is
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from dsv4_plugin import ops
+from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.integrations import logits as own
 from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
 from dsv4_plugin.integrations.plan import Topk
 
@@ -80,6 +82,9 @@ def _paged_logits(
     topk: Topk, q: torch.Tensor, weights: torch.Tensor, plane: torch.Tensor, ctx: torch.Tensor,
     table: torch.Tensor, page_size: int, plan: Any, width: int,
 ) -> torch.Tensor:  # fmt: skip
+    if topk.logits == "own":
+        pages = _pages(plane, page_size)
+        return _read(own.paged(topk, q.unsqueeze(1), pages, weights, ctx, table, width))
     deep_gemm = _deep_gemm()
     if not isinstance(plan, torch.Tensor):
         plan = deep_gemm.get_paged_mqa_logits_metadata(ctx, page_size, deep_gemm.get_num_sms())
@@ -97,6 +102,9 @@ def _dense_logits(
     topk: Topk, q: torch.Tensor, weights: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor],
     starts: torch.Tensor, ends: torch.Tensor, max_seqlen_k: int,
 ) -> torch.Tensor:  # fmt: skip
+    """With ``max_seqlen_k`` every row begins at column zero, and ours begin there always."""
+    if topk.logits == "own":
+        return _read(own.dense(topk, q, keys, weights, starts, ends, max_seqlen_k))
     deep_gemm = _deep_gemm()
     args = (keys, weights.contiguous(), starts, ends)
     kwargs = {"clean_logits": False, "max_seqlen_k": max_seqlen_k}
@@ -106,6 +114,12 @@ def _dense_logits(
             (q.contiguous(), None), *args, **kwargs, logits_dtype=dtype
         )
     return deep_gemm.fp8_mqa_logits(q.contiguous(), *args, **kwargs)
+
+
+def _read(logits: torch.Tensor | None) -> torch.Tensor:
+    if logits is None:
+        raise UnmetError("DSV4_LOGITS=own", ["the call has dtypes or shapes that ours do not take"])
+    return logits
 
 
 def _buffer(out: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
@@ -147,10 +161,13 @@ def dsa_decode(
     lengths = seq_lens[:tokens].to(torch.int32).contiguous()
     table = block_table[:tokens]
     query, folded = quantise(q, weights, softmax_scale)
-    # DeepGEMM's scheduler wants work: an empty row scores one key of a page that exists.
+    ctx, pages = lengths.unsqueeze(1), table
+    if chosen.logits != "own":
+        # DeepGEMM's scheduler wants work: an empty row scores one key of a page that exists.
+        ctx, pages = ctx.clamp_min(1), table.clamp_min(0)
     logits = _paged_logits(
-        chosen, query, folded, index_k_cache, lengths.clamp_min(1).unsqueeze(1),
-        table.clamp_min(0), page_size, None, table.shape[1] * page_size,
+        chosen, query, folded, index_k_cache, ctx, pages, page_size, None,
+        table.shape[1] * page_size,
     )  # fmt: skip
     if topk_layout == "global_slots":
         ops.topk(
@@ -185,9 +202,9 @@ def dsa_prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Select at prefill among the keys at ``kv_workspace_slots``; returns workspace rows.
 
-    Query ``i`` sees the workspace rows ``row_starts[i] … row_ends[i]``. The logits keep their
-    absolute columns, so no length has to be read back from the device, and come in blocks of
-    queries that stay below ``max_logits_bytes``.
+    Query ``i`` sees the workspace rows ``row_starts[i] … row_ends[i]``. DeepGEMM's logits keep
+    their absolute columns, so no length has to be read back from the device; they come in blocks
+    of queries that stay below ``max_logits_bytes``.
     """
     tokens, columns = q.shape[0], kv_workspace_slots.shape[0]
     out = _buffer(out, (tokens, topk), q)
@@ -202,14 +219,14 @@ def dsa_prefill(
         return out.fill_(-1), lens_out
     keys = gather_slots(index_k_cache, kv_workspace_slots, page_size or 64)
     query, folded = quantise(q, weights, softmax_scale)
-    row_bytes = columns * (2 if chosen.dtype == "bf16" else 4)
+    row_bytes = columns * (4 if chosen.dtype == "fp32" else 2)
     block = tokens if max_logits_bytes is None else max(1, max_logits_bytes // row_bytes)
     for first in range(0, tokens, block):
         rows = slice(first, first + block)
         logits = _dense_logits(chosen, query[rows], folded[rows], keys, starts[rows], ends[rows], 0)
         ops.topk(
-            logits, lengths[rows], topk, row_starts=starts[rows], out=out[rows],
-            backend=chosen.backend,
+            logits, lengths[rows], topk, out=out[rows], backend=chosen.backend,
+            row_starts=None if chosen.logits == "own" else starts[rows],
         )  # fmt: skip
     out.copy_(torch.where(out < 0, out, out + starts.unsqueeze(1)))
     return out, lens_out

@@ -15,7 +15,7 @@ import torch
 
 from dsv4_plugin import ops
 from dsv4_plugin.errors import UnmetError
-from dsv4_plugin.integrations import plan, shadow
+from dsv4_plugin.integrations import logits, plan, shadow
 from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.serve import serve
 from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
@@ -26,8 +26,9 @@ __all__ = [
     "as_fp32_logits",
     "asking",
     "decode_topk",
+    "dense_logits",
     "gather",
-    "logits",
+    "paged_logits",
     "plain",
     "prefill_chunks",
     "prefill_topk",
@@ -36,6 +37,9 @@ __all__ = [
 # Set on the very tensor that the indexer's logits function returned. Top-k calls of other callers
 # (GLM's pooled indexer, V4.1's specialised decode) reach the same patched names without it.
 _TAG = "_dsv4_index_logits"
+# Set beside it on prefill logits whose rows begin at column zero though the caller passes where
+# they begin among all keys: ours, in the releases to 0.32.
+_SHIFTED = "_dsv4_shifted_rows"
 
 
 class _Request(threading.local):
@@ -56,7 +60,85 @@ def plain(value: Any) -> Any:
     return widen(value) if _tagged(value) else value
 
 
-def logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+_PAGED = (
+    "q", "kv_cache", "weights", "context_lens", "block_tables", "schedule_metadata",
+    "max_model_len",
+)  # fmt: skip
+_DENSE = ("q", "kv", "weights", "cu_seqlen_ks", "cu_seqlen_ke", "max_seqlen_k")
+
+
+def paged_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Compute the logits of decode: ours where that is the plan, else DeepGEMM's.
+
+    Ours need no schedule. Columns past a row's length are left as they are, as by DeepGEMM in the
+    form in which vLLM calls it.
+    """
+    topk, given = _own(), _given(_PAGED, args, kwargs)
+    if topk is not None and _plain_form(given, {"clean_logits", "indices"}, _PAGED):
+        values = tuple(given[name] for name in _PAGED if name != "schedule_metadata")
+        out = _ours(logits.paged, topk, *values)
+        if out is not None:
+            return out
+    return _theirs(original, *args, **kwargs)
+
+
+def dense_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Compute the logits of prefill: ours where that is the plan, else DeepGEMM's.
+
+    In ours every row begins at column zero, as vLLM has it from 0.33 on (``max_seqlen_k``). To 0.32
+    columns are those of all keys, so ours carry a second mark, for :func:`prefill_topk`.
+    """
+    topk, given = _own(), _given(_DENSE, args, kwargs)
+    width = given.get("max_seqlen_k", 0)  # a bool there would be the clean_logits of old
+    known = {"clean_logits", "max_seqlen_k"}
+    if topk is not None and type(width) is int and _plain_form(given, known, _DENSE[:-1]):
+        out = _ours(logits.dense, topk, *(given[name] for name in _DENSE[:-1]), width)
+        if out is not None:
+            setattr(out, _SHIFTED, not width)
+            return out
+    return _theirs(original, *args, **kwargs)
+
+
+def _given(names: tuple[str, ...], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments by name; none where there are more by position than have a name."""
+    if len(args) > len(names):
+        return {}
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _plain_form(given: dict[str, Any], known: set[str], required: tuple[str, ...]) -> bool:
+    """Whether a call has every argument ours need, none of an unknown meaning, and FP8 queries."""
+    q = given.get("q")
+    return (
+        set(required) <= set(given) <= {*required, *known}
+        and not given.get("clean_logits")
+        and given.get("indices") is None
+        and isinstance(q, tuple)
+        and len(q) == 2
+        and q[1] is None  # a scale of its own: MXFP4 or MXFP8
+    )
+
+
+def _own() -> Topk | None:
+    topk = plan.current().topk
+    if topk is None or topk.logits != "own" or not _readers_in_place():
+        return None
+    return topk
+
+
+def _ours(compute: Callable[..., torch.Tensor | None], topk: Topk, q: Any, *rest: Any) -> Any:
+    """Return marked logits of ours, or None where the call has another form or they failed."""
+    try:
+        out = compute(topk, q[0], *rest)
+    except Exception as error:
+        logits.failed(error)
+        return None
+    if out is not None:
+        setattr(out, _TAG, True)
+    return out
+
+
+def _theirs(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
     """Compute index logits by upstream's function, in bfloat16 where that is the plan."""
     now = plan.current()
     if now.topk is None:
@@ -102,7 +184,7 @@ def as_fp32_logits(
     if not _tagged(tensor):
         return original(tensor, *args, **kwargs)
     topk = plan.current().topk
-    if topk is not None and topk.dtype == "bf16":
+    if topk is not None and topk.dtype != "fp32":
         return tensor
     out = original(tensor, *args, **kwargs)
     setattr(out, _TAG, True)
@@ -187,8 +269,10 @@ def prefill_topk(
     """Select at prefill: row ``i`` has the columns ``starts[i] … ends[i]``, indices from there.
 
     One rule for both forms of the logits: absolute columns (to 0.32), and rows shifted to column
-    zero (from 0.33), where the caller passes zeros as ``starts``.
+    zero (from 0.33), where the caller passes zeros as ``starts``. Our own logits are always
+    shifted; to 0.32 they say so themselves.
     """
+    shifted = getattr(scores, _SHIFTED, False)
     readable = (
         is_matrix(scores)
         and is_output(out, scores.shape[0], k)
@@ -200,16 +284,27 @@ def prefill_topk(
     )
 
     def upstream(plain: torch.Tensor, into: torch.Tensor) -> None:
-        original(plain, starts, ends, into, rows, stride0, stride1, k)
+        _prefill(plain, starts, ends, into)
 
     def again(scratch: torch.Tensor) -> None:
         for part in shadow.parts(scores):
-            some = widen(scores[part])
-            original(
-                some, starts[part], ends[part], scratch[part], some.shape[0], stride0, stride1, k
-            )
+            _prefill(widen(scores[part]), starts[part], ends[part], scratch[part])
 
-    _select("prefill", scores, lambda: ends - starts, starts, out, k, 1, upstream, readable, again)
+    def _prefill(
+        plain: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, into: torch.Tensor
+    ) -> None:
+        if shifted:
+            plain = _unshifted(plain, starts)
+        original(plain, starts, ends, into, len(plain), plain.stride(0), plain.stride(1), k)
+
+    begin = None if shifted else starts
+    _select("prefill", scores, lambda: ends - starts, begin, out, k, 1, upstream, readable, again)
+
+
+def _unshifted(scores: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Move every row back to the columns of all keys; what is outside of a window is anything."""
+    column = torch.arange(scores.shape[1], device=scores.device) - starts[:, None]
+    return scores.gather(1, column.clamp_min(0))
 
 
 def prefill_chunks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -219,12 +314,14 @@ def prefill_chunks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     fail at a later call, the chunks of that one step are float32 and take twice the budget.
     """
     topk = plan.current().topk
-    if topk is not None and topk.dtype == "bf16" and (not topk.ask or _readers_in_place()):
-        if "max_logits_bytes" in kwargs:
-            kwargs = {**kwargs, "max_logits_bytes": 2 * kwargs["max_logits_bytes"]}
-        else:
-            args = (*args[:3], 2 * args[3], *args[4:])
-        state.count("budget.bf16")
+    if topk is not None and topk.dtype != "fp32":
+        unasked = not topk.ask and topk.logits == "host"
+        if unasked or _readers_in_place():
+            if "max_logits_bytes" in kwargs:
+                kwargs = {**kwargs, "max_logits_bytes": 2 * kwargs["max_logits_bytes"]}
+            else:
+                args = (*args[:3], 2 * args[3], *args[4:])
+            state.count(f"budget.{topk.dtype}")
     return original(*args, **kwargs)
 
 

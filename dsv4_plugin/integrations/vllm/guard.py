@@ -17,7 +17,7 @@ import torch
 
 from dsv4_plugin import backends, envs, log
 from dsv4_plugin.errors import SettingError, UnmetError
-from dsv4_plugin.integrations import choice, plan, shadow
+from dsv4_plugin.integrations import choice, logits, plan, shadow
 from dsv4_plugin.integrations.choice import unique
 from dsv4_plugin.integrations.plan import Plan, Topk
 from dsv4_plugin.state import state
@@ -165,19 +165,28 @@ def _possible(
     for layer in layers:
         reasons += choice.unmet_topk(dtype, backend, layer.device, layer.k)
     ask = False
-    if dtype == "bf16":
-        ask, why = _bf16_logits()
-        reasons += why
-    elif dtype == "fp16":
-        reasons.append("vLLM's DeepGEMM writes index logits in float32 or bfloat16 only")
-    reasons = unique(reasons)
-    return (None, reasons) if reasons else (Topk(dtype, backend, ask), [])
+
+    def host() -> list[str]:
+        nonlocal ask
+        ask, why = _host_logits(dtype)
+        return why
+
+    def own() -> list[str]:
+        return [why for layer in layers for why in logits.unmet(dtype, backend, layer.device)]
+
+    who, why = logits.choose(settings, dtype, host, own)
+    reasons = unique([*reasons, *why])
+    return (None, reasons) if reasons else (Topk(dtype, backend, ask, who), [])
 
 
-def _bf16_logits() -> tuple[bool, list[str]]:
-    """Return whether DeepGEMM has to be asked for bfloat16, and why it cannot be had."""
+def _host_logits(dtype: str) -> tuple[bool, list[str]]:
+    """Return whether DeepGEMM has to be asked for this dtype, and why it cannot be had from it."""
     from dsv4_plugin.integrations.vllm import seams
 
+    if dtype == "fp32":
+        return False, []
+    if dtype == "fp16":
+        return False, ["vLLM's DeepGEMM writes index logits in float32 or bfloat16 only"]
     platform = _platform()
     if platform is None or not platform.has_device_capability(90):
         return False, ["DeepGEMM's index logits need a GPU of compute capability 9.0 or later"]
@@ -231,14 +240,16 @@ def _report(
         not_topk = "; ".join(list(topk_why.values())[-1])
     else:
         not_topk = "; ".join(f"not {name}: {'; '.join(why)}" for name, why in topk_why.items())
-    not_bf16 = None if topk is not None and topk.dtype == "bf16" else "logits stay as vLLM has them"
+    theirs = topk is None or (topk.dtype == "fp32" and topk.logits == "host")
+    not_bf16 = "logits stay as vLLM has them" if theirs else None
+    wide = topk is None or topk.dtype == "fp32"
     whys = {
         "guard": None,
         "topk.decode": None if topk else not_topk,
         "topk.prefill": None if topk else not_topk,
         "logits": not_topk or not_bf16 if not_bf16 else None,
         "gather": None if gather else "; ".join(gather_why),
-        "budget": not_topk or not_bf16 if not_bf16 else None,
+        "budget": not_topk or "logits are float32" if wide else None,
     }
     for name, why in whys.items():
         seam = state.seams.get(name)
@@ -252,10 +263,10 @@ def _report(
             state.seams[name].where or "?" for name in ("topk.decode", "topk.prefill")
         )
         passed = f" ({not_topk})" if not_topk else ""
-        logits = "bf16 logits" if topk.dtype == "bf16" else "float32 logits"
-        if topk.dtype == "bf16" and state.seams["budget"].where is not None:
-            logits += " (half the bytes, so twice the rows in a prefill chunk's budget)"
-        parts.append(f"top-k: {topk.dtype} by {topk.backend} on {logits} at {where}{passed}")
+        on = topk.on
+        if topk.dtype != "fp32" and state.seams["budget"].where is not None:
+            on += " (half the bytes, so twice the rows in a prefill chunk's budget)"
+        parts.append(f"top-k: {topk.dtype} by {topk.backend} on {on} at {where}{passed}")
     if gather is None:
         parts.append(f"key gather: upstream's ({'; '.join(gather_why)})")
     else:

@@ -320,10 +320,11 @@ def _around(original: Any, ours: Any) -> Any:
 
 
 def _logits(module: Any) -> str:
-    """Mark the index logits on their way from DeepGEMM to top-k, and ask for them in bfloat16.
+    """Mark the index logits on their way to top-k; ask DeepGEMM for bfloat16, or compute them.
 
     Why: vLLM never passes DeepGEMM's ``logits_dtype``, though V4 was trained with bfloat16 scores;
-    half the bytes are written and read. The mark is what tells our logits from those of other
+    half the bytes are written and read. Where its DeepGEMM cannot write them (0.33 on Hopper) our
+    own kernel does. The mark is what tells our logits from those of other
     callers of the same top-k.
     May go when vLLM can be configured to write bfloat16 logits and its top-k reads them.
     """
@@ -333,9 +334,9 @@ def _logits(module: Any) -> str:
     keep = vars(module).get("as_fp32_logits")
     if keep is not None:
         _parameters(keep, "as_fp32_logits", ("logits",))
-    for name in names:
+    for name, ours in zip(names, (calls.paged_logits, calls.dense_logits), strict=True):
         original = vars(module)[name]
-        _ledger.replace(module, name, _around(original, calls.logits), name)
+        _ledger.replace(module, name, _around(original, ours), name)
     if keep is not None:
         # Why: would widen logits that our top-k wants as they are. May go with the above.
         replacement = _around(keep, calls.as_fp32_logits)

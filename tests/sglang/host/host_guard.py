@@ -48,8 +48,8 @@ def test_nothing_is_said_when_nobody_asked(engine, load, caplog):
     assert lines(caplog) == []
 
 
-def test_without_bfloat16_in_deepgemm_auto_is_float32(engine, load, caplog):
-    load()
+def test_without_bfloat16_in_deepgemm_the_host_means_float32(engine, load, caplog):
+    load(DSV4_LOGITS="host")
     engine.install_deep_gemm(has_logits_dtype=False)
     problem = engine.problem()
     out = engine.step(problem)
@@ -60,7 +60,7 @@ def test_without_bfloat16_in_deepgemm_auto_is_float32(engine, load, caplog):
 
 
 def test_without_bfloat16_in_deepgemm_bf16_is_one_error(engine, load):
-    load(DSV4_TOPK="bf16")
+    load(DSV4_TOPK="bf16", DSV4_LOGITS="host")
     engine.install_deep_gemm(has_logits_dtype=False)
     with pytest.raises(UnmetError) as caught:
         engine.step(engine.problem(k=256))
@@ -72,7 +72,7 @@ def test_without_bfloat16_in_deepgemm_bf16_is_one_error(engine, load):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"DSV4_TOPK": "fp16"}, ["float32 or bfloat16 only"]),
+        ({"DSV4_TOPK": "fp16", "DSV4_LOGITS": "host"}, ["float32 or bfloat16 only"]),
         ({"DSV4_TOPK": "bf16", "DSV4_INDEXER_READ": "triton"}, ["DSV4_INDEXER_READ=triton"]),
         ({"DSV4_BACKEND": "cuda"}, ["backend cuda", "not on a CUDA device"]),
         ({"DSV4_BACKEND": "cuda", "DSV4_STRICT": "1"}, ["DSV4_STRICT=1", "backend cuda"]),
@@ -193,7 +193,8 @@ def test_on_another_gpu_every_reason_is_listed(engine, load, on_gpu):
     load(DSV4_TOPK="bf16")
     with pytest.raises(UnmetError) as caught:
         decide(engine, k=256, device="cuda:0")
-    assert len(caught.value.unmet) == 3
+    assert len(caught.value.unmet) == 4
+    assert "own logits by cuda: compute capability 8.0" in caught.value.unmet
 
 
 # --- our own op or DeepGEMM fails ------------------------------------------------------------

@@ -165,8 +165,8 @@ def test_unregister_gives_the_registry_back(engine, load):
 # --- wishes ----------------------------------------------------------------------------------
 
 
-def test_without_bfloat16_in_deepgemm_auto_is_float32(engine, load, caplog):
-    load()
+def test_without_bfloat16_in_deepgemm_the_host_means_float32(engine, load, caplog):
+    load(DSV4_LOGITS="host")
     engine.install_deep_gemm(has_logits_dtype=False)
     batch = engine.batch((1500, 3))
     decode(engine, batch)
@@ -177,7 +177,7 @@ def test_without_bfloat16_in_deepgemm_auto_is_float32(engine, load, caplog):
 
 
 def test_a_wish_that_cannot_be_met_is_one_error(engine, load):
-    load(DSV4_TOPK="bf16", DSV4_BACKEND="auto")  # no compiled kernels here either
+    load(DSV4_TOPK="bf16", DSV4_BACKEND="auto", DSV4_LOGITS="host")  # nothing is compiled here
     engine.install_deep_gemm(has_logits_dtype=False)
     with pytest.raises(UnmetError, match="DSV4_TOPK=bf16") as caught:
         decode(engine, engine.batch((1500,)))

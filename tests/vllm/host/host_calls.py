@@ -92,19 +92,20 @@ def test_float32_is_exact_and_the_same_as_upstream(engine, run, batch, monkeypat
 
 
 @batches
-def test_v4_selects_in_bf16_where_the_host_writes_it(engine, run, batch, monkeypatch, can_bf16):
+def test_v4_selects_in_bf16(engine, run, batch, monkeypatch, can_bf16):
+    """On logits of the host where it writes bfloat16, else on our own."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     problem = engine.problem(**batch)
     got = run(problem)
-    wrote = {c.dtype for c in engine.calls if c.logits is not None}
-    assert wrote == {torch.bfloat16 if can_bf16 else torch.float32}
+    wrote = [c for c in engine.calls if c.logits is not None]
+    assert {(c.dtype, c.own) for c in wrote} == {(torch.bfloat16, not can_bf16)}
     assert torch.equal(got, engine.expected(problem.k))  # on the very logits it was given
     assert not names(engine) & UPSTREAM_TOPK
     counters = dsv4_plugin.status()["counters"]
     assert bool(counters.get("logits.bf16")) is can_bf16
-    dtype = "bf16" if can_bf16 else "fp32"
+    assert bool(counters.get("logits.own")) is not can_bf16
     kind = "decode" if batch.get("decode") else "prefill"
-    assert counters[f"topk.{kind}.{dtype}.torch"] == 1
+    assert counters[f"topk.{kind}.bf16.torch"] == 1
 
 
 def test_a_served_call_is_evidence_for_an_ab(engine, run, monkeypatch, tmp_path):
@@ -160,6 +161,7 @@ def test_the_direct_call_of_v32_is_covered(engine, run, monkeypatch):
 def test_the_gather_brings_the_very_bytes(engine, run, monkeypatch):
     """The keys that reach DeepGEMM, against the cache as the problem laid it out."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_LOGITS", "host")
     problem = engine.problem(prefill=((700, 3), (65, 2), (64, 1)), page_padding=64)
     seen = []
     dense = engine.deep_gemm._dense

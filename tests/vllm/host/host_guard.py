@@ -153,9 +153,10 @@ def refused(run, problem, **kwargs):
     return caught.value
 
 
-def test_fp16_is_refused(engine, run, monkeypatch):
+def test_fp16_is_refused_where_the_host_shall_write_it(engine, run, monkeypatch):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_TOPK", "fp16")
+    monkeypatch.setenv("DSV4_LOGITS", "host")
     error = refused(run, engine.problem(**MIXED))
     assert error.wish == "DSV4_TOPK=fp16"
     assert any("float32 or bfloat16 only" in reason for reason in error.unmet)
@@ -164,6 +165,7 @@ def test_fp16_is_refused(engine, run, monkeypatch):
 def test_bf16_is_met_or_refused(engine, run, monkeypatch, can_bf16):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_TOPK", "bf16")
+    monkeypatch.setenv("DSV4_LOGITS", "host")
     problem = engine.problem(**MIXED)
     if can_bf16:  # explicit: for V3.2 as well
         got = run(problem, model="deepseek_v32")
@@ -204,6 +206,7 @@ def test_bf16_on_an_a100_names_every_reason_at_once(engine, run, monkeypatch):
 def test_after_a_refusal_nothing_is_changed(engine, run, monkeypatch):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_TOPK", "fp16")
+    monkeypatch.setenv("DSV4_LOGITS", "host")
     problem = engine.problem(**MIXED)
     refused(run, problem)
     with engine.gpu(), engine.config():

@@ -121,8 +121,10 @@ def test_a_shadow_that_fails_disturbs_nothing(engine, run, monkeypatch, caplog):
     assert {r.levelno for r in caplog.records if "no such kernel" in r.message} == {logging.ERROR}
 
 
-def test_prefill_in_parts_counts_the_same(engine, run, monkeypatch, can_bf16):
+@pytest.mark.parametrize("logits", ["auto", "own"])
+def test_prefill_in_parts_counts_the_same(engine, run, monkeypatch, logits):
     enable(monkeypatch)
+    monkeypatch.setenv("DSV4_LOGITS", logits)
     monkeypatch.setattr(shadow, "_SCRATCH_BYTES", 1)  # a row at a time where scores are widened
     problem = engine.problem(prefill=((1600, 5), (600, 3)))
     assert torch.equal(run(problem), engine.expected(problem.k))
@@ -130,7 +132,7 @@ def test_prefill_in_parts_counts_the_same(engine, run, monkeypatch, can_bf16):
     assert (found["rows"], found["entries"]) == (8, 8 * 512)
     assert found["agree"] + found["tied"] == found["entries"]
     calls = [c for c in engine.calls if c.name == "top_k_per_row_prefill"]
-    assert len(calls) == (8 if can_bf16 else 1)
+    assert len(calls) == 8
 
 
 # --- memory ----------------------------------------------------------------------------------
@@ -144,7 +146,7 @@ def split(seq_lens, query_lens, workspace, budget):
     return function(torch.tensor(seq_lens), torch.tensor(query_lens), workspace, budget)
 
 
-def test_the_prefill_budget_counts_two_bytes_for_bf16(engine, run, monkeypatch, can_bf16):
+def test_the_prefill_budget_counts_two_bytes_for_bf16(engine, run, monkeypatch):
     """``VLLM_SPARSE_INDEXER_MAX_LOGITS_MB`` holds twice the rows."""
     lens, queries, budget = [4096, 1024], [300, 100], 4096 * 100 * 4
     upstream = split(lens, queries, 1 << 20, budget)
@@ -161,9 +163,6 @@ def test_the_prefill_budget_counts_two_bytes_for_bf16(engine, run, monkeypatch, 
     monkeypatch.setenv("DSV4_TOPK", "auto")
     run(problem)
     chunks = split(lens, queries, 1 << 20, budget)
-    if not can_bf16:
-        assert chunks == upstream
-        return
     assert dsv4_plugin.status()["seams"]["budget"]["engaged"]
     assert [q.stop - q.start for _, q in chunks] == [200, 100, 100]
     for requests, rows in chunks:
@@ -193,9 +192,9 @@ def test_a_planner_that_counts_otherwise_is_left_alone(engine, monkeypatch):
     assert seam["where"] is None and "four bytes" in seam["why"]
 
 
-def test_what_bf16_saves_is_in_the_status(engine, run, monkeypatch, can_bf16):
+def test_what_bf16_saves_is_in_the_status(engine, run, monkeypatch):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     problem = engine.problem(decode=(700, 40), max_model_len=4096)
     run(problem)
     peaks = dsv4_plugin.status().get("peaks", {})
-    assert peaks == ({"logits.saved_mib": round(2 * 4096 * 2 / 2**20, 3)} if can_bf16 else {})
+    assert peaks == {"logits.saved_mib": round(2 * 4096 * 2 / 2**20, 3)}

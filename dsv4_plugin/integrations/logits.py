@@ -1,0 +1,146 @@
+"""Who computes an engine's index logits: its own DeepGEMM, or the kernels of this package.
+
+One decision for all adapters (:func:`choose`), and the calls of our ops on what the engines hand
+their logits functions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsv4_plugin import backends, envs, log
+from dsv4_plugin import logits as ops
+from dsv4_plugin.envs import Settings
+from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.integrations import choice, plan
+from dsv4_plugin.integrations.plan import Topk
+from dsv4_plugin.integrations.tensors import LENGTHS, dtype_name, saved_mib
+from dsv4_plugin.state import state
+
+__all__ = ["AUTO", "choose", "dense", "failed", "paged", "unmet"]
+
+# What DSV4_LOGITS=auto takes, the first that can write the dtype. No results file compares ours
+# with a DeepGEMM that writes the same dtype yet, so the engine's comes first.
+AUTO: dict[str, tuple[str, ...]] = {
+    "bf16": ("host", "own"),
+    "fp16": ("host", "own"),
+    "fp32": ("host", "own"),
+}
+
+
+def choose(
+    settings: Settings, dtype: str, host: Callable[[], list[str]], own: Callable[[], list[str]]
+) -> tuple[str, list[str]]:
+    """Return who writes logits of ``dtype``, ``"host"`` or ``"own"``, and why it cannot be had.
+
+    ``host`` and ``own`` return the reasons why either cannot; they are asked in order, and not
+    needlessly.
+    """
+    reasons: list[str] = []
+    for who in AUTO[dtype] if settings.logits == "auto" else (settings.logits,):
+        why = host() if who == "host" else own()
+        if not why:
+            return who, []
+        reasons += why
+    return "host", reasons
+
+
+def unmet(dtype: str, backend: str, device: torch.device) -> list[str]:
+    """Return why our ops cannot write logits of ``dtype`` on ``device``, as far as is known yet.
+
+    Heads and block size are known at the first call only.
+    """
+    why = [
+        reason
+        for op in ("paged_logits", "ragged_logits")
+        for reason in backends.unmet(backends.Call(op, device, choice.DTYPES[dtype]), backend)
+    ]
+    return [f"own logits by {backend}: {reason}" for reason in choice.unique(why)]
+
+
+def paged(
+    topk: Topk, q: Any, cache: Any, weights: Any, lengths: Any, table: Any, columns: int
+) -> torch.Tensor | None:
+    """Return ``[rows, columns]`` logits of FP8 queries on FP8 pages; None: another form."""
+    if not (
+        _is(q, 4, torch.float8_e4m3fn)
+        and isinstance(cache, torch.Tensor)
+        and cache.dtype == torch.uint8
+        and cache.dim() in (3, 4)
+        and cache.shape[-1] == q.shape[3] + 4
+        and _is(weights, 2, torch.float32)
+        and isinstance(lengths, torch.Tensor)
+        and lengths.dtype in LENGTHS
+        and _is(table, 2, torch.int32)
+        and table.shape[0] == q.shape[0]
+        and (table.stride(1) == 1 or table.shape[1] == 1)
+        and weights.shape[0] == q.shape[0] * q.shape[1]
+    ):
+        return None
+    out = ops.new_logits(weights.shape[0], columns, choice.DTYPES[topk.dtype], q.device)
+    ops.paged_logits(
+        q, cache, weights, lengths, table,
+        block_size=cache.shape[1], out=out, backend=topk.backend,
+    )  # fmt: skip
+    return _counted(topk, out)
+
+
+def dense(
+    topk: Topk, q: Any, keys: Any, weights: Any, starts: Any, ends: Any, columns: int
+) -> torch.Tensor | None:
+    """Return ``[rows, columns]`` logits of gathered FP8 keys, each row from column zero.
+
+    ``columns`` 0: as many as there are keys. None: the arguments have another form.
+    """
+    if not (
+        _is(q, 3, torch.float8_e4m3fn)
+        and isinstance(keys, tuple)
+        and len(keys) == 2
+        and _is(keys[0], 2, torch.float8_e4m3fn)
+        and keys[0].shape[1] == q.shape[2]
+        and isinstance(keys[1], torch.Tensor)
+        and keys[1].dtype == torch.float32
+        and keys[1].numel() == keys[0].shape[0]
+        and _is(weights, 2, torch.float32)
+        and all(isinstance(x, torch.Tensor) and x.dim() == 1 for x in (starts, ends))
+        and starts.dtype in LENGTHS
+        and ends.dtype in LENGTHS
+    ):
+        return None
+    columns = columns or keys[0].shape[0]
+    out = ops.new_logits(q.shape[0], columns, choice.DTYPES[topk.dtype], q.device)
+    ops.ragged_logits(
+        q, keys[0], keys[1].reshape(-1), weights, starts, ends, out=out, backend=topk.backend
+    )
+    return _counted(topk, out)
+
+
+def failed(error: Exception) -> None:
+    """Raise ``error`` where somebody asked for what failed, else leave the selection upstream.
+
+    One that is about the form of this call only (:class:`UnmetError`) changes nothing later.
+    """
+    if plan.current().strict:
+        raise error
+    if isinstance(error, UnmetError):
+        if envs.settings().logits == "own":
+            raise error
+        log.once(logging.INFO, f"{error}; the engine's own logits serve such calls, in float32")
+    else:
+        plan.switch_off("topk", error)
+
+
+def _is(value: Any, dims: int, dtype: torch.dtype) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == dims and value.dtype == dtype
+
+
+def _counted(topk: Topk, out: torch.Tensor) -> torch.Tensor:
+    state.count("logits.own")
+    state.count(f"logits.own.{dtype_name(out.dtype)}.{topk.backend}")
+    if out.dtype != torch.float32:
+        state.peak("logits.saved_mib", saved_mib(out))
+    return out

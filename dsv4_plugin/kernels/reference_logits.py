@@ -1,0 +1,117 @@
+"""The index logits in plain torch: the oracle of the tests and the last resort at run time.
+
+As in :mod:`.reference`: no host synchronisation and no control flow that depends on data.
+
+The dot products are made in float64, where products and sums of e4m3 values are exact (they are
+multiples of 2^-18 below 2^25), and then rounded to float32. So a score depends neither on how a
+matrix product is blocked nor on torch's TF32 switch. The heads are added up one after the other in
+float32, element by element: the order is the same for every key.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dsv4_plugin.kernels.reference import SCALE_BYTES, planes, row_lengths, widen_e4m3
+
+__all__ = ["paged_logits", "ragged_logits"]
+
+# Elements of the float64 dot products made at a time: 2**23 are 64 MiB.
+_CHUNK = 1 << 23
+
+
+def _scores(
+    q: torch.Tensor, keys: torch.Tensor, scale: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Score ``keys`` ``[n, columns, head_dim]`` for ``q`` ``[n, rows, heads, head_dim]``.
+
+    Both are e4m3 bytes. In float32: ``scale`` ``[n, columns]``, ``weights`` ``[n, rows, heads]``,
+    the result ``[n, rows, columns]``.
+    """
+    n, rows, heads, head_dim = q.shape
+    wide = widen_e4m3(q).to(torch.float64).reshape(n, rows * heads, head_dim)
+    dots = torch.bmm(wide, widen_e4m3(keys).to(torch.float64).transpose(1, 2))
+    dots = dots.to(torch.float32).relu_().unflatten(1, (rows, heads))
+    total = weights[:, :, 0, None] * dots[:, :, 0]
+    for h in range(1, heads):
+        total += weights[:, :, h, None] * dots[:, :, h]
+    return total.mul_(scale[:, None])
+
+
+def paged_logits(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    out: torch.Tensor,
+    next_n: int,
+    block_size: int,
+) -> None:
+    """Score the keys of every request's pages; see :func:`dsv4_plugin.paged_logits`.
+
+    All pages of the table are scored here, and what lies past a row's length is then left out.
+    """
+    batch, _, heads, head_dim = q.shape
+    rows, width = out.shape
+    blocks = min(block_table.shape[1], -(-width // block_size))
+    width = min(width, blocks * block_size)
+    n = row_lengths(lengths, rows, next_n).view(batch, next_n, 1)
+    weights = weights.unflatten(0, (batch, next_n))
+    each = block_size * max(head_dim, next_n * heads)  # elements a page of a request
+    step = max(1, min(blocks, _CHUNK // each))
+    some = max(1, _CHUNK // (each * step))
+    for lo in range(0, batch, some):
+        part = slice(lo, min(lo + some, batch))
+        target = out[part.start * next_n : part.stop * next_n].unflatten(0, (-1, next_n))
+        for first in range(0, blocks, step):
+            begin = first * block_size
+            end = min(width, begin + step * block_size)
+            column = torch.arange(begin, end, device=q.device)
+            page = block_table[part, first : first + step].to(torch.int64)
+            gone = (page < 0) | (page >= pages.shape[0])
+            gone = gone.repeat_interleave(block_size, dim=1)[:, None, : end - begin]
+            if pages.shape[0]:
+                values, scales = planes(pages, block_size, head_dim, SCALE_BYTES)
+                page = page.clamp(0, pages.shape[0] - 1)
+                keys = values[page].flatten(1, 2)[:, : end - begin]
+                scale = scales[page].flatten(1, 2).view(torch.float32)[:, : end - begin, 0]
+                score = _scores(q[part], keys, scale, weights[part]).masked_fill(gone, -torch.inf)
+            else:
+                score = torch.full(gone.shape, -torch.inf, device=q.device)
+            held = target[:, :, begin:end]
+            held.copy_(torch.where(column < n[part], score.to(out.dtype), held))
+
+
+def ragged_logits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    row_starts: torch.Tensor,
+    row_ends: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Score a window of gathered keys for every row; see :func:`dsv4_plugin.ragged_logits`.
+
+    All keys are scored for every row here, and each row's window is then taken out.
+    """
+    rows, heads, _ = q.shape
+    keys, width = k.shape[0], out.shape[1]
+    start, end = row_starts.to(torch.int64), row_ends.to(torch.int64)
+    n = (end.clamp(max=keys) - start).masked_fill(start < 0, 0)[:, None]
+    column = torch.arange(width, device=q.device)
+    step = max(1, min(keys, _CHUNK // heads))
+    some = max(1, _CHUNK // (heads * step))
+    for lo in range(0, rows, some):
+        part = slice(lo, min(lo + some, rows))
+        score = torch.cat(
+            [
+                _scores(q[None, part], k[None, at : at + step], k_scale[None, at : at + step],
+                        weights[None, part])[0]
+                for at in range(0, keys, step)
+            ],
+            dim=1,
+        )  # fmt: skip
+        shifted = score.gather(1, (start[part, None] + column).clamp(0, keys - 1))
+        out[part].copy_(torch.where(column < n[part], shifted.to(out.dtype), out[part]))

@@ -1,0 +1,266 @@
+"""The public ops that make index logits, and the chain from logits to indices.
+
+The score of a key is ``scale · Σ_h weights[h] · ReLU(q[h] · key)``: dot products of e4m3 values,
+all sums in float32, rounded once to the dtype of the result. The layout of the cache, validation
+and dispatch are as in :mod:`dsv4_plugin.ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dsv4_plugin import checks, library, ops
+from dsv4_plugin.backends import Call, resolve
+from dsv4_plugin.kernels import reference_logits
+
+__all__ = ["paged_logits", "ragged_logits", "select"]
+
+ROW_BYTES = 16  # what rows of a new result are aligned to
+
+
+def paged_logits(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    block_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Score the keys of every request's pages: the logits of decode.
+
+    Column ``c`` of row ``b · next_n + j`` is key ``c % block_size`` of page
+    ``block_table[b, c // block_size]``.
+
+    * **what is written**: the row's ``length`` first columns, clipped to the columns of ``out`` and
+      of ``block_table``. What lies past that is not written: in a new tensor it is uninitialised.
+    * **what is read**: the pages and entries of ``block_table`` that those columns need. A page
+      below zero or past the end of the cache scores ``-inf``, and nothing is read for it.
+    * **NaN**: a NaN in a query, a key, a scale or a weight of a score makes that score NaN.
+    * **independence**: a score depends on its query, weights and key alone, bit for bit; not on the
+      batch, the key's place in the table, the row's length or the grid.
+
+    Args:
+        q: ``[batch, next_n, heads, head_dim]``, or ``[batch, heads, head_dim]`` for ``next_n`` 1;
+            float8_e4m3fn, or uint8 with the same bytes. Each ``[heads, head_dim]`` is contiguous,
+            the strides outside of it are free.
+        cache: uint8 indexer cache; see :mod:`dsv4_plugin.ops` for its layout.
+        weights: float32 ``[batch · next_n, heads]``, unit inner stride; the queries' scales are
+            part of it.
+        lengths: int32 or int64 keys that each row sees: ``[rows]`` or ``[batch, next_n]``; or one a
+            request, ``[batch]`` or ``[batch, 1]``, by the rule of :func:`dsv4_plugin.topk`: row
+            ``b · next_n + j`` sees ``lengths[b] - next_n + 1 + j``.
+        block_table: ``[batch, pages]`` int32 page numbers, unit inner stride.
+        block_size: keys a page.
+        dtype: bfloat16, float16 or float32; ignored when ``out`` is given.
+        out: ``[rows, columns]`` to fill, of such a dtype, unit inner stride, any row stride.
+        backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
+
+    Returns:
+        ``out``, or a new ``[rows, pages · block_size]`` tensor whose rows start at multiples of
+        16 bytes.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
+        UnmetError: ``backend`` cannot serve the call.
+
+    Source: the contract of DeepGEMM's paged MQA logits, which the engines call.
+    """
+    if library.through_dispatcher(q, cache, weights, lengths, block_table, out):
+        if out is None:
+            return library.functional("paged_logits")(
+                q, cache, weights, lengths, block_table, block_size, dtype, backend
+            )
+        library.mutating("paged_logits")(
+            q, cache, weights, lengths, block_table, out, block_size, backend
+        )
+        return out
+    q = checks.queries(q, (3, 4))
+    batch, next_n, heads, head_dim = q.shape
+    rows, device = batch * next_n, q.device
+    checks.geometry(block_size, head_dim, 4)
+    pages = checks.as_pages(cache, block_size, head_dim + 4)
+    checks.on_device("cache", cache, device, "q")
+    checks.head_weights(weights, rows, heads, device)
+    checks.lengths_for(lengths, rows, next_n, device, "q")
+    if lengths.dim() == 2 and lengths.shape[1] == 1:
+        lengths = lengths.squeeze(1)
+    checks.table("block_table", block_table, batch, 1, device, "q")
+    columns = block_table.shape[1] * block_size
+    out = _result(out, rows, columns, dtype, device)
+    if rows and out.shape[1] and columns:
+        call = Call(
+            "paged_logits", device, out.dtype, head_dim=head_dim, heads=heads,
+            block_size=block_size, alignment=checks.alignment(pages, q),
+        )  # fmt: skip
+        run = resolve(call, backend)
+        if pages.shape[0] == 0:  # no page that a kernel could be pointed at
+            run = reference_logits.paged_logits
+        run(q, pages, weights, lengths, block_table, out, next_n, block_size)
+    return out
+
+
+def ragged_logits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    row_starts: torch.Tensor,
+    row_ends: torch.Tensor,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Score a window of gathered keys for every row: the logits of prefill.
+
+    Column ``j`` of row ``r`` is key ``row_starts[r] + j``: every row begins at column zero.
+    NaN and independence are as in :func:`paged_logits`.
+
+    Args:
+        q: ``[rows, heads, head_dim]`` float8_e4m3fn, or uint8 with the same bytes. Each ``[heads,
+            head_dim]`` is contiguous, the row stride is free.
+        k: ``[keys, head_dim]`` float8_e4m3fn, or uint8 with the same bytes; contiguous.
+        k_scale: ``[keys]`` float32, contiguous.
+        weights: float32 ``[rows, heads]``, unit inner stride; the queries' scales are part of it.
+        row_starts: ``[rows]`` int32 or int64, the row's first key. Below zero: an empty row.
+        row_ends: ``[rows]`` int32 or int64, one past the row's last key. Clipped to ``keys`` and to
+            what fits in the columns of ``out``; at or below the start: an empty row.
+        dtype: bfloat16, float16 or float32; ignored when ``out`` is given.
+        out: ``[rows, columns]`` to fill, of such a dtype, unit inner stride, any row stride. What
+            lies past a row's window is not written.
+        backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
+
+    Returns:
+        ``out``, or a new ``[rows, keys]`` tensor whose rows start at multiples of 16 bytes,
+        uninitialised past a row's window. ``topk(logits, row_ends - row_starts, k)`` selects in it.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
+        UnmetError: ``backend`` cannot serve the call.
+
+    Source: the contract of DeepGEMM's MQA logits, in its compressed form.
+    """
+    if library.through_dispatcher(q, k, k_scale, weights, row_starts, row_ends, out):
+        if out is None:
+            return library.functional("ragged_logits")(
+                q, k, k_scale, weights, row_starts, row_ends, dtype, backend
+            )
+        library.mutating("ragged_logits")(
+            q, k, k_scale, weights, row_starts, row_ends, out, backend
+        )
+        return out
+    q = checks.queries(q, (3,)).squeeze(1)
+    rows, heads, head_dim = q.shape
+    device = q.device
+    checks.positive("head_dim", head_dim)
+    k = checks.keys(k, k_scale, head_dim, device)
+    checks.head_weights(weights, rows, heads, device)
+    checks.bounds("row_starts", row_starts, rows, device)
+    checks.bounds("row_ends", row_ends, rows, device)
+    out = _result(out, rows, k.shape[0], dtype, device)
+    if rows and out.shape[1] and k.shape[0]:
+        call = Call(
+            "ragged_logits", device, out.dtype, head_dim=head_dim, heads=heads,
+            alignment=checks.alignment(k, q),
+        )  # fmt: skip
+        resolve(call, backend)(q, k, k_scale, weights, row_starts, row_ends, out)
+    return out
+
+
+def select(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    k: int,
+    *,
+    block_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    page_table: torch.Tensor | None = None,
+    page_size: int = 64,
+    out: torch.Tensor | None = None,
+    out_raw: torch.Tensor | None = None,
+    sort: bool = False,
+    logits: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Score the keys of every request's pages and select the ``k`` best: the chain of decode.
+
+    The answer is that of :func:`dsv4_plugin.topk` on :func:`paged_logits`, with the promises of
+    both.
+
+    Args:
+        q: as in :func:`paged_logits`.
+        cache: as there.
+        weights: as there.
+        lengths: as there.
+        block_table: as there.
+        k: as in :func:`dsv4_plugin.topk`.
+        block_size: keys a page of ``cache``.
+        dtype: what is selected on, bfloat16, float16 or float32; ignored when ``logits`` is given.
+        page_table: as in :func:`dsv4_plugin.topk`; may be ``block_table``.
+        page_size: columns a page of ``page_table``.
+        out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
+        out_raw: ``[rows, k]`` int32 that gets the indices themselves beside ``page_table``.
+        sort: sort by value.
+        logits: scratch for the scores, as ``out`` of :func:`paged_logits`; its dtype is the one
+            that is selected on, and rows are clipped to its columns. What it holds afterwards is
+            unspecified.
+        backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
+
+    Returns:
+        ``out``, or a new ``[rows, k]`` int32 tensor.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
+        UnmetError: ``backend`` cannot serve the call.
+    """
+    tensors = (q, cache, weights, lengths, block_table, page_table, out, out_raw, logits)
+    if library.through_dispatcher(*tensors):
+        if out is None and out_raw is None and logits is None:
+            return library.functional("select")(
+                q, cache, weights, lengths, block_table, k, block_size, dtype, page_table,
+                page_size, sort, backend,
+            )  # fmt: skip
+        if out is None:
+            rows = q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
+            out = torch.empty(rows, k, dtype=torch.int32, device=q.device)
+        library.mutating("select")(
+            q, cache, weights, lengths, block_table, out, out_raw, logits, page_table, k,
+            block_size, dtype, page_size, sort, backend,
+        )  # fmt: skip
+        return out
+    logits = paged_logits(
+        q, cache, weights, lengths, block_table,
+        block_size=block_size, dtype=dtype, out=logits, backend=backend,
+    )  # fmt: skip
+    # Columns past the table were not written, so no length may reach them.
+    return ops.topk(
+        logits[:, : block_table.shape[1] * block_size], lengths, k,
+        next_n=q.shape[1] if q.dim() == 4 else 1, page_table=page_table, page_size=page_size,
+        out=out, out_raw=out_raw, sort=sort, backend=backend,
+    )  # fmt: skip
+
+
+def new_logits(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return an uninitialised ``[rows, columns]`` whose rows start at multiples of 16 bytes."""
+    step = ROW_BYTES // dtype.itemsize
+    stride = max(1, (columns + step - 1) // step) * step
+    return torch.empty_strided((rows, columns), (stride, 1), dtype=dtype, device=device)
+
+
+def _result(
+    out: torch.Tensor | None, rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return ``out``, checked, or a new tensor."""
+    if out is None:
+        checks.dtype_in("dtype", dtype, checks.LOGITS_DTYPES)
+        return new_logits(rows, columns, dtype, device)
+    checks.tensor("out", out, checks.LOGITS_DTYPES, (2,))
+    checks.out_matrix("out", out, (rows, out.shape[1]), checks.LOGITS_DTYPES, device, "q")
+    return out

@@ -1,0 +1,286 @@
+"""Logits of our own in place of DeepGEMM's: used, right, left again, refused with every reason."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+import torch
+from host_calls import BATCHES, UPSTREAM_TOPK, batches, names
+
+import dsv4_plugin
+from dsv4_plugin.errors import UnmetError
+
+MIXED = BATCHES["mixed"]
+LATER = BATCHES["prefill, a later request longer than k"]
+
+
+def logits(engine):
+    return [c for c in engine.calls if c.logits is not None]
+
+
+def scores(engine):
+    """The scores of every row's window, decode first, whatever columns they stand in."""
+    return [
+        row[begin:end].float()
+        for name in ("paged_logits", "dense_logits")
+        for call in logits(engine)
+        if call.name == name
+        for row, (begin, end) in zip(call.logits, call.spans, strict=True)
+    ]
+
+
+@pytest.fixture
+def own(monkeypatch):
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_LOGITS", "own")
+
+
+@batches
+def test_own_logits_are_deepgemms_rounded(engine, run, batch, monkeypatch):
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_TOPK", "fp32")
+    problem = engine.problem(**batch)
+    run(problem)
+    assert not any(c.own for c in logits(engine))
+    theirs = scores(engine)
+    monkeypatch.delenv("DSV4_TOPK")
+    monkeypatch.setenv("DSV4_LOGITS", "own")
+    got = run(problem)
+    assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.bfloat16, True)}
+    assert torch.equal(got, engine.expected(problem.k))
+    assert not names(engine) & UPSTREAM_TOPK
+    for a, b in zip(scores(engine), theirs, strict=True):
+        assert a.shape == b.shape
+        if b.numel():
+            assert bool(((a - b).abs() <= 2**-8 * b.abs() + 1e-5 * b.abs().max()).all())
+    counters = dsv4_plugin.status()["counters"]
+    parts = bool(batch.get("decode")) + bool(batch.get("prefill"))
+    assert counters["logits.own"] == counters["logits.own.bf16.torch"] == parts
+    assert counters["logits.upstream"] == parts  # of the first run
+    assert "logits.bf16" not in counters
+
+
+@pytest.mark.parametrize(
+    "topk,model,dtype",
+    [
+        ("auto", "deepseek_v32", torch.float32),
+        ("fp32", "deepseek_v4", torch.float32),
+        ("fp16", "deepseek_v4", torch.float16),
+    ],
+)
+def test_other_dtypes(engine, run, own, monkeypatch, topk, model, dtype):
+    monkeypatch.setenv("DSV4_TOPK", topk)
+    problem = engine.problem(**MIXED)
+    got = run(problem, model=model)
+    assert {(c.dtype, c.own) for c in logits(engine)} == {(dtype, True)}
+    assert torch.equal(got, engine.expected(problem.k))
+    assert not names(engine) & UPSTREAM_TOPK
+
+
+def test_fp16_is_ours_unasked(engine, run, monkeypatch):
+    """No DeepGEMM writes float16, so `auto` takes ours."""
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_TOPK", "fp16")
+    problem = engine.problem(**MIXED)
+    got = run(problem)
+    assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.float16, True)}
+    assert torch.equal(got, engine.expected(problem.k))
+
+
+def test_v32_calls_past_the_layer(engine, run, own):
+    problem = engine.problem(**MIXED)
+    got = run(problem, model="deepseek_v32", direct=True)
+    assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.float32, True)}
+    assert torch.equal(got, engine.expected(problem.k))
+
+
+def test_the_line_says_whose_logits(engine, run, own, caplog):
+    run.build(engine.problem(**MIXED))
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+    assert "bf16 by torch on own bf16 logits" in line
+    assert dsv4_plugin.status()["seams"]["logits"]["engaged"]
+
+
+def test_host_on_this_release(engine, run, monkeypatch, can_bf16):
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_LOGITS", "host")
+    problem = engine.problem(**MIXED)
+    got = run(problem)
+    dtype = torch.bfloat16 if can_bf16 else torch.float32
+    assert {(c.dtype, c.own) for c in logits(engine)} == {(dtype, False)}
+    assert torch.equal(got, engine.expected(problem.k))
+
+
+# --- ours fails ----------------------------------------------------------------------------------
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize("batch", [MIXED, LATER], ids=["mixed", "prefill"])
+def test_logits_that_fail_cost_no_request(engine, run, own, monkeypatch, caplog, batch):
+    monkeypatch.setattr("dsv4_plugin.logits.paged_logits", broken)
+    monkeypatch.setattr("dsv4_plugin.logits.ragged_logits", broken)
+    problem = engine.problem(**batch)
+    with engine.gpu(), engine.config():
+        layer = engine.layer(problem)
+        for _ in range(2):
+            engine.calls.clear()
+            got = engine.step(layer, problem)
+            assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.float32, False)}
+            assert torch.equal(got.sort(1).values, engine.expected(problem.k).sort(1).values)
+            assert names(engine) & UPSTREAM_TOPK
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(errors) == 1 and "no kernel image" in errors[0]
+    assert "no kernel image" in dsv4_plugin.status()["seams"]["logits"]["why"]
+
+
+def test_logits_that_fail_under_strict_are_an_error(engine, run, own, monkeypatch):
+    monkeypatch.setenv("DSV4_STRICT", "1")
+    monkeypatch.setattr("dsv4_plugin.logits.paged_logits", broken)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        run(engine.problem(decode=(700, 40)))
+
+
+@pytest.mark.parametrize("batch", [MIXED, LATER], ids=["mixed", "prefill"])
+def test_a_topk_that_fails_leaves_logits_that_upstream_reads(engine, run, own, monkeypatch, batch):
+    """Widened, and in the columns that the release expects."""
+    monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
+    problem = engine.problem(**batch)
+    got = run(problem)
+    assert logits(engine)[0].own
+    for mine, exact, row in zip(got, engine.expected(problem.k), scores(engine), strict=True):
+        mine, exact = mine[mine >= 0].long(), exact[exact >= 0].long()
+        assert mine.unique().numel() == exact.numel()
+        assert torch.equal(row[mine].sort().values, row[exact].sort().values)
+    assert names(engine) & UPSTREAM_TOPK
+
+
+def refused_once(monkeypatch, name):
+    real = getattr(sys.modules["dsv4_plugin.logits"], name)
+    answers = [UnmetError("backend 'cuda' for paged_logits", ["q has 8 heads"])]
+
+    def ours(*args, **kwargs):
+        if answers:
+            raise answers.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(f"dsv4_plugin.logits.{name}", ours)
+
+
+def test_a_call_ours_does_not_take_is_deepgemms(engine, run, monkeypatch, can_bf16):
+    """Where nobody asked for ours: this call in float32 by DeepGEMM, the next one is ours again."""
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_TOPK", "fp16")
+    refused_once(monkeypatch, "paged_logits")
+    problem = engine.problem(decode=(700, 40))
+    with engine.gpu(), engine.config():
+        layer = engine.layer(problem)
+        for dtype, own in ((torch.float32, False), (torch.float16, True)):
+            engine.calls.clear()
+            got = engine.step(layer, problem)
+            assert [(c.dtype, c.own) for c in logits(engine)] == [(dtype, own)]
+            assert torch.equal(got.sort(1).values, engine.expected(problem.k).sort(1).values)
+            assert not names(engine) & UPSTREAM_TOPK
+
+
+def test_a_call_ours_does_not_take_is_an_error_where_it_was_asked_for(
+    engine, run, own, monkeypatch
+):
+    refused_once(monkeypatch, "paged_logits")
+    with pytest.raises(UnmetError, match="q has 8 heads"):
+        run(engine.problem(decode=(700, 40)))
+
+
+def test_other_forms_are_deepgemms(engine, run, own):
+    """A scale beside the queries, indices, cleaned logits: forms that ours do not have."""
+    problem = engine.problem(decode=(700, 40))
+    decode = problem.metadata.decode
+    q = problem.query[:, None]
+    rest = (problem.cache.unsqueeze(2), problem.weights, decode.seq_lens, decode.block_table,
+            decode.schedule_metadata, problem.max_model_len)  # fmt: skip
+    with engine.gpu(), engine.config():
+        layer = engine.layer(problem)
+        call = engine.indexer.fp8_fp4_paged_mqa_logits
+        clean = {} if hasattr(engine.indexer, "as_fp32_logits") else {"clean_logits": False}
+        engine.calls.clear()
+        call((q, None), *rest, **clean)
+        call((q, torch.zeros(2)), *rest, **clean)
+        other = {"clean_logits": True} if clean else {"indices": torch.zeros(2, dtype=torch.int32)}
+        call((q, None), *rest, **other)
+        assert [c.own for c in logits(engine)] == [True, False, False]
+    del layer
+
+
+def test_own_is_not_written_once_its_reader_was_replaced(engine, run, own):
+    ops = sys.modules["vllm._custom_ops"]
+    ours = ops.top_k_per_row_prefill
+    problem = engine.problem(**LATER)
+    with engine.gpu(), engine.config():
+        layer = engine.layer(problem)
+        plain = ours.__wrapped__
+        ops.top_k_per_row_prefill = lambda *args: plain(*args)
+        try:
+            engine.calls.clear()
+            got = engine.step(layer, problem)
+            assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.float32, False)}
+            assert torch.equal(got.sort(1).values, engine.expected(problem.k).sort(1).values)
+        finally:
+            ops.top_k_per_row_prefill = ours
+
+
+# --- what cannot be met --------------------------------------------------------------------------
+
+
+def test_own_that_cannot_be_met_lists_everything(engine, run, own, monkeypatch):
+    from dsv4_plugin.kernels import cuda
+
+    monkeypatch.setenv("DSV4_BACKEND", "cuda")
+    monkeypatch.setattr(cuda, "missing", lambda: "the library is not there")
+    with pytest.raises(UnmetError) as caught:
+        run.build(engine.problem(decode=(700,), k=256), layer={"use_fp4_cache": True})
+    assert caught.value.wish == "DSV4_LOGITS=own"
+    for part in ("index_topk is 256", "MXFP4", "own logits by cuda: the tensors are on cpu",
+                 "own logits by cuda: the library is not there"):  # fmt: skip
+        assert part in str(caught.value)
+    monkeypatch.setenv("DSV4_TOPK", "bf16")
+    with pytest.raises(UnmetError, match="DSV4_TOPK=bf16, DSV4_LOGITS=own"):
+        run.build(engine.problem(**MIXED))
+
+
+def test_own_and_no_topk_contradict(engine, run, own, monkeypatch):
+    monkeypatch.setenv("DSV4_TOPK", "off")
+    with pytest.raises(UnmetError, match="DSV4_TOPK=off leaves the logits to the engine"):
+        run.build(engine.problem(**MIXED))
+
+
+def test_auto_without_either_says_both(engine, run, monkeypatch, can_bf16):
+    """bfloat16 by nobody: float32, and the reasons of the host and of ours."""
+    from dsv4_plugin import backends
+
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    real = backends.unmet
+    missing = ["the library is not there"]
+    monkeypatch.setattr(
+        backends,
+        "unmet",
+        lambda call, backend: missing if call.op.endswith("logits") else real(call, backend),
+    )
+    problem = engine.problem(**MIXED)
+    got = run(problem)
+    dtype = torch.bfloat16 if can_bf16 else torch.float32
+    assert {(c.dtype, c.own) for c in logits(engine)} == {(dtype, False)}
+    assert torch.equal(got, engine.expected(problem.k))
+    if not can_bf16:
+        why = dsv4_plugin.status()["seams"]["logits"]["why"]
+        assert "takes no logits_dtype" in why
+        assert "own logits by torch: the library is not there" in why
+
+
+def test_additional_config(engine, run):
+    problem = engine.problem(**MIXED)
+    run(problem, config={"dsv4": {"logits": "own"}})
+    assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.bfloat16, True)}
