@@ -764,7 +764,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
         // Not over TopkSmem: the memory of a live mbarrier must not hold anything else. Where it
         // did, one row of some thousands came out with the state of the four barriers in place of
         // its first four entries.
-        wide_select<Policy, Config::kThreads>(p, row, units, memory + sizeof(Smem));
+        wide_select<Policy, Config::kThreads>(p, row, scores, window, memory + sizeof(Smem));
       }
     }
   }
