@@ -119,12 +119,10 @@ struct TopkWorker {
     begin = 0;
     count = least = units.count;
     if (together()) {
-      const auto cut = [&](uint32_t rank) {
-        return static_cast<int32_t>(int64_t{units.count} * rank / cluster.size);
-      };
-      begin = cut(cluster.rank);
-      count = cut(cluster.rank + 1) - begin;
-      least = units.count / cluster.size;
+      least = cluster.divide(units.count);
+      const uint32_t longer = units.count - least * cluster.size;  // CTAs with one unit more
+      begin = cluster.rank * least + min(cluster.rank, longer);
+      count = least + (cluster.rank < longer ? 1 : 0);
     }
     depth = (count + kThreads - 1) / kThreads;
   }
@@ -403,7 +401,7 @@ struct TopkWorker {
       // value, the row has k. The first is sharp where one slice holds the best scores, the second
       // where all are alike. A warp for each.
       const bool is_share = warp_id() == 1;
-      const uint32_t rank = is_share ? (p.k + cluster.size - 1) / cluster.size : p.k;
+      const uint32_t rank = is_share ? cluster.divide_up(p.k) : p.k;
       GroupPick own = GroupRanks(smem.groups).pick(rank, Policy::kLastHead);
       if (together()) {
         if (threadIdx.x == 0) {
@@ -712,9 +710,9 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   Smem& smem = *reinterpret_cast<Smem*>(memory);
 
   // Before griddepcontrol.wait: nothing here touches global memory.
-  ClusterShape cluster{1u, 0u};
+  ClusterShape cluster = ClusterShape::alone();
   if constexpr (Config::kCluster) {
-    cluster = {cluster_size(), cluster_rank()};
+    cluster = ClusterShape::of_launch();
     if (threadIdx.x == 0) {
       barrier_init(&smem.bounds_barrier);
       barrier_init(&smem.equals_barrier);
@@ -757,8 +755,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
       if (!together) cluster.size = 1;
       TopkWorker<Config> worker(p, plan, smem, units, row, cluster);
       joined = together;
-      const int32_t share =
-          together ? (units.count + cluster.size - 1) / cluster.size : units.count;
+      const int32_t share = together ? cluster.divide_up(units.count) : units.count;
       const bool done = share <= Config::kDirect * Config::kThreads ? worker.select_direct()
                                                                     : worker.select_listed();
       if (!done && cluster.rank == 0) {
@@ -767,7 +764,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
         // Not over TopkSmem: the memory of a live mbarrier must not hold anything else. Where it
         // did, one row of some thousands came out with the state of the four barriers in place of
         // its first four entries.
-        wide_select<Policy, Config::kThreads>(p, row, units, memory + sizeof(Smem));
+        wide_select<Policy, Config::kThreads>(p, row, scores, window, memory + sizeof(Smem));
       }
     }
   }

@@ -27,10 +27,13 @@ struct TopkWideSmem {
   }
 };
 
-// The row is longer than k. `memory` has room for TopkWideSmem and is the block's own.
+// The row is longer than k. `scores`: its column 0. `memory` has room for TopkWideSmem and is the
+// block's own. The window comes by value: a reference would keep the caller's in local memory.
 template <class Policy, int kThreads>
 __device__ __noinline__ void wide_select(const TopkParams& p, int32_t row,
-                                         const RowUnits<Policy>& units, void* memory) {
+                                         const typename Policy::Scalar* scores, RowWindow window,
+                                         void* memory) {
+  const RowUnits<Policy> units(scores, window);
   constexpr int kWarps = kThreads / kWarpSize;
   constexpr int kDigits = Policy::kBits / 8;
   TopkWideSmem<kThreads>& smem = *static_cast<TopkWideSmem<kThreads>*>(memory);
@@ -152,7 +155,7 @@ __global__ __launch_bounds__(kThreads) void topk_wide_kernel(const __grid_consta
   if (window.length <= p.k) {
     RowOutput(p, row).write_all(window.length, p.k);
   } else {
-    wide_select<Policy, kThreads>(p, row, RowUnits<Policy>(scores, window), &smem);
+    wide_select<Policy, kThreads>(p, row, scores, window, &smem);
   }
 }
 

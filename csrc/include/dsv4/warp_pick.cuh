@@ -24,25 +24,32 @@ template <class Take>
 __device__ __forceinline__ void pick_bin(const uint32_t (&bins)[kLaneBins], uint32_t need,
                                          Take take) {
   static_assert(kLaneBins == 8, "a tree over eight bins");
-  const uint32_t low = bins[0] + bins[1] + bins[2];
-  const uint32_t own = low + (bins[3] + bins[4] + bins[5]) + (bins[6] + bins[7]);
+  // Running counts, each by the shortest way: they are there before the sum over the lanes is.
+  const uint32_t upto2 = bins[0] + bins[1];
+  const uint32_t upto4 = upto2 + (bins[2] + bins[3]);
+  const uint32_t upto6 = upto4 + (bins[4] + bins[5]);
+  const uint32_t upto3 = upto2 + bins[2];
+  const uint32_t upto5 = upto4 + bins[4];
+  const uint32_t upto7 = upto6 + bins[6];
+  const uint32_t own = upto6 + (bins[6] + bins[7]);
   const uint32_t reached = warp_inclusive_sum(own);
   const uint32_t outside = reached - own;
   if (outside < need && need <= reached) {
-    uint32_t skipped = 0;
-    uint32_t before = outside;
-    uint32_t through = outside;
-    uint32_t count = 0;
-#pragma unroll
-    for (int i = 0; i < kLaneBins; ++i) {
-      if (through < need) {
-        before = through;
-        count = bins[i];
-        skipped = i;
-      }
-      through += bins[i];
-    }
-    take(Pick{kLaneBins * lane_id() + skipped, before, count, true});
+    // Three halvings of [begin, end), the counts before and with the bin looked for.
+    const uint32_t rest = need - outside;
+    const bool four = upto4 < rest;
+    uint32_t begin = four ? upto4 : 0u;
+    uint32_t end = four ? own : upto4;
+    const uint32_t middle = four ? upto6 : upto2;
+    const bool two = middle < rest;
+    begin = two ? middle : begin;
+    end = two ? end : middle;
+    const uint32_t last = two ? (four ? upto7 : upto3) : (four ? upto5 : bins[0]);
+    const bool one = last < rest;
+    begin = one ? last : begin;
+    end = one ? end : last;
+    const uint32_t skipped = (four ? 4u : 0u) + (two ? 2u : 0u) + (one ? 1u : 0u);
+    take(Pick{kLaneBins * lane_id() + skipped, outside + begin, end - begin, true});
   } else if (lane_id() == kWarpSize - 1 && reached < need) {
     take(Pick{kBins - 1, reached, 0u, false});
   }
