@@ -38,6 +38,7 @@ struct PagedShared {
   __device__ __forceinline__ PagedShared(uint8_t* memory, int rows) : queries(memory) {
     ring.keys = queries + rows * kRowBytes;
     ring.scales = reinterpret_cast<float*>(ring.keys + kPagedStages * kBlockScales);
+    ring.policy = read_once();
     weights = ring.scales + kPagedStages * kBlockKeys;
   }
 
@@ -226,30 +227,32 @@ __global__ void __launch_bounds__(kGroupThreads, kPagedCtas)
   pdl_wait();
   pdl_launch_dependents();
 
-  if (p.batch == 1) {
-    // Length, pages and query are on their way at the same time.
-    const int32_t step = static_cast<int32_t>(gridDim.x);
-    const PageNumbers pages(p.block_table, p.table_width, blockIdx.x, step);
-    first.fetch(p, 0, 0);
-    const BlockRange range{0, static_cast<int32_t>(blockIdx.x),
-                           static_cast<int32_t>(blocks_of(p, 0)), step};
-    if (range.first < range.last) {
-      score_request<Out, kHeads, kOneRow>(p, range, pages, first, shared);
-    }
-    return;
-  }
+  // A single request's length, pages and query are on their way at the same time.
+  const bool single = p.batch == 1;
+  const int32_t step = static_cast<int32_t>(gridDim.x);
   BlockList list(p);
-  const uint32_t total = list.total();
-  const uint32_t each = total / gridDim.x, more = total - each * gridDim.x;
-  uint32_t block = blockIdx.x * each + (blockIdx.x < more ? blockIdx.x : more);
-  const uint32_t end = block + each + (blockIdx.x < more ? 1 : 0);
+  BlockRange range{0, static_cast<int32_t>(blockIdx.x), 0, step};
+  PageNumbers pages(p.block_table, single ? p.table_width : 0, range.first, step);
+  uint32_t block = 0, end = 0;  // of the list
+  if (single) {
+    first.fetch(p, 0, 0);
+    range.last = static_cast<int32_t>(blocks_of(p, 0));
+    end = range.first < range.last ? 1 : 0;
+  } else {
+    const uint32_t total = list.total();
+    const uint32_t each = total / gridDim.x, more = total - each * gridDim.x;
+    block = blockIdx.x * each + (blockIdx.x < more ? blockIdx.x : more);
+    end = block + each + (blockIdx.x < more ? 1 : 0);
+  }
   while (block < end) {
-    const BlockRange range = list.find(block, end);
-    const PageNumbers pages(p.block_table + range.request * p.table_stride, p.table_width,
-                            range.first, 1);
-    first.fetch(p, range.request, 0);
+    if (!single) {
+      range = list.find(block, end);
+      pages = PageNumbers(p.block_table + range.request * p.table_stride, p.table_width,
+                          range.first, 1);
+      first.fetch(p, range.request, 0);
+    }
     score_request<Out, kHeads, kOneRow>(p, range, pages, first, shared);
-    block += range.last - range.first;
+    block += single ? 1 : range.last - range.first;
   }
 }
 
