@@ -38,7 +38,6 @@ struct PagedShared {
   __device__ __forceinline__ PagedShared(uint8_t* memory, int rows) : queries(memory) {
     ring.keys = queries + rows * kRowBytes;
     ring.scales = reinterpret_cast<float*>(ring.keys + kPagedStages * kBlockScales);
-    ring.policy = read_once();
     weights = ring.scales + kPagedStages * kBlockKeys;
   }
 

@@ -35,7 +35,7 @@ struct TileShared {
   __device__ __forceinline__ TileShared(uint8_t* memory, int32_t group) : queries(memory) {
     uint8_t* keys = queries + kTileRows * kQueryBytes<kHeads>;
     float* scales = reinterpret_cast<float*>(keys + kTileGroups * 2 * kBlockScales);
-    ring = {keys + group * 2 * kBlockScales, scales + group * 2 * kBlockKeys, read_again()};
+    ring = {keys + group * 2 * kBlockScales, scales + group * 2 * kBlockKeys};
     weights = scales + kTileGroups * 2 * kBlockKeys;
     origins = reinterpret_cast<int64_t*>(weights + kTileRows * kHeads);
     starts = reinterpret_cast<int32_t*>(origins + kTileRows);
