@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsv4_plugin.testing.results import Results
 from dsv4_plugin.testing.topk import UsageError, bars, cases, floor, peers, plot, report
 from dsv4_plugin.testing.topk.measure import Bench
 
 __all__ = ["add_arguments", "run", "run_plot"]
-
-SAVE_EVERY_S = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,22 +93,11 @@ def run(
         "bars": [],
         "results": [],
     }
-    saved = time.monotonic()
-
-    def save(*, now: bool = False) -> None:
-        nonlocal saved
-        if arguments.json and (now or time.monotonic() - saved > SAVE_EVERY_S):
-            write(document, arguments.json)
-            saved = time.monotonic()
-
+    file = Results(document, arguments.json)
     bench = Bench(
-        others, say, save, device=device, cold_all=arguments.cold, launches=arguments.launches,
+        others, say, file.save, device=device, cold_all=arguments.cold, launches=arguments.launches,
         replays=arguments.replays, budget_s=arguments.budget, results=document["results"],
     )  # fmt: skip
-    try:  # now, not in four minutes
-        save(now=True)
-    except OSError as error:
-        raise UsageError(f"--json cannot be written: {error}") from error
     complete = False
     try:
         for name in document["suites"]:
@@ -121,18 +107,18 @@ def run(
                 some = _not_yet(some, document["results"])
             say(f"\n{name}: {len(some)} cells; us warm/cold, ! not exact")
             bench.run(some)
-        complete = not bench.out_of_time
+        complete = not bench.progress.out_of_time
     except KeyboardInterrupt:
         say("interrupted: what was measured is reported")
     finally:
-        save(now=True)
+        file.save(now=True)
     document["complete"] = complete
     mine = {(row["k"], row["rows"], row["columns"]) for row in document["results"]}
     document["results"] += [r for r in known if (r["k"], r["rows"], r["columns"]) in mine]
     document["bars"] = [
         bar.as_dict() for bar in bars.all_bars(document["results"], arguments.vllm_choice)
     ]
-    save(now=True)
+    file.save(now=True)
     for line in report.lines(document["results"], roof, arguments.vllm_choice):
         say(line)
     if arguments.plot:
@@ -152,18 +138,6 @@ def run_plot(arguments: argparse.Namespace) -> None:
     if not isinstance(document, dict) or "results" not in document:
         raise UsageError(f"{arguments.results} is no results file: it has no results")
     plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
-
-
-def write(document: dict[str, Any], file: Path) -> None:
-    """Write the document so that the file is whole at any moment."""
-    part = file.with_name(file.name + ".part")
-    head = {name: value for name, value in document.items() if name not in ("bars", "results")}
-    text = json.dumps(head, indent=1).removesuffix("\n}")
-    for name in ("bars", "results"):
-        lines = ",\n  ".join(json.dumps(row) for row in document[name])
-        text += f',\n "{name}": [\n  {lines}\n ]' if lines else f',\n "{name}": []'
-    part.write_text(text + "\n}\n")
-    os.replace(part, file)
 
 
 def _suites(names: list[str]) -> list[str]:

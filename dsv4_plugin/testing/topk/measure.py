@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +17,15 @@ from typing import Any
 import torch
 
 from dsv4_plugin import topk
+from dsv4_plugin.testing.progress import Progress
 from dsv4_plugin.testing.timing import time_calls
 from dsv4_plugin.testing.topk import floor
+from dsv4_plugin.testing.topk.bars import sound
 from dsv4_plugin.testing.topk.cases import PAGE_SIZE, Case, Problem
 from dsv4_plugin.testing.topk.check import Reference
 from dsv4_plugin.testing.topk.peers import OURS, Peers
 
-__all__ = ["Bench"]
+__all__ = ["Bench", "copies_for", "launches_for", "shown", "time_cold"]
 
 COLD_BYTES = 150 << 20
 MOST_COPIES = 64
@@ -50,18 +51,17 @@ class Bench:
     replays: int = 7
     budget_s: float | None = None
     results: list[Row] = field(default_factory=list)
-    out_of_time: bool = False
 
     def __post_init__(self) -> None:
         """Set the clock."""
-        self._begin = time.monotonic()
+        self.progress = Progress(self.say, self.budget_s)
         self._refused: set[tuple[str, str]] = set()
 
     def run(self, cases: Sequence[Case]) -> None:
         """Measure the cases, those on the same tensors together."""
-        done, begin = 0, time.monotonic()
-        if self.out_of_time:
+        if self.progress.out_of_time:
             return
+        self.progress.start(len(cases))
         for _, some in itertools.groupby(cases, key=lambda case: case.data):
             group = list(some)
             problem = group[0].make(self.device)
@@ -70,21 +70,13 @@ class Bench:
             most = max(case.k for case in group)
             references: dict[bool, Reference] = {}
             for case in group:
-                spent = time.monotonic() - self._begin
-                if self.budget_s is not None and spent > self.budget_s:
-                    self.out_of_time = True
-                    self.say(f"--budget {self.budget_s:g} s is spent: {len(cases) - done} "
-                             "cells are not measured")  # fmt: skip
+                if self.progress.spent():
                     return
                 narrow = case.dtype == "narrow"
                 if narrow not in references:
                     references[narrow] = Reference(problem, most, narrow=narrow)
-                shown = self._cell(case, copies, references[narrow], floor_us)
-                done += 1
-                took = time.monotonic() - begin
-                left = took / done * (len(cases) - done)
-                self.say(f"[{done:3d}/{len(cases)} {_clock(took)}, {_clock(left)} left] "
-                         f"{case}  floor {floor_us:.2f}  {shown}")  # fmt: skip
+                text = self._cell(case, copies, references[narrow], floor_us)
+                self.progress.done(f"{case}  floor {floor_us:.2f}  {text}")
                 self.saved()
             del problem, copies, references
 
@@ -92,14 +84,13 @@ class Bench:
         """Return the scores and copies of them, of each of which a call reads ``read`` bytes."""
         if logits.device.type != "cuda":
             return [logits]
-        room = MOST_BYTES // (logits.numel() * logits.element_size())
-        count = max(1, min(MOST_COPIES, -(-COLD_BYTES // read), room))
+        count = copies_for(read, logits.numel() * logits.element_size())
         return [logits, *(logits.clone() for _ in range(count - 1))]
 
     def _launches(self, case: Case, floor_us: float | None) -> int:
         """How many launches a graph gets: fewer where one takes long."""
         us = floor_us if floor_us is not None else case.bytes_read / 2e6
-        return max(4, min(self.launches, int(GRAPH_US / max(2 * us, 1e-3))))
+        return launches_for(us, self.launches)
 
     def _implementations(self, case: Case) -> dict[str, Run]:
         """Return ours first, then the peers that take this suite."""
@@ -153,7 +144,7 @@ class Bench:
         chosen = mine[1:] if self.cold_all else sorted(mine[1:], key=_warm_us)[:COLD_PEERS]
         for row in [mine[0], *chosen]:
             row["cold_us"] = self._cold(case, runs[row["implementation"]], held, row["warm_us"])
-        return "  ".join(_shown(row) for row in mine)
+        return "  ".join(shown(row) for row in mine)
 
     def _warm(
         self, case: Case, run: Run, problem: Problem, reference: Reference, floor_us: float,
@@ -185,18 +176,9 @@ class Bench:
         return row
 
     def _cold(self, case: Case, run: Run, held: list[Problem], warm_us: float) -> float:
-        """Time a rotation; one buffer that is larger than the L2 is cold already."""
-        if len(held) == 1:
-            return warm_us
         out = torch.empty(case.rows, case.k, dtype=torch.int32, device=self.device)
-        # The rotation is larger than the L2, or each copy has one launch after the L2 was flushed.
-        again = len(held) < MOST_COPIES and warm_us < GRAPH_US / 20
-        launches = max(20, len(held)) if again else len(held)
         calls = [functools.partial(run, problem, out) for problem in held]
-        us = time_calls(
-            calls, self.device, launches=launches, replays=self.replays, flush=True
-        )  # fmt: skip
-        return round(us, 3)
+        return time_cold(calls, self.device, warm_us, replays=self.replays)
 
     def _refuse(self, name: str, case: Case, error: Exception) -> None:
         """Say once for each dtype that a peer does not take a case."""
@@ -205,15 +187,33 @@ class Bench:
             self.say(f"  {name} refuses {case}: {error}"[:160])
 
 
+def copies_for(read: int, held: int) -> int:
+    """Return how many copies make a call cold that reads ``read`` of the ``held`` bytes of each."""
+    return max(1, min(MOST_COPIES, -(-COLD_BYTES // read), MOST_BYTES // held))
+
+
+def launches_for(us: float, most: int) -> int:
+    """Return how many launches of at least ``us`` a graph gets: fewer where one takes long."""
+    return max(4, min(most, int(GRAPH_US / max(2 * us, 1e-3))))
+
+
+def time_cold(
+    calls: Sequence[Callable[[], Any]], device: str, warm_us: float, *, replays: int
+) -> float:
+    """Time a rotation; one buffer that is larger than the L2 is cold already."""
+    if len(calls) == 1:
+        return warm_us
+    # The rotation is larger than the L2, or each copy has one launch after the L2 was flushed.
+    again = len(calls) < MOST_COPIES and warm_us < GRAPH_US / 20
+    launches = max(20, len(calls)) if again else len(calls)
+    return round(time_calls(calls, device, launches=launches, replays=replays, flush=True), 3)
+
+
+def shown(row: Row) -> str:
+    """Show warm/cold, where cold was measured; ! is an answer that is wrong."""
+    cold = "" if row["cold_us"] is None else f"/{row['cold_us']:.2f}"
+    return f"{row['implementation']} {row['warm_us']:.2f}{cold}{'' if sound(row) else '!'}"
+
+
 def _warm_us(row: Row) -> float:
     return row["warm_us"]
-
-
-def _shown(row: Row) -> str:
-    """Show warm/cold, where cold was measured; ! is not exact."""
-    cold = "" if row["cold_us"] is None else f"/{row['cold_us']:.2f}"
-    return f"{row['implementation']} {row['warm_us']:.2f}{cold}{'' if row['exact'] else '!'}"
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
