@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,28 @@ from dsv4_plugin.testing.topk.measure import Bench
 __all__ = ["add_arguments", "run", "run_plot"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments that only the top-k and its plot have."""
-    group = parser.add_argument_group("top-k")
+def add_arguments(parser: argparse.ArgumentParser, more_suites: Sequence[str] = ()) -> None:
+    """Declare the arguments of the benchmarks of cells: the top-k, the logits and the chain.
+
+    ``more_suites`` are those that the top-k does not have.
+    """
+    group = parser.add_argument_group("topk, logits, chain")
     add = group.add_argument
     add(
-        "--suite", nargs="+", choices=(*cases.SUITES, "all"), default=["decode"],
-        help="decode: k x rows x columns (default); narrow: 8K rows in 256,000-wide buffers; "
+        "--suite", nargs="+", choices=(*cases.SUITES, *more_suites, "all"), default=["decode"],
+        help="topk: decode: k x rows x columns (default); narrow: 8K rows in 256,000-wide buffers; "
         "adversarial: scores that hurt; prefill: thousands of rows; paged: answers in pool slots; "
-        "seed: bfloat16 over float32 beside the figures of vLLM #40811",
+        "seed: bfloat16 over float32 beside the figures of vLLM #40811. logits: decode: requests x "
+        "keys (default); next_n: several queries a request; varied: lengths that differ; prefill: "
+        "causal windows of gathered keys. chain: decode",
     )  # fmt: skip
-    add("--k", type=int, nargs="+", help="only these k (plot: the k to draw)")
-    add("--rows", type=int, nargs="+", help="only these numbers of rows")
+    add("--k", type=int, nargs="+", help="only these k (plot: the k to draw; not logits)")
+    add(
+        "--rows",
+        type=int,
+        nargs="+",
+        help="only these numbers of rows (logits, chain: of requests)",
+    )
     add("--columns", type=int, nargs="+", help="only these numbers of columns")
     add(
         "--dtype", nargs="+", choices=tuple(cases.DTYPES),
@@ -34,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--peers", type=Path, metavar="FILE.py",
-        help="other kernels: available(), available_prefill() and available_paged() return them",
+        help="other kernels: available(), available_prefill(), available_paged(), "
+        "available_logits() and available_ragged_logits() return them",
     )  # fmt: skip
     add(
         "--against", type=Path, action="append", default=[], metavar="FILE.csv",
@@ -42,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--vllm-choice", default="vllm33", metavar="NAME",
-        help="the peer that stands for what vLLM 0.33 itself runs (default: vllm33)",
+        help="the top-k peer that stands for what vLLM 0.33 itself runs (default: vllm33)",
+    )  # fmt: skip
+    add(
+        "--sglang-choice", default="sglang_v2", metavar="NAME",
+        help="chain: the top-k peer that stands for SGLang 0.5.23's (default: sglang_v2)",
     )  # fmt: skip
     add("--cold", action="store_true", help="cold for every peer, not only the best two of a cell")
     add("--launches", type=int, default=40, help="launches in a graph (default: 40)")
@@ -65,6 +80,7 @@ def run(
     arguments: argparse.Namespace, about: dict[str, Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure the suites; returns the document of the results file, which is kept up to date."""
+    suites = _suites(arguments.suite)
     if arguments.plot:
         plot.require()  # now, not when all is measured
     others = peers.load(arguments.peers)
@@ -84,7 +100,7 @@ def run(
         "machine": about,
         "what": "topk",
         "complete": False,
-        "suites": _suites(arguments.suite),
+        "suites": suites,
         "launches": arguments.launches,
         "replays": arguments.replays,
         "vllm_choice": arguments.vllm_choice,
@@ -141,6 +157,11 @@ def run_plot(arguments: argparse.Namespace) -> None:
 
 
 def _suites(names: list[str]) -> list[str]:
+    strange = [name for name in names if name not in (*cases.SUITES, "all")]
+    if strange:
+        raise UsageError(
+            f"--suite of bench topk must be of {', '.join(cases.SUITES)} or all, got {strange[0]}"
+        )
     return list(cases.SUITES) if "all" in names else list(dict.fromkeys(names))
 
 
