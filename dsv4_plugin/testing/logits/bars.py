@@ -87,6 +87,7 @@ def chain_bars(results: list[Row], vllm: str, sglang: str) -> list[Bar]:
                 other["warm_us"]
                 for other in results
                 if other["implementation"].endswith(chain_name("", topk))
+                and sound(other)
                 and (other["k"], other["batch"], other["columns"]) == (row["k"], *cell)
             ]
             if theirs:
@@ -94,7 +95,7 @@ def chain_bars(results: list[Row], vllm: str, sglang: str) -> list[Bar]:
                 note = f"{1 / ratio:.2f} times as fast, bar {least:g}; {H200}"
                 bars.append(Bar(f"k {row['k']}, {cell[0]} x {cell[1]}: bfloat16 / {engine}'s chain",
                                 ratio, 1 / least, note))  # fmt: skip
-    wrong = [row for row in mine if not (row["exact"] and row.get("lowest_index", True))]
+    wrong = [row for row in mine if not (sound(row) and row.get("lowest_index", True))]
     note = f"of {len(mine)}" + (f"; first: {wrong[0].get('why')}" if wrong else "")
     return [*bars, Bar("cells in which ours is not exact", float(len(wrong)), 0.0, note)]
 

@@ -2,7 +2,8 @@
 
 Ours is :func:`dsv4_plugin.select`. A peer is a logits kernel in float32 and then a top-k: each
 logits kernel of the peers file with the one that stands for vLLM's choice and with SGLang's. Every
-answer must be the exact top-k of the scores that the same implementation's logits kernel makes.
+answer must be the exact top-k of the scores that the same implementation's logits kernel makes, and
+those scores must be right.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from dsv4_plugin import paged_logits, select
 from dsv4_plugin.logits import new_logits
 from dsv4_plugin.testing.cells import Row
 from dsv4_plugin.testing.logits.cases import DTYPES, Case, Paged
+from dsv4_plugin.testing.logits.check import Sample
 from dsv4_plugin.testing.logits.measure import KeyBench, Problem, peer_logits
+from dsv4_plugin.testing.topk.bars import sound
 from dsv4_plugin.testing.topk.cases import Problem as Scores
 from dsv4_plugin.testing.topk.check import Reference
 from dsv4_plugin.testing.topk.peers import OURS
@@ -70,14 +73,15 @@ class ChainBench(KeyBench):
         problem = held[0]
         assert isinstance(problem, Paged)
         most = max(case.k for case in group)
-        references: dict[tuple[str, str], Reference] = {}
+        sample = Sample(problem)
+        references: dict[tuple[str, str], tuple[Reference, str]] = {}
         answers: dict[int, dict[tuple[str, str], torch.Tensor]] = {}
         begin = len(self.results)
         for case in group:
             if self.progress.spent():
                 break
             runs = self._implementations(case, problem)
-            text = self._cell(case, held, runs, references, most)
+            text = self._cell(case, held, runs, references, most, sample)
             kept = answers.setdefault(case.k, {})
             kept |= {(name, case.dtype): run.out for name, run in runs.items()}
             self.progress.done(f"{case}  floor {self._floor_us(case):.2f}  {text}")
@@ -89,31 +93,35 @@ class ChainBench(KeyBench):
         case: Case,
         held: list[Problem],
         runs: dict[str, _Run],
-        references: dict[tuple[str, str], Reference],
+        references: dict[tuple[str, str], tuple[Reference, str]],
         most: int,
+        sample: Sample,
     ) -> str:
         problem = held[0]
         assert isinstance(problem, Paged)
 
-        def reference(name: str) -> Reference:
+        def reference(name: str) -> tuple[Reference, str]:
             if (name, case.dtype) not in references:
                 logits = self._logits(name, problem, DTYPES[case.dtype])[:, : case.columns]
-                references[name, case.dtype] = Reference(Scores(logits, problem.n), most)
+                wrong = sample.why_wrong(logits)
+                references[name, case.dtype] = Reference(Scores(logits, problem.n), most), wrong
             return references[name, case.dtype]
 
         def warm(name: str) -> Row:
             run = runs[name]
             run.soil()
             run(problem)
-            before = reference(name).judge(run.out, case.k, ties=name == OURS)
+            scores, wrong = reference(name)
+            before = scores.judge(run.out, case.k, ties=name == OURS)
             run.soil()
             us = self._time(case, functools.partial(run, problem))
-            after = reference(name).judge(run.out, case.k, ties=name == OURS)
-            row = self._figures(case, us) | {"exact": before.exact and after.exact}
+            after = scores.judge(run.out, case.k, ties=name == OURS)
+            row = self._figures(case, us)
+            row |= {"exact": before.exact and after.exact, "right": not wrong}
             if name == OURS:
                 row["lowest_index"] = before.ties and after.ties
-            if not row["exact"]:
-                row["why"] = before.why or after.why
+            if before.why or after.why or wrong:
+                row["why"] = before.why or after.why or wrong
             return row
 
         def cold(name: str, warm_us: float) -> float | None:
@@ -160,7 +168,7 @@ class ChainBench(KeyBench):
             ours = answers[row["k"]][OURS, row["dtype"]]
             row["agreement"] = {}
             for other in rows:
-                if other["implementation"] != OURS and other["k"] == row["k"] and other["exact"]:
+                if other["implementation"] != OURS and other["k"] == row["k"] and sound(other):
                     theirs = answers[row["k"]][other["implementation"], other["dtype"]]
                     mean, worst = shared(ours, theirs, row["columns"])
                     row["agreement"][other["implementation"]] = {

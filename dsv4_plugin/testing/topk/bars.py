@@ -107,8 +107,8 @@ def best_peers(decode: list[Row], dtype: str, field: str = "warm_us") -> dict[Ce
 
 
 def sound(row: Row) -> bool:
-    """Whether an answer was not found wrong: inexact, or, of logits, out of tolerance."""
-    return row.get("exact", row.get("right")) is not False
+    """Whether an answer was not found wrong: not exact, or, of logits, out of tolerance."""
+    return row.get("exact") is not False and row.get("right") is not False
 
 
 def _cell(row: Row) -> Cell:
