@@ -103,10 +103,16 @@ class _Run:
 
     def __init__(self, call: Callable[[Problem], torch.Tensor], out: torch.Tensor | None) -> None:
         self._call, self._out = call, out
-        self.logits = torch.empty(0)
+        self.logits: torch.Tensor | None = None
 
     def __call__(self, problem: Problem) -> None:
+        self.logits = None  # so that the next call takes the same memory
         self.logits = self._call(problem)
+
+    def why_wrong(self, sample: Sample) -> str:
+        """Return what is wrong with the last call's logits, or an empty string."""
+        assert self.logits is not None
+        return sample.why_wrong(self.logits)
 
     def soil(self) -> None:
         """Make sure that what is there is no answer, where the output is ours."""
@@ -133,10 +139,10 @@ class Bench(KeyBench):
             run = runs[name]
             run.soil()
             run(held[0])
-            before = sample.why_wrong(run.logits)
+            before = run.why_wrong(sample)
             run.soil()
             us = self._time(case, functools.partial(run, held[0]))
-            why = before or sample.why_wrong(run.logits)
+            why = before or run.why_wrong(sample)
             return self._figures(case, us) | {"right": not why} | ({"why": why} if why else {})
 
         def cold(name: str, warm_us: float) -> float | None:
