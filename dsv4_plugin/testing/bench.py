@@ -18,8 +18,11 @@ import torch
 
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache
 from dsv4_plugin.testing.inputs import fp8_cache
+from dsv4_plugin.testing.logits import cases as logits_cases
+from dsv4_plugin.testing.logits import command as logits_command
 from dsv4_plugin.testing.timing import machine, time_graph
 from dsv4_plugin.testing.topk import UsageError, command
+from dsv4_plugin.testing.topk import cases as topk_cases
 from dsv4_plugin.testing.topk.floor import copy_rate
 
 __all__ = ["add_arguments", "run"]
@@ -27,6 +30,8 @@ __all__ = ["add_arguments", "run"]
 TOKENS = 14_338  # the prefill batch of the first seed
 PAGES = 16_384
 HEAD_DIM = 128
+
+WHAT = ("read", "topk", "logits", "chain", "plot")
 
 Row = dict[str, Any]
 
@@ -110,7 +115,7 @@ def bench_read(progress: Callable[[str], None]) -> list[Row]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``dsv4-plugin bench``."""
-    parser.add_argument("what", choices=("read", "topk", "plot"), help="which ops, or a plot")
+    parser.add_argument("what", choices=WHAT, help="which ops, or a plot")
     parser.add_argument(
         "results", type=Path, nargs="?", metavar="RESULTS.json", help="plot: the file to draw"
     )
@@ -119,7 +124,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load-library", action="append", default=[], metavar="SO",
         help="torch op library of a peer (vLLM's _C*.so) where the engine itself is not installed",
     )  # fmt: skip
-    command.add_arguments(parser)
+    command.add_arguments(
+        parser, [name for name in logits_cases.SUITES if name not in topk_cases.SUITES]
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -152,6 +159,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.what == "topk":
         command.run(arguments, about, progress)
+    elif arguments.what in ("logits", "chain"):
+        logits_command.run(arguments, about, progress)
     else:
         results = bench_read(progress)
         if arguments.json:

@@ -13,7 +13,7 @@ from typing import Any
 
 from dsv4_plugin.testing.topk.peers import OURS, is_vllm_choice, seed_figures
 
-__all__ = ["FLOOR_RATIO", "Bar", "Cell", "all_bars", "best_peers", "seed_lines"]
+__all__ = ["FLOOR_RATIO", "Bar", "Cell", "all_bars", "best_peers", "seed_lines", "sound"]
 
 Row = dict[str, Any]
 Cell = tuple[int, int, int]  # k, rows, columns
@@ -96,7 +96,7 @@ def best_peers(decode: list[Row], dtype: str, field: str = "warm_us") -> dict[Ce
     for row in decode:
         if row["implementation"] == OURS or row.get(field) is None:
             continue
-        if row.get("exact") is False:
+        if not sound(row):
             continue
         if dtype == "float32" and row["dtype"] != "float32":
             continue
@@ -106,8 +106,13 @@ def best_peers(decode: list[Row], dtype: str, field: str = "warm_us") -> dict[Ce
     return best
 
 
+def sound(row: Row) -> bool:
+    """Whether an answer was not found wrong: not exact, or, of logits, out of tolerance."""
+    return row.get("exact") is not False and row.get("right") is not False
+
+
 def _cell(row: Row) -> Cell:
-    return row["k"], row["rows"], row["columns"]
+    return row.get("k", 0), row["rows"], row["columns"]
 
 
 def _ours(rows: Iterable[Row], dtype: str) -> dict[Cell, Row]:

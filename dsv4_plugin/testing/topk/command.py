@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv4_plugin.testing.results import Results
 from dsv4_plugin.testing.topk import UsageError, bars, cases, floor, peers, plot, report
 from dsv4_plugin.testing.topk.measure import Bench
 
 __all__ = ["add_arguments", "run", "run_plot"]
 
-SAVE_EVERY_S = 2.0
 
+def add_arguments(parser: argparse.ArgumentParser, more_suites: Sequence[str] = ()) -> None:
+    """Declare the arguments of the benchmarks of cells: the top-k, the logits and the chain.
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments that only the top-k and its plot have."""
-    group = parser.add_argument_group("top-k")
+    ``more_suites`` are those that the top-k does not have.
+    """
+    group = parser.add_argument_group("topk, logits, chain")
     add = group.add_argument
     add(
-        "--suite", nargs="+", choices=(*cases.SUITES, "all"), default=["decode"],
-        help="decode: k x rows x columns (default); narrow: 8K rows in 256,000-wide buffers; "
+        "--suite", nargs="+", choices=(*cases.SUITES, *more_suites, "all"), default=["decode"],
+        help="topk: decode: k x rows x columns (default); narrow: 8K rows in 256,000-wide buffers; "
         "adversarial: scores that hurt; prefill: thousands of rows; paged: answers in pool slots; "
-        "seed: bfloat16 over float32 beside the figures of vLLM #40811",
+        "seed: bfloat16 over float32 beside the figures of vLLM #40811. logits: decode: requests x "
+        "keys (default); next_n: several queries a request; varied: lengths that differ; prefill: "
+        "causal windows of gathered keys. chain: decode",
     )  # fmt: skip
-    add("--k", type=int, nargs="+", help="only these k (plot: the k to draw)")
-    add("--rows", type=int, nargs="+", help="only these numbers of rows")
+    add("--k", type=int, nargs="+", help="only these k (plot: the k to draw; not logits)")
+    add(
+        "--rows",
+        type=int,
+        nargs="+",
+        help="only these numbers of rows (logits, chain: of requests)",
+    )
     add("--columns", type=int, nargs="+", help="only these numbers of columns")
     add(
         "--dtype", nargs="+", choices=tuple(cases.DTYPES),
@@ -37,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--peers", type=Path, metavar="FILE.py",
-        help="other kernels: available(), available_prefill() and available_paged() return them",
+        help="other kernels: available(), available_prefill(), available_paged(), "
+        "available_logits() and available_ragged_logits() return them",
     )  # fmt: skip
     add(
         "--against", type=Path, action="append", default=[], metavar="FILE.csv",
@@ -45,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--vllm-choice", default="vllm33", metavar="NAME",
-        help="the peer that stands for what vLLM 0.33 itself runs (default: vllm33)",
+        help="the top-k peer that stands for what vLLM 0.33 itself runs (default: vllm33)",
+    )  # fmt: skip
+    add(
+        "--sglang-choice", default="sglang_v2", metavar="NAME",
+        help="chain: the top-k peer that stands for SGLang 0.5.23's (default: sglang_v2)",
     )  # fmt: skip
     add("--cold", action="store_true", help="cold for every peer, not only the best two of a cell")
     add("--launches", type=int, default=40, help="launches in a graph (default: 40)")
@@ -68,6 +80,7 @@ def run(
     arguments: argparse.Namespace, about: dict[str, Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure the suites; returns the document of the results file, which is kept up to date."""
+    suites = _suites(arguments.suite)
     if arguments.plot:
         plot.require()  # now, not when all is measured
     others = peers.load(arguments.peers)
@@ -87,7 +100,7 @@ def run(
         "machine": about,
         "what": "topk",
         "complete": False,
-        "suites": _suites(arguments.suite),
+        "suites": suites,
         "launches": arguments.launches,
         "replays": arguments.replays,
         "vllm_choice": arguments.vllm_choice,
@@ -96,22 +109,11 @@ def run(
         "bars": [],
         "results": [],
     }
-    saved = time.monotonic()
-
-    def save(*, now: bool = False) -> None:
-        nonlocal saved
-        if arguments.json and (now or time.monotonic() - saved > SAVE_EVERY_S):
-            write(document, arguments.json)
-            saved = time.monotonic()
-
+    file = Results(document, arguments.json)
     bench = Bench(
-        others, say, save, device=device, cold_all=arguments.cold, launches=arguments.launches,
+        others, say, file.save, device=device, cold_all=arguments.cold, launches=arguments.launches,
         replays=arguments.replays, budget_s=arguments.budget, results=document["results"],
     )  # fmt: skip
-    try:  # now, not in four minutes
-        save(now=True)
-    except OSError as error:
-        raise UsageError(f"--json cannot be written: {error}") from error
     complete = False
     try:
         for name in document["suites"]:
@@ -121,18 +123,18 @@ def run(
                 some = _not_yet(some, document["results"])
             say(f"\n{name}: {len(some)} cells; us warm/cold, ! not exact")
             bench.run(some)
-        complete = not bench.out_of_time
+        complete = not bench.progress.out_of_time
     except KeyboardInterrupt:
         say("interrupted: what was measured is reported")
     finally:
-        save(now=True)
+        file.save(now=True)
     document["complete"] = complete
     mine = {(row["k"], row["rows"], row["columns"]) for row in document["results"]}
     document["results"] += [r for r in known if (r["k"], r["rows"], r["columns"]) in mine]
     document["bars"] = [
         bar.as_dict() for bar in bars.all_bars(document["results"], arguments.vllm_choice)
     ]
-    save(now=True)
+    file.save(now=True)
     for line in report.lines(document["results"], roof, arguments.vllm_choice):
         say(line)
     if arguments.plot:
@@ -154,19 +156,12 @@ def run_plot(arguments: argparse.Namespace) -> None:
     plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
 
 
-def write(document: dict[str, Any], file: Path) -> None:
-    """Write the document so that the file is whole at any moment."""
-    part = file.with_name(file.name + ".part")
-    head = {name: value for name, value in document.items() if name not in ("bars", "results")}
-    text = json.dumps(head, indent=1).removesuffix("\n}")
-    for name in ("bars", "results"):
-        lines = ",\n  ".join(json.dumps(row) for row in document[name])
-        text += f',\n "{name}": [\n  {lines}\n ]' if lines else f',\n "{name}": []'
-    part.write_text(text + "\n}\n")
-    os.replace(part, file)
-
-
 def _suites(names: list[str]) -> list[str]:
+    strange = [name for name in names if name not in (*cases.SUITES, "all")]
+    if strange:
+        raise UsageError(
+            f"--suite of bench topk must be of {', '.join(cases.SUITES)} or all, got {strange[0]}"
+        )
     return list(cases.SUITES) if "all" in names else list(dict.fromkeys(names))
 
 

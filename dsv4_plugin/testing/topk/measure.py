@@ -1,8 +1,8 @@
 """Timing of the top-k's cases, one after the other, beside the peers.
 
 Every implementation is checked before and after it is timed. *Warm*: the same scores at every
-launch, as in serving, where the kernel before has just written them. *Cold*: a rotation over copies
-of them, more than the L2 holds or each read once after the L2 was overwritten.
+launch, as in serving, where the kernel before has just written them. *Cold*: copies of them in turn
+(:mod:`dsv4_plugin.testing.cells`).
 """
 
 from __future__ import annotations
@@ -10,58 +10,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dsv4_plugin import topk
+from dsv4_plugin.testing.cells import CellBench, Row, copies_for, launches_for, time_cold
 from dsv4_plugin.testing.timing import time_calls
 from dsv4_plugin.testing.topk import floor
 from dsv4_plugin.testing.topk.cases import PAGE_SIZE, Case, Problem
 from dsv4_plugin.testing.topk.check import Reference
-from dsv4_plugin.testing.topk.peers import OURS, Peers
+from dsv4_plugin.testing.topk.peers import OURS
 
 __all__ = ["Bench"]
 
-COLD_BYTES = 150 << 20
-MOST_COPIES = 64
-MOST_BYTES = 12 << 30  # of all copies together: rows in wide buffers hold more than is read
-COLD_PEERS = 2  # the best peers of a cell that are measured cold too
-GRAPH_US = 8000.0  # a graph is not made much longer than this
 DIRTY = -2  # what fills `out` before a call: no answer
 
-Row = dict[str, Any]
 Run = Callable[[Problem, torch.Tensor], None]
 
 
-@dataclass
-class Bench:
-    """Measures cases; ``results`` grows as it goes, and ``saved`` is called after each cell."""
-
-    peers: Peers
-    say: Callable[[str], None]
-    saved: Callable[[], None] = lambda: None
-    device: str = "cuda"
-    cold_all: bool = False
-    launches: int = 40
-    replays: int = 7
-    budget_s: float | None = None
-    results: list[Row] = field(default_factory=list)
-    out_of_time: bool = False
-
-    def __post_init__(self) -> None:
-        """Set the clock."""
-        self._begin = time.monotonic()
-        self._refused: set[tuple[str, str]] = set()
+class Bench(CellBench):
+    """Measures cases of the top-k."""
 
     def run(self, cases: Sequence[Case]) -> None:
         """Measure the cases, those on the same tensors together."""
-        done, begin = 0, time.monotonic()
-        if self.out_of_time:
+        if self.progress.out_of_time:
             return
+        self.progress.start(len(cases))
         for _, some in itertools.groupby(cases, key=lambda case: case.data):
             group = list(some)
             problem = group[0].make(self.device)
@@ -70,21 +46,13 @@ class Bench:
             most = max(case.k for case in group)
             references: dict[bool, Reference] = {}
             for case in group:
-                spent = time.monotonic() - self._begin
-                if self.budget_s is not None and spent > self.budget_s:
-                    self.out_of_time = True
-                    self.say(f"--budget {self.budget_s:g} s is spent: {len(cases) - done} "
-                             "cells are not measured")  # fmt: skip
+                if self.progress.spent():
                     return
                 narrow = case.dtype == "narrow"
                 if narrow not in references:
                     references[narrow] = Reference(problem, most, narrow=narrow)
-                shown = self._cell(case, copies, references[narrow], floor_us)
-                done += 1
-                took = time.monotonic() - begin
-                left = took / done * (len(cases) - done)
-                self.say(f"[{done:3d}/{len(cases)} {_clock(took)}, {_clock(left)} left] "
-                         f"{case}  floor {floor_us:.2f}  {shown}")  # fmt: skip
+                text = self._cell(case, copies, references[narrow], floor_us)
+                self.progress.done(f"{case}  floor {floor_us:.2f}  {text}")
                 self.saved()
             del problem, copies, references
 
@@ -92,23 +60,20 @@ class Bench:
         """Return the scores and copies of them, of each of which a call reads ``read`` bytes."""
         if logits.device.type != "cuda":
             return [logits]
-        room = MOST_BYTES // (logits.numel() * logits.element_size())
-        count = max(1, min(MOST_COPIES, -(-COLD_BYTES // read), room))
+        count = copies_for(read, logits.numel() * logits.element_size())
         return [logits, *(logits.clone() for _ in range(count - 1))]
 
     def _launches(self, case: Case, floor_us: float | None) -> int:
         """How many launches a graph gets: fewer where one takes long."""
         us = floor_us if floor_us is not None else case.bytes_read / 2e6
-        return max(4, min(self.launches, int(GRAPH_US / max(2 * us, 1e-3))))
+        return launches_for(us, self.launches)
 
     def _implementations(self, case: Case) -> dict[str, Run]:
         """Return ours first, then the peers that take this suite."""
         runs: dict[str, Run] = {OURS: functools.partial(self._ours, case)}
         if case.dtype == "narrow" or case.suite == "seed":
             return runs
-        peers = {"prefill": self.peers.prefill, "paged": self.peers.paged}.get(
-            case.suite, self.peers.decode
-        )
+        peers = self.peers[case.suite if case.suite in ("prefill", "paged") else "decode"]
 
         def run(call: Any, problem: Problem, out: torch.Tensor) -> None:
             if case.suite == "prefill":
@@ -124,36 +89,29 @@ class Bench:
         topk(
             problem.logits, problem.lengths, case.k, row_starts=problem.row_starts, out=out,
             page_table=problem.page_table, page_size=PAGE_SIZE,
-            narrow=case.dtype == "narrow", backend="cuda" if self.device == "cuda" else "torch",
+            narrow=case.dtype == "narrow", backend=self.backend,
         )  # fmt: skip
 
     def _cell(
         self, case: Case, copies: list[torch.Tensor], reference: Reference, floor_us: float
     ) -> str:
         """Measure every implementation in one cell; returns what the progress line shows."""
-        begin = len(self.results)
         problem = reference.problem
         held = [dataclasses.replace(problem, logits=x) for x in copies]
         runs = self._implementations(case)
-        for name, run in runs.items():
-            row: Row = {
-                "suite": case.suite, "dtype": case.dtype, "k": case.k, "rows": case.rows,
-                "columns": case.columns, "kind": case.kind, "width": case.width or case.columns,
-                "windows": case.windows, "implementation": name,
-            }  # fmt: skip
-            try:
-                row |= self._warm(case, run, held[0], reference, floor_us, ours=name == OURS)
-            except Exception as error:  # outside of what this peer takes
-                if name == OURS:
-                    raise
-                self._refuse(name, case, error)
-                continue
-            self.results.append(row)
-        mine = self.results[begin:]
-        chosen = mine[1:] if self.cold_all else sorted(mine[1:], key=_warm_us)[:COLD_PEERS]
-        for row in [mine[0], *chosen]:
-            row["cold_us"] = self._cold(case, runs[row["implementation"]], held, row["warm_us"])
-        return "  ".join(_shown(row) for row in mine)
+        about: Row = {
+            "suite": case.suite, "dtype": case.dtype, "k": case.k, "rows": case.rows,
+            "columns": case.columns, "kind": case.kind, "width": case.width or case.columns,
+            "windows": case.windows,
+        }  # fmt: skip
+
+        def warm(name: str) -> Row:
+            return self._warm(case, runs[name], held[0], reference, floor_us, ours=name == OURS)
+
+        def cold(name: str, warm_us: float) -> float:
+            return self._cold(case, runs[name], held, warm_us)
+
+        return self.measure(case, about, runs, warm, cold)
 
     def _warm(
         self, case: Case, run: Run, problem: Problem, reference: Reference, floor_us: float,
@@ -185,35 +143,6 @@ class Bench:
         return row
 
     def _cold(self, case: Case, run: Run, held: list[Problem], warm_us: float) -> float:
-        """Time a rotation; one buffer that is larger than the L2 is cold already."""
-        if len(held) == 1:
-            return warm_us
         out = torch.empty(case.rows, case.k, dtype=torch.int32, device=self.device)
-        # The rotation is larger than the L2, or each copy has one launch after the L2 was flushed.
-        again = len(held) < MOST_COPIES and warm_us < GRAPH_US / 20
-        launches = max(20, len(held)) if again else len(held)
         calls = [functools.partial(run, problem, out) for problem in held]
-        us = time_calls(
-            calls, self.device, launches=launches, replays=self.replays, flush=True
-        )  # fmt: skip
-        return round(us, 3)
-
-    def _refuse(self, name: str, case: Case, error: Exception) -> None:
-        """Say once for each dtype that a peer does not take a case."""
-        if (name, case.dtype) not in self._refused:
-            self._refused.add((name, case.dtype))
-            self.say(f"  {name} refuses {case}: {error}"[:160])
-
-
-def _warm_us(row: Row) -> float:
-    return row["warm_us"]
-
-
-def _shown(row: Row) -> str:
-    """Show warm/cold, where cold was measured; ! is not exact."""
-    cold = "" if row["cold_us"] is None else f"/{row['cold_us']:.2f}"
-    return f"{row['implementation']} {row['warm_us']:.2f}{cold}{'' if row['exact'] else '!'}"
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        return time_cold(calls, self.device, warm_us, replays=self.replays)

@@ -1,17 +1,17 @@
-"""The peers of the top-k: kernels from a Python file, and figures recorded in another run."""
+"""The peers of a benchmark: kernels from a Python file, and figures recorded in another run."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from dsv4_plugin.testing.topk import UsageError
 
-__all__ = ["OURS", "Call", "Peers", "is_vllm_choice", "load", "recorded", "seed_figures"]
+__all__ = ["FORMS", "OURS", "Call", "Peers", "is_vllm_choice", "load", "recorded", "seed_figures"]
 
 OURS = "dsv4"
 SEED = Path(__file__).with_name("seed_vllm_40811.csv")
@@ -20,37 +20,49 @@ VLLM_COOPERATIVE_ROWS = 64  # vLLM 0.33 takes cooperative_topk up to here, persi
 # decode: (logits, lengths, k, out) → None; prefill: (logits, row_starts, row_ends, k, out) → None;
 # paged: (logits, lengths, page_table, k, out) → None, pages of 64, `out` in pool slots.
 # out is int32 [rows, k]; its indices count from the row's start, in any order.
+# logits: (q, cache, weights, lengths [batch, next_n], block_table, dtype) → logits;
+# ragged_logits: (q, k, k_scale, weights, row_starts, row_ends, dtype) → logits, a column a key.
 Call = Callable[..., Any]
 Row = dict[str, Any]
+
+
+# The functions of a peers file, by the form of what they return.
+FORMS = {
+    "decode": "available",
+    "prefill": "available_prefill",
+    "paged": "available_paged",
+    "logits": "available_logits",
+    "ragged_logits": "available_ragged_logits",
+}
+TOPK_FORMS = ("decode", "prefill", "paged")
 
 
 class Peers:
     """The kernels of other engines by name; a string in place of a function says why it is none."""
 
-    def __init__(
-        self,
-        decode: dict[str, Call | str],
-        prefill: dict[str, Call | str],
-        paged: dict[str, Call | str] | None = None,
-    ) -> None:
-        self.decode = {name: call for name, call in decode.items() if not isinstance(call, str)}
-        self.prefill = {name: call for name, call in prefill.items() if not isinstance(call, str)}
-        paged = paged or {}
-        self.paged = {name: call for name, call in paged.items() if not isinstance(call, str)}
-        every = {**decode, **prefill, **paged}
+    def __init__(self, **forms: dict[str, Call | str]) -> None:
+        self._calls = {
+            form: {name: call for name, call in forms.get(form, {}).items() if callable(call)}
+            for form in FORMS
+        }
+        every = {name: call for named in forms.values() for name, call in named.items()}
         self.missing = {name: why for name, why in every.items() if isinstance(why, str)}
 
+    def __getitem__(self, form: str) -> dict[str, Call]:
+        """Return the kernels of one of :data:`FORMS`."""
+        return self._calls[form]
 
-def load(file: Path | None) -> Peers:
-    """Load ``file``: ``available()`` returns the decode kernels, two more functions others."""
+
+def load(file: Path | None, forms: Sequence[str] = TOPK_FORMS) -> Peers:
+    """Load the kernels of ``forms`` from ``file``, which must have one of them."""
     if file is None:
-        return Peers({}, {})
+        return Peers()
     module = _module(file)
-    if not hasattr(module, "available"):
-        raise UsageError(f"--peers must be a file with a function available(), got {file}")
-    prefill = module.available_prefill() if hasattr(module, "available_prefill") else {}
-    paged = module.available_paged() if hasattr(module, "available_paged") else {}
-    return Peers(module.available(), prefill, paged)
+    found = {form: FORMS[form] for form in forms if hasattr(module, FORMS[form])}
+    if not found:
+        names = " or ".join(f"{FORMS[form]}()" for form in forms)
+        raise UsageError(f"--peers must be a file with a function {names}, got {file}")
+    return Peers(**{form: getattr(module, name)() for form, name in found.items()})
 
 
 def _module(file: Path) -> ModuleType:

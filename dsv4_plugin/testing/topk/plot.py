@@ -13,7 +13,12 @@ __all__ = ["draw", "require"]
 Row = dict[str, Any]
 Line = list[tuple[int, float]]
 
-FLOOR = "one pass over bfloat16"
+FLOOR = {  # what is drawn as the floor, by what was measured
+    "topk": "one pass over bfloat16",
+    "logits": "bytes of the keys",
+    "chain": "bytes of the keys",
+}
+TITLE = {"topk": "Exact top-k", "logits": "Index logits", "chain": "Index logits and exact top-k"}
 
 
 def require() -> None:
@@ -34,8 +39,9 @@ def require() -> None:
 def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     """Draw the decode suite of a results document into ``file`` (.png, .svg, .pdf).
 
-    Above: microseconds, warm, with the one-pass floor of bfloat16. Below: ours over the best
-    upstream of the cell, or over the floor where the document has no peers.
+    Above: microseconds, warm, with the floor: one pass over the bfloat16 scores of the top-k, the
+    bytes of the keys elsewhere. Below: ours over the best upstream of the cell, or over the floor
+    where the document has no peers.
 
     Raises:
         UsageError: matplotlib is not installed, or the document has no such cells.
@@ -48,22 +54,24 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     own = [row for row in decode if row["implementation"] == OURS]
     if not own:
         raise UsageError("the results have no decode cells of ours: nothing to draw")
-    known = sorted({row["k"] for row in own})
+    known = sorted({row.get("k", 0) for row in own})
     k = known[0] if k is None else k
     if k not in known:
         raise UsageError(f"--k must be one of those in the results ({known}), got {k}")
-    decode = [row for row in decode if row["k"] == k and row["warm_us"] is not None]
+    decode = [row for row in decode if row.get("k", 0) == k and row["warm_us"] is not None]
+    what = document.get("what", "topk")
+    floor = FLOOR[what]
     counts = sorted({row["rows"] for row in decode if row["implementation"] == OURS})
-    others = [name for name in _curves(decode) if not name.startswith((f"{OURS} ", FLOOR))]
+    others = [n for n in _curves(decode, floor) if not n.startswith((f"{OURS} ", floor))]
     figure, axes = pyplot.subplots(
         2, len(counts), figsize=(3.6 * len(counts) + 2.4, 6.4), squeeze=False, sharex=True,
         sharey="row", height_ratios=(2, 1),
     )  # fmt: skip
     for above, below, count in zip(axes[0], axes[1], counts, strict=True):
         rows = [row for row in decode if row["rows"] == count]
-        for name, line in _curves(rows).items():
+        for name, line in _curves(rows, floor).items():
             above.plot(*zip(*line, strict=True), label=name, **_style(name, others))
-        ratio_of, ratios = _ratios(rows)
+        ratio_of, ratios = _ratios(rows, floor)
         for dtype, line in ratios.items():
             name = f"{OURS} {dtype}"
             below.plot(*zip(*line, strict=True), **_style(name, others))
@@ -81,7 +89,7 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
             above.set_ylabel("µs, warm")
             below.set_ylabel(f"ours / {ratio_of}")
     about = document.get("machine", {})
-    figure.suptitle(f"Exact top-k, k = {k}: {about.get('gpu', 'no GPU')}, "
+    figure.suptitle(f"{TITLE[what]}{f', k = {k}' if k else ''}: {about.get('gpu', 'no GPU')}, "
                     f"dsv4-plugin {about.get('plugin', '?')}")  # fmt: skip
     axes[1][0].set_ylim(bottom=0)  # shared by the row; last, as it ends the scaling
     labels: dict[str, Any] = {}
@@ -93,7 +101,7 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     pyplot.close(figure)
 
 
-def _curves(rows: list[Row]) -> dict[str, Line]:
+def _curves(rows: list[Row], floor_name: str) -> dict[str, Line]:
     """Return the curves of one panel by name: ours, the peers, the floor."""
     curves: dict[str, Line] = {}
     for row in rows:
@@ -106,11 +114,11 @@ def _curves(rows: list[Row]) -> dict[str, Line]:
         if row["dtype"] == "bfloat16" and row.get("floor_us")
     }
     if floor:
-        curves[FLOOR] = list(floor.items())
+        curves[floor_name] = list(floor.items())
     return {name: sorted(line) for name, line in curves.items()}
 
 
-def _ratios(rows: list[Row]) -> tuple[str, dict[str, Line]]:
+def _ratios(rows: list[Row], floor_name: str) -> tuple[str, dict[str, Line]]:
     """Return what ours is divided by, and the ratio over the columns for each of our dtypes."""
     ratios: dict[str, Line] = {}
     peers = any(row["implementation"] != OURS for row in rows)
@@ -119,19 +127,19 @@ def _ratios(rows: list[Row]) -> tuple[str, dict[str, Line]]:
             continue
         if peers:
             best = bars.best_peers(rows, row["dtype"])
-            other = best.get((row["k"], row["rows"], row["columns"]), {}).get("warm_us")
+            other = best.get((row.get("k", 0), row["rows"], row["columns"]), {}).get("warm_us")
         else:
             other = row.get("floor_us")
         if other:
             line = ratios.setdefault(row["dtype"], [])
             line.append((row["columns"], row["warm_us"] / other))
-    name = "best upstream" if peers else "one-pass floor"
+    name = "best upstream" if peers else floor_name
     return name, {dtype: sorted(line) for dtype, line in ratios.items()}
 
 
 def _style(name: str, others: list[str]) -> Row:
     """Ours is thick, the floor dashed, peers thin; a name looks the same in all panels."""
-    if name == FLOOR:
+    if name in FLOOR.values():
         return {"color": "black", "linestyle": "--", "linewidth": 1.0}
     if name.startswith(f"{OURS} "):
         colors = {"bfloat16": "tab:red", "float32": "tab:orange", "float16": "tab:pink"}

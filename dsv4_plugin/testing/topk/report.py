@@ -7,7 +7,7 @@ from typing import Any
 from dsv4_plugin.testing.topk import bars
 from dsv4_plugin.testing.topk.peers import OURS
 
-__all__ = ["lines"]
+__all__ = ["grid", "lines"]
 
 Row = dict[str, Any]
 
@@ -17,7 +17,7 @@ def lines(results: list[Row], roof: Row, vllm: str) -> list[str]:
     text: list[str] = []
     suites = list(dict.fromkeys(row["suite"] for row in results if not row.get("recorded")))
     if "decode" in suites:
-        text += _decode(results)
+        text += grid([row for row in results if row["suite"] == "decode"], "one-pass floor")
     if "narrow" in suites:
         text += _narrow(_own(results, "narrow"))
     if "adversarial" in suites:
@@ -40,23 +40,23 @@ def _distinct(rows: list[Row], name: str) -> list[Any]:
     return list(dict.fromkeys(row[name] for row in rows))
 
 
-def _decode(results: list[Row]) -> list[str]:
-    decode = [row for row in results if row["suite"] == "decode"]
-    ours = _own(results, "decode")
+def grid(decode: list[Row], floor: str) -> list[str]:
+    """Return the tables rows x columns of ours, one a dtype and k, beside the best upstream."""
+    ours = [row for row in decode if row["implementation"] == OURS]
     text = []
     for dtype in _distinct(ours, "dtype"):
         best = bars.best_peers(decode, dtype)
-        for k in _distinct(ours, "k"):
+        for k in dict.fromkeys(row.get("k", 0) for row in ours):
             some = {
                 (row["rows"], row["columns"]): row
                 for row in ours
-                if row["dtype"] == dtype and row["k"] == k
+                if row["dtype"] == dtype and row.get("k", 0) == k
             }
             columns = list(dict.fromkeys(c for _, c in some))
             text += [
                 "",
-                f"{dtype}, k {k}: us warm | / best upstream (* recorded, other run) | "
-                "x one-pass floor; ! not exact",
+                f"{dtype}{f', k {k}' if k else ''}: us warm | / best upstream (* recorded, other "
+                f"run) | x {floor}; ! {'not exact' if 'exact' in ours[0] else 'wrong'}",
                 f"{'rows':>5}" + "".join(f"{c:>22}" for c in columns),
             ]
             for r in dict.fromkeys(r for r, _ in some):
@@ -65,7 +65,7 @@ def _decode(results: list[Row]) -> list[str]:
                     row, peer = some.get((r, c)), best.get((k, r, c))
                     shown = ""
                     if row is not None:
-                        shown = f"{row['warm_us']:.2f}{'' if row['exact'] else '!'}"
+                        shown = f"{row['warm_us']:.2f}{'' if bars.sound(row) else '!'}"
                         if peer is not None:
                             mark = "*" if peer.get("recorded") else ""
                             shown += f" | {row['warm_us'] / peer['warm_us']:.2f}{mark}"

@@ -1,0 +1,111 @@
+"""``dsv4-plugin bench logits`` and ``bench chain``: the run and the results file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from dsv4_plugin.testing.logits import bars, cases, report
+from dsv4_plugin.testing.logits.chain import ChainBench
+from dsv4_plugin.testing.logits.check import TOLERANCE
+from dsv4_plugin.testing.logits.measure import Bench, KeyBench
+from dsv4_plugin.testing.results import Results
+from dsv4_plugin.testing.topk import UsageError, floor, peers, plot
+
+__all__ = ["run"]
+
+FORMS = {"logits": ("logits", "ragged_logits"), "chain": ("logits", "decode")}
+
+
+def run(
+    arguments: argparse.Namespace, about: dict[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure the logits or the chain; returns the document of the results file."""
+    what, device = arguments.what, arguments.device
+    lists = _cases(arguments)
+    if arguments.plot:
+        plot.require()  # now, not when all is measured
+    others = peers.load(arguments.peers, FORMS[what])
+    choices = (arguments.vllm_choice, arguments.sglang_choice)
+    for name, why in others.missing.items():
+        say(f"{name} is not compared: {why}")
+    if what == "chain" and others["logits"]:
+        for name in set(choices) - set(others["decode"]) - set(others.missing):
+            say(f"{name} is not compared: it is not among the peers")
+    rate = floor.read_rate(device)
+    say(f"roof: read {rate / 1e3:.0f} GB/s; floor: {cases.KEY_BYTES} bytes a key at this rate")
+    document: dict[str, Any] = {
+        "machine": about,
+        "what": what,
+        "complete": False,
+        "suites": list(lists),
+        "launches": arguments.launches,
+        "replays": arguments.replays,
+        "roof": {"read_gb_s": round(rate / 1e3, 1)},
+        "floor": f"{cases.KEY_BYTES} bytes a key at the read rate",
+        "bars": [],
+        "results": [],
+    }
+    if what == "chain":
+        document |= {"vllm_choice": choices[0], "sglang_choice": choices[1]}
+    else:
+        document["tolerance"] = TOLERANCE[device]
+    file = Results(document, arguments.json)
+    kind: type[KeyBench] = Bench if what == "logits" else ChainBench
+    bench = kind(
+        others, say, file.save, device=device, cold_all=arguments.cold,
+        launches=arguments.launches, replays=arguments.replays, budget_s=arguments.budget,
+        results=document["results"],
+    )  # fmt: skip
+    bench.read_rate = rate
+    if isinstance(bench, ChainBench):
+        bench.choices = choices
+    try:
+        for name, some in lists.items():
+            say(f"\n{name}: {len(some)} cells; us warm/cold, ! wrong")
+            bench.run(some)
+        document["complete"] = not bench.progress.out_of_time
+    except KeyboardInterrupt:
+        say("interrupted: what was measured is reported")
+    finally:
+        file.save(now=True)
+    results = document["results"]
+    found = bars.logits_bars(results) if what == "logits" else bars.chain_bars(results, *choices)
+    document["bars"] = [bar.as_dict() for bar in found]
+    file.save(now=True)
+    for line in report.lines(results, found):
+        say(line)
+    if arguments.plot:
+        plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
+        say(f"drawn to {arguments.plot}")
+    return document
+
+
+def _cases(arguments: argparse.Namespace) -> dict[str, list[cases.Case]]:
+    """Return the cases by suite.
+
+    Raises:
+        UsageError: an option is not for this benchmark.
+    """
+    what = arguments.what
+    known = cases.SUITES if what == "logits" else ("decode",)
+    names = list(known) if "all" in arguments.suite else list(dict.fromkeys(arguments.suite))
+    strange = [name for name in names if name not in known]
+    if strange:
+        raise UsageError(
+            f"--suite of bench {what} must be of {', '.join(known)} or all, got {strange[0]}"
+        )
+    if "narrow" in (arguments.dtype or ()):
+        raise UsageError(f"--dtype of bench {what} must be of {', '.join(cases.DTYPES)}, "
+                         "got narrow")  # fmt: skip
+    if arguments.against:
+        raise UsageError("--against is for bench topk")
+    some: dict[str, Any] = {
+        "dtypes": arguments.dtype, "rows": arguments.rows, "columns": arguments.columns
+    }  # fmt: skip
+    if what == "chain":
+        return {"decode": cases.chain(ks=arguments.k, **some)}
+    if arguments.k:
+        raise UsageError("--k is for bench topk and bench chain")
+    return {name: cases.suite(name, **some) for name in names}
