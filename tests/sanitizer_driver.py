@@ -62,6 +62,8 @@ PATHS = (
     Path("wide kernel", 1, 4_200_000, (4_199_999,)),
     Path("short and long rows of one grid", 9, 100_000, (300, 513, 8192, 8193, 100_000)),
     Path("more rows than clusters", 40, 65_536, (65_536, 100, 40_000)),
+    Path("cluster of 3, largest slice", 18, 140_000, (140_000, 8192, 8193, 100)),
+    Path("two CTAs a multiprocessor", 100, 40_000, (40_000, 8192, 8193, 100), k=2048),
     Path("more rows than SMs", 140, 9000, (9000, 513, 4097)),
     Path("float16", 2, 40_000, (40_000, 39_999), dtype="float16"),
     Path("narrow", 2, 40_000, (40_000, 39_999), dtype="narrow"),

@@ -16,6 +16,7 @@ from dsv4_plugin.testing.topk.cases import (
     CAPACITIES,
     DTYPES,
     EDGES,
+    GROUP_EDGES,
     KS,
     ODD_KS,
     ROW_EDGES,
@@ -86,7 +87,7 @@ def test_widths_around_an_edge(edge, dtype):
                 want.check(got, k, context=f"{rows} x {width}")
 
 
-@pytest.mark.parametrize("columns", [6000, 9000, 70_000, 140_000])
+@pytest.mark.parametrize("columns", [6000, 9000, 20_000, 40_000, 70_000, 140_000])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_row_counts(dtype, columns):
     """Around every number of rows at which the grid changes; long and short rows mixed."""
@@ -106,7 +107,7 @@ def test_row_counts(dtype, columns):
 @pytest.mark.parametrize("k", [*KS, *ODD_KS])
 def test_lengths_around_k(k, dtype):
     """Padding, short rows, and rows of a few multiples of k, where groups change size."""
-    around = [m * k // 4 + d for m in (4, 5, 8, 16, 32, 64) for d in range(-5, 6)]
+    around = [m * k // 4 + d for m in GROUP_EDGES for d in range(-5, 6)]
     lengths = ints([*short_lengths(k), *around, 70_000])
     for kind in ("normal", "special", "all_equal"):
         logits = draw(kind, len(lengths), 70_000, dtype, seed=k)

@@ -9,10 +9,13 @@
 //   Scalar            the score in memory          Unit    eight scores in registers
 //   kBits             bits of an order
 //   load, pad, set    a whole unit (16-byte aligned); a unit of NaN; one score of a partial unit
+//   kOctave           heads from a power of two to the next
 //   pair              maxima of the two halves (or parities) of a unit: a packed pair of heads
+//   quarters          maxima of two of its four quarters, likewise
 //   add_digit         counts one digit of the scores' orders
 //   add_above         counts how far the scores lie above a bound
 //   each_order        a walk over the eight orders, NaN as -inf and -0.0 as +0.0
+//   may_hold          whether that walk can meet a range of orders (float32 only)
 //   classify          one bit a score: above the threshold; equal to it
 //   order_of, raw_of  order of one score, and back
 //   bits, element     raw bits of a score in memory, of one in a unit
@@ -113,8 +116,12 @@ struct Keys16 {
   static constexpr int kBits = 16;
   static constexpr uint32_t kLastOrder = 0x8000u | kInfinity;  // of -inf
   static constexpr uint32_t kLastHead = kLastOrder;
+  static constexpr uint32_t kOctave = kInfinity & (~kInfinity + 1u);
 
   static __device__ __forceinline__ Unit pad() { return {all_nan()}; }
+  static __device__ __forceinline__ uint32_t quarters(const Unit& u, int half) {
+    return half == 0 ? H::better(u.v.x, u.v.y) : H::better(u.v.z, u.v.w);
+  }
   static __device__ __forceinline__ uint32_t pair(const Unit& u) {
     return H::better(H::better(u.v.x, u.v.y), H::better(u.v.z, u.v.w));
   }
@@ -239,6 +246,7 @@ struct Float32Keys {
   static constexpr int kBits = 32;
   static constexpr uint32_t kLastOrder = 0xff800000u;
   static constexpr uint32_t kLastHead = 0xff80u;
+  static constexpr uint32_t kOctave = 128;
 
   static __device__ __forceinline__ float number(uint32_t bits) { return __uint_as_float(bits); }
   static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
@@ -263,6 +271,10 @@ struct Float32Keys {
   static __device__ __forceinline__ uint32_t best_of_four(const uint4& v) {
     return larger(larger(v.x, v.y), larger(v.z, v.w));
   }
+  static __device__ __forceinline__ uint32_t quarters(const Unit& u, int half) {
+    const uint4& v = half == 0 ? u.low : u.high;
+    return heads(larger(v.x, v.y), larger(v.z, v.w));
+  }
   static __device__ __forceinline__ uint32_t pair(const Unit& u) {
     return heads(best_of_four(u.low), best_of_four(u.high));
   }
@@ -284,6 +296,15 @@ struct Float32Keys {
   static __device__ __forceinline__ void each_order(const Unit& u, F f) {
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) f(order_above(element(u, e), kLastOrder));
+  }
+  // Whether an order of the unit may lie in [low, high]: never wrong about one that does. Half as
+  // dear as each_order.
+  static __device__ __forceinline__ bool may_hold(const Unit& u, uint32_t low, uint32_t high) {
+    bool may = high >= kLastOrder - 1;      // NaN counts as -inf
+    const uint32_t width = high - low + 1;  // one more: -0.0 counts as +0.0
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) may |= order_of(element(u, e)) - low <= width;
+    return may;
   }
   static __device__ __forceinline__ void add_digit(uint32_t* hist, const Unit& u, int round,
                                                    uint32_t prefix) {

@@ -1,20 +1,28 @@
 // A lower bound of the row's threshold from a histogram of group maxima.
 //
 // Maxima of disjoint groups are distinct scores, so if r groups reach a value, r scores do: nothing
-// below it can be among the r largest. True of any data. The histogram has one bin for each value
-// of the upper 12 bits of an order (bfloat16: eight bins an octave), and a coarse one over 32 of
-// those, so that a warp finds a rank with two scans and no barrier.
+// below it can be among the r largest. True of any data. Two resolutions:
+//
+//   GroupRanks    one bin for each value of the upper 12 bits of an order (bfloat16: eight bins an
+//                 octave), and a coarse one over 32 of those, so that a warp finds a rank with two
+//                 scans and no barrier. For slices that are listed: the bound decides how many.
+//   OctaveRanks   the upper nine bits (bfloat16: one bin an octave): one atomic a group and one
+//                 scan. For slices in registers, where all scores are looked at anyway. A threshold
+//                 in the bound's bin or the next is less than 256 heads above the bound.
 #pragma once
 
 #include <cstdint>
 
 #include "dsv4/common.cuh"
 #include "dsv4/ordered_key.cuh"
+#include "dsv4/warp_pick.cuh"
 
 namespace dsv4 {
 
 constexpr int kFineBins = 1 << 12;
 constexpr int kCoarseBins = kFineBins / kWarpSize;
+constexpr int kOctaveBits = 7;  // of a head, below its octave
+constexpr int kOctaveBins = 1 << (16 - kOctaveBits);
 constexpr uint32_t kNoBound = 0xffffu;
 
 struct GroupHistogram {
@@ -31,6 +39,12 @@ struct GroupHistogram {
     atomicAdd(fine + bin, 1u);
     atomicAdd(coarse + bin / kWarpSize, 1u);
   }
+  // The same by octave, in the first of the fine bins. NaN must be none of the heads.
+  __device__ __forceinline__ void add_octaves(uint32_t heads) {
+    const uint32_t order = order_pair(heads);
+    atomicAdd(fine + ((order >> kOctaveBits) & (kOctaveBins - 1)), 1u);
+    atomicAdd(fine + (order >> (16 + kOctaveBits)), 1u);
+  }
 };
 
 struct GroupPick {
@@ -38,25 +52,28 @@ struct GroupPick {
   uint32_t reached;  // groups that reach it
 };
 
-// Made by a whole warp; the histogram is complete and visible to it.
+// Both are used by a whole warp, to which the histogram is complete and visible; one lane calls
+// take(GroupPick).
 struct GroupRanks {
   const GroupHistogram& hist;
-  uint32_t upto[4];  // lane i: running counts of the coarse bins 4i ... 4i + 3
-  uint32_t reached;
+  const uint32_t last_head;
 
-  __device__ __forceinline__ explicit GroupRanks(const GroupHistogram& h) : hist(h) {
-    const uint4 own = *reinterpret_cast<const uint4*>(h.coarse + 4 * lane_id());
-    upto[0] = own.x - (lane_id() == 0 ? h.fine[0] : 0u);
+  template <class Take>
+  __device__ __forceinline__ void pick(uint32_t rank, Take take) const {
+    const int lane = lane_id();
+    // Lane i: running counts of the coarse bins 4i ... 4i + 3.
+    const uint4 own = *reinterpret_cast<const uint4*>(hist.coarse + 4 * lane);
+    uint32_t upto[4];
+    upto[0] = own.x - (lane == 0 ? hist.fine[0] : 0u);
     upto[1] = upto[0] + own.y;
     upto[2] = upto[1] + own.z;
     upto[3] = upto[2] + own.w;
-    reached = warp_inclusive_sum(upto[3]);
-  }
-
-  __device__ __forceinline__ GroupPick pick(uint32_t rank, uint32_t last_head) const {
-    const int lane = lane_id();
+    const uint32_t reached = warp_inclusive_sum(upto[3]);
     const uint32_t lanes = __ballot_sync(kFullWarp, reached >= rank);
-    if (lanes == 0) return {kNoBound, 0u};
+    if (lanes == 0) {
+      if (lane == 0) take(GroupPick{kNoBound, 0u});
+      return;
+    }
     const int owner = __ffs(lanes) - 1;
     const uint32_t outside = reached - upto[3];
     const uint32_t rest = rank - outside;  // meaningful in the owner alone
@@ -69,12 +86,37 @@ struct GroupRanks {
         kFullWarp, (static_cast<uint32_t>(4 * lane + quarter) << 24) | (outside + skipped), owner);
     const uint32_t chunk = packed >> 24;
     const uint32_t before = packed & 0xffffffu;  // below rank
-    uint32_t own = hist.fine[kWarpSize * chunk + lane];
-    if (chunk == 0 && lane == 0) own = 0;
-    const uint32_t through = before + warp_inclusive_sum(own);
+    uint32_t in_bin = hist.fine[kWarpSize * chunk + lane];
+    if (chunk == 0 && lane == 0) in_bin = 0;
+    const uint32_t through = before + warp_inclusive_sum(in_bin);
     const int in_chunk = __ffs(__ballot_sync(kFullWarp, through >= rank)) - 1;
-    const uint32_t bin = kWarpSize * chunk + in_chunk;
-    return {min(16 * bin + 15, last_head), __shfl_sync(kFullWarp, through, in_chunk)};
+    if (lane == in_chunk) {
+      take(GroupPick{min(16 * (kWarpSize * chunk + in_chunk) + 15, last_head), through});
+    }
+  }
+};
+
+struct OctaveRanks {
+  const GroupHistogram& hist;
+
+  template <class Take>
+  __device__ __forceinline__ void pick(uint32_t rank, Take take) const {
+    static_assert(kOctaveBins == 2 * kBins, "two bins as one of warp_pick.cuh");
+    const uint4* own = reinterpret_cast<const uint4*>(hist.fine) + 4 * lane_id();
+    uint32_t pairs[kLaneBins];
+#pragma unroll
+    for (int i = 0; i < kLaneBins / 2; ++i) {
+      const uint4 v = own[i];
+      pairs[2 * i] = v.x + v.y;
+      pairs[2 * i + 1] = v.z + v.w;
+    }
+    pick_bin(pairs, rank, [&](const Pick& pick) {
+      if (!pick.found) return take(GroupPick{kNoBound, 0u});
+      const uint32_t first = pick.before + hist.fine[2 * pick.bin];
+      const uint32_t bin = 2 * pick.bin + (first < rank ? 1u : 0u);
+      const uint32_t last = (bin << kOctaveBits) + (1u << kOctaveBits) - 1u;
+      take(GroupPick{last, first < rank ? pick.before + pick.count : first});
+    });
   }
 };
 

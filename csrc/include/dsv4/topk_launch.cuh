@@ -60,48 +60,65 @@ struct DeviceLimits {
 };
 
 // ---- The table of choices -----------------------------------------------------------------------
-// Measured on an H100 (132 multiprocessors) for k = 512, 1024, 2048 x 1 ... 128 rows x 8K ... 250K,
-// shape by shape and cluster by cluster (docs/notes/topk.md). What it says:
-//   - A row of up to 8K scores is one CTA's: an exchange costs more than it saves (3.4 us; 4.0 in a
-//     cluster). Few rows of 16K gain from four (4.0; 4.2), many lose (128 rows: 5.0; 6.2).
-//   - Few rows: eight CTAs each, with 256 threads up to 64K (8 x 64K: 4.6; 512 threads 4.7; sixteen
-//     CTAs 5.1) and with 512 above. Sixteen pay for up to four rows only, and from 128K on: a
-//     device holds seven clusters of that size at once.
-//   - Up to a quarter of the multiprocessors: six CTAs, not eight (32 x 250K: 10.6; 15.1), which do
-//     not fit at once; four small ones up to 128K where k is small (32 x 64K, k 512: 7.0; 7.4); two
-//     for 32K, where six would get too little each.
-//   - Up to three quarters: two. More rows than that: one, and no exchange at all.
+// From sweeps of every shape and cluster on an H100 (132 multiprocessors), k = 512, 1024, 2048 x
+// 1 ... 128 rows x 8K ... 250K (docs/notes/topk.md); us, best choice first.
+//   - A row of up to 8K is one CTA's: an exchange costs more than it saves (1 x 8K, k 512: 3.64;
+//   two
+//     CTAs 3.98. float32: 4.85; 5.15).
+//   - Few rows, up to an eighth of the multiprocessors: four CTAs each at 16K (3.99; one 4.39),
+//   eight
+//     above, 256 threads for 16-bit scores up to 64K (8 x 32K: 4.15; 512 threads 4.38). Sixteen pay
+//     for up to four rows only: a device holds seven clusters of that size at once. From 128K on
+//     (1 x 250K: 5.75; eight 6.96), float32 from 64K on (1 x 64K: 6.16; 6.56).
+//   - Up to a quarter: two for 32K (5.19; six 5.73), six above (32 x 250K, k 2048: 11.93; four
+//     13.67), which eight of would not fit at once. Where k is small four of 256 threads up to 128K
+//     (32 x 64K: 6.89; six 7.04. float32: 10.44; 11.56), and above three of the largest shape: no
+//     slower on full rows (10.70; 10.60. float32: 16.56; 17.18), and half the CTAs to start and to
+//     leave again where the rows are short. float32 halves later: four for 16K (6.47; one, before
+//     the retuning, 8.0) and 32K (8.79; two 9.28).
+//   - Up to three quarters: two (64 x 64K: 7.65; one 8.66), from 32K on and float32 from 16K (6.96;
+//     8.88).
+//   - Up to one row a multiprocessor: one, unless k is large: two for 32K ... 128K (128 x 32K,
+//     k 2048: 8.10; one 9.97. 128 x 128K, k 1024: 15.12; 16.68), float32 for 16K (k 1024: 9.39;
+//     10.91) and with k above 1024 from 64K on (22.08; 23.71). Above, one row is as good as another
+//     to fill a multiprocessor: one CTA.
 inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device) {
   const int64_t units = most_units(p, type);
   const auto holds = [&](TopkShape shape, int cluster) {
     return ceil_div(units, cluster) <= shape_limits(shape).units();
   };
+  constexpr int64_t k8K = 8192 / kUnit, k16K = 2 * k8K, k32K = 4 * k8K, k64K = 8 * k8K,
+                    k128K = 16 * k8K;
   TopkShape shape = TopkShape::k512x16;
   int cluster = 1;
   const int64_t rows = p.rows;
   const bool wide_scores = type == ScoreType::kFloat32;
-  if (rows * 8 <= device.sms) {
-    if (units > 8192) {
-      cluster = rows <= 4 ? 16 : 8;
-    } else if (units > 2048) {
-      cluster = 8;
-      if (!wide_scores) shape = TopkShape::k256x16;
-    } else if (units > 1024) {
-      cluster = 4;
-      if (!wide_scores) shape = TopkShape::k256x16;
-    }
-  } else if (rows * 8 <= device.sms * 3) {
-    if (units > 4096 && p.k <= 512 && rows * 4 <= device.sms && holds(TopkShape::k256x16, 4) &&
-        !wide_scores) {
+  if (units <= k8K) {
+    // one CTA
+  } else if (rows * 8 <= device.sms) {
+    cluster = units <= k16K ? 4 : 8;
+    if (rows <= 4 && units > (wide_scores ? k32K : k64K)) cluster = 16;
+    if (!wide_scores && units <= k64K) shape = TopkShape::k256x16;
+  } else if (rows * 4 <= device.sms) {
+    if (units <= k32K) {
+      cluster = wide_scores ? 4 : units <= k16K ? 1 : 2;
+    } else if (p.k > 512) {
+      cluster = 6;
+    } else if (units <= k128K) {
       shape = TopkShape::k256x16;
       cluster = 4;
-    } else if (units > 4096) {
-      cluster = rows * 4 <= device.sms ? 6 : 4;
-    } else if (units > 2048) {
-      cluster = 2;
+    } else {
+      shape = TopkShape::k512x64;
+      cluster = 3;
     }
-  } else if (rows * 4 <= device.sms * 3 && units > 2048) {
-    cluster = 2;
+  } else if (rows * 8 <= device.sms * 3) {
+    cluster = units > k32K ? 4 : units > k16K || wide_scores ? 2 : 1;
+  } else if (rows * 4 <= device.sms * 3) {
+    cluster = units > k16K || wide_scores ? 2 : 1;
+  } else if (rows <= device.sms && units <= k128K) {
+    const bool two =
+        wide_scores ? units <= k16K || (units > k32K && p.k > 1024) : units > k16K && p.k > 512;
+    cluster = two ? 2 : 1;
   }
   if (cluster > device.largest_cluster) cluster = device.largest_cluster;
   if (!holds(shape, cluster)) shape = TopkShape::k512x64;
@@ -109,6 +126,11 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
   if (!holds(shape, cluster)) shape = TopkShape::kWide;
   return {shape, shape == TopkShape::kWide ? 1 : cluster, 1024};
 }
+
+// Up to here every thread writes its indices where they belong; more are staged in shared memory
+// and written side by side. Staging takes 350 cycles, and saves 1,500 of the scattered stores that
+// the fullest lane makes at k = 2048 (128 x 8K: 5.6 -> 4.5 us; k = 512, the other way: 3.3 -> 3.5).
+constexpr int kScattered = 1024;
 
 // ---- Launch -------------------------------------------------------------------------------------
 // Shared memory of one call, in bytes; fills in the plan's offsets.
@@ -136,7 +158,8 @@ inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, Topk
     size_t entries = 1;
     while (entries < static_cast<size_t>(p.k)) entries *= 2;
     bytes += entries * sizeof(uint64_t);
-  } else if (p.page_table != nullptr) {
+  } else if (p.page_table != nullptr || p.out_raw != nullptr || p.k > kScattered) {
+    plan->staged = true;
     bytes += p.k * sizeof(int32_t);
   }
   const size_t wide = sizeof(TopkSmem<Config>) + TopkWideSmem<Config::kThreads>::bytes(p.sort);

@@ -115,12 +115,13 @@ struct ThresholdFinder {
     return {{first.x, first.y, first.z, first.w != 0}, lower.x, lower.y};
   }
 
-  // ---- The threshold digit by digit, from the top
-  // ------------------------------------------------- `each(visit)` calls visit(unit) for every
-  // unit of this thread that may hold one of the k best; `first_round` is the first histogram to
-  // use. A threshold of -inf is not to be relied on: NaN counts as -inf here.
+  // ---- The threshold digit by digit, from the top -----------------------------------------------
+  // `each(visit)` calls visit(unit) for every unit of this thread that may hold one of the k best;
+  // `sparse`: most of these hold none. `first_round` is the first histogram to use. A threshold of
+  // -inf is not to be relied on: NaN counts as -inf here.
   template <class Each>
-  __device__ __forceinline__ Threshold by_digits(uint32_t k, int first_round, Each each) {
+  __device__ __forceinline__ Threshold by_digits(uint32_t k, int first_round, bool sparse,
+                                                 Each each) {
     Threshold t{0u, k, 0u, 0u, true};
     uint32_t prefix = 0;
     uint32_t width_bits = kBits;  // the threshold's order is prefix << width_bits, or behind it
@@ -143,7 +144,7 @@ struct ThresholdFinder {
       }
       if (digit + 1 < kBits / 8 && kBits == 32 && digit >= 1 &&
           round_pick.pick.count <= kRankMost) {
-        rank(t, round_pick.pick.count, low, high, each);
+        rank(t, round_pick.pick.count, low, high, sparse, each);
         return t;
       }
     }
@@ -156,7 +157,7 @@ struct ThresholdFinder {
   // further above it than the histogram reaches, `far` is set and nothing is known.
   template <class Each>
   __device__ __forceinline__ Threshold above_bound(uint32_t k, uint32_t bound, bool& far,
-                                                   Each each) {
+                                                   bool sparse, Each each) {
     Threshold t{bound, k, 0u, 0u, true};
     each([&](const Unit& u) { Policy::add_above(smem.hist[0], u, bound); });
     const RoundPick round_pick = close(0, k, kBins - 1);
@@ -182,7 +183,7 @@ struct ThresholdFinder {
     if (pick.count == t.need) {
       take_all(t, high);
     } else if (pick.count <= kRankMost) {
-      rank(t, pick.count, low, high, each);
+      rank(t, pick.count, low, high, sparse, each);
     } else {
       // Many share the upper half of an order (a plateau): two more digits.
       uint32_t prefix = 0;
@@ -216,12 +217,16 @@ struct ThresholdFinder {
     t.need = 0;
   }
 
-  // Ranks the `count` scores with orders in [low, high] against each other.
+  // Ranks the `count` scores with orders in [low, high] against each other. Where they are sparse,
+  // a warp's units are first tested for any.
   template <class Each>
   __device__ __forceinline__ void rank(Threshold& t, uint32_t count, uint32_t low, uint32_t high,
-                                       Each each) {
+                                       bool sparse, Each each) {
     uint32_t* local = together() ? smem.rank_sent : smem.rank_list;
     each([&](const Unit& u) {
+      if constexpr (kBits == 32) {
+        if (sparse && !Policy::may_hold(u, low, high)) return;
+      }
       Policy::each_order(u, [&](uint32_t order) {
         if (order - low <= high - low) local[atomicAdd(smem.ranked, 1u)] = order;
       });

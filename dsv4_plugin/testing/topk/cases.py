@@ -21,6 +21,7 @@ __all__ = [
     "COLUMNS",
     "DTYPES",
     "EDGES",
+    "GROUP_EDGES",
     "KS",
     "ODD_KS",
     "PAGE_SIZE",
@@ -73,9 +74,9 @@ PREFILL_KS = (512, 2048)
 # ---- Where the kernel changes its path: the tests run lengths of -5 ... +5 around each ----------
 
 # Row lengths. A thread takes one more unit every 4,096 scores (512 threads); two or four units stay
-# in registers; a lane's share of the masks doubles at 32,768, 65,536 and 131,072; the table of
+# in registers; a thread's share of the masks doubles at 32,768, 65,536 and 131,072; the table of
 # choices changes at 8K, 16K, 32K, 64K and 128K; 16 CTAs of 262,144 scores are the most that is
-# served without the wide kernel.
+# served without the wide kernel, and three are at 786,432.
 EDGES = (
     4096,  # one step
     8192,
@@ -90,9 +91,15 @@ EDGES = (
     196_608,
     262_144,
     524_288,
+    786_432,
     1_048_576,
     4_194_304,  # longer rows go to the wide kernel
 )
+
+# Row lengths in quarters of k: a bound is taken from groups of two, four or eight scores, or of up
+# to 32, whichever are enough. In registers from 9/8 k groups on (float16: 7/4 k), where a slice is
+# streamed from 7/4 k on.
+GROUP_EDGES = (4, 5, 8, 9, 16, 18, 28, 32, 36, 56, 64)
 
 # Rows of a call: they decide how many CTAs a row gets. 4; an eighth, a quarter, three eighths and
 # three quarters of 132 multiprocessors; all of them, and twice that; and one more of each.
@@ -103,7 +110,8 @@ ROW_EDGES = (1, 2, 4, 5, 8, 16, 17, 31, 33, 34, 49, 50, 63, 64, 99, 100, 131, 13
 # each other, lists of more than 128 units a warp.
 CAPACITIES = (128, 256, 512, 1024, 2048, 3708, 4096, 8192, 16_384, 32_768)
 
-# k that are neither tuned nor a multiple of anything.
+# k that are neither tuned nor a multiple of anything. Above 512 the table of choices changes, above
+# 1024 as well, and answers are staged in shared memory.
 ODD_KS = (1, 2, 7, 31, 100, 511, 513, 1000, 1023, 1025, 2047)
 
 
