@@ -62,16 +62,14 @@ struct DeviceLimits {
 // ---- The table of choices -----------------------------------------------------------------------
 // From sweeps of every shape and cluster on an H100 (132 multiprocessors), k = 512, 1024, 2048 x
 // 1 ... 128 rows x 8K ... 250K (docs/notes/topk.md); us, best choice first.
-//   - A row of up to 8K is one CTA's: an exchange costs more than it saves (1 x 8K, k 512: 3.64;
-//   two
-//     CTAs 3.98. float32: 4.85; 5.15).
-//   - Few rows, up to an eighth of the multiprocessors: four CTAs each at 16K (3.99; one 4.39),
-//   eight
+//   - A row of up to 8K is one CTA's: an exchange costs more than it saves (1 x 8K, k 512: 3.64,
+//     two CTAs 3.98. float32: 4.85; 5.15).
+//   - Few rows, up to an eighth of the multiprocessors: four CTAs each at 16K (3.99; one 4.39), 8
 //     above, 256 threads for 16-bit scores up to 64K (8 x 32K: 4.15; 512 threads 4.38). Sixteen pay
 //     for up to four rows only: a device holds seven clusters of that size at once. From 128K on
 //     (1 x 250K: 5.75; eight 6.96), float32 from 64K on (1 x 64K: 6.16; 6.56).
 //   - Up to a quarter: two for 32K (5.19; six 5.73), six above (32 x 250K, k 2048: 11.93; four
-//     13.67), which eight of would not fit at once. Where k is small four of 256 threads up to 128K
+//     13.67); eight would not fit at once. Where k is small four of 256 threads up to 128K
 //     (32 x 64K: 6.89; six 7.04. float32: 10.44; 11.56), and above three of the largest shape: no
 //     slower on full rows (10.70; 10.60. float32: 16.56; 17.18), and half the CTAs to start and to
 //     leave again where the rows are short. float32 halves later: four for 16K (6.47; one, before
@@ -80,8 +78,8 @@ struct DeviceLimits {
 //     8.88).
 //   - Up to one row a multiprocessor: one, unless k is large: two for 32K ... 128K (128 x 32K,
 //     k 2048: 8.10; one 9.97. 128 x 128K, k 1024: 15.12; 16.68), float32 for 16K (k 1024: 9.39;
-//     10.91) and with k above 1024 from 64K on (22.08; 23.71). Above, one row is as good as another
-//     to fill a multiprocessor: one CTA.
+//     10.91) and with k above 1024 from 64K on (22.08; 23.71).
+//   - More rows fill the multiprocessors by themselves: one.
 inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device) {
   const int64_t units = most_units(p, type);
   const auto holds = [&](TopkShape shape, int cluster) {
@@ -94,7 +92,7 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
   const int64_t rows = p.rows;
   const bool wide_scores = type == ScoreType::kFloat32;
   if (units <= k8K) {
-    // one CTA
+    cluster = 1;
   } else if (rows * 8 <= device.sms) {
     cluster = units <= k16K ? 4 : 8;
     if (rows <= 4 && units > (wide_scores ? k32K : k64K)) cluster = 16;
@@ -127,9 +125,9 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
   return {shape, shape == TopkShape::kWide ? 1 : cluster, 1024};
 }
 
-// Up to here every thread writes its indices where they belong; more are staged in shared memory
-// and written side by side. Staging takes 350 cycles, and saves 1,500 of the scattered stores that
-// the fullest lane makes at k = 2048 (128 x 8K: 5.6 -> 4.5 us; k = 512, the other way: 3.3 -> 3.5).
+// Up to this k every thread writes its indices where they belong; more are staged in shared memory
+// and written side by side. Staging takes 350 cycles more for k = 512 and 1024 (1 x 8K), and 400 to
+// 1,100 less for 2048 (1 and 128 x 8K).
 constexpr int kScattered = 1024;
 
 // ---- Launch -------------------------------------------------------------------------------------
