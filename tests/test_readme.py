@@ -82,3 +82,9 @@ def test_the_figures_are_made_from_the_results():
 
     between = README.split("<!-- figures -->")[1].split("<!-- /figures -->")[0]
     assert between.strip() == readme()
+
+
+def test_the_figures_of_the_server_are_made_from_the_results():
+    from dsv4_plugin.testing.figures import server
+
+    assert between("server").strip() == server()

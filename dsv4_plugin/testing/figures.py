@@ -1,7 +1,8 @@
 """The figures of the README and of docs/, made from the committed results.
 
-``python -m dsv4_plugin.testing.figures`` prints what stands between the README's markers, with
-``recall`` as its argument what stands in docs/numerics.md.
+``python -m dsv4_plugin.testing.figures`` prints what stands between the README's ``figures``
+markers, with ``server`` as its argument what stands between its ``server`` markers, with ``recall``
+what stands in docs/numerics.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from dsv4_plugin.testing.recall.command import table
 from dsv4_plugin.testing.topk.bars import best_peers
 
-__all__ = ["RESULTS", "readme", "recall"]
+__all__ = ["RESULTS", "readme", "recall", "server"]
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 _ROWS = (1, 8, 32, 64, 128)
@@ -47,8 +48,9 @@ def readme() -> str:
     upstream = topk.get("vllm_choice", "vllm33")
     about = topk["machine"]
     lines = [
-        f"On one {about['gpu']} (CUDA graphs, warm, µs; `benchmarks/results/h100_topk.json`), "
-        "k = 512: ours on bfloat16 scores / what vLLM 0.33 runs on float32 scores:",
+        f"On one {about['gpu']} (CUDA graphs, warm, µs; `benchmarks/results/h100_topk.json`, of "
+        f"commit {about['commit'].removeprefix('g')[:7]}), k = 512: ours on bfloat16 scores / what "
+        "vLLM 0.33 runs on float32 scores:",
         "",
         "| rows | " + " | ".join(f"{c // 1024}K" for c in _COLUMNS) + " |",
         "|---" * (len(_COLUMNS) + 1) + "|",
@@ -104,5 +106,36 @@ def recall() -> str:
     return f"{head}\n\n{table(document)}"
 
 
+def server() -> str:
+    """Return the Markdown between the ``server`` markers of the README."""
+    document = _load("h100_vllm_e2e.json")
+    about = document["machine"]
+    chain = {
+        p["context"]: {name: s["chain_us_layer"] for name, s in p["servers"].items()}
+        for p in document["profiles"]
+    }
+    lines = [
+        f"vLLM {about['vllm']} with {document['model']['num_hidden_layers']} layers of random "
+        f"weights, on one {about['gpu']}, a request at a time (`benchmarks/results/"
+        f"h100_vllm_e2e.json`, of commit {about['commit'][:7]}), without the plugin / with it "
+        "(`DSV4_TOPK=bf16`):",
+        "",
+        "| tokens of context | ms a token | ratio (95 % interval) | indexer kernels, µs a layer |",
+        "|---|---|---|---|",
+    ]
+    for row in sorted(document["summary"], key=lambda r: r["context"]):
+        if row["figure"] != "tpot_ms":
+            continue
+        low, high = row["interval95"]
+        layer = chain.get(row["context"])
+        kernels = f"{layer['off']:.1f} / {layer['bf16']:.1f}" if layer else ""
+        lines.append(
+            f"| {row['context']:,} | {row['off']:.2f} / {row['bf16']:.2f} | "
+            f"{row['ratio']:.3f} ({low:.3f} – {high:.3f}) | {kernels} |"
+        )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(recall() if sys.argv[1:] == ["recall"] else readme())
+    what = {"recall": recall, "server": server}
+    print(what[sys.argv[1]]() if sys.argv[1:] else readme())
