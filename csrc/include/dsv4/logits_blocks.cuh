@@ -49,7 +49,6 @@ class BlockList {
     uint32_t sum = 0;
     for (int32_t base = 0; base < p_.batch; base += kWarpSize) {
       sum += blocks(base + lane_id());
-      if (base + kWarpSize >= p_.batch) break;
     }
     if (p_.batch <= kWarpSize) {
       take_turn(0, sum);
@@ -61,9 +60,10 @@ class BlockList {
   }
 
   // The request that has block `block` of the list, and its blocks up to `end` of the list. Blocks
-  // are asked for in ascending order.
+  // are asked for in ascending order. One past the list (somebody has written the lengths since
+  // total()) gives an empty range.
   __device__ __forceinline__ BlockRange find(uint32_t block, uint32_t end) {
-    while (true) {
+    while (base_ < p_.batch) {
       const uint32_t holders = __ballot_sync(kFullWarp, before_ + upto_ > block);
       if (holders != 0) {
         const int lane = __ffs(holders) - 1;
@@ -76,6 +76,7 @@ class BlockList {
       base_ += kWarpSize;
       take_turn(base_, blocks(base_ + lane_id()));
     }
+    return {0, 0, 0, 1};
   }
 
  private:

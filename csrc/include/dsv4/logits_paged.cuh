@@ -246,6 +246,7 @@ __global__ void __launch_bounds__(kGroupThreads, kPagedCtas)
   while (block < end) {
     if (!single) {
       range = list.find(block, end);
+      if (range.first >= range.last) return;
       pages = PageNumbers(p.block_table + range.request * p.table_stride, p.table_width,
                           range.first, 1);
       first.fetch(p, range.request, 0);
