@@ -32,7 +32,7 @@ CSRC   := $(wildcard csrc/* csrc/include/dsv4/*)
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
 CPPTREE = $(shell git ls-files -co --exclude-standard 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.h')
 
-.PHONY: help env demo test test-gpu lint format audit wheel so clean vllm-env hosts-env
+.PHONY: help env demo test test-gpu lint format docs audit wheel so clean vllm-env hosts-env
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,7 +43,7 @@ $(VENV)/.ready: pyproject.toml $(CSRC)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip
 	$(VENV)/bin/python -m pip install -q $(TORCH)
-	$(VENV)/bin/python -m pip install -q -e '.[test,dev]'
+	$(VENV)/bin/python -m pip install -q -e '.[test,dev,docs]'
 	touch $@
 
 # Two releases of vLLM without their CUDA stack, for the demo and tests/vllm: some 2 GB, once.
@@ -74,6 +74,9 @@ format: $(READY)  ## put everything into the one format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(CPPTREE)
+
+docs: $(READY)  ## build the documentation site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 audit: $(READY)  ## known vulnerabilities of what the package depends on (pip-audit; needs PyPI)
 	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install -q pip-audit; }

@@ -1,0 +1,58 @@
+"""Links of a page that leave ``docs/``, for the site (``hooks`` in mkdocs.yml).
+
+In the repository's own view they are links. The site has no such page, so a link becomes its text
+and the path; an image is brought along.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+__all__ = ["on_page_markdown", "outside", "split"]
+
+_LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>\.\./[^)#\s]+)[^)]*\)")
+_FENCED = re.compile(r"^(```.*?^```)", re.M | re.S)
+
+
+def outside(page: str, target: str) -> str | None:
+    """Return where a link of ``page`` (a path in ``docs/``) leads in the repository, if outside."""
+    path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), target))
+    return None if path.startswith("docs/") else path
+
+
+def split(markdown: str, page: str) -> tuple[str, dict[str, str]]:
+    """Return the page without links that leave ``docs/``.
+
+    The second value maps the images, by their places on the site, to their paths in the repository.
+    """
+    images: dict[str, str] = {}
+    up = "../" * page.count("/")
+
+    def replaced(link: re.Match[str]) -> str:
+        path = outside(page, link["target"])
+        if path is None:
+            return link[0]
+        if link["image"]:
+            images[f"outside/{path}"] = path
+            return f"![{link['text']}]({up}outside/{path})"
+        shown = link["text"].strip("`")
+        return f"`{path}`" if shown in path else f"{link['text']} (`{path}`)"
+
+    parts = _FENCED.split(markdown)
+    parts[::2] = [_LINK.sub(replaced, part) for part in parts[::2]]
+    return "".join(parts), images
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any, **_: Any) -> str:
+    """Called by MkDocs with every page, before its links are checked."""
+    from mkdocs.structure.files import File
+
+    root = Path(config.config_file_path).parent
+    markdown, images = split(markdown, page.file.src_uri)
+    for place, path in images.items():
+        if files.get_file_from_path(place) is None:
+            files.append(File.generated(config, place, abs_src_path=str(root / path)))
+    return markdown
