@@ -75,8 +75,9 @@ format: $(READY)  ## put everything into the one format
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(CPPTREE)
 
+# Not --quiet: it hides the warnings from --strict too, which then passes.
 docs: $(READY)  ## build the documentation site in build/site; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 audit: $(READY)  ## known vulnerabilities of what the package depends on (pip-audit; needs PyPI)
 	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install -q pip-audit; }

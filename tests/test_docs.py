@@ -32,6 +32,12 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert sorted(re.findall(r": (\S+\.md)$", nav, re.M)) == PAGES
 
 
+def test_a_warning_ends_the_build() -> None:
+    recipe = re.search(r"^docs:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    assert recipe and "mkdocs build --strict" in recipe[1]
+    assert "-q" not in recipe[1]  # MkDocs 1.6 counts no warning that it does not show
+
+
 @pytest.mark.parametrize(
     "page, markdown, want",
     [
