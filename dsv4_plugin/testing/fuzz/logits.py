@@ -751,11 +751,11 @@ def run(case: Any, device: str, op: Callable[..., Any]) -> None:
             dirty(answer)
             # Without a GPU a replay is a call, and may give another tensor.
             again = replay()
-            check(answer if again is None else again, f"replay {step}: ")
             problem.check_inputs()
+            check(answer if again is None else again, f"replay {step}: ")
     else:
-        check(answer, "")
         problem.check_inputs()
+        check(answer, "")
     for name, held in problem.guards:
         fault = held.fault()
         if fault:
