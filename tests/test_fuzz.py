@@ -323,27 +323,42 @@ def test_no_input_of_the_logits_may_be_written_to():
 
 def test_the_content_of_a_request_does_not_depend_on_what_is_kept():
     """Else shrinking to a row would draw another row."""
-    from dsv4_plugin.testing.fuzz.logits import (
-        PagedLogitsCase,
-        RaggedLogitsCase,
-        _PagedProblem,
-        _RaggedProblem,
-    )
+    from dsv4_plugin.testing.fuzz.logits import PagedLogitsCase, RaggedLogitsCase
+    from dsv4_plugin.testing.fuzz.logits_run import problem_of
 
     whole = PagedLogitsCase(
         seed=5, requests=5, next_n=2, lengths="any", loose=1, width=3, pages=15, table="shuffled",
         gone=1,
     )  # fmt: skip
-    some = _PagedProblem(whole.but(keep="2/3"), "cpu")
-    every = _PagedProblem(whole, "cpu")
+    some = problem_of(whole.but(keep="2/3"), "cpu")
+    every = problem_of(whole, "cpu")
     for name in ("bytes", "weights", "per_row"):
         assert torch.equal(getattr(some, name), getattr(every, name)[4:8]), name
     assert torch.equal(some.table, every.table[2:4]) and torch.equal(some.pages, every.pages)
     rows = RaggedLogitsCase(seed=5, queries=9, keys=100, starts="any", ends="any")
-    a, b = _RaggedProblem(rows.but(keep="3/5"), "cpu"), _RaggedProblem(rows, "cpu")
+    a, b = problem_of(rows.but(keep="3/5"), "cpu"), problem_of(rows, "cpu")
     for name in ("bytes", "weights", "starts", "ends"):
         assert torch.equal(getattr(a, name), getattr(b, name)[3:6]), name
     assert torch.equal(a.k, b.k) and torch.equal(a.scale, b.scale)
+
+
+def test_a_case_that_names_cuda_is_one_that_the_kernels_take():
+    """Alignment, heads, head_dim and block_size, by what the dispatch asks for."""
+    from dsv4_plugin.testing.fuzz.logits_run import problem_of
+
+    for op in ("paged_logits", "ragged_logits", "select"):
+        looked_at = 0
+        for seed in range(60):
+            case = OPS[op].draw(seed, "cuda", ("cuda", "torch"))
+            if case.backend != "cuda" or getattr(case, "pad", 0) > 1000:  # gigabytes of padding
+                continue
+            with pytest.raises(UnmetError) as refused:
+                problem_of(case, "cpu").served()
+            text = str(refused.value)
+            assert "not on a CUDA device" in text, text
+            assert not re.search("heads|head_dim|block_size|multiples", text), (str(case), text)
+            looked_at += 1
+        assert looked_at > 5
 
 
 def test_an_exception_is_a_finding():
