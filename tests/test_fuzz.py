@@ -9,7 +9,15 @@ import shlex
 import pytest
 import torch
 
-from dsv4_plugin import cli, gather_indexer_cache, read_indexer_cache, topk
+from dsv4_plugin import (
+    cli,
+    gather_indexer_cache,
+    paged_logits,
+    ragged_logits,
+    read_indexer_cache,
+    select,
+    topk,
+)
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.testing.fuzz import cache
 from dsv4_plugin.testing.fuzz.case import CaseError, describe, parse
@@ -52,7 +60,7 @@ def test_a_case_is_its_own_repetition():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("select:seed=1", "begins with its op"),
+        ("scores:seed=1", "begins with its op"),
         ("topk:rows=1", "has the fields"),
         ("topk:seed=__import__", "must be an integer"),
         ("topk:k=4096", "k must be 1 to 2048"),
@@ -64,6 +72,14 @@ def test_a_case_is_its_own_repetition():
         ("topk:graph=1,streams=1", "exclude each other"),
         ("read:head=6", "multiple of 4"),
         ("read:only=99", "below tokens"),
+        ("paged_logits:requests=2,lengths=1/2/3", "lengths must have 2 entries"),
+        ("paged_logits:loose=1,form=batch", "loose needs a form"),
+        ("paged_logits:flat=1,next_n=2", "flat needs next_n 1"),
+        ("paged_logits:pad=2", "multiples of 4 bytes apart"),
+        ("select:raw=1", "raw needs page"),
+        ("ragged_logits:keep=0/1", "keep must be two of 1"),
+        ("ragged_logits:queries=2,starts=any,ends=5", "ends must have 2 entries"),
+        ("ragged_logits:head=6", "multiple of 4"),
     ],
 )
 def test_a_case_that_means_nothing_is_refused(text, words, capsys):
@@ -186,6 +202,163 @@ def test_mistakes_of_the_reads_are_found_and_shrunk(op, function):
     assert small.shrunk.rows == 1, str(small.shrunk)
     assert run_case(parse(str(small.shrunk), KINDS), "cpu", function).why == small.why
     assert run_case(small.shrunk, "cpu") is None
+
+
+def another_weight(q, cache, weights, *more, **named):
+    """The last head has the weight of the first."""
+    weights = weights.clone()
+    weights[:, -1] = weights[:, 0] + 0.1
+    return paged_logits(q, cache, weights, *more, **named)
+
+
+def another_page(q, cache, weights, lengths, table, **named):
+    return paged_logits(q, cache, weights, lengths, table + 1, **named)
+
+
+def writes_past_the_length(q, cache, weights, lengths, table, **named):
+    out = paged_logits(q, cache, weights, lengths, table, **named)
+    for row, n in zip(out, lengths.reshape(-1).tolist(), strict=False):
+        if 0 <= n < len(row):
+            row[n] = 0.0
+    return out
+
+
+def one_unit_more(out):
+    """Of float32 that was written, in place: within the bound, so float64 does not tell."""
+    if out.dtype == torch.float32:
+        written = (out.view(torch.int32) != 0xABABABAB - (1 << 32)) & out.isfinite()
+        out.copy_(torch.nextafter(out, out.new_tensor(torch.inf)).where(written, out))
+
+
+def looks_at_the_row_before(op):
+    def wrong(*arguments, **named):
+        out = op(*arguments, **named)
+        one_unit_more(out[1:])
+        return out
+
+    return wrong
+
+
+def looks_at_its_request(q, *more, **named):
+    """Rows that have another of their own request before them."""
+    out = paged_logits(q, *more, **named)
+    if q.dim() == 4 and q.shape[1] > 1:
+        one_unit_more(out[1 :: q.shape[1]])
+    return out
+
+
+def drops_the_last_key(q, k, scale, weights, starts, ends, **named):
+    return ragged_logits(q, k, scale, weights, starts, ends.clamp(max=len(k)) - 1, **named)
+
+
+def begins_a_key_late(q, k, scale, weights, starts, ends, **named):
+    return ragged_logits(q, k, scale, weights, starts + 1, ends + 1, **named)
+
+
+def selects_on_other_scores(q, cache, weights, lengths, table, k, **named):
+    return select(q, cache, -weights, lengths, table, k, **named)
+
+
+def selects_on_another_page(q, cache, weights, lengths, table, k, **named):
+    return select(q, cache, weights, lengths, table + 1, k, **named)
+
+
+BEFORE = looks_at_the_row_before
+MISTAKES = {  # op, function, what is said, rows that remain
+    "another weight": ("paged_logits", another_weight, "float64", 1),
+    "another page": ("paged_logits", another_page, "float64", 1),
+    "past the length": ("paged_logits", writes_past_the_length, "past a row's length", 1),
+    "the row before": ("paged_logits", BEFORE(paged_logits), "alone|reversed", 2),
+    "the row before, of its request": ("paged_logits", looks_at_its_request, "alone", 2),
+    "the last key": ("ragged_logits", drops_the_last_key, "float64", 1),
+    "a key late": ("ragged_logits", begins_a_key_late, "float64", 1),
+    "the ragged row before": ("ragged_logits", BEFORE(ragged_logits), "alone|reversed", 2),
+    "other scores": ("select", selects_on_other_scores, "larger|two ops", 1),
+    "another page selected": ("select", selects_on_another_page, "larger|lowest|two ops", 1),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_of_the_logits_are_found_and_shrunk(name):
+    op, function, words, rows = MISTAKES[name]
+    for seed in range(100):
+        found = run_case(OPS[op].draw(seed, "cpu", ("torch",)), "cpu", function)
+        if found:
+            break
+    assert found, "not found in 100 cases"
+    small = shrink(found, "cpu", function, seconds=15)
+    again = parse(str(small.shrunk), KINDS)
+    assert run_case(again, "cpu", function).why == small.why
+    assert re.search(words, small.why), small.why
+    assert run_case(again, "cpu") is None, "the case is right without what was planted"
+    assert again.rows == rows and again.heads <= 2 and again.columns <= 64, str(again)
+    assert len(str(again)) < 100, str(again)
+
+
+def test_no_input_of_the_logits_may_be_written_to():
+    """Nor anything around the result, whatever the op."""
+    cases = {
+        "paged_logits": ("q", "the cache", "weights", "lengths", "block_table"),
+        "ragged_logits": ("q", "k", "k_scale", "weights", "row_starts", "row_ends"),
+    }
+    for op, names in cases.items():
+        right = {"paged_logits": paged_logits, "ragged_logits": ragged_logits}[op]
+        case = parse(f"{op}:codes=1,heads=2", KINDS)
+        for at, name in enumerate(names):
+
+            def wrong(*arguments, at=at, right=right, **named):
+                out = right(*arguments, **named)
+                arguments[at].view(-1)[-1] += 1
+                return out
+
+            assert run_case(case, "cpu", wrong).why == f"{name} was written to", (op, name)
+
+        def spills(*arguments, right=right, **named):
+            out = right(*arguments, **named)
+            out.as_strided((1,), (1,), out.storage_offset() + out.numel()).fill_(0)
+            return out
+
+        assert re.match("around out: .* behind it", run_case(case, "cpu", spills).why)
+
+
+def test_the_content_of_a_request_does_not_depend_on_what_is_kept():
+    """Else shrinking to a row would draw another row."""
+    from dsv4_plugin.testing.fuzz.logits import PagedLogitsCase, RaggedLogitsCase
+    from dsv4_plugin.testing.fuzz.logits_run import problem_of
+
+    whole = PagedLogitsCase(
+        seed=5, requests=5, next_n=2, lengths="any", loose=1, width=3, pages=15, table="shuffled",
+        gone=1,
+    )  # fmt: skip
+    some = problem_of(whole.but(keep="2/3"), "cpu")
+    every = problem_of(whole, "cpu")
+    for name in ("bytes", "weights", "per_row"):
+        assert torch.equal(getattr(some, name), getattr(every, name)[4:8]), name
+    assert torch.equal(some.table, every.table[2:4]) and torch.equal(some.pages, every.pages)
+    rows = RaggedLogitsCase(seed=5, queries=9, keys=100, starts="any", ends="any")
+    a, b = problem_of(rows.but(keep="3/5"), "cpu"), problem_of(rows, "cpu")
+    for name in ("bytes", "weights", "starts", "ends"):
+        assert torch.equal(getattr(a, name), getattr(b, name)[3:6]), name
+    assert torch.equal(a.k, b.k) and torch.equal(a.scale, b.scale)
+
+
+def test_a_case_that_names_cuda_is_one_that_the_kernels_take():
+    """Alignment, heads, head_dim and block_size, by what the dispatch asks for."""
+    from dsv4_plugin.testing.fuzz.logits_run import problem_of
+
+    for op in ("paged_logits", "ragged_logits", "select"):
+        looked_at = 0
+        for seed in range(60):
+            case = OPS[op].draw(seed, "cuda", ("cuda", "torch"))
+            if case.backend != "cuda" or getattr(case, "pad", 0) > 1000:  # gigabytes of padding
+                continue
+            with pytest.raises(UnmetError) as refused:
+                problem_of(case, "cpu").served()
+            text = str(refused.value)
+            assert "not on a CUDA device" in text, text
+            assert not re.search("heads|head_dim|block_size|multiples", text), (str(case), text)
+            looked_at += 1
+        assert looked_at > 5
 
 
 def test_an_exception_is_a_finding():

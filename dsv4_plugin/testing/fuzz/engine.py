@@ -15,7 +15,7 @@ import torch
 
 from dsv4_plugin.backends import Call, unmet
 from dsv4_plugin.errors import UnmetError
-from dsv4_plugin.testing.fuzz import cache, topk
+from dsv4_plugin.testing.fuzz import cache, logits, logits_run, topk
 from dsv4_plugin.testing.fuzz.case import Case, CaseError
 from dsv4_plugin.testing.oracles import Wrong
 
@@ -40,6 +40,9 @@ OPS: dict[str, Op] = {
         cache.ReadMxfp4Case, partial(cache.draw_read, kind=cache.ReadMxfp4Case), cache.run, 1
     ),
     "gather": Op(cache.GatherCase, cache.draw_gather, cache.run, 1),
+    "paged_logits": Op(logits.PagedLogitsCase, logits.draw_paged, logits_run.run, 2),
+    "ragged_logits": Op(logits.RaggedLogitsCase, logits.draw_ragged, logits_run.run, 1),
+    "select": Op(logits.SelectCase, logits.draw_select, logits_run.run, 1),
 }
 
 
@@ -86,13 +89,16 @@ def function_of(op: str) -> Callable[..., Any]:
         from dsv4_plugin import topk as function
 
         return function
-    return cache.op_of(op)
+    return (logits_run if op in ("paged_logits", "ragged_logits", "select") else cache).op_of(op)
 
 
 def backends_here(op: str, device: str) -> tuple[str, ...]:
     """Return the implementations of an op that can run on a device."""
-    dtype = {"topk": torch.bfloat16, "gather": torch.uint8}.get(op, torch.float32)
-    call = Call(op, torch.device(device), dtype, 512 if op == "topk" else 0)
+    if op == "select":  # a chain of two
+        first, second = (backends_here(part, device) for part in ("paged_logits", "topk"))
+        return tuple(name for name in first if name in second)
+    dtype = {"gather": torch.uint8, "read": torch.float32, "read_mxfp4": torch.float32}
+    call = Call(op, torch.device(device), dtype.get(op, torch.bfloat16), 512 if op == "topk" else 0)
     return tuple(name for name in ("cuda", "triton", "torch") if not unmet(call, name))
 
 

@@ -21,12 +21,13 @@ from dsv4_plugin.testing.inputs import DISTRIBUTIONS, scores
 from dsv4_plugin.testing.oracles import Ranking, Wrong, check_selection, slots_of
 from dsv4_plugin.testing.topk.cases import CAPACITIES, DTYPES, EDGES, KS, ODD_KS, plateau
 
-__all__ = ["TopkCase", "draw", "run"]
+__all__ = ["EACH_ROW", "FORMS", "TopkCase", "draw", "lengths_tensor", "run", "smaller"]
 
 MOST_COLUMNS = 8_000_000
 UNGUARDED = 1 << 28  # bytes; a larger span of scores has no guards
 _POISON = {"nan": float("nan"), "inf": float("inf"), "low": float("-inf"), "big": 1e30}
-_FORMS = ("rows", "batch", "batch1", "two_d", "strided")
+FORMS = ("rows", "batch", "batch1", "two_d", "strided")
+EACH_ROW = ("rows", "two_d", "strided")  # the forms with a length for every row
 _LANES = 2  # side streams of a case with `streams`
 
 
@@ -45,7 +46,7 @@ class TopkCase(Case):
         (*DISTRIBUTIONS, "mixed", "plateau"), "distribution; mixed: another for every row"
     )
     lengths: str = numbers(("full", "any"), "of the requests that are kept")
-    form: str = one_of(_FORMS, "shape of lengths")
+    form: str = one_of(FORMS, "shape of lengths")
     wide: int = flag("lengths and row starts are int64")
     starts: int = flag("row starts")
     pages: int = number(0, 0, 4096, "columns of a page; 0: no page table")
@@ -120,13 +121,13 @@ class TopkCase(Case):
         longest = max((int(x) for x in listed), default=self.columns)
         if 0 < longest < self.columns:
             yield self.but(columns=longest)
-        for k in _smaller(self.k):
+        for k in smaller(self.k):
             yield self.but(k=k)
-        for columns in _smaller(self.columns):
+        for columns in smaller(self.columns):
             fit = "/".join(str(min(int(x), columns)) for x in listed) or self.lengths
             yield self.but(columns=columns, lengths=fit)
         if len(listed) == 1:
-            for n in _smaller(max(int(listed[0]), 0)):
+            for n in smaller(max(int(listed[0]), 0)):
                 yield self.but(lengths=str(n))
         if self.graph > 1:
             yield self.but(graph=1)
@@ -134,7 +135,7 @@ class TopkCase(Case):
             yield self.but(seed=1)
 
 
-def _smaller(value: int) -> list[int]:
+def smaller(value: int) -> list[int]:
     """Return smaller positive numbers: a few small ones, parts of it, and a little less."""
     some = [1, 2, 3, 4, 8, *(value - value // part for part in (2, 4, 8, 32, 128)), value - 1]
     return sorted({n for n in some if 0 < n < value})
@@ -169,7 +170,7 @@ def draw(seed: int, device: str, backends: tuple[str, ...]) -> TopkCase:
         dtype=dtype,
         kind=r.choice([x for x in kinds if rows <= 300 or x not in ("plateau", "mixed")]),
         lengths=r.choice(("full", "any", "any")),
-        form=r.choice(_FORMS),
+        form=r.choice(FORMS),
         wide=r.randint(0, 1),
         starts=int(r.random() < 0.3),
         sort=int(r.random() < 0.4),
@@ -249,6 +250,21 @@ def _draw_scores(case: TopkCase, step: int, device: str) -> torch.Tensor:
 # ---- The tensors of a case -----------------------------------------------------------------------
 
 
+def lengths_tensor(
+    form: str, batch: int, next_n: int, dtype: torch.dtype, device: str
+) -> torch.Tensor:
+    """Make lengths of one of :data:`FORMS`, all zero."""
+    rows = batch * next_n if form in EACH_ROW else batch
+    room = torch.zeros(rows, 2, dtype=dtype, device=device)
+    return {
+        "rows": lambda: room[:, 0].clone(),
+        "batch": lambda: room[:, 0].clone(),
+        "batch1": lambda: room[:, :1].clone(),
+        "two_d": lambda: room[:, 0].clone().view(batch, next_n),
+        "strided": lambda: room[:, 0],
+    }[form]()
+
+
 class Problem:
     """The tensors of a case; :meth:`fill` gives those in place the content of a step."""
 
@@ -271,15 +287,7 @@ class Problem:
                 "the scores", rows, columns, dtype, stride=stride, offset=case.offset
             )
         index = torch.int64 if case.wide else torch.int32
-        per_row = case.form in ("rows", "two_d", "strided")
-        room = torch.zeros(self.count if per_row else self.batch, 2, dtype=index, device=device)
-        self.lengths = {
-            "rows": lambda: room[:, 0].clone(),
-            "batch": lambda: room[:, 0].clone(),
-            "batch1": lambda: room[:, :1].clone(),
-            "two_d": lambda: room[:, 0].clone().view(self.batch, case.next_n),
-            "strided": lambda: room[:, 0],
-        }[case.form]()
+        self.lengths = lengths_tensor(case.form, self.batch, case.next_n, index, device)
         self.per_row = torch.zeros(rows, dtype=torch.int64, device=device)
         self.starts = torch.zeros(rows, dtype=index, device=device) if case.starts else None
         self.table = None
@@ -308,7 +316,7 @@ class Problem:
         lengths = torch.tensor(_requests(case, step), dtype=torch.int64, device=device)
         ahead = torch.arange(1 - case.next_n, 1, device=device)
         self.per_row.copy_((lengths[:, None] + ahead).reshape(-1))
-        each = case.form in ("rows", "two_d", "strided")
+        each = case.form in EACH_ROW
         self.lengths.copy_((self.per_row if each else lengths).view(self.lengths.shape))
         g = torch.Generator().manual_seed(case.seed + step)
         whole = case.requests * case.next_n

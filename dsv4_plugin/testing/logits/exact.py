@@ -1,0 +1,147 @@
+"""The index logits in float64, the bound their errors keep to, and how a tensor is held against it.
+
+Shares no code with the package. Beside a score there is its *magnitude*
+``|scale| · Σ_h |w_h| · Σ_d |q_d · k_d|``, in which errors of accumulation are counted
+(docs/numerics.md). All of it runs where the tensors lie.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+__all__ = ["TOLERANCE", "codes", "outside", "paged", "ragged", "scores", "wide"]
+
+# Error of the sums, in units of the magnitude. The reference's dot products are exact; 64 products
+# and sums in float32 are left. Hopper's FP8 tensor cores align the products of a step to the
+# largest and keep some 14 bits, which is most where few products are much larger than the rest:
+# "bytes" are spread evenly over the exponents, "normal" is what an engine writes.
+TOLERANCE = {
+    ("torch", "normal"): 2.0**-17,
+    ("torch", "bytes"): 2.0**-17,
+    ("cuda", "normal"): 2.0**-12,
+    ("cuda", "bytes"): 2.0**-9,
+}
+_CHUNK = 1 << 22  # dot products made at a time: 32 MiB of float64
+
+
+def _e4m3(byte: int) -> float:
+    sign, exponent, mantissa = byte >> 7, (byte >> 3) & 15, byte & 7
+    if exponent == 15 and mantissa == 7:
+        return math.nan
+    size = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
+    return -size if sign else size
+
+
+@functools.cache
+def _values(device: torch.device) -> torch.Tensor:
+    table = [_e4m3(byte) for byte in range(256)]
+    return torch.tensor(table, dtype=torch.float64, device=device)
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Turn e4m3 bytes into float64."""
+    return _values(x.device)[x.contiguous().view(torch.uint8).int()]
+
+
+def codes(shape: tuple[int, ...], kind: str, g: torch.Generator) -> torch.Tensor:
+    """Draw e4m3: ``normal``, as quantisation by the largest value makes them, or all ``bytes``."""
+    if kind == "normal":
+        drawn = torch.randn(shape, generator=g, device=g.device) * 100
+        return drawn.clamp(-448, 448).to(torch.float8_e4m3fn)
+    drawn = torch.randint(0, 254, shape, generator=g, device=g.device)
+    return (drawn + (drawn >= 0x7F)).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def scores(
+    q: torch.Tensor, keys: torch.Tensor, scale: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return float64 scores and magnitudes ``[n, rows, columns]``.
+
+    ``q`` ``[n, rows, heads, head_dim]`` and ``keys`` ``[n, columns, head_dim]`` are e4m3 or its
+    bytes, ``scale`` is ``[n, columns]``, ``weights`` ``[n, rows, heads]``.
+    """
+    heads = q.shape[1:3]
+    a, b = wide(q).flatten(1, 2), wide(keys).transpose(1, 2)
+    scale, weights = scale.double()[:, None], weights.double()[:, :, None]
+    relu = torch.bmm(a, b).clamp_(min=0).unflatten(1, heads)  # a NaN stays one
+    score = scale * torch.matmul(weights, relu)[:, :, 0]
+    size = torch.bmm(a.abs_(), b.abs_()).unflatten(1, heads)
+    return score, scale.abs() * torch.matmul(weights.abs(), size)[:, :, 0]
+
+
+def paged(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weights: torch.Tensor,
+    table: torch.Tensor,
+    block_size: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return score and magnitude ``[rows, columns of the table]``, whatever the lengths.
+
+    ``cache`` is ``[pages, bytes]``. The score of a page that is none is -inf.
+    """
+    batch, next_n, heads, head_dim = q.shape
+    pages, split = len(cache), block_size * head_dim
+    columns = table.shape[1] * block_size
+    score = torch.full((batch, next_n, columns), -torch.inf, dtype=torch.float64, device=q.device)
+    size = torch.zeros_like(score)
+    weights = weights.unflatten(0, (batch, next_n))
+    each = block_size * max(head_dim, next_n * heads)
+    step = max(1, min(table.shape[1], _CHUNK // each))
+    some = max(1, _CHUNK // (each * step))
+    for lo in range(0, batch if pages else 0, some):
+        for first in range(0, table.shape[1], step):
+            page = table[lo : lo + some, first : first + step].long()
+            gone = ((page < 0) | (page >= pages)).repeat_interleave(block_size, 1)[:, None]
+            held = cache[page.clamp(0, pages - 1)]
+            keys = held[:, :, :split].unflatten(2, (block_size, head_dim)).flatten(1, 2)
+            word = held[:, :, split : split + 4 * block_size].contiguous()
+            scale = word.view(torch.float32).flatten(1)
+            part = scores(q[lo : lo + some], keys, scale, weights[lo : lo + some])
+            at = slice(first * block_size, first * block_size + keys.shape[1])
+            score[lo : lo + some, :, at] = part[0].masked_fill_(gone, -torch.inf)
+            size[lo : lo + some, :, at] = part[1].masked_fill_(gone, 0.0)
+    return score.flatten(0, 1), size.flatten(0, 1)
+
+
+def ragged(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return score, magnitude ``[rows, keys]`` by the compressed form, and columns of each row."""
+    rows, keys = len(q), len(k)
+    start = starts.long()
+    n = (ends.long().clamp(max=keys) - start).clamp(min=0).masked_fill(start < 0, 0)
+    score = torch.zeros(rows, keys, dtype=torch.float64, device=q.device)
+    size = torch.zeros_like(score)
+    column = torch.arange(keys, device=q.device)
+    step = max(1, _CHUNK // max(1, keys * q.shape[1]))
+    for lo in range(0, rows if keys else 0, step):
+        part = slice(lo, lo + step)
+        at = (start[part, None] + column).clamp(0, keys - 1)
+        past = column >= n[part, None]
+        found = scores(q[None, part], k[None], k_scale[None], weights[None, part])
+        for whole, some in zip((score, size), found, strict=True):
+            whole[part] = some[0].gather(1, at).masked_fill_(past, 0.0)
+    return score, size, n
+
+
+def outside(
+    got: torch.Tensor, score: torch.Tensor, size: torch.Tensor, tolerance: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return which elements of ``got`` are wrong, and the interval that each must lie in.
+
+    A score is right if it is what some sum within the tolerance rounds to: rounding keeps order, so
+    the two ends of the interval, rounded to the dtype of ``got``, hold it between them.
+    """
+    error = size * tolerance
+    low, high = (score - error).to(got.dtype), (score + error).to(got.dtype)
+    right = ((got >= low) & (got <= high)) | (got.isnan() & score.isnan())
+    return ~right, low, high
