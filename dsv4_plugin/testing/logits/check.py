@@ -11,11 +11,16 @@ from collections.abc import Iterator
 
 import torch
 
+from dsv4_plugin.testing.logits import exact
 from dsv4_plugin.testing.logits.cases import Paged, Ragged
 
 __all__ = ["TOLERANCE", "Sample"]
 
-TOLERANCE = {"cuda": 2.0**-12, "cpu": 2.0**-17}  # by device: tensor cores, the torch reference
+# By device: the tensor cores, the torch reference.
+TOLERANCE = {
+    "cuda": exact.TOLERANCE["cuda", "normal"],
+    "cpu": exact.TOLERANCE["torch", "normal"],
+}
 MOST_ROWS, MOST_COLUMNS = 16, 4096
 EDGE = 64  # the first and the last columns of a row are always looked at
 
