@@ -99,7 +99,8 @@ VARIABLES: tuple[Variable, ...] = (
         ("0", "1"),
         "0",
         "`1` turns every fallback to the engine's own code (a missing seam, a layer that is not "
-        "eligible) into an error when the layer is built or first called.",
+        "eligible) into an error when the layer is built or first called; in SGLang a "
+        "seam that is missing altogether can only be an ERROR line.",
     ),
     Variable(
         "DSV4_SHADOW",
