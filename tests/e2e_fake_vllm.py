@@ -4,6 +4,7 @@ FAKE_MS      milliseconds a token
 FAKE_OTHER   a position at which the token differs from other servers'
 FAKE_DIES    end at once, with this message
 FAKE_FAILS   to copy contexts
+FAKE_CACHE   tokens the cache holds, as its log says
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ if __name__ == "__main__":
 
     found = [e.value for e in entry_points(group="vllm.general_plugins") if e.name == "dsv4_e2e"]
     print("INFO dsv4 stands in, beside", found, flush=True)
+    if "FAKE_CACHE" in os.environ:
+        print(f"INFO GPU KV cache size: {int(os.environ['FAKE_CACHE']):,} tokens", flush=True)
     print("INFO dsv4: plugins allowed:", os.environ.get("VLLM_PLUGINS"), flush=True)
     status = Path(os.environ["E2E_DIR"]) / f"status-{os.getpid()}.json"
     status.write_text(json.dumps({"host": "fake", "counters": {"topk.decode": 2}}))

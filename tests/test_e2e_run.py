@@ -104,6 +104,20 @@ def test_contexts_are_copied_or_else_computed_up_to_a_length(
     ]
 
 
+def test_what_the_cache_does_not_hold_is_not_begun(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "TAIL", 16)
+    code, found = run(
+        model, tmp_path, "--server", "off:FAKE_CACHE=1000", "--contexts", "128",
+        "--concurrent", "256:4", "--tokens", "20", "--pairs", "1",
+    )  # fmt: skip
+    assert code == 1 and len(found["tpot_ms"]) == 1
+    assert found["skipped"] == [
+        "context 256 x 4: RuntimeError: 1,168 tokens of cache are needed, off has 1,000 (--kv-gib)"
+    ]
+
+
 def test_a_server_that_ends_is_an_error_with_its_log(model: Path, tmp_path: Path) -> None:
     code, found = run(model, tmp_path, "--server", "off", "--server", "on:FAKE_DIES=no GPU here")
     assert code == 1 and found["complete"] is False

@@ -237,6 +237,14 @@ class Run:
         long = context > 2 * measure.CHUNK
         if a.copy_contexts and not self.copies and context * count > COMPUTABLE:
             raise RuntimeError("copying contexts failed before; too long to be computed")
+        # What does not fit is prefilled again at every turn, and never decodes side by side.
+        needed = count * (context + measure.TAIL + a.tokens)
+        for server in self.servers:
+            held = server.cache_tokens()
+            if held is not None and needed > held:
+                raise RuntimeError(
+                    f"{needed:,} tokens of cache are needed, {server.name} has {held:,} (--kv-gib)"
+                )
         before = time.monotonic()
         prompts, how = measure.contexts(
             self.servers, context, count, a.copy_contexts and self.copies

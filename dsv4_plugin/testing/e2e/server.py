@@ -23,6 +23,7 @@ MODEL = "v4"
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 HOST = "127.0.0.1"
 SIDE = "dsv4_plugin.testing.e2e.vllm_side:register"
+CACHE = re.compile(r"KV cache size: ([\d,]+) tokens")
 TOLD = re.compile(
     r"dsv4|graph captur|Graph capturing|KV cache size|Model loading took|init engine|"
     r"took .* seconds|Using .* backend|Available KV|WARNING.*(?:topk|indexer)",
@@ -159,6 +160,11 @@ class Server:
         except OSError:
             return []
         return [line[:400] for line in text.splitlines() if pattern.search(line)][-most:]
+
+    def cache_tokens(self) -> int | None:
+        """Return how many tokens the cache holds, as the log says, or None where it does not."""
+        found = [m[1] for line in self.lines(CACHE) if (m := CACHE.search(line))]
+        return int(found[-1].replace(",", "")) if found else None
 
     def errors(self) -> str:
         """Return what the log says went wrong, or its end."""
