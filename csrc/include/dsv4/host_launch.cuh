@@ -24,9 +24,9 @@ inline cudaError_t multiprocessors(int device, int* count) {
 
 // Lets a kernel use `bytes` of dynamic shared memory, always the same for a kernel. Once a device.
 //
-// A multiprocessor divides its memory into L1 and shared memory anew only when it is idle. With
-// programmatic launches it hardly ever is, and a kernel that came in behind another would find room
-// for some of its CTAs only: so all of ours ask for the same, the most shared memory.
+// A multiprocessor divides its memory into L1 and shared memory anew only when it is idle, so the
+// selection and the logits, which follow each other, ask for the same: the most shared memory.
+// (That their chain got no faster by it stands in docs/notes/logits.md.)
 template <auto kKernel>
 inline cudaError_t allow_shared_memory(int device, int bytes) {
   static std::atomic<bool> done[kMaxDevices];
