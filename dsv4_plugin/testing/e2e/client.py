@@ -6,13 +6,16 @@ import http.client
 import json
 import random
 import statistics
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["Answer", "Client", "random_prompt", "together"]
+__all__ = ["Answer", "Client", "at_once", "random_prompt", "together"]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 FIRST_WORD = 3  # below are the special tokens
 WORDS = 19_000  # of the tokenizer that examples/make_tiny_v4.py writes
@@ -131,28 +134,15 @@ class Client:
         return answer
 
 
+def at_once(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Do ``work`` on every item at the same time; raises an error once all are done."""
+    with ThreadPoolExecutor(len(items)) as pool:
+        return list(pool.map(work, items))
+
+
 def together(clients_prompts: Sequence[tuple[Client, Sequence[int]]], tokens: int) -> list[Answer]:
     """Send requests at the same time; returns when all are answered, raises the first error."""
-    answers: list[Answer | None] = [None] * len(clients_prompts)
-    errors: list[Exception] = []
-
-    def one(i: int, client: Client, prompt: Sequence[int]) -> None:
-        try:
-            answers[i] = client.complete(prompt, tokens)
-        except Exception as error:
-            errors.append(error)
-
-    threads = [
-        threading.Thread(target=one, args=(i, client, prompt))
-        for i, (client, prompt) in enumerate(clients_prompts)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return [answer for answer in answers if answer is not None]
+    return at_once(lambda pair: pair[0].complete(pair[1], tokens), clients_prompts)
 
 
 def time_per_token(answers: Sequence[Answer]) -> float:

@@ -6,13 +6,12 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.testing.e2e.client import random_prompt, time_per_token, together
+from dsv4_plugin.testing.e2e.client import at_once, random_prompt, time_per_token, together
 from dsv4_plugin.testing.e2e.server import Server
 
 __all__ = ["CHUNK", "TAIL", "Traces", "contexts", "outputs", "profile", "tpot", "ttft", "warm"]
@@ -21,25 +20,6 @@ CHUNK = 8192  # --max-num-batched-tokens
 # A context is whole chunks and this: the end of it is computed, whatever comes before is copied.
 TAIL = 512
 SETTLED = 1.2
-
-
-def everywhere(servers: Sequence[Server], work: Callable[[Server], None]) -> None:
-    """Do ``work`` on every server at the same time; raises the first error."""
-    errors: list[Exception] = []
-
-    def one(server: Server) -> None:
-        try:
-            work(server)
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=one, args=(server,)) for server in servers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 def warm(servers: Sequence[Server], batch: int, until: float) -> dict[str, list[float]]:
@@ -62,7 +42,7 @@ def warm(servers: Sequence[Server], batch: int, until: float) -> dict[str, list[
         prompts = [random_prompt(TAIL + 7 * i, seed + i) for i in range(batch)]
         together([(server.client, p) for p in prompts], 24)
 
-    everywhere(servers, one)
+    at_once(one, servers)
     return took
 
 
@@ -131,7 +111,7 @@ def contexts(
         finally:
             server.copy_contexts(False)
 
-    everywhere(servers, one)
+    at_once(one, servers)
     if failed and len(failed) < len(servers):
         raise RuntimeError(f"copying a context failed in {', '.join(failed)} only; see the log")
     return prompts, "copied" if copy and not failed else "computed"
