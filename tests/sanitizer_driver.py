@@ -202,7 +202,7 @@ CASES = (*PATHS, *LOGITS)
 
 
 class LogitsCall:
-    """The tensors of a case: on the GPU the table has nothing past a row's length."""
+    """The tensors of a case: on the GPU the table of several requests has nothing past a length."""
 
     def __init__(self, path: Logits, plant: str = "") -> None:
         self.path = path
@@ -234,6 +234,8 @@ class LogitsCall:
             self.held = table.view(-1)[: batch * width // 2].cuda()
             return beyond(self.held, batch * width).view(batch, width)
         longest = self.case.lengths.view(batch, -1).amax(1).clamp(0, self.columns)
+        if batch == 1 and not self.plant:  # a single request's row is read ahead of its length
+            longest[0] = 64 * width
         for b, n in enumerate(longest.tolist()):
             pages = -(-n // 64) - (self.plant == "uninitialised")
             if pages > 0:

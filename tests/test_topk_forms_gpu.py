@@ -112,6 +112,19 @@ def test_page_table(dtype, page_size, per_request, sort):
         assert torch.equal(alone, got), "out_raw changed the slots"
 
 
+@pytest.mark.parametrize("length", [3, 5000, 65_536])
+@pytest.mark.parametrize("sort", [False, True])
+def test_a_page_table_without_a_page(length, sort):
+    """It has no memory, and is a page table all the same: there is no slot."""
+    logits = draw("normal", 2, length, "bfloat16")
+    table = torch.empty(2, 0, dtype=torch.int32, device=DEVICE)
+    raw = torch.full((2, 512), 9, dtype=torch.int32, device=DEVICE)
+    n = ints([length, length // 2])
+    got = run(logits, n, 512, sort=sort, page_table=table, page_size=64, out_raw=raw)
+    assert (got == -1).all()
+    Ranking(logits, n).check(raw, 512, sort=sort)
+
+
 @pytest.mark.parametrize("kind", ["normal", "crowded", "relu_sum", "special"])
 def test_narrow_is_rounding_first(kind):
     """Bit for bit what selecting on `logits.bfloat16()` gives, order included."""

@@ -97,13 +97,13 @@ class BlockList {
   uint32_t upto_ = 0;    // of the turn's requests up to this lane's
 };
 
-// The pages of blocks first, first + step, ... of a table row of `width` entries: 32 at a time in
-// the lanes of a warp, the next 32 on their way.
+// The pages of blocks first, first + step, ... below `end` in a table row: 32 at a time in the
+// lanes of a warp, the next 32 on their way.
 class PageNumbers {
  public:
-  __device__ __forceinline__ PageNumbers(const int32_t* row, int32_t width, int32_t first,
+  __device__ __forceinline__ PageNumbers(const int32_t* row, int32_t end, int32_t first,
                                          int32_t step)
-      : row_(row), width_(width), next_block_(first + lane_id() * step), step_(step) {
+      : row_(row), end_(end), next_block_(first + lane_id() * step), step_(step) {
     now_ = fetch();
     next_ = fetch();
   }
@@ -127,13 +127,13 @@ class PageNumbers {
 
  private:
   __device__ __forceinline__ int32_t fetch() {
-    const int32_t page = next_block_ < width_ ? row_[next_block_] : -1;
+    const int32_t page = next_block_ < end_ ? row_[next_block_] : -1;
     next_block_ += kWarpSize * step_;
     return page;
   }
 
   const int32_t* row_;
-  int32_t width_;
+  int32_t end_;
   int32_t next_block_;
   int32_t step_;
   int32_t base_ = 0;

@@ -226,7 +226,8 @@ __global__ void __launch_bounds__(kGroupThreads, kPagedCtas)
   pdl_wait();
   pdl_launch_dependents();
 
-  // A single request's length, pages and query are on their way at the same time.
+  // A single request's length, pages and query are on their way at the same time: its table row may
+  // be read beyond the length, not beyond its width.
   const bool single = p.batch == 1;
   const int32_t step = static_cast<int32_t>(gridDim.x);
   BlockList list(p);
@@ -247,8 +248,8 @@ __global__ void __launch_bounds__(kGroupThreads, kPagedCtas)
     if (!single) {
       range = list.find(block, end);
       if (range.first >= range.last) return;
-      pages = PageNumbers(p.block_table + range.request * p.table_stride, p.table_width,
-                          range.first, 1);
+      pages =
+          PageNumbers(p.block_table + range.request * p.table_stride, range.last, range.first, 1);
       first.fetch(p, range.request, 0);
     }
     score_request<Out, kHeads, kOneRow>(p, range, pages, first, shared);

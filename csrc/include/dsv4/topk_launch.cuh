@@ -156,7 +156,7 @@ inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, Topk
     size_t entries = 1;
     while (entries < static_cast<size_t>(p.k)) entries *= 2;
     bytes += entries * sizeof(uint64_t);
-  } else if (p.page_table != nullptr || p.out_raw != nullptr || p.k > kScattered) {
+  } else if (p.paged() || p.out_raw != nullptr || p.k > kScattered) {
     plan->staged = true;
     bytes += p.k * sizeof(int32_t);
   }

@@ -28,14 +28,17 @@ struct TopkParams {
   int32_t* out_raw;  // the same, or null
   int64_t out_raw_stride;
 
-  const int32_t* page_table;  // [rows / page_group, pages], stride(1) == 1, or null
+  const int32_t* page_table;  // [rows / page_group, pages], stride(1) == 1; null if pages is 0
   int64_t page_table_stride;
   int32_t page_group;
   int32_t pages;
-  int32_t page_size;
+  int32_t page_size;   // 0: no page table
   int32_t page_shift;  // log2(page_size), or -1 where it is no power of two
 
   bool sort;
+
+  // A table without a page is a table all the same: it has no memory, and every slot is -1.
+  __host__ __device__ __forceinline__ bool paged() const { return page_size > 0; }
 };
 
 // The scores one row may look at: columns [start, start + length).
@@ -78,10 +81,9 @@ struct RowOutput {
   __device__ __forceinline__ RowOutput(const TopkParams& p, int32_t row)
       : out(p.out + row * p.out_stride),
         out_raw(p.out_raw == nullptr ? nullptr : p.out_raw + row * p.out_raw_stride),
-        pages(p.page_table == nullptr
-                  ? nullptr
-                  : p.page_table +
-                        (p.page_group == 1 ? row : row / p.page_group) * p.page_table_stride),
+        pages(p.paged() ? p.page_table +
+                              (p.page_group == 1 ? row : row / p.page_group) * p.page_table_stride
+                        : nullptr),
         page_count(p.pages),
         page_size(p.page_size),
         page_shift(p.page_shift) {}
@@ -89,7 +91,7 @@ struct RowOutput {
   // The pool slot of a row-local index: -1 for an index beyond the table (a length the caller's
   // table does not cover) and for one on a page that is none (a table padded with -1).
   __device__ __forceinline__ int32_t slot(int32_t index) const {
-    if (pages == nullptr || index < 0) return index;
+    if (page_size == 0 || index < 0) return index;
     const int32_t page = page_shift >= 0 ? index >> page_shift : index / page_size;
     if (page >= page_count) return -1;
     const int32_t number = pages[page];

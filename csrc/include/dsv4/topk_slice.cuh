@@ -241,7 +241,7 @@ struct TopkSlice {
     } else if (plan.staged) {
       __syncthreads();
       const int32_t* staged = staging();
-      if (!together() && p.page_table == nullptr && p.out_raw == nullptr) {
+      if (!together() && !p.paged() && p.out_raw == nullptr) {
         int32_t* to = out();
         for (int32_t i = threadIdx.x; i < p.k; i += kThreads) to[i] = staged[i];
         return;
