@@ -37,7 +37,7 @@ def paged_logits(
 
     * **what is written**: the row's ``length`` first columns, clipped to the columns of ``out`` and
       of ``block_table``. What lies past that is not written: in a new tensor it is uninitialised.
-    * **what is read**: the pages and entries of ``block_table`` that those columns need; of a single
+    * **what is read**: the pages and entries of ``block_table`` that those columns need; of a lone
       request any entries of its row, since they are read ahead of its length. A page below zero or
       past the end of the cache scores ``-inf``, and nothing is read for it.
     * **NaN**: a NaN in a query, a key, a scale or a weight of a score makes that score NaN.
