@@ -6,9 +6,9 @@ device of a call, never at data. An explicit choice is met or refused with every
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from dsv4_plugin import log
 from dsv4_plugin.checks import MAX_K
 from dsv4_plugin.envs import settings
-from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.errors import SettingError, UnmetError
 
 __all__ = ["ORDER", "Call", "capability", "choose", "resolve", "unmet"]
 
@@ -155,16 +155,34 @@ def choose(call: Call, backend: str = "auto") -> str:
         if name in _FORMS[call.op]:
             reasons = unmet(call, name)
             if not reasons:
-                because = f" ({'; '.join(passed)})" if passed else ""
-                log.once(logging.DEBUG, f"{call.op} on {call.device}: {name}{because}")
                 return name
             passed.append(f"not {name}: {', '.join(reasons)}")
     raise UnmetError(call.op, passed)
 
 
+def _tell(call: Call, asked: str, chosen: str) -> None:
+    """Say which implementation a form of call gets, and why not one that comes before it."""
+    with contextlib.suppress(SettingError):  # that is an error where the setting counts
+        if settings().log == "debug":
+            log.configure("debug")  # outside of an engine nobody has
+    if log.tells_everything():
+        better = [b for b in ORDER[: ORDER.index(chosen)] if b in _FORMS[call.op]]
+        passed = [
+            f"not {b}: {', '.join(unmet(call, b)) or f'{asked} was asked for'}" for b in better
+        ]
+        form = f"{call.dtype}".removeprefix("torch.") + (f", k {call.k}" if call.k else "")
+        by = "" if asked == "auto" else f", as {asked} was asked for"
+        log.debug(
+            f"first use of {call.op} on {call.device} ({form}): {chosen}{by}"
+            + (f" ({'; '.join(passed)})" if passed else "")
+        )
+
+
 @functools.lru_cache(maxsize=1024)
 def _load(call: Call, backend: str) -> Callable[..., Any]:
-    module, _, function = _FORMS[call.op][choose(call, backend)].partition(":")
+    chosen = choose(call, backend)
+    _tell(call, backend, chosen)
+    module, _, function = _FORMS[call.op][chosen].partition(":")
     return getattr(importlib.import_module(module), function)
 
 

@@ -7,7 +7,6 @@ broken is part of the answer, so nothing here raises; neither torch nor an engin
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib
 import json
@@ -45,17 +44,6 @@ ENGINES = {
     "sglang": ("SGLang", "sglang"),
     "tokenspeed": ("TokenSpeed", "tokenspeed"),
 }
-# Variables that are read while building, testing or by make, not by the plugin at run time.
-OTHER_VARIABLES = (
-    "DSV4_BUILD_CUDA",
-    "DSV4_CI",
-    "DSV4_CUDA_ARCHS",
-    "DSV4_HOSTS_ENV",
-    "DSV4_SGLANG_VERSIONS",
-    "DSV4_TOKENSPEED_VERSIONS",
-    "DSV4_VLLM_ENV",
-    "DSV4_VLLM_VERSIONS",
-)
 SWITCHES = "`vllm serve --plugin dsv4`, `sglang serve --dsv4-topk auto` or `DSV4_PLUGIN=1`"
 TOPK_K = 512  # the k of DeepSeek-V4
 WIDTH = 96
@@ -201,13 +189,7 @@ def _settings() -> dict[str, Data]:
 
 
 def _unknown_variables() -> dict[str, str | None]:
-    """Map every ``DSV4_*`` variable that nobody reads to the one it looks like."""
-    known = [variable.name for variable in envs.VARIABLES]
-    unknown: dict[str, str | None] = {}
-    for name in sorted(os.environ):
-        if name.startswith("DSV4_") and name not in known and name not in OTHER_VARIABLES:
-            unknown[name] = next(iter(difflib.get_close_matches(name, known, 1)), None)
-    return unknown
+    return envs.unknown()
 
 
 def _ops() -> dict[str, Data]:

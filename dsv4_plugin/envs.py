@@ -18,17 +18,20 @@ from typing import Any
 from dsv4_plugin.errors import SettingError
 
 __all__ = [
+    "OTHER_VARIABLES",
     "VARIABLES",
     "Settings",
     "Variable",
     "choices",
     "killed",
+    "origins",
     "override",
     "parse",
     "put",
     "settings",
     "switch",
     "table",
+    "unknown",
 ]
 
 
@@ -116,7 +119,9 @@ VARIABLES: tuple[Variable, ...] = (
         "log",
         ("info", "debug", "warning", "error"),
         "info",
-        "How much the plugin logs.",
+        "How much the plugin logs. `debug`: every setting and its origin, every seam and patch, "
+        "what was decided for each layer and op, with every reason, once a process "
+        "([docs/troubleshooting.md](docs/troubleshooting.md#everything-in-the-log)).",
     ),
     Variable(
         "DSV4_STATUS_DIR",
@@ -129,6 +134,17 @@ VARIABLES: tuple[Variable, ...] = (
     ),
 )
 _BY_FIELD = {v.field: v for v in VARIABLES}
+# Variables that are read while building, testing or by make, not by the plugin at run time.
+OTHER_VARIABLES = (
+    "DSV4_BUILD_CUDA",
+    "DSV4_CI",
+    "DSV4_CUDA_ARCHS",
+    "DSV4_HOSTS_ENV",
+    "DSV4_SGLANG_VERSIONS",
+    "DSV4_TOKENSPEED_VERSIONS",
+    "DSV4_VLLM_ENV",
+    "DSV4_VLLM_VERSIONS",
+)
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,7 @@ def parse(environ: Mapping[str, str]) -> Settings:
 
 
 _override: dict[str, Any] = {}
+_put: set[str] = set()  # the variables that an engine's command line set in this process
 _cache: tuple[tuple[str | None, ...], dict[str, Any], Settings] | None = None
 
 
@@ -214,6 +231,7 @@ def switch(on: bool) -> bool:
     if on and killed():
         return False
     os.environ[_BY_FIELD["plugin"].name] = "1" if on else "0"
+    _put.add("plugin")
     return True
 
 
@@ -231,6 +249,7 @@ def put(field: str, value: str) -> None:
     variable = _BY_FIELD[field]
     _convert(variable, value, variable.name)
     os.environ[variable.name] = value
+    _put.add(field)
 
 
 def override(config: Mapping[str, Any] | None) -> None:
@@ -259,6 +278,43 @@ def override(config: Mapping[str, Any] | None) -> None:
         values[variable.field] = _convert(variable, text, f"additional_config['dsv4'][{key!r}]")
     values.setdefault("plugin", True)
     _override = values
+
+
+def origins() -> dict[str, tuple[str, str]]:
+    """Return the value in force of every variable, as text, and where it came from; never raises.
+
+    A command line is known in the process that parsed it; those it starts see an environment.
+    """
+    found = {}
+    for v in VARIABLES:
+        text, source = os.environ.get(v.name), "the environment"
+        if v.field in _put:
+            source = "the command line"
+        if v.field in _override and not (v.field == "plugin" and killed()):
+            value = _override[v.field]
+            text = next((t for t, flag in _FLAGS.items() if flag is value), str(value))
+            source = "additional_config['dsv4']"
+        if text is None:
+            text, source = v.default, "the default"
+        else:
+            try:
+                _convert(v, text, v.name)
+            except SettingError:
+                source += ", where it is wrong"
+        found[v.name] = (text.strip() or "unset", source)
+    return found
+
+
+def unknown() -> dict[str, str | None]:
+    """Map every ``DSV4_*`` variable that nobody reads to the one it looks like."""
+    import difflib
+
+    known = [variable.name for variable in VARIABLES]
+    return {
+        name: next(iter(difflib.get_close_matches(name, known, 1)), None)
+        for name in sorted(os.environ)
+        if name.startswith("DSV4_") and name not in known and name not in OTHER_VARIABLES
+    }
 
 
 def table() -> str:

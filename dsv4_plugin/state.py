@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4_plugin import status_file
+from dsv4_plugin import log, status_file
 
 __all__ = ["Seam", "State", "state", "status"]
 
@@ -47,11 +47,19 @@ class State:
     failures: dict[str, str] = field(default_factory=dict)  # part -> why it was switched off
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
+    def found(self, seam: Seam) -> None:
+        """Note what looking for a seam found."""
+        self.seams[seam.name] = seam
+        said = f"missing: {seam.why}" if seam.where is None else f"found: {seam.where}"
+        log.debug(f"{self.host}: seam {seam.name} {said}")
+
     def count(self, name: str) -> None:
         """Add one to a counter (``topk.decode``, ``topk.decode.upstream`` …)."""
         with self._lock:
             self.counters[name] += 1
             number = self.counters[name]
+        if number == 1:
+            log.debug(f"{self.host}: first call of {name}")
         if number & (number - 1) == 0:  # 1, 2, 4, 8 …: a file that is at most half behind
             status_file.publish(self.report)
 

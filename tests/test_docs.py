@@ -77,6 +77,8 @@ def quoted() -> list[str]:
     lines = [line for block in blocks for line in block.splitlines()]
     tables = re.findall(r"^\| reason \|.*\n((?:\|.*\n)+)", page, re.M)
     cells = [cell for table in tables for cell in re.findall(r"^\| (`[^|]*) \|", table, re.M)]
+    tables = re.findall(r"^\| what \| how the line looks \|\n\|.*\n((?:\|.*\n)+)", page, re.M)
+    cells += [cell for table in tables for cell in re.findall(r"\| ([^|]*) \|$", table, re.M)]
     return lines + [span for cell in cells for span in re.findall(r"`([^`]+)`", cell)]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from packaging_tools import ROOT
 
-from dsv4_plugin import doctor, envs
+from dsv4_plugin import envs
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -32,7 +32,7 @@ def test_there_is_a_place_for_the_figures() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_variable_that_is_named_exists(page: Path) -> None:
-    known = {v.name for v in envs.VARIABLES} | set(doctor.OTHER_VARIABLES)
+    known = {v.name for v in envs.VARIABLES} | set(envs.OTHER_VARIABLES)
     assert set(re.findall(r"\bDSV4_[A-Z_]+[A-Z]\b", page.read_text())) <= known
 
 

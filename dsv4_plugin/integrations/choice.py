@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from dsv4_plugin import backends, envs
+from dsv4_plugin import backends, envs, log
 from dsv4_plugin.envs import Settings
 from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.integrations.plan import KS, Topk
@@ -67,29 +67,39 @@ def choose_topk(
     settings: Settings,
     candidates: Sequence[str],
     possible: Callable[[str], tuple[Topk | None, list[str]]],
+    what: str,
 ) -> tuple[Topk | None, Passed]:
     """Decide from ``DSV4_TOPK``; ``candidates`` are the dtypes of ``auto``, best first.
 
-    ``possible(dtype)`` returns how a dtype can be had, or every reason why it cannot.
+    ``possible(dtype)`` returns how a dtype can be had, or every reason why it cannot. ``what`` the
+    decision is about is for the log alone.
 
     Raises:
         UnmetError: an explicit setting cannot be met (or, with ``DSV4_STRICT=1``,
             ``DSV4_LOGITS=own`` or an explicit ``DSV4_BACKEND``, the default); the message has every
             reason.
     """
+
+    def ask(dtype: str) -> tuple[Topk | None, list[str]]:
+        chosen, reasons = possible(dtype)
+        if log.tells_everything():
+            said = f"{chosen.backend} on {chosen.on}" if chosen else f"no: {'; '.join(reasons)}"
+            log.debug(f"{what}: DSV4_TOPK={settings.topk}, top-k in {dtype}: {said}")
+        return chosen, reasons
+
     if settings.topk == "off":
         if settings.logits == "own":
             raise UnmetError("DSV4_LOGITS=own", ["DSV4_TOPK=off leaves the logits to the engine"])
         return None, {"top-k": ["DSV4_TOPK=off"]}
     if settings.topk != "auto":
-        chosen, reasons = possible(settings.topk)
+        chosen, reasons = ask(settings.topk)
         if chosen is None:
             own = ", DSV4_LOGITS=own" if settings.logits == "own" else ""
             raise UnmetError(f"DSV4_TOPK={settings.topk}{own}", reasons)
         return chosen, {}
     passed: Passed = {}
     for dtype in candidates:
-        chosen, reasons = possible(dtype)
+        chosen, reasons = ask(dtype)
         if chosen is not None:
             return chosen, passed
         passed[dtype] = reasons

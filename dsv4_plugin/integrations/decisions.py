@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from dsv4_plugin import envs, log
+import torch
+
+from dsv4_plugin import envs, facts, log
 from dsv4_plugin.integrations import choice, plan
 from dsv4_plugin.integrations.choice import Passed
 from dsv4_plugin.integrations.plan import Plan, Topk
@@ -14,7 +16,16 @@ from dsv4_plugin.state import state
 
 __all__ = ["Decisions", "announce"]
 
-Kind = TypeVar("Kind", bound=Hashable)
+
+class _Kind(Hashable, Protocol):
+    """What a decision depends on; ``str()`` of it names it in the log."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the scores are."""
+
+
+Kind = TypeVar("Kind", bound=_Kind)
 
 
 class Decisions(Generic[Kind]):
@@ -53,8 +64,12 @@ class Decisions(Generic[Kind]):
         log.configure(settings.log)
         if not settings.enabled:
             return None
+        facts.process(state.host or "an engine")
+        facts.device(kind.device)
         plan.decide(Plan(True, settings.strict))
-        topk, passed = choice.choose_topk(settings, candidates, lambda d: possible(settings, d))
+        topk, passed = choice.choose_topk(
+            settings, candidates, lambda d: possible(settings, d), str(kind)
+        )
         self._made[kind] = topk
         plan.decide(Plan(True, settings.strict, topk))
         report(topk, passed)

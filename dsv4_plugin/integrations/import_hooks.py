@@ -59,6 +59,7 @@ class _Finder(importlib.abc.MetaPathFinder):
                 callback = self.pending.pop(spec.name, None)
                 self.leave()
             if callback is not None:
+                log.debug(f"{spec.name} is imported; it is looked at now")
                 _call(callback, module)
 
         try:
@@ -92,6 +93,7 @@ def after_import(name: str, callback: Callback) -> None:
     with _lock:
         module = sys.modules.get(name)
         if module is None:
+            log.debug(f"{name} is not imported yet; it is looked at when it is")
             _finder.pending.setdefault(name, callback)
             if _finder not in sys.meta_path:
                 sys.meta_path.insert(0, _finder)

@@ -43,6 +43,9 @@ def choose(
     reasons: list[str] = []
     for who in AUTO[dtype] if settings.logits == "auto" else (settings.logits,):
         why = host() if who == "host" else own()
+        if log.tells_everything():
+            said = f"no: {'; '.join(why)}" if why else "yes"
+            log.debug(f"DSV4_LOGITS={settings.logits}, {dtype} logits by {who}: {said}")
         if not why:
             return who, []
         reasons += why

@@ -42,10 +42,12 @@ class Ledger:
     def replace(self, owner: Any, name: str, replacement: Any, where: str) -> Patch:
         """Set ``owner.name``; a second patch of ours on the same attribute is refused."""
         if any(p.owner is owner and p.name == name for p in self.patches):
+            log.debug(f"patch {where}: already there")
             raise RuntimeError(f"{where} is patched already")
         patch = Patch(owner, name, vars(owner).get(name, _ABSENT), replacement, where)
         setattr(owner, name, replacement)
         self.patches.append(patch)
+        log.logger.debug("patch %s: applied, in place of %s", where, _called(patch.original))
         return patch
 
     def restore(self, resolve: Callable[[Patch], Any] | None = None) -> None:
@@ -55,16 +57,26 @@ class Ledger:
             if not patch.ours:
                 current = vars(patch.owner).get(patch.name)
                 log.logger.warning(
-                    "%s was patched by somebody else since (%s.%s); it is left as it is",
+                    "%s was patched by somebody else since (%s); it is left as it is",
                     patch.where,
-                    getattr(current, "__module__", type(current).__module__),
-                    getattr(current, "__qualname__", type(current).__qualname__),
+                    _called(current),
                 )
-            elif patch.original is not _ABSENT:
-                setattr(patch.owner, patch.name, patch.original)
-            else:
+                continue
+            original = patch.original
+            if original is _ABSENT:
                 found = resolve(patch) if resolve is not None else None
-                if found is None:
-                    delattr(patch.owner, patch.name)
-                else:
-                    setattr(patch.owner, patch.name, found)
+                original = _ABSENT if found is None else found
+            if original is _ABSENT:
+                delattr(patch.owner, patch.name)
+            else:
+                setattr(patch.owner, patch.name, original)
+            log.logger.debug("patch %s: reverted to %s", patch.where, _called(original))
+
+
+def _called(value: Any) -> str:
+    """Name what an attribute holds."""
+    if value is _ABSENT:
+        return "what the owner looks up itself"
+    function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    names = (getattr(function, n, getattr(type(value), n)) for n in ("__module__", "__qualname__"))
+    return ".".join(map(str, names))

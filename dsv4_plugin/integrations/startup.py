@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from dsv4_plugin import envs, log
+from dsv4_plugin import envs, facts, log
 from dsv4_plugin.errors import SettingError
 
 __all__ = ["asked", "may_patch", "uninstall"]
@@ -26,15 +26,19 @@ def may_patch(engine: str) -> bool:
     except SettingError as error:
         log.configure("info")
         log.once(logging.WARNING, str(error))
+    facts.process(engine)
     return True
 
 
 def asked() -> bool:
     """Whether somebody switched the plugin on; True as well where a setting is wrong."""
     try:
-        return envs.settings().enabled
+        enabled = envs.settings().enabled
     except SettingError:
         return True
+    if not enabled:
+        log.debug("nobody switched the plugin on (DSV4_PLUGIN): nothing more is looked at here")
+    return enabled
 
 
 def uninstall(package: str, *names: str) -> None:

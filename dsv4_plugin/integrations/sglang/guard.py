@@ -41,6 +41,9 @@ class _Kind:
     backend: Any  # SGLang's DSATopKBackend, or None before 0.5.17
     fp4: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.name}, k {self.k}, {self.device}"
+
 
 _decisions: Decisions[_Kind] = Decisions()
 forget = _decisions.forget
@@ -63,10 +66,9 @@ def _get(kind: _Kind) -> Topk | None:
     if not seams.installed():
         return None
     names = ("forward", "topk.paged", "logits") if kind.name == _V4 else ("topk.dsa",)
-    what = f"{kind.name}, k {kind.k}, {kind.device}"
 
     def decided(topk: Topk | None, passed: choice.Passed) -> None:
-        announce(what, names, topk, passed)
+        announce(str(kind), names, topk, passed)
         if topk is not None:
             shadow.prepare(kind.device, "paged" if kind.name == _V4 else "dsa")
 

@@ -33,7 +33,10 @@ def _theirs() -> Any:
 
 def around(target: str | None, hook: Callable[..., Any]) -> None:
     """Register ``hook`` around ``target`` once; SGLang applies it after all plugins ran."""
-    if target is None or target in _hooks:
+    if target is None:
+        return
+    if target in _hooks:
+        log.debug(f"hook around {target}: already there")
         return
     theirs = _theirs()
     if target in getattr(theirs.HookRegistry, "_patched", ()):
@@ -44,6 +47,7 @@ def around(target: str | None, hook: Callable[..., Any]) -> None:
         return
     theirs.HookRegistry.register(target, hook, theirs.HookType.AROUND)
     _hooks[target] = hook
+    log.logger.debug("hook around %s: registered; SGLang applies it", target)
 
 
 def other_hooks(target: str) -> list[str]:
@@ -136,6 +140,7 @@ def _restore(target: str, hook: Any) -> tuple[Any, Any] | None:
         return None
     original = wrapper.__wrapped__
     setattr(owner, name, type(raw)(original) if raw is not wrapper else original)
+    log.logger.debug("hook around %s: taken back", target)
     return wrapper, original
 
 

@@ -40,7 +40,7 @@ def install() -> None:
         "topk.dsa": (calls.topk_dsa,),
     }
     for name, site in found.items():
-        state.seams[name] = Seam(name, site.where, site.why or "no call came yet")
+        state.found(Seam(name, site.where, site.why or "no call came yet"))
         if name in hooks:
             _targets[name] = site.targets
             for target, hook in zip(site.targets, hooks[name], strict=False):

@@ -25,6 +25,9 @@ class _Kind:
     k: int
     device: torch.device
 
+    def __str__(self) -> str:
+        return f"{self.mode}, k {self.k}, {self.device}"
+
 
 _decisions: Decisions[_Kind] = Decisions()
 forget = _decisions.forget
@@ -32,15 +35,16 @@ forget = _decisions.forget
 
 def decide(mode: str, k: int, device: torch.device) -> Topk | None:
     """Return how a call of ``mode`` selects, or None: TokenSpeed's own kernel."""
+    kind = _Kind(mode, k, device)
 
     def decided(topk: Topk | None, passed: choice.Passed) -> None:
-        announce(f"{mode}, k {k}, {device}", (f"topk.{mode}",), topk, passed)
+        announce(str(kind), (f"topk.{mode}",), topk, passed)
         if topk is not None:
             why = "TokenSpeed's kernels compute the scores and select in one call"
             shadow.unavailable(mode, why)
 
     return _decisions.get(
-        _Kind(mode, k, device),
+        kind,
         ("bf16", "fp32"),
         lambda settings, dtype: _possible(settings, dtype, mode, k, device),
         decided,

@@ -40,7 +40,7 @@ def look() -> None:
     for name, site in sites.look().items():
         if name in sites.READERS:
             why = site.why or f"{sites.OPS} was not imported yet"
-            state.seams[name] = Seam(name, site.where, why)
+            state.found(Seam(name, site.where, why))
 
 
 def install(module: Any) -> None:
@@ -61,6 +61,7 @@ def install(module: Any) -> None:
         else:
             _ledger.replace(module, attribute, _reader(name, original), seam.where)
             seam.why = None
+        log.debug(f"{state.host}: seam {name}: {seam.why or 'engaged'}")
 
 
 def _reader(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -52,11 +52,12 @@ def host() -> str:
 def install() -> None:
     """Register a kernel for every mode that is there, unless all of them would be idle."""
     if _registered:
+        log.debug(f"{state.host}: our kernels are registered already")
         return
     state.host = host()
     found = {name: site for name, site in sites.look().items() if name.startswith("topk.")}
     for name, site in found.items():
-        state.seams[name] = Seam(name, site.where, site.why or "no call came yet")
+        state.found(Seam(name, site.where, site.why or "no call came yet"))
     missing = [f"{name} ({site.why})" for name, site in found.items() if site.where is None]
     if missing:
         level = logging.ERROR if choice.explicit() else logging.INFO
@@ -163,6 +164,7 @@ def _register(mode: str, explicit: bool) -> None:
         priority=Priority.PLUGIN,
     )(_kernel(mode))
     _registered.append(name)
+    log.logger.debug("kernel %s: registered for %s", name, mode)
 
 
 def _kernel(mode: str) -> Callable[..., Any]:
@@ -246,6 +248,7 @@ def uninstall() -> None:
         for name in _registered:
             if take_out is not None:
                 take_out(name)
+                log.logger.debug("kernel %s: taken out", name)
         _registered.clear()
     guard.forget()
     plan.decide(plan.INERT)

@@ -30,8 +30,9 @@ INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 def register() -> None:
     """Install the adapter in this process; never raises."""
     try:
+        may = startup.may_patch("vLLM")
         import_hooks.after_import(ARG_UTILS, _on_arg_utils)
-        if startup.may_patch("vLLM"):
+        if may:
             import_hooks.after_import(INDEXER, _on_indexer)
     except Exception:
         log.logger.exception("dsv4 could not be registered; vLLM stays as it is")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import backends, envs, log
+from dsv4_plugin import backends, envs, facts, log
 from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.integrations import choice, logits, plan, shadow
 from dsv4_plugin.integrations.choice import unique
@@ -60,10 +60,14 @@ def built(layer: Any) -> None:
     envs.override(_own(config))
     settings = envs.settings()
     log.configure(settings.log)
+    facts.process(state.host or "vLLM")
     if not settings.enabled:
+        log.debug(f"{_name(layer)}: nobody switched the plugin on; vLLM's own code runs")
         plan.decide(plan.INERT)
         return
-    _layers[layer] = _seen(layer, config)
+    _layers[layer] = seen = _seen(layer, config)
+    facts.device(seen.device)
+    _tell(layer, seen)
     layers = list(_layers.values())
     # Until all is decided nothing is changed: an error leaves upstream behind.
     plan.decide(Plan(enabled=True, strict=settings.strict))
@@ -73,6 +77,18 @@ def built(layer: Any) -> None:
     if topk is not None:
         shadow.prepare(layers[0].device, "decode", "prefill")
     _report(topk, topk_why, gather, gather_why)
+
+
+def _name(layer: Any) -> str:
+    """Name a layer as its cache does, where it has a name."""
+    return f"layer {getattr(getattr(layer, 'k_cache', None), 'prefix', '') or 'of no name'}"
+
+
+def _tell(layer: Any, seen: _Layer) -> None:
+    if log.tells_everything():
+        kept = f"vLLM keeps it: {'; '.join(seen.unfit)}" if seen.unfit else "eligible"
+        family = "DeepSeek-V4" if seen.is_v4 else "not DeepSeek-V4, so float32 scores"
+        log.debug(f"{_name(layer)}: k {seen.k}, {seen.device}, {family}; {kept}")
 
 
 def _config() -> Any:
@@ -148,7 +164,12 @@ def _decide_topk(
 ) -> tuple[Topk | None, choice.Passed]:
     """Return the choice, and for each dtype that was passed over why."""
     dtypes = ("bf16", "fp32") if all(layer.is_v4 for layer in layers) else ("fp32",)
-    return choice.choose_topk(settings, dtypes, lambda dtype: _possible(dtype, settings, layers))
+    return choice.choose_topk(
+        settings,
+        dtypes,
+        lambda dtype: _possible(dtype, settings, layers),
+        f"{len(layers)} layers so far" if len(layers) > 1 else "the first layer",
+    )
 
 
 def _possible(
@@ -221,6 +242,9 @@ def _decide_gather(settings: envs.Settings, layers: list[_Layer]) -> tuple[str |
     call = backends.Call("gather", device, torch.uint8)
     for backend in candidates:
         unmet = backends.unmet(call, backend)
+        if log.tells_everything():
+            said = f"no: {'; '.join(unmet or reasons)}" if unmet or not possible else "yes"
+            log.debug(f"DSV4_INDEXER_READ={mode}, key gather by {backend}: {said}")
         if possible and not unmet:
             return backend, []
         reasons += [f"backend {backend}: {why}" for why in unmet]

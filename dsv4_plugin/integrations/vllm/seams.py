@@ -44,6 +44,7 @@ def install(module: Any) -> None:
     """Look for every seam in vLLM's indexer module and its neighbours, and patch what is found."""
     global _indexer
     if _indexer is module:
+        log.debug(f"{state.host}: {module.__name__} is patched already")
         return
     uninstall()
     _indexer = module
@@ -65,7 +66,7 @@ def install(module: Any) -> None:
         except Exception as error:  # a host of a shape nobody thought of is one without the seam
             where, why = None, f"could not be patched ({type(error).__name__}: {error})"
         _by_seam[name] = _ledger.patches[before:]
-        state.seams[name] = Seam(name, where, why or "no layer was built yet")
+        state.found(Seam(name, where, why or "no layer was built yet"))
     missing = [f"{s.name} ({s.why})" for s in state.seams.values() if s.where is None]
     if missing:
         log.once(logging.INFO, f"{state.host}: upstream's stays at {'; '.join(missing)}")

@@ -1,0 +1,27 @@
+"""What ``DSV4_LOG=debug`` has to say in every engine; used by ``host_debug.py`` of each."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from dsv4_plugin import envs
+
+
+def told(caplog) -> list[str]:
+    """Return the lines of ours at DEBUG so far."""
+    ours = [r for r in caplog.records if r.name == "dsv4_plugin"]
+    return [r.getMessage() for r in ours if r.levelno == logging.DEBUG]
+
+
+def check_process(lines: list[str], engine: str) -> None:
+    """The process, the versions, the library, and every setting with where it came from."""
+    text = "\n".join(lines)
+    assert f"process {os.getpid()} (parent {os.getppid()})" in text and f" in {engine}: " in text
+    assert "versions: dsv4-plugin" in text and "torch 2." in text
+    assert "library: " in text and "_C.so" in text
+    assert "setting DSV4_LOG = debug (the environment)" in lines
+    assert "setting DSV4_STRICT = 0 (the default)" in lines
+    for variable in envs.VARIABLES:
+        assert f"setting {variable.name} = " in text
+    assert len(lines) == len(set(lines))
