@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin import envs, log
+from dsv4_plugin import envs, log, metrics
 
 __all__ = ["publish"]
 
@@ -34,12 +34,12 @@ def publish(report: Callable[[], dict[str, Any]]) -> None:
         if not folder:
             return
         with _lock:
-            _write(Path(folder), report())
+            metrics.publish(_write(Path(folder), report()))
     except Exception as error:  # a full disk must not end a server
         log.once(logging.WARNING, f"DSV4_STATUS_DIR: no status is written ({error})")
 
 
-def _write(folder: Path, report: dict[str, Any]) -> None:
+def _write(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     import dsv4_plugin
 
     host, pid = platform.node() or "unknown", os.getpid()
@@ -49,3 +49,4 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
     part = file.with_suffix(".part")
     part.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(part, file)
+    return report

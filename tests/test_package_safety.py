@@ -67,6 +67,7 @@ DOTTED_WRITERS = {"os.remove", "os.replace", "torch.save"}
 ENVIRONMENT = {
     "doctor.py",
     "envs.py",
+    "metrics.py",  # PROMETHEUS_MULTIPROC_DIR, read: which of its modes prometheus_client is in
     "integrations/vllm/flag.py",  # what Ray copies into its actors
     "testing/ab/environment.py",  # what the servers and the client inherit
     "testing/e2e/server.py",  # the same

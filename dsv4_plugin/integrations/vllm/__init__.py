@@ -2,11 +2,13 @@
 
 vLLM calls ``register()`` in every process: API server, engine core, workers, the subprocess that
 inspects models. It imports neither vLLM nor torch, never raises, and may run any number of times.
-It leaves two notes with Python's import system (:mod:`..import_hooks`):
+It leaves three notes with Python's import system (:mod:`..import_hooks`):
 
 * ``vllm.engine.arg_utils`` → the command line learns ``--plugin dsv4`` (:mod:`.flag`);
 * ``vllm.model_executor.layers.sparse_attn_indexer`` → the seams are looked for and patched
-  (:mod:`.seams`), and every layer that is built is looked at (:mod:`.guard`).
+  (:mod:`.seams`), and every layer that is built is looked at (:mod:`.guard`);
+* ``vllm.v1.metrics.prometheus`` → with ``DSV4_STATUS_DIR`` the status of the workers is in
+  ``/metrics`` (:mod:`dsv4_plugin.metrics`).
 
 Whether the plugin is switched on is asked when a layer is built, not here: in the parent process
 ``register()`` runs before the command line is parsed. A process in which nobody asked runs the
@@ -16,15 +18,17 @@ only the option stays known, so that a command line with ``--plugin dsv4`` still
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from dsv4_plugin import log
+from dsv4_plugin import log, metrics
 from dsv4_plugin.integrations import import_hooks, startup
 
 __all__ = ["INDEXER", "probe", "register", "unregister"]
 
 ARG_UTILS = "vllm.engine.arg_utils"
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
+PROMETHEUS = "vllm.v1.metrics.prometheus"
 
 
 def register() -> None:
@@ -34,14 +38,18 @@ def register() -> None:
         import_hooks.after_import(ARG_UTILS, _on_arg_utils)
         if may:
             import_hooks.after_import(INDEXER, _on_indexer)
+            if metrics.wanted():
+                import_hooks.after_import(PROMETHEUS, _on_prometheus)
     except Exception:
         log.logger.exception("dsv4 could not be registered; vLLM stays as it is")
 
 
 def unregister() -> None:
     """Take every patch back; what somebody else has patched since stays theirs, with a log line."""
-    import_hooks.forget(ARG_UTILS, INDEXER)
+    import_hooks.forget(ARG_UTILS, INDEXER, PROMETHEUS)
     startup.uninstall(__name__, "seams", "flag")
+    if PROMETHEUS in sys.modules:
+        metrics.withdraw(sys.modules[PROMETHEUS])
 
 
 def probe() -> dict[str, dict[str, Any]]:
@@ -56,6 +64,10 @@ def _on_arg_utils(module: object) -> None:
     from dsv4_plugin.integrations.vllm import flag
 
     flag.install(module)
+
+
+def _on_prometheus(module: object) -> None:
+    metrics.expose(module)
 
 
 def _on_indexer(module: object) -> None:

@@ -1,0 +1,140 @@
+"""The status of the workers in an engine's ``/metrics``, where ``DSV4_STATUS_DIR`` asks for it.
+
+Workers count, and a front end serves ``/metrics``: they are other processes. prometheus_client has
+two ways between them, and each engine uses one; both are public, nothing of an engine is patched.
+
+* ``PROMETHEUS_MULTIPROC_DIR`` is set (SGLang with ``--enable-metrics``, TokenSpeed with its
+  metrics, vLLM with several API servers): a worker sets gauges of its own, and the front end merges
+  them (:func:`publish`).
+* It is not (vLLM with one API server): the front end reads the files of ``DSV4_STATUS_DIR``
+  (:func:`expose`). In vLLM a stat logger would be another way; not taken, because the entry point
+  of one turns statistics on for everybody who has this package installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dsv4_plugin import envs, log
+from dsv4_plugin.errors import SettingError
+
+__all__ = ["METRICS", "expose", "publish", "wanted", "withdraw"]
+
+# metric -> its help text, and the label that names what a value is of
+METRICS = {
+    "dsv4_calls": (
+        "Python calls at a seam of dsv4_plugin; under CUDA graphs calls at capture, none at replay."
+        " At least half of the true number",
+        "name",
+    ),
+    "dsv4_seam_engaged": ("1 where dsv4_plugin serves a seam of the engine, else 0", "seam"),
+    "dsv4_switched_off": ("1 for a part of dsv4_plugin that failed and serves no more", "part"),
+}
+_gauges: dict[str, Any] = {}
+_collector: _Files | None = None
+
+
+def _samples(report: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Yield metric, label and value of one process."""
+    for name, number in report["counters"].items():
+        yield "dsv4_calls", name, float(number)
+    for name, seam in report["seams"].items():
+        yield "dsv4_seam_engaged", name, float(seam["engaged"])
+    for part in report["failures"]:
+        yield "dsv4_switched_off", part, 1.0
+
+
+def publish(report: dict[str, Any]) -> None:
+    """Set the gauges of this process; the multi-process mode adds its ``pid``.
+
+    It runs when a status file is written, so seldom, and touches no device.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return
+    try:
+        import prometheus_client
+    except ImportError:
+        log.debug("PROMETHEUS_MULTIPROC_DIR is set, and there is no prometheus_client")
+        return
+    for metric, (text, label) in METRICS.items():
+        if metric not in _gauges:
+            _gauges[metric] = prometheus_client.Gauge(
+                metric, text, ["node", label], multiprocess_mode="liveall"
+            )
+    for metric, name, value in _samples(report):
+        _gauges[metric].labels(report["node"], name).set(value)
+
+
+def wanted() -> bool:
+    """Whether ``DSV4_STATUS_DIR`` is set; False as well where a setting is wrong."""
+    try:
+        return bool(envs.settings().status_dir)
+    except SettingError:
+        return False
+
+
+def expose(module: Any) -> None:
+    """Put the files of ``DSV4_STATUS_DIR`` into the registry that vLLM serves.
+
+    Called once ``vllm.v1.metrics.prometheus`` is imported, never before: prometheus_client chooses
+    its mode when it is first imported, and that is vLLM's to do.
+    """
+    global _collector
+    if _collector is None and wanted():
+        folder = envs.settings().status_dir
+        collector = _Files(Path(folder))
+        module.REGISTRY.register(collector)
+        _collector = collector
+        log.debug(f"metrics: {', '.join(METRICS)} from the files of {folder}")
+
+
+def withdraw(module: Any) -> None:
+    """Take the files out of the registry again."""
+    global _collector
+    if _collector is not None:
+        module.REGISTRY.unregister(_collector)
+        _collector = None
+
+
+class _Files:
+    """A collector of prometheus_client; a file that cannot be read is left out of the answer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def describe(self) -> list[Any]:
+        """Name nothing, so that registering reads nothing."""
+        return []
+
+    def collect(self) -> list[Any]:
+        """Return the metrics of the processes that are alive."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        families = {
+            metric: GaugeMetricFamily(metric, text, labels=["node", label, "pid"])
+            for metric, (text, label) in METRICS.items()
+        }
+        try:
+            files = sorted(self.folder.glob("*.json"))
+        except OSError:
+            files = []
+        for file in files:
+            try:
+                report = json.loads(file.read_text())
+                node, pid = str(report["node"]), str(int(report["pid"]))
+                found = list(_samples(report)) if _alive(node, pid) else []
+            except Exception:  # not one of ours, or gone meanwhile
+                continue
+            for metric, name, value in found:
+                families[metric].add_metric([node, name, pid], value)
+        return list(families.values())
+
+
+def _alive(node: str, pid: str) -> bool:
+    """Whether a process runs, as far as this machine can tell: one elsewhere is believed."""
+    return node != (platform.node() or "unknown") or Path("/proc", pid).is_dir()
