@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -38,3 +39,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = [pytest.param(b, "cpu", id=f"{b}-cpu") for b in on_cpu]
         cases += [pytest.param(b, "cuda", id=f"{b}-cuda", marks=pytest.mark.gpu) for b in kinds]
         metafunc.parametrize("backend,device", cases)
+
+
+@pytest.fixture
+def peers_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The ``PEERS`` of a test module as the file that ``bench --peers`` takes."""
+    file = tmp_path / "peers.py"
+    file.write_text(request.module.PEERS)
+    return file

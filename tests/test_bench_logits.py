@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_command import bench
 from logits_cases import _score
 from packaging_tools import ROOT
 
 from dsv4_plugin import paged_logits, ragged_logits
-from dsv4_plugin.cli import main
 from dsv4_plugin.testing import figures
 from dsv4_plugin.testing.logits import bars, cases
 from dsv4_plugin.testing.logits.cases import Case, Paged, Ragged
@@ -55,17 +55,6 @@ def available_logits():
 def available_ragged_logits():
     return {"gemm": ragged}
 """
-
-
-def bench(*arguments: object) -> int:
-    return main(["bench", *map(str, arguments)])
-
-
-@pytest.fixture
-def peers_file(tmp_path: Path) -> Path:
-    file = tmp_path / "peers.py"
-    file.write_text(PEERS)
-    return file
 
 
 def test_a_run_of_the_logits(

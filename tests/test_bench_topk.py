@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_command import bench
 from packaging_tools import ROOT
+from svg_curves import check_same
 
 from dsv4_plugin import topk
-from dsv4_plugin.cli import main
 from dsv4_plugin.testing.inputs import DISTRIBUTIONS
 from dsv4_plugin.testing.topk import UsageError, bars, cases, peers
 from dsv4_plugin.testing.topk.cases import Case, Problem
@@ -52,17 +53,6 @@ def available_paged():
 def available_prefill():
     return {"vllm_prefill": prefill, "sglang_ragged": prefill}
 """
-
-
-def bench(*arguments: object) -> int:
-    return main(["bench", *map(str, arguments)])
-
-
-@pytest.fixture
-def peers_file(tmp_path: Path) -> Path:
-    file = tmp_path / "peers.py"
-    file.write_text(PEERS)
-    return file
 
 
 def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +183,12 @@ def test_the_plot_of_a_committed_file(tmp_path: Path, suffix: str) -> None:
         text = data.decode()
         for words in ("128 rows", "dsv4 bfloat16", "vllm33 float32", "sglang_v2 float32"):
             assert words in text, words
+
+
+def test_the_committed_plot_is_drawn_from_the_committed_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.svg"
+    assert bench("plot", RESULTS, "--plot", file) == 0
+    check_same(file, RESULTS.with_suffix(".svg"))
 
 
 # ---- Cases ---------------------------------------------------------------------------------------

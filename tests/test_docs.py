@@ -107,3 +107,32 @@ def test_a_line_that_nobody_logs_is_noticed() -> None:
         "dsv4 engaged in",
         "nowhere at all",
     ]
+
+
+# What was measured has a unit of time or of a rate.
+MEASURED = re.compile(r"\d ?(?:µs|us|ms|ns|[GT]B/s|TFLOP/s|tokens/s)\b")
+
+
+def by_hand(text: str) -> list[str]:
+    """Return the lines with a measured figure that no script makes from a results file."""
+    text = re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", "", text, flags=re.S)
+    return [line for line in text.splitlines() if MEASURED.search(line)]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if not p.startswith("notes/")])
+def test_no_page_has_a_figure_that_was_written_by_hand(page: str) -> None:
+    assert by_hand((DOCS / page).read_text()) == []
+
+
+def test_a_figure_that_was_written_by_hand_is_noticed() -> None:
+    made = "<!-- x -->\n| 3 µs |\n<!-- /x -->\n"
+    assert by_hand(f"{made}It takes 4.5 µs.\n") == ["It takes 4.5 µs."]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.startswith("notes/")])
+def test_the_notes_say_which_figures_have_no_file(page: str) -> None:
+    """They are a lab book: figures of a script are marked, others name their results file."""
+    text = (DOCS / page).read_text()
+    assert "(tool)" in text.split("\n## ")[0], "the head must say what is marked (tool)"
+    files = set(re.findall(r"benchmarks/results/[\w.]+\w", text))
+    assert files and all((ROOT / name).exists() for name in files)

@@ -52,7 +52,6 @@ WRITES = {
     "testing/e2e/vllm_side.py": {"unlink", "write_text"},  # --folder
     "testing/fuzz/command.py": {"open", "write_text"},  # --trace, --json
     "testing/recall/command.py": {"write_text"},  # --json
-    "testing/recall/plot.py": {"savefig"},  # --plot
     "testing/results.py": {"write_text", "replace"},  # --json
     "testing/soak.py": {"write_text"},  # --json
     "testing/topk/plot.py": {"savefig"},  # --plot

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_command import bench
 from oracles import select
 from packaging_tools import ROOT
+from svg_curves import check_same
 
 from dsv4_plugin import cli, ops
 from dsv4_plugin.testing import figures
@@ -244,3 +246,21 @@ def test_the_figures_of_the_numerics_page_are_made_from_it():
     page = (ROOT / "docs" / "numerics.md").read_text()
     between = page.split("<!-- recall -->")[1].split("<!-- /recall -->")[0]
     assert between.strip() == figures.recall()
+
+
+def test_the_committed_plot_is_drawn_from_the_committed_file(tmp_path):
+    file = tmp_path / "recall.svg"
+    assert bench("plot", RESULTS, "--plot", file) == 0
+    check_same(file, RESULTS.with_suffix(".svg"))
+    text = (ROOT / "docs" / "numerics.md").read_text()
+    assert f"](../{RESULTS.with_suffix('.svg').relative_to(ROOT)})" in text
+
+
+def test_another_figure_is_seen_in_the_plot(tmp_path):
+    document = json.loads(RESULTS.read_text())
+    document["results"][0]["mean"] -= 0.002
+    other, file = tmp_path / "other.json", tmp_path / "recall.svg"
+    other.write_text(json.dumps(document))
+    assert bench("plot", other, "--plot", file) == 0
+    with pytest.raises(AssertionError):
+        check_same(file, RESULTS.with_suffix(".svg"))

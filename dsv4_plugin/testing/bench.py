@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache
+from dsv4_plugin.testing import read_plot
 from dsv4_plugin.testing.inputs import fp8_cache
 from dsv4_plugin.testing.logits import cases as logits_cases
 from dsv4_plugin.testing.logits import command as logits_command
@@ -143,6 +144,13 @@ def _run(arguments: argparse.Namespace) -> int:
         command.run_plot(arguments)
         print(f"drawn to {arguments.plot}")
         return 0
+    if arguments.what == "read":
+        if arguments.device != "cuda":
+            raise UsageError("bench read has no dry run: --device must be cuda")
+        if arguments.against:
+            raise UsageError("--against is for bench topk")
+        if arguments.plot:
+            read_plot.require()  # now, not when all is measured
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("dsv4-plugin bench: there is no CUDA device here; nothing was measured",
               file=sys.stderr)  # fmt: skip
@@ -162,10 +170,12 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.what in ("logits", "chain"):
         logits_command.run(arguments, about, progress)
     else:
-        results = bench_read(progress)
+        document = {"machine": about, "what": "read", "results": bench_read(progress)}
         if arguments.json:
-            document = {"machine": about, "what": "read", "results": results}
             arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        if arguments.plot:
+            read_plot.draw(document, arguments.plot)
+            progress(f"drawn to {arguments.plot}")
     if arguments.json:
         print(f"written to {arguments.json}")
     return 0

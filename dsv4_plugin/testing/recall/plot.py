@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_plugin.testing.topk import UsageError
-from dsv4_plugin.testing.topk.plot import require
+from dsv4_plugin.testing.topk.plot import require, save
 
 __all__ = ["draw", "require"]
 
@@ -57,5 +57,4 @@ def draw(document: Row, file: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center right", fontsize="small")
     figure.tight_layout(rect=(0, 0, 1 - 2.6 / figure.get_figwidth(), 1))
-    figure.savefig(file)
-    pyplot.close(figure)
+    save(figure, file)

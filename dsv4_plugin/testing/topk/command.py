@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv4_plugin.testing import read_plot
+from dsv4_plugin.testing.recall import plot as recall_plot
 from dsv4_plugin.testing.results import Results
 from dsv4_plugin.testing.topk import UsageError, bars, cases, floor, peers, plot, report
 from dsv4_plugin.testing.topk.measure import Bench
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser, more_suites: Sequence[str] = 
     )  # fmt: skip
     add(
         "--plot", type=Path, metavar="FILE",
-        help="draw the decode suite (.png or .svg); needs matplotlib",
+        help="draw the decode suite, or the reads (.png or .svg); needs matplotlib",
     )  # fmt: skip
     add(
         "--device", choices=("cuda", "cpu"), default="cuda",
@@ -153,7 +155,15 @@ def run_plot(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{arguments.results} is no results file: {error}") from error
     if not isinstance(document, dict) or "results" not in document:
         raise UsageError(f"{arguments.results} is no results file: it has no results")
-    plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
+    what = document.get("what", "topk")
+    if what == "recall":
+        recall_plot.draw(document, arguments.plot)
+    elif what == "read":
+        read_plot.draw(document, arguments.plot)
+    elif what in plot.TITLE:
+        plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
+    else:
+        raise UsageError(f"{arguments.results} has results of {what!r}, which has no plot")
 
 
 def _suites(names: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from dsv4_plugin.testing.topk import UsageError, bars
 from dsv4_plugin.testing.topk.peers import OURS
 
-__all__ = ["draw", "require"]
+__all__ = ["draw", "require", "save"]
 
 Row = dict[str, Any]
 Line = list[tuple[int, float]]
@@ -34,6 +34,16 @@ def require() -> None:
             "--plot needs matplotlib, which is not installed: pip install 'dsv4-plugin[bench]'"
         ) from error
     matplotlib.use("Agg")
+
+
+def save(figure: Any, file: Path) -> None:
+    """Write a figure; of the same figures the same SVG, so that a commit shows what changed."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context({"svg.hashsalt": "dsv4"}):
+        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    pyplot.close(figure)
 
 
 def draw(document: Row, file: Path, *, k: int | None = None) -> None:
@@ -97,8 +107,7 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
         labels |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(labels.values(), labels.keys(), loc="center right", fontsize="small")
     figure.tight_layout(rect=(0, 0, 1 - 2.4 / figure.get_figwidth(), 1))
-    figure.savefig(file)
-    pyplot.close(figure)
+    save(figure, file)
 
 
 def _curves(rows: list[Row], floor_name: str) -> dict[str, Line]:
