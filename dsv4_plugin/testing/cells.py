@@ -6,6 +6,7 @@ the L2 holds or each read once after the L2 was overwritten.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from dsv4_plugin.testing.timing import time_calls
 from dsv4_plugin.testing.topk.bars import sound
 from dsv4_plugin.testing.topk.peers import OURS, Peers
 
-__all__ = ["CellBench", "Row", "copies_for", "launches_for", "time_cold"]
+__all__ = ["Cell", "CellBench", "Row", "copies_for", "launches_for", "time_cold"]
 
 COLD_BYTES = 150 << 20
 MOST_COPIES = 64
@@ -24,6 +25,7 @@ COLD_PEERS = 2  # the best peers of a cell that are measured cold too
 GRAPH_US = 8000.0  # a graph is not made much longer than this
 
 Row = dict[str, Any]
+Cell = Callable[[Any], tuple[float, str]]  # measures a case: its floor in µs, and what is shown
 
 
 @dataclass
@@ -49,6 +51,32 @@ class CellBench:
     def backend(self) -> str:
         """Ours: the kernels, or the torch reference in a dry run."""
         return "cuda" if self.device == "cuda" else "torch"
+
+    def run(self, cases: Sequence[Any]) -> None:
+        """Measure the cases, those on the same tensors (their ``data``) together."""
+        if self.progress.out_of_time:
+            return
+        self.progress.start(len(cases))
+        for _, some in itertools.groupby(cases, key=lambda case: case.data):
+            group = list(some)
+            if self.progress.spent():
+                return
+            cell = self._begin(group)
+            for case in group:
+                if self.progress.spent():
+                    break
+                floor_us, text = cell(case)
+                self.progress.done(f"{case}  floor {floor_us:.2f}  {text}")
+                self.saved()
+            self._end()
+            del cell  # and the tensors that it holds, before there are others
+
+    def _begin(self, group: list[Any]) -> Cell:
+        """Make the tensors of a group; returns what measures one of its cases."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """Add to the results of a group what needs all of them."""
 
     def measure(
         self,

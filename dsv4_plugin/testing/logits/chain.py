@@ -16,7 +16,7 @@ import torch
 
 from dsv4_plugin import paged_logits, select
 from dsv4_plugin.logits import new_logits
-from dsv4_plugin.testing.cells import Row
+from dsv4_plugin.testing.cells import Cell, Row
 from dsv4_plugin.testing.logits.cases import DTYPES, Case, Paged
 from dsv4_plugin.testing.logits.check import Sample
 from dsv4_plugin.testing.logits.measure import KeyBench, Problem, peer_logits
@@ -30,6 +30,7 @@ __all__ = ["ChainBench", "chain_name", "shared"]
 DIRTY = -2  # what fills `out` before a call: no answer
 
 Call = Callable[[Paged, torch.Tensor], None]
+Answers = dict[int, dict[tuple[str, str], torch.Tensor]]  # k -> (implementation, dtype) -> indices
 
 
 def chain_name(logits: str, topk: str) -> str:
@@ -68,25 +69,30 @@ class ChainBench(KeyBench):
     """Measures cases of ``bench chain``; ``choices`` are the top-k peers that end a chain."""
 
     choices: tuple[str, ...] = ()
+    _begun = 0  # where the results of the group begin
+    _answers: Answers  # of the group
 
-    def _group(self, group: list[Case], held: list[Problem]) -> None:
+    def _begin(self, group: list[Case]) -> Cell:
+        held = self._held(group[0])
         problem = held[0]
         assert isinstance(problem, Paged)
         most = max(case.k for case in group)
         sample = Sample(problem)
         references: dict[tuple[str, str], tuple[Reference, str]] = {}
-        answers: dict[int, dict[tuple[str, str], torch.Tensor]] = {}
-        begin = len(self.results)
-        for case in group:
-            if self.progress.spent():
-                break
+        self._begun, self._answers = len(self.results), {}
+
+        def cell(case: Case) -> tuple[float, str]:
             runs = self._implementations(case, problem)
             text = self._cell(case, held, runs, references, most, sample)
-            kept = answers.setdefault(case.k, {})
+            kept = self._answers.setdefault(case.k, {})
             kept |= {(name, case.dtype): run.out for name, run in runs.items()}
-            self.progress.done(f"{case}  floor {self._floor_us(case):.2f}  {text}")
-            self.saved()
-        self._agree(self.results[begin:], answers)
+            return self._floor_us(case), text
+
+        return cell
+
+    def _end(self) -> None:
+        self._agree(self.results[self._begun :], self._answers)
+        self._answers = {}
 
     def _cell(
         self,
@@ -158,9 +164,7 @@ class ChainBench(KeyBench):
                 return peer_logits(call, dtype, problem)
         raise KeyError(name)
 
-    def _agree(
-        self, rows: list[Row], answers: dict[int, dict[tuple[str, str], torch.Tensor]]
-    ) -> None:
+    def _agree(self, rows: list[Row], answers: Answers) -> None:
         """Note beside ours how much of its choice each right chain of the peers shares."""
         for row in rows:
             if row["implementation"] != OURS:

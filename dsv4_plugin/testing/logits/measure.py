@@ -7,15 +7,14 @@ which the memory reads the keys once, 132 bytes each, at the rate of a large rea
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dsv4_plugin import paged_logits, ragged_logits
 from dsv4_plugin.logits import new_logits
-from dsv4_plugin.testing.cells import CellBench, Row, copies_for, launches_for, time_cold
+from dsv4_plugin.testing.cells import Cell, CellBench, Row, copies_for, launches_for, time_cold
 from dsv4_plugin.testing.logits.cases import DTYPES, KEY_BYTES, Case, Paged, Ragged
 from dsv4_plugin.testing.logits.check import Sample
 from dsv4_plugin.testing.timing import time_calls
@@ -41,26 +40,12 @@ class KeyBench(CellBench):
 
     read_rate = 1.0
 
-    def run(self, cases: Sequence[Case]) -> None:
-        """Measure the cases, those on the same tensors together."""
-        if self.progress.out_of_time:
-            return
-        self.progress.start(len(cases))
-        for _, some in itertools.groupby(cases, key=lambda case: case.data):
-            group = list(some)
-            if self.progress.spent():
-                return
-            self._group(group, self._held(group[0]))
-
     def _held(self, case: Case) -> list[Problem]:
         """Return the tensors of a case and, where they are paged, copies for a rotation."""
         problem = case.make(self.device)
         on_gpu = self.device == "cuda" and case.suite != "prefill"
         count = copies_for(case.keys_read * KEY_BYTES, case.cache_bytes) if on_gpu else 1
         return [problem, *(problem.copy() for _ in range(count - 1))]
-
-    def _group(self, group: list[Case], held: list[Problem]) -> None:
-        raise NotImplementedError
 
     def _floor_us(self, case: Case) -> float:
         return case.keys_read * KEY_BYTES / self.read_rate
@@ -123,14 +108,10 @@ class _Run:
 class Bench(KeyBench):
     """Measures cases of ``bench logits``."""
 
-    def _group(self, group: list[Case], held: list[Problem]) -> None:
+    def _begin(self, group: list[Case]) -> Cell:
+        held = self._held(group[0])
         sample = Sample(held[0])
-        for case in group:
-            if self.progress.spent():
-                return
-            text = self._cell(case, held, sample)
-            self.progress.done(f"{case}  floor {self._floor_us(case):.2f}  {text}")
-            self.saved()
+        return lambda case: (self._floor_us(case), self._cell(case, held, sample))
 
     def _cell(self, case: Case, held: list[Problem], sample: Sample) -> str:
         runs = self._implementations(case, held[0])

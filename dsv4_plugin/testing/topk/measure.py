@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dsv4_plugin import topk
-from dsv4_plugin.testing.cells import CellBench, Row, copies_for, launches_for, time_cold
+from dsv4_plugin.testing.cells import Cell, CellBench, Row, copies_for, launches_for, time_cold
 from dsv4_plugin.testing.timing import time_calls
 from dsv4_plugin.testing.topk import floor
 from dsv4_plugin.testing.topk.cases import PAGE_SIZE, Case, Problem
@@ -33,28 +32,20 @@ Run = Callable[[Problem, torch.Tensor], None]
 class Bench(CellBench):
     """Measures cases of the top-k."""
 
-    def run(self, cases: Sequence[Case]) -> None:
-        """Measure the cases, those on the same tensors together."""
-        if self.progress.out_of_time:
-            return
-        self.progress.start(len(cases))
-        for _, some in itertools.groupby(cases, key=lambda case: case.data):
-            group = list(some)
-            problem = group[0].make(self.device)
-            floor_us = floor.floor_us(problem, launches=self._launches(group[0], None))
-            copies = self._copies(problem.logits, group[0].bytes_read)
-            most = max(case.k for case in group)
-            references: dict[bool, Reference] = {}
-            for case in group:
-                if self.progress.spent():
-                    return
-                narrow = case.dtype == "narrow"
-                if narrow not in references:
-                    references[narrow] = Reference(problem, most, narrow=narrow)
-                text = self._cell(case, copies, references[narrow], floor_us)
-                self.progress.done(f"{case}  floor {floor_us:.2f}  {text}")
-                self.saved()
-            del problem, copies, references
+    def _begin(self, group: list[Case]) -> Cell:
+        problem = group[0].make(self.device)
+        floor_us = floor.floor_us(problem, launches=self._launches(group[0], None))
+        copies = self._copies(problem.logits, group[0].bytes_read)
+        most = max(case.k for case in group)
+        references: dict[bool, Reference] = {}
+
+        def cell(case: Case) -> tuple[float, str]:
+            narrow = case.dtype == "narrow"
+            if narrow not in references:
+                references[narrow] = Reference(problem, most, narrow=narrow)
+            return floor_us, self._cell(case, copies, references[narrow], floor_us)
+
+        return cell
 
     def _copies(self, logits: torch.Tensor, read: int) -> list[torch.Tensor]:
         """Return the scores and copies of them, of each of which a call reads ``read`` bytes."""
