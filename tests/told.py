@@ -5,7 +5,13 @@ from __future__ import annotations
 import logging
 import os
 
-from dsv4_plugin import envs
+from dsv4_plugin import backends, envs, log
+
+
+def forget() -> None:
+    """Let everything be said again, as in a new process."""
+    log._said.clear()
+    backends._load.cache_clear()  # the first use of an op is said when its form is loaded
 
 
 def told(caplog) -> list[str]:

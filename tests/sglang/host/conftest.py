@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from told import forget
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -75,7 +76,6 @@ def engine(_engine, monkeypatch, caplog):
     """The engine with nothing registered, and every attribute as SGLang left it."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from dsv4_plugin import log
     from dsv4_plugin.integrations.sglang import registry, unregister
 
     def clean():
@@ -92,7 +92,7 @@ def engine(_engine, monkeypatch, caplog):
     sys.modules["deep_gemm"] = _engine.deep_gemm
     _engine.maths.fail_on_bf16 = False
     _engine.calls.clear()
-    log._said.clear()
+    forget()
     caplog.set_level(logging.DEBUG, logger="dsv4_plugin")
     yield _engine
     clean()

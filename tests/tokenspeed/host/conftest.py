@@ -10,6 +10,7 @@ import logging
 import os
 
 import pytest
+from told import forget
 
 MODES = ("dsa_decode_topk", "dsa_prefill_topk", "dsv4_decode_topk", "dsv4_prefill_topk")
 
@@ -28,7 +29,6 @@ def _engine():
 @pytest.fixture
 def engine(_engine, monkeypatch, caplog):
     """The engine with nothing of ours registered."""
-    from dsv4_plugin import log
     from dsv4_plugin.integrations.tokenspeed import unregister
 
     for name in [n for n in os.environ if n.startswith(("DSV4_", "TOKENSPEED_"))]:
@@ -44,7 +44,7 @@ def engine(_engine, monkeypatch, caplog):
     clean()
     _engine.plugins.reset_plugins()
     _engine.calls.clear()
-    log._said.clear()
+    forget()
     # TokenSpeed's own loggers do not propagate; ours must be heard here.
     caplog.set_level(logging.DEBUG, logger="dsv4_plugin")
     yield _engine

@@ -5,12 +5,14 @@ One process a release, because importing vLLM's indexer takes some ten seconds.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 
 import pytest
 import torch
+from told import forget
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -50,7 +52,6 @@ def _engine(start):
 @pytest.fixture
 def engine(_engine, monkeypatch, caplog):
     """The engine with the plugin freshly registered and nobody having asked for it."""
-    from dsv4_plugin import log
     from dsv4_plugin.integrations.vllm import register, unregister
 
     for name in [n for n in os.environ if n.startswith("DSV4_")]:
@@ -60,11 +61,24 @@ def engine(_engine, monkeypatch, caplog):
     _engine.deep_gemm.native = None
     _engine.deep_gemm.fail_on_bf16 = False
     _engine.calls.clear()
-    log._said.clear()
+    forget()
     caplog.set_level(logging.DEBUG, logger="dsv4_plugin")
     register()
     yield _engine
     unregister()
+
+
+@contextlib.contextmanager
+def another_reader():
+    """While it lasts somebody else's prefill top-k, which reads float32, is in place of ours."""
+    ops = sys.modules["vllm._custom_ops"]
+    ours = ops.top_k_per_row_prefill
+    plain = ours.__wrapped__
+    ops.top_k_per_row_prefill = lambda *args: plain(*args)
+    try:
+        yield
+    finally:
+        ops.top_k_per_row_prefill = ours
 
 
 def canonical(indices: torch.Tensor) -> torch.Tensor:

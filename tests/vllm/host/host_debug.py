@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 from host_calls import BATCHES
-from told import check_process, told
+from told import check_process, forget, told
 
-from dsv4_plugin import log
 from dsv4_plugin.integrations.vllm import register, unregister
 
 MIXED = BATCHES["mixed"]
@@ -26,7 +25,7 @@ def anew(engine, monkeypatch, caplog):
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         unregister()
-        log._said.clear()
+        forget()
         caplog.clear()
         register()
 

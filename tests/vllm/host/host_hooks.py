@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import INDEXER
+from conftest import INDEXER, another_reader
 from host_calls import BATCHES, UPSTREAM_TOPK, names
 
 import dsv4_plugin
@@ -286,14 +286,10 @@ def test_a_later_patch_of_somebody_else_stays(engine, monkeypatch, caplog):
 def test_bf16_is_not_written_once_its_reader_was_replaced(engine, run, monkeypatch, can_bf16):
     """Upstream's kernels cannot read bfloat16, so no logits may be written that way then."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
-    ops = sys.modules["vllm._custom_ops"]
-    ours = ops.top_k_per_row_prefill
     problem = engine.problem(**MIXED)
     with engine.gpu(), engine.config():
         layer = engine.layer(problem)
-        plain = ours.__wrapped__
-        ops.top_k_per_row_prefill = lambda *args: plain(*args)
-        try:
+        with another_reader():
             engine.calls.clear()
             engine.step(layer, problem)
             assert {c.dtype for c in engine.calls if c.logits is not None} == {torch.float32}
@@ -302,8 +298,6 @@ def test_bf16_is_not_written_once_its_reader_was_replaced(engine, run, monkeypat
             engine.layer(problem)
             why = dsv4_plugin.status()["seams"]["topk.prefill"]["why"]
             assert "patched by somebody else" in why
-        finally:
-            ops.top_k_per_row_prefill = ours
 
 
 def test_a_deepgemm_that_vllm_resolved_anew_is_asked_again(engine, run, monkeypatch, can_bf16):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import another_reader
 from host_calls import BATCHES, UPSTREAM_TOPK, batches, names
 
 import dsv4_plugin
@@ -216,20 +217,14 @@ def test_other_forms_are_deepgemms(engine, run, own):
 
 
 def test_own_is_not_written_once_its_reader_was_replaced(engine, run, own):
-    ops = sys.modules["vllm._custom_ops"]
-    ours = ops.top_k_per_row_prefill
     problem = engine.problem(**LATER)
     with engine.gpu(), engine.config():
         layer = engine.layer(problem)
-        plain = ours.__wrapped__
-        ops.top_k_per_row_prefill = lambda *args: plain(*args)
-        try:
+        with another_reader():
             engine.calls.clear()
             got = engine.step(layer, problem)
             assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.float32, False)}
             assert torch.equal(got.sort(1).values, engine.expected(problem.k).sort(1).values)
-        finally:
-            ops.top_k_per_row_prefill = ours
 
 
 # --- what cannot be met --------------------------------------------------------------------------
