@@ -31,9 +31,10 @@ def process(engine: str) -> None:
     if not log.tells_everything():
         return
     try:
+        # The program alone: its arguments may hold a key of the API.
         log.debug(
             f"process {os.getpid()} (parent {os.getppid()}) on {platform.node()} in {engine}: "
-            f"{' '.join(sys.argv)[:200]}"
+            f"{sys.argv[0]}"
         )
         log.debug(f"versions: dsv4-plugin {dsv4_plugin.__version__}, {_versions()}")
         log.debug(f"library: {_library()}")

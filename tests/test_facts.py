@@ -77,6 +77,15 @@ def test_a_machine_that_cannot_be_described_ends_nothing(
     assert "this process cannot be described (division by zero)" in "\n".join(lines())
 
 
+def test_the_arguments_of_the_process_are_not_told(
+    lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/vllm", "serve", "MODEL", "--api-key", "secret"])
+    facts.process("vLLM")
+    assert any(line.endswith(" in vLLM: /bin/vllm") for line in lines())
+    assert "secret" not in "\n".join(lines())
+
+
 def test_nothing_is_looked_at_below_debug(
     gpu: types.SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
