@@ -9,10 +9,11 @@
 //   Scalar            the score in memory          Unit    eight scores in registers
 //   kBits             bits of an order
 //   load, pad, set    a whole unit (16-byte aligned); a unit of NaN; one score of a partial unit
+//   nan               a score that is none
 //   kOctave           heads from a power of two to the next
 //   pair              maxima of the two halves (or parities) of a unit: a packed pair of heads
 //   quarters          maxima of two of its four quarters, likewise
-//   add_digit         counts one digit of the scores' orders
+//   add_digit         counts a Digit of the scores' orders
 //   add_above         counts how far the scores lie above a bound
 //   each_order        a walk over the eight orders, NaN as -inf and -0.0 as +0.0
 //   may_hold          whether that walk can meet a range of orders (float32 only)
@@ -41,17 +42,34 @@ constexpr int kBins = 256;
 constexpr int kSink = kBins;           // the bin of what is not counted
 constexpr int kHistogram = kBins + 4;  // words of a histogram
 
+// Eight bits of what an order is above `base`: those from `shift` on. Counted where the bits above
+// them are `prefix`. Orders of 16 bits have base 0.
+struct Digit {
+  uint32_t base;
+  uint32_t prefix;
+  uint32_t shift;
+};
+
 __device__ __forceinline__ uint32_t word(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
 // Not ld.global.nc: launched early, this kernel may be alive while the scores are still being
 // written.
+//
+// kAnywhere: p may point to shared memory.
+template <bool kAnywhere>
 __device__ __forceinline__ uint4 load_vector(const void* p) {
   uint4 v;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
+  if (kAnywhere) {
+    asm volatile("ld.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+  } else {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+  }
   return v;
 }
 
@@ -160,29 +178,25 @@ struct Keys16 {
       f(o >> 16);
     }
   }
-  // Digit `round` of the orders whose higher digits are `prefix`.
-  static __device__ __forceinline__ void add_digit(uint32_t* hist, const Unit& u, int round,
-                                                   uint32_t prefix) {
+  static __device__ __forceinline__ void add_digit(uint32_t* hist, const Unit& u, const Digit& d) {
+    const uint32_t kept = (0xffffu >> d.shift) * 0x10001u;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t o = orders(word(u.v, i));
-      if (round == 0) {
-        atomicAdd(hist + ((o >> 8) & 0xffu), 1u);
-        atomicAdd(hist + (o >> 24), 1u);
-      } else {
-        const uint32_t bins = __vminu2(o ^ (prefix * 0x01000100u), kSink * 0x10001u);
-        atomicAdd(hist + (bins & 0xffffu), 1u);
-        atomicAdd(hist + (bins >> 16), 1u);
-      }
+      const uint32_t rest = (orders(word(u.v, i)) >> d.shift) & kept;
+      const uint32_t bins = __vminu2(rest ^ (d.prefix * 0x01000100u), kSink * 0x10001u);
+      atomicAdd(hist + (bins & 0xffffu), 1u);
+      atomicAdd(hist + (bins >> 16), 1u);
     }
   }
   // Bin 255 - d for a score d steps above the bound, d cut at 255. Bin 255: not above it.
+  static constexpr uint32_t kFirstNegative = 0x8000u;
+  template <bool kNegative>  // whether the bound is
   static __device__ __forceinline__ void add_above(uint32_t* hist, const Unit& u, uint32_t bound) {
     const uint32_t raw = raw_of(bound) * 0x10001u;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t distance;
-      if (bound < 0x8000u) {  // not below zero: a difference of raw bits
+      if (!kNegative) {  // a difference of raw bits
         distance = H::better(word(u.v, i), raw) - raw;
       } else {
         const Pair canonical = __hadd2(H::as(H::better(word(u.v, i), raw)), H::as(0u));
@@ -205,14 +219,22 @@ struct Keys16 {
 
 struct Bfloat16Keys : Keys16<__nv_bfloat162, 0x7f80u> {
   using Scalar = uint16_t;
-  static __device__ __forceinline__ Unit load(const Scalar* p) { return {load_vector(p)}; }
+  static __device__ __forceinline__ Scalar nan() { return 0xffffu; }
+  template <bool kAnywhere = false>
+  static __device__ __forceinline__ Unit load(const Scalar* p) {
+    return {load_vector<kAnywhere>(p)};
+  }
   static __device__ __forceinline__ uint32_t bits(Scalar s) { return s; }
   static __device__ __forceinline__ void set(Unit& u, int e, Scalar s) { set16(u, e, s); }
 };
 
 struct Float16Keys : Keys16<__half2, 0x7c00u> {
   using Scalar = uint16_t;
-  static __device__ __forceinline__ Unit load(const Scalar* p) { return {load_vector(p)}; }
+  static __device__ __forceinline__ Scalar nan() { return 0xffffu; }
+  template <bool kAnywhere = false>
+  static __device__ __forceinline__ Unit load(const Scalar* p) {
+    return {load_vector<kAnywhere>(p)};
+  }
   static __device__ __forceinline__ uint32_t bits(Scalar s) { return s; }
   static __device__ __forceinline__ void set(Unit& u, int e, Scalar s) { set16(u, e, s); }
 };
@@ -224,9 +246,11 @@ struct NarrowedFloat32Keys : Keys16<__nv_bfloat162, 0x7f80u> {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(__uint_as_float(low), __uint_as_float(high));
     return reinterpret_cast<const uint32_t&>(pair);
   }
+  static __device__ __forceinline__ Scalar nan() { return __uint_as_float(0xffffffffu); }
+  template <bool kAnywhere = false>
   static __device__ __forceinline__ Unit load(const Scalar* p) {
-    const uint4 a = load_vector(p);
-    const uint4 b = load_vector(p + 4);
+    const uint4 a = load_vector<kAnywhere>(p);
+    const uint4 b = load_vector<kAnywhere>(p + 4);
     return {make_uint4(pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w))};
   }
   static __device__ __forceinline__ uint32_t bits(Scalar s) {
@@ -252,8 +276,10 @@ struct Float32Keys {
   static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
     return __float_as_uint(fmaxf(number(a), number(b)));
   }
+  static __device__ __forceinline__ Scalar nan() { return __uint_as_float(0xffffffffu); }
+  template <bool kAnywhere = false>
   static __device__ __forceinline__ Unit load(const Scalar* p) {
-    return {load_vector(p), load_vector(p + 4)};
+    return {load_vector<kAnywhere>(p), load_vector<kAnywhere>(p + 4)};
   }
   static __device__ __forceinline__ Unit pad() { return {all_nan(), all_nan()}; }
   static __device__ __forceinline__ uint32_t element(const Unit& u, int e) {
@@ -306,20 +332,21 @@ struct Float32Keys {
     for (int e = 0; e < kUnit; ++e) may |= order_of(element(u, e)) - low <= width;
     return may;
   }
-  static __device__ __forceinline__ void add_digit(uint32_t* hist, const Unit& u, int round,
-                                                   uint32_t prefix) {
-    const int shift = kBits - 8 * (round + 1);
+  static __device__ __forceinline__ void add_digit(uint32_t* hist, const Unit& u, const Digit& d) {
     each_order(u, [&](uint32_t order) {
-      atomicAdd(hist + min((order >> shift) ^ (prefix << 8), static_cast<uint32_t>(kSink)), 1u);
+      const uint32_t rest = (order - d.base) >> d.shift;
+      atomicAdd(hist + min(rest ^ (d.prefix << 8), static_cast<uint32_t>(kSink)), 1u);
     });
   }
   // Bin 255 - d for a score in the d-th stretch of 65,536 orders above the bound, d cut at 255.
+  static constexpr uint32_t kFirstNegative = 0x80000000u;
+  template <bool kNegative>
   static __device__ __forceinline__ void add_above(uint32_t* hist, const Unit& u, uint32_t bound) {
     const uint32_t raw = raw_of(bound);
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) {
-      const uint32_t distance = bound < 0x80000000u ? larger(element(u, e), raw) - raw
-                                                    : bound - order_above(element(u, e), raw);
+      const uint32_t distance =
+          kNegative ? bound - order_above(element(u, e), raw) : larger(element(u, e), raw) - raw;
       atomicAdd(hist + 255u - min((distance + 0xffffu) >> 16, 255u), 1u);
     }
   }

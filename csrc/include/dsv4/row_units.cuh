@@ -58,6 +58,26 @@ struct RowUnits {
   __device__ __forceinline__ Unit load(int32_t g) const {
     return whole(g) ? load_whole(g) : load_partial(g);
   }
+
+  // The same with the partial units in shared memory, which a warp has brought there for those that
+  // it owns: much less code than load_partial, of which every use is a copy.
+  using Edges = Scalar[2][kUnit];  // aligned to 16 bytes
+
+  template <class Owns>
+  __device__ __forceinline__ void keep_edges(Edges& edges, Owns owns) const {
+    const bool first = !whole(0) && owns(0);
+    const bool last = count > 1 && !whole(count - 1) && owns(count - 1);
+    if (!first && !last) return;
+    const int side = lane_id() / kUnit, e = lane_id() % kUnit;
+    if (side == 0 ? first : side == 1 && last) {
+      const int32_t g = side == 0 ? 0 : count - 1;
+      edges[side][e] = valid(index(g, e)) ? at(g)[e] : Policy::nan();
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ Unit load(int32_t g, const Edges& edges) const {
+    return Policy::template load<true>(whole(g) ? at(g) : edges[g == 0 ? 0 : 1]);
+  }
   // Raw bits of one score: an index of the row, in the order's own dtype.
   __device__ __forceinline__ uint32_t bits(int32_t index) const {
     return Policy::bits(aligned[index + head]);

@@ -14,8 +14,8 @@ namespace dsv4 {
 
 enum class ScoreType { kBfloat16, kFloat16, kFloat32, kNarrowedFloat32 };
 
-// The compiled shapes of topk_kernel, and the kernel for rows that none of them holds.
-enum class TopkShape : int { k512x16, k512x64, k256x16, kWide };
+// Threads of a CTA of topk_kernel, and the kernel for rows that no cluster holds.
+enum class TopkShape : int { k512, k256, kWide };
 
 struct TopkChoice {
   TopkShape shape;
@@ -23,24 +23,11 @@ struct TopkChoice {
   int32_t solo_units;  // longest row, in units of eight scores, that one CTA of a cluster serves
 };
 
-struct ShapeLimits {
-  int threads;
-  int steps;
-  int64_t units() const { return int64_t{threads} * steps; }
-};
-
-inline ShapeLimits shape_limits(TopkShape shape) {
-  switch (shape) {
-    case TopkShape::k512x16:
-      return {512, 16};
-    case TopkShape::k512x64:
-      return {512, 64};
-    case TopkShape::k256x16:
-      return {256, 16};
-    case TopkShape::kWide:
-      break;
-  }
-  return {1024, 0};
+// Units of a row that one CTA can take.
+inline int64_t most_units(TopkShape shape) {
+  return shape == TopkShape::k512   ? int64_t{512} * kTopkUnitSteps
+         : shape == TopkShape::k256 ? int64_t{256} * kTopkUnitSteps
+                                    : 0;
 }
 
 // Units that the longest row of the call can take. A row may begin anywhere past a 16-byte
@@ -83,11 +70,11 @@ struct DeviceLimits {
 inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device) {
   const int64_t units = most_units(p, type);
   const auto holds = [&](TopkShape shape, int cluster) {
-    return ceil_div(units, cluster) <= shape_limits(shape).units();
+    return ceil_div(units, cluster) <= most_units(shape);
   };
   constexpr int64_t k8K = 8192 / kUnit, k16K = 2 * k8K, k32K = 4 * k8K, k64K = 8 * k8K,
                     k128K = 16 * k8K;
-  TopkShape shape = TopkShape::k512x16;
+  TopkShape shape = TopkShape::k512;
   int cluster = 1;
   const int64_t rows = p.rows;
   const bool wide_scores = type == ScoreType::kFloat32;
@@ -96,17 +83,16 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
   } else if (rows * 8 <= device.sms) {
     cluster = units <= k16K ? 4 : 8;
     if (rows <= 4 && units > (wide_scores ? k32K : k64K)) cluster = 16;
-    if (!wide_scores && units <= k64K) shape = TopkShape::k256x16;
+    if (!wide_scores && units <= k64K) shape = TopkShape::k256;
   } else if (rows * 4 <= device.sms) {
     if (units <= k32K) {
       cluster = wide_scores ? 4 : units <= k16K ? 1 : 2;
     } else if (p.k > 512) {
       cluster = 6;
     } else if (units <= k128K) {
-      shape = TopkShape::k256x16;
+      shape = TopkShape::k256;
       cluster = 4;
     } else {
-      shape = TopkShape::k512x64;
       cluster = 3;
     }
   } else if (rows * 8 <= device.sms * 3) {
@@ -119,7 +105,7 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
     cluster = two ? 2 : 1;
   }
   if (cluster > device.largest_cluster) cluster = device.largest_cluster;
-  if (!holds(shape, cluster)) shape = TopkShape::k512x64;
+  if (!holds(shape, cluster)) shape = TopkShape::k512;
   while (!holds(shape, cluster) && cluster < device.largest_cluster) ++cluster;
   if (!holds(shape, cluster)) shape = TopkShape::kWide;
   return {shape, shape == TopkShape::kWide ? 1 : cluster, 1024};
@@ -139,8 +125,8 @@ inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, Topk
   const int64_t longest = slice > plan->solo_units ? slice : plan->solo_units;
   const int64_t most = units < longest ? units : longest;
   const int64_t steps = ceil_div(most, Config::kThreads);
-  if (steps > Config::kDirect) {
-    plan->list_steps = static_cast<int32_t>(steps);
+  if (steps > Config::kHeld) {
+    plan->list_steps = static_cast<int32_t>(ceil_div(steps, Config::kBatch)) * Config::kBatch;
     plan->mask_steps = 8;  // a power of two of granules of eight
     while (plan->mask_steps < plan->list_steps) plan->mask_steps *= 2;
   }
@@ -193,27 +179,25 @@ inline cudaError_t launch_kernel(const TopkParams& p, ScoreType type, const Topk
                            Config::kThreads, choice.cluster, smem, stream, p, plan);
 }
 
-template <class Policy, int kThreads, int kSteps, int kMinBlocks>
-inline cudaError_t launch_config(const TopkParams& p, ScoreType type, const TopkChoice& choice,
-                                 int device, const DeviceLimits& limits, cudaStream_t stream) {
+template <class Policy, int kThreads>
+inline cudaError_t launch_threads(const TopkParams& p, ScoreType type, const TopkChoice& choice,
+                                  int device, const DeviceLimits& limits, cudaStream_t stream) {
   if (choice.cluster > 1) {
-    return launch_kernel<TopkConfig<Policy, kThreads, kSteps, kMinBlocks, true>>(
-        p, type, choice, device, limits, stream);
+    return launch_kernel<TopkConfig<Policy, kThreads, true>>(p, type, choice, device, limits,
+                                                             stream);
   }
-  return launch_kernel<TopkConfig<Policy, kThreads, kSteps, kMinBlocks, false>>(
-      p, type, choice, device, limits, stream);
+  return launch_kernel<TopkConfig<Policy, kThreads, false>>(p, type, choice, device, limits,
+                                                            stream);
 }
 
 template <class Policy>
 inline cudaError_t launch_shape(const TopkParams& p, ScoreType type, const TopkChoice& choice,
                                 int device, const DeviceLimits& limits, cudaStream_t stream) {
   switch (choice.shape) {
-    case TopkShape::k512x16:
-      return launch_config<Policy, 512, 16, 2>(p, type, choice, device, limits, stream);
-    case TopkShape::k512x64:
-      return launch_config<Policy, 512, 64, 1>(p, type, choice, device, limits, stream);
-    case TopkShape::k256x16:
-      return launch_config<Policy, 256, 16, 4>(p, type, choice, device, limits, stream);
+    case TopkShape::k512:
+      return launch_threads<Policy, 512>(p, type, choice, device, limits, stream);
+    case TopkShape::k256:
+      return launch_threads<Policy, 256>(p, type, choice, device, limits, stream);
     case TopkShape::kWide:
       return launch_overlapped(topk_wide_kernel<Policy, 1024>, dim3(p.rows), 1024, 1, 0, stream, p);
   }
@@ -247,7 +231,7 @@ inline cudaError_t device_limits(int device, DeviceLimits* limits) {
                                  device);
   if (error != cudaSuccess) return error;
   // Clusters of 16 are not portable, so one is tried: the largest shape with the most memory.
-  using Probe = TopkConfig<Bfloat16Keys, 512, 16, 2, true>;
+  using Probe = TopkConfig<Bfloat16Keys, 512, true>;
   error = prepare<Probe>(device, *limits);
   if (error != cudaSuccess) return error;
   TopkParams largest{};

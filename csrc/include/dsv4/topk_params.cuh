@@ -105,6 +105,7 @@ struct RowOutput {
 
   // A row no longer than k: every position in order, then -1. No score is read.
   __device__ __forceinline__ void write_all(int32_t length, int32_t k) const {
+#pragma unroll 1
     for (int32_t i = threadIdx.x; i < k; i += blockDim.x) write(i, i < length ? i : -1);
   }
 };

@@ -1,22 +1,22 @@
 // Exact top-k of a row: one CTA, or a cluster of C CTAs with a slice of the row each. Every score
 // is read once from memory.
 //
-// A short slice stays in registers (topk_direct.cuh); a longer one is streamed (topk_listed.cuh):
-//
-//   1. stream     all scores -> maxima of groups -> histogram                   topk_bound.cuh
-//   2. bound      a value that at least k scores reach. The CTAs of a cluster exchange theirs.
-//   3. list       units whose maximum reaches the bound: little more than k of them
-//   4. threshold  how far their scores lie above the bound                      topk_threshold.cuh
-//   5. masks      which of a listed unit's scores lie above the threshold,
-//                 which equal it                                                topk_masks.cuh
-//   6. write      counts in row order, ascending positions                      topk_slice.cuh
+//   1. scores     a short slice to registers (topk_direct.cuh); of a longer one the maximum of
+//                 every unit to shared memory (topk_listed.cuh)
+//   2. bound      a value that at least k scores reach, from a histogram of the maxima of groups
+//                 (topk_bound.cuh). The CTAs of a cluster exchange theirs.
+//   3. list       of a longer slice, the units that reach the bound: little more than k of them
+//   4. threshold  how far the scores lie above the bound                      topk_threshold.cuh
+//   5. masks      which scores lie above the threshold, which equal it        topk_steps.cuh
+//   6. write      counts in row order, ascending positions                    topk_slice.cuh
 //
 // Everything is decided on the device by the row's own length: a row of up to plan.solo_units is
 // rank 0's work whatever the width of the buffer, and the other CTAs leave.
 #pragma once
 
-#include "dsv4/topk_direct.cuh"
-#include "dsv4/topk_listed.cuh"
+#include <cstddef>
+
+#include "dsv4/topk_steps.cuh"
 #include "dsv4/topk_wide.cuh"
 
 namespace dsv4 {
@@ -43,14 +43,14 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   }
   const auto clear = [](void* begin, int bytes) {
     uint4* words = static_cast<uint4*>(begin);
+#pragma unroll 1
     for (int i = threadIdx.x; i < bytes / 16; i += Config::kThreads) {
       words[i] = make_uint4(0, 0, 0, 0);
     }
   };
-  static_assert(ThresholdSmem<Policy::kBits>::kZeroBytes % 16 == 0, "whole words");
-  static_assert(sizeof(GroupHistogram) % 16 == 0 && sizeof(Smem) % 16 == 0, "whole words");
-  clear(&smem.threshold, ThresholdSmem<Policy::kBits>::kZeroBytes);
-  clear(&smem.groups, sizeof(GroupHistogram));
+  static_assert(Smem::kZeroBytes % 16 == 0 && sizeof(Smem) % 16 == 0, "whole words");
+  static_assert(offsetof(Smem, threshold) == sizeof(GroupHistogram), "one run of zeros");
+  clear(&smem, Smem::kZeroBytes);
   if (plan.list_steps > 0) {
     clear(memory + sizeof(Smem), Config::kThreads * plan.mask_steps * sizeof(uint16_t));
   }
@@ -76,10 +76,8 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
       TopkSlice<Config> slice(p, plan, smem, units, row, cluster);
       joined = together;
       const int32_t share = together ? cluster.divide_up(units.count) : units.count;
-      const bool done = share <= Config::kDirect * Config::kThreads
-                            ? DirectSelect<Config>(slice).run()
-                            : ListedSelect<Config>(slice).run();
-      if (!done && cluster.rank == 0) {
+      const bool held = share <= Config::kHeld * Config::kThreads;
+      if (!TopkSteps<Config>(slice, held).run() && cluster.rank == 0) {
         // What is left: rows with fewer numbers than a bound needs, and a threshold of -inf.
         __syncthreads();
         // Not over TopkSmem: the memory of a live mbarrier must not hold anything else. Where it

@@ -79,42 +79,25 @@ struct TopkSlice {
     return together() ? k + k / 4 : 2 * k - k / 4;
   }
 
-  // The order of a head that at least k scores of the row reach, by GroupRanks or OctaveRanks.
-  template <class Ranks>
-  __device__ __forceinline__ GroupPick find_bound(Ranks ranks) {
+  // The order of a head that at least k scores of the row reach. pick_rank(rank, take): a whole
+  // warp finds that of its slice, by GroupRanks or OctaveRanks.
+  template <class PickRank>
+  __device__ __forceinline__ GroupPick find_bound(PickRank pick_rank) {
     __syncthreads();
-    if (!together()) {
-      if (warp_id() == 0) {
-        ranks.pick(p.k, [&](const GroupPick& pick) {
-          smem.bound[0] = pick.bound;
-          smem.bound[1] = pick.reached;
-        });
-      }
-    } else if (warp_id() < 2) {
-      // Every slice's own bound is the row's; and if every slice has k / C scores that reach a
-      // value, the row has k. The first is sharp where one slice holds the best scores, the second
-      // where all are alike. A warp for each.
+    // Every slice's own bound is the row's; and if every slice has k / C scores that reach a value,
+    // the row has k. The first is sharp where one slice holds the best scores, the second where all
+    // are alike. A warp for each.
+    if (warp_id() < (together() ? 2 : 1)) {
       const bool is_share = warp_id() == 1;
       uint32_t mine = 0;
-      ranks.pick(is_share ? cluster.divide_up(p.k) : p.k,
-                 [&](const GroupPick& pick) { mine = pick.bound; });
-      const uint32_t own = __reduce_max_sync(kFullWarp, mine);
-      if (threadIdx.x == 0) {
-        barrier_expect(&smem.bounds_barrier, 2 * cluster.size * sizeof(uint32_t));
-      }
-      if (lane_id() < cluster.size) {
-        store_counted(map_shared(&smem.bounds[is_share][cluster.rank], lane_id()), own,
-                      map_shared(&smem.bounds_barrier, lane_id()));
-      }
-      if (!is_share) {
-        barrier_wait(&smem.bounds_barrier, 0u);
-        const bool is_rank = lane_id() < cluster.size;
-        const uint32_t best =
-            __reduce_min_sync(kFullWarp, is_rank ? smem.bounds[0][lane_id()] : kNoBound);
-        const uint32_t common =
-            __reduce_max_sync(kFullWarp, is_rank ? smem.bounds[1][lane_id()] : 0u);
-        if (lane_id() == 0) smem.bound[0] = min(best, common);
-      }
+      pick_rank(is_share ? cluster.divide_up(p.k) : p.k, [&](const GroupPick& pick) {
+        mine = pick.bound;
+        if (!together()) {
+          smem.bound[0] = pick.bound;
+          smem.bound[1] = pick.reached;
+        }
+      });
+      if (together()) exchange_bound(is_share, __reduce_max_sync(kFullWarp, mine));
     }
     __syncthreads();
     return {smem.bound[0], smem.bound[1]};  // `reached` is known to a slice that is alone only
@@ -170,37 +153,30 @@ struct TopkSlice {
   // ---- Writing ----------------------------------------------------------------------------------
   // An index goes straight to `out`, or through shared memory: to be sorted, to be looked up in a
   // page table, or because there are so many that scattered stores take longer than a second step.
-  __device__ __forceinline__ void put(uint32_t position, int32_t index) const {
-    if (p.sort) {
-      uint64_t* entry = reinterpret_cast<uint64_t*>(at(plan.tail)) + position;
-      const uint64_t value = sort_entry(Policy::sort_order(units.bits(index)), index);
-      if (together()) {
-        store_remote(map_shared(entry, 0), value);
-      } else {
-        *entry = value;
-      }
-    } else if (plan.staged) {
-      staging()[position] = index;
+  __device__ __forceinline__ int32_t* place() const { return plan.staged ? staging() : out(); }
+  __device__ __forceinline__ void put_sorted(uint32_t position, int32_t index) const {
+    uint64_t* entry = reinterpret_cast<uint64_t*>(at(plan.tail)) + position;
+    const uint64_t value = sort_entry(Policy::sort_order(units.bits(index)), index);
+    if (together()) {
+      store_remote(map_shared(entry, 0), value);
     } else {
-      out()[position] = index;
+      *entry = value;
     }
   }
 
   // A lane's 32 scores from row index `first` on.
   __device__ __forceinline__ void write(int32_t first, Chosen chosen) const {
     const auto each = [&](auto take) {
+#pragma unroll 1
       while (chosen.bits != 0) {
         take(first + __ffs(chosen.bits) - 1);
         chosen.bits &= chosen.bits - 1;
       }
     };
     if (p.sort) {
-      each([&](int32_t index) { put(chosen.position++, index); });
-    } else if (plan.staged) {
-      int32_t* to = staging() + chosen.position;
-      each([&](int32_t index) { *to++ = index; });
+      each([&](int32_t index) { put_sorted(chosen.position++, index); });
     } else {
-      int32_t* to = out() + chosen.position;
+      int32_t* to = place() + chosen.position;
       each([&](int32_t index) { *to++ = index; });
     }
   }
@@ -218,7 +194,12 @@ struct TopkSlice {
         const uint32_t position = __shfl_sync(kFullWarp, chosen.position, owner);
         const int32_t index = __shfl_sync(kFullWarp, first, owner);
         if ((bits >> lane_id()) & 1u) {
-          put(position + __popc(bits & lanes_below()), index + lane_id());
+          const uint32_t own = position + __popc(bits & lanes_below());
+          if (p.sort) {
+            put_sorted(own, index + lane_id());
+          } else {
+            place()[own] = index + lane_id();
+          }
         }
         if (lane_id() == owner) chosen.bits = 0;
       }
@@ -243,6 +224,7 @@ struct TopkSlice {
       const int32_t* staged = staging();
       if (!together() && !p.paged() && p.out_raw == nullptr) {
         int32_t* to = out();
+#pragma unroll 1
         for (int32_t i = threadIdx.x; i < p.k; i += kThreads) to[i] = staged[i];
         return;
       }
@@ -254,8 +236,29 @@ struct TopkSlice {
       const uint32_t last =
           t.lower_above + (all & kAboveMask) + min(equal + (all >> kEqualShift), t.need);
       const RowOutput output(p, row);
+#pragma unroll 1
       for (uint32_t i = first + threadIdx.x; i < last; i += kThreads) output.write(i, staged[i]);
     }
+  }
+
+ private:
+  // Tells all ranks the slice's own bound, or what its share of k reaches; one warp learns the
+  // row's.
+  __device__ __forceinline__ void exchange_bound(bool is_share, uint32_t own) {
+    if (threadIdx.x == 0) {
+      barrier_expect(&smem.bounds_barrier, 2 * cluster.size * sizeof(uint32_t));
+    }
+    if (lane_id() < cluster.size) {
+      store_counted(map_shared(&smem.bounds[is_share][cluster.rank], lane_id()), own,
+                    map_shared(&smem.bounds_barrier, lane_id()));
+    }
+    if (is_share) return;
+    barrier_wait(&smem.bounds_barrier, 0u);
+    const bool is_rank = lane_id() < cluster.size;
+    const uint32_t best =
+        __reduce_min_sync(kFullWarp, is_rank ? smem.bounds[0][lane_id()] : kNoBound);
+    const uint32_t common = __reduce_max_sync(kFullWarp, is_rank ? smem.bounds[1][lane_id()] : 0u);
+    if (lane_id() == 0) smem.bound[0] = min(best, common);
   }
 };
 

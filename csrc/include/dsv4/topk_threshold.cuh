@@ -1,5 +1,5 @@
-// The k-th best score of a row: digit by digit from the top, or, where a bound is known that at
-// least k scores reach, by how far the scores lie above it.
+// The k-th best score of a row: by how far the scores lie above a bound that at least k of them
+// reach, or digit by digit from the top.
 //
 // One warp closes a round: it finds the digit and tells the others, which wait in a barrier. All
 // warps doing so for themselves would save that barrier and cost twice as much: their shuffles
@@ -77,6 +77,8 @@ struct RoundPick {
   uint32_t lower_count;
 };
 
+constexpr uint32_t kNone = 0xffffffffu;  // no order: behind NaN
+
 // What a cluster exchanges: 16-bit counts of every round, from every rank.
 __host__ __device__ constexpr uint32_t received_bytes(int rounds, uint32_t cluster) {
   return cluster > 1 ? rounds * cluster * kBins * sizeof(uint16_t) : 0u;
@@ -95,119 +97,94 @@ struct ThresholdFinder {
 
   __device__ __forceinline__ bool together() const { return cluster.size > 1; }
 
-  // Closes round `round`. `kept`: bins that count.
+  // The threshold of the row, or false where the row may have fewer than k numbers: then nothing is
+  // known.
+  //
+  // First by how far the scores lie above `bound`, an order that at least k of them reach (kNone:
+  // there is none). Where the threshold lies further above it than the histogram reaches, and where
+  // there is no bound, by the digits of the orders from the top. All rounds share one loop, and
+  // with it their code: a kernel that is launched finds its first 64 KB in the instruction cache
+  // and waits for whatever follows (docs/notes/topk.md).
+  //
+  // each(above, visit, rare) calls rare(unit) for every unit of this thread that may hold one of
+  // the k best; with `above`, visit(unit) of every one that may hold one above the bound. `sparse`:
+  // most of these hold none.
+  template <class Each>
+  __device__ __forceinline__ bool find(Threshold& t, uint32_t k, uint32_t bound, bool sparse,
+                                       Each each) {
+    t = {bound, k, 0u, 0u, true};
+    Digit digit{0u, 0u, kBits};
+    bool above = bound != kNone;
+#pragma unroll 1
+    for (int round = above ? 0 : 1;; ++round) {
+      uint32_t* hist = smem.hist[round];
+      if (!above) digit.shift -= 8;
+      each(
+          above && bound < Policy::kFirstNegative,
+          [&](const Unit& u) { Policy::template add_above<false>(hist, u, bound); },
+          [&](const Unit& u) {
+            if (above) {
+              Policy::template add_above<true>(hist, u, bound);
+            } else {
+              Policy::add_digit(hist, u, digit);
+            }
+          });
+      const RoundPick found = close(round, t.need, above ? kBins - 1 : kBins);
+      const Pick& pick = found.pick;
+      const bool far = above && pick.found && pick.bin == 0;
+      const bool was_above = above;
+      above = false;
+      if (far) continue;
+      t.need -= pick.before;
+      t.lower_above += found.lower_before;
+      if (was_above && !pick.found) {
+        // Fewer than k lie above the bound: it is the threshold. Its equals were not counted.
+        t.counted = false;
+        return true;
+      }
+      t.lower_equal = found.lower_count;
+      if (was_above) {
+        const uint32_t distance = kBins - 1 - pick.bin;
+        if (kBits == 16) {
+          t.order = bound - distance;
+          return true;
+        }
+        // The scores of this bin lie in (distance - 1, distance] stretches above the bound.
+        digit = {bound - (distance << 16), 0u, 16u};
+      } else {
+        digit.prefix = digit.prefix * kBins + pick.bin;
+      }
+      // The threshold lies in [low, high].
+      const uint32_t low = digit.base + (digit.prefix << digit.shift);
+      const uint32_t high = low + ((1u << digit.shift) - 1u);
+      if (digit.shift == 0) {
+        t.order = low;
+        return low < Policy::kLastOrder || t.need == 0;
+      }
+      if (pick.count == t.need && high < Policy::kLastOrder) {
+        take_all(t, high);
+        return true;
+      }
+      if (kBits == 32 && digit.shift <= 16 && pick.count <= kRankMost) {
+        rank(t, pick.count, low, high, sparse, each);
+        return t.order < Policy::kLastOrder || t.need == 0;
+      }
+      // Many share these digits (a plateau): the next.
+    }
+  }
+
+ private:
+  // Closes round `round`: a digit of the whole row. `kept`: bins that count.
   __device__ __forceinline__ RoundPick close(int round, uint32_t need, uint32_t kept) {
     __syncthreads();
     if (together()) send(round);
-    if (warp_id() == 0) {
-      if (together()) {
-        pick_all(round, need, kept);
-      } else {
-        uint32_t upto[kLaneBins];
-        load_bins(smem.hist[round], upto);
-        drop_bins(upto, kept);
-        pick_bin(upto, need, [&](const Pick& pick) { publish(pick, 0u, 0u); });
-      }
-    }
+    if (warp_id() == 0) pick_digit(round, need, kept);
     __syncthreads();
     const uint4 first = *reinterpret_cast<const uint4*>(smem.picked);
     const uint2 lower = *reinterpret_cast<const uint2*>(smem.picked + 4);
     return {{first.x, first.y, first.z, first.w != 0}, lower.x, lower.y};
   }
 
-  // ---- The threshold digit by digit, from the top -----------------------------------------------
-  // `each(visit)` calls visit(unit) for every unit of this thread that may hold one of the k best;
-  // `sparse`: most of these hold none. `first_round` is the first histogram to use. A threshold of
-  // -inf is not to be relied on: NaN counts as -inf here.
-  template <class Each>
-  __device__ __forceinline__ Threshold by_digits(uint32_t k, int first_round, bool sparse,
-                                                 Each each) {
-    Threshold t{0u, k, 0u, 0u, true};
-    uint32_t prefix = 0;
-    uint32_t width_bits = kBits;  // the threshold's order is prefix << width_bits, or behind it
-#pragma unroll 1
-    for (int digit = 0; digit < kBits / 8; ++digit) {
-      const int round = first_round + digit;
-      each([&](const Unit& u) { Policy::add_digit(smem.hist[round], u, digit, prefix); });
-      const RoundPick round_pick = close(round, t.need, kBins);
-      t.need -= round_pick.pick.before;
-      t.lower_above += round_pick.lower_before;
-      t.lower_equal = round_pick.lower_count;
-      prefix = prefix * kBins + round_pick.pick.bin;
-      width_bits -= 8;
-      if (width_bits == 0) break;
-      const uint32_t low = prefix << width_bits;
-      const uint32_t high = low + ((1u << width_bits) - 1u);
-      if (round_pick.pick.count == t.need && high < Policy::kLastOrder) {
-        take_all(t, high);
-        return t;
-      }
-      if (digit + 1 < kBits / 8 && kBits == 32 && digit >= 1 &&
-          round_pick.pick.count <= kRankMost) {
-        rank(t, round_pick.pick.count, low, high, sparse, each);
-        return t;
-      }
-    }
-    t.order = prefix;
-    return t;
-  }
-
-  // ---- The threshold by the distance above a bound ----------------------------------------------
-  // `each` as above, for the units that may hold scores above the bound. Where the threshold lies
-  // further above it than the histogram reaches, `far` is set and nothing is known.
-  template <class Each>
-  __device__ __forceinline__ Threshold above_bound(uint32_t k, uint32_t bound, bool& far,
-                                                   bool sparse, Each each) {
-    Threshold t{bound, k, 0u, 0u, true};
-    each([&](const Unit& u) { Policy::add_above(smem.hist[0], u, bound); });
-    const RoundPick round_pick = close(0, k, kBins - 1);
-    const Pick& pick = round_pick.pick;
-    far = pick.found && pick.bin == 0;
-    if (far) return t;
-    t.need -= pick.before;
-    t.lower_above = round_pick.lower_before;
-    if (!pick.found) {
-      // Fewer than k lie above the bound: it is the threshold. Its equals were not counted.
-      t.counted = false;
-      return t;
-    }
-    t.lower_equal = round_pick.lower_count;
-    const uint32_t distance = kBins - 1 - pick.bin;
-    if (kBits == 16) {
-      t.order = bound - distance;
-      return t;
-    }
-    // The scores of this bin lie in (distance - 1, distance] stretches above the bound.
-    const uint32_t low = bound - (distance << 16);
-    const uint32_t high = low + 0xffffu;
-    if (pick.count == t.need) {
-      take_all(t, high);
-    } else if (pick.count <= kRankMost) {
-      rank(t, pick.count, low, high, sparse, each);
-    } else {
-      // Many share the upper half of an order (a plateau): two more digits.
-      uint32_t prefix = 0;
-#pragma unroll 1
-      for (int round = 1; round <= 2; ++round) {
-        each([&](const Unit& u) {
-          Policy::each_order(u, [&](uint32_t order) {
-            const uint32_t offset = order - low;
-            const uint32_t digits = round == 1 ? offset >> 8 : offset ^ (prefix << 8);
-            atomicAdd(smem.hist[round] + min(digits, static_cast<uint32_t>(kSink)), 1u);
-          });
-        });
-        const RoundPick digit = close(round, t.need, kBins);
-        t.need -= digit.pick.before;
-        t.lower_above += digit.lower_before;
-        t.lower_equal = digit.lower_count;
-        prefix = prefix * kBins + digit.pick.bin;
-      }
-      t.order = low + prefix;
-    }
-    return t;
-  }
-
- private:
   // All orders up to `high` are chosen, and none behind it.
   __device__ __forceinline__ void take_all(Threshold& t, uint32_t high) const {
     t.order = high + 1;
@@ -223,14 +200,15 @@ struct ThresholdFinder {
   __device__ __forceinline__ void rank(Threshold& t, uint32_t count, uint32_t low, uint32_t high,
                                        bool sparse, Each each) {
     uint32_t* local = together() ? smem.rank_sent : smem.rank_list;
-    each([&](const Unit& u) {
+    const auto list = [&](const Unit& u) {
       if constexpr (kBits == 32) {
         if (sparse && !Policy::may_hold(u, low, high)) return;
       }
       Policy::each_order(u, [&](uint32_t order) {
         if (order - low <= high - low) local[atomicAdd(smem.ranked, 1u)] = order;
       });
-    });
+    };
+    each(false, [](const Unit&) {}, list);
     __syncthreads();
     if (together()) {
       // Every rank's scores behind those of the lower ranks.
@@ -307,28 +285,32 @@ struct ThresholdFinder {
   }
 
   // One warp: the sum over all ranks, its digit, and the share of the lower ranks.
-  __device__ __forceinline__ void pick_all(int round, uint32_t need, uint32_t kept) {
+  __device__ __forceinline__ void pick_digit(int round, uint32_t need, uint32_t kept) {
     const int lane = lane_id();
-    const uint4* from = static_cast<const uint4*>(received) + round * cluster.size * kWarpSize;
-    barrier_wait(&smem.hist_barrier[round], 0u);
-    uint32_t total[4] = {0u, 0u, 0u, 0u};
-    uint32_t lower[4] = {0u, 0u, 0u, 0u};
-#pragma unroll 4
-    for (uint32_t rank = 0; rank < cluster.size; ++rank) {
-      const uint4 v = from[rank * kWarpSize + lane];
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        total[i] += words[i];
-        lower[i] += rank < cluster.rank ? words[i] : 0u;
-      }
-    }
     uint32_t upto[kLaneBins];
-    uint32_t of_lower[kLaneBins];
+    uint32_t of_lower[kLaneBins] = {};
+    if (together()) {
+      const uint4* from = static_cast<const uint4*>(received) + round * cluster.size * kWarpSize;
+      barrier_wait(&smem.hist_barrier[round], 0u);
+      uint32_t total[4] = {0u, 0u, 0u, 0u};
+      uint32_t lower[4] = {0u, 0u, 0u, 0u};
+#pragma unroll 4
+      for (uint32_t rank = 0; rank < cluster.size; ++rank) {
+        const uint4 v = from[rank * kWarpSize + lane];
+        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int i = 0; i < kLaneBins; ++i) {
-      upto[i] = (total[i / 2] >> (16 * (i & 1))) & 0xffffu;
-      of_lower[i] = (lower[i / 2] >> (16 * (i & 1))) & 0xffffu;
+        for (int i = 0; i < 4; ++i) {
+          total[i] += words[i];
+          lower[i] += rank < cluster.rank ? words[i] : 0u;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kLaneBins; ++i) {
+        upto[i] = (total[i / 2] >> (16 * (i & 1))) & 0xffffu;
+        of_lower[i] = (lower[i / 2] >> (16 * (i & 1))) & 0xffffu;
+      }
+    } else {
+      load_bins(smem.hist[round], upto);
     }
     drop_bins(upto, kept);
     drop_bins(of_lower, kept);
