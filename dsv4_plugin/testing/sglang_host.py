@@ -276,6 +276,7 @@ class Layer:
         self.engine, self.problem = engine, problem
         rows = len(problem.lengths)
         self.x = torch.zeros(rows, 1, device=engine.device)
+        self._v2 = engine.envs.SGLANG_OPT_USE_TOPK_V2.get()
         self._last = int(problem.lengths[-1]) if rows else 0  # known to the scheduler
         self._queries = self._projected() if projected else self._random()
         indexer = engine.indexer
@@ -378,6 +379,7 @@ class Layer:
     def run(self, fp4: bool = False) -> None:
         """Call SGLang's ``forward_c4_indexer`` once."""
         problem, rows = self.problem, len(self.problem.lengths)
+        self.engine.envs.SGLANG_OPT_USE_TOPK_V2.set(self._v2)
         c4 = types.SimpleNamespace(
             use_fp4_indexer=fp4,
             layer_id=0,

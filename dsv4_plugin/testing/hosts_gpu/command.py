@@ -49,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return do()
         except Exception as error:
-            text = traceback.format_exc(limit=-8)
-            print(f"FAILED {name}: {type(error).__name__}: {error}\n{text}", flush=True)
-            document["failed"].append({"part": name, "traceback": text})
+            said = f"{type(error).__name__}: {error}"
+            where = "".join(traceback.format_tb(error.__traceback__)[-2:]).rstrip()
+            print(f"FAILED {name}: {said[:400]}\n{where}", flush=True)
+            document["failed"].append({"part": name, "traceback": traceback.format_exc()})
             return None
 
     def side() -> Any:
@@ -71,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for row in rows:
                 print(_line(row), flush=True)
             file.save(now=True)
+            if document["failed"] and _is_dead():
+                print("the GPU takes no more work of this process: the rest is not run", flush=True)
+                break
         document |= {"seams": run.seams()}
     document["seconds"] = round(time.monotonic() - begin, 1)
     document["complete"] = run is not None
@@ -79,6 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{arguments.engine}: {len(document['results'])} results, {len(wrong)} wrong, "
           f"{len(document['failed'])} parts failed, {document['seconds']} s")  # fmt: skip
     return 1 if wrong or document["failed"] else 0
+
+
+def _is_dead() -> bool:
+    """Whether an error of before stays with the process (an illegal address, say)."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device="cuda").item()
+    except Exception:
+        return True
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:

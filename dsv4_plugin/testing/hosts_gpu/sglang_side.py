@@ -78,7 +78,8 @@ class Side:
         made: dict[str, Callable[[], tuple[Layer, Problem]]] = {}
         yield Part("queries", self._queries)
         for name, kind, rows, columns, k, v2, raw in calls:
-            made[name] = functools.partial(self._layer, kind, rows, columns, k, v2, raw)
+            make = functools.partial(self._layer, kind, rows, columns, k, v2, raw)
+            made[name] = functools.cache(make)  # the same layer for every variant
             yield Part(f"{name} {OFF}", functools.partial(self._one, name, OFF, made[name]))
         yield Part("load the plugin", self._load)
         for name in made:
@@ -168,7 +169,7 @@ class Side:
             row["right"] = variant == OFF or (row["exact"] and row["lowest_index"])
             return row
 
-        row, found = measured(call, soil, local, judge, self.arguments)
+        row, found = measured(call, soil, local, judge, self.arguments, ours=variant != OFF)
         if variant == OFF:
             self.off[name] = found
         elif name in self.off:

@@ -128,7 +128,7 @@ class Side:
 
         row, found = measured(
             call, lambda: out.fill_(DIRTY), lambda: local().sort(dim=1).values, judge,
-            self.arguments,
+            self.arguments, ours=variant != OFF,
         )  # fmt: skip
         if variant == OFF:
             self.off[name] = found
