@@ -37,7 +37,6 @@ __all__ = [
 ]
 
 DIRTY = -2  # what fills an output before a call: no answer
-TRUTH_ROWS = 8  # rows whose selection is compared with float64 scores
 
 Judge = Callable[[], Row]
 

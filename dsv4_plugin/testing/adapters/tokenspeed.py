@@ -15,7 +15,6 @@ from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.tokenspeed import kernels, readers
 from dsv4_plugin.testing.adapters.cells import (
     DIRTY,
-    TRUTH_ROWS,
     Cell,
     Run,
     Scores,
@@ -25,7 +24,15 @@ from dsv4_plugin.testing.adapters.cells import (
     shapes_of,
 )
 from dsv4_plugin.testing.cells import Row
-from dsv4_plugin.testing.host_tensors import HEADS, PAGE, plane
+from dsv4_plugin.testing.host_tensors import (
+    ARENA,
+    PAGE,
+    Decode,
+    Prefill,
+    in_row,
+    key_values,
+    plane,
+)
 from dsv4_plugin.testing.inputs import mxfp4_cache, slot_list
 from dsv4_plugin.testing.oracles import fp8_keys, mxfp4_keys
 from dsv4_plugin.testing.topk.peers import Peers
@@ -44,7 +51,6 @@ SHAPES = {
     "read_fp8": READ,
     "read_mxfp4": READ,
 }
-ARENA = 1024  # bytes that the arena's pages are longer
 SCALE = 0.1
 
 
@@ -117,105 +123,49 @@ def _runs(
     return runs
 
 
-def _truth(
-    q: torch.Tensor, weights: torch.Tensor, keys: Callable[[int], torch.Tensor]
-) -> tuple[list[torch.Tensor], list[int]]:
-    """Return the float64 scores of some rows; ``keys`` gives those of a row, dequantised."""
-    rows = torch.linspace(0, len(q) - 1, min(len(q), TRUTH_ROWS)).long().unique().tolist()
-    truth = []
-    for row in rows:
-        dots = q[row].double() @ keys(row).double().T
-        truth.append(weights[row].double() @ dots.clamp_(min=0))
-    return truth, rows
-
-
-def _values(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    return fp8_keys(cache, slots // PAGE, slots % PAGE, PAGE, 128)[2]
-
-
 def _decode(about: Row, device: str, peers: Peers) -> Cell:
     call, k, rows, columns = (about[name] for name in ("call", "k", "rows", "columns"))
-    pages = -(-columns // PAGE)
-    cache = plane(1 + rows * pages, ARENA, device)
-    g = torch.Generator(device=device).manual_seed(2)
-    table = 1 + torch.randperm(rows * pages, generator=g, device=device).view(rows, pages).int()
-    q = torch.randn(rows, HEADS, 128, generator=g, device=device).bfloat16()
-    fused = torch.randn(rows, 32 + HEADS, generator=g, device=device)
-    weights = fused[:, 32:]  # a view of the fused projection
-    lengths = torch.full((rows,), columns, dtype=torch.int32, device=device)
-    q8 = q.to(torch.float8_e4m3fn)
+    t = Decode.make(rows, columns, device)
+    q8 = t.q.to(torch.float8_e4m3fn)
     fp8 = call == "dsv4_decode"
     slots = call == "dsa_decode_slots"
-    at = torch.arange(columns, device=device)
-
-    def keys(row: int) -> torch.Tensor:
-        return _values(cache, table[row].long()[at // PAGE] * PAGE + at % PAGE)
-
-    truth = _truth(q8.float() if fp8 else q, weights, keys)
-
-    def local(out: torch.Tensor) -> torch.Tensor:
-        if not slots:
-            return out
-        where = torch.full((len(cache),), columns, dtype=torch.int64, device=device)
-        index = torch.empty_like(out)
-        for row in range(rows):
-            where.fill_(pages)
-            where[table[row].long()] = torch.arange(pages, device=device)
-            page = where[(out[row].clamp_min(0) // PAGE).long()]
-            index[row] = torch.where(out[row] < 0, out[row], page * PAGE + out[row] % PAGE)
-        return index
 
     def selection() -> _Selection:
         out = torch.empty(rows, k, dtype=torch.int32, device=device)
         lens = None if fp8 else torch.empty(rows, dtype=torch.int32, device=device)
-        return _Selection(out, lens, local)
+        return _Selection(out, lens, (lambda out: in_row(out, t.table)) if slots else _same)
 
     def make(which: Any, held: _Selection) -> Callable[[], Any]:
         if fp8:
-            ours = functools.partial(kernels.dsv4_decode, which)
-            context = lengths.unsqueeze(1)
+            dsv4 = functools.partial(kernels.dsv4_decode, which)
             return functools.partial(
-                ours if isinstance(which, Topk) else which, (q8, q8[:0]), weights.contiguous(),
-                cache, context, table, page_size=PAGE, topk=k, max_context_len=pages * PAGE,
-                plan=None, out=held.out,
+                dsv4 if isinstance(which, Topk) else which, (q8, q8[:0]), t.weights.contiguous(),
+                t.cache, t.lengths.unsqueeze(1), t.table, page_size=PAGE, topk=k,
+                max_context_len=t.table.shape[1] * PAGE, plan=None, out=held.out,
             )  # fmt: skip
-        function = (
-            functools.partial(kernels.dsa_decode, which) if isinstance(which, Topk) else which
-        )
+        dsa = functools.partial(kernels.dsa_decode, which)
         return functools.partial(
-            function, q, weights, lengths, table, page_size=PAGE, topk=k, softmax_scale=SCALE,
-            index_k_cache=cache, topk_layout="global_slots" if slots else "logical_offsets",
-            out=held.out, lens_out=held.lens,
+            dsa if isinstance(which, Topk) else which, t.q, t.weights, t.lengths, t.table,
+            page_size=PAGE, topk=k, softmax_scale=SCALE, index_k_cache=t.cache,
+            topk_layout="global_slots" if slots else "logical_offsets", out=held.out,
+            lens_out=held.lens,
         )  # fmt: skip
 
+    truth = t.truth(q8.float() if fp8 else None)
     theirs = peers["tokenspeed_dsv4_decode" if fp8 else "tokenspeed_decode"]
-    return Cell(about, _runs(about, device, theirs, make, selection, truth, lengths))
+    return Cell(about, _runs(about, device, theirs, make, selection, truth, t.lengths))
+
+
+def _same(out: torch.Tensor) -> torch.Tensor:
+    return out
 
 
 def _prefill(about: Row, device: str, peers: Peers) -> Cell:
-    """Two requests side by side in the workspace; the queries are the last of each."""
     k, rows, columns = about["k"], about["rows"], about["columns"]
-    cache = plane(2 + columns // PAGE, ARENA, device)
-    g = torch.Generator(device=device).manual_seed(3)
-    slots = torch.randperm(len(cache) * PAGE, generator=g, device=device)[:columns]
-    q = torch.randn(rows, HEADS, 128, generator=g, device=device).bfloat16()
-    weights = torch.randn(rows, HEADS, generator=g, device=device)
-    half, keys = rows // 2, columns // 2
-    starts = torch.zeros(rows, dtype=torch.int32, device=device)
-    starts[half:] = keys
-    behind = torch.cat((torch.arange(half), torch.arange(rows - half)))
-    ends = starts + (keys - torch.tensor([half] * half + [rows - half] * (rows - half)) + 1
-                     + behind).clamp(min=0).to(device)  # fmt: skip
-    starts, ends = starts.int(), ends.int()
-    lengths = ends - starts
-
-    def values(row: int) -> torch.Tensor:
-        return _values(cache, slots[int(starts[row]) : int(ends[row])])
-
-    truth = _truth(q, weights, values)
+    t = Prefill.make(rows, columns, device)
 
     def local(out: torch.Tensor) -> torch.Tensor:
-        return torch.where(out < 0, out, out - starts[:, None])
+        return torch.where(out < 0, out, out - t.starts[:, None])
 
     def selection() -> _Selection:
         out = torch.empty(rows, k, dtype=torch.int32, device=device)
@@ -224,13 +174,14 @@ def _prefill(about: Row, device: str, peers: Peers) -> Cell:
     def make(which: Any, held: _Selection) -> Callable[[], Any]:
         ours = functools.partial(kernels.dsa_prefill, which)
         return functools.partial(
-            ours if isinstance(which, Topk) else which, q, weights, slots, starts, ends, topk=k,
-            softmax_scale=SCALE, index_k_cache=cache, page_size=PAGE, out=held.out,
+            ours if isinstance(which, Topk) else which, t.q, t.weights, t.slots, t.starts, t.ends,
+            topk=k, softmax_scale=SCALE, index_k_cache=t.cache, page_size=PAGE, out=held.out,
             lens_out=held.lens,
         )  # fmt: skip
 
+    lengths = t.ends - t.starts
     theirs = peers["tokenspeed_prefill"]
-    return Cell(about, _runs(about, device, theirs, make, selection, truth, lengths))
+    return Cell(about, _runs(about, device, theirs, make, selection, t.truth(), lengths))
 
 
 def _read(about: Row, device: str, peers: Peers) -> Cell:
@@ -246,7 +197,9 @@ def _read(about: Row, device: str, peers: Peers) -> Cell:
         codes, scale, _ = fp8_keys(cache, page, at, PAGE, 128)
         want = codes.to(torch.uint8), scale
     else:
-        dequantised = mxfp4_keys(cache, page, at, PAGE, 128) if fp4 else _values(cache, slots)
+        dequantised = (
+            mxfp4_keys(cache, page, at, PAGE, 128) if fp4 else key_values(cache, slots.clamp_min(0))
+        )
         want = (torch.where(keep[:, None], dequantised, 0.0),)
     runs = []
 

@@ -12,8 +12,15 @@ import torch
 
 import dsv4_plugin
 from dsv4_plugin.testing.adapters.cells import DIRTY, Scores, recall
-from dsv4_plugin.testing.adapters.tokenspeed import _truth, _values
-from dsv4_plugin.testing.host_tensors import HEADS, PAGE, in_row, plane
+from dsv4_plugin.testing.host_tensors import (
+    ARENA,
+    PAGE,
+    Decode,
+    Prefill,
+    in_row,
+    key_values,
+    plane,
+)
 from dsv4_plugin.testing.hosts_gpu.parts import (
     OFF,
     VARIANTS,
@@ -30,9 +37,8 @@ from dsv4_plugin.testing.tokenspeed_host import STANDS_IN, STANDS_IN_ON_GPU, Eng
 __all__ = ["Side"]
 
 DECODE = {"cuda": [(1, 8192), (8, 65_536), (32, 16_384)], "cpu": [(2, 700)]}
-PREFILL = {"cuda": [(512, 8192)], "cpu": [(4, 700)]}
+PREFILL = {"cuda": [(512, 8192)], "cpu": [(4, 1400)]}
 READ = {"cuda": 14_338, "cpu": 40}
-ARENA = 1024
 SCALE = 0.1
 
 
@@ -140,57 +146,41 @@ class Side:
     def _decode(
         self, name: str, rows: int, columns: int, k: int, layout: str, variant: str
     ) -> list[Row]:
-        device, pages = self.device, -(-columns // PAGE)
-        cache = plane(1 + rows * pages, ARENA, device)
-        g = torch.Generator(device=device).manual_seed(2)
-        table = 1 + torch.randperm(rows * pages, generator=g, device=device).view(rows, pages).int()
-        q = torch.randn(rows, HEADS, 128, generator=g, device=device).bfloat16()
-        weights = torch.randn(rows, 32 + HEADS, generator=g, device=device)[:, 32:]
-        lengths = torch.full((rows,), columns, dtype=torch.int32, device=device)
-        out = torch.empty(rows, k, dtype=torch.int32, device=device)
-        lens = torch.empty(rows, dtype=torch.int32, device=device)
-        at = torch.arange(columns, device=device)
-
-        def keys(row: int) -> torch.Tensor:
-            return _values(cache, table[row].long()[at // PAGE] * PAGE + at % PAGE)
+        t = Decode.make(rows, columns, self.device)
+        out = torch.empty(rows, k, dtype=torch.int32, device=self.device)
+        lens = torch.empty(rows, dtype=torch.int32, device=self.device)
 
         def facade() -> None:
             self.engine.dsa.dsa_decode_topk(
-                q, weights, lengths, table, page_size=PAGE, topk=k, softmax_scale=SCALE,
-                index_k_cache=cache, topk_layout=layout, batch_invariant=False,
+                t.q, t.weights, t.lengths, t.table, page_size=PAGE, topk=k, softmax_scale=SCALE,
+                index_k_cache=t.cache, topk_layout=layout, batch_invariant=False,
                 slot_order="selection", out=out, lens_out=lens,
             )  # fmt: skip
 
         def local() -> torch.Tensor:
-            if layout == "logical_offsets":
-                return out
-            return in_row(out, table)
+            return out if layout == "logical_offsets" else in_row(out, t.table)
 
-        truth = _truth(q, weights, keys)
-        return self._measured(name, variant, facade, out, local, truth, columns, "dsa_decode_topk")
+        return self._measured(
+            name, variant, facade, out, local, t.truth(), columns, "dsa_decode_topk"
+        )
 
     def _prefill(self, name: str, rows: int, columns: int, k: int, variant: str) -> list[Row]:
-        device = self.device
-        cache = plane(2 + columns // PAGE, ARENA, device)
-        g = torch.Generator(device=device).manual_seed(3)
-        slots = torch.randperm(len(cache) * PAGE, generator=g, device=device)[:columns]
-        q = torch.randn(rows, HEADS, 128, generator=g, device=device).bfloat16()
-        weights = torch.randn(rows, HEADS, generator=g, device=device)
-        starts = torch.zeros(rows, dtype=torch.int32, device=device)
-        ends = torch.arange(columns - rows + 1, columns + 1, dtype=torch.int32, device=device)
-        out = torch.empty(rows, k, dtype=torch.int32, device=device)
-        lens = torch.empty(rows, dtype=torch.int32, device=device)
+        t = Prefill.make(rows, columns, self.device)
+        out = torch.empty(rows, k, dtype=torch.int32, device=self.device)
+        lens = torch.empty(rows, dtype=torch.int32, device=self.device)
 
         def facade() -> None:
             self.engine.dsa.dsa_prefill_topk(
-                q, weights, slots, starts, ends, topk=k, softmax_scale=SCALE,
-                batch_invariant=False, page_size=PAGE, index_k_cache=cache,
+                t.q, t.weights, t.slots, t.starts, t.ends, topk=k, softmax_scale=SCALE,
+                batch_invariant=False, page_size=PAGE, index_k_cache=t.cache,
                 slot_order="selection", out=out, lens_out=lens,
             )  # fmt: skip
 
-        truth = _truth(q, weights, lambda row: _values(cache, slots[: int(ends[row])]))
+        def local() -> torch.Tensor:
+            return torch.where(out < 0, out, out - t.starts[:, None])
+
         return self._measured(
-            name, variant, facade, out, lambda: out, truth, columns, "dsa_prefill_topk"
+            name, variant, facade, out, local, t.truth(), columns, "dsa_prefill_topk"
         )
 
     def _read(self, variant: str) -> list[Row]:
@@ -199,7 +189,7 @@ class Side:
         cache = plane(max(8, tokens // 8), ARENA, self.device)
         slots = slot_list(tokens, len(cache) * PAGE).to(self.device)
         keep = slots >= 0
-        want = torch.where(keep[:, None], _values(cache, slots.clamp_min(0)), 0.0)
+        want = torch.where(keep[:, None], key_values(cache, slots.clamp_min(0)), 0.0)
         settings({} if variant == OFF else {"DSV4_TOPK": "fp32"}, self.device)
         read = self.engine.runtime().read_deepseek_v4_indexer_fp8_cache
         held: list[torch.Tensor] = []
