@@ -14,8 +14,9 @@ pytestmark = pytest.mark.gpu
 
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "adapters.json"
-    code = main(["bench", "adapters", "--rows", "1", "33", "--columns", "1000", "40000", "--k",
-                 "512", "2048", "--launches", "4", "--replays", "3", "--json", str(file)])  # fmt: skip
+    arguments = ["--rows", "1", "33", "--columns", "1000", "40000", "--k", "512", "2048"]
+    limits = ["--launches", "4", "--replays", "3"]
+    code = main(["bench", "adapters", *arguments, *limits, "--json", str(file)])
     said = capsys.readouterr().out
     assert code == 0, said
     document = json.loads(file.read_text())
