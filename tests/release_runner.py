@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +47,28 @@ def run_cases(
     print(f"{label}: {counts['tests']} cases in {suite.get('time')} s")
     assert counts["tests"] >= fewest
     assert counts["skipped"] == counts["failures"] == counts["errors"] == 0
+
+
+def run_driver(
+    engine: str, python: Path, paths: Sequence[Path], file: Path, drop: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run ``testing.hosts_gpu`` dry inside one release; returns what it found."""
+    run = subprocess.run(
+        [
+            python, "-m", "dsv4_plugin.testing.hosts_gpu", "--engine", engine, "--device", "cpu",
+            "--json", file, "--site", *paths,
+        ],
+        env=_environ([], drop),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-20_000:]
+    found: dict[str, Any] = json.loads(file.read_text())
+    assert found["complete"] and not found["failed"]
+    assert found["stands_in"] and all(row["right"] for row in found["results"])
+    return found
 
 
 def _environ(paths: Sequence[Path], drop: Sequence[str]) -> dict[str, str]:

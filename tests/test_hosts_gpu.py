@@ -26,10 +26,11 @@ from dsv4_plugin.integrations.vllm import calls as vllm_calls
 from dsv4_plugin.integrations.vllm import seams as vllm_seams
 from dsv4_plugin.state import state
 from dsv4_plugin.testing.host_parts import make_cache
+from dsv4_plugin.testing.host_tensors import PAGE, deep_gemm_buffer, in_row, page_table
 from dsv4_plugin.testing.inputs import poison_tail, scores
 
 BACKENDS = ("torch", "cuda")
-PAGE, K = 64, 512
+K = 512
 WIDTHS = {"cpu": 2_112, "cuda": 40_000}  # columns of the logits; on a GPU past every path boundary
 names = pytest.mark.parametrize("name", ["bf16", "fp32"])
 whose = pytest.mark.parametrize("who", ["host", "own"])  # logits by DeepGEMM, or by us
@@ -58,36 +59,12 @@ def captured(device: str, step: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-def logits_like_deep_gemm(rows: int, width: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Rows that start at multiples of 1,024 bytes, full of garbage."""
-    align = 1024 // dtype.itemsize
-    whole = torch.full((rows, -(-width // align) * align), float("nan"), device=device)
-    return whole.to(dtype)[:, :width]
-
-
 def plane_of(pages: int, pad: int, device: str) -> torch.Tensor:
     """A cache that stays a strided view of its arena on the device."""
     content = make_cache(pages)
     arena = torch.full((pages, content.shape[1] + pad), 0xFF, dtype=torch.uint8, device=device)
     arena[:, : content.shape[1]] = content.to(device)
     return arena[:, : content.shape[1]]
-
-
-def page_table(rows: int, width: int, device: str, pool: int = 1 << 20) -> torch.Tensor:
-    """``[rows, pages]`` int32 pool pages; a slice of a wider table, as schedulers keep it."""
-    pages = -(-width // PAGE)
-    g = torch.Generator().manual_seed(1)
-    unique = [torch.randperm(pool, generator=g)[: pages + 5] for _ in range(rows)]
-    return torch.stack(unique).int().to(device)[:, :pages]
-
-
-def in_row(slots: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Undo the page table: the indices that pool slots came from (pages of a row are unique)."""
-    order = table.long().argsort(dim=1)
-    ranked = table.long().gather(1, order)
-    at = torch.searchsorted(ranked, slots.clamp_min(0).long() // PAGE)
-    index = order.gather(1, at.clamp_max(table.shape[1] - 1)) * PAGE + slots.clamp_min(0) % PAGE
-    return torch.where(slots < 0, -1, index).to(torch.int32)
 
 
 def lengths_of(step: int, width: int, device: str) -> torch.Tensor:
@@ -120,7 +97,7 @@ def in_forward() -> Iterator[Callable[[Topk], None]]:
 def test_sglang_paged(backend, device, name, form, raw, in_forward):
     width, rows = WIDTHS[device], 8
     in_forward(Topk(name, backend))
-    logits = logits_like_deep_gemm(rows, width, DTYPES[name], device)
+    logits = deep_gemm_buffer(rows, width, DTYPES[name], device)
     table = page_table(rows, width, device)
     lengths = torch.zeros(rows, dtype=torch.int32, device=device)
     out = torch.full((rows, K), 7, dtype=torch.int32, device=device)
@@ -155,7 +132,7 @@ def test_sglang_dsa(backend, device, monkeypatch):
     monkeypatch.setattr(calls, "_fused", lambda: True)
     monkeypatch.setattr(calls.seams, "intact", lambda name: True)
     monkeypatch.setattr(calls.guard, "for_dsa", lambda *a: Topk("fp32", backend))
-    logits = logits_like_deep_gemm(rows, width, torch.float32, device)
+    logits = deep_gemm_buffer(rows, width, torch.float32, device)
     table = page_table(rows, width, device)
     lengths = torch.zeros(rows, dtype=torch.int32, device=device)
     metadata = types.SimpleNamespace(real_page_table=table, page_size=PAGE)
@@ -266,7 +243,7 @@ def torch_deep_gemm() -> types.ModuleType:
         keys, scale = keys_of(kv_cache[table.long()])
         score = torch.relu(torch.einsum("rhd,rkd->rhk", q[0].squeeze(1).float(), keys))
         score = torch.einsum("rhk,rh->rk", score, weights) * scale
-        out = logits_like_deep_gemm(len(weights), width, logits_dtype, weights.device.type)
+        out = deep_gemm_buffer(len(weights), width, logits_dtype, weights.device.type)
         out.copy_(score[:, :width])
         past = torch.arange(width, device=out.device)[None, :] >= lens.reshape(-1, 1)
         return out.masked_fill_(past, float("nan"))  # what the kernel would not write

@@ -72,6 +72,7 @@ ENVIRONMENT = {
     "testing/e2e/server.py",  # the same
     "testing/e2e/vllm_side.py",  # E2E_*: the driver's word to the server it started
     "testing/fuzz/command.py",  # TRITON_INTERPRET, set
+    "testing/hosts_gpu/parts.py",  # the plugin's own, set for each variant
 }
 
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -18,6 +18,7 @@ import torch
 
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache
 from dsv4_plugin.testing import read_plot
+from dsv4_plugin.testing.adapters import command as adapters_command
 from dsv4_plugin.testing.inputs import fp8_cache
 from dsv4_plugin.testing.logits import cases as logits_cases
 from dsv4_plugin.testing.logits import command as logits_command
@@ -32,7 +33,7 @@ TOKENS = 14_338  # the prefill batch of the first seed
 PAGES = 16_384
 HEAD_DIM = 128
 
-WHAT = ("read", "topk", "logits", "chain", "plot")
+WHAT = ("read", "topk", "logits", "chain", "adapters", "plot")
 
 Row = dict[str, Any]
 
@@ -126,7 +127,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="torch op library of a peer (vLLM's _C*.so) where the engine itself is not installed",
     )  # fmt: skip
     command.add_arguments(
-        parser, [name for name in logits_cases.SUITES if name not in topk_cases.SUITES]
+        parser,
+        [name for name in logits_cases.SUITES if name not in topk_cases.SUITES]
+        + list(adapters_command.SUITES),
     )
 
 
@@ -169,6 +172,8 @@ def _run(arguments: argparse.Namespace) -> int:
         command.run(arguments, about, progress)
     elif arguments.what in ("logits", "chain"):
         logits_command.run(arguments, about, progress)
+    elif arguments.what == "adapters":
+        adapters_command.run(arguments, about, progress)
     else:
         document = {"machine": about, "what": "read", "results": bench_read(progress)}
         if arguments.json:

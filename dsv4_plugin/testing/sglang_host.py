@@ -1,9 +1,10 @@
-"""Drive SGLang's real indexer on a CPU, for the tests.
+"""Drive SGLang's real indexer: on a CPU for the tests, on a GPU for ``testing.hosts_gpu``.
 
 SGLang's own Python runs: the plugin loader with the installed entry point, the hook registry,
 ``C4IndexerBackendMixin.forward_c4_indexer``, its metadata, the Python functions around its top-k
-kernels, ``DSATopKBackend.topk_transform``, the parser. What cannot run without a GPU is replaced
-by torch, and :data:`STANDS_IN` says what that is. Everything is found by name, so one kit serves
+kernels, ``DSATopKBackend.topk_transform``, the parser. On a CPU what cannot run there is replaced
+by torch, and :data:`STANDS_IN` says what that is; on a GPU its kernels, DeepGEMM and the gather of
+prefill are the real ones (:data:`STANDS_IN_ON_GPU`). Everything is found by name, so one kit serves
 every release from 0.5.16 on.
 """
 
@@ -27,8 +28,9 @@ from dsv4_plugin.testing.host_parts import (
     spans_of,
     upstream_rows,
 )
+from dsv4_plugin.testing.stand_ins import stand_in
 
-__all__ = ["STANDS_IN", "Engine", "Problem", "prepare"]
+__all__ = ["STANDS_IN", "STANDS_IN_ON_GPU", "Engine", "Layer", "Problem", "prepare"]
 
 STANDS_IN = {
     "DeepGEMM (sgl-deep-gemm)": "the same formula in torch, row stride and unwritten columns alike",
@@ -36,9 +38,19 @@ STANDS_IN = {
     "the queries and weights of the layer": "random ones",
 }
 
+STANDS_IN_ON_GPU = {
+    "the model": "the projections of one indexer layer with random weights, and a cache of random "
+    "keys in place of the compressor",
+    "scheduler, memory pools": "the tensors that they hand to the indexer",
+}
+# Native packages that SGLang's modules import and that nothing here calls.
+NATIVE = ("sgl_kernel", "flashinfer", "deep_ep", "xgrammar", "IPython", "pynvml")
+
 INDEXER = "sglang.srt.layers.attention.dsv4.indexer"
 PAGE = 64
 HEADS = 64
+LORA = 1024  # of the query's projection
+ROPE = 64
 
 
 class _Kernel:
@@ -103,14 +115,24 @@ class Problem:
 
 
 class Engine:
-    """SGLang's indexer and the little of an engine that it needs. One per process."""
+    """SGLang's indexer and the little of an engine that it needs. One per process.
 
-    def __init__(self) -> None:
-        prepare()
+    ``device`` ``"cpu"``: with torch in place of the kernels, whose calls are noted in ``calls``.
+    ``"cuda"``: with the kernels; ``stood_in`` names the packages that are empty modules here.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.calls: list[Call] = []
-        self.maths = DeepGemm(self.calls, has_logits_dtype=True)
-        record_own_logits(self.calls)
-        self.install_deep_gemm()
+        self.stood_in: list[str] = []
+        if device == "cpu":
+            prepare()
+            self.maths = DeepGemm(self.calls, has_logits_dtype=True)
+            record_own_logits(self.calls)
+            self.install_deep_gemm()
+        else:
+            self.stood_in = stand_in(NATIVE)
+            self.deep_gemm = importlib.import_module("deep_gemm")
         self.indexer: Any = importlib.import_module(INDEXER)
         self.metadata: Any = importlib.import_module("sglang.srt.layers.attention.dsv4.metadata")
         self.dsa: Any = importlib.import_module("sglang.srt.layers.attention.dsa.dsa_topk_backend")
@@ -118,6 +140,10 @@ class Engine:
         self.mode: Any = importlib.import_module(
             "sglang.srt.model_executor.forward_batch_info"
         ).ForwardMode
+        if device == "cpu":
+            self._replace_kernels()
+
+    def _replace_kernels(self) -> None:
         self.envs.SGLANG_OPT_USE_JIT_INDEXER_METADATA.set(False)  # a CUDA kernel otherwise
         topk = self.topk_module()
         v1, v2 = _Kernel(self.calls, "topk_v1"), _Kernel(self.calls, "topk_v2")
@@ -162,6 +188,7 @@ class Engine:
         seed: int = 0,
     ) -> Problem:
         """Make a batch with one row for each length; in prefill they are one request's queries."""
+        there = self.device
         g = torch.Generator().manual_seed(seed)
         rows = len(lengths)
         width = pages or max(1, -(-max(lengths) // PAGE))
@@ -175,14 +202,14 @@ class Engine:
         order = 1 + torch.randperm(total - 1, generator=g)
         table = order[:width].expand(rows, width) if prefill else order.view(rows, width)
         return Problem(
-            cache=cache,
-            query=torch.randn(rows, HEADS, HEAD_DIM, generator=g).to(torch.float8_e4m3fn),
-            weights=torch.randn(rows, HEADS, 1, generator=g),
-            lengths=torch.tensor(lengths, dtype=torch.int32),
-            table=table.to(torch.int32).contiguous(),
+            cache=cache.to(there),
+            query=torch.randn(rows, HEADS, HEAD_DIM, generator=g).to(torch.float8_e4m3fn).to(there),
+            weights=torch.randn(rows, HEADS, 1, generator=g).to(there),
+            lengths=torch.tensor(lengths, dtype=torch.int32, device=there),
+            table=table.to(torch.int32).contiguous().to(there),
             k=k,
-            out=torch.full((rows, k), 7, dtype=torch.int32),
-            raw=torch.full((rows, k), 7, dtype=torch.int32) if raw else None,
+            out=torch.full((rows, k), 7, dtype=torch.int32, device=there),
+            raw=torch.full((rows, k), 7, dtype=torch.int32, device=there) if raw else None,
             prefill=prefill,
         )
 
@@ -197,7 +224,7 @@ class Engine:
     ) -> torch.Tensor:
         """Run SGLang's ``forward_c4_indexer``; returns the buffer it filled."""
         self.envs.SGLANG_OPT_USE_TOPK_V2.set(v2)
-        layer = _Layer(self, problem, backend)
+        layer = Layer(self, problem, backend)
         for _ in range(2 if twice else 1):
             layer.run(fp4)
         return problem.out
@@ -240,11 +267,18 @@ class Engine:
         return [c for c in self.calls if c.logits is not None and name in (None, c.name)][-1]
 
 
-class _Layer:
+class Layer:
     """An attention backend with the mixin under test, and what one forward hands it."""
 
-    def __init__(self, engine: Engine, problem: Problem, backend: Any) -> None:
+    def __init__(
+        self, engine: Engine, problem: Problem, backend: Any, projected: bool = False
+    ) -> None:
         self.engine, self.problem = engine, problem
+        rows = len(problem.lengths)
+        self.x = torch.zeros(rows, 1, device=engine.device)
+        self._v2 = engine.envs.SGLANG_OPT_USE_TOPK_V2.get()
+        self._last = int(problem.lengths[-1]) if rows else 0  # known to the scheduler
+        self._queries = self._projected() if projected else self._random()
         indexer = engine.indexer
 
         class Backend(indexer.C4IndexerBackendMixin):  # type: ignore[name-defined]
@@ -264,7 +298,7 @@ class _Layer:
         )
         metadata = self._metadata()
         core = types.SimpleNamespace(
-            positions=torch.arange(len(problem.lengths)),
+            positions=torch.arange(len(problem.lengths), device=engine.device),
             c4_sparse_page_indices=problem.out,
             c4_sparse_raw_indices=problem.raw,
             page_table=metadata.page_table,
@@ -286,25 +320,75 @@ class _Layer:
         }
         return cls(**{name: value for name, value in values.items() if name in names})
 
+    def _random(self) -> dict[str, Any]:
+        problem = self.problem
+        return {
+            "compute_weights": lambda x, skip_scale=False: problem.weights,
+            "compute_q": lambda *a, **k: (problem.query, problem.weights),
+        }
+
+    def _projected(self) -> dict[str, Any]:
+        """Queries and weights by ``C4Indexer``'s own functions: projections, then its fused kernel.
+
+        The kernel rotates, applies the Hadamard transform and quantises.
+        """
+        cls, device = self.engine.indexer.C4Indexer, self.engine.device
+        g = torch.Generator(device=device).manual_seed(5)
+
+        def linear(columns: int) -> Any:
+            w = torch.randn(LORA, columns, generator=g, device=device).bfloat16() / LORA**0.5
+            return lambda x: (x @ w, None)
+
+        rows = len(self.problem.lengths)
+        self.x = torch.randn(rows, LORA, generator=g, device=device).bfloat16()
+        angles = torch.arange(rows, device=device)[:, None] / 10_000 ** (
+            torch.arange(ROPE // 2, device=device) / (ROPE // 2)
+        )
+        c4 = types.SimpleNamespace(
+            use_fp4_indexer=False, n_local_heads=HEADS, head_dim=HEAD_DIM,
+            weight_scale=HEAD_DIM**-0.5 * HEADS**-0.5, wq_b=linear(HEADS * HEAD_DIM),
+            weights_proj=linear(HEADS), freqs_cis=torch.polar(torch.ones_like(angles), angles),
+        )  # fmt: skip
+        return {
+            name: types.MethodType(getattr(cls, name), c4)
+            for name in ("compute_q", "compute_weights")
+        }
+
+    def queries(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the queries and weights, as ``forward_c4_indexer`` gets them."""
+        weights = self._queries["compute_weights"](self.x, skip_scale=True)
+        q, folded = self._queries["compute_q"](self.x, positions, weights)
+        return q, folded
+
     def _gathered(self, layer_id, seq_len_tensor, page_indices, seq_len_sum, max_seq_len):
+        if self.engine.device != "cpu":  # as DeepSeekV4IndexerPool.get_index_k_scale_buffer does
+            theirs = importlib.import_module("sglang.kernels.ops.kvcache.dsa_index_k_cache")
+            pool = types.SimpleNamespace(
+                page_size=PAGE, index_page_size=PAGE, index_head_dim=HEAD_DIM, quant_block_size=128
+            )
+            return theirs.GetKAndS.execute(
+                pool, self.problem.cache, page_indices=page_indices, seq_len_tensor=seq_len_tensor,
+                seq_len_sum=seq_len_sum, max_seq_len=max_seq_len,
+            )  # fmt: skip
         pages = self.problem.cache[page_indices[0].long()]
         split = PAGE * HEAD_DIM
         keys = pages[:, :split].reshape(-1, HEAD_DIM)[:seq_len_sum]
         scales = pages[:, split:].reshape(-1, 4)[:seq_len_sum]
         return keys.contiguous(), scales.contiguous()
 
-    def run(self, fp4: bool) -> None:
+    def run(self, fp4: bool = False) -> None:
+        """Call SGLang's ``forward_c4_indexer`` once."""
         problem, rows = self.problem, len(self.problem.lengths)
+        self.engine.envs.SGLANG_OPT_USE_TOPK_V2.set(self._v2)
         c4 = types.SimpleNamespace(
             use_fp4_indexer=fp4,
             layer_id=0,
             compressor=None,
             index_topk=problem.k,
             weight_scale=1.0,
-            compute_weights=lambda x, skip_scale=False: problem.weights,
-            compute_q=lambda *a, **k: (problem.query, problem.weights),
+            **self._queries,
         )
-        last = int(problem.lengths[-1]) if rows else 0
+        last = self._last
         mode = self.engine.mode
         batch = types.SimpleNamespace(
             forward_mode=mode.EXTEND if problem.prefill else mode.DECODE,
@@ -318,6 +402,4 @@ class _Layer:
         )
         if problem.prefill:
             self.engine.envs.SGLANG_OPT_DSV4_NONPAGED_INDEXER_MIN_QUERY_TOKENS.set(1)
-        self.backend.forward_c4_indexer(
-            x=torch.zeros(rows, 1), q_lora=torch.zeros(rows, 1), c4_indexer=c4, forward_batch=batch
-        )
+        self.backend.forward_c4_indexer(x=self.x, q_lora=self.x, c4_indexer=c4, forward_batch=batch)

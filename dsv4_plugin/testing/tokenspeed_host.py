@@ -1,18 +1,20 @@
-"""Drive TokenSpeed's real kernel registry, facades, plugin loaders and readers on a CPU.
+"""Drive TokenSpeed's real kernel registry, facades, plugin loaders and readers.
+
+On a CPU for the tests, on a GPU for ``testing.hosts_gpu``.
 
 TokenSpeed's own Python runs: registry, selection, the ``dsa_*`` and ``dsv4_*`` facades,
 ``discover_plugins`` and ``ensure_loaded`` with the installed entry points, the writer and reader of
-the indexer cache. What cannot run without a GPU is replaced, and :data:`STANDS_IN` says how.
+the indexer cache. What cannot run without a GPU is replaced, and :data:`STANDS_IN` says how; on a
+GPU its Triton kernels and DeepGEMM are the real ones (:data:`STANDS_IN_ON_GPU`).
 
-The package's ``__init__`` imports every op and needs a GPU: it is entered by its sub-modules. It
-poses as Ampere while it is imported, so that Hopper's native packages are not, and as Hopper
-afterwards.
+The package's ``__init__`` imports every op and every native package: it is entered by its
+sub-modules. On a CPU it poses as Ampere while it is imported, so that Hopper's native packages are
+not, and as Hopper afterwards.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -30,8 +32,9 @@ from dsv4_plugin.testing.host_parts import (
     make_cache,
     record_own_logits,
 )
+from dsv4_plugin.testing.stand_ins import alias, stand_in
 
-__all__ = ["STANDS_IN", "Engine"]
+__all__ = ["STANDS_IN", "STANDS_IN_ON_GPU", "Engine"]
 
 STANDS_IN = {
     "DeepGEMM": "the same formula in torch, row stride and unwritten columns alike",
@@ -40,66 +43,42 @@ STANDS_IN = {
     "modules: nothing of them is called",
 }
 
+STANDS_IN_ON_GPU = {
+    "tokenspeed_triton, where it is not installed": "Triton: TokenSpeed's kernels compiled by it",
+    "the model, scheduler and memory pools": "random queries and keys in tensors like theirs",
+}
+
 PAGE = 64
 NATIVE = ("tokenspeed_triton", "flashinfer", "deep_ep", "trtllm_kernel", "fast_hadamard_transform")
+# What the modules for Hopper import besides; nothing of it is called here.
+NATIVE_ON_GPU = (
+    *NATIVE[1:],
+    "cutlass",
+    "quack",
+    "flash_mla",
+    "flash_attn",
+    "tokenspeed_mla",
+    "nvtx",
+)
 DSA = "tokenspeed_kernel.ops.attention.dsa"
 DSV4 = "tokenspeed_kernel.ops.attention.dsv4"
 OPS = "tokenspeed.runtime.layers.attention.deepseek_v4_ops"
 
 
-class _Anything:
-    """Whatever an import may ask of a native package: a decorator, a constant, a base class."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    # TokenSpeed looks for ``enable_pdl`` in the signatures of flashinfer's functions.
-    def __call__(self, *args: Any, enable_pdl: Any = None, **kwargs: Any) -> Any:
-        return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else self
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(name)
-        return _Anything()
-
-    def __mro_entries__(self, bases: Any) -> tuple[type, ...]:
-        return (object,)
-
-
-class _Empty(types.ModuleType):
-    __path__: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(name)
-        return sys.modules.get(f"{self.__name__}.{name}") or _Anything()
-
-
-class _Finder:
-    """Finds the native packages that are not installed, and what is below them."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = {name for name in names if importlib.util.find_spec(name) is None}
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.partition(".")[0] in self.names:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
-        return None
-
-    def create_module(self, spec: Any) -> types.ModuleType:
-        module = _Empty(spec.name)
-        module.__file__ = "<stand-in>"
-        return module
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
 class Engine:
-    """TokenSpeed's kernel package and its runtime's readers. One per process."""
+    """TokenSpeed's kernel package and its runtime's readers. One per process.
 
-    def __init__(self) -> None:
-        sys.meta_path.append(_Finder(NATIVE))
+    ``stood_in`` names the packages that are empty modules here.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.calls: list[Call] = []
+        if device == "cpu":
+            self.stood_in = stand_in(NATIVE)
+        else:
+            alias("tokenspeed_triton", "triton")
+            self.stood_in = stand_in(NATIVE_ON_GPU)
         kernel = importlib.util.find_spec("tokenspeed_kernel")
         if kernel is None or kernel.origin is None:
             raise ImportError("tokenspeed_kernel is not on the path")
@@ -107,16 +86,21 @@ class Engine:
         package.__path__ = [str(Path(kernel.origin).parent)]
         sys.modules["tokenspeed_kernel"] = package
         self.platform: Any = importlib.import_module("tokenspeed_kernel.platform")
-        self.pose(8)
+        if device == "cpu":
+            self.pose(8)
         self.registry_module: Any = importlib.import_module("tokenspeed_kernel.registry")
         self.plugins: Any = importlib.import_module("tokenspeed_kernel.plugins")
         self.selection: Any = importlib.import_module("tokenspeed_kernel.selection")
-        self.calls: list[Call] = []
-        self.maths = DeepGemm(self.calls, has_logits_dtype=True)
-        record_own_logits(self.calls)
-        self.install_deep_gemm()
+        if device == "cpu":
+            self.maths = DeepGemm(self.calls, has_logits_dtype=True)
+            record_own_logits(self.calls)
+            self.install_deep_gemm()
         self.dsa: Any = importlib.import_module(DSA)
         self.dsv4: Any = importlib.import_module(DSV4)
+        if device == "cpu":
+            self._pose_as_hopper()
+
+    def _pose_as_hopper(self) -> None:
         self.pose(9)
         # What these modules guard by the architecture at import: Hopper's own registrations.
         module: Any = importlib.import_module(f"{DSV4}.deep_gemm")

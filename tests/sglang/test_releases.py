@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from real_client import check
-from release_runner import ROOT, environment, run_cases
+from release_runner import ROOT, environment, run_cases, run_driver
 
 CASES = Path(__file__).resolve().parent / "host"
 MAKE = ROOT / "examples" / "make_hosts_cpu_env.py"
@@ -47,3 +47,25 @@ def test_bench_client(python: Path, version: str, tmp_path: Path) -> None:
     """``sglang.bench_serving`` takes what ``dsv4-plugin ab`` gives, and answers what ab reads."""
     script = Path(__file__).with_name("bench_client.py")
     check("sglang", python, script, [find(python, version)], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [VERSIONS[0], VERSIONS[-1]])
+def test_the_driver_for_a_gpu(python: Path, version: str, tmp_path: Path) -> None:
+    """Without the plugin and with it, in one process; on a GPU the same with the kernels."""
+    found = run_driver(
+        "sglang", python, [find(python, version)], tmp_path / "found.json", ["SGLANG_"]
+    )
+    assert found["version"] == f"SGLang {version}"
+    rows = {(row["part"], row["variant"]): row for row in found["results"]}
+    calls = {part for part, variant in rows if variant == "off"}
+    assert len(calls) == 6 and len(rows) == 6 * 5 + 1
+    for call in calls:
+        assert not rows[call, "off"]["counters"]
+        for dtype in ("fp32", "bf16"):
+            counters = rows[call, f"{dtype} own"]["counters"]
+            assert counters[f"logits.own.{dtype}.torch"] == 1
+            assert counters[f"topk.paged.{dtype}.torch"] == 1
+        assert rows[call, "fp32"]["agreement"] == 1.0
+        assert rows[call, "bf16"]["counters"]["logits.bf16"] == 1
+    assert found["seams"]["topk.paged"]["why"] is None

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import pytest
-from release_runner import ROOT, environment, run_cases
+from release_runner import ROOT, environment, run_cases, run_driver
 
 CASES = Path(__file__).resolve().parent / "host"
 MAKE = ROOT / "examples" / "make_hosts_cpu_env.py"
@@ -25,15 +25,38 @@ def python() -> Path:
     return environment(MAKE, ENV, "--sglang", "", "--tokenspeed", ",".join(VERSIONS))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("version", VERSIONS)
-def test_release(python: Path, version: str, tmp_path: Path) -> None:
+def find(python: Path, version: str) -> list[Path]:
     release = ENV / "tokenspeed" / version
     kernel, runtime = release / "kernel", release / "runtime"
     if not (python.is_file() and (kernel / "tokenspeed_kernel" / "__init__.py").is_file()):
         pytest.skip(f"no TokenSpeed {version} in {ENV}: python {MAKE.relative_to(ROOT)} makes it")
+    return [runtime, kernel]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_release(python: Path, version: str, tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
-    run_cases(
-        f"TokenSpeed {version}", python, CASES, [runtime, kernel], report, FEWEST_CASES,
-        ["TOKENSPEED_"],
-    )  # fmt: skip
+    paths = find(python, version)
+    run_cases(f"TokenSpeed {version}", python, CASES, paths, report, FEWEST_CASES, ["TOKENSPEED_"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_driver_for_a_gpu(python: Path, version: str, tmp_path: Path) -> None:
+    """Without the plugin and with it, in one process; on a GPU the same with the kernels."""
+    paths = find(python, version)
+    found = run_driver("tokenspeed", python, paths, tmp_path / "found.json", ["TOKENSPEED_"])
+    assert found["version"].startswith(f"TokenSpeed {version} ")
+    rows = {(row["part"], row["variant"]): row for row in found["results"]}
+    calls = {part for part, variant in rows if variant == "bf16 own"}
+    assert len(calls) == 3 and len(rows) == 3 * 4 + 3  # the Triton kernels are for a GPU
+    for call in calls:
+        mode = "prefill" if call.startswith("prefill") else "decode"
+        for dtype in ("fp32", "bf16"):
+            row = rows[call, f"{dtype} own"]
+            assert row["kernel"] == f"dsv4_plugin_dsa_{mode}_topk" and row["recall"] > 0.95
+            assert row["counters"][f"topk.dsa_{mode}_topk.{dtype}.torch"] == 1
+            assert row["counters"][f"logits.own.{dtype}.torch"] == 1
+    (read,) = (row for row in found["results"] if row["variant"] == "on" and "read" in row["part"])
+    assert read["exact"] and read["counters"]["read.fp8"] == 1

@@ -20,6 +20,7 @@ VLLM_COOPERATIVE_ROWS = 64  # vLLM 0.33 takes cooperative_topk up to here, persi
 # decode: (logits, lengths, k, out) → None; prefill: (logits, row_starts, row_ends, k, out) → None;
 # paged: (logits, lengths, page_table, k, out) → None, pages of 64, `out` in pool slots.
 # out is int32 [rows, k]; its indices count from the row's start, in any order.
+# sglang_… and tokenspeed_…: an engine's own function, called as the engine calls it.
 # logits: (q, cache, weights, lengths [batch, next_n], block_table, dtype) → logits;
 # ragged_logits: (q, k, k_scale, weights, row_starts, row_ends, dtype) → logits, a column a key.
 Call = Callable[..., Any]
@@ -33,6 +34,12 @@ FORMS = {
     "paged": "available_paged",
     "logits": "available_logits",
     "ragged_logits": "available_ragged_logits",
+    "sglang_paged": "available_sglang_paged",
+    "tokenspeed_decode": "available_tokenspeed_decode",
+    "tokenspeed_dsv4_decode": "available_tokenspeed_dsv4_decode",
+    "tokenspeed_prefill": "available_tokenspeed_prefill",
+    "tokenspeed_gather": "available_tokenspeed_gather",
+    "tokenspeed_read": "available_tokenspeed_read",
 }
 TOPK_FORMS = ("decode", "prefill", "paged")
 

@@ -1,0 +1,119 @@
+"""The benchmark of the adapters, dry: every call, peers of every kind, the file and the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv4_plugin.cli import main
+from dsv4_plugin.integrations import plan
+from dsv4_plugin.state import state
+
+PEERS = """
+import torch
+from dsv4_plugin import read_indexer_cache, topk
+
+def paged(logits, lengths, table, out, page_size, raw):
+    topk(logits, lengths, out.shape[1], page_table=table, page_size=page_size, out=out, out_raw=raw)
+
+def first_k(logits, lengths, table, out, page_size, raw):
+    out.copy_(torch.arange(out.shape[1]).expand_as(out))
+
+def decode(q, weights, seq_lens, block_table, *, topk, out, lens_out, topk_layout, **kwargs):
+    if topk_layout != "logical_offsets":
+        raise ValueError("logical offsets only")
+    out.copy_(torch.arange(topk).expand_as(out))
+    lens_out.copy_(seq_lens.clamp(max=topk))
+    return out, lens_out
+
+def available_sglang_paged():
+    return {"sglang": paged, "wrong": first_k, "absent": "is not installed"}
+
+def available_tokenspeed_decode():
+    return {"tokenspeed": decode}
+
+def available_tokenspeed_read():
+    return {"loop": lambda cache, slots, block: read_indexer_cache(cache, slots, backend="torch")}
+"""
+
+
+def bench(*arguments: object) -> int:
+    return main(["bench", "adapters", "--device", "cpu", *map(str, arguments)])
+
+
+@pytest.fixture
+def peers_file(tmp_path: Path) -> Path:
+    file = tmp_path / "peers.py"
+    file.write_text(PEERS)
+    return file
+
+
+def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "adapters.json"
+    code = bench("--rows", 4, "--columns", 700, "--peers", peers_file, "--json", file)
+    said = capsys.readouterr().out
+    assert code == 0
+    document = json.loads(file.read_text())
+    assert document["complete"] is True and document["what"] == "adapters"
+    assert document["missing"] == {"absent": "is not installed"}
+    rows = document["results"]
+    assert {(r["suite"], r["call"]) for r in rows} == {
+        *(("sglang", call) for call in ("paged", "paged_raw", "dsa", "prefill")),
+        *(
+            ("tokenspeed", call)
+            for call in ("dsa_decode", "dsa_decode_slots", "dsv4_decode", "dsa_prefill", "gather",
+                         "read_fp8", "read_mxfp4")
+        ),
+    }  # fmt: skip
+    ours = [r for r in rows if r["implementation"].startswith("dsv4")]
+    assert len(ours) == 2 + 2 + 1 + 2 + 4 * 2 + 3
+    assert all(r["exact"] and r["us"] > 0 for r in ours)
+    assert all(r["lowest_index"] for r in ours if r["k"])
+    scored = [r for r in ours if r["suite"] == "tokenspeed" and r["k"]]
+    assert all(r["recall"] > 0.9 and r["recall_worst"] <= r["recall"] for r in scored)
+
+    by = {(r["call"], r["implementation"]): r for r in rows}
+    assert by["paged_raw", "sglang"]["exact"] and "lowest_index" not in by["paged", "sglang"]
+    assert not by["paged", "wrong"]["exact"] and by["paged", "wrong"]["why"]
+    theirs = by["dsa_decode", "tokenspeed"]
+    assert theirs["recall"] < 0.9 and "exact" not in theirs  # its scores are not seen
+    refused = by["dsa_decode_slots", "tokenspeed"]
+    assert refused["us"] is None and "logical offsets only" in refused["error"]
+    assert by["read_fp8", "loop"]["graph"] is False and by["read_fp8", "loop"]["exact"]
+    for words in ("absent is not compared: is not installed", "[  1/11 ", "wrong ", "!",
+                  "rows x columns", "tokenspeed failed: ValueError"):  # fmt: skip
+        assert words in said, words
+    assert plan.current() is plan.INERT and not state.counters
+
+
+@pytest.mark.parametrize("wrong", ["slots", "an index twice", "a row's length"])
+def test_a_mistake_of_ours_is_seen(monkeypatch, tmp_path, wrong) -> None:
+    """The judge looks at what the adapter left, and not at what it was asked for."""
+    from dsv4_plugin import ops
+
+    real = ops.topk
+
+    def broken(logits, lengths, k, **kwargs):
+        out = real(logits, lengths, k, **kwargs)
+        if wrong == "slots":
+            out += 64
+        elif wrong == "an index twice":
+            out[:, 1] = out[:, 0]
+        else:
+            out[:, -1] = -1
+        return out
+
+    monkeypatch.setattr(ops, "topk", broken)
+    file = tmp_path / "adapters.json"
+    bench("--rows", 2, "--columns", 700, "--suite", "sglang", "--json", file)
+    rows = json.loads(file.read_text())["results"]
+    assert rows and not any(row["exact"] for row in rows)
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--suite", "narrow") == 2
+    assert "--suite of bench adapters must be of sglang, tokenspeed" in capsys.readouterr().err
+    assert bench("--suite", "sglang", "--dtype", "float32") == 2
+    assert "--dtype is not for bench adapters" in capsys.readouterr().err
