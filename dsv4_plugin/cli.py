@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv4_plugin import __version__
+from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.testing.ab import command as ab
 
 __all__ = ["main"]
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dsv4-plugin", description="The sparse-attention indexer of DeepSeek-V4 and V3.2."
     )
+    parser.add_argument("--version", action="version", version=f"dsv4-plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="say what is here, what engages, and why not")
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
@@ -64,12 +67,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "ab":
         return ab.run(arguments, after)
     if module is not None:
-        return module.run(arguments)
+        return _run(module, arguments)
     from dsv4_plugin.doctor import run, run_hosts
 
     if arguments.hosts is not None:
         return run_hosts(arguments.hosts, arguments.json, arguments.folder)
     return run(as_json=arguments.json)
+
+
+def _run(module: Any, arguments: argparse.Namespace) -> int:
+    """Run a command; what its user can repair is a line and exit code 2, not a traceback."""
+    error: object
+    file = arguments.json
+    if file is not None and not file.parent.is_dir():  # now, not when all is done
+        error = f"--json cannot be written: there is no folder {file.parent}"
+    else:
+        try:
+            return module.run(arguments)
+        except (SettingError, UnmetError) as refused:
+            error = refused
+    print(f"dsv4-plugin {arguments.command}: {error}", file=sys.stderr)
+    return 2
 
 
 def _load(name: str) -> tuple[Any, str]:

@@ -292,10 +292,24 @@ def _verdict(data: Data) -> tuple[int, str]:
         )
         how = "" if settings["DSV4_PLUGIN"]["value"] else f"{how} them"
         return 0, f"the compiled kernels can serve here{how}"
+    why = _why_not_cuda(data)
     names = sorted({row["auto"] for row in ops if row["auto"]})
     if not names:
-        return 1, "no implementation can run here"
-    return 1, f"the ops run here on {' and '.join(names)}; an engine's top-k would stay its own"
+        return 1, f"{why}no implementation can run here"
+    return 1, (
+        f"{why}the ops run here on {' and '.join(names)}, and an engine's top-k would stay its own"
+    )
+
+
+def _why_not_cuda(data: Data) -> str:
+    """Return what the compiled top-k lacks here, as the beginning of a sentence."""
+    gpu, ops = data["gpu"], data["ops"]
+    if gpu.get("devices") == []:
+        return f"no GPU here ({gpu['why']}): "
+    for name, row in ops.items():
+        if name.startswith("topk ") and isinstance(row, dict) and row["unmet"].get("cuda"):
+            return f"{'; '.join(row['unmet']['cuda'])}: "
+    return ""
 
 
 def render(data: Data) -> str:

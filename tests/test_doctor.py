@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -236,3 +237,16 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     text = doctor.render(data)
     assert "NVIDIA H20, compute capability 9.0, 78 SMs, 96.0 GiB" in text
     assert "not cuda: the compiled library cannot be loaded" in text
+
+
+def test_the_verdict_without_a_gpu_says_why(no_gpu: None) -> None:
+    verdict = doctor.collect()["verdict"]
+    assert re.match(
+        r"no GPU here \((this torch is built without CUDA|torch sees no GPU)\): ", verdict
+    )
+
+
+def test_the_verdict_on_a_gpu_says_what_the_kernels_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._UNMET, "cuda", lambda call: ["this GPU is an older one"])
+    data = doctor.collect() | {"gpu": {"devices": [{"name": "NVIDIA A100"}]}}
+    assert doctor._verdict(data)[1].startswith("this GPU is an older one: the ops run here on ")

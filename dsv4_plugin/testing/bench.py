@@ -33,6 +33,7 @@ TOKENS = 14_338  # the prefill batch of the first seed
 PAGES = 16_384
 HEAD_DIM = 128
 
+DRY = "A dry run on a CPU: answers are checked, times and what is made of them mean nothing."
 WHAT = ("read", "topk", "logits", "chain", "adapters", "plot")
 
 Row = dict[str, Any]
@@ -154,10 +155,12 @@ def _run(arguments: argparse.Namespace) -> int:
             raise UsageError("--against is for bench topk")
         if arguments.plot:
             read_plot.require()  # now, not when all is measured
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("dsv4-plugin bench: there is no CUDA device here; nothing was measured",
-              file=sys.stderr)  # fmt: skip
-        return 2
+    dry = arguments.device == "cpu"
+    if not dry and not torch.cuda.is_available():
+        raise UsageError(
+            "there is no CUDA device here; nothing was measured (--device cpu is a dry run, of all "
+            "but read)"
+        )
     for library in arguments.load_library:
         torch.ops.load_library(library)
     about = machine()
@@ -168,6 +171,8 @@ def _run(arguments: argparse.Namespace) -> int:
     def progress(line: str) -> None:
         print(line, flush=True)
 
+    if dry:
+        progress(DRY)
     if arguments.what == "topk":
         command.run(arguments, about, progress)
     elif arguments.what in ("logits", "chain"):
@@ -181,6 +186,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.plot:
             read_plot.draw(document, arguments.plot)
             progress(f"drawn to {arguments.plot}")
+    if dry:
+        progress(f"\n{DRY}")
     if arguments.json:
         print(f"written to {arguments.json}")
     return 0
