@@ -15,6 +15,9 @@ TORCH    ?= torch==2.13.0
 ARGS     ?=
 JOBS     ?= 2
 RESULTS  ?= benchmarks/results/gpu_suite.json
+DIST     ?= dist
+# What the wheel is checked beside: the floor of pyproject.toml and the torch of `make env`.
+TORCHES  ?= torch==2.11.0 torch==2.13.0
 
 export DSV4_VLLM_ENV = $(abspath $(VLLM_ENV))
 export DSV4_HOSTS_ENV = $(abspath $(HOSTS_ENV))
@@ -32,10 +35,10 @@ CSRC   := $(wildcard csrc/* csrc/include/dsv4/*)
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
 CPPTREE = $(shell git ls-files -co --exclude-standard 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.h')
 
-.PHONY: help env demo test test-gpu lint format docs audit wheel so clean vllm-env hosts-env
+.PHONY: help env demo test test-gpu lint format docs audit wheel manylinux check-wheel so clean vllm-env hosts-env
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 env: $(READY)  ## create .venv with torch, the plugin (editable) and the tools
 
@@ -86,7 +89,21 @@ audit: $(READY)  ## known vulnerabilities of what the package depends on (pip-au
 	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip -r $(AUDIT)/requirements.txt
 
 wheel: $(READY)  ## build dist/*.tar.gz and dist/*.whl (with the CUDA kernels where nvcc is found)
-	$(PY) -m build
+	rm -rf $(DIST)
+	$(PY) -m build --outdir $(DIST)
+	$(MAKE) -s manylinux
+
+# auditwheel reads the versions of the system's symbols that _C.so needs, and names the oldest glibc
+# that has them; patchelf, which it asks for, changes nothing, since nothing is to be bundled.
+manylinux: $(READY)  ## put the manylinux tag that auditwheel finds on dist/*-linux_*.whl
+	@for wheel in $(DIST)/*-linux_*.whl; do \
+	  test -f "$$wheel" || { echo "no binary in the wheel: py3-none-any stays"; continue; }; \
+	  PATH="$$(dirname $$(command -v $(PY))):$$PATH" $(PY) -m auditwheel repair --only-plat \
+	    -w $(DIST) "$$wheel" && rm "$$wheel" || exit 1; \
+	done
+
+check-wheel: $(READY)  ## install dist/*.whl beside torch 2.11 and 2.13 in fresh environments and try it
+	$(PY) tests/packaging/check_wheel.py $(DIST)/*.whl $(TORCHES)
 
 so:  ## compile dsv4_plugin/_C.so in place; a missing nvcc is an error
 	@test -x $(PY) || command -v $(PY) >/dev/null || $(MAKE) env

@@ -1,4 +1,4 @@
-"""``dsv4-plugin`` itself: what its user can repair is one line and exit code 2, never a traceback."""
+"""``dsv4-plugin`` itself: what its user can repair is a line and exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -48,11 +48,10 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_results_file_that_cannot_be_written(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "none" / "x.json"
-    assert cli.main([command, *COMMANDS[command], "--json", str(file)]) == 2
-    assert f"--json cannot be written: there is no folder {file.parent}" in one_line(
-        capsys, command
-    )
+    folder = tmp_path / "none"
+    assert cli.main([command, *COMMANDS[command], "--json", str(folder / "x.json")]) == 2
+    said = one_line(capsys, command)
+    assert f"--json cannot be written: there is no folder {folder}" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)

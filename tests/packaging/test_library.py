@@ -6,8 +6,10 @@ In one file, which ``pytest --dist loadfile`` gives to one worker: the wheel is 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,27 @@ def test_loads_and_raises_python_errors(library: Path, version: str, tmp_path: P
     assert re.match(r"TypeError \| .*logits.*float64", dtype), dtype
     assert re.match(r"ValueError \| .*logits", rank), rank
     assert arity == ["TypeError"] * len(functions)
+
+
+def test_make_gives_the_wheel_the_manylinux_tag_of_its_symbols(
+    cuda_wheel: Wheel, library: Path, tmp_path: Path
+) -> None:
+    """``make manylinux``: the oldest glibc that has what the library needs."""
+    shutil.copy2(cuda_wheel.path, tmp_path)
+    check(["make", "-s", "manylinux", f"PY={sys.executable}", f"DIST={tmp_path}"], ROOT)
+    (made,) = tmp_path.iterdir()
+    wheel = Wheel(made)
+    found = re.fullmatch(r"py3-none-manylinux_2_(\d+)_(x86_64|aarch64)", wheel.tag)
+    assert found, wheel.tag
+    assert f"Tag: {wheel.tag}\n" in wheel.read(".dist-info/WHEEL")
+    needed = re.findall(r"\bGLIBC_2\.(\d+)\b", tool("readelf", "-V", "-W", library))
+    assert int(found[1]) >= max(map(int, needed))
+    assert set(wheel.names) == set(cuda_wheel.names), "nothing is bundled"
+    with zipfile.ZipFile(made) as archive:
+        assert archive.read("dsv4_plugin/_C.so") == library.read_bytes()
+
+
+def test_make_leaves_a_wheel_without_a_library_alone(pure_wheel: Wheel, tmp_path: Path) -> None:
+    shutil.copy2(pure_wheel.path, tmp_path)
+    check(["make", "-s", "manylinux", f"PY={sys.executable}", f"DIST={tmp_path}"], ROOT)
+    assert [p.name for p in tmp_path.iterdir()] == [pure_wheel.path.name]
