@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def _run(module: Any, arguments: argparse.Namespace) -> int:
 
 def _load(name: str) -> tuple[Any, str]:
     """Return the module of a command, or why there is none: doctor must work without torch."""
+    # torch's own warning where there is no NumPy; nothing here needs it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         return importlib.import_module(COMMANDS[name][0]), ""
     except ImportError as error:

@@ -95,7 +95,8 @@ def collect() -> Data:
     }
     for engine in ENGINES:
         data[engine] = _guarded(functools.partial(_engine, engine))
-    data["exit_code"], data["verdict"] = _verdict(data)
+    data["exit_code"], verdict = _verdict(data)
+    data["verdict"] = verdict + _unread(data["unknown_variables"])
     return data
 
 
@@ -299,6 +300,16 @@ def _verdict(data: Data) -> tuple[int, str]:
     return 1, (
         f"{why}the ops run here on {' and '.join(names)}, and an engine's top-k would stay its own"
     )
+
+
+def _unread(unknown: Data) -> str:
+    """Return what a verdict adds for variables that nobody reads."""
+    if not unknown or "error" in unknown:
+        return ""
+    names = ", ".join(
+        f"{name} (did you mean {like}?)" if like else name for name, like in unknown.items()
+    )
+    return f"; nothing reads {names}"
 
 
 def _why_not_cuda(data: Data) -> str:

@@ -105,6 +105,7 @@ def test_a_mistyped_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data["unknown_variables"]["DSV4_TOPKK"] == "DSV4_TOPK"
     assert "DSV4_CUDA_ARCHS" not in data["unknown_variables"]
     assert "DSV4_TOPKK" in doctor.render(data)
+    assert data["verdict"].endswith("; nothing reads DSV4_TOPKK (did you mean DSV4_TOPK?)")
 
 
 def test_the_kill_switch_is_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,9 +164,13 @@ def _run(arguments: argparse.Namespace) -> int:
     for library in arguments.load_library:
         torch.ops.load_library(library)
     about = machine()
-    print(f"{about.get('gpu', 'no GPU')} ({about.get('sms', 0)} SMs), driver "
-          f"{about.get('driver')}, torch {about['torch']}, triton {about['triton']}, "
-          f"dsv4-plugin {about['plugin']}")  # fmt: skip
+    gpu = (
+        f"{about['gpu']} ({about['sms']} SMs), driver {about['driver']}"
+        if "gpu" in about
+        else "CPU"
+    )
+    triton = f"triton {about['triton']}" if about["triton"] else "no triton"
+    print(f"{gpu}, torch {about['torch']}, {triton}, dsv4-plugin {about['plugin']}")
 
     def progress(line: str) -> None:
         print(line, flush=True)

@@ -24,6 +24,13 @@ COLUMNS = tuple(8192 << i for i in range(6))  # 8K … 256K
 _ON_CPU = {"rows": 32, "columns": (8192, 32_768)}
 _ON_GPU = {"rows": 1024, "columns": COLUMNS}
 
+# The full definitions are in measure.py.
+LEGEND = """\
+What the selection on rounded scores keeps of the float32 one: mean, 1st percentile and worst row.
+beyond: what differs without a tie after rounding (must be 0). gap, depth: how far the lowest choice
+lies below the k-th, relative and in places. mass lost: of the selected scores' sum.
+"""
+
 Row = dict[str, Any]
 
 
@@ -80,6 +87,7 @@ def _measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> Row:
         raise UsageError("--scores brings its own rows; --kind, --columns and --rows draw others")
     dtypes = arguments.dtype or list(DTYPES)
     results: list[Row] = []
+    say(LEGEND)
     say(_head())
 
     def add(name: str, width: int, batches: Iterable[sources.Scores]) -> None:

@@ -1,0 +1,176 @@
+"""docs/first_five_minutes.md typed in by a newcomer, and every command of README.md.
+
+The environment is fresh, has this one's torch (linked, not downloaded again) and no nvcc on PATH;
+the source is a clean copy of the tracked files.
+"""
+
+from __future__ import annotations
+
+import doctest
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import newcomer
+import pytest
+from packaging_tools import ROOT, check, without_nvcc
+
+from dsv4_plugin import cli, envs
+
+PAGE = (ROOT / "docs" / "first_five_minutes.md").read_text()
+README = (ROOT / "README.md").read_text()
+STEPS = newcomer.console(PAGE)
+COMMANDS = list(dict.fromkeys(newcomer.shell(README)))
+
+
+@pytest.fixture(scope="module")
+def checkout(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of its own: building leaves files in it."""
+    target = tmp_path_factory.mktemp("newcomer") / "dsv4"
+    check(["cp", "-r", tree, target], tree)
+    return target
+
+
+@pytest.fixture(scope="module")
+def typed(checkout: Path) -> list[tuple[int, str]]:
+    environment = newcomer.fresh(checkout.parent)
+    env = without_nvcc() | {"CUDA_VISIBLE_DEVICES": ""}
+    return newcomer.type_in(STEPS, environment, checkout, env)
+
+
+def differs(shown: str, said: str) -> str:
+    """Where the output is not the page's, ``...`` standing for anything; empty if it is."""
+    example, checker = doctest.Example("", shown), doctest.OutputChecker()
+    # Between the last line of a command and the next one an empty line is for the eye.
+    if checker.check_output(shown, said.rstrip("\n") + "\n", doctest.ELLIPSIS):
+        return ""
+    return checker.output_difference(example, said, doctest.ELLIPSIS | doctest.REPORT_NDIFF)
+
+
+@pytest.mark.parametrize("number", range(len(STEPS)), ids=lambda n: STEPS[n].command[:40])
+def test_a_command_prints_what_the_page_shows(number: int, typed: list[tuple[int, str]]) -> None:
+    step, (_, said) = STEPS[number], typed[number]
+    wrong = differs(step.shown.rstrip("\n") + "\n", said)
+    assert not wrong, f"docs/first_five_minutes.md:{step.line}: $ {step.command}\n{wrong}"
+
+
+def test_no_command_fails_without_the_page_saying_so(typed: list[tuple[int, str]]) -> None:
+    for number, (step, (code, _)) in enumerate(zip(STEPS, typed, strict=True)):
+        following = [later.command for later in STEPS[number + 1 : number + 2]]
+        assert code == 0 or following == ["echo $?"], f"{step.command} ended with {code}"
+
+
+def test_the_transcript_leaves_the_tree_clean(typed: list[tuple[int, str]], checkout: Path) -> None:
+    done = check(["git", "status", "--short", "--untracked-files"], checkout)
+    new = {line[3:] for line in done.stdout.splitlines() if line.startswith("??")}
+    assert new == {"recall.json", "topk.json"}, "what the page asks for, and nothing else"
+    for name in new:
+        assert json.loads((checkout / name).read_text())["machine"]["torch"]
+
+
+@pytest.mark.parametrize("damage", ["0 failures", "written to recall.json", "$ echo $?\n1"])
+def test_a_page_that_is_wrong_is_noticed(damage: str, typed: list[tuple[int, str]]) -> None:
+    assert damage in PAGE
+    steps = newcomer.console(PAGE.replace(damage, damage[:-1] + "9"))
+    pairs = zip(steps, typed, strict=True)
+    found = [s.command for s, (_, said) in pairs if differs(s.shown.rstrip("\n") + "\n", said)]
+    assert len(found) == 1
+
+
+def test_the_page_is_linked_from_the_readme() -> None:
+    assert "(docs/first_five_minutes.md)" in README
+
+
+# What becomes of a command of the README here. Each pattern must fit one command at least, each
+# command exactly one pattern.
+IN_THE_TRANSCRIPT = [r"pip install \.", r"dsv4-plugin doctor"]
+SMALLER_IN_THE_TRANSCRIPT = [r"dsv4-plugin (recall|fuzz|soak|bench) .*"]  # minutes, not seconds
+A_STEP_OF_CI = [r"make (demo|test|lint|docs)", r"dsv4-plugin doctor --hosts"]
+NEEDS_AN_ENGINE_AND_A_GPU = [r"(\w+=\S+ )*(vllm|sglang|tokenspeed) serve .*", r"examples/\w+\.sh"]
+NEEDS_AN_ENGINE_BUT_HAS_A_DRY_RUN = [r"dsv4-plugin ab .*"]
+NEEDS_A_GPU = [r"make test-gpu"]
+KINDS = (
+    IN_THE_TRANSCRIPT
+    + SMALLER_IN_THE_TRANSCRIPT
+    + A_STEP_OF_CI
+    + NEEDS_AN_ENGINE_AND_A_GPU
+    + NEEDS_AN_ENGINE_BUT_HAS_A_DRY_RUN
+    + NEEDS_A_GPU
+)
+
+
+def of(*kinds: str) -> list[str]:
+    return [c for c in COMMANDS if any(re.fullmatch(kind, c) for kind in kinds)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_is_of_one_kind(command: str) -> None:
+    assert sum(bool(re.fullmatch(kind, command)) for kind in KINDS) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_is_left_over(kind: str) -> None:
+    assert of(kind)
+
+
+@pytest.mark.parametrize("command", of(*IN_THE_TRANSCRIPT))
+def test_it_is_in_the_transcript(command: str) -> None:
+    assert command in [step.command for step in STEPS]
+
+
+@pytest.mark.parametrize("command", of(*SMALLER_IN_THE_TRANSCRIPT))
+def test_it_is_in_the_transcript_smaller_and_its_options_exist(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = command.split(" --")[0]
+    assert [step for step in STEPS if step.command.startswith(start)]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*shlex.split(start)[1:2], "--help"])
+    assert end.value.code == 0
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert set(re.findall(r"--[\w-]+", command)) <= known
+
+
+@pytest.mark.parametrize("command", of(*A_STEP_OF_CI))
+def test_ci_types_it(command: str) -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.search(rf"^(\.venv/bin/)?{command}\b", script, re.M)
+
+
+@pytest.mark.parametrize("command", of(*NEEDS_AN_ENGINE_BUT_HAS_A_DRY_RUN))
+def test_its_dry_run_starts_nothing_and_accepts_it(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ours, dashes, engines = command.partition(" -- ")
+    argv = [*shlex.split(ours)[1:], "--dry-run", *dashes.split(), *engines.split()]
+    assert cli.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "A: DSV4_PLUGIN=0 " in said and "B: DSV4_PLUGIN=1 " in said and engines in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", of(*NEEDS_AN_ENGINE_AND_A_GPU))
+def test_what_it_says_to_the_engine_exists(command: str) -> None:
+    words = shlex.split(command)
+    settings = dict(word.split("=", 1) for word in words if re.match(r"DSV4_\w+=", word))
+    envs.parse(settings)  # raises for a value that cannot be
+    assert settings.keys() <= {variable.name for variable in envs.VARIABLES}
+    if words[0].startswith("examples/"):
+        subprocess.run(["bash", "-n", words[0]], cwd=ROOT, check=True)
+        assert (ROOT / words[0]).stat().st_mode & 0o111
+    # tests/vllm and tests/sglang have them beside the engines' own parsers.
+    adapters = "".join(p.read_text() for p in (ROOT / "dsv4_plugin/integrations").rglob("flag.py"))
+    for option in re.findall(r"(--plugin|--[\w-]*dsv4[\w-]*)\b", command):
+        name = {"--additional-config": "additional_config"}.get(option, option)
+        assert name in adapters, option
+
+
+@pytest.mark.parametrize("command", of(*NEEDS_A_GPU))
+def test_make_knows_it(command: str) -> None:
+    check([*command.split(), "--dry-run", "PY=python3"], ROOT)
