@@ -13,6 +13,7 @@ from packaging_tools import ROOT
 from dsv4_plugin import envs
 
 README = (ROOT / "README.md").read_text()
+PYTHON = (ROOT / "docs" / "python.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -56,10 +57,10 @@ def test_every_file_of_figures_exists() -> None:
 
 @pytest.fixture(scope="module")
 def example() -> dict[str, Any]:
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-    assert len(blocks) == 1
+    blocks = re.findall(r"^```python\n(.*?)^```", PYTHON, re.M | re.S)
+    assert len(blocks) == 1 and "```python" not in README
     names: dict[str, Any] = {}
-    exec(compile(blocks[0], "README.md", "exec"), names)  # noqa: S102  # our own text
+    exec(compile(blocks[0], "docs/python.md", "exec"), names)  # noqa: S102  # our own text
     return names
 
 
@@ -90,3 +91,15 @@ def test_the_figures_of_the_server_are_made_from_the_results():
     from dsv4_plugin.testing.figures import server
 
     assert between("server").strip() == server()
+
+
+def test_the_expected_gain_is_made_from_the_results():
+    from dsv4_plugin.testing.figures import gain
+
+    assert between("gain").strip() == gain()
+
+
+def test_what_it_does_not_do_has_what_people_ask_for() -> None:
+    section = README.partition("## What it does not do\n")[2].partition("\n## ")[0]
+    for words in ("V3.2", "context parallelism", "Blackwell", "<!-- gain -->"):
+        assert words in section, words

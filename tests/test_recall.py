@@ -186,7 +186,10 @@ def test_without_safetensors_the_error_says_what_to_install(monkeypatch, capsys,
         (["--k", "0"], "--k must be at least 1, got 0"),
         (["--columns", "0"], "--columns must be at least 1"),
         (["--scores", "x", "--rows", "3"], "--scores brings its own rows"),
-        (["--json", "no/such/folder/r.json", "--rows", "1", "--columns", "64"], "No such file"),
+        (
+            ["--json", "no/such/folder/r.json", "--rows", "1", "--columns", "64"],
+            "there is no folder",
+        ),
     ],
 )
 def test_wrong_options(options, said, capsys):

@@ -1,8 +1,8 @@
 """The figures of the README and of docs/, made from the committed results.
 
 ``python -m dsv4_plugin.testing.figures`` prints what stands between the README's ``figures``
-markers, with ``server`` as its argument what stands between its ``server`` markers, with ``recall``
-what stands in docs/numerics.md.
+markers, with ``server`` or ``gain`` as its argument what stands between those, with ``recall`` what
+stands in docs/numerics.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from dsv4_plugin.testing.recall.command import table
 from dsv4_plugin.testing.topk.bars import best_peers
 
-__all__ = ["RESULTS", "readme", "recall", "server"]
+__all__ = ["RESULTS", "gain", "readme", "recall", "server"]
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 _ROWS = (1, 8, 32, 64, 128)
@@ -136,6 +136,26 @@ def server() -> str:
     return "\n".join(lines)
 
 
+def gain() -> str:
+    """Return the Markdown between the ``gain`` markers of the README."""
+    document = _load("h100_vllm_e2e.json")
+    rows = [row for row in document["summary"] if row["figure"] == "tpot_ms"]
+    rows.sort(key=lambda row: (row["concurrency"], row["context"]))
+    changes = ", ".join(
+        f"{100 * (row['ratio'] - 1):+.1f} % ({row['context']:,} x {row['concurrency']})"
+        for row in rows
+    )
+    faster = sum(row["interval95"][1] < 1 for row in rows)
+    slower = sum(row["interval95"][0] > 1 for row in rows)
+    about = document["machine"]
+    head = "a gain in some cases" if faster else "no gain"
+    return (
+        f"- In a whole server {head}: with it the time a token takes changed by {changes}; tokens "
+        f"of context x requests at a time, vLLM {about['vllm']}, one {about['gpu']}. By the 95 % "
+        f"intervals that is faster in {faster} of {len(rows)} cases and slower in {slower}."
+    )
+
+
 if __name__ == "__main__":
-    what = {"recall": recall, "server": server}
+    what = {"recall": recall, "server": server, "gain": gain}
     print(what[sys.argv[1]]() if sys.argv[1:] else readme())

@@ -131,7 +131,8 @@ def test_make_gives_the_wheel_the_manylinux_tag_of_its_symbols(
     assert f"Tag: {wheel.tag}\n" in wheel.read(".dist-info/WHEEL")
     needed = re.findall(r"\bGLIBC_2\.(\d+)\b", tool("readelf", "-V", "-W", library))
     assert int(found[1]) >= max(map(int, needed))
-    assert set(wheel.names) == set(cuda_wheel.names), "nothing is bundled"
+    files = {name for name in wheel.names if not name.endswith("/")}
+    assert files == set(cuda_wheel.names), "nothing is bundled"
     with zipfile.ZipFile(made) as archive:
         assert archive.read("dsv4_plugin/_C.so") == library.read_bytes()
 
