@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sysconfig
 import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,8 +58,7 @@ def fresh(folder: Path) -> Path:
             target = Path(str(distribution.locate_file(top)))
             if target.exists() and not (lent / top).is_symlink():
                 (lent / top).symlink_to(target)
-    paths = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
-    site = Path(sysconfig.get_path("purelib", "venv", paths))
+    (site,) = (folder / "venv" / "lib").glob("python3*/site-packages")
     (site / "lent_torch.pth").write_text(f"{lent}\n")
     return folder / "venv"
 
