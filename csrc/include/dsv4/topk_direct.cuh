@@ -30,15 +30,19 @@ struct HeldUnits {
     const int32_t end = s.begin + s.count;
     const int32_t first = s.begin + warp_id() * kWarpSize * s.depth;  // of the warp
     const int32_t past = min(first + kWarpSize * s.depth, end);
-    s.units.keep_edges(s.smem.edges, [&](int32_t g) { return g >= first && g < past; });
     const int32_t mine = first_unit();
-    const bool whole = first >= s.units.whole_begin && past <= s.units.whole_end;
+    const auto each = [&](auto load_unit) {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      u[i] = Policy::pad();
-      if (i < s.depth && mine + i < end) {
-        u[i] = whole ? s.units.load_whole(mine + i) : s.units.load(mine + i, s.smem.edges);
+      for (int i = 0; i < kHeld; ++i) {
+        u[i] = Policy::pad();
+        if (i < s.depth && mine + i < end) u[i] = load_unit(mine + i);
       }
+    };
+    if (first >= s.units.whole_begin && past <= s.units.whole_end) {
+      each([&](int32_t g) { return s.units.load_whole(g); });
+    } else {
+      s.units.keep_edges(s.smem.edges, [&](int32_t g) { return g >= first && g < past; });
+      each([&](int32_t g) { return s.units.load(g, s.smem.edges); });
     }
   }
 
@@ -72,6 +76,24 @@ struct HeldUnits {
       add_pairs(least >= wanted, [&](uint32_t heads) { groups.add_pair(heads); });
     }
     return true;
+  }
+
+  // Writes the chosen indices: every thread looks at its own scores, and the counts of the threads
+  // before it say where its part of the answer goes.
+  __device__ __forceinline__ void write(const Threshold& t) const {
+    uint32_t above = 0;
+    uint32_t equal = 0;
+    const uint32_t raw = Policy::raw_of(t.order);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      uint32_t of_unit[2] = {0u, 0u};
+      if (i < s.depth) Policy::classify(u[i], raw, of_unit[0], of_unit[1]);
+      above |= of_unit[0] << (kUnit * i);
+      equal |= of_unit[1] << (kUnit * i);
+    }
+    const uint32_t own = __popc(above) | (__popc(equal) << Slice::kEqualShift);
+    const uint2 before = s.counted_before(own, t);
+    s.write(s.units.index(first_unit(), 0), Slice::choose(above, equal, before, t.need));
   }
 
  private:

@@ -104,8 +104,11 @@ struct TopkSlice {
   }
 
   // ---- Positions --------------------------------------------------------------------------------
-  // What precedes this warp: in the lower warps of the CTA and the lower ranks.
-  __device__ __forceinline__ uint2 counted_before(uint32_t chosen, const Threshold& t) {
+  // What precedes this thread, whose own count (packed) is `own`: in the lower threads of the CTA
+  // and in the lower ranks. .x: above the threshold; .y: equal to it.
+  __device__ __forceinline__ uint2 counted_before(uint32_t own, const Threshold& t) const {
+    const uint32_t upto = warp_inclusive_sum(own);
+    const uint32_t chosen = __shfl_sync(kFullWarp, upto, kWarpSize - 1);
     if (lane_id() == 0) smem.warp_chosen[warp_id()] = chosen;
     __syncthreads();
     const uint32_t of_warp = lane_id() < kWarps ? smem.warp_chosen[lane_id()] : 0u;
@@ -121,8 +124,9 @@ struct TopkSlice {
       }
       barrier_wait(&smem.equals_barrier, 0u);
     }
-    return make_uint2(t.lower_above + (below & kAboveMask),
-                      lower_equal(t) + (below >> kEqualShift));
+    const uint32_t ahead = upto - own;
+    return make_uint2(t.lower_above + (below & kAboveMask) + (ahead & kAboveMask),
+                      lower_equal(t) + (below >> kEqualShift) + (ahead >> kEqualShift));
   }
 
   // Equals of the lower ranks. Where nobody counted them, after counted_before.

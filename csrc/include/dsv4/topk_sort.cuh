@@ -17,9 +17,9 @@ __device__ __forceinline__ int32_t sort_entry_index(uint64_t entry) {
 }
 
 // Bitonic, descending, in shared memory; entries[0, k) are set and visible to the block on entry.
-// entries must have room for the next power of two.
-__device__ __forceinline__ void sort_and_write(uint64_t* entries, int32_t k,
-                                               const RowOutput& output) {
+// entries must have room for the next power of two. Out of line: it is rare, and would push other
+// code out of what a launch fetches. By value: a reference would keep `output` in local memory.
+static __device__ __noinline__ void sort_and_write(uint64_t* entries, int32_t k, RowOutput output) {
   int32_t size = 1;
   while (size < k) size *= 2;
   for (int32_t i = k + threadIdx.x; i < size; i += blockDim.x) entries[i] = 0;

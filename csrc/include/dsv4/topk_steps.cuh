@@ -32,8 +32,12 @@ class TopkSteps {
                         [&](bool above, auto visit, auto rare) { each(above, visit, rare); })) {
       return false;
     }
-    mark(t);
-    write(t);
+    if (held_) {
+      Held{s_, u_}.write(t);
+    } else {
+      mark(t);
+      write(t);
+    }
     s_.finish(t);
     return true;
   }
@@ -70,8 +74,8 @@ class TopkSteps {
     return true;
   }
 
-  // Every unit that may exceed the bound to visit(), or every one that may reach it to rare(),
-  // which is one piece of code for all: u_ goes round.
+  // Every unit that may exceed the bound to visit(), or every one that may reach it to rare(), by
+  // less code.
   template <class Visit, class Rare>
   __device__ __forceinline__ void each(bool above, Visit visit, Rare rare) {
     turns(false, above ? List::kExceeds : List::kListed, [&] {
@@ -81,17 +85,28 @@ class TopkSteps {
           if ((some_ >> i) & 1u) visit(u_[i]);
         }
       } else {
-#pragma unroll 1
-        for (int i = 0; i < kHeld; ++i) {
-          const Unit u = u_[0];
-          if ((some_ >> i) & 1u) rare(u);
-#pragma unroll
-          for (int j = 1; j < kHeld; ++j) u_[j - 1] = u_[j];
-          u_[kHeld - 1] = u;
-        }
+        around([&](const Unit& u, uint32_t) { rare(u); });
       }
       return true;
     });
+  }
+
+  // visit(unit, entry) of those in u_ by one piece of code: they go round.
+  template <class Visit>
+  __device__ __forceinline__ void around(Visit visit) {
+#pragma unroll 1
+    for (int i = 0; i < kHeld; ++i) {
+      const Unit u = u_[0];
+      const uint32_t entry = entries_[0];
+      if ((some_ >> i) & 1u) visit(u, entry);
+#pragma unroll
+      for (int j = 1; j < kHeld; ++j) {
+        u_[j - 1] = u_[j];
+        entries_[j - 1] = entries_[j];
+      }
+      u_[kHeld - 1] = u;
+      entries_[kHeld - 1] = entry;
+    }
   }
 
   // Brings kHeld units after the other to u_, and calls turn() for them, until it returns false or
@@ -136,34 +151,28 @@ class TopkSteps {
     }
   }
 
-  // Which scores lie above the threshold and which equal it: of held units here, of listed ones in
-  // the masks. Units that hold no more than the bound matter only where the threshold is the bound.
+  // Which scores of listed units lie above the threshold and which equal it, to the masks. Units
+  // that hold no more than the bound matter only where the threshold is the bound.
   __device__ __forceinline__ void mark(const Threshold& t) {
     const uint32_t raw = Policy::raw_of(t.order);
     const TopkMasks masks(s_.masks(), s_.depth);
     const bool at_bound = t.order >= bound_;
     // On a plateau first the warp's units in row order, until it has enough equals.
-    bool all = !held_ && at_bound && plateau_;
+    bool all = at_bound && plateau_;
     uint32_t wanted = at_bound ? List::kListed : List::kExceeds;
     uint32_t equals = 0;
 #pragma unroll 1
     for (;;) {
       turns(all, wanted, [&] {
         uint32_t own = 0;
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-          if (((some_ >> i) & 1u) == 0) continue;
+        around([&](const Unit& u, uint32_t entry) {
+          if ((entry & wanted) == 0) return;
           uint32_t above;
           uint32_t equal;
-          Policy::classify(u_[i], raw, above, equal);
-          if (held_) {
-            above_ |= above << (kUnit * i);
-            equal_ |= equal << (kUnit * i);
-          } else if (entries_[i] & wanted) {
-            masks.set(entries_[i] & List::kNumber, above, equal);
-            own += __popc(equal);
-          }
-        }
+          Policy::classify(u, raw, above, equal);
+          masks.set(entry & List::kNumber, above, equal);
+          own += __popc(equal);
+        });
         if (all) equals += __reduce_add_sync(kFullWarp, own);
         return !all || equals < t.need;
       });
@@ -171,47 +180,38 @@ class TopkSteps {
       all = false;
       wanted = List::kExceeds;
     }
-    if (!held_) __syncthreads();
+    __syncthreads();
   }
 
   // A thread takes its share of the slice's units in a row, and goes from one of its own blocks
-  // that hold any to the next: as many turns as the fullest lane needs. What is held is one block.
-  __device__ __forceinline__ void write(const Threshold& t) {
+  // that hold any to the next: as many turns as the fullest lane needs.
+  __device__ __forceinline__ void write(const Threshold& t) const {
     const TopkMasks masks(s_.masks(), s_.depth);
-    uint32_t own =
-        __popc(above_) | (__popc(equal_) << Slice::kEqualShift);  // packed as in TopkSlice
-    uint32_t blocks = own != 0 ? 1u : 0u;
-    int32_t begin = Held{s_, u_}.first_unit();
-    if (!held_) {
-      begin = s_.begin + masks.first_unit();
+    uint32_t own = 0;  // packed as in TopkSlice
+    uint32_t blocks = 0;
 #pragma unroll 1
-      for (int32_t granule = 0; granule < masks.granules; ++granule) {
-        const uint4 m = masks.granule(granule);
-        if ((m.x | m.y | m.z | m.w) != 0) {
-          own += TopkMasks::count_above(m) | (TopkMasks::count_equal(m) << Slice::kEqualShift);
-          blocks |= TopkMasks::blocks_of(m) << (2 * granule);
-        }
+    for (int32_t granule = 0; granule < masks.granules; ++granule) {
+      const uint4 m = masks.granule(granule);
+      if ((m.x | m.y | m.z | m.w) != 0) {
+        own += TopkMasks::count_above(m) | (TopkMasks::count_equal(m) << Slice::kEqualShift);
+        blocks |= TopkMasks::blocks_of(m) << (2 * granule);
       }
     }
-    const uint32_t upto = warp_inclusive_sum(own);
-    uint2 before = s_.counted_before(__shfl_sync(kFullWarp, upto, kWarpSize - 1), t);
-    before.x += (upto - own) & Slice::kAboveMask;
-    before.y += (upto - own) >> Slice::kEqualShift;
+    uint2 before = s_.counted_before(own, t);
+    const int32_t begin = s_.units.index(s_.begin, 0) + masks.first_unit() * kUnit;
 #pragma unroll 1
     while (__any_sync(kFullWarp, blocks != 0)) {
       typename Slice::Chosen chosen{0u, 0u};
-      int32_t first = s_.units.index(begin, 0);
+      int32_t first = begin;
       if (blocks != 0) {
         const int block = __ffs(blocks) - 1;
         blocks &= blocks - 1;
-        if (!held_) {
-          const uint2 m = masks.block(block);
-          above_ = TopkMasks::above_of(m.x, m.y);
-          equal_ = TopkMasks::equal_of(m.x, m.y);
-        }
-        chosen = Slice::choose(above_, equal_, before, t.need);
-        before.x += __popc(above_);
-        before.y += __popc(equal_);
+        const uint2 m = masks.block(block);
+        const uint32_t above = TopkMasks::above_of(m.x, m.y);
+        const uint32_t equal = TopkMasks::equal_of(m.x, m.y);
+        chosen = Slice::choose(above, equal, before, t.need);
+        before.x += __popc(above);
+        before.y += __popc(equal);
         first += block * TopkMasks::kBlock * kUnit;
       }
       s_.write_warp(first, chosen);
@@ -227,10 +227,8 @@ class TopkSteps {
   bool plateau_ = false;
   uint32_t bound_ = kNone;  // an order that k scores reach
   Unit u_[kHeld];
-  uint32_t some_ = 0;        // bit i: some lane has a unit in u_[i]
-  uint32_t entries_[kHeld];  // of the list
-  uint32_t above_ = 0;
-  uint32_t equal_ = 0;
+  uint32_t some_ = 0;             // bit i: some lane has a unit in u_[i]
+  uint32_t entries_[kHeld] = {};  // of the list
 };
 
 }  // namespace dsv4
