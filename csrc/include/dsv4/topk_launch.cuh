@@ -137,14 +137,14 @@ inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, Topk
   bytes += align(size_t{Config::kThreads} * plan->list_steps * sizeof(uint16_t));
   plan->received = static_cast<uint32_t>(bytes);
   bytes += received_bytes(ThresholdSmem<Policy::kBits>::kRounds, cluster);
-  plan->tail = static_cast<uint32_t>(bytes);
+  plan->staged = p.sort || p.paged() || p.out_raw != nullptr || p.k > kScattered;
+  plan->staging = static_cast<uint32_t>(bytes);
+  if (plan->staged) bytes += align(p.k * sizeof(int32_t));
+  plan->entries = static_cast<uint32_t>(bytes);
   if (p.sort) {
     size_t entries = 1;
     while (entries < static_cast<size_t>(p.k)) entries *= 2;
     bytes += entries * sizeof(uint64_t);
-  } else if (p.paged() || p.out_raw != nullptr || p.k > kScattered) {
-    plan->staged = true;
-    bytes += p.k * sizeof(int32_t);
   }
   const size_t wide = sizeof(TopkSmem<Config>) + TopkWideSmem<Config::kThreads>::bytes(p.sort);
   return bytes > wide ? bytes : wide;

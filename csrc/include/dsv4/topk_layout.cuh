@@ -21,7 +21,8 @@ struct TopkPlan {
   int32_t mask_steps;  // and the masks
   uint32_t lists;      // byte offsets in shared memory: the warps' maxima, then lists,
   uint32_t received;   // digits of the peers,
-  uint32_t tail;       // entries (sort) or staged indices
+  uint32_t staging;    // staged indices,
+  uint32_t entries;    // and entries to sort
 };
 
 template <class Policy_, int kThreads_, bool kCluster_>
@@ -34,14 +35,15 @@ struct TopkConfig {
   // Units that a thread keeps in registers. Four of float32 spill, and cost short rows more than
   // they save.
   static constexpr int kHeld = Policy::kBits == 16 ? 4 : 2;
-  static constexpr int kBatch = 4;               // units in flight a thread
+  // Units in flight a thread.
+  static constexpr int kBatch = sizeof(typename Policy::Scalar) == 2 ? 8 : 4;
   static constexpr int kSteps = kTopkUnitSteps;  // units a thread at most
   static constexpr int kMaxUnits = kThreads * kSteps;
 
   static_assert(kWarps <= kWarpSize, "one lane reads one warp's count");
   static_assert(kMaxUnits <= 1 << 15, "15 bits of a listed unit's number");
   static_assert(kHeld * kUnit <= 32, "one mask of 32 bits a thread");
-  static_assert(kSteps % kBatch == 0, "whole batches");
+  static_assert(kSteps % kBatch == 0 && kBatch % 4 == 0, "whole batches, of groups of up to four");
 };
 
 template <class Config>
@@ -59,7 +61,7 @@ struct TopkSmem {
   uint32_t equals[kMaxCluster];
   alignas(16) uint32_t warp_chosen[kWarpSize];
   // Then 16-bit words: masks[kThreads * mask_steps], lists[kThreads * list_steps],
-  // received[rounds][C][kBins]; then entries or staged indices. Or, over all of these,
+  // received[rounds][C][kBins]; then staged indices and entries to sort. Or, over all of these,
   // TopkWideSmem.
 
   static constexpr int kZeroBytes =

@@ -65,18 +65,22 @@ struct UnitList {
     uint32_t* to = maxima();
 #pragma unroll 1
     for (int32_t step = 0; step < s.depth; step += kBatch) {
-      static_assert(kBatch == 4, "two pairs of units");
       Unit u[kBatch];
       load(u, step);
-      uint32_t pairs[kBatch];
+#pragma unroll 1
+      for (int i = 0; i < kBatch; i += 4) {
+        uint32_t pairs[4];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) pairs[i] = Policy::pair(u[i]);
-      const uint32_t heads01 = H::unit_maxima(pairs[0], pairs[1]);
-      const uint32_t heads23 = H::unit_maxima(pairs[2], pairs[3]);
-      to[0] = heads01;
-      to[kWarpSize] = heads23;
-      to += 2 * kWarpSize;
-      add_groups(pairs, heads01, heads23, level);
+        for (int j = 0; j < 4; ++j) pairs[j] = Policy::pair(u[j]);
+        const uint32_t heads01 = H::unit_maxima(pairs[0], pairs[1]);
+        const uint32_t heads23 = H::unit_maxima(pairs[2], pairs[3]);
+        to[0] = heads01;
+        to[kWarpSize] = heads23;
+        to += 2 * kWarpSize;
+        add_groups(pairs, heads01, heads23, level);
+#pragma unroll
+        for (int j = 4; j < kBatch; ++j) u[j - 4] = u[j];  // one piece of code for all
+      }
     }
   }
 
@@ -164,12 +168,12 @@ struct UnitList {
 
   // Adds a batch's groups: half units, units, pairs or fours of units. pairs: each unit's two half
   // maxima; heads: those of each two units.
-  __device__ __forceinline__ void add_groups(const uint32_t (&pairs)[kBatch], uint32_t heads01,
+  __device__ __forceinline__ void add_groups(const uint32_t (&pairs)[4], uint32_t heads01,
                                              uint32_t heads23, int level) const {
     GroupHistogram& groups = s.smem.groups;
     if (level == 0) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) groups.add_pair(pairs[i]);
+      for (int i = 0; i < 4; ++i) groups.add_pair(pairs[i]);
     } else if (level == 1) {
       groups.add_pair(heads01);
       groups.add_pair(heads23);

@@ -64,7 +64,7 @@ struct TopkSlice {
     return reinterpret_cast<uint16_t*>(at(sizeof(Smem)));
   }
   __device__ __forceinline__ int32_t* staging() const {
-    return reinterpret_cast<int32_t*>(at(plan.tail));
+    return reinterpret_cast<int32_t*>(at(plan.staging));
   }
   __device__ __forceinline__ int32_t* out() const { return p.out + row * p.out_stride; }
 
@@ -158,30 +158,14 @@ struct TopkSlice {
   // An index goes straight to `out`, or through shared memory: to be sorted, to be looked up in a
   // page table, or because there are so many that scattered stores take longer than a second step.
   __device__ __forceinline__ int32_t* place() const { return plan.staged ? staging() : out(); }
-  __device__ __forceinline__ void put_sorted(uint32_t position, int32_t index) const {
-    uint64_t* entry = reinterpret_cast<uint64_t*>(at(plan.tail)) + position;
-    const uint64_t value = sort_entry(Policy::sort_order(units.bits(index)), index);
-    if (together()) {
-      store_remote(map_shared(entry, 0), value);
-    } else {
-      *entry = value;
-    }
-  }
 
   // A lane's 32 scores from row index `first` on.
   __device__ __forceinline__ void write(int32_t first, Chosen chosen) const {
-    const auto each = [&](auto take) {
+    int32_t* to = place() + chosen.position;
 #pragma unroll 1
-      while (chosen.bits != 0) {
-        take(first + __ffs(chosen.bits) - 1);
-        chosen.bits &= chosen.bits - 1;
-      }
-    };
-    if (p.sort) {
-      each([&](int32_t index) { put_sorted(chosen.position++, index); });
-    } else {
-      int32_t* to = place() + chosen.position;
-      each([&](int32_t index) { *to++ = index; });
+    while (chosen.bits != 0) {
+      *to++ = first + __ffs(chosen.bits) - 1;
+      chosen.bits &= chosen.bits - 1;
     }
   }
 
@@ -198,12 +182,7 @@ struct TopkSlice {
         const uint32_t position = __shfl_sync(kFullWarp, chosen.position, owner);
         const int32_t index = __shfl_sync(kFullWarp, first, owner);
         if ((bits >> lane_id()) & 1u) {
-          const uint32_t own = position + __popc(bits & lanes_below());
-          if (p.sort) {
-            put_sorted(own, index + lane_id());
-          } else {
-            place()[own] = index + lane_id();
-          }
+          place()[position + __popc(bits & lanes_below())] = index + lane_id();
         }
         if (lane_id() == owner) chosen.bits = 0;
       }
@@ -213,36 +192,45 @@ struct TopkSlice {
 
   // After the last write: what went through shared memory.
   __device__ __forceinline__ void finish(const Threshold& t) const {
-    if (p.sort) {
-      if (together()) {
-        cluster_arrive();
-        cluster_wait();
-      } else {
-        __syncthreads();
-      }
-      if (cluster.rank == 0) {
-        sort_and_write(reinterpret_cast<uint64_t*>(at(plan.tail)), p.k, RowOutput(p, row));
-      }
-    } else if (plan.staged) {
-      __syncthreads();
-      const int32_t* staged = staging();
-      if (!together() && !p.paged() && p.out_raw == nullptr) {
-        int32_t* to = out();
+    if (!plan.staged) return;
+    __syncthreads();
+    const int32_t* staged = staging();
+    if (!together() && !p.sort && !p.paged() && p.out_raw == nullptr) {
+      int32_t* to = out();
 #pragma unroll 1
-        for (int32_t i = threadIdx.x; i < p.k; i += kThreads) to[i] = staged[i];
-        return;
-      }
-      // This CTA's positions are a run.
-      const uint32_t of_warp = lane_id() < kWarps ? smem.warp_chosen[lane_id()] : 0u;
-      const uint32_t all = __reduce_add_sync(kFullWarp, of_warp);
-      const uint32_t equal = lower_equal(t);
-      const uint32_t first = t.lower_above + min(equal, t.need);
-      const uint32_t last =
-          t.lower_above + (all & kAboveMask) + min(equal + (all >> kEqualShift), t.need);
-      const RowOutput output(p, row);
+      for (int32_t i = threadIdx.x; i < p.k; i += kThreads) to[i] = staged[i];
+      return;
+    }
+    // This CTA's positions are a run.
+    const uint32_t of_warp = lane_id() < kWarps ? smem.warp_chosen[lane_id()] : 0u;
+    const uint32_t all = __reduce_add_sync(kFullWarp, of_warp);
+    const uint32_t equal = lower_equal(t);
+    const uint32_t first = t.lower_above + min(equal, t.need);
+    const uint32_t last =
+        t.lower_above + (all & kAboveMask) + min(equal + (all >> kEqualShift), t.need);
+    const RowOutput output(p, row);
+    if (!p.sort) {
 #pragma unroll 1
       for (uint32_t i = first + threadIdx.x; i < last; i += kThreads) output.write(i, staged[i]);
+      return;
     }
+    uint64_t* entries = reinterpret_cast<uint64_t*>(at(plan.entries));
+#pragma unroll 1
+    for (uint32_t i = first + threadIdx.x; i < last; i += kThreads) {
+      const uint64_t entry = sort_entry(Policy::sort_order(units.bits(staged[i])), staged[i]);
+      if (together()) {
+        store_remote(map_shared(entries + i, 0), entry);
+      } else {
+        entries[i] = entry;
+      }
+    }
+    if (together()) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
+    if (cluster.rank == 0) sort_and_write(entries, p.k, output);
   }
 
  private:

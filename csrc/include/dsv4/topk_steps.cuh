@@ -85,27 +85,30 @@ class TopkSteps {
           if ((some_ >> i) & 1u) visit(u_[i]);
         }
       } else {
-        around([&](const Unit& u, uint32_t) { rare(u); });
+        around<1>([&](const Unit& u, uint32_t) { rare(u); });
       }
       return true;
     });
   }
 
-  // visit(unit, entry) of those in u_ by one piece of code: they go round.
-  template <class Visit>
+  // visit(unit, entry) of those in u_, kAtOnce of them by one piece of code: they go round.
+  template <int kAtOnce, class Visit>
   __device__ __forceinline__ void around(Visit visit) {
 #pragma unroll 1
-    for (int i = 0; i < kHeld; ++i) {
-      const Unit u = u_[0];
-      const uint32_t entry = entries_[0];
-      if ((some_ >> i) & 1u) visit(u, entry);
+    for (int i = 0; i < kHeld; i += kAtOnce) {
+      Unit u[kAtOnce];
+      uint32_t entries[kAtOnce];
 #pragma unroll
-      for (int j = 1; j < kHeld; ++j) {
-        u_[j - 1] = u_[j];
-        entries_[j - 1] = entries_[j];
+      for (int j = 0; j < kAtOnce; ++j) {
+        u[j] = u_[j];
+        entries[j] = entries_[j];
+        if ((some_ >> (i + j)) & 1u) visit(u[j], entries[j]);
       }
-      u_[kHeld - 1] = u;
-      entries_[kHeld - 1] = entry;
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) {
+        u_[j] = j + kAtOnce < kHeld ? u_[j + kAtOnce] : u[j + kAtOnce - kHeld];
+        entries_[j] = j + kAtOnce < kHeld ? entries_[j + kAtOnce] : entries[j + kAtOnce - kHeld];
+      }
     }
   }
 
@@ -165,7 +168,7 @@ class TopkSteps {
     for (;;) {
       turns(all, wanted, [&] {
         uint32_t own = 0;
-        around([&](const Unit& u, uint32_t entry) {
+        around<2>([&](const Unit& u, uint32_t entry) {
           if ((entry & wanted) == 0) return;
           uint32_t above;
           uint32_t equal;

@@ -117,16 +117,15 @@ struct ThresholdFinder {
     bool above = bound != kNone;
 #pragma unroll 1
     for (int round = above ? 0 : 1;; ++round) {
-      uint32_t* hist = smem.hist[round];
       if (!above) digit.shift -= 8;
       each(
           above && bound < Policy::kFirstNegative,
-          [&](const Unit& u) { Policy::template add_above<false>(hist, u, bound); },
+          [&](const Unit& u) { Policy::template add_above<false>(smem.hist[0], u, bound); },
           [&](const Unit& u) {
             if (above) {
-              Policy::template add_above<true>(hist, u, bound);
+              Policy::template add_above<true>(smem.hist[0], u, bound);
             } else {
-              Policy::add_digit(hist, u, digit);
+              Policy::add_digit(smem.hist[round], u, digit);
             }
           });
       const RoundPick found = close(round, t.need, above ? kBins - 1 : kBins);
