@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsv4_plugin.cli import main
-from dsv4_plugin.testing.topk import floor
+from dsv4_plugin.testing.topk import cases, floor
 from dsv4_plugin.testing.topk.cases import DTYPES, Case
 
 pytestmark = pytest.mark.gpu
@@ -47,10 +47,14 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     document = json.loads(file.read_text())
     assert document["complete"] and document["machine"]["gpu"] in said
     rows = document["results"]
-    assert {r["suite"] for r in rows} == {"decode", "narrow", "adversarial", "prefill", "paged"}
+    assert {r["suite"] for r in rows} == set(cases.SUITES) - {"seed"}
     wrong = [row for row in rows if not (row["exact"] and row["lowest_index"])]
     assert wrong == []
     for row in rows:
         # One pass over the scores cannot be beaten by much: its launch does not overlap, ours may.
-        assert row["ratio"] > 0.4 and row["cold_us"] > 0.4 * row["floor_us"], row
+        assert row["ratio"] > 0.4, row
+        if row["suite"] == "served":  # a launch alone is more than a microsecond
+            assert row["served_us"] > 1.0, row
+        else:
+            assert row["cold_us"] > 0.4 * row["floor_us"], row
     assert "triton" in document["floor"].lower()

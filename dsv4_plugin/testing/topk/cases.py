@@ -67,6 +67,9 @@ ADVERSARIAL_SHAPES = ((1, 8192), (1, 65_536), (8, 256_000), (32, 65_536), (128, 
 PAGED_ROWS, PAGED_COLUMNS = (1, 8, 32), (8192, 65_536, 256_000)
 PAGE_SIZE = 64
 
+# As in a server, where a call's own code is cold.
+SERVED_KS, SERVED_ROWS, SERVED_COLUMNS = (512, 2048), (1, 8, 32, 128), (8192, 65_536, 256_000)
+
 PREFILL_ROWS = (2048, 8192)
 PREFILL_COLUMNS = (8192, 32_768, 65_536)
 PREFILL_KS = (512, 2048)
@@ -272,7 +275,7 @@ def _prefill(
                         yield Case("prefill", dtype, k, r, c, windows=windows)
 
 
-SUITES = ("decode", "narrow", "adversarial", "prefill", "paged", "seed")
+SUITES = ("decode", "served", "narrow", "adversarial", "prefill", "paged", "seed")
 
 
 def suite(
@@ -291,6 +294,9 @@ def suite(
     types = tuple(dtypes or ("bfloat16", "float32"))
     if name == "decode":
         return list(_grid(name, types, ks or KS, rows or ROWS, columns or COLUMNS))
+    if name == "served":
+        chosen = rows or SERVED_ROWS, columns or SERVED_COLUMNS
+        return list(_grid(name, types, ks or SERVED_KS, *chosen))
     if name == "narrow":
         return list(_narrow(types, ks or KS, rows or ROWS))
     if name == "adversarial":

@@ -1,8 +1,8 @@
 """Timing of the top-k's cases, one after the other, beside the peers.
 
 Every implementation is checked before and after it is timed. *Warm*: the same scores at every
-launch, as in serving, where the kernel before has just written them. *Cold*: copies of them in turn
-(:mod:`dsv4_plugin.testing.cells`).
+launch. *Cold*: copies of them in turn (:mod:`dsv4_plugin.testing.cells`). *Served*: as in a server
+(:mod:`dsv4_plugin.testing.topk.served`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dsv4_plugin.testing.topk import floor
 from dsv4_plugin.testing.topk.cases import PAGE_SIZE, Case, Problem
 from dsv4_plugin.testing.topk.check import Reference
 from dsv4_plugin.testing.topk.peers import OURS
+from dsv4_plugin.testing.topk.served import Elsewhere
 
 __all__ = ["Bench"]
 
@@ -97,9 +98,14 @@ class Bench(CellBench):
         }  # fmt: skip
 
         def warm(name: str) -> Row:
-            return self._warm(case, runs[name], held[0], reference, floor_us, ours=name == OURS)
+            row = self._warm(case, runs[name], held[0], reference, floor_us, ours=name == OURS)
+            if case.suite == "served":
+                row["served_us"] = self._served(case, runs[name], held[0])
+            return row
 
-        def cold(name: str, warm_us: float) -> float:
+        def cold(name: str, warm_us: float) -> float | None:
+            if case.suite == "served":
+                return None
             return self._cold(case, runs[name], held, warm_us)
 
         return self.measure(case, about, runs, warm, cold)
@@ -132,6 +138,19 @@ class Bench(CellBench):
         if case.suite == "prefill":
             row["gb_s"] = round(case.bytes_read / us / 1e3, 3)
         return row
+
+    def _served(self, case: Case, run: Run, problem: Problem) -> float:
+        out = torch.empty(case.rows, case.k, dtype=torch.int32, device=self.device)
+        call = functools.partial(run, problem, out)
+        source = problem.logits.clone()
+        us = self._elsewhere.served_us(
+            case.dtype, call, problem.logits, source, replays=self.replays
+        )
+        return round(us, 3)
+
+    @functools.cached_property
+    def _elsewhere(self) -> Elsewhere:
+        return Elsewhere(self.device)
 
     def _cold(self, case: Case, run: Run, held: list[Problem], warm_us: float) -> float:
         out = torch.empty(case.rows, case.k, dtype=torch.int32, device=self.device)

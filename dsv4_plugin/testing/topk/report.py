@@ -24,6 +24,8 @@ def lines(results: list[Row], roof: Row, vllm: str) -> list[str]:
         text += _adversarial(_own(results, "adversarial"))
     if "prefill" in suites:
         text += _prefill([row for row in results if row["suite"] == "prefill"], roof)
+    if "served" in suites:
+        text += _served([row for row in results if row["suite"] == "served"])
     if "paged" in suites:
         text += _paged([row for row in results if row["suite"] == "paged"])
     if "decode" in suites or "seed" in suites:
@@ -109,6 +111,19 @@ def _adversarial(ours: list[Row]) -> list[str]:
                 shown = f"{us[kind] / us['normal']:.2f}" if kind != "normal" else f"{us[kind]:.2f}"
             line += f"{shown:>13}"
         text.append(line)
+    return text
+
+
+def _served(rows: list[Row]) -> list[str]:
+    text = ["", "As in a server, code and lengths from memory: us (warm)"]
+    for cell in dict.fromkeys((row["k"], row["rows"], row["columns"]) for row in rows):
+        shown = [
+            f"{row['implementation']} {row['dtype']} {row['served_us']:.2f} ({row['warm_us']:.2f})"
+            f"{'' if row['exact'] else '!'}"
+            for row in rows
+            if (row["k"], row["rows"], row["columns"]) == cell
+        ]
+        text.append(f"k {cell[0]:4d} {cell[1]:4d} x {cell[2]:6d}  " + "  ".join(shown))
     return text
 
 
