@@ -79,6 +79,8 @@ def readme() -> str:
         f"{sum(r > 1 for r in best)} (worst {max(best):.2f}). "
         f"Ours is {'exact in every cell' if exact else 'NOT exact in some cell'}.",
         "",
+        *_served(topk, upstream),
+        "",
         "Reads of 14,338 keys (`benchmarks/results/h200_read.json`):",
         "",
         "| | CUDA | Triton | torch | vLLM | byte floor |",
@@ -93,6 +95,48 @@ def readme() -> str:
         floor = us[case, "cuda"]["floor_us"]
         lines.append(f"| {case.removesuffix(' warm')} | " + " | ".join(shown) + f" | {floor:.2f} |")
     return "\n".join(lines)
+
+
+def _served(topk: Any, upstream: str) -> list[str]:
+    """Return the table of calls as a server makes them, of the same run."""
+    us = {
+        (r["dtype"], r["k"], r["rows"], r["columns"], r["implementation"]): r
+        for r in topk["results"]
+        if r["suite"] == "served"
+    }
+    shapes = [key[2:4] for key in us if key[:2] == ("bfloat16", 512) and key[4] == "dsv4"]
+    columns = sorted({c for _, c in shapes})
+    lines = [
+        "The same run, a call as a server makes it: its code, evicted by the kernels of a whole "
+        "layer, comes from memory, and the launch counts (suite `served`):",
+        "",
+        "| rows | " + " | ".join(f"{c // 1024}K" for c in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    ratios, best = [], []
+    for (dtype, k, rows, c, name), row in us.items():
+        if dtype == "bfloat16" and name == "dsv4":
+            ratios.append(row["served_us"] / us["float32", k, rows, c, upstream]["served_us"])
+            others = [
+                r["served_us"]
+                for key, r in us.items()
+                if key[1:4] == (k, rows, c) and key[4] != "dsv4" and r["exact"]
+            ]
+            best.append(row["served_us"] / min(others))
+    for rows in sorted({r for r, _ in shapes}):
+        cells = [
+            f"{us['bfloat16', 512, rows, c, 'dsv4']['served_us']:.1f} / "
+            f"{us['float32', 512, rows, c, upstream]['served_us']:.1f}"
+            for c in columns
+        ]
+        lines.append(f"| {rows} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Over its {len(ratios)} cells (k 512, 2048) the geometric mean of the ratio is "
+        f"{_mean(ratios):.2f} (worst {max(ratios):.2f}); against the fastest exact upstream kernel "
+        f"of any dtype {_mean(best):.2f} (worst {max(best):.2f}).",
+    ]
+    return lines
 
 
 def recall() -> str:
