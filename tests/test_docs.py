@@ -14,6 +14,8 @@ from types import ModuleType
 import pytest
 from packaging_tools import ROOT
 
+from dsv4_plugin.testing import figures
+
 DOCS = ROOT / "docs"
 PAGES = sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md"))
 VARIES = "\0"
@@ -127,6 +129,12 @@ def test_no_page_has_a_figure_that_was_written_by_hand(page: str) -> None:
 def test_a_figure_that_was_written_by_hand_is_noticed() -> None:
     made = "<!-- x -->\n| 3 µs |\n<!-- /x -->\n"
     assert by_hand(f"{made}It takes 4.5 µs.\n") == ["It takes 4.5 µs."]
+
+
+def test_the_bars_are_those_of_the_results() -> None:
+    page = (DOCS / "notes" / "topk.md").read_text()
+    found = re.search(r"<!-- bars -->\n(.*?)<!-- /bars -->", page, re.S)
+    assert found and found[1].strip() == figures.bars()
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.startswith("notes/")])

@@ -2,7 +2,7 @@
 
 ``python -m dsv4_plugin.testing.figures`` prints what stands between the README's ``figures``
 markers, with ``server`` or ``gain`` as its argument what stands between those, with ``recall`` what
-stands in docs/numerics.md.
+stands in docs/numerics.md, and with ``bars`` what stands in docs/notes/topk.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from dsv4_plugin.testing.recall.command import table
 from dsv4_plugin.testing.topk.bars import best_peers
 
-__all__ = ["RESULTS", "gain", "readme", "recall", "server"]
+__all__ = ["RESULTS", "bars", "gain", "readme", "recall", "server"]
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 _ROWS = (1, 8, 32, 64, 128)
@@ -139,6 +139,25 @@ def _served(topk: Any, upstream: str) -> list[str]:
     return lines
 
 
+def bars() -> str:
+    """Return the Markdown between the ``bars`` markers of docs/notes/topk.md."""
+    document = _load("h100_topk.json")
+    about = document["machine"]
+    lines = [
+        f"`benchmarks/results/h100_topk.json`: one {about['gpu']}, driver {about['driver']}, torch "
+        f"{about['torch']}, commit {about['commit'][:7]}. The bars were set for an H200.",
+        "",
+        "| what | here | bar | |",
+        "|---|---|---|---|",
+    ]
+    for bar in document["bars"]:
+        met = "met" if bar["met"] else "missed"
+        lines.append(
+            f"| {bar['bar']} | {bar['value']:.2f} | {bar['most']:.2f} | {met}; {bar['note']} |"
+        )
+    return "\n".join(lines)
+
+
 def recall() -> str:
     """Return the Markdown between the ``recall`` markers of docs/numerics.md."""
     document = _load("cpu_recall.json")
@@ -201,5 +220,5 @@ def gain() -> str:
 
 
 if __name__ == "__main__":
-    what = {"recall": recall, "server": server, "gain": gain}
+    what = {"bars": bars, "recall": recall, "server": server, "gain": gain}
     print(what[sys.argv[1]]() if sys.argv[1:] else readme())

@@ -77,7 +77,8 @@ PREFILL_KS = (512, 2048)
 # ---- Where the kernel changes its path: the tests run lengths of -5 ... +5 around each ----------
 
 # Row lengths. A thread takes one more unit every 4,096 scores (512 threads); two or four units stay
-# in registers; a thread's share of the masks doubles at 32,768, 65,536 and 131,072; the table of
+# in registers, longer slices are streamed four or eight at a time and listed 32 at a time; a
+# thread's share of the masks doubles at 32,768, 65,536 and 131,072; the table of
 # choices changes at 8K, 16K, 32K, 64K and 128K; 16 CTAs of 262,144 scores are the most that is
 # served without the wide kernel, and three are at 786,432.
 EDGES = (
