@@ -48,7 +48,8 @@ struct DeviceLimits {
 
 // ---- The table of choices -----------------------------------------------------------------------
 // From sweeps of every shape and cluster on an H100 (132 multiprocessors), k = 512, 1024, 2048 x
-// 1 ... 128 rows x 8K ... 250K (docs/notes/topk.md); us, best choice first.
+// 1 ... 128 rows x 8K ... 250K; us, best choice first. Made before the kernel was rebuilt to run
+// within what a launch fetches (docs/notes/topk.md), and not repeated since.
 //   - A row of up to 8K is one CTA's: an exchange costs more than it saves (1 x 8K, k 512: 3.64,
 //     two CTAs 3.98. float32: 4.85; 5.15).
 //   - Few rows, up to an eighth of the multiprocessors: four CTAs each at 16K (3.99; one 4.39), 8
@@ -57,8 +58,8 @@ struct DeviceLimits {
 //     (1 x 250K: 5.75; eight 6.96), float32 from 64K on (1 x 64K: 6.16; 6.56).
 //   - Up to a quarter: two for 32K (5.19; six 5.73), six above (32 x 250K, k 2048: 11.93; four
 //     13.67); eight would not fit at once. Where k is small four of 256 threads up to 128K
-//     (32 x 64K: 6.89; six 7.04. float32: 10.44; 11.56), and above three of the largest shape: no
-//     slower on full rows (10.70; 10.60. float32: 16.56; 17.18), and half the CTAs to start and to
+//     (32 x 64K: 6.89; six 7.04. float32: 10.44; 11.56), and above three of 512: no slower on full
+//     rows (10.70; 10.60. float32: 16.56; 17.18), and half the CTAs to start and to
 //     leave again where the rows are short. float32 halves later: four for 16K (6.47; one, before
 //     the retuning, 8.0) and 32K (8.79; two 9.28).
 //   - Up to three quarters: two (64 x 64K: 7.65; one 8.66), from 32K on and float32 from 16K (6.96;

@@ -51,8 +51,8 @@ class TopkSteps {
     } else {
       list_.stream();
     }
-    if (s_.together())
-      cluster_wait();  // the start-up barrier: no peer is written to before it runs
+    // The start-up barrier: no peer is written to before it runs.
+    if (s_.together()) cluster_wait();
     if (held_ && !held.add_groups()) return true;
     GroupHistogram& groups = s_.smem.groups;
     const GroupPick pick = s_.find_bound([&](uint32_t rank, auto take) {
