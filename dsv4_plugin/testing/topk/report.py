@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from dsv4_plugin.testing.topk import bars
@@ -115,24 +116,20 @@ def _adversarial(ours: list[Row]) -> list[str]:
 
 
 def _served(rows: list[Row]) -> list[str]:
-    text = ["", "As in a server, code and lengths from memory: us (warm)"]
-    for cell in dict.fromkeys((row["k"], row["rows"], row["columns"]) for row in rows):
-        shown = [
-            f"{row['implementation']} {row['dtype']} {row['served_us']:.2f} ({row['warm_us']:.2f})"
-            f"{'' if row['exact'] else '!'}"
-            for row in rows
-            if (row["k"], row["rows"], row["columns"]) == cell
-        ]
-        text.append(f"k {cell[0]:4d} {cell[1]:4d} x {cell[2]:6d}  " + "  ".join(shown))
-    return text
+    title = "As in a server, code and lengths from memory: us (warm)"
+    return _cells(title, rows, lambda row: f"{row['served_us']:.2f} ({row['warm_us']:.2f})")
 
 
 def _paged(rows: list[Row]) -> list[str]:
-    text = ["", "Answers in pool slots: us warm"]
+    return _cells("Answers in pool slots: us warm", rows, lambda row: f"{row['warm_us']:.2f}")
+
+
+def _cells(title: str, rows: list[Row], us: Callable[[Row], str]) -> list[str]:
+    """Return a line a cell with every implementation in it."""
+    text = ["", title]
     for cell in dict.fromkeys((row["k"], row["rows"], row["columns"]) for row in rows):
         shown = [
-            f"{row['implementation']} {row['dtype']} {row['warm_us']:.2f}"
-            f"{'' if row['exact'] else '!'}"
+            f"{row['implementation']} {row['dtype']} {us(row)}{'' if row['exact'] else '!'}"
             for row in rows
             if (row["k"], row["rows"], row["columns"]) == cell
         ]
