@@ -1,4 +1,4 @@
-// dsv4_topk: validate -> TopkParams -> choose -> launch.
+// dsv4_topk: validate -> TopkParams -> choose -> launch. dsv4_topk_with: the caller chooses.
 #include <cstdint>
 
 #include <cuda_runtime.h>
@@ -111,9 +111,16 @@ void set_page_table(TopkParams& p, const Optional<TensorView>& page_table, int64
   }
 }
 
-void topk(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
-          Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
-          int64_t next_n, int64_t page_size, bool sort, bool narrow) {
+struct TopkCall {
+  TopkParams p;
+  ScoreType type;
+  DLDevice device;
+};
+
+TopkCall topk_call(TensorView logits, TensorView lengths, TensorView out,
+                   Optional<TensorView> out_raw, Optional<TensorView> row_starts,
+                   Optional<TensorView> page_table, int64_t k, int64_t next_n, int64_t page_size,
+                   bool sort, bool narrow) {
   TopkParams p{};
   const ScoreType type = score_type(logits, narrow);
   set_logits(p, logits);
@@ -132,13 +139,55 @@ void topk(TensorView logits, TensorView lengths, TensorView out, Optional<Tensor
     p.out_raw_stride = out_raw.value().stride(0);
   }
   set_page_table(p, page_table, next_n, page_size, device);
-  if (p.rows == 0) return;
+  return {p, type, device};
+}
 
-  const Launch launch("dsv4_topk", device);
-  launch.check(launch_topk(p, type, device.device_id, launch.stream()));
+void topk(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
+          Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
+          int64_t next_n, int64_t page_size, bool sort, bool narrow) {
+  const TopkCall call = topk_call(logits, lengths, out, out_raw, row_starts, page_table, k, next_n,
+                                  page_size, sort, narrow);
+  if (call.p.rows == 0) return;
+  const Launch launch("dsv4_topk", call.device);
+  launch.check(launch_topk(call.p, call.type, call.device.device_id, launch.stream()));
+}
+
+// The same with the caller's choice in place of the table's: for the sweeps that the table comes
+// from, and for tests of every shape. threads: 256 or 512; 1024 is the kernel for any width.
+void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
+               Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
+               int64_t next_n, int64_t page_size, bool sort, bool narrow, int64_t threads,
+               int64_t cluster) {
+  const TopkCall call = topk_call(logits, lengths, out, out_raw, row_starts, page_table, k, next_n,
+                                  page_size, sort, narrow);
+  if (threads != 256 && threads != 512 && threads != 1024) {
+    TVM_FFI_THROW(ValueError) << "threads is " << threads << "; it must be 256, 512 or 1024";
+  }
+  const TopkShape shape = threads == 256   ? TopkShape::k256
+                          : threads == 512 ? TopkShape::k512
+                                           : TopkShape::kWide;
+  const Launch launch("dsv4_topk_with", call.device);
+  const int device = call.device.device_id;
+  DeviceLimits limits{};
+  launch.check(device_limits(device, &limits));
+  const int64_t most = shape == TopkShape::kWide ? 1 : limits.largest_cluster;
+  if (cluster < 1 || cluster > most) {
+    TVM_FFI_THROW(ValueError) << "cluster is " << cluster << "; with " << threads
+                              << " threads it must be 1 ... " << most << " here";
+  }
+  const int64_t units = most_units(call.p, call.type);
+  if (shape != TopkShape::kWide && ceil_div(units, cluster) > most_units(shape)) {
+    TVM_FFI_THROW(ValueError) << cluster << " x " << threads << " threads hold rows of "
+                              << cluster * most_units(shape) * kUnit << " scores, logits has "
+                              << call.p.columns << " columns";
+  }
+  if (call.p.rows == 0) return;
+  const TopkChoice choice{shape, static_cast<int>(cluster), kSoloUnits};
+  launch.check(launch_choice(call.p, call.type, choice, device, limits, launch.stream()));
 }
 
 }  // namespace
 }  // namespace dsv4
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dsv4_topk, dsv4::topk);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(dsv4_topk_with, dsv4::topk_with);

@@ -82,6 +82,35 @@ def topk(
     )
 
 
+def topk_with(
+    logits: torch.Tensor,
+    lengths: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    threads: int,
+    cluster: int,
+    narrow: bool = False,
+) -> None:
+    """Select with a choice of the caller's in place of the table's, whose answers are the same.
+
+    For the sweeps that the table comes from (:mod:`dsv4_plugin.testing.topk.sweep`), and tests.
+
+    Args:
+        logits: as in :func:`topk`.
+        lengths: as in :func:`topk`, one a row.
+        out: as in :func:`topk`; ``k`` is its columns.
+        threads: of a CTA, 256 or 512; 1024: the kernel for rows of any width.
+        cluster: CTAs a row.
+        narrow: as in :func:`topk`.
+
+    Raises:
+        ValueError: the CTAs do not hold a row of so many columns, or there is no such cluster.
+    """
+    _function("dsv4_topk_with")(
+        logits, lengths, out, None, None, None, out.shape[1], 1, 64, False, narrow, threads, cluster
+    )
+
+
 def read_indexer_cache(
     pages: torch.Tensor,
     slots: torch.Tensor,

@@ -46,10 +46,13 @@ struct DeviceLimits {
   int shared_bytes;  // a CTA may ask for
 };
 
+constexpr int32_t kSoloUnits = 1024;
+
 // ---- The table of choices -----------------------------------------------------------------------
 // From sweeps of every shape and cluster on an H100 (132 multiprocessors), k = 512, 1024, 2048 x
 // 1 ... 128 rows x 8K ... 250K; us, best choice first. Made before the kernel was rebuilt to run
-// within what a launch fetches (docs/notes/topk.md), and not repeated since.
+// within what a launch fetches (docs/notes/topk.md), and not repeated since;
+// `python -m dsv4_plugin.testing.topk.sweep` repeats them.
 //   - A row of up to 8K is one CTA's: an exchange costs more than it saves (1 x 8K, k 512: 3.64,
 //     two CTAs 3.98. float32: 4.85; 5.15).
 //   - Few rows, up to an eighth of the multiprocessors: four CTAs each at 16K (3.99; one 4.39), 8
@@ -109,7 +112,7 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
   if (!holds(shape, cluster)) shape = TopkShape::k512;
   while (!holds(shape, cluster) && cluster < device.largest_cluster) ++cluster;
   if (!holds(shape, cluster)) shape = TopkShape::kWide;
-  return {shape, shape == TopkShape::kWide ? 1 : cluster, 1024};
+  return {shape, shape == TopkShape::kWide ? 1 : cluster, kSoloUnits};
 }
 
 // Up to this k every thread writes its indices where they belong; more are staged in shared memory

@@ -1,0 +1,161 @@
+"""Every choice of threads and cluster in every cell: what the table of choices is made from.
+
+``python -m dsv4_plugin.testing.topk.sweep --json FILE`` on a GPU. For each cell it times the choice
+that ``choose_topk`` (csrc/include/dsv4/topk_launch.cuh) makes and every other that holds the row,
+each checked first: replayed alone, and with ``--served`` as a server calls it
+(:mod:`dsv4_plugin.testing.topk.served`). The choices never change the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv4_plugin import topk
+from dsv4_plugin.kernels import cuda
+from dsv4_plugin.testing.progress import Progress
+from dsv4_plugin.testing.results import Results
+from dsv4_plugin.testing.timing import machine, time_graph
+from dsv4_plugin.testing.topk.cases import COLUMNS, DTYPES, KS, ROWS, Case, Problem
+from dsv4_plugin.testing.topk.check import Reference
+from dsv4_plugin.testing.topk.served import Elsewhere
+
+__all__ = ["CLUSTERS", "THREADS", "choices", "main", "summary"]
+
+THREADS = (256, 512)
+CLUSTERS = (1, 2, 3, 4, 6, 8, 12, 16)
+UNITS_A_THREAD = 64  # kTopkUnitSteps: of eight scores each
+TABLE = "table"  # the name of what choose_topk takes
+
+Row = dict[str, Any]
+
+
+def choices(rows: int, columns: int, sms: int) -> Iterator[tuple[int, int]]:
+    """Yield (threads, cluster) that hold a row, and do not give a small call more CTAs than fit.
+
+    Twice as many CTAs as multiprocessors run at once; a row alone may have sixteen.
+    """
+    for threads, cluster in itertools.product(THREADS, CLUSTERS):
+        holds = threads * UNITS_A_THREAD * 8 * cluster
+        if columns <= holds and (cluster == 1 or rows * cluster <= 2 * sms):
+            yield threads, cluster
+
+
+class Sweep:
+    """Measures cells; ``results`` has a row for each choice in each."""
+
+    def __init__(self, *, replays: int, launches: int, served: bool) -> None:
+        """Make what is between two calls, where it is wanted."""
+        self.replays, self.launches = replays, launches
+        self.elsewhere = Elsewhere("cuda") if served else None
+        self.sms = torch.cuda.get_device_properties(0).multi_processor_count
+        self.results: list[Row] = []
+
+    def cell(self, case: Case) -> str:
+        """Measure every choice in one cell; returns the best, beside the table's."""
+        problem = case.make("cuda")
+        narrow = case.dtype == "narrow"
+        reference = Reference(problem, case.k, narrow=narrow)
+        mine = [self._row(case, problem, reference, None)]
+        for choice in choices(case.rows, case.columns, self.sms):
+            mine.append(self._row(case, problem, reference, choice))
+        self.results += mine
+        return summary(mine)
+
+    def _row(
+        self, case: Case, problem: Problem, reference: Reference, choice: tuple[int, int] | None
+    ) -> Row:
+        out = torch.full((case.rows, case.k), -2, dtype=torch.int32, device="cuda")
+        narrow = case.dtype == "narrow"
+        call: Callable[[], Any] = functools.partial(
+            topk, problem.logits, problem.lengths, case.k, out=out, narrow=narrow, backend="cuda"
+        )
+        if choice is not None:
+            call = functools.partial(
+                cuda.topk_with, problem.logits, problem.lengths, out, threads=choice[0],
+                cluster=choice[1], narrow=narrow,
+            )  # fmt: skip
+        call()
+        judged = reference.judge(out, case.k, ties=True)
+        row: Row = {
+            "dtype": case.dtype, "k": case.k, "rows": case.rows, "columns": case.columns,
+            "threads": choice[0] if choice else TABLE, "cluster": choice[1] if choice else TABLE,
+            "exact": judged.exact and judged.ties,
+            "warm_us": round(
+                time_graph([call], launches=self.launches, replays=self.replays), 3
+            ),
+        }  # fmt: skip
+        if self.elsewhere is not None:
+            us = self.elsewhere.served_us(
+                case.dtype, call, problem.logits, problem.logits.clone(), replays=self.replays
+            )
+            row["served_us"] = round(us, 3)
+        return row
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Return the best choices of one cell and what the table's choice takes."""
+    table = next(row for row in rows if row["threads"] == TABLE)
+    text = []
+    for field, name in (("warm_us", "warm"), ("served_us", "served")):
+        if field not in table:
+            continue
+        best = sorted((r for r in rows if r["threads"] != TABLE), key=lambda r: r[field])[:3]
+        shown = ", ".join(f"{r['cluster']} x {r['threads']} {r[field]:.2f}" for r in best)
+        text.append(f"{name}: table {table[field]:.2f}; {shown}")
+    wrong = [row for row in rows if not row["exact"]]
+    return "  |  ".join(text) + (f"  NOT EXACT: {len(wrong)}" if wrong else "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Sweep the cells that the arguments name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv4_plugin.testing.topk.sweep", description=__doc__
+    )
+    parser.add_argument("--k", type=int, nargs="+", default=KS)
+    parser.add_argument("--rows", type=int, nargs="+", default=(*ROWS, 16))
+    parser.add_argument("--columns", type=int, nargs="+", default=COLUMNS)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=("bfloat16", "float32"))
+    parser.add_argument("--served", action="store_true", help="as a server calls it, too")
+    parser.add_argument("--launches", type=int, default=20, help="launches in a graph (20)")
+    parser.add_argument("--replays", type=int, default=5, help="whose median counts (5)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no cell after it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("a sweep needs a GPU: there are no choices elsewhere")
+    if cuda.missing():
+        parser.error(f"the compiled kernels are missing: {cuda.missing()}")
+    sweep = Sweep(replays=arguments.replays, launches=arguments.launches, served=arguments.served)
+    document: Row = {
+        "machine": machine(), "what": "topk sweep", "complete": False, "results": sweep.results,
+    }  # fmt: skip
+    file = Results(document, arguments.json)
+    cells = [
+        Case("decode", dtype, k, rows, columns)
+        for dtype in arguments.dtype
+        for rows in arguments.rows
+        for columns in arguments.columns
+        for k in arguments.k
+    ]
+    progress = Progress(print, arguments.budget)
+    progress.start(len(cells))
+    for case in cells:
+        if progress.spent():
+            break
+        progress.done(f"{case}  {sweep.cell(case)}")
+        file.save()
+    document["complete"] = not progress.out_of_time
+    file.save(now=True)
+    return 0 if all(row["exact"] for row in sweep.results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
