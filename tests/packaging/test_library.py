@@ -5,6 +5,7 @@ In one file, which ``pytest --dist loadfile`` gives to one worker: the wheel is 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from elftools.elf.elffile import ELFFile
 from packaging_tools import ROOT, Wheel, check, expected_names, install
 
 # vLLM 0.26 pins 0.1.10; vLLM 0.33 and SGLang 0.5.16-0.5.23 0.1.11; tokenspeed-kernel 0.1.4
@@ -141,3 +143,34 @@ def test_make_leaves_a_wheel_without_a_library_alone(pure_wheel: Wheel, tmp_path
     shutil.copy2(pure_wheel.path, tmp_path)
     check(["make", "-s", "manylinux", f"PY={sys.executable}", f"DIST={tmp_path}"], ROOT)
     assert [p.name for p in tmp_path.iterdir()] == [pure_wheel.path.name]
+
+
+def code_bytes(library: Path, folder: Path) -> dict[str, int]:
+    """Return the bytes of each kernel's machine code, by mangled name."""
+    triton = importlib.util.find_spec("triton")
+    assert triton and triton.origin, "triton, which torch brings, has cuobjdump"
+    cuobjdump = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    subprocess.run(
+        [cuobjdump, "-xelf", "all", library], cwd=folder, check=True, capture_output=True
+    )
+    found = {}
+    for cubin in folder.glob("*.cubin"):
+        with cubin.open("rb") as stream:
+            for section in ELFFile(stream).iter_sections():
+                if section.name.startswith(".text."):
+                    found[section.name.removeprefix(".text.")] = section["sh_size"]
+    return found
+
+
+def test_no_kernel_has_outgrown_what_a_launch_fetches(library: Path, tmp_path: Path) -> None:
+    """A launch brings 64 KB of a kernel's code; what lies behind is waited for in a server.
+
+    Of the top-k's kernels some 46 KB are the rare parts, which lie last (docs/notes/topk.md).
+    """
+    sizes = code_bytes(library, tmp_path)
+    topk = {name: size for name, size in sizes.items() if "11topk_kernel" in name}
+    assert len(topk) == 16, sorted(
+        topk
+    )  # four dtypes, two numbers of threads, alone or in clusters
+    assert {name: size for name, size in topk.items() if size > 112 * 1024} == {}
+    assert {name: size for name, size in sizes.items() if size > 112 * 1024} == {}
