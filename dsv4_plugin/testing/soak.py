@@ -1,10 +1,11 @@
 """``dsv4-plugin soak``: what a server does to the ops, for as long as one likes.
 
-A chain of 43 layers, each a gather and a read of its FP8 cache and a top-k of its scores, is
-captured in one CUDA graph. Two such graphs are replayed on two streams with lengths, slots and
-pages that change, while other tensors are allocated and freed. At every look the answers of known
-steps must be those of the first time, bit for bit, and memory must be what it was. The first
-answers themselves are judged by the oracles. Without a GPU a replay is a run of the calls.
+A chain of 43 layers, each a gather and a read of its FP8 cache, the index logits of its keys and
+their selection, and a top-k of much wider scores, is captured in one CUDA graph. Two such graphs are
+replayed on two streams with lengths, slots and pages that change, while other tensors are allocated
+and freed. At every look the answers of known steps must be those of the first time, bit for bit, and
+memory must be what it was. The first answers themselves are judged by the oracles. Without a GPU a
+replay is a run of the calls.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import gather_indexer_cache, read_indexer_cache, topk
+from dsv4_plugin import gather_indexer_cache, read_indexer_cache, select, topk
 from dsv4_plugin.testing.inputs import fp8_cache, scores
 from dsv4_plugin.testing.oracles import check_selection, fp8_keys, same_bits
 from dsv4_plugin.testing.timing import machine
 
 __all__ = ["Result", "Shape", "add_arguments", "run", "soak"]
 
+HEADS = 64
+OUTPUTS = ("keys", "values", "scales", "indices", "index logits", "selected indices")
 SLACK = 64 << 20  # bytes of device memory that others may take in between
 
 
@@ -43,7 +46,7 @@ class Shape:
     pages: int = 64
 
 
-SMALL = Shape(layers=3, rows=4, columns=3000, tokens=60, pages=4)  # for a CPU
+SMALL = Shape(layers=3, rows=4, columns=3000, tokens=60, pages=12)  # for a CPU
 
 
 @dataclass
@@ -87,6 +90,13 @@ class Chain:
         self.values = room(layers, shape.tokens, 128, dtype=torch.uint8)
         self.scales = room(layers, shape.tokens, 4, dtype=torch.uint8)
         self.indices = room(layers, rows, shape.k)
+        # From the keys to indices: as many columns as a request has pages of keys.
+        g = torch.Generator().manual_seed(seed)
+        q = torch.randn(rows, 1, HEADS, 128, generator=g).to(torch.float8_e4m3fn)
+        self.q, self.weights = q.to(device), torch.rand(rows, HEADS, generator=g).to(device)
+        self.seen = room(rows)
+        self.scores = room(layers, rows, shape.pages * 64, dtype=torch.bfloat16)
+        self.selected = room(layers, rows, shape.k)
         self.step(0)
         self.calls()
         self.replay: Callable[[], Any] = self.calls
@@ -107,6 +117,8 @@ class Chain:
             read_indexer_cache(cache, self.slots, out=self.keys[i])
             self.topk(self.logits[i % len(self.logits)], self.lengths, self.shape.k,
                       out=self.indices[i])  # fmt: skip
+            select(self.q, cache, self.weights, self.seen, self.table, self.shape.k,
+                   out=self.selected[i], logits=self.scores[i])  # fmt: skip
 
     def step(self, number: int) -> None:
         """Put the lengths, slots and pages of a step in place, on the current stream."""
@@ -124,6 +136,7 @@ class Chain:
         for i in range(shape.rows):
             cu[i + 1] = min(cu[i + 1], cu[i] + total)
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self.seen.copy_(torch.tensor([n % (total + 2) - 1 for n in lengths], dtype=torch.int32))
         self.cu.copy_(torch.tensor(cu, dtype=torch.int32))
         self.table.copy_(torch.randint(0, shape.pages, self.table.shape, generator=g))
         slots = torch.randint(0, total, (shape.tokens,), generator=g)
@@ -131,7 +144,7 @@ class Chain:
 
     def answers(self, number: int) -> list[torch.Tensor]:
         """Replay one step over dirty outputs and return copies of what it wrote."""
-        outs = [self.keys, self.values, self.scales, self.indices]
+        outs = [self.keys, self.values, self.scales, self.indices, self.scores, self.selected]
         for out in outs:
             out.view(torch.uint8).fill_(0xAB)
         self.step(number)
@@ -143,6 +156,7 @@ class Chain:
         for i in range(self.shape.layers):
             logits, cache = self.logits[i % len(self.logits)], self.caches[i % len(self.caches)]
             check_selection(logits, self.lengths, self.shape.k, self.indices[i])
+            check_selection(self.scores[i], self.seen, self.shape.k, self.selected[i])
             at = self.slots.clamp(min=0)
             want = fp8_keys(cache, at // 64, at % 64, 64, 128)[2].masked_fill(
                 (self.slots < 0)[:, None], 0.0
@@ -182,9 +196,7 @@ def soak(
         settle()
         for chain, answers in zip(chains, known, strict=True):
             for step, want in enumerate(answers):
-                for name, a, b in zip(
-                    ("keys", "values", "scales", "indices"), chain.answers(step), want, strict=True
-                ):
+                for name, a, b in zip(OUTPUTS, chain.answers(step), want, strict=True):
                     if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
                         result.faults.append(
                             f"after {result.replays} replays the {name} of step {step} differ"
