@@ -1,11 +1,11 @@
 """``dsv4-plugin soak``: what a server does to the ops, for as long as one likes.
 
-A chain of 43 layers, each a gather and a read of its FP8 cache, the index logits of its keys and
-their selection, and a top-k of much wider scores, is captured in one CUDA graph. Two such graphs are
-replayed on two streams with lengths, slots and pages that change, while other tensors are allocated
-and freed. At every look the answers of known steps must be those of the first time, bit for bit, and
-memory must be what it was. The first answers themselves are judged by the oracles. Without a GPU a
-replay is a run of the calls.
+A chain of 43 layers, each a gather and a read of its FP8 cache, the index logits of its keys
+and their selection, and a top-k of much wider scores, is captured in one CUDA graph. Two such
+graphs are replayed on two streams with lengths, slots and pages that change, while other
+tensors are allocated and freed. At every look the answers of known steps must be those of the
+first time, bit for bit, and memory must be what it was. The first answers themselves are judged
+by the oracles. Without a GPU a replay is a run of the calls.
 """
 
 from __future__ import annotations
