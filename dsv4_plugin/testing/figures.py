@@ -214,8 +214,8 @@ def gain() -> str:
     head = "a gain in some cases" if faster else "no gain"
     return (
         f"- In a whole server {head}: with it the time a token takes changed by {changes}; tokens "
-        f"of context x requests at a time, vLLM {about['vllm']}, one {about['gpu']}. By the 95 % "
-        f"intervals that is faster in {faster} of {len(rows)} cases and slower in {slower}."
+        f"of context x requests at a time, vLLM {about['vllm']}, one {about['gpu']}, commit "
+        f"{about['commit'][:7]}. By the 95 % intervals that is faster in {faster} of {len(rows)} cases and slower in {slower}."
     )
 
 
