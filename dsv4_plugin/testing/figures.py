@@ -215,7 +215,8 @@ def gain() -> str:
     return (
         f"- In a whole server {head}: with it the time a token takes changed by {changes}; tokens "
         f"of context x requests at a time, vLLM {about['vllm']}, one {about['gpu']}, commit "
-        f"{about['commit'][:7]}. By the 95 % intervals that is faster in {faster} of {len(rows)} cases and slower in {slower}."
+        f"{about['commit'][:7]}. By the 95 % intervals that is faster in {faster} of {len(rows)} "
+        f"cases and slower in {slower}."
     )
 
 
