@@ -10,6 +10,9 @@ import pytest
 from dsv4_plugin.cli import main
 from dsv4_plugin.integrations import plan
 from dsv4_plugin.state import state
+from dsv4_plugin.testing.adapters.cells import by_rounds
+from dsv4_plugin.testing.adapters.command import SUITES
+from dsv4_plugin.testing.topk.peers import Peers
 
 PEERS = """
 import torch
@@ -57,7 +60,7 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
     assert code == 0
     document = json.loads(file.read_text())
     assert document["complete"] is True and document["what"] == "adapters"
-    assert document["missing"] == {"absent": "is not installed"}
+    assert document["missing"] == {"absent": "is not installed"} and document["not_run"] == []
     rows = document["results"]
     assert {(r["suite"], r["call"]) for r in rows} == {
         *(("sglang", call) for call in ("paged", "paged_raw", "dsa", "prefill")),
@@ -110,6 +113,29 @@ def test_a_mistake_of_ours_is_seen(monkeypatch, tmp_path, wrong) -> None:
     bench("--rows", 2, "--columns", 700, "--suite", "sglang", "--json", file)
     rows = json.loads(file.read_text())["results"]
     assert rows and not any(row["exact"] for row in rows)
+
+
+def test_every_call_has_a_cell_before_any_has_a_second() -> None:
+    tasks = [task for cells in SUITES.values() for task in cells("cpu", Peers(), (512,), (), ())]
+    calls = {(task.about["suite"], task.about["call"]) for task in tasks}
+    ordered = by_rounds(tasks)
+    first = [(task.about["suite"], task.about["call"]) for task in ordered[: len(calls)]]
+    assert len(calls) == 11 and set(first) == calls
+    assert sorted(map(str, ordered)) == sorted(map(str, tasks))
+    for call in calls:  # the shapes of one call stay in their order
+        both = ([str(t) for t in x if (t.about["suite"], t.about["call"]) == call]
+                for x in (tasks, ordered))  # fmt: skip
+        assert len(set(map(tuple, both))) == 1
+
+
+def test_a_run_that_is_cut_short_names_what_is_missing(tmp_path: Path) -> None:
+    file = tmp_path / "adapters.json"
+    bench("--rows", 4, "--columns", 700, "--suite", "sglang", "--budget", 1e-9, "--json", file)
+    document = json.loads(file.read_text())
+    assert document["complete"] is False and document["results"] == []
+    assert document["not_run"] == [
+        f"sglang {call} k 512 4 x 700" for call in ("paged", "paged_raw", "dsa", "prefill")
+    ]
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,7 @@ def test_the_driver_for_a_gpu(python: Path, version: str, tmp_path: Path) -> Non
     assert found["version"].startswith(f"TokenSpeed {version} ")
     rows = {(row["part"], row["variant"]): row for row in found["results"]}
     calls = {part for part, variant in rows if variant == "bf16 own"}
-    assert len(calls) == 3 and len(rows) == 3 * 4 + 3  # the Triton kernels are for a GPU
+    assert len(calls) == 3 and len(rows) == 3 * 4 + 4  # the Triton kernels are for a GPU
     for call in calls:
         mode = "prefill" if call.startswith("prefill") else "decode"
         for dtype in ("fp32", "bf16"):
@@ -60,3 +60,19 @@ def test_the_driver_for_a_gpu(python: Path, version: str, tmp_path: Path) -> Non
             assert row["counters"][f"logits.own.{dtype}.torch"] == 1
     (read,) = (row for row in found["results"] if row["variant"] == "on" and "read" in row["part"])
     assert read["exact"] and read["counters"]["read.fp8"] == 1
+    assert {n for n, s in found["seams"].items() if s["engaged"]} == {
+        "topk.dsa_decode_topk", "topk.dsa_prefill_topk", "read.fp8"
+    }  # fmt: skip
+    # Every variant of a call before the next call: a run that is cut short has whole calls.
+    order = [row["part"] for row in found["results"] if row["part"] in calls]
+    assert order == [call for call in dict.fromkeys(order) for _ in range(4)]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cut_short_names_what_is_missing(python: Path, tmp_path: Path) -> None:
+    paths = find(python, VERSIONS[0])
+    found = run_driver(
+        "tokenspeed", python, paths, tmp_path / "found.json", ["TOKENSPEED_"], budget=0
+    )
+    assert not found["complete"] and not found["results"]
+    assert {"read on", "decode 2x700 k512 logical bf16 own"} <= set(found["not_run"])

@@ -6,6 +6,7 @@ functions that the adapters install, and the engine's own kernel for the same ca
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -28,7 +29,9 @@ __all__ = [
     "Cell",
     "Run",
     "Scores",
+    "Task",
     "backend_for",
+    "by_rounds",
     "engaged",
     "named",
     "recall",
@@ -60,11 +63,34 @@ class Cell:
     about: Row
     runs: list[Run]
 
+
+@dataclasses.dataclass
+class Task:
+    """A cell that is to be measured; ``make`` draws its tensors."""
+
+    about: Row
+    make: Callable[[], Cell]
+
     def __str__(self) -> str:
-        """Return the cell as progress lines show it."""
+        """Return the cell as progress lines and the results file show it."""
         a = self.about
         k = f" k {a['k']}" if a.get("k") else ""
         return f"{a['suite']} {a['call']}{k} {a['rows']} x {a['columns']}"
+
+
+def by_rounds(tasks: Sequence[Task]) -> list[Task]:
+    """Return the first cell of every call, then the second of every call, and so on.
+
+    A run that is cut short has something of each then.
+    """
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
+    rounds = []
+    for task in tasks:
+        call = task.about["suite"], task.about["call"]
+        rounds.append(seen[call])
+        seen[call] += 1
+    order = sorted(range(len(tasks)), key=rounds.__getitem__)  # stable: calls stay in their order
+    return [tasks[i] for i in order]
 
 
 def shapes_of(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin.testing.adapters import sglang, tokenspeed
-from dsv4_plugin.testing.adapters.cells import Cell, Run, engaged
+from dsv4_plugin.testing.adapters.cells import Run, Task, by_rounds, engaged
 from dsv4_plugin.testing.cells import Row, launches_for
 from dsv4_plugin.testing.progress import Progress
 from dsv4_plugin.testing.results import Results
@@ -46,27 +46,29 @@ def run(
     }
     if not document["deep_gemm"]:
         say("deep_gemm cannot be imported: ours select on the plugin's own logits only")
-    file = Results(document, arguments.json)
-    progress = Progress(say, arguments.budget)
-    todo = [
-        cell
+    todo = by_rounds([
+        task
         for name in names
-        for cell in SUITES[name](
+        for task in SUITES[name](
             arguments.device, others, arguments.k or (512,), arguments.rows or (),
             arguments.columns or (),
         )
-    ]  # fmt: skip
+    ])  # fmt: skip
+    document["not_run"] = [str(task) for task in todo]
+    file = Results(document, arguments.json)
+    progress = Progress(say, arguments.budget)
     progress.start(len(todo))
     say(f"{len(todo)} cells; us in a CUDA graph (eager: call by call), ! not exact")
     with engaged():
-        for make in todo:
+        for task in todo:
             if progress.spent():
                 break
-            cell = make()
-            rows = [_measured(cell, one, arguments) for one in cell.runs]
+            cell = task.make()
+            rows = [_measured(task, one, arguments) for one in cell.runs]
             document["results"] += rows
-            progress.done(f"{cell}  " + "  ".join(map(_shown, rows)))
-            file.save()
+            document["not_run"].remove(str(task))
+            progress.done(f"{task}  " + "  ".join(map(_shown, rows)))
+            file.save(now=True)  # the next cell may compile for minutes
             del cell
     document["complete"] = not progress.out_of_time
     file.save(now=True)
@@ -90,9 +92,9 @@ def _suites(arguments: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def _measured(cell: Cell, one: Run, arguments: argparse.Namespace) -> Row:
+def _measured(task: Task, one: Run, arguments: argparse.Namespace) -> Row:
     """Check, time and check again; what fails is a row that says so."""
-    row: Row = {**cell.about, "implementation": one.name, "graph": one.graph, "us": None}
+    row: Row = {**task.about, "implementation": one.name, "graph": one.graph, "us": None}
     try:
         one.soil()
         one.call()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -16,6 +16,7 @@ from dsv4_plugin.testing.adapters.cells import (
     DIRTY,
     Cell,
     Run,
+    Task,
     backend_for,
     named,
     shapes_of,
@@ -39,13 +40,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def cells(
     device: str, peers: Peers, ks: Sequence[int], rows: Sequence[int], columns: Sequence[int]
-) -> Iterator[Callable[[], Cell]]:
-    """Give a function for each cell that makes it."""
+) -> Iterator[Task]:
+    """Give all cells."""
     for call in CALLS:
         for r, c in shapes_of(PREFILL if call == "prefill" else SHAPES, rows, columns):
             for k in ks:
                 about = {"suite": "sglang", "call": call, "k": k, "rows": r, "columns": c}
-                yield functools.partial(_cell, about, device, peers)
+                yield Task(about, functools.partial(_cell, about, device, peers))
 
 
 def _cell(about: Row, device: str, peers: Peers) -> Cell:

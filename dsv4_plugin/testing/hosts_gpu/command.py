@@ -65,9 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{document['version']} on {document['machine'].get('gpu', 'no GPU')}, started in "
               f"{document['start_s']} s; stood in for: "
               f"{', '.join(document['stands_in'])}", flush=True)  # fmt: skip
-        part: Part
-        for part in run.parts():
+        parts: list[Part] = list(run.parts())
+        document["not_run"] = [str(part) for part in parts]
+        file.save(now=True)
+        for part in parts:
+            if arguments.budget is not None and time.monotonic() - begin > arguments.budget:
+                print(f"--budget {arguments.budget:g} s is spent: {len(document['not_run'])} parts "
+                      "are not run", flush=True)  # fmt: skip
+                break
             rows: list[Row] = attempt(str(part), part.run) or []
+            document["not_run"].remove(str(part))
             document["results"] += rows
             for row in rows:
                 print(_line(row), flush=True)
@@ -77,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 break
         document |= {"seams": run.seams()}
     document["seconds"] = round(time.monotonic() - begin, 1)
-    document["complete"] = run is not None
+    document["complete"] = run is not None and not document["not_run"]
     file.save(now=True)
     wrong = [row for row in document["results"] if row.get("right") is False]
     print(f"{arguments.engine}: {len(document['results'])} results, {len(wrong)} wrong, "
@@ -109,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--k", type=int, nargs="+", default=[512])
     add("--launches", type=int, default=20)
     add("--replays", type=int, default=7)
+    add("--budget", type=float, metavar="SECONDS", help="begin no part after this time")
     add(
         "--device", choices=("cuda", "cpu"), default="cuda",
         help="cpu: a dry run, torch in place of the kernels; its times mean nothing",
