@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+from packaging_tools import ROOT
 
 from dsv4_plugin.cli import main
 from dsv4_plugin.integrations import plan
 from dsv4_plugin.state import state
+from dsv4_plugin.testing.adapters import figures
 from dsv4_plugin.testing.adapters.cells import by_rounds
 from dsv4_plugin.testing.adapters.command import SUITES
+from dsv4_plugin.testing.figures import RESULTS
 from dsv4_plugin.testing.topk.peers import Peers
 
 PEERS = """
@@ -136,6 +141,65 @@ def test_a_run_that_is_cut_short_names_what_is_missing(tmp_path: Path) -> None:
     assert document["not_run"] == [
         f"sglang {call} k 512 4 x 700" for call in ("paged", "paged_raw", "dsa", "prefill")
     ]
+
+
+PAGES = {"sglang": "docs/sglang.md", "tokenspeed": "docs/tokenspeed.md", "hosts": "README.md"}
+
+
+@pytest.mark.parametrize("mark", PAGES)
+def test_the_figures_of_the_pages_are_made_from_the_results(mark: str) -> None:
+    text = (ROOT / PAGES[mark]).read_text()
+    (found,) = re.findall(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", text, re.S)
+    assert found.strip() == getattr(figures, mark)()
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copies of the committed files that a test may change."""
+    for name in (figures.ADAPTERS, figures.SGLANG, figures.TOKENSPEED):
+        shutil.copy(RESULTS / name, tmp_path)
+    monkeypatch.setattr("dsv4_plugin.testing.figures.RESULTS", tmp_path)
+    return tmp_path
+
+
+def change(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_what_an_incomplete_file_has_not_is_named(results: Path) -> None:
+    file = results / figures.ADAPTERS
+    document = json.loads(file.read_text()) | {"complete": False}
+    document.pop("not_run", None)  # as files of before it
+    first = [r for r in document["results"] if r["suite"] == "sglang"]
+    first += [r for r in document["results"] if (r["call"], r["rows"], r["columns"]) ==
+              ("dsa_decode", 1, 8192)]  # fmt: skip
+    file.write_text(json.dumps(document | {"results": first}))
+    words = "**Incomplete:** the run was stopped; missing: `dsa_decode` after 1 x 8192, `dsa_decode"
+    assert words in figures.tokenspeed() and words in figures.hosts()
+    assert "none of these calls is missing" in figures.sglang()
+    words = "missing: tokenspeed gather 7 x 9."
+    change(file, not_run=["tokenspeed gather 7 x 9"])
+    assert words in figures.tokenspeed() and words in figures.hosts()
+    change(results / figures.TOKENSPEED, not_run=["read on"], complete=False)
+    assert "missing: read on." in figures.tokenspeed()
+    for name in (figures.ADAPTERS, figures.TOKENSPEED):
+        change(results / name, complete=True)
+    assert not any("ncomplete" in getattr(figures, mark)() for mark in PAGES)
+
+
+def test_a_wrong_answer_is_in_the_figures_and_not_in_a_ratio(results: Path) -> None:
+    file = results / figures.SGLANG
+    rows = json.loads(file.read_text())["results"]
+    row = next(r for r in rows if r["variant"] == "bf16 own" and r["part"].endswith("k512"))
+    (off,) = (r for r in rows if (r["part"], r["variant"]) == (row["part"], "off"))
+    row["us"] = 321 * off["us"]
+    for right in (True, False):
+        row["right"] = right
+        change(file, results=rows)
+        made = figures.sglang()
+        assert ("the ratio from 321.00 (" in made) is right
+        assert (f"| {row['us']:.1f} WRONG |" in made) is not right
+        assert (f"{len(rows)} results, 1 wrong" in made) is not right
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
