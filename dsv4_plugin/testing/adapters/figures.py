@@ -66,7 +66,9 @@ def sglang() -> str:
 def tokenspeed() -> str:
     """Return the Markdown between the ``tokenspeed`` markers of docs/tokenspeed.md."""
     driver, adapters = _load(TOKENSPEED), _load(ADAPTERS)
-    alone = _cells(adapters, "tokenspeed")
+    every = _cells(adapters, "tokenspeed")
+    alone = _selections(every)
+    reads = {name: row for name, row in every.items() if name not in alone}
     names = _names(alone)
     theirs = [name for name in names if not name.startswith("dsv4")]
     parts = _forward(driver)
@@ -90,6 +92,7 @@ def tokenspeed() -> str:
         f"{min(_recalls(alone, [n for n in names if n not in theirs])):.3f} on average over the "
         "rows of a cell. Ours is checked to be exact on the scores that it selected on.",
         "",
+        *([*_table("reads, slots x pages", reads, _names(reads), {}), ""] if reads else []),
         f"{_head(driver, TOKENSPEED)} {driver['version']}, its facades by "
         f"`dsv4_plugin.testing.hosts_gpu`, µs in a CUDA graph.{_missing(driver)}",
         "",
@@ -100,6 +103,7 @@ def tokenspeed() -> str:
         "",
         f"- {_checked(driver)} The agreement is with TokenSpeed's own selection on float32 scores "
         "of queries that were not rounded.",
+        *_reader(driver),
     ])  # fmt: skip
 
 
@@ -108,7 +112,7 @@ def hosts() -> str:
     forward, adapters, driver = _load(SGLANG), _load(ADAPTERS), _load(TOKENSPEED)
     cells, alone = _default(_forward(forward)), _cells(adapters, "sglang")
     newest = max(name for name in _names(alone) if not name.startswith("dsv4"))
-    theirs = _cells(adapters, "tokenspeed")
+    theirs = _selections(_cells(adapters, "tokenspeed"))
     peers = [name for name in _names(theirs) if not name.startswith("dsv4")]
     return "\n".join([
         f"On one {forward['machine']['gpu']}, the time of a call in a CUDA graph over that of the "
@@ -125,7 +129,9 @@ def hosts() -> str:
         + "; ".join(
             f"{name.removeprefix('dsv4 ')} {_span(theirs, name, peers)}"
             for name in _names(theirs) if name.startswith("dsv4")
-        ) + f".{_missing(adapters, 'tokenspeed')} Its facades (`{TOKENSPEED}`): "
+        ) + ". They score queries rounded to FP8, TokenSpeed's do not: the recall is at least "
+        f"{min(_recalls(theirs, [n for n in _names(theirs) if n not in peers])):.3f} on average "
+        f"over the rows of a cell.{_missing(adapters, 'tokenspeed')} Its facades (`{TOKENSPEED}`): "
         f"{_results(driver)}.{_missing(driver)}",
     ])  # fmt: skip
 
@@ -143,7 +149,8 @@ def _forward(document: Any) -> Cells:
     """Return the timed parts of a driver's file by variant."""
     cells: Cells = {}
     for row in document["results"]:
-        if row.get("us") is not None and row["variant"] in (OFF, *VARIANTS):
+        timed = row.get("us") is not None and row["variant"] in (OFF, *VARIANTS)
+        if timed and not row["part"].startswith("read"):
             cells.setdefault(row["part"].replace(" k512", ""), {})[row["variant"]] = row
     return cells
 
@@ -159,6 +166,16 @@ def _least(cells: Cells, variant: str) -> str:
     return f"{min(found):.4f}" if found else "–"
 
 
+def _reader(document: Any) -> list[str]:
+    """Return a line on what replaces TokenSpeed's reader, which cannot be captured itself."""
+    shown = [
+        f"{_us(row)} {'without the plugin' if row['variant'] == OFF else 'with it'}"
+        for row in document["results"]
+        if row["part"].startswith("read ")
+    ]
+    return [f"- The reader of the FP8 cache, µs: {', '.join(shown)}."] if shown else []
+
+
 def _cells(document: Any, suite: str) -> Cells:
     """Return the cells of one engine in ``bench adapters`` by implementation."""
     cells: Cells = {}
@@ -168,6 +185,11 @@ def _cells(document: Any, suite: str) -> Cells:
             cells.setdefault(name, {})[row["implementation"]] = row
     calls = list(CALLS[suite])
     return dict(sorted(cells.items(), key=lambda item: calls.index(item[0].split("`")[1])))
+
+
+def _selections(cells: Cells) -> Cells:
+    """Return the calls that select, without those that read the cache."""
+    return {name: row for name, row in cells.items() if next(iter(row.values()))["k"]}
 
 
 def _names(cells: Cells) -> list[str]:
