@@ -1,8 +1,8 @@
 """Timing of the chain: from the keys to the indices of the best, in one CUDA graph.
 
 Ours is :func:`dsv4_plugin.select`. A peer is a logits kernel in float32 and then a top-k: each
-logits kernel of the peers file with the one that stands for vLLM's choice and with SGLang's. Every
-answer must be the exact top-k of the scores that the same implementation's logits kernel makes, and
+logits kernel of the peers file with the one that stands for vLLM's choice and with SGLang's, each of
+an installed engine with that engine's. Every answer must be the exact top-k of the scores that the same implementation's logits kernel makes, and
 those scores must be right.
 """
 
@@ -146,11 +146,9 @@ class ChainBench(KeyBench):
 
         calls: dict[str, Call] = {OURS: ours}
         if case.dtype == "float32":
-            for first, logits in self.peers["logits"].items():
-                for last, topk in self.peers["decode"].items():
-                    if last in self.choices:
-                        call = functools.partial(_theirs, logits, topk, case)
-                        calls[chain_name(first, last)] = call
+            for first, last in self.peers.chains(self.choices):
+                logits, topk = self.peers["logits"][first], self.peers["decode"][last]
+                calls[chain_name(first, last)] = functools.partial(_theirs, logits, topk, case)
         return {name: _Run(call, case, device) for name, call in calls.items()}
 
     def _logits(self, name: str, problem: Paged, dtype: torch.dtype) -> torch.Tensor:
@@ -159,9 +157,9 @@ class ChainBench(KeyBench):
             p = problem
             return paged_logits(p.q, p.cache, p.weights, p.lengths, p.block_table, dtype=dtype,
                                 backend=self.backend)  # fmt: skip
-        for first, call in self.peers["logits"].items():
-            if name in (chain_name(first, last) for last in self.choices):
-                return peer_logits(call, dtype, problem)
+        for first, last in self.peers.chains(self.choices):
+            if name == chain_name(first, last):
+                return peer_logits(self.peers["logits"][first], dtype, problem)
         raise KeyError(name)
 
     def _agree(self, rows: list[Row], answers: Answers) -> None:

@@ -11,7 +11,17 @@ from typing import Any
 
 from dsv4_plugin.testing.topk import UsageError
 
-__all__ = ["FORMS", "OURS", "Call", "Peers", "is_vllm_choice", "load", "recorded", "seed_figures"]
+__all__ = [
+    "FORMS",
+    "FORMS_OF",
+    "OURS",
+    "Call",
+    "Peers",
+    "is_vllm_choice",
+    "load",
+    "recorded",
+    "seed_figures",
+]
 
 OURS = "dsv4"
 SEED = Path(__file__).with_name("seed_vllm_40811.csv")
@@ -42,6 +52,12 @@ FORMS = {
     "tokenspeed_read": "available_tokenspeed_read",
 }
 TOPK_FORMS = ("decode", "prefill", "paged")
+FORMS_OF = {  # by benchmark
+    "topk": TOPK_FORMS,
+    "logits": ("logits", "ragged_logits"),
+    "chain": ("logits", "decode"),
+}
+TORCH = "torch"
 
 
 class Peers:
@@ -54,6 +70,41 @@ class Peers:
         }
         every = {name: call for named in forms.values() for name, call in named.items()}
         self.missing = {name: why for name, why in every.items() if isinstance(why, str)}
+        self._engine: dict[str, str] = {}  # of the kernels that an engine here has brought
+        self.choices: dict[str, str] = {}  # engine -> the name of the top-k that it runs itself
+
+    def add(self, engine: str, forms: dict[str, dict[str, Call | str]], choice: str | None) -> None:
+        """Add what an installed engine has; what is there already keeps its name."""
+        for form, named in forms.items():
+            for name, call in named.items():
+                if isinstance(call, str):
+                    self.missing[name] = call
+                elif name not in self._calls[form]:
+                    self._calls[form][name] = call
+                    self._engine[name] = engine
+        if choice is not None:
+            self.choices[engine] = choice
+
+    def choice(self, engine: str, asked: str | None, usual: str) -> str:
+        """Return the top-k that stands for an engine: ``asked``, ``usual``, or its own."""
+        if asked is None and usual not in self._calls["decode"]:
+            return self.choices.get(engine, usual)
+        return asked or usual
+
+    def chains(self, choices: Sequence[str]) -> list[tuple[str, str]]:
+        """Return logits kernel and top-k of every chain: those of a file with all, else of one engine.
+
+        The top-k are the ``choices``; torch's goes with torch's logits only.
+        """
+        ends = {*choices, *self.choices.values()} if self.choices else set(choices)
+        found = []
+        for first in self._calls["logits"]:
+            for last in self._calls["decode"]:
+                engines = {self._engine.get(first), self._engine.get(last)}
+                together = len(engines) == 1 or (None in engines and TORCH not in engines)
+                if last in ends and together:
+                    found.append((first, last))
+        return found
 
     def __getitem__(self, form: str) -> dict[str, Call]:
         """Return the kernels of one of :data:`FORMS`."""

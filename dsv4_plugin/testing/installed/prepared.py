@@ -1,0 +1,98 @@
+"""What a call of an engine needs beside its arguments, made before a capture.
+
+An engine keeps its workspaces and makes its plans once a step, not once a layer. A benchmark calls
+every kernel eagerly with the tensors that it captures; there these are made, outside of what is
+timed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["Prepared", "capturing", "imported", "need", "reason", "sms", "tried", "version"]
+
+T = TypeVar("T")
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class Prepared:
+    """What was made for a key; a capture finds it and makes nothing.
+
+    ``most`` bounds what is held: what was asked for longest ago goes first.
+    """
+
+    def __init__(self, what: str, most: int = 256) -> None:
+        self._what, self._most = what, most
+        self._held: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what is held for ``key``; in an eager call it is made where it is not."""
+        if key not in self._held:
+            if capturing():
+                raise RuntimeError(f"{self._what}: call once eagerly before a capture")
+            while len(self._held) >= self._most:
+                del self._held[next(iter(self._held))]
+            self._held[key] = make()
+        held = self._held.pop(key)
+        self._held[key] = held
+        return held
+
+
+def need(condition: bool, what: str) -> None:
+    """Raise what a kernel takes, where a call is outside of it."""
+    if not condition:
+        raise ValueError(what)
+
+
+def imported(name: str) -> Any:
+    """Import a module of an engine.
+
+    Raises:
+        LookupError: it is not there, or it cannot be imported; says why.
+    """
+    package = name.partition(".")[0]
+    try:
+        if importlib.util.find_spec(package) is None:
+            raise LookupError("is not installed here")
+        return importlib.import_module(name)
+    except LookupError:
+        raise
+    except Exception as error:  # an engine's import may fail in any way
+        raise LookupError(f"{name} cannot be imported ({reason(error)})") from error
+
+
+def tried(name: str, make: Callable[[], Callable[..., Any]]) -> dict[str, Callable[..., Any] | str]:
+    """Return the kernel that ``make`` gives by name, or why there is none."""
+    try:
+        return {name: make()}
+    except LookupError as error:
+        return {name: str(error.args[0])}
+    except Exception as error:
+        return {name: reason(error)}
+
+
+def version(module: Any) -> str:
+    """Return the version that a package says it has."""
+    return str(getattr(module, "__version__", "of unknown version"))
+
+
+def reason(error: BaseException) -> str:
+    """Return an error in one line."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+def sms(device: torch.device) -> int:
+    """Return the number of multiprocessors; 132 where there is no GPU."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
