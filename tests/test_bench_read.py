@@ -27,10 +27,11 @@ def test_the_plot_of_a_committed_file(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--device", "cpu"], "bench read has no dry run"),
-        (["--against", "x.csv"], "--against is for bench topk"),
+        (["--against", "x.csv"], "--against FILE.csv is for bench topk, got x.csv"),
+        (["--against", "vlm"], "--against must be of vllm, sglang, flashinfer, torch"),
         ([], "there is no CUDA device here; nothing was measured"),
     ],
-    ids=["cpu", "against", "no GPU"],
+    ids=["cpu", "against", "a wrong engine", "no GPU"],
 )
 def test_what_cannot_be_measured_is_said(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str],

@@ -86,23 +86,27 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
                   "[  1/12 ", "left] bfloat16 k 100 1 x 8192", "other run", "roof: read",
                   "in a 256,000-wide buffer", "Adversarial scores", "Prefill: us warm",
                   "Answers in pool slots: us warm", "As in a server, code and lengths from memory",
-                  "Speed-up of bfloat16 over float32", "the seed's", "x the one-pass floor",
-                  "PASS  cells in which ours is not exact: 0.000"):  # fmt: skip
+                  "Speed-up of bfloat16 over float32", "the seed's", "x one-pass floor",
+                  "dsv4: exact, ties to the lowest index, in 132 of 132 cells",
+                  "sglang_paged: exact in 8 of 8 cells"):  # fmt: skip
         assert words in said, words
-    named = "\n".join(bar["bar"] for bar in document["bars"])
+    assert document["bars"] == [] and "Bars" not in said and "MISS" not in said
+    held = bars.all_bars(rows, "vllm33")
+    named = "\n".join(bar.name for bar in held)
     for words in ("bfloat16 warm / best upstream of any dtype, geometric mean",
                   "float32 warm / best upstream of float32, worst cell",
                   "bfloat16 warm / vLLM 0.33's own choice", "1 x 8192, us", "at natural width",
                   "one_huge_bin / N(0,1)", "bfloat16 prefill / vllm, geometric mean",
                   "bfloat16 prefill / sglang, worst cell"):  # fmt: skip
         assert words in named, words
-    assert any("recorded figures" in bar["note"] for bar in document["bars"])
+    assert any("recorded figures" in bar.note for bar in held)
 
 
 def test_a_killed_run_leaves_a_valid_file(tmp_path: Path) -> None:
     file = tmp_path / "topk.json"
     command = [sys.executable, "-m", "dsv4_plugin.cli", "bench", "topk", "--device", "cpu",
-               "--json", str(file), "--k", "512", "--dtype", "float32"]  # fmt: skip
+               "--json", str(file), "--k", "512", "--dtype", "float32",
+               "--rows", "1", "8", "32", "64", "--columns", "8192", "65536", "256000"]  # fmt: skip
     program = f"from dsv4_plugin.cli import main; main({command[3:]!r})"
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, "-c", program], env=env, cwd=ROOT,
@@ -124,7 +128,7 @@ def test_a_killed_run_leaves_a_valid_file(tmp_path: Path) -> None:
 def test_a_spent_budget_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "topk.json"
     assert bench("topk", "--device", "cpu", "--budget", 0, "--json", file) == 0
-    assert "--budget 0 s is spent: 180 cells are not measured" in capsys.readouterr().out
+    assert "--budget 0 s is spent: 4 cells are not measured" in capsys.readouterr().out
     assert json.loads(file.read_text())["complete"] is False
 
 
@@ -139,6 +143,8 @@ def test_a_spent_budget_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["topk", "--device", "cpu", "--peers", "{root}/tests/oracles.py"], "available"),
         (["topk", "--device", "cpu", "--against", "{tmp}/none.csv"], "--against.*none.csv"),
         (["topk", "--device", "cpu", "--against", "{root}/README.md"], "--against.*columns"),
+        (["topk", "--device", "cpu", "--against", "torch,vlm"], "--against must be.*got 'vlm'"),
+        (["topk", "--device", "cpu", "--against", ""], "--against must be.*got ''"),
         (["topk", "--device", "cpu", "--json", "{tmp}/no/x.json"], "--json cannot be written"),
     ],
 )

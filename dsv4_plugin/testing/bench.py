@@ -10,16 +10,17 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache
-from dsv4_plugin.testing import read_plot
+from dsv4_plugin.testing import dry, installed, read_plot
 from dsv4_plugin.testing.adapters import command as adapters_command
 from dsv4_plugin.testing.inputs import fp8_cache
+from dsv4_plugin.testing.installed import ENGINES
 from dsv4_plugin.testing.logits import cases as logits_cases
 from dsv4_plugin.testing.logits import command as logits_command
 from dsv4_plugin.testing.timing import machine, time_graph
@@ -33,22 +34,17 @@ TOKENS = 14_338  # the prefill batch of the first seed
 PAGES = 16_384
 HEAD_DIM = 128
 
-DRY = "A dry run on a CPU: answers are checked, times and what is made of them mean nothing."
 WHAT = ("read", "topk", "logits", "chain", "adapters", "plot")
 
 Row = dict[str, Any]
 
 
-def _peer_op(namespace: str, name: str) -> Any:
-    """Return an op that an engine registered, or None."""
-    try:
-        return getattr(getattr(torch.ops, namespace), name)
-    except (AttributeError, RuntimeError):
-        return None
-
-
-def bench_read(progress: Callable[[str], None]) -> list[Row]:
-    """The read by slot and the paged gather, against the byte floor and vLLM's gather."""
+def bench_read(progress: Callable[[str], None], engines: Sequence[str] = ("vllm",)) -> list[Row]:
+    """The read by slot and the paged gather, against the byte floor and the engines' gathers."""
+    peers = {name: call for e in engines for name, call in ENGINES[e].kernels("gather").items()}
+    for name, why in peers.items():
+        if isinstance(why, str):
+            progress(f"{name} is not compared: {why}")
     rate = copy_rate("cuda")
     progress(f"copy: {rate / 1e6:.2f} TB/s read + written")
     cache = fp8_cache(PAGES, device="cuda")
@@ -91,18 +87,17 @@ def bench_read(progress: Callable[[str], None]) -> list[Row]:
     for backend in ("triton", "cuda"):
         us = time_graph([functools.partial(gather, backend)])
         add("gather quantised", backend, us, floor)
-    theirs = _peer_op("_C_cache_ops", "cp_gather_indexer_k_quant_cache")
-    if theirs is None:
-        progress("vllm is not loaded: its cp_gather_indexer_k_quant_cache is not compared")
-    else:
-        ours = values.clone(), scales.clone()
-        cache_3d = cache.view(PAGES, 64, HEAD_DIM + 4)
-        add("gather quantised", "vllm cp_gather", time_graph(
-            [lambda: theirs(cache_3d, values, scales, pages, cu)]
-        ), floor)  # fmt: skip
-        same = torch.equal(ours[0].view(torch.uint8), values.view(torch.uint8))
-        rows.append({"case": "gather equals vllm's bit for bit",
-                     "equal": same and torch.equal(ours[1], scales)})  # fmt: skip
+    ours = values.clone(), scales.clone()
+    cache_3d = cache.view(PAGES, 64, HEAD_DIM + 4)
+    for name, theirs in peers.items():
+        if callable(theirs):
+            values.view(torch.uint8).zero_()
+            scales.zero_()
+            call = functools.partial(theirs, cache_3d, pages, cu, values, scales)
+            add("gather quantised", name, time_graph([call]), floor)
+            same = torch.equal(ours[0].view(torch.uint8), values.view(torch.uint8))
+            rows.append({"case": f"gather equals {name}'s bit for bit",
+                         "equal": same and torch.equal(ours[1], scales)})  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16):
         keys = torch.empty(TOKENS, HEAD_DIM, dtype=dtype, device="cuda")
         floor = TOKENS * (HEAD_DIM + 4 + HEAD_DIM * dtype.itemsize) / rate
@@ -151,12 +146,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.what == "read":
         if arguments.device != "cuda":
             raise UsageError("bench read has no dry run: --device must be cuda")
-        if arguments.against:
-            raise UsageError("--against is for bench topk")
+        engines, files = installed.split(arguments.against)
+        if files:
+            raise UsageError(f"--against FILE.csv is for bench topk, got {files[0]}")
         if arguments.plot:
             read_plot.require()  # now, not when all is measured
-    dry = arguments.device == "cpu"
-    if not dry and not torch.cuda.is_available():
+    on_cpu = arguments.device == "cpu"
+    if not on_cpu and not torch.cuda.is_available():
         raise UsageError(
             "there is no CUDA device here; nothing was measured (--device cpu is a dry run, of all "
             "but read)"
@@ -175,8 +171,11 @@ def _run(arguments: argparse.Namespace) -> int:
     def progress(line: str) -> None:
         print(line, flush=True)
 
-    if dry:
-        progress(DRY)
+    if on_cpu:
+        progress(dry.SAID)
+        small = dry.shrink(arguments)
+        if small:
+            progress(small)
     if arguments.what == "topk":
         command.run(arguments, about, progress)
     elif arguments.what in ("logits", "chain"):
@@ -184,14 +183,18 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.what == "adapters":
         adapters_command.run(arguments, about, progress)
     else:
-        document = {"machine": about, "what": "read", "results": bench_read(progress)}
+        document = {
+            "machine": about,
+            "what": "read",
+            "results": bench_read(progress, engines or ["vllm"]),
+        }
         if arguments.json:
             arguments.json.write_text(json.dumps(document, indent=1) + "\n")
         if arguments.plot:
             read_plot.draw(document, arguments.plot)
             progress(f"drawn to {arguments.plot}")
-    if dry:
-        progress(f"\n{DRY}")
+    if on_cpu:
+        progress(f"\n{dry.SAID}")
     if arguments.json:
         print(f"written to {arguments.json}")
     return 0

@@ -61,8 +61,9 @@ def imported(name: str) -> Any:
     """
     package = name.partition(".")[0]
     try:
-        if importlib.util.find_spec(package) is None:
-            raise LookupError("is not installed here")
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:  # or a mere folder of that name
+            raise LookupError("it is not installed here")
         return importlib.import_module(name)
     except LookupError:
         raise

@@ -39,7 +39,7 @@ def kernels(form: str) -> dict[str, Any]:
     """Return SGLang's kernels of a form, or why there are none."""
     name = _name()
     if name is None:
-        return {"sglang": "is not installed here"}
+        return {"sglang": "it is not installed here"}
     if form == "decode":
         return tried(f"{name} v2", _decode) | tried(f"{name} bf16_small", _small)
     if form == "prefill":
@@ -141,9 +141,10 @@ def _paged() -> Any:
         logits: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor, k: int,
         out: torch.Tensor,
     ) -> None:  # fmt: skip
-        """``topk_transform_paged_v2`` (``topk_transform_512_v2``) as ``forward_c4_indexer`` calls it.
+        """``topk_transform_paged_v2`` as ``forward_c4_indexer`` calls it.
 
-        Arguments: scores, lengths, page tables, out, page size, plan. Float32 only.
+        Arguments: scores, lengths, page tables, out, page size, plan. Up to 0.5.19 its name is
+        ``topk_transform_512_v2``. Float32 only.
         """
         _checked(logits)
         transform(logits, lengths, page_table, out, PAGE_SIZE, _plan(make, lengths))

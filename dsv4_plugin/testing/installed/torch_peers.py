@@ -40,7 +40,8 @@ def decode(logits: torch.Tensor, lengths: torch.Tensor, k: int, out: torch.Tenso
     """``torch.topk(..., sorted=False)``; vLLM's and SGLang's ``torch`` backends call it likewise.
 
     What lies beyond a row's length is masked first, as they do. Whether any does, and whether a row
-    is shorter than ``k``, is looked up in the eager call, in which all memory is allocated too.
+    is shorter than ``k``, is looked up in the eager call, in which all memory is allocated too. A
+    score of -inf is not told from a masked one.
     """
     zeros = _facts.get(("zeros", *_place(lengths)), lambda: torch.zeros_like(lengths))
     _Select(logits, zeros, lengths, k).columns(out)
@@ -160,7 +161,7 @@ def ragged_logits(
     q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, weights: torch.Tensor,
     row_starts: torch.Tensor, row_ends: torch.Tensor, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """As :func:`logits`, of contiguous keys, a head at a time; columns outside a window are free."""
+    """As :func:`logits`, of contiguous keys, a head at a time; windows are not looked at."""
     keys, query = k.float().T, q.float()
     total = torch.zeros(q.shape[0], k.shape[0], device=q.device)
     for head in range(q.shape[1]):

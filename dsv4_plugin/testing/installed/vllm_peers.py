@@ -37,7 +37,7 @@ def kernels(form: str) -> dict[str, Any]:
     """Return vLLM's kernels of a form, or why there are none."""
     name = _name()
     if name is None:
-        return {"vllm": "is not installed here"}
+        return {"vllm": "it is not installed here"}
     if form == "decode":
         return tried(name, _decode)
     if form == "prefill":

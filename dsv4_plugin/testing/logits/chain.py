@@ -1,9 +1,9 @@
 """Timing of the chain: from the keys to the indices of the best, in one CUDA graph.
 
 Ours is :func:`dsv4_plugin.select`. A peer is a logits kernel in float32 and then a top-k: each
-logits kernel of the peers file with the one that stands for vLLM's choice and with SGLang's, each of
-an installed engine with that engine's. Every answer must be the exact top-k of the scores that the same implementation's logits kernel makes, and
-those scores must be right.
+logits kernel of the peers file with the one that stands for vLLM's choice and with SGLang's, each
+of an installed engine with that engine's. Every answer must be the exact top-k of the scores that
+the same implementation's logits kernel makes, and those scores must be right.
 """
 
 from __future__ import annotations

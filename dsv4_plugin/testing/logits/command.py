@@ -6,16 +6,16 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from dsv4_plugin.testing import dry, installed
 from dsv4_plugin.testing.logits import bars, cases, report
 from dsv4_plugin.testing.logits.chain import ChainBench
 from dsv4_plugin.testing.logits.check import TOLERANCE
 from dsv4_plugin.testing.logits.measure import Bench, KeyBench
 from dsv4_plugin.testing.results import Results
-from dsv4_plugin.testing.topk import UsageError, floor, peers, plot
+from dsv4_plugin.testing.topk import UsageError, floor, plot
+from dsv4_plugin.testing.topk.command import named
 
 __all__ = ["run"]
-
-FORMS = {"logits": ("logits", "ragged_logits"), "chain": ("logits", "decode")}
 
 
 def run(
@@ -26,12 +26,18 @@ def run(
     lists = _cases(arguments)
     if arguments.plot:
         plot.require()  # now, not when all is measured
-    others = peers.load(arguments.peers, FORMS[what])
-    choices = (arguments.vllm_choice, arguments.sglang_choice)
-    for name, why in others.missing.items():
-        say(f"{name} is not compared: {why}")
+    engines, files = installed.split(arguments.against)
+    if files:
+        raise UsageError(f"--against FILE.csv is for bench topk, got {files[0]}")
+    others = installed.load(engines, _forms(what, list(lists)), arguments.peers, of=what)
+    named(others, say)
+    asked = arguments.vllm_choice, arguments.sglang_choice
+    choices = (others.choice("vllm", asked[0], "vllm33"),
+               others.choice("sglang", asked[1], "sglang_v2"))  # fmt: skip
     if what == "chain" and others["logits"]:
-        for name in set(choices) - set(others["decode"]) - set(others.missing):
+        # Where the peers are all of engines, an engine that was not named is not missed.
+        missed = set(choices) if arguments.peers else {name for name in asked if name}
+        for name in sorted(missed - set(others["decode"]) - set(others.missing)):
             say(f"{name} is not compared: it is not among the peers")
     rate = floor.read_rate(device)
     say(f"roof: read {rate / 1e3:.0f} GB/s; floor: {cases.KEY_BYTES} bytes a key at this rate")
@@ -72,14 +78,23 @@ def run(
         file.save(now=True)
     results = document["results"]
     found = bars.logits_bars(results) if what == "logits" else bars.chain_bars(results, *choices)
-    document["bars"] = [bar.as_dict() for bar in found]
+    held = found if device == "cuda" else []
+    document["bars"] = [bar.as_dict() for bar in held]
     file.save(now=True)
-    for line in report.lines(results, found):
+    end = ["", "Bars", *map(str, held)] if device == "cuda" else dry.answers(results)
+    for line in report.lines(results) + end:
         say(line)
     if arguments.plot:
         plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
         say(f"drawn to {arguments.plot}")
     return document
+
+
+def _forms(what: str, suites: list[str]) -> list[str]:
+    """Return the forms of the peers that the suites have."""
+    if what == "chain":
+        return ["logits", "decode"]
+    return list(dict.fromkeys("ragged_logits" if s == "prefill" else "logits" for s in suites))
 
 
 def _cases(arguments: argparse.Namespace) -> dict[str, list[cases.Case]]:
@@ -99,8 +114,6 @@ def _cases(arguments: argparse.Namespace) -> dict[str, list[cases.Case]]:
     if "narrow" in (arguments.dtype or ()):
         raise UsageError(f"--dtype of bench {what} must be of {', '.join(cases.DTYPES)}, "
                          "got narrow")  # fmt: skip
-    if arguments.against:
-        raise UsageError("--against is for bench topk")
     some: dict[str, Any] = {
         "dtypes": arguments.dtype, "rows": arguments.rows, "columns": arguments.columns
     }  # fmt: skip

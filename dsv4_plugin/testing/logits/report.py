@@ -20,15 +20,14 @@ TITLES = {
 }
 
 
-def lines(results: list[Row], bars: list[Any]) -> list[str]:
-    """Return the table of each suite that was run, then every bar."""
+def lines(results: list[Row]) -> list[str]:
+    """Return the table of each suite that was run."""
     text = grid([row for row in results if row["suite"] == "decode"], FLOOR)
     for suite, title in TITLES.items():
         some = [row for row in results if row["suite"] == suite]
         if some:
             text += ["", f"{title}: us warm, TB/s of keys, TFLOP/s", *map(_line, some)]
-    text += _agreement([row for row in results if row.get("agreement")])
-    return [*text, "", "Bars", *map(str, bars)]
+    return text + _agreement([row for row in results if row.get("agreement")])
 
 
 def _line(row: Row) -> str:

@@ -166,10 +166,15 @@ def _against_vllm(decode: list[Row], dtype: str, vllm: str, where: str) -> list[
         ratios = _compare(_ours(decode, dtype), theirs, field)
         if ratios:
             heat = field.removesuffix("_us")
-            bars.append(Bar(f"{dtype} {heat} / vLLM 0.33's own choice, geometric mean",
+            bars.append(Bar(f"{dtype} {heat} / {_own(vllm)} own choice, geometric mean",
                             _mean(ratios.values()), VLLM_MEAN[dtype],
                             f"{len(ratios)} cells{where}"))  # fmt: skip
     return bars
+
+
+def _own(vllm: str) -> str:
+    """Name the release whose choice the peer is; that of an installed vLLM has it in its name."""
+    return f"{vllm}'s" if vllm.startswith("vllm ") else "vLLM 0.33's"
 
 
 def _absolute(live: list[Row]) -> list[Bar]:

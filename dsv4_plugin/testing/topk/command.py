@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.testing import read_plot
+from dsv4_plugin.testing import dry, installed, read_plot
 from dsv4_plugin.testing.recall import plot as recall_plot
 from dsv4_plugin.testing.results import Results
 from dsv4_plugin.testing.topk import UsageError, bars, cases, floor, peers, plot, report
 from dsv4_plugin.testing.topk.measure import Bench
 
-__all__ = ["add_arguments", "run", "run_plot"]
+__all__ = ["add_arguments", "named", "run", "run_plot"]
 
 
 def add_arguments(parser: argparse.ArgumentParser, more_suites: Sequence[str] = ()) -> None:
@@ -50,16 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser, more_suites: Sequence[str] = 
         "available_logits() and available_ragged_logits() return them",
     )  # fmt: skip
     add(
-        "--against", type=Path, action="append", default=[], metavar="FILE.csv",
-        help="figures of another run for peers that cannot be loaded; marked as recorded",
+        "--against", action="append", default=[], metavar="ENGINE[,ENGINE...]|FILE.csv",
+        help=f"the kernels of what is installed here of {', '.join(installed.ENGINES)}; what is "
+        "not is named (also bench read). Or, topk: figures of another run, marked as recorded. May "
+        "be repeated",
     )  # fmt: skip
     add(
-        "--vllm-choice", default="vllm33", metavar="NAME",
-        help="the top-k peer that stands for what vLLM 0.33 itself runs (default: vllm33)",
+        "--vllm-choice", metavar="NAME",
+        help="the top-k peer that stands for what vLLM 0.33 itself runs (default: vllm33, or where "
+        "that is not loaded, what --against vllm runs itself)",
     )  # fmt: skip
     add(
-        "--sglang-choice", default="sglang_v2", metavar="NAME",
-        help="chain: the top-k peer that stands for SGLang 0.5.23's (default: sglang_v2)",
+        "--sglang-choice", metavar="NAME",
+        help="chain: the top-k peer that stands for SGLang 0.5.23's (default: sglang_v2, or what "
+        "--against sglang runs itself)",
     )  # fmt: skip
     add("--cold", action="store_true", help="cold for every peer, not only the best two of a cell")
     add("--launches", type=int, default=40, help="launches in a graph (default: 40)")
@@ -74,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser, more_suites: Sequence[str] = 
     )  # fmt: skip
     add(
         "--device", choices=("cuda", "cpu"), default="cuda",
-        help="cpu: a dry run of the harness on the torch reference; its times mean nothing",
+        help="cpu: a dry run of the harness on the torch reference, of a small grid where --k, "
+        "--rows, --columns are not given; its times mean nothing",
     )  # fmt: skip
 
 
@@ -85,12 +90,13 @@ def run(
     suites = _suites(arguments.suite)
     if arguments.plot:
         plot.require()  # now, not when all is measured
-    others = peers.load(arguments.peers)
-    for name, why in others.missing.items():
-        say(f"{name} is not compared: {why}")
-    known = [row for file in arguments.against for row in peers.recorded(file)]
-    for file in arguments.against:
-        say(f"recorded, other run: {file}")
+    engines, files = installed.split(arguments.against)
+    known = [row for file in files for row in peers.recorded(file)]
+    others = installed.load(engines, _forms(suites), arguments.peers, of="topk")
+    named(others, say)
+    vllm = others.choice("vllm", arguments.vllm_choice, "vllm33")
+    for known_file in files:
+        say(f"recorded, other run: {known_file}")
     device = arguments.device
     roof = {
         "read_gb_s": round(floor.read_rate(device) / 1e3, 1),
@@ -105,7 +111,7 @@ def run(
         "suites": suites,
         "launches": arguments.launches,
         "replays": arguments.replays,
-        "vllm_choice": arguments.vllm_choice,
+        "vllm_choice": vllm,
         "roof": roof,
         "floor": floor.method(device),
         "bars": [],
@@ -133,11 +139,14 @@ def run(
     document["complete"] = complete
     mine = {(row["k"], row["rows"], row["columns"]) for row in document["results"]}
     document["results"] += [r for r in known if (r["k"], r["rows"], r["columns"]) in mine]
-    document["bars"] = [
-        bar.as_dict() for bar in bars.all_bars(document["results"], arguments.vllm_choice)
-    ]
+    on_gpu = device == "cuda"
+    held = bars.all_bars(document["results"], vllm) if on_gpu else []
+    document["bars"] = [bar.as_dict() for bar in held]
     file.save(now=True)
-    for line in report.lines(document["results"], roof, arguments.vllm_choice):
+    end = (
+        report.bars_lines(document["results"], held) if on_gpu else dry.answers(document["results"])
+    )
+    for line in report.lines(document["results"], roof) + end:
         say(line)
     if arguments.plot:
         plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
@@ -164,6 +173,18 @@ def run_plot(arguments: argparse.Namespace) -> None:
         plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
     else:
         raise UsageError(f"{arguments.results} has results of {what!r}, which has no plot")
+
+
+def named(others: peers.Peers, say: Callable[[str], None]) -> None:
+    """Say which peers there are not, and why."""
+    for name, why in others.missing.items():
+        say(f"{name} is not compared: {why}")
+
+
+def _forms(suites: list[str]) -> list[str]:
+    """Return the forms of the peers that the suites have."""
+    of = {"prefill": "prefill", "paged": "paged"}
+    return list(dict.fromkeys(of.get(name, "decode") for name in suites if name != "seed"))
 
 
 def _suites(names: list[str]) -> list[str]:

@@ -92,7 +92,7 @@ class Peers:
         return asked or usual
 
     def chains(self, choices: Sequence[str]) -> list[tuple[str, str]]:
-        """Return logits kernel and top-k of every chain: those of a file with all, else of one engine.
+        """Return logits kernel and top-k of every chain: of one engine, or of a file and another.
 
         The top-k are the ``choices``; torch's goes with torch's logits only.
         """

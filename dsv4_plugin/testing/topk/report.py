@@ -1,4 +1,4 @@
-"""The tables at the end of ``bench topk``."""
+"""The tables and the bars at the end of ``bench topk``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from dsv4_plugin.testing.topk import bars
 from dsv4_plugin.testing.topk.peers import OURS
 
-__all__ = ["grid", "lines"]
+__all__ = ["bars_lines", "grid", "lines"]
 
 Row = dict[str, Any]
 
 
-def lines(results: list[Row], roof: Row, vllm: str) -> list[str]:
-    """Return the table of each suite that was run, then every bar."""
+def lines(results: list[Row], roof: Row) -> list[str]:
+    """Return the table of each suite that was run."""
     text: list[str] = []
     suites = list(dict.fromkeys(row["suite"] for row in results if not row.get("recorded")))
     if "decode" in suites:
@@ -31,8 +31,12 @@ def lines(results: list[Row], roof: Row, vllm: str) -> list[str]:
         text += _paged([row for row in results if row["suite"] == "paged"])
     if "decode" in suites or "seed" in suites:
         text += ["", *bars.seed_lines(results)]
-    text += ["", "Bars", *map(str, bars.all_bars(results, vllm)), *_above_the_floor(results)]
     return text
+
+
+def bars_lines(results: list[Row], held: list[bars.Bar]) -> list[str]:
+    """Return every bar, and how far the cells are from the floor."""
+    return ["", "Bars", *map(str, held), *_above_the_floor(results)]
 
 
 def _own(results: list[Row], suite: str) -> list[Row]:
