@@ -15,8 +15,8 @@ from dsv4_plugin.testing.installed.prepared import (
     capturing,
     imported,
     need,
+    release,
     tried,
-    version,
 )
 from dsv4_plugin.testing.topk.cases import PAGE_SIZE
 
@@ -32,10 +32,9 @@ def choice() -> str | None:
 
 def kernels(form: str) -> dict[str, Any]:
     """Return FlashInfer's kernels of a form, or why there are none."""
-    try:
-        name = f"flashinfer {version(imported('flashinfer'))}"
-    except LookupError as error:
-        return {"flashinfer": str(error.args[0])}
+    name = release("flashinfer", "flashinfer-python")
+    if name is None:
+        return {"flashinfer": "it is not installed here"}
     if form == "decode":
         return tried(name, _decode)
     if form == "prefill":

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Hashable
+from importlib import metadata
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Prepared", "capturing", "imported", "need", "reason", "sms", "tried", "version"]
+__all__ = ["Prepared", "capturing", "imported", "need", "reason", "release", "sms", "tried"]
 
 T = TypeVar("T")
 
@@ -61,8 +63,7 @@ def imported(name: str) -> Any:
     """
     package = name.partition(".")[0]
     try:
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:  # or a mere folder of that name
+        if not _there(package):
             raise LookupError("it is not installed here")
         return importlib.import_module(name)
     except LookupError:
@@ -81,9 +82,28 @@ def tried(name: str, make: Callable[[], Callable[..., Any]]) -> dict[str, Callab
         return {name: reason(error)}
 
 
-def version(module: Any) -> str:
-    """Return the version that a package says it has."""
-    return str(getattr(module, "__version__", "of unknown version"))
+def release(package: str, distribution: str | None = None) -> str | None:
+    """Return a package's name with its version, None where it is not installed.
+
+    The version is the distribution's; only where there is none the package is imported for it. One
+    that cannot be imported has its name alone: what is wrong with it is said of its kernels.
+    """
+    if not _there(package):
+        return None
+    try:
+        return f"{package} {metadata.version(distribution or package)}"
+    except metadata.PackageNotFoundError:
+        pass
+    try:
+        return f"{package} {imported(package).__version__}"
+    except (LookupError, AttributeError):
+        return package
+
+
+def _there(package: str) -> bool:
+    spec = sys.modules.get(package) or importlib.util.find_spec(package)
+    place = getattr(spec, "__file__", None) or getattr(spec, "origin", None)
+    return place is not None  # a mere folder of that name has none
 
 
 def reason(error: BaseException) -> str:

@@ -16,9 +16,9 @@ from dsv4_plugin.testing.installed.prepared import (
     capturing,
     imported,
     need,
+    release,
     sms,
     tried,
-    version,
 )
 from dsv4_plugin.testing.topk.cases import PAGE_SIZE
 
@@ -37,7 +37,7 @@ _schedules = Prepared("DeepGEMM's schedule")
 
 def kernels(form: str) -> dict[str, Any]:
     """Return SGLang's kernels of a form, or why there are none."""
-    name = _name()
+    name = release("sglang")
     if name is None:
         return {"sglang": "it is not installed here"}
     if form == "decode":
@@ -55,15 +55,8 @@ def kernels(form: str) -> dict[str, Any]:
 
 def choice() -> str | None:
     """Return the name of what SGLang runs itself, None where there is no SGLang."""
-    name = _name()
+    name = release("sglang")
     return None if name is None else f"{name} v2"
-
-
-def _name() -> str | None:
-    try:
-        return f"sglang {version(imported('sglang'))}"
-    except LookupError as error:
-        return None if "is not installed" in str(error) else "sglang"
 
 
 def _topk() -> Any:
@@ -100,8 +93,9 @@ def _plan(make: Any, lengths: torch.Tensor) -> torch.Tensor:
     return plan
 
 
-def _identity(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+def _identity(logits: torch.Tensor) -> torch.Tensor:
     """Return a page table by which a slot is a column."""
+    (rows, columns), device = logits.shape, logits.device
 
     def make() -> torch.Tensor:
         pages = torch.arange(-(-columns // PAGE_SIZE), dtype=torch.int32, device=device)
@@ -128,7 +122,7 @@ def _decode() -> Any:
         0.5.16 it must be there, and is the identity here. Float32 only.
         """
         _checked(logits)
-        pages = None if columns_too else _identity(*logits.shape, logits.device)
+        pages = None if columns_too else _identity(logits)
         transform(logits, lengths, pages, out, PAGE_SIZE, _plan(make, lengths))
 
     return decode
@@ -176,7 +170,7 @@ def _small() -> Any:
     def small(logits: torch.Tensor, lengths: torch.Tensor, k: int, out: torch.Tensor) -> None:
         """:func:`_small_paged` through the identity: it always maps, so that a slot is a column."""
         need(logits.shape[1] <= SMALL_COLUMNS, f"takes at most {SMALL_COLUMNS} columns")
-        mapped(logits, lengths, _identity(*logits.shape, logits.device), k, out)
+        mapped(logits, lengths, _identity(logits), k, out)
 
     return small
 

@@ -89,18 +89,18 @@ class _Select:
             "beyond": new(rows, kept, dtype=torch.bool),
         })  # fmt: skip
         fact = "facts", *_place(lengths), *_place(starts), columns, k
+        facts: dict[str, bool] = _facts.get(fact, dict)
         if not capturing():
             n = lengths.clamp(min=0)
             whole = bool(((starts == 0) & (n >= columns)).all())
-            self._facts = {"whole": whole, "short": bool((n < kept).any())}
-            _facts.get(fact, dict).update(self._facts)
+            facts |= {"whole": whole, "short": bool((n < kept).any())}
             if not whole and "masked" not in b:
                 b["masked"] = new(rows, columns, dtype=dtype)
                 b["inside"] = new(rows, columns, dtype=torch.bool)
                 b["outside"] = new(rows, columns, dtype=torch.bool)
                 b["column"] = torch.arange(columns, device=device)[None]
                 b["least"] = torch.full((), -torch.inf, dtype=dtype, device=device)
-        self._facts = _facts.get(fact, dict)
+        self._facts = facts
         if not self._facts["whole"]:
             ends = (starts + lengths)[:, None]
             torch.ge(b["column"], starts[:, None], out=b["inside"])

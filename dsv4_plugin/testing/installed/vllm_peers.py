@@ -17,9 +17,9 @@ from dsv4_plugin.testing.installed.prepared import (
     capturing,
     imported,
     need,
+    release,
     sms,
     tried,
-    version,
 )
 from dsv4_plugin.testing.topk.cases import KS, PAGE_SIZE
 
@@ -59,12 +59,8 @@ def choice() -> str | None:
 
 
 def _name() -> str | None:
-    try:
-        return f"vllm {version(imported('vllm'))}"
-    except LookupError as error:
-        if "is not installed" not in str(error):
-            return "vllm"  # what is wrong with it is said of every form
-        return LIBRARY if _has("_C", "persistent_topk") or _has(*GATHER) else None
+    loaded = _has("_C", "persistent_topk") or _has(*GATHER)
+    return release("vllm") or (LIBRARY if loaded else None)
 
 
 GATHER = ("_C_cache_ops", "cp_gather_indexer_k_quant_cache")
