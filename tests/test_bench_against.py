@@ -281,9 +281,7 @@ def test_vllm_chooses_as_it_does_itself(calls: Calls, rows: int, k: int, op: str
     decode(logits, lengths, k, out)
     decode(logits, lengths, k, out)
     (first, _), (second, _) = calls.named(op)
-    assert first[:3] == (logits, lengths, out) or all(
-        a is b for a, b in zip(first[:3], (logits, lengths, out), strict=True)
-    )
+    assert all(a is b for a, b in zip(first[:3], (logits, lengths, out), strict=True))
     assert first[3].dtype == torch.uint8 and first[3].numel() == 1 << 20
     assert first[3] is second[3] and first[4:] == (k, 256)
 
@@ -474,6 +472,21 @@ def test_the_choices_are_the_installed_engines_own(
     assert bench("topk", "--device", "cpu", "--against", "vllm", "--budget", 0, "--json",
                  results) == 0  # fmt: skip
     assert json.loads(results.read_text())["vllm_choice"] == "vllm 0.33.0"
+
+
+def test_a_loaded_library_is_a_peer_without_its_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ops = types.SimpleNamespace(
+        cooperative_topk=print, persistent_topk=print, top_k_per_row_decode=print
+    )
+    monkeypatch.setattr(torch.ops, "_C", ops, raising=False)
+    vllm = installed.ENGINES["vllm"]
+    assert vllm.kernels("decode").keys() == {"vllm (loaded library)"} == {vllm.choice()}
+    assert callable(vllm.kernels("decode")["vllm (loaded library)"])
+    assert vllm.kernels("logits") == {
+        "vllm (loaded library) DeepGEMM": "it is not in the loaded library"
+    }
 
 
 def test_the_bar_names_the_release_of_an_installed_vllm() -> None:

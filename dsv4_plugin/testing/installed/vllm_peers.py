@@ -48,7 +48,7 @@ def kernels(form: str) -> dict[str, Any]:
         return tried(f"{name} cp_gather", _gather)
     gemm = f"{name} DeepGEMM"
     if name == LIBRARY:
-        return {gemm: "is not in the loaded library"}
+        return {gemm: "it is not in the loaded library"}
     return tried(gemm if form == "logits" else f"{gemm} prefill",
                  _logits if form == "logits" else _ragged_logits)  # fmt: skip
 
