@@ -19,7 +19,7 @@ from svg_curves import check_same
 
 from dsv4_plugin import topk
 from dsv4_plugin.testing.inputs import DISTRIBUTIONS
-from dsv4_plugin.testing.topk import UsageError, bars, cases, peers
+from dsv4_plugin.testing.topk import UsageError, bars, cases, peers, report
 from dsv4_plugin.testing.topk.cases import Case, Problem
 from dsv4_plugin.testing.topk.check import Reference
 
@@ -92,6 +92,9 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
         assert words in said, words
     assert document["bars"] == [] and "Bars" not in said and "MISS" not in said
     held = bars.all_bars(rows, "vllm33")
+    printed = report.bars_lines(rows, held)  # what a run on a GPU prints
+    assert "PASS  cells in which ours is not exact: 0.000" in "\n".join(printed)
+    assert any(line.endswith("one-pass floor") for line in printed)
     named = "\n".join(bar.name for bar in held)
     for words in ("bfloat16 warm / best upstream of any dtype, geometric mean",
                   "float32 warm / best upstream of float32, worst cell",
