@@ -165,7 +165,7 @@ def code_bytes(library: Path, folder: Path) -> dict[str, int]:
 def test_no_kernel_has_outgrown_what_a_launch_fetches(library: Path, tmp_path: Path) -> None:
     """A launch brings 64 KB of a kernel's code; what lies behind is waited for in a server.
 
-    Of the top-k's kernels some 46 KB are the rare parts, which lie last (docs/notes/topk.md).
+    Of the top-k's kernels some 40 KB are rare parts, which lie last (docs/notes/topk.md).
     """
     sizes = code_bytes(library, tmp_path)
     topk = {name: size for name, size in sizes.items() if "11topk_kernel" in name}
