@@ -18,13 +18,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache, select, topk
 from dsv4_plugin.testing.inputs import fp8_cache, scores
 from dsv4_plugin.testing.oracles import check_selection, fp8_keys, same_bits
+from dsv4_plugin.testing.replay import captured
 from dsv4_plugin.testing.timing import machine
 
 __all__ = ["Result", "Shape", "add_arguments", "run", "soak"]
@@ -98,14 +98,7 @@ class Chain:
         self.scores = room(layers, rows, shape.pages * 64, dtype=torch.bfloat16)
         self.selected = room(layers, rows, shape.k)
         self.step(0)
-        self.calls()
-        self.replay: Callable[[], Any] = self.calls
-        if device == "cuda":
-            torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.calls()
-            self.replay = self.graph.replay
+        self.replay, _ = captured(self.calls, device)
 
     def calls(self) -> None:
         """One forward of all layers."""

@@ -16,9 +16,18 @@ import torch
 
 from dsv4_plugin.backends import Call, choose
 from dsv4_plugin.testing.canary import Guarded
-from dsv4_plugin.testing.fuzz.case import Case, CaseError, flag, number, numbers, one_of
+from dsv4_plugin.testing.fuzz.case import (
+    Case,
+    CaseError,
+    flag,
+    function_of,
+    number,
+    numbers,
+    one_of,
+)
 from dsv4_plugin.testing.inputs import fp8_cache, mxfp4_cache
 from dsv4_plugin.testing.oracles import Wrong, fp8_keys, mxfp4_keys, same_bits
+from dsv4_plugin.testing.replay import captured
 
 __all__ = ["GatherCase", "ReadCase", "ReadMxfp4Case", "draw_gather", "draw_read", "run"]
 
@@ -293,21 +302,15 @@ def run(case: Any, device: str, op: Callable[..., Any]) -> None:
     call, fill, check = prepare(problem, op)
     fill(0)
     before = problem.pages.clone()
-    call()
     if case.graph:
-        replay: Callable[[], Any] = call
-        if device == "cuda":
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                call()
-            replay = graph.replay
+        replay, _ = captured(call, device)
         for step in range(case.graph):
             fill(step)
             before.copy_(problem.pages)
             replay()
             check(f"replay {step}: ")
     else:
+        call()
         check("")
     if not torch.equal(before, problem.pages):
         raise Wrong("the cache was written to")
@@ -351,7 +354,7 @@ def _read(problem: _Problem, op: Callable[..., Any]) -> _Parts:
         want = problem.keys(at // case.block, at % case.block, padding, past)[2]
         _same(out, want.to(dtype), f"{context}not the key's values")
         if _served(case, problem, dtype) != "torch":
-            call_reference = op_of(case.op)
+            call_reference = function_of(case.op)
             again = call_reference(problem.cache, slots, dtype=dtype, backend="torch", **geometry)
             _same(out, again, f"{context}not what the reference reads")
 
@@ -418,7 +421,7 @@ def _gather(problem: _Problem, op: Callable[..., Any]) -> _Parts:
         if rows and _served(case, problem, kept) != "torch":
             again = tuple(p.clone().contiguous() for p in parts)
             given = again if dtype is None else again[0]
-            op_of("gather")(
+            function_of("gather")(
                 problem.cache, table, cu, dtype=dtype, out=given, backend="torch", **geometry
             )  # fmt: skip
             for part, reference in zip(parts, again, strict=True):
@@ -431,18 +434,6 @@ def _served(case: Any, problem: _Problem, dtype: torch.dtype) -> str:
     """Return which implementation the case calls, or "other" where the call itself must tell."""
     kind = Call(case.op, problem.pages.device, dtype, head_dim=case.head, alignment=4)
     return choose(kind, case.backend) if case.backend == "auto" else case.backend
-
-
-def op_of(name: str) -> Callable[..., Any]:
-    """Return the public function of an op."""
-    import dsv4_plugin as ours
-
-    functions: dict[str, Callable[..., Any]] = {
-        "read": ours.read_indexer_cache,
-        "read_mxfp4": ours.read_indexer_cache_mxfp4,
-        "gather": ours.gather_indexer_cache,
-    }
-    return functions[name]
 
 
 def _same(got: torch.Tensor, want: torch.Tensor, why: str) -> None:

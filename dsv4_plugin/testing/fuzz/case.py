@@ -11,12 +11,38 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
-__all__ = ["Case", "CaseError", "describe", "flag", "number", "numbers", "one_of", "parse"]
+__all__ = [
+    "Case",
+    "CaseError",
+    "describe",
+    "flag",
+    "number",
+    "numbers",
+    "one_of",
+    "function_of",
+    "parse",
+]
 
 T = TypeVar("T", bound="Case")
+
+
+def function_of(name: str) -> Callable[..., Any]:
+    """Return the public function of an op."""
+    import dsv4_plugin as ours
+
+    functions: dict[str, Callable[..., Any]] = {
+        "topk": ours.topk,
+        "read": ours.read_indexer_cache,
+        "read_mxfp4": ours.read_indexer_cache_mxfp4,
+        "gather": ours.gather_indexer_cache,
+        "paged_logits": ours.paged_logits,
+        "ragged_logits": ours.ragged_logits,
+        "select": ours.select,
+    }
+    return functions[name]
 
 
 class CaseError(ValueError):

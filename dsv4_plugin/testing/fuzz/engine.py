@@ -16,7 +16,7 @@ import torch
 from dsv4_plugin.backends import Call, unmet
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.testing.fuzz import cache, logits, logits_run, topk
-from dsv4_plugin.testing.fuzz.case import Case, CaseError
+from dsv4_plugin.testing.fuzz.case import Case, CaseError, function_of
 from dsv4_plugin.testing.oracles import Wrong
 
 __all__ = ["OPS", "Failure", "Op", "Report", "backends_here", "fuzz", "run_case", "shrink"]
@@ -81,15 +81,6 @@ class Report:
             words = f.metadata.get("choices")
             if words or f.metadata.get("most") == 1 or f.name in ("graph", "next_n", "view"):
                 self.tried[f"{case.op} {f.name}={getattr(case, f.name)}"] += 1
-
-
-def function_of(op: str) -> Callable[..., Any]:
-    """Return the public function of an op."""
-    if op == "topk":
-        from dsv4_plugin import topk as function
-
-        return function
-    return (logits_run if op in ("paged_logits", "ragged_logits", "select") else cache).op_of(op)
 
 
 def backends_here(op: str, device: str) -> tuple[str, ...]:

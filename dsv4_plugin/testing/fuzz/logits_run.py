@@ -21,8 +21,9 @@ from dsv4_plugin.testing.fuzz.logits import DTYPES, PagedLogitsCase, RaggedLogit
 from dsv4_plugin.testing.fuzz.topk import EACH_ROW, lengths_tensor
 from dsv4_plugin.testing.logits import exact
 from dsv4_plugin.testing.oracles import Wrong, check_selection, same_bits
+from dsv4_plugin.testing.replay import captured
 
-__all__ = ["op_of", "problem_of", "run"]
+__all__ = ["problem_of", "run"]
 
 _DIRT = 0xAB  # the bytes that outputs are filled with
 _NOWHERE = (-1, (1 << 31) - 1, -(1 << 31))  # no pages of any cache
@@ -77,6 +78,14 @@ class _Problem:
             "out", self.rows, columns, DTYPES[case.dtype], given=False,
             stride=columns + case.gap, offset=case.offset,
         ))  # fmt: skip
+
+    def _begin(self, step: int, units: int) -> tuple[int, torch.Generator, random.Random]:
+        """Draw the queries of a step; returns what the rest of it is drawn from."""
+        seed = self.case.seed + step
+        r = random.Random(f"content {seed}")
+        g = torch.Generator(device=self.device).manual_seed(seed)
+        self._draw_queries(g, units, r)
+        return seed, g, r
 
     def _draw_queries(self, g: torch.Generator, units: int, r: random.Random) -> None:
         """Fill queries and weights; ``units`` are drawn, those that are kept are taken."""
@@ -181,11 +190,8 @@ class _PagedProblem(_Problem):
         self.fill(0)
 
     def fill(self, step: int) -> None:
-        case, device = self.case, self.device
-        seed = case.seed + step
-        r = random.Random(f"content {seed}")
-        g = torch.Generator(device=device).manual_seed(seed)
-        self._draw_queries(g, case.requests, r)
+        case = self.case
+        seed, g, r = self._begin(step, case.requests)
         self._draw_lengths(step)
         self._draw_table(torch.Generator().manual_seed(seed))
         split = case.block * case.head
@@ -199,7 +205,7 @@ class _PagedProblem(_Problem):
             values[at][r.randrange(case.head)] = 0xFF
             scales[r.randrange(case.pages), r.randrange(case.block)] = 0xFF
         if case.poison and case.pages:
-            unseen = torch.arange(case.block, device=device) >= self._seen()[:, None]
+            unseen = torch.arange(case.block, device=self.device) >= self._seen()[:, None]
             values.masked_fill_(unseen[:, :, None], 0x7F)
             scales.masked_fill_(unseen[:, :, None], 0xFF)
         if self.page_table is not None and self.page_table is not self.table:
@@ -299,11 +305,8 @@ class _RaggedProblem(_Problem):
         self.fill(0)
 
     def fill(self, step: int) -> None:
-        case, device = self.case, self.device
-        seed = case.seed + step
-        r = random.Random(f"content {seed}")
-        g = torch.Generator(device=device).manual_seed(seed)
-        self._draw_queries(g, case.queries, r)
+        case = self.case
+        _, g, r = self._begin(step, case.queries)
         starts, ends = case.windows(step)
         self.starts.copy_(torch.tensor(starts))
         self.ends.copy_(torch.tensor(ends))
@@ -315,7 +318,7 @@ class _RaggedProblem(_Problem):
             self.scale[r.randrange(case.keys)] = torch.nan
         if case.poison and case.keys:
             n = self.counts(case.out if case.out > 0 else case.columns)
-            edge = torch.zeros(case.keys + 1, dtype=torch.int64, device=device)
+            edge = torch.zeros(case.keys + 1, dtype=torch.int64, device=self.device)
             begin = self.starts.long().clamp(0, case.keys)
             one = torch.ones_like(n)
             edge.scatter_add_(0, begin, one).scatter_add_(0, (begin + n).clamp(max=case.keys), -one)
@@ -363,15 +366,8 @@ def run(case: Any, device: str, op: Callable[..., Any]) -> None:
     problem = problem_of(case, device)
     prepare = _select if isinstance(case, SelectCase) else _logits
     call, clean, check = prepare(problem, op)
-    answer = call()
     if case.graph:
-        replay: Callable[[], Any] = call
-        if device == "cuda":
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                answer = call()
-            replay = graph.replay
+        replay, answer = captured(call, device)
         for step in range(case.graph):
             problem.fill(step)
             clean()
@@ -381,6 +377,7 @@ def run(case: Any, device: str, op: Callable[..., Any]) -> None:
             problem.check_inputs()
             check(answer if again is None else again, f"replay {step}: ")
     else:
+        answer = call()
         problem.check_inputs()
         check(answer, "")
     for name, held in problem.guards:
@@ -539,15 +536,3 @@ def _raise(
         + (f": {found}" if found else ""),
         rows,
     )
-
-
-def op_of(name: str) -> Callable[..., Any]:
-    """Return the public function of an op."""
-    import dsv4_plugin as ours
-
-    functions: dict[str, Callable[..., Any]] = {
-        "paged_logits": ours.paged_logits,
-        "ragged_logits": ours.ragged_logits,
-        "select": ours.select,
-    }
-    return functions[name]

@@ -19,6 +19,7 @@ from dsv4_plugin.testing.canary import Guarded
 from dsv4_plugin.testing.fuzz.case import Case, CaseError, flag, number, numbers, one_of
 from dsv4_plugin.testing.inputs import DISTRIBUTIONS, scores
 from dsv4_plugin.testing.oracles import Ranking, Wrong, check_selection, slots_of
+from dsv4_plugin.testing.replay import captured
 from dsv4_plugin.testing.topk.cases import CAPACITIES, DTYPES, EDGES, KS, ODD_KS, plateau
 
 __all__ = ["EACH_ROW", "FORMS", "TopkCase", "draw", "lengths_tensor", "run", "smaller"]
@@ -416,14 +417,7 @@ def _replays(
     case: TopkCase, problem: Problem, call: Callable[[], torch.Tensor]
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield the answer of every replay; without a GPU a replay is a call."""
-    answer = call()
-    replay: Callable[[], object] = call
-    if problem.device == "cuda":
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            answer = call()
-        replay = graph.replay
+    replay, answer = captured(call, problem.device)
     for step in range(case.graph):
         problem.fill(step)
         answer.fill_(0x7FFFFFF0)
