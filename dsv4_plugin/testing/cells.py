@@ -16,9 +16,10 @@ from dsv4_plugin.testing.timing import time_calls
 from dsv4_plugin.testing.topk.bars import sound
 from dsv4_plugin.testing.topk.peers import OURS, Peers
 
-__all__ = ["Cell", "CellBench", "Row", "copies_for", "launches_for", "time_cold"]
+__all__ = ["DIRTY", "Cell", "CellBench", "Row", "copies_for", "launches_for", "time_cold"]
 
 COLD_BYTES = 150 << 20
+DIRTY = -2  # what fills an output before a call: no answer
 MOST_COPIES = 64
 MOST_BYTES = 12 << 30  # of all copies together: some hold more than is read
 COLD_PEERS = 2  # the best peers of a cell that are measured cold too

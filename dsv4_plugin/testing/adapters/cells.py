@@ -25,7 +25,6 @@ from dsv4_plugin.testing.topk.cases import Problem
 from dsv4_plugin.testing.topk.check import Reference
 
 __all__ = [
-    "DIRTY",
     "Cell",
     "Run",
     "Scores",
@@ -38,8 +37,6 @@ __all__ = [
     "shapes_of",
     "verdict",
 ]
-
-DIRTY = -2  # what fills an output before a call: no answer
 
 Judge = Callable[[], Row]
 

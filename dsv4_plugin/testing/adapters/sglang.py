@@ -13,7 +13,6 @@ import torch
 from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.sglang import calls
 from dsv4_plugin.testing.adapters.cells import (
-    DIRTY,
     Cell,
     Run,
     Task,
@@ -22,7 +21,7 @@ from dsv4_plugin.testing.adapters.cells import (
     shapes_of,
     verdict,
 )
-from dsv4_plugin.testing.cells import Row
+from dsv4_plugin.testing.cells import DIRTY, Row
 from dsv4_plugin.testing.host_tensors import PAGE, deep_gemm_buffer, in_row, page_table
 from dsv4_plugin.testing.inputs import poison_tail, scores
 from dsv4_plugin.testing.topk.cases import Problem

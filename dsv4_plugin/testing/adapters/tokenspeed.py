@@ -14,7 +14,6 @@ import torch
 from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.tokenspeed import kernels, readers
 from dsv4_plugin.testing.adapters.cells import (
-    DIRTY,
     Cell,
     Run,
     Scores,
@@ -24,7 +23,7 @@ from dsv4_plugin.testing.adapters.cells import (
     recall,
     shapes_of,
 )
-from dsv4_plugin.testing.cells import Row
+from dsv4_plugin.testing.cells import DIRTY, Row
 from dsv4_plugin.testing.host_tensors import (
     ARENA,
     PAGE,

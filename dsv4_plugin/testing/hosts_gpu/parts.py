@@ -7,7 +7,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,20 @@ import torch
 import dsv4_plugin
 from dsv4_plugin.envs import VARIABLES
 from dsv4_plugin.state import state
+from dsv4_plugin.testing.logits.chain import shared
 from dsv4_plugin.testing.timing import time_graph
 
-__all__ = ["OFF", "VARIANTS", "Part", "Row", "measured", "settings", "variants"]
+__all__ = [
+    "OFF",
+    "VARIANTS",
+    "Part",
+    "Row",
+    "agreement",
+    "measured",
+    "settings",
+    "stands_in",
+    "use",
+]
 
 Row = dict[str, Any]
 OFF = "off"
@@ -53,12 +64,23 @@ def settings(values: Mapping[str, str], device: str) -> None:
             os.environ["DSV4_BACKEND"] = "torch"
 
 
-def variants(forget: Callable[[], None], device: str) -> Any:
-    """Give each variant's name with its settings in force, decided anew."""
-    for name, values in VARIANTS.items():
-        settings(values, device)
-        forget()
-        yield name
+def use(variant: str, forget: Callable[[], None], device: str) -> None:
+    """Put a variant's settings in force; ``forget`` makes the adapter decide anew."""
+    settings(VARIANTS[variant], device)
+    forget()
+
+
+def stands_in(known: Mapping[str, str], modules: Iterable[str]) -> dict[str, str]:
+    """Return what is not the engine's own, with the modules that are empty."""
+    return {**known, **dict.fromkeys(modules, "an empty module: nothing of it is called")}
+
+
+def agreement(off: torch.Tensor | None, found: torch.Tensor, columns: int) -> Row:
+    """Return how far an answer agrees with ``off``, the engine's without the plugin, if any."""
+    if off is None:
+        return {}
+    mean, worst = shared(off, found, columns)
+    return {"agreement": round(mean, 6), "agreement_worst": round(worst, 6)}
 
 
 def measured(

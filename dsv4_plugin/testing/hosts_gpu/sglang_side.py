@@ -12,23 +12,24 @@ import torch
 
 import dsv4_plugin
 from dsv4_plugin.testing.adapters.cells import Scores
+from dsv4_plugin.testing.cells import DIRTY
 from dsv4_plugin.testing.host_tensors import in_row
 from dsv4_plugin.testing.hosts_gpu.parts import (
     OFF,
     VARIANTS,
     Part,
     Row,
+    agreement,
     measured,
     settings,
-    variants,
+    stands_in,
+    use,
 )
-from dsv4_plugin.testing.logits.chain import shared
 from dsv4_plugin.testing.sglang_host import STANDS_IN, STANDS_IN_ON_GPU, Engine, Layer, Problem
 from dsv4_plugin.testing.topk.cases import Problem as Case
 
 __all__ = ["Side"]
 
-DIRTY = -2
 DECODE = {"cuda": [(1, 8192), (8, 65_536), (32, 16_384)], "cpu": [(2, 700)]}
 PREFILL = {"cuda": [(512, 8192)], "cpu": [(4, 700)]}
 
@@ -48,12 +49,10 @@ class Side:
 
     def about(self) -> Row:
         """Say what is the engine's own here and what is not."""
-        stands_in = dict(STANDS_IN_ON_GPU if self.device == "cuda" else STANDS_IN)
-        for name in self.engine.stood_in:
-            stands_in[name] = "an empty module: nothing of it is called"
+        known = STANDS_IN_ON_GPU if self.device == "cuda" else STANDS_IN
         return {
             "version": f"SGLang {self.engine.version}",
-            "stands_in": stands_in,
+            "stands_in": stands_in(known, self.engine.stood_in),
             "deep_gemm": {
                 "version": getattr(self.engine.deep_gemm, "__version__", None),
                 "names": [n for n in dir(self.engine.deep_gemm) if "mqa_logits" in n],
@@ -124,10 +123,8 @@ class Side:
     def _with(self, name: str, variant: str, make: Callable[[], Any]) -> list[Row]:
         from dsv4_plugin.integrations.sglang import guard
 
-        for one in variants(guard.forget, self.device):
-            if one == variant:
-                return self._one(name, variant, make)
-        raise KeyError(variant)
+        use(variant, guard.forget, self.device)
+        return self._one(name, variant, make)
 
     def _spy(self) -> None:
         """Note what DeepGEMM returns to SGLang itself."""
@@ -174,8 +171,6 @@ class Side:
         row, found = measured(call, soil, local, judge, self.arguments, ours=variant != OFF)
         if variant == OFF:
             self.off[name] = found
-        elif name in self.off:
-            columns = int(problem.lengths.max())
-            mean, worst = shared(self.off[name], found, columns)
-            row |= {"agreement": round(mean, 6), "agreement_worst": round(worst, 6)}
+        else:
+            row |= agreement(self.off.get(name), found, int(problem.lengths.max()))
         return [{"part": name, "variant": variant, **row}]

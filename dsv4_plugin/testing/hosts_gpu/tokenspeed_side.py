@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import dsv4_plugin
-from dsv4_plugin.testing.adapters.cells import DIRTY, Scores, recall
+from dsv4_plugin.testing.adapters.cells import Scores, recall
+from dsv4_plugin.testing.cells import DIRTY
 from dsv4_plugin.testing.host_tensors import (
     ARENA,
     PAGE,
@@ -26,12 +27,13 @@ from dsv4_plugin.testing.hosts_gpu.parts import (
     VARIANTS,
     Part,
     Row,
+    agreement,
     measured,
     settings,
-    variants,
+    stands_in,
+    use,
 )
 from dsv4_plugin.testing.inputs import slot_list
-from dsv4_plugin.testing.logits.chain import shared
 from dsv4_plugin.testing.tokenspeed_host import STANDS_IN, STANDS_IN_ON_GPU, Engine
 
 __all__ = ["Side"]
@@ -59,14 +61,12 @@ class Side:
 
     def about(self) -> Row:
         """Say what is the engine's own here and what is not."""
-        stands_in = dict(STANDS_IN_ON_GPU if self.device == "cuda" else STANDS_IN)
-        for name in self.engine.stood_in:
-            stands_in[name] = "an empty module: nothing of it is called"
+        known = STANDS_IN_ON_GPU if self.device == "cuda" else STANDS_IN
         version = importlib.metadata.version("tokenspeed")
         kernel = importlib.metadata.version("tokenspeed-kernel")
         return {
             "version": f"TokenSpeed {version} (tokenspeed-kernel {kernel})",
-            "stands_in": stands_in,
+            "stands_in": stands_in(known, self.engine.stood_in),
             "platform": str(self.engine.platform.current_platform()),
         }
 
@@ -123,10 +123,8 @@ class Side:
     def _with(self, variant: str, run: Callable[[str], list[Row]]) -> list[Row]:
         from dsv4_plugin.integrations.tokenspeed import guard
 
-        for one in variants(guard.forget, self.device):
-            if one == variant:
-                return run(variant)
-        raise KeyError(variant)
+        use(variant, guard.forget, self.device)
+        return run(variant)
 
     def _measured(
         self,
@@ -159,9 +157,8 @@ class Side:
         )  # fmt: skip
         if variant == OFF:
             self.off[name] = found
-        elif name in self.off:
-            mean, worst = shared(self.off[name], found, columns)
-            row |= {"agreement": round(mean, 6), "agreement_worst": round(worst, 6)}
+        else:
+            row |= agreement(self.off.get(name), found, columns)
         return [{"part": name, "variant": variant, **row}]
 
     def _decode(

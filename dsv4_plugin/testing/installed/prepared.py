@@ -48,6 +48,16 @@ class Prepared:
         self._held[key] = held
         return held
 
+    def anew(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return what ``make`` gives, made in every eager call, at one place for ``key``.
+
+        What it is made of may have changed in place since; a capture keeps what is there.
+        """
+        held = self.get(key, make)
+        if not capturing():
+            held.copy_(make())
+        return held
+
 
 def need(condition: bool, what: str) -> None:
     """Raise what a kernel takes, where a call is outside of it."""

@@ -240,9 +240,7 @@ def _logits() -> Any:
         def schedule() -> torch.Tensor:
             return module.get_paged_mqa_logits_metadata(lengths, PAGE_SIZE, sms(q.device))
 
-        held = _schedules.get(key, schedule)
-        if not capturing():
-            held.copy_(schedule())
+        held = _schedules.anew(key, schedule)
         rest = cache, weights, lengths, block_table, held, block_table.shape[1] * PAGE_SIZE
         if dtype == torch.float32:
             return getattr(module, name)(q, *rest, False)

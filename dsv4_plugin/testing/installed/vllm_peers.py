@@ -14,7 +14,6 @@ import torch
 from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
 from dsv4_plugin.testing.installed.prepared import (
     Prepared,
-    capturing,
     imported,
     need,
     release,
@@ -215,9 +214,7 @@ def _logits() -> Any:
         def schedule() -> torch.Tensor:
             return module.get_paged_mqa_logits_metadata(lengths, PAGE_SIZE, sms(q.device))
 
-        held = _schedules.get(key, schedule)
-        if not capturing():  # the lengths may be others at the same place
-            held.copy_(schedule())
+        held = _schedules.anew(key, schedule)
         width = block_table.shape[1] * PAGE_SIZE
         return call((q, None), cache, weights, lengths, block_table, held, width,
                     **_more(call, dtype))  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 
 from dsv4_plugin import paged_logits, select
 from dsv4_plugin.logits import new_logits
-from dsv4_plugin.testing.cells import Cell, Row
+from dsv4_plugin.testing.cells import DIRTY, Cell, Row
 from dsv4_plugin.testing.logits.cases import DTYPES, Case, Paged
 from dsv4_plugin.testing.logits.check import Sample
 from dsv4_plugin.testing.logits.measure import KeyBench, Problem, peer_logits
@@ -26,8 +26,6 @@ from dsv4_plugin.testing.topk.check import Reference
 from dsv4_plugin.testing.topk.peers import OURS
 
 __all__ = ["ChainBench", "chain_name", "shared"]
-
-DIRTY = -2  # what fills `out` before a call: no answer
 
 Call = Callable[[Paged, torch.Tensor], None]
 Answers = dict[int, dict[tuple[str, str], torch.Tensor]]  # k -> (implementation, dtype) -> indices

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 from dsv4_plugin import topk
-from dsv4_plugin.testing.cells import Cell, CellBench, Row, copies_for, launches_for, time_cold
+from dsv4_plugin.testing.cells import (
+    DIRTY,
+    Cell,
+    CellBench,
+    Row,
+    copies_for,
+    launches_for,
+    time_cold,
+)
 from dsv4_plugin.testing.timing import time_calls
 from dsv4_plugin.testing.topk import floor
 from dsv4_plugin.testing.topk.cases import PAGE_SIZE, Case, Problem
@@ -24,8 +32,6 @@ from dsv4_plugin.testing.topk.peers import OURS
 from dsv4_plugin.testing.topk.served import Elsewhere
 
 __all__ = ["Bench"]
-
-DIRTY = -2  # what fills `out` before a call: no answer
 
 Run = Callable[[Problem, torch.Tensor], None]
 

@@ -20,10 +20,11 @@ import torch
 
 from dsv4_plugin import topk
 from dsv4_plugin.kernels import cuda
+from dsv4_plugin.testing.cells import DIRTY
 from dsv4_plugin.testing.progress import Progress
 from dsv4_plugin.testing.results import Results
 from dsv4_plugin.testing.timing import machine, time_graph
-from dsv4_plugin.testing.topk.cases import COLUMNS, DTYPES, KS, ROWS, Case, Problem
+from dsv4_plugin.testing.topk.cases import COLUMNS, DTYPES, KS, ROWS, Case
 from dsv4_plugin.testing.topk.check import Reference
 from dsv4_plugin.testing.topk.served import Elsewhere
 
@@ -61,19 +62,22 @@ class Sweep:
     def cell(self, case: Case) -> str:
         """Measure every choice in one cell; returns the best, beside the table's."""
         problem = case.make("cuda")
-        narrow = case.dtype == "narrow"
-        reference = Reference(problem, case.k, narrow=narrow)
-        mine = [self._row(case, problem, reference, None)]
-        for choice in choices(case.rows, case.columns, self.sms):
-            mine.append(self._row(case, problem, reference, choice))
+        reference = Reference(problem, case.k, narrow=case.dtype == "narrow")
+        source = problem.logits.clone() if self.elsewhere else None
+        every = [None, *choices(case.rows, case.columns, self.sms)]
+        mine = [self._row(case, reference, source, choice) for choice in every]
         self.results += mine
         return summary(mine)
 
     def _row(
-        self, case: Case, problem: Problem, reference: Reference, choice: tuple[int, int] | None
+        self,
+        case: Case,
+        reference: Reference,
+        source: torch.Tensor | None,
+        choice: tuple[int, int] | None,
     ) -> Row:
-        out = torch.full((case.rows, case.k), -2, dtype=torch.int32, device="cuda")
-        narrow = case.dtype == "narrow"
+        problem, narrow = reference.problem, case.dtype == "narrow"
+        out = torch.full((case.rows, case.k), DIRTY, dtype=torch.int32, device="cuda")
         call: Callable[[], Any] = functools.partial(
             topk, problem.logits, problem.lengths, case.k, out=out, narrow=narrow, backend="cuda"
         )
@@ -92,9 +96,9 @@ class Sweep:
                 time_graph([call], launches=self.launches, replays=self.replays), 3
             ),
         }  # fmt: skip
-        if self.elsewhere is not None:
+        if self.elsewhere is not None and source is not None:
             us = self.elsewhere.served_us(
-                case.dtype, call, problem.logits, problem.logits.clone(), replays=self.replays
+                case.dtype, call, problem.logits, source, replays=self.replays
             )
             row["served_us"] = round(us, 3)
         return row
