@@ -38,10 +38,10 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value) {
   return value;
 }
 
-// ---- Programmatic dependent launch
-// --------------------------------------------------------------- wait: everything the previous
-// kernels of the stream wrote is visible, and what they still read may be overwritten. It must come
-// before the first global read *and* before the first global write.
+// ---- Programmatic dependent launch --------------------------------------------------------------
+
+// Everything the previous kernels of the stream wrote is visible, and what they still read may be
+// overwritten. It must come before the first global read *and* before the first global write.
 __device__ __forceinline__ void pdl_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Lets the next kernel's CTAs become resident as soon as this grid is; they stop in their own wait.
@@ -49,8 +49,8 @@ __device__ __forceinline__ void pdl_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// ---- Clusters
-// ------------------------------------------------------------------------------------
+// ---- Clusters -----------------------------------------------------------------------------------
+
 __device__ __forceinline__ uint32_t cluster_size() {
   uint32_t n;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
@@ -89,10 +89,10 @@ __device__ __forceinline__ void store_remote(uint32_t address, uint64_t v) {
   asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(v) : "memory");
 }
 
-// ---- Transaction barriers
-// -------------------------------------------------------------------------- A store that counts
-// its bytes off a barrier beside the data: one way, where a cluster barrier costs a round trip
-// (0.37 us on an H200).
+// ---- Transaction barriers -----------------------------------------------------------------------
+
+// A store that counts its bytes off a barrier beside the data: one way, where a cluster barrier
+// costs a round trip (0.37 us on an H200).
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
