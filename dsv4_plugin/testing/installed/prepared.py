@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Prepared", "capturing", "imported", "need", "reason", "release", "sms", "tried"]
+from dsv4_plugin.testing.topk.cases import PAGE_SIZE
+
+__all__ = ["Prepared", "capturing", "imported", "need", "reason", "release", "schedule_of", "tried"]
 
 T = TypeVar("T")
 
@@ -127,3 +129,18 @@ def sms(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def schedule_of(module: Any, lengths: torch.Tensor, schedules: Prepared) -> torch.Tensor:
+    """Return what DeepGEMM's paged logits need of the lengths, made as the engines make it.
+
+    ``get_paged_mqa_logits_metadata`` of lengths, keys a page and multiprocessors, once a step.
+    """
+
+    def make() -> torch.Tensor:
+        schedule: torch.Tensor = module.get_paged_mqa_logits_metadata(
+            lengths, PAGE_SIZE, sms(lengths.device)
+        )
+        return schedule
+
+    return schedules.anew((tuple(lengths.shape), lengths.data_ptr()), make)

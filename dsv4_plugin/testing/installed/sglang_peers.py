@@ -17,7 +17,7 @@ from dsv4_plugin.testing.installed.prepared import (
     imported,
     need,
     release,
-    sms,
+    schedule_of,
     tried,
 )
 from dsv4_plugin.testing.topk.cases import PAGE_SIZE
@@ -235,12 +235,7 @@ def _logits() -> Any:
         once a forward pass. SGLang asks for float32; bfloat16 is asked of
         ``fp8_fp4_paged_mqa_logits``, with ``(q, None)`` and ``logits_dtype``.
         """
-        key = tuple(lengths.shape), lengths.data_ptr()
-
-        def schedule() -> torch.Tensor:
-            return module.get_paged_mqa_logits_metadata(lengths, PAGE_SIZE, sms(q.device))
-
-        held = _schedules.anew(key, schedule)
+        held = schedule_of(module, lengths, _schedules)
         rest = cache, weights, lengths, block_table, held, block_table.shape[1] * PAGE_SIZE
         if dtype == torch.float32:
             return getattr(module, name)(q, *rest, False)

@@ -17,7 +17,7 @@ from dsv4_plugin.testing.installed.prepared import (
     imported,
     need,
     release,
-    sms,
+    schedule_of,
     tried,
 )
 from dsv4_plugin.testing.topk.cases import KS, PAGE_SIZE
@@ -209,12 +209,7 @@ def _logits() -> Any:
         called with ``logits_dtype``, which 0.33's has not.
         """
         call = _of_dtype(module, name, dtype)
-        key = tuple(lengths.shape), lengths.data_ptr()
-
-        def schedule() -> torch.Tensor:
-            return module.get_paged_mqa_logits_metadata(lengths, PAGE_SIZE, sms(q.device))
-
-        held = _schedules.anew(key, schedule)
+        held = schedule_of(module, lengths, _schedules)
         width = block_table.shape[1] * PAGE_SIZE
         return call((q, None), cache, weights, lengths, block_table, held, width,
                     **_more(call, dtype))  # fmt: skip
