@@ -108,8 +108,8 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
 def test_a_killed_run_leaves_a_valid_file(tmp_path: Path) -> None:
     file = tmp_path / "topk.json"
     command = [sys.executable, "-m", "dsv4_plugin.cli", "bench", "topk", "--device", "cpu",
-               "--json", str(file), "--k", "512", "--dtype", "float32",
-               "--rows", "1", "8", "32", "64", "--columns", "8192", "65536", "256000"]  # fmt: skip
+               "--json", str(file), "--k", "512", "1024", "2048", "--dtype", "float32", "bfloat16",
+               "--rows", "32", "64", "96", "128", "--columns", "65536", "256000"]  # fmt: skip
     program = f"from dsv4_plugin.cli import main; main({command[3:]!r})"
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, "-c", program], env=env, cwd=ROOT,
