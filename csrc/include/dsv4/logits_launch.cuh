@@ -33,44 +33,48 @@ inline cudaError_t with_types(LogitsType type, int heads, const F& f) {
   return cudaErrorInvalidValue;
 }
 
+template <class Out, class Config>
+inline cudaError_t launch_paged_config(const PagedLogitsParams& p, int64_t blocks, int sms,
+                                       int device, cudaStream_t stream) {
+  constexpr auto kKernel = paged_logits_kernel<Out, Config>;
+  constexpr int kBytes = PagedShared<Config>::kBytes;
+  const cudaError_t allowed = allow_shared_memory<kKernel>(device, kBytes);
+  if (allowed != cudaSuccess) return allowed;
+  // As many CTAs as fit at once, no more than there can be blocks.
+  const int64_t resident = int64_t{Config::kCtas} * sms;
+  const dim3 grid(static_cast<unsigned>(blocks < resident ? blocks : resident));
+  return launch_overlapped(kKernel, grid, kGroupThreads, 1, kBytes, stream, p);
+}
+
 inline cudaError_t launch_paged_logits(const PagedLogitsParams& p, LogitsType type, int heads,
                                        int device, cudaStream_t stream) {
   int sms = 0;
   const cudaError_t error = multiprocessors(device, &sms);
   if (error != cudaSuccess) return error;
-  // As many CTAs as fit at once, no more than there can be blocks.
   const int64_t columns = p.output.columns < int64_t{p.table_width} * kBlockKeys
                               ? p.output.columns
                               : int64_t{p.table_width} * kBlockKeys;
   const int64_t blocks = p.batch * ceil_div(columns, kBlockKeys);
   if (blocks == 0) return cudaSuccess;
-  const int64_t resident = int64_t{kPagedCtas} * sms;
-  const dim3 grid(static_cast<unsigned>(blocks < resident ? blocks : resident));
   return with_types(type, heads, [&](auto* out, auto head_count) {
     using Out = std::remove_pointer_t<decltype(out)>;
     constexpr int kHeads = decltype(head_count)::value;
     if (p.queries.next_n == 1) {
-      constexpr auto kOneRow = paged_logits_kernel<Out, kHeads, true>;
-      constexpr int kLess = PagedShared<kHeads>::bytes(1);
-      const cudaError_t allowed = allow_shared_memory<kOneRow>(device, kLess);
-      if (allowed != cudaSuccess) return allowed;
-      return launch_overlapped(kOneRow, grid, kGroupThreads, 1, kLess, stream, p);
+      return launch_paged_config<Out, PagedConfig<kHeads, true>>(p, blocks, sms, device, stream);
     }
-    constexpr auto kKernel = paged_logits_kernel<Out, kHeads, false>;
-    constexpr int kBytes = PagedShared<kHeads>::bytes(kPagedRows);
-    const cudaError_t allowed = allow_shared_memory<kKernel>(device, kBytes);
-    if (allowed != cudaSuccess) return allowed;
-    return launch_overlapped(kKernel, grid, kGroupThreads, 1, kBytes, stream, p);
+    return launch_paged_config<Out, PagedConfig<kHeads, false>>(p, blocks, sms, device, stream);
   });
 }
 
-// Blocks a CTA takes: runs long enough to pay for staging a tile's queries, short enough that the
-// device's multiprocessors have several each.
-inline int32_t ragged_run(int64_t blocks, int64_t tiles, int sms) {
-  constexpr int64_t kShortest = 8, kLongest = 128, kRunsEach = 4;
-  int64_t run = ceil_div(blocks * tiles, kRunsEach * sms);
-  run = run < kShortest ? kShortest : run > kLongest ? kLongest : run;
-  return static_cast<int32_t>(ceil_div(run, kTileGroups) * kTileGroups);
+template <class Out, class Config>
+inline cudaError_t launch_ragged_config(const RaggedLogitsParams& p, int32_t chunk, int device,
+                                        cudaStream_t stream) {
+  constexpr auto kKernel = ragged_logits_kernel<Out, Config>;
+  constexpr int kBytes = TileShared<Config>::kBytes;
+  const cudaError_t allowed = allow_shared_memory<kKernel>(device, kBytes);
+  if (allowed != cudaSuccess) return allowed;
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.keys, Config::kKeys) * ceil_div(p.rows, chunk)));
+  return launch_overlapped(kKernel, grid, Config::kThreads, 1, kBytes, stream, p, chunk);
 }
 
 inline cudaError_t launch_ragged_logits(const RaggedLogitsParams& p, LogitsType type, int heads,
@@ -78,18 +82,22 @@ inline cudaError_t launch_ragged_logits(const RaggedLogitsParams& p, LogitsType 
   int sms = 0;
   const cudaError_t known = multiprocessors(device, &sms);
   if (known != cudaSuccess) return known;
-  const int64_t blocks = ceil_div(p.keys, kBlockKeys), tiles = ceil_div(p.rows, kTileRows);
-  if (blocks == 0 || tiles == 0 || p.output.columns == 0) return cudaSuccess;
-  const int32_t run = ragged_run(blocks, tiles, sms);
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(blocks, run)));
+  if (p.keys == 0 || p.rows == 0 || p.output.columns == 0) return cudaSuccess;
   return with_types(type, heads, [&](auto* out, auto head_count) {
     using Out = std::remove_pointer_t<decltype(out)>;
-    constexpr int kHeads = decltype(head_count)::value;
-    constexpr auto kKernel = ragged_logits_kernel<Out, kHeads>;
-    constexpr int kBytes = TileShared<kHeads>::kBytes;
-    const cudaError_t allowed = allow_shared_memory<kKernel>(device, kBytes);
-    if (allowed != cudaSuccess) return allowed;
-    return launch_overlapped(kKernel, grid, kTileThreads, 1, kBytes, stream, p, run);
+    using Large = TileConfig<decltype(head_count)::value, 4>;
+    using Small = TileConfig<decltype(head_count)::value, 2>;
+    // Chunks are long, to pay for a tile's keys, if the multiprocessors then have several each.
+    constexpr int64_t kEach = 4;
+    const auto enough = [&](int64_t keys, int32_t chunk, int64_t ctas) {
+      return ceil_div(p.keys, keys) * ceil_div(p.rows, chunk) >= kEach * ctas * sms;
+    };
+    int32_t chunk = kMostChunkRows;
+    if (enough(Large::kKeys, chunk, Large::kCtas)) {
+      return launch_ragged_config<Out, Large>(p, chunk, device, stream);
+    }
+    while (chunk > kLeastChunkRows && !enough(Small::kKeys, chunk, Small::kCtas)) chunk /= 2;
+    return launch_ragged_config<Out, Small>(p, chunk, device, stream);
   });
 }
 

@@ -1,5 +1,5 @@
-// A warpgroup's ring of key blocks in shared memory: 64 keys and their scales a slot, copied
-// asynchronously, in the layout that the matrix unit reads.
+// What the matrix unit reads, brought to shared memory by a warpgroup, asynchronously and in its
+// layout: queries, and a ring of key blocks, 64 keys and their scales a slot.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +33,40 @@ __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Where chunk `chunk` (16 bytes) of row `row` (128 bytes) is kept; see mma_operand.
+__device__ __forceinline__ int swizzled(int row, int chunk) {
+  return row * kKeyBytes + ((chunk ^ (row & 7)) * 16);
+}
+
+// Begins the copy of the first `count` of `kRows` rows of 128 bytes; what is past them stays.
+template <int kRows>
+__device__ __forceinline__ void copy_rows(uint8_t* to, const uint8_t* from, int count = kRows) {
+  const int thread = threadIdx.x % kGroupThreads;
+#pragma unroll
+  for (int turn = 0; turn < kRows * kKeyBytes / 16 / kGroupThreads; ++turn) {
+    const int i = turn * kGroupThreads + thread;
+    if (i / 8 < count) copy_chunk(to + swizzled(i / 8, i % 8), from + i * 16);
+  }
+}
+
+// Queries and weights of kRows rows that are scored together.
+template <int kHeads, int kRows>
+struct RowSet {
+  static constexpr int kQueryBytes = kHeads * kKeyBytes;
+  static constexpr int kBytes = kRows * (kQueryBytes + kHeads * 4);
+
+  uint8_t* queries;  // [kRows][kQueryBytes], a multiple of kSwizzleBytes
+  float* weights;    // [kRows][kHeads]
+
+  // Begins the copy of one row.
+  __device__ __forceinline__ void copy(int row, const uint8_t* query,
+                                       const float* from_weights) const {
+    const int thread = threadIdx.x % kGroupThreads;
+    copy_rows<kHeads>(queries + row * kQueryBytes, query);
+    if (thread < kHeads) copy_word(weights + row * kHeads + thread, from_weights + thread);
+  }
+};
+
 template <int kSlots>
 struct KeyRing {
   static constexpr int kBytes = kSlots * kBlockBytes;
@@ -46,12 +80,7 @@ struct KeyRing {
   __device__ __forceinline__ void copy(int32_t slot, const uint8_t* from, const float* from_scales,
                                        int32_t count = kBlockKeys) const {
     const int thread = threadIdx.x % kGroupThreads;
-    uint8_t* to = keys + slot * kBlockScales;
-#pragma unroll
-    for (int turn = 0; turn < kBlockScales / 16 / kGroupThreads; ++turn) {
-      const int i = turn * kGroupThreads + thread;
-      if (i / 8 < count) copy_chunk(to + swizzled(i / 8, i % 8), from + i * 16);
-    }
+    copy_rows<kBlockKeys>(keys + slot * kBlockScales, from, count);
     float* to_scales = scales + slot * kBlockKeys;
     if constexpr (kScaleAlign == 16) {
       if (thread * 4 < count) copy_chunk(to_scales + thread * 4, from_scales + thread * 4);

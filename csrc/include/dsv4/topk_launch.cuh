@@ -50,26 +50,30 @@ constexpr int32_t kSoloUnits = 1024;
 
 // ---- The table of choices -----------------------------------------------------------------------
 // From sweeps of every shape and cluster on an H100 (132 multiprocessors), k = 512, 1024, 2048 x
-// 1 ... 128 rows x 8K ... 250K; us, best choice first. Made before the kernel was rebuilt to run
-// within what a launch fetches (docs/notes/topk.md), and not repeated since;
-// `python -m dsv4_plugin.testing.topk.sweep` repeats them.
-//   - A row of up to 8K is one CTA's: an exchange costs more than it saves (1 x 8K, k 512: 3.64,
-//     two CTAs 3.98. float32: 4.85; 5.15).
-//   - Few rows, up to an eighth of the multiprocessors: four CTAs each at 16K (3.99; one 4.39), 8
-//     above, 256 threads for 16-bit scores up to 64K (8 x 32K: 4.15; 512 threads 4.38). Sixteen pay
-//     for up to four rows only: a device holds seven clusters of that size at once. From 128K on
-//     (1 x 250K: 5.75; eight 6.96), float32 from 64K on (1 x 64K: 6.16; 6.56).
-//   - Up to a quarter: two for 32K (5.19; six 5.73), six above (32 x 250K, k 2048: 11.93; four
-//     13.67); eight would not fit at once. Where k is small four of 256 threads up to 128K
-//     (32 x 64K: 6.89; six 7.04. float32: 10.44; 11.56), and above three of 512: no slower on full
-//     rows (10.70; 10.60. float32: 16.56; 17.18), and half the CTAs to start and to
-//     leave again where the rows are short. float32 halves later: four for 16K (6.47; one, before
-//     the retuning, 8.0) and 32K (8.79; two 9.28).
-//   - Up to three quarters: two (64 x 64K: 7.65; one 8.66), from 32K on and float32 from 16K (6.96;
-//     8.88).
+// 1, 8, 16, 32, 64, 128 rows x 8K ... 250K (`python -m dsv4_plugin.testing.topk.sweep`); us at
+// k = 512 where nothing else is said, best choice first.
+//   - A row of up to 8K is one CTA's: an exchange costs more than it saves (1 x 8K: 3.52, eight
+//   CTAs
+//     3.99. float32: 5.61; 6.10).
+//   - Few rows, up to a sixteenth of the multiprocessors: four CTAs each at 16K (1 x 16K: 4.11; one
+//     4.4), float32 eight (4.06; four of 512 threads 4.42), 8 above. Sixteen pay for up to four
+//     rows only: a device holds seven clusters of that size at once. From 128K on (1 x 250K: 6.12;
+//     eight 7.71), float32 from 64K on. 256 threads up to 64K (8 x 32K: 4.30; 512 threads 4.55), of
+//     sixteen to 128K (1 x 128K: 5.05; 5.25), float32 but for 128K (1 x 250K: 8.99; 9.60).
+//   - Up to an eighth, eight CTAs of 512 threads do not fit side by side everywhere: six at 64K (16
+//   x
+//     64K: 5.29; eight 5.45), and 256 threads below and from 256K on (16 x 250K: 9.22; 10.64).
+//     float32: eight of 256 up to 64K, above six of 512 (16 x 128K, k 1024: 10.85; eight 13.21).
+//   - Up to a quarter: one for 16K (32 x 16K: 4.44; four 4.52), four of 256 for 32K (5.32; two of
+//     512 5.55), six of 512 for 64K (6.68; 7.80). Above, four of 256 (32 x 250K: 11.47; three of
+//     512 12.57), or six of 512 if k is large (k 2048: 14.49; six of 256 15.49). float32: four of
+//     256 for 16K (6.58; two of 512 7.05), eight for 32K (8.94; four of 512 9.35), above as before
+//     (32 x 250K: 15.78; three of 512 18.75).
+//   - Up to three quarters: two (64 x 64K: 8.59; one 9.41), from 32K on and float32 from 16K (7.15;
+//     four of 256 8.71).
 //   - Up to one row a multiprocessor: one, unless k is large: two for 32K ... 128K (128 x 32K,
-//     k 2048: 8.10; one 9.97. 128 x 128K, k 1024: 15.12; 16.68), float32 for 16K (k 1024: 9.39;
-//     10.91) and with k above 1024 from 64K on (22.08; 23.71).
+//     k 2048: 8.82; one 11.31), float32 for 16K (k 1024: 9.71; 11.87) and with k above 1024 from
+//     64K on (128 x 128K: 50.5; 52.2).
 //   - More rows fill the multiprocessors by themselves: one.
 inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device) {
   const int64_t units = most_units(p, type);
@@ -80,24 +84,36 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
                     k128K = 16 * k8K;
   TopkShape shape = TopkShape::k512;
   int cluster = 1;
+  const auto take = [&](int ctas, TopkShape of) {
+    cluster = ctas;
+    shape = of;
+  };
   const int64_t rows = p.rows;
   const bool wide_scores = type == ScoreType::kFloat32;
   if (units <= k8K) {
-    cluster = 1;
+    take(1, TopkShape::k512);
+  } else if (rows <= 4 && units > (wide_scores ? k32K : k64K)) {
+    const bool few = wide_scores ? units <= k64K || units > k128K : units <= k128K;
+    take(16, few ? TopkShape::k256 : TopkShape::k512);
+  } else if (rows * 16 <= device.sms) {
+    take(units <= k16K && !wide_scores ? 4 : 8,
+         units <= (wide_scores ? k32K : k64K) ? TopkShape::k256 : TopkShape::k512);
+  } else if (rows * 8 <= device.sms && wide_scores) {
+    take(units <= k64K ? 8 : 6, units <= k64K ? TopkShape::k256 : TopkShape::k512);
   } else if (rows * 8 <= device.sms) {
-    cluster = units <= k16K ? 4 : 8;
-    if (rows <= 4 && units > (wide_scores ? k32K : k64K)) cluster = 16;
-    if (!wide_scores && units <= k64K) shape = TopkShape::k256;
+    take(units <= k16K   ? 4
+         : units <= k64K ? 6
+                         : 8,
+         units <= k32K || units > k128K ? TopkShape::k256 : TopkShape::k512);
   } else if (rows * 4 <= device.sms) {
-    if (units <= k32K) {
-      cluster = wide_scores ? 4 : units <= k16K ? 1 : 2;
-    } else if (p.k > 512) {
-      cluster = 6;
-    } else if (units <= k128K) {
-      shape = TopkShape::k256;
-      cluster = 4;
+    if (units <= k16K && !wide_scores) {
+      take(1, TopkShape::k512);
+    } else if (units <= k32K) {
+      take(units > k16K && wide_scores ? 8 : 4, TopkShape::k256);
+    } else if (p.k > 1024 || (units <= k64K && !wide_scores)) {
+      take(6, TopkShape::k512);
     } else {
-      cluster = 3;
+      take(4, TopkShape::k256);
     }
   } else if (rows * 8 <= device.sms * 3) {
     cluster = units > k32K ? 4 : units > k16K || wide_scores ? 2 : 1;

@@ -139,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"the compiled kernels are missing: {cuda.missing()}")
     sweep = Sweep(replays=arguments.replays, launches=arguments.launches, served=arguments.served)
     document: Row = {
-        "machine": machine(), "what": "topk sweep", "complete": False, "results": sweep.results,
+        "machine": machine(), "what": "topk sweep", "complete": False, "bars": [],
+        "results": sweep.results,
     }  # fmt: skip
     file = Results(document, arguments.json)
     cells = [
