@@ -26,11 +26,13 @@ __device__ __forceinline__ int32_t clip_length(const PagedLogitsParams& p, int64
 }
 
 // Blocks that the longest row of a request needs.
+template <bool kOneRow>
 __device__ __forceinline__ uint32_t blocks_of(const PagedLogitsParams& p, int32_t request) {
-  const int32_t next_n = p.queries.next_n;
+  const int32_t next_n = kOneRow ? 1 : p.queries.next_n;
   const int32_t row = request * next_n;
   int64_t length = p.lengths.of(row + next_n - 1);
-  if (!p.lengths.shared) {
+  if (!kOneRow && !p.lengths.shared) {
+#pragma unroll 1
     for (int32_t j = 0; j + 1 < next_n; ++j) {
       const int64_t other = p.lengths.of(row + j);
       length = other > length ? other : length;
@@ -40,6 +42,7 @@ __device__ __forceinline__ uint32_t blocks_of(const PagedLogitsParams& p, int32_
 }
 
 // Every warp keeps this for itself: lane i of a turn looks at request `base + i`.
+template <bool kOneRow>
 class BlockList {
  public:
   __device__ __forceinline__ explicit BlockList(const PagedLogitsParams& p) : p_(p) {}
@@ -47,6 +50,7 @@ class BlockList {
   // Blocks of all requests.
   __device__ __forceinline__ uint32_t total() {
     uint32_t sum = 0;
+#pragma unroll 1
     for (int32_t base = 0; base < p_.batch; base += kWarpSize) {
       sum += blocks(base + lane_id());
     }
@@ -63,6 +67,7 @@ class BlockList {
   // are asked for in ascending order. One past the list (somebody has written the lengths since
   // total()) gives an empty range.
   __device__ __forceinline__ BlockRange find(uint32_t block, uint32_t end) {
+#pragma unroll 1
     while (base_ < p_.batch) {
       const uint32_t holders = __ballot_sync(kFullWarp, before_ + upto_ > block);
       if (holders != 0) {
@@ -81,7 +86,7 @@ class BlockList {
 
  private:
   __device__ __forceinline__ uint32_t blocks(int32_t request) const {
-    return request < p_.batch ? blocks_of(p_, request) : 0;
+    return request < p_.batch ? blocks_of<kOneRow>(p_, request) : 0;
   }
 
   __device__ __forceinline__ void take_turn(int32_t base, uint32_t own) {

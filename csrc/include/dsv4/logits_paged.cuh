@@ -26,7 +26,7 @@ template <int kHeads_, bool kOneRow>
 struct PagedConfig {
   static constexpr int kHeads = kHeads_;
   static constexpr int kRows = kOneRow ? 1 : kMmaColumns / kHeads;
-  static constexpr int kStages = kOneRow ? 4 : 6;  // blocks of keys in the ring
+  static constexpr int kStages = kOneRow ? 4 : 5;  // blocks of keys in the ring
   static constexpr int kCtas = kOneRow ? 4 : 2;    // a multiprocessor
 };
 
@@ -101,8 +101,8 @@ class RangeScorer {
   __device__ __forceinline__ void run() {
     Sums even, odd;
     arrive(0);
-    weights_.load(shared_.rows.weights);
     begin(even, 0);
+    weights_.load(shared_.rows.weights);
     int32_t turn = 1;
     for (; turn + 1 < turns_; turn += 2) {
       arrive(turn);
@@ -194,7 +194,8 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
     paged_logits_kernel(const __grid_constant__ PagedLogitsParams p) {
   extern __shared__ __align__(kSwizzleBytes) uint8_t memory[];
   const PagedShared<Config> shared(memory);
-  const int32_t next_n = Config::kRows == 1 ? 1 : p.queries.next_n;
+  constexpr bool kOneRow = Config::kRows == 1;
+  const int32_t next_n = kOneRow ? 1 : p.queries.next_n;
   pdl_wait();
   pdl_launch_dependents();
 
@@ -202,13 +203,13 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
   // be read beyond the length, not beyond its width.
   const bool single = p.batch == 1;
   const int32_t step = static_cast<int32_t>(gridDim.x);
-  BlockList list(p);
+  BlockList<kOneRow> list(p);
   BlockRange range{0, static_cast<int32_t>(blockIdx.x), 0, step};
   PageNumbers pages(p.block_table, single ? p.table_width : 0, range.first, step);
   uint32_t block = 0, end = 0;  // of the list
   if (single) {
     copy_rows(p.queries, RequestRows(p.queries, 0, 0, Config::kRows), shared);
-    range.last = static_cast<int32_t>(blocks_of(p, 0));
+    range.last = static_cast<int32_t>(blocks_of<kOneRow>(p, 0));
     end = range.first < range.last ? 1 : 0;
   } else {
     const uint32_t total = list.total();
