@@ -75,9 +75,10 @@ VARIABLES: tuple[Variable, ...] = (
         "logits",
         ("auto", "host", "own"),
         "auto",
-        "Who computes the index logits that the top-k selects on. `auto`: the engine's DeepGEMM "
-        "where it can write them in the dtype of the top-k, else the plugin's own kernel. `host`: "
-        "the engine's. `own`: the plugin's, or an error when the layer is built or first called.",
+        "Who computes the index logits that the top-k selects on. `auto`: in bf16 and fp16 the "
+        "plugin's own kernel where it can, else the engine's DeepGEMM if that writes this dtype; "
+        "in fp32 the engine's. `host`: the engine's. `own`: the plugin's, or an error when the "
+        "layer is built or first called.",
     ),
     Variable(
         "DSV4_INDEXER_READ",
