@@ -69,7 +69,7 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
     assert {r["suite"] for r in rows} == set(cases.SUITES) - {"seed"}
     ours = [row for row in rows if row["implementation"] == "dsv4"]
     # decode, served, narrow, adversarial (1 x 8K only), prefill, paged; the seed's are decode's.
-    assert len(ours) == 12 + 12 + 24 + 48 + 24 + 12
+    assert len(ours) == 12 + 12 + 24 + 54 + 24 + 12
     assert {row["suite"] for row in rows if "served_us" in row} == {"served"}
     paged = [row for row in rows if row["implementation"] == "sglang_paged"]
     assert len(paged) == 8 and all(row["exact"] for row in paged)
@@ -207,7 +207,7 @@ def test_the_committed_plot_is_drawn_from_the_committed_file(tmp_path: Path) -> 
 
 def test_the_suites_have_the_cells_of_the_project() -> None:
     count = {name: len(cases.suite(name)) for name in cases.SUITES}
-    assert count == {"decode": 180, "served": 48, "narrow": 60, "adversarial": 160, "prefill": 48,
+    assert count == {"decode": 180, "served": 48, "narrow": 60, "adversarial": 180, "prefill": 48,
                      "paged": 54, "seed": 108}  # fmt: skip
     some = cases.suite("decode", dtypes=["narrow"], ks=[512], rows=[8], columns=[8192])
     assert some == [Case("decode", "narrow", 512, 8, 8192)]

@@ -51,7 +51,7 @@ def test_every_distribution(kind, dtype, shape):
 
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["normal", "relu_sum", "two_values"])
+@pytest.mark.parametrize("kind", ["normal", "relu_sum", "signed_sum", "two_values"])
 def test_lengths_around_an_edge(edge, dtype, kind):
     """Lengths of -5 ... +5 in a wider buffer, poison behind them, at every alignment."""
     lengths = ints(edge + d for d in range(-5, 6))

@@ -78,6 +78,15 @@ def _special(rows: int, columns: int, g: torch.Generator) -> torch.Tensor:
     return pool[torch.randint(0, 8, (rows, columns), generator=g, device=g.device)]
 
 
+def _signed_sum(rows: int, columns: int, g: torch.Generator) -> torch.Tensor:
+    """Rows that lie more or less below zero, as heads with weights of both signs make them.
+
+    Thresholds of some are negative, of some close to zero.
+    """
+    below = 4 * (torch.arange(rows, device=g.device) + 0.5) / max(rows, 1)
+    return torch.randn(rows, columns, generator=g, device=g.device) - below[:, None]
+
+
 def _one_huge_bin(rows: int, columns: int, g: torch.Generator) -> torch.Tensor:
     """Numbers that share their sign, exponent and leading mantissa bits."""
     return 1.0 + torch.rand(rows, columns, generator=g, device=g.device) / 64
@@ -87,6 +96,7 @@ DISTRIBUTIONS: dict[str, Callable[[int, int, torch.Generator], torch.Tensor]] = 
     "normal": lambda r, c, g: torch.randn(r, c, generator=g, device=g.device),
     "crowded": lambda r, c, g: 10 + torch.randn(r, c, generator=g, device=g.device),
     "relu_sum": _relu_sum,
+    "signed_sum": _signed_sum,
     "all_equal": lambda r, c, g: torch.full((r, c), 0.25, device=g.device),
     "two_values": lambda r, c, g: (torch.rand(r, c, generator=g, device=g.device) < 0.01).float(),
     "ascending": lambda r, c, g: torch.randn(r, c, generator=g, device=g.device).sort(dim=1).values,

@@ -188,20 +188,17 @@ struct Keys16 {
       atomicAdd(hist + (bins >> 16), 1u);
     }
   }
-  // Bin 255 - d for a score d steps above the bound, d cut at 255. Bin 255: not above it.
-  static constexpr uint32_t kFirstNegative = 0x8000u;
-  template <bool kNegative>  // whether the bound is
+  // Bin 255 - d for a score d steps above the bound, d cut at 255. Bin 255: not above it. Above a
+  // positive bound a step is one of raw bits, but rows whose threshold is negative are too common
+  // to be served by code of their own, which would have to be fetched.
   static __device__ __forceinline__ void add_above(uint32_t* hist, const Unit& u, uint32_t bound) {
     const uint32_t raw = raw_of(bound) * 0x10001u;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t distance;
-      if (!kNegative) {  // a difference of raw bits
-        distance = H::better(word(u.v, i), raw) - raw;
-      } else {
-        const Pair canonical = __hadd2(H::as(H::better(word(u.v, i), raw)), H::as(0u));
-        distance = bound * 0x10001u - order_pair(reinterpret_cast<const uint32_t&>(canonical));
-      }
+      const uint32_t number = H::better(word(u.v, i), raw);
+      const Pair canonical = __hadd2(H::as(number), H::as(0u));  // -0.0 becomes +0.0
+      const uint32_t order = order_pair(reinterpret_cast<const uint32_t&>(canonical));
+      const uint32_t distance = bound * 0x10001u - order;
       const uint32_t bins = 0x00ff00ffu - __vminu2(distance, 0x00ff00ffu);
       atomicAdd(hist + (bins & 0xffffu), 1u);
       atomicAdd(hist + (bins >> 16), 1u);
@@ -339,14 +336,11 @@ struct Float32Keys {
     });
   }
   // Bin 255 - d for a score in the d-th stretch of 65,536 orders above the bound, d cut at 255.
-  static constexpr uint32_t kFirstNegative = 0x80000000u;
-  template <bool kNegative>
   static __device__ __forceinline__ void add_above(uint32_t* hist, const Unit& u, uint32_t bound) {
     const uint32_t raw = raw_of(bound);
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) {
-      const uint32_t distance =
-          kNegative ? bound - order_above(element(u, e), raw) : larger(element(u, e), raw) - raw;
+      const uint32_t distance = bound - order_above(element(u, e), raw);
       atomicAdd(hist + 255u - min((distance + 0xffffu) >> 16, 255u), 1u);
     }
   }

@@ -68,8 +68,10 @@ struct TopkSlice {
   }
   __device__ __forceinline__ int32_t* out() const { return p.out + row * p.out_stride; }
 
+  // The last order with this head. -0.0 is never a bound: its equal +0.0 is.
   static __device__ __forceinline__ uint32_t full_order(uint32_t head) {
-    return Policy::kBits == 16 ? head : min((head << 16) | 0xffffu, Policy::kLastOrder);
+    if constexpr (Policy::kBits == 16) return head == 0x8000u ? 0x7fffu : head;
+    return min((head << 16) | 0xffffu, Policy::kLastOrder);
   }
 
   // ---- Bound ------------------------------------------------------------------------------------

@@ -107,8 +107,8 @@ struct ThresholdFinder {
   // and waits for whatever follows (docs/notes/topk.md).
   //
   // each(above, visit, rare) calls rare(unit) for every unit of this thread that may hold one of
-  // the k best; with `above`, visit(unit) of every one that may hold one above the bound. `sparse`:
-  // most of these hold none.
+  // the k best; with `above`, visit(unit) for every one that may hold one above the bound instead.
+  // `sparse`: most of these hold none.
   template <class Each>
   __device__ __forceinline__ bool find(Threshold& t, uint32_t k, uint32_t bound, bool sparse,
                                        Each each) {
@@ -119,15 +119,8 @@ struct ThresholdFinder {
     for (int round = above ? 0 : 1;; ++round) {
       if (!above) digit.shift -= 8;
       each(
-          above && bound < Policy::kFirstNegative,
-          [&](const Unit& u) { Policy::template add_above<false>(smem.hist[0], u, bound); },
-          [&](const Unit& u) {
-            if (above) {
-              Policy::template add_above<true>(smem.hist[0], u, bound);
-            } else {
-              Policy::add_digit(smem.hist[round], u, digit);
-            }
-          });
+          above, [&](const Unit& u) { Policy::add_above(smem.hist[0], u, bound); },
+          [&](const Unit& u) { Policy::add_digit(smem.hist[round], u, digit); });
       const RoundPick found = close(round, t.need, above ? kBins - 1 : kBins);
       const Pick& pick = found.pick;
       const bool far = above && pick.found && pick.bin == 0;

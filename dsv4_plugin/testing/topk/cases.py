@@ -57,6 +57,7 @@ ADVERSARIAL = (
     "two_values",
     "crowded",
     "relu_sum",
+    "signed_sum",
     "ascending",
     "descending",
     "one_huge_bin",
