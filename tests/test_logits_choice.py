@@ -37,6 +37,11 @@ def test_auto_takes_the_first_of_the_table(dtype):
     assert why == [*no[first], *no[second]] and asked == [first, second]
 
 
+@pytest.mark.parametrize("dtype,first", [("bf16", "own"), ("fp16", "own"), ("fp32", "host")])
+def test_the_table_itself(dtype, first):
+    assert logits.AUTO[dtype] == (first, "host" if first == "own" else "own")
+
+
 @pytest.mark.parametrize("wish,other", [("host", "own"), ("own", "host")])
 def test_a_wish_is_that_or_its_reasons(wish, other):
     assert decide(wish, "bf16", [], []) == (wish, [], [wish])
@@ -64,14 +69,17 @@ CACHE = CACHE.view(-1, 64, 132)
         {"q": Q[:, 0]},
         {"q": Q.view(torch.uint8)},
         {"q": (Q, None)},
+        {"q": Q.transpose(2, 3).contiguous().transpose(2, 3)},
         {"cache": CACHE.view(torch.int8)},
         {"cache": CACHE[:, :, :68]},
         {"weights": WEIGHTS.bfloat16()},
         {"weights": WEIGHTS[:1]},
+        {"weights": WEIGHTS.t().contiguous().t()},
         {"lengths": LENGTHS.float()},
         {"lengths": [64, 10]},
         {"table": TABLE.long()},
         {"table": TABLE[:1]},
+        {"table": TABLE.repeat(1, 2).t().contiguous().t()},
         {"table": None},
     ],
     ids=lambda change: next(iter(change)),
@@ -95,8 +103,12 @@ BOUND = torch.zeros(2, dtype=torch.int32)
         {"keys": (KEYS[0][:, :64], KEYS[1])},
         {"keys": (KEYS[0], KEYS[1].int())},
         {"keys": (KEYS[0], KEYS[1][:5])},
+        {"keys": (KEYS[0].repeat(2, 1)[::2], KEYS[1])},
+        {"keys": (KEYS[0], KEYS[1].repeat(2)[::2])},
         {"weights": WEIGHTS.half()},
         {"starts": BOUND.float()},
+        {"starts": BOUND.repeat(2)[::2]},
+        {"starts": BOUND[:1]},
         {"ends": BOUND[:, None]},
         {"ends": None},
     ],

@@ -1,4 +1,4 @@
-"""Who computes an engine's index logits: its own DeepGEMM, or the kernels of this package.
+"""Who computes an engine's index logits: the kernels of this package, or its own DeepGEMM.
 
 One decision for all adapters (:func:`choose`), and the calls of our ops on what the engines hand
 their logits functions.
@@ -71,7 +71,7 @@ def paged(
 ) -> torch.Tensor | None:
     """Return ``[rows, columns]`` logits of FP8 queries on FP8 pages; None: another form."""
     if not (
-        _is(q, 4, torch.float8_e4m3fn)
+        _is(q, 4, torch.float8_e4m3fn, packed=2)
         and isinstance(cache, torch.Tensor)
         and cache.dtype == torch.uint8
         and cache.dim() in (3, 4)
@@ -81,7 +81,6 @@ def paged(
         and lengths.dtype in LENGTHS
         and _is(table, 2, torch.int32)
         and table.shape[0] == q.shape[0]
-        and (table.stride(1) == 1 or table.shape[1] == 1)
         and weights.shape[0] == q.shape[0] * q.shape[1]
     ):
         return None
@@ -101,18 +100,23 @@ def dense(
     ``columns`` 0: as many as there are keys. None: the arguments have another form.
     """
     if not (
-        _is(q, 3, torch.float8_e4m3fn)
+        _is(q, 3, torch.float8_e4m3fn, packed=2)
         and isinstance(keys, tuple)
         and len(keys) == 2
-        and _is(keys[0], 2, torch.float8_e4m3fn)
+        and _is(keys[0], 2, torch.float8_e4m3fn, packed=2)
         and keys[0].shape[1] == q.shape[2]
         and isinstance(keys[1], torch.Tensor)
         and keys[1].dtype == torch.float32
+        and keys[1].is_contiguous()
         and keys[1].numel() == keys[0].shape[0]
         and _is(weights, 2, torch.float32)
-        and all(isinstance(x, torch.Tensor) and x.dim() == 1 for x in (starts, ends))
-        and starts.dtype in LENGTHS
-        and ends.dtype in LENGTHS
+        and all(
+            isinstance(x, torch.Tensor)
+            and x.dtype in LENGTHS
+            and x.shape == q.shape[:1]
+            and x.is_contiguous()
+            for x in (starts, ends)
+        )
     ):
         return None
     columns = columns or keys[0].shape[0]
@@ -126,7 +130,9 @@ def dense(
 def failed(error: Exception) -> None:
     """Raise ``error`` where somebody asked for what failed, else leave the selection upstream.
 
-    One that is about the form of this call only (:class:`UnmetError`) changes nothing later.
+    One that is about the form of this call only (:class:`UnmetError`) changes nothing later: the
+    engine's logits serve this call, in float32 even where its DeepGEMM could write bfloat16, and
+    our top-k selects on these.
     """
     if plan.current().strict:
         raise error
@@ -138,8 +144,16 @@ def failed(error: Exception) -> None:
         plan.switch_off("topk", error)
 
 
-def _is(value: Any, dims: int, dtype: torch.dtype) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == dims and value.dtype == dtype
+def _is(value: Any, dims: int, dtype: torch.dtype, packed: int = 1) -> bool:
+    """Whether it is such a tensor, contiguous in its last ``packed`` dimensions."""
+    if not (isinstance(value, torch.Tensor) and value.dim() == dims and value.dtype == dtype):
+        return False
+    step = 1
+    for size, stride in zip(value.shape[: -packed - 1 : -1], value.stride()[::-1], strict=False):
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _counted(topk: Topk, out: torch.Tensor) -> torch.Tensor:
