@@ -126,7 +126,7 @@ def _own_logits(dtype: str, backend: str, kind: _Kind) -> list[str]:
         return ["own logits: V3.2 and GLM have no seam for them in SGLang"]
     reasons = [] if kind.fp4 else _elsewhere(kind)
     reasons += logits.unmet(dtype, backend, kind.device)
-    return reasons or seams.wrap_deep_gemm()
+    return reasons or ([] if kind.fp4 else seams.wrap_deep_gemm())  # fp4: said already
 
 
 def _host_logits(dtype: str, kind: _Kind) -> list[str]:

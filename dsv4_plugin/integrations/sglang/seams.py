@@ -117,8 +117,8 @@ def wrap_deep_gemm(asked: bool = False) -> list[str]:
     With ``asked`` they also have to write bfloat16 when they are asked for it.
 
     Why: SGLang calls the functions that write float32 only, though V4 was trained with bfloat16
-    scores; half the bytes are written and read. Where DeepGEMM has no others our own kernel writes
-    them. May go when SGLang can be told to write bfloat16.
+    scores; half the bytes are written and read. Our own kernel writes them, or DeepGEMM where ours
+    cannot and it has the functions. May go when SGLang can be told to write bfloat16.
     """
     from dsv4_plugin.integrations.sglang import calls
 

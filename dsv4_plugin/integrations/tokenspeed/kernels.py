@@ -1,4 +1,4 @@
-"""The kernels that TokenSpeed's registry gets: logits by DeepGEMM or by us, then our top-k.
+"""The kernels that TokenSpeed's registry gets: logits by us or by DeepGEMM, then our top-k.
 
 On Hopper the indexer of DeepSeek-V4 goes through ``dsa_decode_topk`` and ``dsa_prefill_topk`` with
 a page-planar FP8 plane and bfloat16 queries; ``dsv4_*`` come with FP8 queries. A plane is
@@ -118,7 +118,7 @@ def _dense_logits(
 
 def _read(logits: torch.Tensor | None) -> torch.Tensor:
     if logits is None:
-        raise UnmetError("DSV4_LOGITS=own", ["the call has dtypes or shapes that ours do not take"])
+        raise UnmetError("own logits", ["the call has dtypes, shapes or strides of another form"])
     return logits
 
 
@@ -202,9 +202,9 @@ def dsa_prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Select at prefill among the keys at ``kv_workspace_slots``; returns workspace rows.
 
-    Query ``i`` sees the workspace rows ``row_starts[i] … row_ends[i]``. DeepGEMM's logits keep
-    their absolute columns, so no length has to be read back from the device; they come in blocks
-    of queries that stay below ``max_logits_bytes``.
+    Query ``i`` sees the workspace rows ``row_starts[i] … row_ends[i]``. The logits have a column
+    for every key (DeepGEMM's in its place, ours from column zero), so no length has to be read back
+    from the device; they come in blocks of queries that stay below ``max_logits_bytes``.
     """
     tokens, columns = q.shape[0], kv_workspace_slots.shape[0]
     out = _buffer(out, (tokens, topk), q)
@@ -284,7 +284,8 @@ def dsv4_prefill(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
     """Select at prefill with FP8 queries; offsets in the request, and the gathered keys.
 
-    DeepGEMM shifts every row to column zero (``max_seqlen_k``), as TokenSpeed's own kernel asks.
+    Every row begins at column zero: ours always do, and DeepGEMM shifts them (``max_seqlen_k``), as
+    TokenSpeed's own kernel asks.
     """
     q = index_q[0]
     tokens = q.shape[0]

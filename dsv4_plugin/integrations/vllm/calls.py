@@ -311,7 +311,8 @@ def prefill_chunks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     """Plan the prefill chunks of a step: a budget of bytes holds twice as many bfloat16 logits.
 
     vLLM counts four bytes each, so twice the bytes are the rows that fit. Where the bfloat16 logits
-    fail at a later call, the chunks of that one step are float32 and take twice the budget.
+    fail at a later call, the chunks of that one step are float32 and take twice the budget; so does
+    a chunk whose call has a form that our kernel does not take.
     """
     topk = plan.current().topk
     if topk is not None and topk.dtype != "fp32":

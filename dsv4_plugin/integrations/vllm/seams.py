@@ -321,12 +321,12 @@ def _around(original: Any, ours: Any) -> Any:
 
 
 def _logits(module: Any) -> str:
-    """Mark the index logits on their way to top-k; ask DeepGEMM for bfloat16, or compute them.
+    """Mark the index logits on their way to top-k; compute them, or ask DeepGEMM for bfloat16.
 
     Why: vLLM never passes DeepGEMM's ``logits_dtype``, though V4 was trained with bfloat16 scores;
-    half the bytes are written and read. Where its DeepGEMM cannot write them (0.33 on Hopper) our
-    own kernel does. The mark is what tells our logits from those of other
-    callers of the same top-k.
+    half the bytes are written and read. Our own kernel writes them, or DeepGEMM where ours cannot
+    and it can (not 0.33's on Hopper). The mark is what tells our logits from those of other callers
+    of the same top-k.
     May go when vLLM can be configured to write bfloat16 logits and its top-k reads them.
     """
     names = ("fp8_fp4_paged_mqa_logits", "fp8_fp4_mqa_logits")
