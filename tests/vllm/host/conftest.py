@@ -115,6 +115,20 @@ def run(engine):
 
 
 @pytest.fixture
+def no_own(monkeypatch) -> None:
+    """Our logits kernels are not there, though the top-k is."""
+    from dsv4_plugin import backends
+
+    real = backends.unmet
+    missing = ["the library is not there"]
+    monkeypatch.setattr(
+        backends,
+        "unmet",
+        lambda call, backend: missing if call.op.endswith("logits") else real(call, backend),
+    )
+
+
+@pytest.fixture
 def can_bf16(engine) -> bool:
     """Whether this release's DeepGEMM can be asked for bfloat16."""
     import inspect

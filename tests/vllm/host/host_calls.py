@@ -92,20 +92,27 @@ def test_float32_is_exact_and_the_same_as_upstream(engine, run, batch, monkeypat
 
 
 @batches
-def test_v4_selects_in_bf16(engine, run, batch, monkeypatch, can_bf16):
-    """On logits of the host where it writes bfloat16, else on our own."""
+@pytest.mark.parametrize("whose", ["auto", "host"])
+def test_v4_selects_in_bf16(engine, run, batch, monkeypatch, can_bf16, whose):
+    """On logits of our own; on DeepGEMM's where these are asked for and it writes bfloat16."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_LOGITS", whose)
+    own = whose == "auto"
+    dtype = "bf16" if own or can_bf16 else "fp32"
     problem = engine.problem(**batch)
     got = run(problem)
     wrote = [c for c in engine.calls if c.logits is not None]
-    assert {(c.dtype, c.own) for c in wrote} == {(torch.bfloat16, not can_bf16)}
+    assert {(c.dtype, c.own) for c in wrote} == {
+        (torch.bfloat16 if dtype == "bf16" else torch.float32, own)
+    }
     assert torch.equal(got, engine.expected(problem.k))  # on the very logits it was given
     assert not names(engine) & UPSTREAM_TOPK
     counters = dsv4_plugin.status()["counters"]
-    assert bool(counters.get("logits.bf16")) is can_bf16
-    assert bool(counters.get("logits.own")) is not can_bf16
+    by = {"own": own, "bf16": not own and can_bf16, "upstream": not own and not can_bf16}
+    for name, there in by.items():
+        assert bool(counters.get(f"logits.{name}")) is there, name
     kind = "decode" if batch.get("decode") else "prefill"
-    assert counters[f"topk.{kind}.bf16.torch"] == 1
+    assert counters[f"topk.{kind}.{dtype}.torch"] == 1
 
 
 def test_a_served_call_is_evidence_for_an_ab(engine, run, monkeypatch, tmp_path):
@@ -129,12 +136,13 @@ def test_a_served_call_is_evidence_for_an_ab(engine, run, monkeypatch, tmp_path)
     assert evidence.processes[0]["host"].startswith("vLLM ")
 
 
-@pytest.mark.parametrize("topk", ["fp32", "bf16"])
-def test_ties_go_to_the_lowest_index(engine, run, monkeypatch, can_bf16, topk):
-    if topk == "bf16" and not can_bf16:
-        topk = "auto"  # float32 there; the refusal of bf16 has its own test
+@pytest.mark.parametrize(
+    "topk,whose", [("fp32", "host"), ("fp32", "own"), ("auto", "host"), ("bf16", "auto")]
+)
+def test_ties_go_to_the_lowest_index(engine, run, monkeypatch, topk, whose):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_TOPK", topk)
+    monkeypatch.setenv("DSV4_LOGITS", whose)
     problem = engine.problem(
         decode=(1500, 2000), prefill=((1800, 4),), heads=2, quantum=4.0, seed=3
     )
@@ -204,8 +212,11 @@ def test_topk_off_leaves_the_engines_own(engine, run, monkeypatch):
     assert counters["gather"] == 1
 
 
-def test_native_bf16_on_sm100_is_not_widened(engine, run, monkeypatch):
-    """From 0.33 DeepGEMM writes bfloat16 on SM100 unasked, and vLLM widens it for its top-k."""
+def test_native_bf16_on_sm100_is_not_widened(engine, run, monkeypatch, no_own):
+    """From 0.33 DeepGEMM writes bfloat16 on SM100 unasked, and vLLM widens it for its top-k.
+
+    Our kernels are not for that GPU, so ``auto`` means DeepGEMM there.
+    """
     widens = hasattr(engine.indexer, "as_fp32_logits")
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     if not widens:  # the request is the way there

@@ -20,7 +20,7 @@ def stayed_upstream(engine, problem, got):
     assert names(engine) & UPSTREAM_TOPK
     assert all(c.dtype in (None, torch.float32) for c in engine.calls)
     counters = dsv4_plugin.status()["counters"]
-    assert not {"topk.decode", "topk.prefill", "logits.bf16"} & set(counters)
+    assert not {"topk.decode", "topk.prefill", "logits.bf16", "logits.own"} & set(counters)
 
 
 def why(seam="topk.decode"):
@@ -366,6 +366,25 @@ def test_on_cuda_auto_takes_kernels_only(engine, run, monkeypatch):
     run.build(engine.problem(**MIXED))
     assert decided() == ("cuda", "cuda")
     assert "torch" not in {backend for _, backend in cuda.asked}
+
+
+@pytest.mark.parametrize("op", [None, "paged_logits", "ragged_logits"])
+def test_on_cuda_auto_takes_its_own_logits_and_else_deepgemms(
+    engine, run, monkeypatch, can_bf16, op
+):
+    """Both of ours have to be there: what decode and prefill select on is of one dtype."""
+    from dsv4_plugin.integrations import plan
+
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    Cuda(monkeypatch, {(op, "cuda"): ["no such kernel"]})
+    run.build(engine.problem(**MIXED))
+    topk = plan.current().topk
+    if op is None:
+        want = ("bf16", "cuda", False, "own")
+    else:
+        want = ("bf16", "cuda", True, "host") if can_bf16 else ("fp32", "cuda", False, "host")
+        assert can_bf16 or "own logits by cuda: no such kernel" in why("logits")
+    assert (topk.dtype, topk.backend, topk.ask, topk.logits) == want
 
 
 def test_on_cuda_without_the_library_upstream_is_before_torch(engine, run, monkeypatch):

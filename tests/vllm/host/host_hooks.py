@@ -16,6 +16,7 @@ from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.integrations.vllm import register, unregister
 
 MIXED = BATCHES["mixed"]
+whose = pytest.mark.parametrize("whose", ["auto", "host"])
 
 
 def places(engine):
@@ -189,6 +190,7 @@ def broken(*args, **kwargs):
 @pytest.mark.parametrize("model", ["deepseek_v4", "deepseek_v32"])
 def test_a_topk_that_fails_costs_no_request(engine, run, monkeypatch, caplog, model):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_LOGITS", "host")
     monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
     problem = engine.problem(**MIXED)
     got = run(problem, model=model)
@@ -218,8 +220,10 @@ def test_a_topk_that_fails_costs_no_request(engine, run, monkeypatch, caplog, mo
     assert "topk.decode" not in status["counters"]
 
 
-def test_after_a_failure_logits_are_float32_again(engine, run, monkeypatch):
+@whose
+def test_after_a_failure_logits_are_float32_again(engine, run, monkeypatch, whose):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_LOGITS", whose)
     monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
     problem = engine.problem(**MIXED)
     with engine.gpu(), engine.config():
@@ -227,7 +231,8 @@ def test_after_a_failure_logits_are_float32_again(engine, run, monkeypatch):
         engine.step(layer, problem)
         engine.calls.clear()
         engine.step(layer, problem)
-    assert {c.dtype for c in engine.calls if c.logits is not None} == {torch.float32}
+    wrote = {(c.dtype, c.own) for c in engine.calls if c.logits is not None}
+    assert wrote == {(torch.float32, False)}
 
 
 def test_under_strict_a_failure_is_raised(engine, run, monkeypatch):
@@ -251,15 +256,22 @@ def test_a_gather_that_fails_costs_no_request(engine, run, monkeypatch, caplog):
     assert [r for r in caplog.records if r.levelno == logging.ERROR]
 
 
-def test_a_deepgemm_that_cannot_write_bf16_costs_no_request(engine, run, monkeypatch, can_bf16):
+@whose
+def test_a_deepgemm_that_cannot_write_bf16_costs_no_request(
+    engine, run, monkeypatch, can_bf16, whose
+):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_LOGITS", whose)
     engine.deep_gemm.fail_on_bf16 = True
     problem = engine.problem(**MIXED)
     got = run(problem)
     assert torch.equal(got, engine.expected(problem.k))
-    wrote = {c.dtype for c in engine.calls if c.logits is not None}
-    assert wrote == {torch.float32 if can_bf16 else torch.bfloat16}  # or ours, from the start
-    assert bool(names(engine) & UPSTREAM_TOPK) is can_bf16
+    wrote = {(c.dtype, c.own) for c in engine.calls if c.logits is not None}
+    if whose == "auto":  # ours from the start: nobody asks it
+        assert wrote == {(torch.bfloat16, True)} and not names(engine) & UPSTREAM_TOPK
+        return
+    assert wrote == {(torch.float32, False)}
+    assert bool(names(engine) & UPSTREAM_TOPK) is can_bf16  # asked, failed, switched off
 
 
 # --- other people's patches ------------------------------------------------------------------
@@ -283,9 +295,11 @@ def test_a_later_patch_of_somebody_else_stays(engine, monkeypatch, caplog):
         ops.top_k_per_row_prefill = original
 
 
-def test_bf16_is_not_written_once_its_reader_was_replaced(engine, run, monkeypatch, can_bf16):
+@whose
+def test_bf16_is_not_written_once_its_reader_was_replaced(engine, run, monkeypatch, whose):
     """Upstream's kernels cannot read bfloat16, so no logits may be written that way then."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_LOGITS", whose)
     problem = engine.problem(**MIXED)
     with engine.gpu(), engine.config():
         layer = engine.layer(problem)
@@ -302,11 +316,12 @@ def test_bf16_is_not_written_once_its_reader_was_replaced(engine, run, monkeypat
 
 def test_a_deepgemm_that_vllm_resolved_anew_is_asked_again(engine, run, monkeypatch, can_bf16):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_LOGITS", "host")
     run(engine.problem(**MIXED))
     engine.install_deep_gemm()
     run(engine.problem(**MIXED))
     wrote = {(c.dtype, c.own) for c in engine.calls if c.logits is not None}
-    assert wrote == {(torch.bfloat16, not can_bf16)}
+    assert wrote == {(torch.bfloat16 if can_bf16 else torch.float32, False)}
 
 
 def test_a_call_our_kernel_does_not_take_is_one_call_upstream(engine, run, monkeypatch, caplog):

@@ -80,13 +80,22 @@ def test_other_dtypes(engine, run, own, monkeypatch, topk, model, dtype):
     assert not names(engine) & UPSTREAM_TOPK
 
 
-def test_fp16_is_ours_unasked(engine, run, monkeypatch):
-    """No DeepGEMM writes float16, so `auto` takes ours."""
+@pytest.mark.parametrize(
+    "topk,dtype,own",
+    [
+        ("auto", torch.bfloat16, True),
+        ("bf16", torch.bfloat16, True),
+        ("fp16", torch.float16, True),
+        ("fp32", torch.float32, False),
+    ],
+)
+def test_whose_they_are_where_nobody_says(engine, run, monkeypatch, topk, dtype, own):
+    """Ours in 16 bits, whatever DeepGEMM can; the engine's in float32."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
-    monkeypatch.setenv("DSV4_TOPK", "fp16")
+    monkeypatch.setenv("DSV4_TOPK", topk)
     problem = engine.problem(**MIXED)
     got = run(problem)
-    assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.float16, True)}
+    assert {(c.dtype, c.own) for c in logits(engine)} == {(dtype, own)}
     assert torch.equal(got, engine.expected(problem.k))
 
 
@@ -172,15 +181,23 @@ def refused_once(monkeypatch, name):
     monkeypatch.setattr(f"dsv4_plugin.logits.{name}", ours)
 
 
-def test_a_call_ours_does_not_take_is_deepgemms(engine, run, monkeypatch, can_bf16):
-    """Where nobody asked for ours: this call in float32 by DeepGEMM, the next one is ours again."""
+@pytest.mark.parametrize("topk", ["auto", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "op,batch", [("paged_logits", {"decode": (700, 40)}), ("ragged_logits", LATER)]
+)
+def test_a_call_ours_does_not_take_is_deepgemms(engine, run, monkeypatch, topk, op, batch):
+    """Where nobody asked for ours: this call in float32 by DeepGEMM, the next one is ours again.
+
+    Also where DeepGEMM could write bfloat16: it is asked where that was decided, and only there.
+    """
     monkeypatch.setenv("DSV4_PLUGIN", "1")
-    monkeypatch.setenv("DSV4_TOPK", "fp16")
-    refused_once(monkeypatch, "paged_logits")
-    problem = engine.problem(decode=(700, 40))
+    monkeypatch.setenv("DSV4_TOPK", topk)
+    refused_once(monkeypatch, op)
+    problem = engine.problem(**batch)
+    half = torch.float16 if topk == "fp16" else torch.bfloat16
     with engine.gpu(), engine.config():
         layer = engine.layer(problem)
-        for dtype, own in ((torch.float32, False), (torch.float16, True)):
+        for dtype, own in ((torch.float32, False), (half, True)):
             engine.calls.clear()
             got = engine.step(layer, problem)
             assert [(c.dtype, c.own) for c in logits(engine)] == [(dtype, own)]
@@ -252,27 +269,42 @@ def test_own_and_no_topk_contradict(engine, run, own, monkeypatch):
         run.build(engine.problem(**MIXED))
 
 
-def test_auto_without_either_says_both(engine, run, monkeypatch, can_bf16):
-    """bfloat16 by nobody: float32, and the reasons of the host and of ours."""
-    from dsv4_plugin import backends
-
+@batches
+def test_auto_is_deepgemms_where_ours_cannot(
+    engine, run, monkeypatch, caplog, can_bf16, no_own, batch
+):
+    """bfloat16 where it writes that; by nobody: float32, and the reasons of the host and ours."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
-    real = backends.unmet
-    missing = ["the library is not there"]
-    monkeypatch.setattr(
-        backends,
-        "unmet",
-        lambda call, backend: missing if call.op.endswith("logits") else real(call, backend),
-    )
-    problem = engine.problem(**MIXED)
+    problem = engine.problem(**batch)
     got = run(problem)
     dtype = torch.bfloat16 if can_bf16 else torch.float32
     assert {(c.dtype, c.own) for c in logits(engine)} == {(dtype, False)}
     assert torch.equal(got, engine.expected(problem.k))
-    if not can_bf16:
-        why = dsv4_plugin.status()["seams"]["logits"]["why"]
-        assert "takes no logits_dtype" in why
-        assert "own logits by torch: the library is not there" in why
+    assert not names(engine) & UPSTREAM_TOPK
+    counters = dsv4_plugin.status()["counters"]
+    assert "logits.own" not in counters and bool(counters.get("logits.bf16")) is can_bf16
+    seam = dsv4_plugin.status()["seams"]["logits"]
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+    assert seam["engaged"] is can_bf16
+    if can_bf16:
+        assert "bf16 by torch on bf16 logits" in line
+        return
+    for part in ("takes no logits_dtype", "own logits by torch: the library is not there"):
+        assert part in seam["why"] and part in line
+
+
+def test_bf16_where_ours_cannot(engine, run, monkeypatch, can_bf16, no_own):
+    """An explicit dtype: DeepGEMM's, or one error with the reasons of both."""
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_TOPK", "bf16")
+    problem = engine.problem(**MIXED)
+    if can_bf16:
+        run(problem)
+        assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.bfloat16, False)}
+        return
+    with pytest.raises(UnmetError, match="takes no logits_dtype") as caught:
+        run.build(problem)
+    assert "own logits by torch: the library is not there" in caught.value.unmet
 
 
 def test_additional_config(engine, run):

@@ -42,9 +42,14 @@ def test_the_output_is_the_same_without(engine, run, monkeypatch):
 
 
 @batches
-def test_the_output_stays_and_the_counters_are_right(engine, run, batch, monkeypatch):
-    """In bfloat16 on 0.26, in float32 on 0.33."""
-    enable(monkeypatch)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"DSV4_LOGITS": "host"}, {"DSV4_TOPK": "fp32"}],
+    ids=["own bf16", "host", "fp32"],
+)
+def test_the_output_stays_and_the_counters_are_right(engine, run, batch, monkeypatch, settings):
+    """In bfloat16, ours and (on 0.26) DeepGEMM's, and in float32."""
+    enable(monkeypatch, **settings)
     problem = engine.problem(**batch)
     got = run(problem)
     assert torch.equal(got, engine.expected(problem.k))
@@ -121,8 +126,8 @@ def test_a_shadow_that_fails_disturbs_nothing(engine, run, monkeypatch, caplog):
     assert {r.levelno for r in caplog.records if "no such kernel" in r.message} == {logging.ERROR}
 
 
-@pytest.mark.parametrize("logits", ["auto", "own"])
-def test_prefill_in_parts_counts_the_same(engine, run, monkeypatch, logits):
+@pytest.mark.parametrize("logits", ["auto", "host"])
+def test_prefill_in_parts_counts_the_same(engine, run, monkeypatch, logits, can_bf16):
     enable(monkeypatch)
     monkeypatch.setenv("DSV4_LOGITS", logits)
     monkeypatch.setattr(shadow, "_SCRATCH_BYTES", 1)  # a row at a time where scores are widened
@@ -132,7 +137,7 @@ def test_prefill_in_parts_counts_the_same(engine, run, monkeypatch, logits):
     assert (found["rows"], found["entries"]) == (8, 8 * 512)
     assert found["agree"] + found["tied"] == found["entries"]
     calls = [c for c in engine.calls if c.name == "top_k_per_row_prefill"]
-    assert len(calls) == 8
+    assert len(calls) == (8 if logits == "auto" or can_bf16 else 1)  # float32 is not widened
 
 
 # --- memory ----------------------------------------------------------------------------------
@@ -146,7 +151,8 @@ def split(seq_lens, query_lens, workspace, budget):
     return function(torch.tensor(seq_lens), torch.tensor(query_lens), workspace, budget)
 
 
-def test_the_prefill_budget_counts_two_bytes_for_bf16(engine, run, monkeypatch):
+@pytest.mark.parametrize("logits", ["auto", "host"])
+def test_the_prefill_budget_counts_two_bytes_for_bf16(engine, run, monkeypatch, can_bf16, logits):
     """``VLLM_SPARSE_INDEXER_MAX_LOGITS_MB`` holds twice the rows."""
     lens, queries, budget = [4096, 1024], [300, 100], 4096 * 100 * 4
     upstream = split(lens, queries, 1 << 20, budget)
@@ -161,8 +167,12 @@ def test_the_prefill_budget_counts_two_bytes_for_bf16(engine, run, monkeypatch):
     assert seam["where"] and not seam["engaged"]
 
     monkeypatch.setenv("DSV4_TOPK", "auto")
+    monkeypatch.setenv("DSV4_LOGITS", logits)
     run(problem)
     chunks = split(lens, queries, 1 << 20, budget)
+    if logits == "host" and not can_bf16:
+        assert chunks == upstream and not dsv4_plugin.status()["seams"]["budget"]["engaged"]
+        return
     assert dsv4_plugin.status()["seams"]["budget"]["engaged"]
     assert [q.stop - q.start for _, q in chunks] == [200, 100, 100]
     for requests, rows in chunks:
@@ -192,9 +202,12 @@ def test_a_planner_that_counts_otherwise_is_left_alone(engine, monkeypatch):
     assert seam["where"] is None and "four bytes" in seam["why"]
 
 
-def test_what_bf16_saves_is_in_the_status(engine, run, monkeypatch):
+@pytest.mark.parametrize("logits", ["auto", "host"])
+def test_what_bf16_saves_is_in_the_status(engine, run, monkeypatch, can_bf16, logits):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_LOGITS", logits)
     problem = engine.problem(decode=(700, 40), max_model_len=4096)
     run(problem)
     peaks = dsv4_plugin.status().get("peaks", {})
-    assert peaks == {"logits.saved_mib": round(2 * 4096 * 2 / 2**20, 3)}
+    saved = {"logits.saved_mib": round(2 * 4096 * 2 / 2**20, 3)}
+    assert peaks == (saved if logits == "auto" or can_bf16 else {})
