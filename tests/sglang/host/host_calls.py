@@ -26,6 +26,8 @@ BATCHES = {
 }
 batches = pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 v2 = pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+whose = pytest.mark.parametrize("whose", ["auto", "host"])  # logits by us, or by DeepGEMM
+WROTE = {"auto": {"logits.own": 1, "logits.own.bf16.torch": 1}, "host": {"logits.bf16": 1}}
 
 
 def counters():
@@ -47,18 +49,20 @@ def test_nobody_asked_nothing_changes(engine, load, batch, v2):
 @batches
 @v2
 @pytest.mark.parametrize("raw", [False, True], ids=["slots", "slots and raw"])
-def test_auto_is_exact_on_bfloat16(engine, load, batch, v2, raw):
-    load()
+@whose
+def test_auto_is_exact_on_bfloat16(engine, load, batch, v2, raw, whose):
+    load(DSV4_LOGITS=whose)
     problem = engine.problem(**batch, raw=raw)
     out = engine.step(problem, v2=v2)
     want = expected(engine, problem)
     assert engine.logits_of().dtype == torch.bfloat16
+    assert engine.logits_of().own is (whose == "auto")
     assert torch.equal(canonical(out), canonical(problem.slots(want)))
     if raw:
         assert torch.equal(canonical(problem.raw), want)
         assert torch.equal(problem.slots(problem.raw), out)  # one order for both
     assert not names(engine) & UPSTREAM
-    assert counters() == {"logits.bf16": 1, "topk.paged": 1, "topk.paged.bf16.torch": 1}
+    assert counters() == {**WROTE[whose], "topk.paged": 1, "topk.paged.bf16.torch": 1}
 
 
 @batches
@@ -67,7 +71,7 @@ def test_float32_is_exact_on_upstreams_logits(engine, load, batch, v2):
     load(DSV4_TOPK="fp32")
     problem = engine.problem(**batch)
     out = engine.step(problem, v2=v2)
-    assert engine.logits_of().dtype == torch.float32
+    assert (engine.logits_of().dtype, engine.logits_of().own) == (torch.float32, False)
     assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
     assert not names(engine) & UPSTREAM
     assert counters() == {"topk.paged": 1, "topk.paged.fp32.torch": 1}
@@ -99,7 +103,7 @@ def test_rows_up_to_k_need_no_scores(engine, load, monkeypatch, poison, topk, pr
 
     monkeypatch.setattr(engine.maths, "_new", lambda *a: real(*a).fill_(poison))
     monkeypatch.setattr(engine.maths, "_record", poisoned)
-    load(DSV4_TOPK=topk)
+    load(DSV4_TOPK=topk, DSV4_LOGITS="host")
     problem = engine.problem(lengths, raw=True, prefill=prefill)
     engine.step(problem)
     for row, n in enumerate(lengths):

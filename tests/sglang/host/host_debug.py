@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from conftest import INDEXER
 from told import check_process, told
@@ -19,8 +20,11 @@ def test_everything_is_told(engine, load, caplog):
         assert f"hook around {INDEXER}.{name}: registered; SGLang applies it" in text
     engine.step(engine.problem())
     text = "\n".join(told(caplog))
-    assert "DeepSeek-V4 indexer, k 512, cpu: DSV4_TOPK=auto, top-k in bf16: torch on bf16" in text
-    assert "DSV4_LOGITS=auto, bf16 logits by host: yes" in text
+    assert (
+        "DeepSeek-V4 indexer, k 512, cpu: DSV4_TOPK=auto, top-k in bf16: torch on own bf16" in text
+    )
+    assert "DSV4_LOGITS=auto, bf16 logits by own: yes" in text
+    assert "bf16 logits by host" not in text  # not asked for needlessly
     assert "patch deep_gemm.fp8_mqa_logits: applied, in place of " in text
     assert "device cpu: no GPU" in text
     assert "topk on cpu (bfloat16, k 512): torch, as torch was asked for (not cuda: " in text
@@ -31,15 +35,17 @@ def test_everything_is_told(engine, load, caplog):
     assert f"hook around {INDEXER}.{engine.topk_names()[0]}: taken back" in text
 
 
-def test_each_kind_of_call_is_told_with_its_reasons(engine, load, caplog):
+@pytest.mark.parametrize("can_bf16", [False, True])
+def test_each_kind_of_call_is_told_with_its_reasons(engine, load, caplog, no_own, can_bf16):
     load(DSV4_LOG="debug")
     engine.dsa_step(torch.randn(2, 1536), engine.problem((1500, 3)))
-    engine.install_deep_gemm(has_logits_dtype=False)
+    engine.install_deep_gemm(has_logits_dtype=can_bf16)
     engine.step(engine.problem())
     text = "\n".join(told(caplog))
     assert "DSA top-k, k 512, cpu: DSV4_TOPK=auto, top-k in fp32: torch on float32 logits" in text
-    assert "bf16 logits by host: no: deep_gemm." in text
-    assert "bf16 logits by own: yes" in text
+    own = text.index("bf16 logits by own: no: own logits by torch: the library is not there")
+    host = f"bf16 logits by host: {'yes' if can_bf16 else 'no: deep_gemm.'}"
+    assert own < text.index(host)
 
 
 def test_a_seam_that_is_missing_is_told_with_its_reason(engine, load, monkeypatch, caplog):

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from conftest import expected, names
+from host_calls import whose
 
 import dsv4_plugin
 from dsv4_plugin.errors import SettingError, UnmetError
@@ -28,14 +29,15 @@ def decide(engine, k=512, device="cpu", fp4=False, backend=None):
     return guard.for_v4(owner, layer, torch.device(device))
 
 
-def test_one_active_line(engine, load, caplog):
-    load()
+@whose
+def test_one_active_line(engine, load, caplog, whose):
+    load(DSV4_LOGITS=whose)
     problem = engine.problem()
     engine.step(problem, twice=True)
     engine.step(problem)
     (line,) = [line for line in lines(caplog) if "active" in line]
     assert line.startswith(f"dsv4 active in SGLang {engine.version}, DeepSeek-V4 indexer, k 512")
-    assert "bf16 by torch on bf16 logits" in line
+    assert f"bf16 by torch on {'own ' if whose == 'auto' else ''}bf16 logits" in line
     seams = dsv4_plugin.status()["seams"]
     assert {name for name, seam in seams.items() if seam["engaged"]} == {
         "flag", "forward", "topk.paged", "logits",
@@ -110,7 +112,7 @@ def test_another_dsa_backend_keeps_its_hands(engine, load, caplog):
     assert engine.logits_of().dtype == torch.float32
     assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
     counters = dsv4_plugin.status()["counters"]
-    assert "topk.paged" not in counters and "logits.bf16" not in counters
+    assert not {"topk.paged", "logits.bf16", "logits.own"} & set(counters)
     assert any("--dsa-topk-backend torch" in line for line in lines(caplog))
 
 
@@ -124,6 +126,8 @@ def test_an_mxfp4_cache_is_upstreams(engine, load, caplog):
     load()
     assert decide(engine, fp4=True) is None
     assert any("MXFP4" in line for line in lines(caplog))
+    plain = engine.pristine[engine.deep_gemm, "fp8_mqa_logits"]
+    assert engine.deep_gemm.fp8_mqa_logits is plain  # nothing of DeepGEMM is wrapped for it
 
 
 def test_a_draft_model_has_a_decision_of_its_own(engine, load):
@@ -158,21 +162,34 @@ def test_v32_is_never_bfloat16(engine, load):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Answers for a CUDA device: the compute capability, and what each backend lacks."""
+    """Answers for a CUDA device: the compute capability, and what each backend or op lacks."""
     from dsv4_plugin.integrations.sglang import guard
 
     answers = {"capability": (9, 0), "unmet": {}}
     monkeypatch.setattr(guard.backends, "capability", lambda device: answers["capability"])
     monkeypatch.setattr(
-        guard.backends, "unmet", lambda call, backend: answers["unmet"].get(backend, [])
+        guard.backends,
+        "unmet",
+        lambda call, backend: answers["unmet"].get(call.op) or answers["unmet"].get(backend, []),
     )
     return answers
 
 
-def test_on_hopper_with_kernels(engine, load, on_gpu):
-    load()
+@pytest.mark.parametrize(
+    "whose,missing,want",
+    [
+        ("auto", {}, (False, "own")),
+        ("host", {}, (True, "host")),
+        ("auto", {"paged_logits": ["no such kernel"]}, (True, "host")),
+        ("auto", {"ragged_logits": ["no such kernel"]}, (True, "host")),
+    ],
+)
+def test_on_hopper_with_kernels(engine, load, on_gpu, whose, missing, want):
+    """Ours if there are both, since decode and prefill share a decision; else DeepGEMM's."""
+    on_gpu["unmet"] = missing
+    load(DSV4_LOGITS=whose)
     topk = decide(engine, device="cuda:0")
-    assert (topk.dtype, topk.backend, topk.ask) == ("bf16", "cuda", True)
+    assert (topk.dtype, topk.backend, topk.ask, topk.logits) == ("bf16", "cuda", *want)
 
 
 def test_on_hopper_without_kernels_auto_never_takes_torch(engine, load, on_gpu, caplog):
@@ -201,11 +218,11 @@ def test_on_another_gpu_every_reason_is_listed(engine, load, on_gpu):
 
 
 @pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
-@pytest.mark.parametrize("topk", ["bf16", "fp32"])
+@pytest.mark.parametrize("topk,logits", [("bf16", "auto"), ("bf16", "host"), ("fp32", "auto")])
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
-def test_an_op_that_raises(engine, load, monkeypatch, caplog, topk, v2, prefill):
+def test_an_op_that_raises(engine, load, monkeypatch, caplog, topk, logits, v2, prefill):
     """The same call is upstream's, on the logits there are; the next one has float32 again."""
-    load(DSV4_TOPK=topk)
+    load(DSV4_TOPK=topk, DSV4_LOGITS=logits)
     monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
     problem = engine.problem((600, 1100, 1500), raw=True, prefill=prefill)
     out = engine.step(problem, v2=v2)
@@ -217,7 +234,7 @@ def test_an_op_that_raises(engine, load, monkeypatch, caplog, topk, v2, prefill)
     assert [c.dtype for c in engine.calls if c.name.startswith("topk")] == [torch.float32]
     engine.calls.clear()
     engine.step(problem, v2=v2)
-    assert engine.logits_of().dtype == torch.float32
+    assert (engine.logits_of().dtype, engine.logits_of().own) == (torch.float32, False)
     errors = lines(caplog, logging.ERROR)
     assert len(errors) == 1 and "no such kernel image" in errors[0]
     assert "SGLang" in errors[0]
@@ -246,19 +263,21 @@ def test_strict_raises_instead(engine, load, monkeypatch):
         engine.step(engine.problem())
 
 
-def test_a_deepgemm_that_fails_on_bfloat16(engine, load, caplog):
-    load()
+@whose
+def test_a_deepgemm_that_fails_on_bfloat16(engine, load, caplog, whose):
+    load(DSV4_LOGITS=whose)
     engine.maths.fail_on_bf16 = True
     problem = engine.problem()
     out = engine.step(problem)
-    assert engine.logits_of().dtype == torch.float32
     assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
-    assert "topk_v2" in names(engine)
-    assert len(lines(caplog, logging.ERROR)) == 1
+    asked = whose == "host"  # `auto` is ours from the start
+    assert engine.logits_of().dtype == (torch.float32 if asked else torch.bfloat16)
+    assert ("topk_v2" in names(engine)) is asked
+    assert len(lines(caplog, logging.ERROR)) == asked
 
 
 def test_a_deepgemm_that_fails_on_bfloat16_strictly(engine, load):
-    load(DSV4_STRICT="1")
+    load(DSV4_STRICT="1", DSV4_LOGITS="host")
     engine.maths.fail_on_bf16 = True
     with pytest.raises(RuntimeError, match="cannot compile"):
         engine.step(engine.problem())

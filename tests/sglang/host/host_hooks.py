@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import INDEXER, expected, names, places
+from host_calls import whose
 
 import dsv4_plugin
 from dsv4_plugin.errors import UnmetError
@@ -168,11 +169,12 @@ def test_a_second_plugin_that_replaces_upstream_stays_below_ours(engine, load):
     assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
 
 
-def test_an_attribute_replaced_later_is_noticed(engine, load, caplog):
-    """bfloat16 is not asked for once its reader has been replaced."""
+@whose
+def test_an_attribute_replaced_later_is_noticed(engine, load, caplog, whose):
+    """bfloat16 is not written once its reader has been replaced."""
     from dsv4_plugin.integrations.sglang import unregister
 
-    load()
+    load(DSV4_LOGITS=whose)
     engine.step(engine.problem())
     seen = []
 

@@ -12,6 +12,10 @@ import dsv4_plugin
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.testing.host_parts import canonical
 
+can_bf16 = pytest.mark.parametrize(
+    "can_bf16", [False, True], ids=["DeepGEMM in float32", "DeepGEMM in bfloat16"]
+)
+
 
 def check(engine, problem, out, dtype, own):
     call = engine.logits_of()
@@ -48,14 +52,43 @@ def test_own_logits_are_deepgemms_rounded(engine, load, batch, v2):
 
 
 @pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
-def test_without_bfloat16_in_deepgemm_auto_is_ours(engine, load, caplog, prefill):
+@can_bf16
+def test_auto_is_ours(engine, load, caplog, prefill, can_bf16):
     load()
-    engine.install_deep_gemm(has_logits_dtype=False)
+    engine.install_deep_gemm(has_logits_dtype=can_bf16)
     problem = engine.problem((600, 1100, 1500), prefill=prefill)
     check(engine, problem, engine.step(problem), torch.bfloat16, True)
     (line,) = [line for line in lines(caplog) if "active" in line]
     assert "bf16 by torch on own bf16 logits" in line
     assert dsv4_plugin.status()["seams"]["logits"]["engaged"]
+
+
+@pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
+@can_bf16
+def test_auto_is_deepgemms_where_ours_cannot(engine, load, caplog, no_own, prefill, can_bf16):
+    """In bfloat16 where it writes that, else in float32, and the line has both reasons."""
+    load()
+    engine.install_deep_gemm(has_logits_dtype=can_bf16)
+    problem = engine.problem((600, 1100, 1500), prefill=prefill)
+    dtype = torch.bfloat16 if can_bf16 else torch.float32
+    check(engine, problem, engine.step(problem), dtype, False)
+    assert not names(engine) & UPSTREAM
+    assert "logits.own" not in counters() and (counters().get("logits.bf16") == 1) is can_bf16
+    (line,) = [line for line in lines(caplog) if "active" in line]
+    assert dsv4_plugin.status()["seams"]["logits"]["engaged"] is can_bf16
+    if can_bf16:
+        assert "bf16 by torch on bf16 logits" in line
+        return
+    for part in ("takes no logits_dtype", "own logits by torch: the library is not there"):
+        assert part in line
+
+
+def test_bf16_that_nobody_can_write_is_one_error(engine, load, no_own):
+    load(DSV4_TOPK="bf16")
+    engine.install_deep_gemm(has_logits_dtype=False)
+    with pytest.raises(UnmetError, match="takes no logits_dtype") as caught:
+        engine.step(engine.problem())
+    assert "own logits by torch: the library is not there" in caught.value.unmet
 
 
 @pytest.mark.parametrize("topk,dtype", [("fp32", torch.float32), ("fp16", torch.float16)])
@@ -104,12 +137,13 @@ def test_a_topk_that_fails_leaves_logits_that_upstream_reads(engine, load, monke
 
 
 @pytest.mark.parametrize("asked_for", [False, True], ids=["auto", "own"])
-def test_a_call_ours_does_not_take(engine, load, monkeypatch, asked_for):
-    """Nobody asked: DeepGEMM's for this call. Somebody asked: an error."""
+@can_bf16
+def test_a_call_ours_does_not_take(engine, load, monkeypatch, asked_for, can_bf16):
+    """Nobody asked: DeepGEMM's for this call, in float32 in any case. Somebody asked: an error."""
     from dsv4_plugin import logits
 
     load(DSV4_LOGITS="own" if asked_for else "auto")
-    engine.install_deep_gemm(has_logits_dtype=False)
+    engine.install_deep_gemm(has_logits_dtype=can_bf16)
     real, answers = logits.paged_logits, [UnmetError("backend 'cuda'", ["q has 8 heads"])]
     monkeypatch.setattr(
         "dsv4_plugin.logits.paged_logits",

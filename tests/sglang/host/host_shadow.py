@@ -28,11 +28,13 @@ def entries(problem):
 
 @batches
 @pytest.mark.parametrize(
-    ("v2", "raw"), [(False, True), (True, False)], ids=["v1, slots and raw", "v2, slots"]
+    ("v2", "raw", "logits"),
+    [(False, True, "auto"), (False, True, "host"), (True, False, "auto")],
+    ids=["v1, slots and raw", "v1, slots and raw, DeepGEMM's logits", "v2, slots"],
 )
-def test_the_output_stays_and_the_counters_are_right(engine, load, batch, v2, raw):
+def test_the_output_stays_and_the_counters_are_right(engine, load, batch, v2, raw, logits):
     """Slots are compared as they are; the columns, where SGLang asks for them, tell ties too."""
-    load(DSV4_SHADOW="1", DSV4_TOPK="auto" if raw else "fp32")
+    load(DSV4_SHADOW="1", DSV4_TOPK="auto" if raw else "fp32", DSV4_LOGITS=logits)
     problem = engine.problem(**batch, raw=raw)
     out = engine.step(problem, v2=v2)
     want = expected(engine, problem)
@@ -87,12 +89,13 @@ def test_a_shadow_that_fails_disturbs_nothing(engine, load, monkeypatch, caplog)
     assert sum("no such kernel" in r.message for r in caplog.records) == 1
 
 
-def test_what_bf16_saves_is_in_the_status(engine, load):
-    load()
+@pytest.mark.parametrize("logits,row", [("auto", 16), ("host", 1024)], ids=["auto", "host"])
+def test_what_bf16_saves_is_in_the_status(engine, load, logits, row):
+    load(DSV4_LOGITS=logits)
     problem = engine.problem((1500, 3))
     engine.step(problem)
     call = engine.logits_of()
     assert call.dtype == torch.bfloat16
-    columns = -(-call.logits.shape[1] // 512) * 512  # rows of whole 1,024 bytes
+    columns = -(-2 * call.logits.shape[1] // row) * row // 2  # rows of whole 16 or 1,024 bytes
     saved = round(2 * columns * 2 / 2**20, 3)
     assert dsv4_plugin.status()["peaks"] == {"logits.saved_mib": saved}
