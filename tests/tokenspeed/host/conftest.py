@@ -70,6 +70,20 @@ def load(engine, monkeypatch):
 
 
 @pytest.fixture
+def no_own(monkeypatch) -> None:
+    """Our logits kernels are not there, though the top-k is."""
+    from dsv4_plugin import backends
+
+    real = backends.unmet
+    missing = ["the library is not there"]
+    monkeypatch.setattr(
+        backends,
+        "unmet",
+        lambda call, backend: missing if call.op.endswith("logits") else real(call, backend),
+    )
+
+
+@pytest.fixture
 def upstream(engine, monkeypatch):
     """Stand in for TokenSpeed's own kernels, which need a GPU; records what they are called with.
 

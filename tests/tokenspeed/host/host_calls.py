@@ -16,7 +16,10 @@ BATCHES = {
     "only short rows": (512, 64, 1),
 }
 batches = pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
-dtypes = pytest.mark.parametrize("topk", ["bf16", "fp32"])
+# In 16 bits `auto` is ours, in float32 DeepGEMM's.
+dtypes = pytest.mark.parametrize(
+    "topk,logits", [("bf16", "auto"), ("bf16", "host"), ("fp32", "auto")]
+)
 
 
 def counters():
@@ -24,7 +27,7 @@ def counters():
 
 
 def best(engine, lengths, k, call=-1):
-    """The exact answer, from the logits that DeepGEMM's stand-in wrote."""
+    """The exact answer, from the logits that were written."""
     recorded = engine.calls[call]
     spans = [(begin, begin + n) for (begin, _), n in zip(recorded.spans, lengths, strict=True)]
     rows = zip(recorded.logits, spans, strict=True)
@@ -47,15 +50,19 @@ def through(table, indices):
 @batches
 @dtypes
 @pytest.mark.parametrize("pad", [0, 1024, 4], ids=["dense", "arena", "arena of odd words"])
-def test_dsa_decode_logical_offsets(engine, load, lengths, topk, pad):
-    load(DSV4_TOPK=topk)
+def test_dsa_decode_logical_offsets(engine, load, lengths, topk, logits, pad):
+    load(DSV4_TOPK=topk, DSV4_LOGITS=logits)
     batch = engine.batch(lengths, pad=pad)
     got, lens = decode(engine, batch)
     want_dtype = torch.bfloat16 if topk == "bf16" else torch.float32
-    assert engine.calls[-1].dtype == want_dtype
+    own = (topk, logits) == ("bf16", "auto")
+    assert (engine.calls[-1].dtype, engine.calls[-1].own) == (want_dtype, own)
     assert torch.equal(canonical(got), best(engine, lengths, 512))
     assert lens.tolist() == [min(n, 512) for n in lengths]
-    assert counters() == {"topk.dsa_decode_topk": 1, f"topk.dsa_decode_topk.{topk}.torch": 1}
+    assert counters() == {
+        **({"logits.own": 1, "logits.own.bf16.torch": 1} if own else {}),
+        "topk.dsa_decode_topk": 1, f"topk.dsa_decode_topk.{topk}.torch": 1,
+    }  # fmt: skip
 
 
 @batches
@@ -175,8 +182,8 @@ def prefill(engine, requests, k=512, pad=1024, seed=0, **kwargs):
 )
 @dtypes
 @pytest.mark.parametrize("pad", [0, 1024], ids=["dense", "arena"])
-def test_dsa_prefill(engine, load, requests, topk, pad):
-    load(DSV4_TOPK=topk)
+def test_dsa_prefill(engine, load, requests, topk, logits, pad):
+    load(DSV4_TOPK=topk, DSV4_LOGITS=logits)
     got, lens, starts, ends, _ = prefill(engine, requests, pad=pad)
     lengths = [max(0, b - a) for a, b in zip(starts, ends, strict=True)]
     want = best(engine, lengths, 512)
@@ -185,9 +192,10 @@ def test_dsa_prefill(engine, load, requests, topk, pad):
     assert lens.tolist() == [min(n, 512) for n in lengths]
 
 
-def test_prefill_in_blocks_is_the_same(engine, load):
+@pytest.mark.parametrize("logits", ["auto", "host"])
+def test_prefill_in_blocks_is_the_same(engine, load, logits):
     """``max_logits_bytes`` splits the queries, never the answer."""
-    load()
+    load(DSV4_LOGITS=logits)
     whole, *_ = prefill(engine, [(700, 3), (1500, 7)])
     engine.calls.clear()
     parts, *_ = prefill(engine, [(700, 3), (1500, 7)], max_logits_bytes=2200 * 2 * 4)
@@ -219,8 +227,8 @@ def test_the_gather_by_slot_reads_what_the_reader_reads(engine, load):
 
 @batches
 @dtypes
-def test_dsv4_decode(engine, load, lengths, topk):
-    load(DSV4_TOPK=topk)
+def test_dsv4_decode(engine, load, lengths, topk, logits):
+    load(DSV4_TOPK=topk, DSV4_LOGITS=logits)
     batch = engine.batch(lengths)
     q = batch["q"].to(torch.float8_e4m3fn)
     got = engine.dsv4.dsv4_decode_topk(
@@ -233,8 +241,9 @@ def test_dsv4_decode(engine, load, lengths, topk):
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["gathers", "reuses what was gathered"])
-def test_dsv4_prefill(engine, load, given):
-    load()
+@pytest.mark.parametrize("logits", ["auto", "host"])
+def test_dsv4_prefill(engine, load, given, logits):
+    load(DSV4_LOGITS=logits)
     lengths = (1536, 700, 512, 3)
     batch = engine.batch(lengths)
     q = batch["q"].to(torch.float8_e4m3fn)

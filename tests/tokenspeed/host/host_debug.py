@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from conftest import MODES
 from host_calls import decode
@@ -23,8 +24,9 @@ def test_everything_is_told(engine, load, caplog):
     assert f".{NAME}: applied, in place of " in text
     decode(engine, engine.batch((1500, 3)))
     text = "\n".join(told(caplog))
-    assert "dsa_decode_topk, k 512, cpu: DSV4_TOPK=auto, top-k in bf16: torch on bf16" in text
-    assert "DSV4_LOGITS=auto, bf16 logits by host: yes" in text
+    assert "dsa_decode_topk, k 512, cpu: DSV4_TOPK=auto, top-k in bf16: torch on own bf16" in text
+    assert "DSV4_LOGITS=auto, bf16 logits by own: yes" in text
+    assert "bf16 logits by host" not in text  # not asked for needlessly
     assert "device cpu: no GPU" in text
     assert "topk on cpu (bfloat16, k 512): torch, as torch was asked for (not cuda: " in text
     assert "first call of topk.dsa_decode_topk" in text
@@ -34,13 +36,15 @@ def test_everything_is_told(engine, load, caplog):
     assert "kernel dsv4_plugin_dsa_decode_topk: taken out" in text
 
 
-def test_the_reasons_against_the_engines_logits_are_told(engine, load, caplog):
+@pytest.mark.parametrize("can_bf16", [False, True])
+def test_the_reasons_against_logits_are_told(engine, load, caplog, no_own, can_bf16):
     load(DSV4_LOG="debug")
-    engine.install_deep_gemm(has_logits_dtype=False)
+    engine.install_deep_gemm(has_logits_dtype=can_bf16)
     decode(engine, engine.batch((1500, 3)))
     text = "\n".join(told(caplog))
-    assert "bf16 logits by host: no: deep_gemm." in text
-    assert "bf16 logits by own: yes" in text
+    own = text.index("bf16 logits by own: no: own logits by torch: the library is not there")
+    host = f"bf16 logits by host: {'yes' if can_bf16 else 'no: deep_gemm.'}"
+    assert own < text.index(host)
 
 
 def test_the_reader_tells_what_serves_it(engine, load, caplog):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from host_calls import batches, best, counters, decode, prefill, through
-from host_registry import broken
+from host_registry import broken, lines
 
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.testing.host_parts import canonical
 
+can_bf16 = pytest.mark.parametrize(
+    "can_bf16", [False, True], ids=["DeepGEMM in float32", "DeepGEMM in bfloat16"]
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -93,12 +98,70 @@ def test_own_logits_are_deepgemms_rounded(engine, load):
         assert bool(((a - b).abs() <= 2**-8 * b.abs() + 1e-5 * b.abs().max()).all())
 
 
-def test_without_bfloat16_in_deepgemm_auto_is_ours(engine, load):
-    load()
-    engine.install_deep_gemm(has_logits_dtype=False)
+@can_bf16
+@pytest.mark.parametrize("topk", ["auto", "bf16"])
+def test_auto_is_ours(engine, load, topk, can_bf16):
+    load(DSV4_TOPK=topk)
+    engine.install_deep_gemm(has_logits_dtype=can_bf16)
     decode(engine, engine.batch((1500, 3)))
     prefill(engine, [(700, 3)])
     assert whose(engine) == {(torch.bfloat16, True)}
+
+
+@can_bf16
+def test_auto_is_deepgemms_where_ours_cannot(engine, load, caplog, no_own, can_bf16):
+    """In bfloat16 where it writes that, else in float32, and the line has both reasons."""
+    load()
+    engine.install_deep_gemm(has_logits_dtype=can_bf16)
+    lengths = (1500, 3)
+    got, _ = decode(engine, engine.batch(lengths))
+    assert torch.equal(canonical(got), best(engine, lengths, 512))
+    prefill(engine, [(700, 3)])
+    assert whose(engine) == {(torch.bfloat16 if can_bf16 else torch.float32, False)}
+    assert "logits.own" not in counters()
+    dtype = "bf16" if can_bf16 else "fp32"
+    assert counters()[f"topk.dsa_decode_topk.{dtype}.torch"] == 1
+    active = [line for line in lines(caplog) if "active" in line]
+    assert len(active) == 2  # one a mode
+    for line in active:
+        for part in ("takes no logits_dtype", "own logits by torch: the library is not there"):
+            assert (part in line) is not can_bf16
+
+
+def test_bf16_that_nobody_can_write_is_one_error(engine, load, no_own):
+    load(DSV4_TOPK="bf16")
+    engine.install_deep_gemm(has_logits_dtype=False)
+    with pytest.raises(UnmetError, match="takes no logits_dtype") as caught:
+        decode(engine, engine.batch((1500,)))
+    assert "own logits by torch: the library is not there" in caught.value.unmet
+
+
+def of_another_form(engine):
+    """Weights that ours do not read as they are, and DeepGEMM's caller made contiguous."""
+    batch = engine.batch((1500, 3))
+    q = (batch["q"].to(torch.float8_e4m3fn), torch.empty(0))
+    return engine.dsv4.dsv4_decode_topk(
+        q, batch["weights"].t().contiguous().t(), batch["plane"], batch["lengths"][:, None],
+        batch["table"], page_size=64, topk=512, max_context_len=1536,
+        plan=torch.zeros(133, 2, dtype=torch.int32), index_k_format="fp8_scaled",
+    )  # fmt: skip
+
+
+def test_a_call_ours_does_not_take_is_tokenspeeds(engine, load, caplog, upstream):
+    """One call, and nothing is switched off."""
+    load()
+    assert of_another_form(engine) == ("upstream", engine.own["dsv4_decode_topk"])
+    assert counters() == {"topk.dsv4_decode_topk.upstream": 1}
+    assert lines(caplog, logging.ERROR) == []
+    decode(engine, engine.batch((1500, 3)))
+    assert whose(engine) == {(torch.bfloat16, True)}
+
+
+def test_a_call_ours_does_not_take_strictly(engine, load, upstream):
+    load(DSV4_STRICT="1")
+    with pytest.raises(UnmetError, match="own logits.*another form"):
+        of_another_form(engine)
+    assert not upstream
 
 
 def test_logits_that_fail_are_tokenspeeds_call(engine, load, monkeypatch, upstream):

@@ -131,14 +131,15 @@ def test_without_our_read_the_prefill_is_tokenspeeds(engine, load):
     assert engine.chosen("dsa_decode_topk") in OURS
 
 
-def test_one_active_line_a_mode(engine, load, caplog):
-    load()
+@pytest.mark.parametrize("logits,own", [("auto", "own "), ("host", "")])
+def test_one_active_line_a_mode(engine, load, caplog, logits, own):
+    load(DSV4_LOGITS=logits)
     batch = engine.batch((1500, 3))
     decode(engine, batch)
     decode(engine, batch)
     (line,) = [line for line in lines(caplog) if "active" in line]
     assert line.startswith("dsv4 active in TokenSpeed 0.1")
-    assert "dsa_decode_topk, k 512" in line and "bf16 by torch on bf16 logits" in line
+    assert "dsa_decode_topk, k 512" in line and f"bf16 by torch on {own}bf16 logits" in line
     assert dsv4_plugin.status()["seams"]["topk.dsa_decode_topk"]["engaged"]
 
 
@@ -252,10 +253,19 @@ def test_every_mode_falls_back(engine, load, monkeypatch, upstream):
 
 
 def test_deepgemm_that_raises(engine, load, upstream, caplog):
-    load()
+    load(DSV4_LOGITS="host")
     engine.maths.fail_on_bf16 = True
     assert decode(engine, engine.batch((1500,)))[0] == "upstream"
     assert len(lines(caplog, logging.ERROR)) == 1
+
+
+def test_deepgemm_is_not_asked_where_ours_can(engine, load, upstream, caplog):
+    load()
+    engine.maths.fail_on_bf16 = True
+    engine.deep_gemm.get_paged_mqa_logits_metadata = broken
+    decode(engine, engine.batch((1500,)))
+    assert not upstream and engine.calls[-1].own
+    assert lines(caplog, logging.ERROR) == []
 
 
 def test_strict_raises_instead(engine, load, monkeypatch, upstream):

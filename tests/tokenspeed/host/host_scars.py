@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-from host_calls import decode
+from host_calls import decode, dtypes
 
 
-@pytest.mark.parametrize("topk", ["bf16", "fp32"])
-def test_ties_go_to_the_lowest_index(engine, load, topk):
+@dtypes
+def test_ties_go_to_the_lowest_index(engine, load, topk, logits):
     """Keys of zeros: every score is the same, so the first k positions are the answer."""
-    load(DSV4_TOPK=topk)
+    load(DSV4_TOPK=topk, DSV4_LOGITS=logits)
     batch = engine.batch((1500, 600))
     batch["plane"].zero_()
     for _ in range(3):
