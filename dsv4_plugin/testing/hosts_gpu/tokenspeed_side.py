@@ -217,11 +217,15 @@ class Side:
         def call() -> None:
             held[:] = [read(cache, slots, PAGE)]
 
+        def soil() -> None:  # what a graph returned is written again by its replay
+            for out in held:
+                out.fill_(float("nan"))
+
         def judge(found: torch.Tensor) -> Row:
             same = torch.equal(found, want)
             return {"exact": same, "right": same and (read is self.own_read) == (variant == OFF)}
 
         row, _ = measured(
-            call, held.clear, lambda: held[0], judge, self.arguments, graph=variant != OFF
+            call, soil, lambda: held[0], judge, self.arguments, graph=variant != OFF
         )
         return [{"part": f"read {tokens} tokens", "variant": variant, **row}]
