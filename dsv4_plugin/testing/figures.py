@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dsv4_plugin.testing.e2e.measure import paired
 from dsv4_plugin.testing.recall.command import table
 from dsv4_plugin.testing.topk.bars import best_peers
 
@@ -180,27 +181,35 @@ def server() -> str:
     document = _load("h100_vllm_e2e.json")
     about = document["machine"]
     chain = {
-        p["context"]: {name: s["chain_us_layer"] for name, s in p["servers"].items()}
+        p["context"]: {
+            name: (s["chain_us_layer"], *(s["parts"][k]["us_call"] for k in ("topk", "logits")))
+            for name, s in p["servers"].items()
+        }
         for p in document["profiles"]
     }
     lines = [
         f"vLLM {about['vllm']} with {document['model']['num_hidden_layers']} layers of random "
-        f"weights, on one {about['gpu']}, a request at a time (`benchmarks/results/"
+        f"weights, on one {about['gpu']} (`benchmarks/results/"
         f"h100_vllm_e2e.json`, of commit {about['commit'][:7]}), without the plugin / with it "
-        "(`DSV4_TOPK=bf16`):",
+        "(`DSV4_TOPK=bf16`); the kernels of the indexer are the sum of its K write, logits, fill, "
+        "top-k and index transform:",
         "",
-        "| tokens of context | ms a token | ratio (95 % interval) | indexer kernels, µs a layer |",
-        "|---|---|---|---|",
+        "| requests x tokens of context | ms a token | ratio (95 % interval) | "
+        "indexer, µs a layer | its top-k | its logits |",
+        "|---|---|---|---|---|---|",
     ]
-    for row in sorted(document["summary"], key=lambda r: r["context"]):
-        if row["figure"] != "tpot_ms":
-            continue
+    rows = [row for row in document["summary"] if row["figure"] == "tpot_ms"]
+    for row in sorted(rows, key=lambda r: (r["concurrency"], r["context"])):
         low, high = row["interval95"]
-        layer = chain.get(row["context"])
-        kernels = f"{layer['off']:.1f} / {layer['bf16']:.1f}" if layer else ""
+        layer = chain.get(row["context"]) if row["concurrency"] == 1 else None
+        kernels = ["", "", ""]
+        if layer:
+            kernels = [
+                f"{o:.1f} / {w:.1f}" for o, w in zip(layer["off"], layer["bf16"], strict=True)
+            ]
         lines.append(
-            f"| {row['context']:,} | {row['off']:.2f} / {row['bf16']:.2f} | "
-            f"{row['ratio']:.3f} ({low:.3f} – {high:.3f}) | {kernels} |"
+            f"| {row['concurrency']} x {row['context']:,} | {row['off']:.2f} / {row['bf16']:.2f} | "
+            f"{row['ratio']:.3f} ({low:.3f} – {high:.3f}) | {' | '.join(kernels)} |"
         )
     return "\n".join(lines)
 
@@ -217,12 +226,19 @@ def gain() -> str:
     faster = sum(row["interval95"][1] < 1 for row in rows)
     slower = sum(row["interval95"][0] > 1 for row in rows)
     about = document["machine"]
-    head = "a gain in some cases" if faster else "no gain"
+    times: dict[str, list[float]] = {"off": [], "bf16": []}
+    for cell in document["tpot_ms"]:
+        for name, of in times.items():
+            of.extend(cell["servers"][name])
+    pooled = paired(times["off"], times["bf16"])
+    low, high = (100 * (bound - 1) for bound in pooled["interval95"])
+    small = "a small gain" if high < 0 else "a loss" if low > 0 else "no gain"
     return (
-        f"- In a whole server {head}: with it the time a token takes changed by {changes}; tokens "
+        f"- In a whole server {small}: with it the time a token takes changed by {changes}; tokens "
         f"of context x requests at a time, vLLM {about['vllm']}, one {about['gpu']}, commit "
         f"{about['commit'][:7]}. By the 95 % intervals that is faster in {faster} of {len(rows)} "
-        f"cases and slower in {slower}."
+        f"cases and slower in {slower}; over all {pooled['pairs']} pairs it is "
+        f"{100 * (pooled['ratio'] - 1):+.1f} % ({low:+.1f} … {high:+.1f} %)."
     )
 
 

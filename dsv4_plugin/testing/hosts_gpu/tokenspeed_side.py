@@ -225,7 +225,5 @@ class Side:
             same = torch.equal(found, want)
             return {"exact": same, "right": same and (read is self.own_read) == (variant == OFF)}
 
-        row, _ = measured(
-            call, soil, lambda: held[0], judge, self.arguments, graph=variant != OFF
-        )
+        row, _ = measured(call, soil, lambda: held[0], judge, self.arguments, graph=variant != OFF)
         return [{"part": f"read {tokens} tokens", "variant": variant, **row}]

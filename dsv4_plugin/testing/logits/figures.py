@@ -41,18 +41,57 @@ def _logits_lines(document: Any) -> list[str]:
             ours[cell]["warm_us"], best.get((0, *cell), {}).get("warm_us"), ours[cell]["floor_us"]
         ]),
     ]  # fmt: skip
-    ratios = [
-        row["warm_us"] / best[0, batch, columns]["warm_us"]
-        for (batch, columns), row in ours.items()
-        if (0, batch, columns) in best
-    ]
     every = [row for row in document["results"] if row["implementation"] == OURS]
     right = all(row["right"] for row in every)
-    text = _against(ratios, "the fastest of them in each cell") if ratios else ""
+    what = "the fastest of them in each cell"
+    text = _against(_ratios(ours, best, "warm_us"), what)
+    cold = _ratios(ours, best_peers(half, "bfloat16", "cold_us"), "cold_us")
+    if cold:
+        text += _against(cold, what, "With keys that no cache has, against")
     return [
         *lines, "",
         f"{text}Ours is {'within' if right else 'NOT within'} the stated bound in every cell.",
+        *_other_shapes(document),
     ]  # fmt: skip
+
+
+def _ratios(
+    ours: dict[tuple[int, int], Any], best: dict[tuple[int, int, int], Any], field: str
+) -> list[float]:
+    return [
+        row[field] / best[(0, *cell)][field]
+        for cell, row in ours.items()
+        if row[field] is not None and (0, *cell) in best
+    ]
+
+
+def _other_shapes(document: Any) -> list[str]:
+    """Return a table of what is not one query a request: a row a cell."""
+    rows = [
+        row for row in document["results"]
+        if row["dtype"] == "bfloat16" and (row["next_n"] > 1 or row["suite"] == "prefill")
+    ]  # fmt: skip
+    if not rows:
+        return []
+    cells: dict[str, dict[bool, float]] = {}
+    for row in rows:
+        prefill = row["suite"] == "prefill"
+        name = f"{row['batch']:,} x {row['columns']:,} keys"
+        name += ", prefill" if prefill else f", {row['next_n']} queries a request"
+        of = cells.setdefault(name, {})
+        mine = row["implementation"] == OURS
+        if sound(row) and row["warm_us"] is not None:
+            of[mine] = min(row["warm_us"], of.get(mine, math.inf))
+    lines = ["", "| bfloat16, warm, µs | ours | the fastest of them |", "|---|---|---|"]
+    for name, of in cells.items():
+        lines.append(
+            f"| {name} | " + " | ".join(_us(of.get(mine)) for mine in (True, False)) + " |"
+        )
+    return lines
+
+
+def _us(us: float | None) -> str:
+    return "–" if us is None else f"{us:.1f}"
 
 
 def _chain_lines(document: Any) -> list[str]:
@@ -112,16 +151,18 @@ def _table(
         cells = []
         for c in columns:
             found = found_in((batch, c)) if (batch, c) in ours else []
-            cells.append(" / ".join("–" if us is None else f"{us:.1f}" for us in found))
+            cells.append(" / ".join(map(_us, found)))
         lines.append(f"| {batch} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _against(ratios: list[float], what: str) -> str:
+def _against(ratios: list[float], what: str, begin: str = "Against") -> str:
+    if not ratios:
+        return ""
     slower = sum(r > 1 for r in ratios)
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     return (
-        f"Against {what} the geometric mean of the ratio over {len(ratios)} cells is "
+        f"{begin} {what} the geometric mean of the ratio over {len(ratios)} cells is "
         f"{mean:.2f}; ours is slower in {slower} (worst {max(ratios):.2f}). "
     )
 
