@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib.machinery
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "record_own_logits",
     "spans_of",
     "upstream_rows",
+    "without_own_logits",
 ]
 
 HEAD_DIM = 128
@@ -101,6 +102,16 @@ def record_own_logits(calls: list[Call]) -> None:
         return out
 
     logits.paged_logits, logits.ragged_logits = paged_logits, ragged_logits
+
+
+def without_own_logits(unmet: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Return a ``backends.unmet`` to which our logits kernels are not there, though all else is."""
+    missing = ["the library is not there"]
+
+    def without(call: Any, backend: str) -> list[str]:
+        return missing if call.op.endswith("logits") else unmet(call, backend)
+
+    return without
 
 
 def upstream_rows(

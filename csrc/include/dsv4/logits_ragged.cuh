@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   if (lane_id() < chunk && row0 + lane_id() < p.rows) window = KeyWindow(p, row0 + lane_id());
   const bool wants =
       window.start < window.end && window.start < key0 + Config::kKeys && window.end > key0;
-  uint32_t wanted = __ballot_sync(kFullWarp, wants);
+  const uint32_t wanted = __ballot_sync(kFullWarp, wants);
   if (wanted == 0) return;
 
   for (int32_t b = group; b < Config::kBlocks; b += Config::kGroups) {

@@ -56,65 +56,78 @@ constexpr int32_t kSoloUnits = 1024;
 //   CTAs
 //     3.99. float32: 5.61; 6.10).
 //   - Few rows, up to a sixteenth of the multiprocessors: four CTAs each at 16K (1 x 16K: 4.11; one
-//     4.4), float32 eight (4.06; four of 512 threads 4.42), 8 above. Sixteen pay for up to four
-//     rows only: a device holds seven clusters of that size at once. From 128K on (1 x 250K: 6.12;
-//     eight 7.71), float32 from 64K on. 256 threads up to 64K (8 x 32K: 4.30; 512 threads 4.55), of
-//     sixteen to 128K (1 x 128K: 5.05; 5.25), float32 but for 128K (1 x 250K: 8.99; 9.60).
+//     4.4), 8 above. Sixteen pay for up to four rows only: a device holds seven clusters of that
+//     size at once. From 128K on (1 x 250K: 6.12; eight 7.71), float32 from 64K on. 256 threads up
+//     to 64K (8 x 32K: 4.30; 512 threads 4.55), of sixteen to 128K (1 x 128K: 5.05; 5.25).
 //   - Up to an eighth, eight CTAs of 512 threads do not fit side by side everywhere: six at 64K (16
 //   x
 //     64K: 5.29; eight 5.45), and 256 threads below and from 256K on (16 x 250K: 9.22; 10.64).
-//     float32: eight of 256 up to 64K, above six of 512 (16 x 128K, k 1024: 10.85; eight 13.21).
+//     float32: four up to 32K, six above (16 x 128K, k 1024: 10.8; eight 13.3).
 //   - Up to a quarter: one for 16K (32 x 16K: 4.44; four 4.52), four of 256 for 32K (5.32; two of
 //     512 5.55), six of 512 for 64K (6.68; 7.80). Above, four of 256 (32 x 250K: 11.47; three of
-//     512 12.57), or six of 512 if k is large (k 2048: 14.49; six of 256 15.49). float32: four of
-//     256 for 16K (6.58; two of 512 7.05), eight for 32K (8.94; four of 512 9.35), above as before
-//     (32 x 250K: 15.78; three of 512 18.75).
+//     512 12.57), or six of 512 if k is large (k 2048: 14.49; six of 256 15.49). float32: two for
+//     16K (7.0; four 7.2), four for 32K (9.4; two 9.7), above six (32 x 250K: 17.8; two 18.1), or
+//     two if k is small, up to 128K (32 x 64K: 11.1; 11.9).
 //   - Up to three quarters: two (64 x 64K: 8.59; one 9.41), from 32K on and float32 from 16K (7.15;
 //     four of 256 8.71).
 //   - Up to one row a multiprocessor: one, unless k is large: two for 32K ... 128K (128 x 32K,
 //     k 2048: 8.82; one 11.31), float32 for 16K (k 1024: 9.71; 11.87) and with k above 1024 from
 //     64K on (128 x 128K: 50.5; 52.2).
 //   - More rows fill the multiprocessors by themselves: one.
+//   - float32 has 512 threads everywhere, though 256 would gain 4 to 15 % on full rows of most of
+//     these shapes: a row of 8K in a wide buffer is still one CTA's, and the registers of 256
+//     threads hold 4K scores of float32 (1 x 8K in 256,000 columns, k 2048: 15.2; at its own
+//     width 6.3).
+constexpr int64_t k8K = 8192 / kUnit, k16K = 2 * k8K, k32K = 4 * k8K, k64K = 8 * k8K,
+                  k128K = 16 * k8K;  // units
+
+struct RowShape {
+  int cluster;
+  TopkShape shape;
+};
+
+// Rows of more than 8K, up to a quarter as many as there are multiprocessors.
+inline RowShape few_rows_16bit(int64_t rows, int64_t units, int k, int sms) {
+  constexpr TopkShape k512 = TopkShape::k512, k256 = TopkShape::k256;
+  if (rows <= 4 && units > k64K) return {16, units <= k128K ? k256 : k512};
+  if (rows * 16 <= sms) return {units <= k16K ? 4 : 8, units <= k64K ? k256 : k512};
+  if (rows * 8 <= sms) {
+    if (units <= k32K) return {units <= k16K ? 4 : 6, k256};
+    if (units <= k64K) return {6, k512};
+    return {8, units <= k128K ? k512 : k256};
+  }
+  if (units <= k16K) return {1, k512};
+  if (units <= k32K) return {4, k256};
+  if (units <= k64K || k > 1024) return {6, k512};
+  return {4, k256};
+}
+
+inline RowShape few_rows_float32(int64_t rows, int64_t units, int k, int sms) {
+  constexpr TopkShape k512 = TopkShape::k512;
+  if (rows <= 4 && units > k32K) return {16, k512};
+  if (rows * 16 <= sms) return {units <= k16K ? 4 : 8, k512};
+  if (rows * 8 <= sms) return {units <= k32K ? 4 : 6, k512};
+  if (units <= k16K) return {2, k512};
+  if (units <= k32K) return {4, k512};
+  return {units <= k128K && k <= 512 ? 2 : 6, k512};
+}
+
 inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device) {
   const int64_t units = most_units(p, type);
   const auto holds = [&](TopkShape shape, int cluster) {
     return ceil_div(units, cluster) <= most_units(shape);
   };
-  constexpr int64_t k8K = 8192 / kUnit, k16K = 2 * k8K, k32K = 4 * k8K, k64K = 8 * k8K,
-                    k128K = 16 * k8K;
   TopkShape shape = TopkShape::k512;
   int cluster = 1;
-  const auto take = [&](int ctas, TopkShape of) {
-    cluster = ctas;
-    shape = of;
-  };
   const int64_t rows = p.rows;
   const bool wide_scores = type == ScoreType::kFloat32;
   if (units <= k8K) {
-    take(1, TopkShape::k512);
-  } else if (rows <= 4 && units > (wide_scores ? k32K : k64K)) {
-    const bool few = wide_scores ? units <= k64K || units > k128K : units <= k128K;
-    take(16, few ? TopkShape::k256 : TopkShape::k512);
-  } else if (rows * 16 <= device.sms) {
-    take(units <= k16K && !wide_scores ? 4 : 8,
-         units <= (wide_scores ? k32K : k64K) ? TopkShape::k256 : TopkShape::k512);
-  } else if (rows * 8 <= device.sms && wide_scores) {
-    take(units <= k64K ? 8 : 6, units <= k64K ? TopkShape::k256 : TopkShape::k512);
-  } else if (rows * 8 <= device.sms) {
-    take(units <= k16K   ? 4
-         : units <= k64K ? 6
-                         : 8,
-         units <= k32K || units > k128K ? TopkShape::k256 : TopkShape::k512);
+    cluster = 1;
   } else if (rows * 4 <= device.sms) {
-    if (units <= k16K && !wide_scores) {
-      take(1, TopkShape::k512);
-    } else if (units <= k32K) {
-      take(units > k16K && wide_scores ? 8 : 4, TopkShape::k256);
-    } else if (p.k > 1024 || (units <= k64K && !wide_scores)) {
-      take(6, TopkShape::k512);
-    } else {
-      take(4, TopkShape::k256);
-    }
+    const auto few_rows = wide_scores ? few_rows_float32 : few_rows_16bit;
+    const RowShape found = few_rows(rows, units, p.k, device.sms);
+    cluster = found.cluster;
+    shape = found.shape;
   } else if (rows * 8 <= device.sms * 3) {
     cluster = units > k32K ? 4 : units > k16K || wide_scores ? 2 : 1;
   } else if (rows * 4 <= device.sms * 3) {

@@ -118,14 +118,9 @@ def load(engine, monkeypatch):
 def no_own(monkeypatch) -> None:
     """Our logits kernels are not there, though the top-k is."""
     from dsv4_plugin import backends
+    from dsv4_plugin.testing.host_parts import without_own_logits
 
-    real = backends.unmet
-    missing = ["the library is not there"]
-    monkeypatch.setattr(
-        backends,
-        "unmet",
-        lambda call, backend: missing if call.op.endswith("logits") else real(call, backend),
-    )
+    monkeypatch.setattr(backends, "unmet", without_own_logits(backends.unmet))
 
 
 def expected(engine, problem):
