@@ -33,7 +33,7 @@ endif
 CSRC   := $(wildcard csrc/* csrc/include/dsv4/*)
 # clang_format has no __main__.
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
-CPPTREE = $(shell git ls-files -co --exclude-standard 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.h')
+CPPTREE = $(shell git ls-files -co --exclude-standard '*.cu' '*.cuh' 'csrc/*.h')
 
 .PHONY: help env demo test test-gpu lint format docs audit wheel manylinux check-wheel so clean vllm-env hosts-env
 

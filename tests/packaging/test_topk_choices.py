@@ -1,0 +1,72 @@
+"""The top-k's table of choices on devices of several sizes; compiled, and run without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from packaging_tools import ROOT
+
+UNITS_A_THREAD = 64  # kTopkUnitSteps: of eight scores each
+
+
+class Choice(NamedTuple):
+    sms: int
+    largest: int  # CTAs of a cluster that the device holds
+    type: int
+    k: int
+    rows: int
+    columns: int  # whole units
+    threads: int
+    cluster: int
+    held: int
+    solo: int
+
+
+@pytest.fixture(scope="module")
+def choices(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> list[Choice]:
+    program = tmp_path_factory.mktemp("choices") / "topk_choices"
+    source = ROOT / "tests" / "packaging" / "topk_choices.cu"
+    command = [nvcc, "-std=c++17", "-arch=sm_90a", "-I", ROOT / "csrc" / "include", source]
+    subprocess.run([*command, "-o", program], check=True)
+    return list(read(program))
+
+
+def read(program: Path) -> Iterator[Choice]:
+    done = subprocess.run([program], check=True, capture_output=True, text=True)
+    for line in done.stdout.splitlines():
+        yield Choice(*(int(word) for word in line.replace("|", "").split()))
+
+
+def test_every_row_fits(choices: list[Choice]) -> None:
+    assert len(choices) > 300_000
+    for c in choices:
+        capacity = c.threads * UNITS_A_THREAD * 8
+        if c.threads == 1024:  # the wide kernel, for what nothing else holds
+            assert c.cluster == 1 and c.columns > 512 * UNITS_A_THREAD * 8 * c.largest, c
+        else:
+            assert 1 <= c.cluster <= c.largest and c.columns <= capacity * c.cluster, c
+
+
+def test_a_small_call_runs_at_once(choices: list[Choice]) -> None:
+    """Two CTAs of 512 threads fit a multiprocessor, four of 256."""
+    for c in choices:
+        smallest = -(-c.columns // (512 * UNITS_A_THREAD * 8))  # what the row needs in any case
+        if c.threads != 1024 and c.rows <= c.sms and c.cluster > smallest:
+            assert c.rows * c.cluster * c.threads <= 1024 * c.sms, c
+
+
+def test_the_registers_of_a_cta_hold_what_it_serves_alone(choices: list[Choice]) -> None:
+    """A short row of a wide buffer is one CTA's: listed, it takes twice as long."""
+    for c in choices:
+        if c.cluster > 1:
+            assert c.solo <= c.held, c
+
+
+def test_all_choices_are_taken(choices: list[Choice]) -> None:
+    taken = {(c.threads, c.cluster) for c in choices if c.sms == 132 and c.largest == 16}
+    assert {512, 256, 1024} == {threads for threads, _ in taken}
+    assert {1, 2, 4, 6, 8, 16} <= {cluster for _, cluster in taken}
