@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,22 @@ def test_time_per_token_is_taken_where_all_decode() -> None:
     assert client.time_per_token([early, answer(1.21, 0.01, 40)]) == pytest.approx(10)
     with pytest.raises(RuntimeError, match="did not decode at the same time"):
         client.time_per_token([answer(0.0, 0.01, 5), answer(1.0, 0.01, 5)])
+
+
+def test_the_first_answers_of_a_shape_need_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be computed and compiled for one after the other; what is timed must overlap."""
+    sent = []
+
+    def one_after_the_other(pairs: list[tuple[Any, list[int]]], tokens: int) -> list[client.Answer]:
+        sent.append((pairs, tokens))
+        return [answer(float(i), 0.01, tokens) for i in range(len(pairs))]
+
+    monkeypatch.setattr(measure, "together", one_after_the_other)
+    served = types.SimpleNamespace(name="a", client="client")
+    measure.unseen([served], [[1], [2]], 16)
+    assert sent == [([("client", [1]), ("client", [2])], 16)]
+    with pytest.raises(RuntimeError, match="did not decode at the same time"):
+        measure.tpot([served], [[1], [2]], 16, 1)
 
 
 def test_the_interval_of_pairs() -> None:

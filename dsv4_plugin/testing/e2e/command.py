@@ -253,8 +253,7 @@ class Run:
         made = time.monotonic() - before
         # A long prompt costs seconds a request before its first token, cached or not.
         pairs = a.pairs if count == 1 and context < LONG else min(a.pairs, 3)
-        # Once unseen: the first answer after a change of shape compiles, allocates, fills caches.
-        measure.tpot(self.servers, prompts, 16, 1)
+        measure.unseen(self.servers, prompts, 16)
         figures = measure.tpot(self.servers, prompts, a.tokens, pairs)
         self.results["tpot_ms"].append(
             {

@@ -14,7 +14,18 @@ from typing import Any
 from dsv4_plugin.testing.e2e.client import at_once, random_prompt, time_per_token, together
 from dsv4_plugin.testing.e2e.server import Server
 
-__all__ = ["CHUNK", "TAIL", "Traces", "contexts", "outputs", "profile", "tpot", "ttft", "warm"]
+__all__ = [
+    "CHUNK",
+    "TAIL",
+    "Traces",
+    "contexts",
+    "outputs",
+    "profile",
+    "tpot",
+    "ttft",
+    "unseen",
+    "warm",
+]
 
 CHUNK = 8192  # --max-num-batched-tokens
 # A context is whole chunks and this: the end of it is computed, whatever comes before is copied.
@@ -115,6 +126,16 @@ def contexts(
     if failed and len(failed) < len(servers):
         raise RuntimeError(f"copying a context failed in {', '.join(failed)} only; see the log")
     return prompts, "copied" if copy and not failed else "computed"
+
+
+def unseen(servers: Sequence[Server], prompts: Sequence[Sequence[int]], tokens: int) -> None:
+    """Answer the prompts once, untimed.
+
+    The first answers after a change of shape compile, allocate and fill caches, some of them one
+    after the other.
+    """
+    for server in servers:
+        together([(server.client, p) for p in prompts], tokens)
 
 
 def tpot(
