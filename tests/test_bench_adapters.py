@@ -143,7 +143,7 @@ def test_a_run_that_is_cut_short_names_what_is_missing(tmp_path: Path) -> None:
     ]
 
 
-PAGES = {"sglang": "docs/sglang.md", "tokenspeed": "docs/tokenspeed.md", "hosts": "README.md"}
+PAGES = {"sglang": "docs/sglang.md", "tokenspeed": "docs/tokenspeed.md", "hosts": "docs/results.md"}
 
 
 @pytest.mark.parametrize("mark", PAGES)

@@ -131,6 +131,13 @@ def test_a_figure_that_was_written_by_hand_is_noticed() -> None:
     assert by_hand(f"{made}It takes 4.5 µs.\n") == ["It takes 4.5 µs."]
 
 
+@pytest.mark.parametrize("mark", ["served", "reads"])
+def test_the_tables_are_those_of_the_results(mark: str) -> None:
+    page = (DOCS / "results.md").read_text()
+    found = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", page, re.S)
+    assert found and found[1].strip() == getattr(figures, mark)()
+
+
 def test_the_bars_are_those_of_the_results() -> None:
     page = (DOCS / "notes" / "topk.md").read_text()
     found = re.search(r"<!-- bars -->\n(.*?)<!-- /bars -->", page, re.S)

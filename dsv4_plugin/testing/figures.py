@@ -1,8 +1,9 @@
 """The figures of the README and of docs/, made from the committed results.
 
 ``python -m dsv4_plugin.testing.figures`` prints what stands between the README's ``figures``
-markers, with ``server`` or ``gain`` as its argument what stands between those, with ``recall`` what
-stands in docs/numerics.md, and with ``bars`` what stands in docs/notes/topk.md.
+markers; with ``server`` or ``gain`` as its argument what stands between those, with ``served`` or
+``reads`` what stands in docs/results.md, with ``recall`` in docs/numerics.md, and with ``bars`` in
+docs/notes/topk.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dsv4_plugin.testing.e2e.measure import paired
 from dsv4_plugin.testing.recall.command import table
 from dsv4_plugin.testing.topk.bars import best_peers
 
-__all__ = ["RESULTS", "bars", "gain", "readme", "recall", "server"]
+__all__ = ["RESULTS", "bars", "gain", "readme", "reads", "recall", "served", "server"]
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 _ROWS = (1, 8, 32, 64, 128)
@@ -42,7 +43,7 @@ def _mean(ratios: list[float]) -> float:
 
 def readme() -> str:
     """Return the Markdown between the ``figures`` markers of the README."""
-    topk, read = _load("h100_topk.json"), _load("h200_read.json")
+    topk = _load("h100_topk.json")
     warm = {
         (r["dtype"], r["k"], r["rows"], r["columns"], r["implementation"]): r["warm_us"]
         for r in _decode(topk)
@@ -81,8 +82,15 @@ def readme() -> str:
         f"{sum(r > 1 for r in best)} (worst {max(best):.2f}). "
         f"Ours is {'exact in every cell' if exact else 'NOT exact in some cell'}.",
         "",
-        *_served(topk, upstream),
-        "",
+        _served(topk, upstream)[1],
+    ]
+    return "\n".join(lines)
+
+
+def reads() -> str:
+    """Return the Markdown between the ``reads`` markers of docs/results.md."""
+    read = _load("h200_read.json")
+    lines = [
         "Reads of 14,338 keys (`benchmarks/results/h200_read.json`):",
         "",
         "| | CUDA | Triton | torch | vLLM | byte floor |",
@@ -104,8 +112,15 @@ def readme() -> str:
     return "\n".join(lines)
 
 
-def _served(topk: Any, upstream: str) -> list[str]:
-    """Return the table of calls as a server makes them, of the same run."""
+def served() -> str:
+    """Return the Markdown between the ``served`` markers of docs/results.md."""
+    topk = _load("h100_topk.json")
+    table, summary = _served(topk, topk.get("vllm_choice", "vllm33"))
+    return f"{table}\n\n{summary}"
+
+
+def _served(topk: Any, upstream: str) -> tuple[str, str]:
+    """Return the table of calls as a server makes them, of the same run, and its summary."""
     us = {
         (r["dtype"], r["k"], r["rows"], r["columns"], r["implementation"]): r
         for r in topk["results"]
@@ -113,9 +128,10 @@ def _served(topk: Any, upstream: str) -> list[str]:
     }
     shapes = [key[2:4] for key in us if key[:2] == ("bfloat16", 512) and key[4] == "dsv4"]
     columns = sorted({c for _, c in shapes})
+    about = topk["machine"]
     lines = [
-        "The same run, a call as a server makes it: its code, evicted by the kernels of a whole "
-        "layer, comes from memory, and the launch counts (suite `served`):",
+        f"On one {about['gpu']} (µs; `benchmarks/results/h100_topk.json`, suite `served`), k = "
+        "512: ours on bfloat16 scores / what vLLM 0.33 runs on float32 scores:",
         "",
         "| rows | " + " | ".join(f"{c // 1024}K" for c in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -137,13 +153,12 @@ def _served(topk: Any, upstream: str) -> list[str]:
             for c in columns
         ]
         lines.append(f"| {rows} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"Over its {len(ratios)} cells (k 512, 2048) the geometric mean of the ratio is "
-        f"{_mean(ratios):.2f} (worst {max(ratios):.2f}); against the fastest exact upstream kernel "
-        f"of any dtype {_mean(best):.2f} (worst {max(best):.2f}).",
-    ]
-    return lines
+    return "\n".join(lines), (
+        "A call as a server makes it, its code, evicted by the kernels of a whole layer, from "
+        f"memory, and the launch counted: over {len(ratios)} cells (k 512, 2048) "
+        f"{_mean(ratios):.2f} of vLLM's (worst {max(ratios):.2f}), {_mean(best):.2f} of the "
+        f"fastest exact upstream kernel's of any dtype (worst {max(best):.2f})."
+    )
 
 
 def bars() -> str:
@@ -243,5 +258,5 @@ def gain() -> str:
 
 
 if __name__ == "__main__":
-    what = {"bars": bars, "recall": recall, "server": server, "gain": gain}
+    what = {f.__name__: f for f in (bars, recall, server, gain, served, reads)}
     print(what[sys.argv[1]]() if sys.argv[1:] else readme())
