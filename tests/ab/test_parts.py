@@ -181,8 +181,17 @@ def test_calls_that_went_to_the_engine_are_noted(tmp_path: Path) -> None:
                 "logits.bf16": 5, "logits.upstream": 1}  # fmt: skip
     status(tmp_path, os.getpid(), counters=counters)
     assert judge(server(tmp_path), "on")[1] == [
-        "B: some calls of topk.decode went to the engine's own code"
+        "B: some calls of topk.decode went to the engine's own code",
+        "B: some logits were the engine's, in float32",
     ]
+    counters = {"topk.decode": 5, "logits.own": 5, "logits.own.bf16.cuda": 5}
+    status(tmp_path, os.getpid(), counters=counters)
+    assert judge(server(tmp_path), "on")[1] == []
+    status(tmp_path, os.getpid(), counters=counters | {"logits.upstream": 2})
+    assert judge(server(tmp_path), "on")[1] == ["B: some logits were the engine's, in float32"]
+    # float32 logits are the engine's where that is the plan.
+    status(tmp_path, os.getpid(), counters={"topk.decode": 5, "logits.upstream": 5})
+    assert judge(server(tmp_path), "on")[1] == []
 
 
 def test_a_broken_status_file_is_passed_over(tmp_path: Path) -> None:

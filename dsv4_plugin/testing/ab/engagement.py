@@ -63,10 +63,12 @@ class Evidence:
         """Name the kinds of calls of which the engine's own code served some."""
         found = []
         for p in self.engaged:
+            counters = p["counters"]
             for name in _served(p):
-                theirs = p["counters"].get(f"{name}.upstream", 0)
-                if theirs and name != "logits.bf16":
+                if counters.get(f"{name}.upstream", 0):
                     found.append(f"some calls of {name} went to the engine's own code")
+            if {"logits.own", "logits.bf16"} & set(_served(p)) and counters.get("logits.upstream"):
+                found.append("some logits were the engine's, in float32")
         return list(dict.fromkeys(found))
 
     def as_data(self) -> dict[str, Any]:
