@@ -165,6 +165,35 @@ def test_a_ragged_row_depends_on_itself_only():
             assert torch.equal(got[:, : end - begin], want[rows, begin:end]), (begin, end, rows)
 
 
+@pytest.mark.parametrize("heads", [64, 32])
+def test_many_ragged_rows_are_what_few_are(heads):
+    """Calls that have enough of them take larger tiles of keys: the same bits, and no others."""
+    rows, keys = 4321, 4200  # chunks of 32 rows x tiles of 1,024 keys: five a multiprocessor
+    g = torch.Generator().manual_seed(heads)
+    q, k = codes((rows, heads, D), "normal", g).to(DEVICE), codes((keys, D), "normal", g).to(DEVICE)
+    scale = torch.rand(keys, generator=g).to(DEVICE)
+    weights = (torch.randn(rows, heads, generator=g) * 0.1).to(DEVICE)
+    starts = torch.randint(-9, keys + 9, (rows,), generator=g).int()
+    starts[::5] = 0
+    ends = starts + torch.randint(-50, keys, (rows,), generator=g).int()
+    n = (ends.clamp(max=keys) - starts).clamp(min=0).masked_fill(starts < 0, 0).to(DEVICE)
+    starts, ends = starts.to(DEVICE), ends.to(DEVICE)
+    out = filled(rows, keys)
+    before = out.clone()
+    ragged_logits(q, k, scale, weights, starts, ends, out=out, backend=BACKEND)
+    untouched(out, n, before)
+    for begin in (0, 31, 1000, 2160, rows - 40):
+        part = slice(begin, begin + 40)
+        few = filled(40, keys)
+        ragged_logits(
+            q[part], k, scale, weights[part], starts[part], ends[part], out=few, backend=BACKEND
+        )
+        assert torch.equal(bits(out[part]), bits(few)), begin
+    some = slice(2000, 2040)
+    score, size, count = ragged_oracle(q[some], k, scale, weights[some], starts[some], ends[some])
+    check(out[some], score, size, count, TOLERANCE[BACKEND, "normal"])
+
+
 # --- memory --------------------------------------------------------------------------------------
 
 
