@@ -153,11 +153,12 @@ void topk(TensorView logits, TensorView lengths, TensorView out, Optional<Tensor
 }
 
 // The same with the caller's choice in place of the table's: for the sweeps that the table comes
-// from, and for tests of every shape. threads: 256 or 512; 1024 is the kernel for any width.
+// from, and for tests of every shape. threads: 256 or 512; 1024 is the kernel for any width. solo:
+// the longest row, in scores, that one CTA of a cluster serves.
 void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
                Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
                int64_t next_n, int64_t page_size, bool sort, bool narrow, int64_t threads,
-               int64_t cluster) {
+               int64_t cluster, int64_t solo) {
   const TopkCall call = topk_call(logits, lengths, out, out_raw, row_starts, page_table, k, next_n,
                                   page_size, sort, narrow);
   if (threads != 256 && threads != 512 && threads != 1024) {
@@ -181,8 +182,15 @@ void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<T
                               << cluster * most_units(shape) * kUnit << " scores, logits has "
                               << call.p.columns << " columns";
   }
+  // Of a longer row every CTA of a cluster has some units.
+  constexpr int64_t kShortest = kMaxCluster * 8 * kUnit;
+  const int64_t longest = most_units(shape == TopkShape::kWide ? TopkShape::k512 : shape) * kUnit;
+  if (solo < kShortest || solo > longest || solo % kUnit != 0) {
+    TVM_FFI_THROW(ValueError) << "solo is " << solo << "; it must be a multiple of " << kUnit
+                              << " from " << kShortest << " to " << longest;
+  }
   if (call.p.rows == 0) return;
-  const TopkChoice choice{shape, static_cast<int>(cluster), kSoloUnits};
+  const TopkChoice choice{shape, static_cast<int>(cluster), static_cast<int32_t>(solo / kUnit)};
   launch.check(launch_choice(call.p, call.type, choice, device, limits, launch.stream()));
 }
 

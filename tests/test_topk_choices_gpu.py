@@ -11,7 +11,8 @@ from dsv4_plugin.testing.topk.sweep import CLUSTERS, THREADS, choices
 
 pytestmark = pytest.mark.gpu
 
-LENGTHS = (70_001, 70_000, 65_537, 40_003, 20_000, 8193, 8192, 4096, 2049, 600, 513, 512, 3, 0)
+LENGTHS = (70_001, 70_000, 65_537, 40_003, 20_000, 8193, 8192, 4097, 4096, 2049, 1025, 600, 513)
+LENGTHS += (512, 3, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -20,18 +21,27 @@ def test_every_choice_gives_the_same_answer(kind, dtype):
     columns = max(LENGTHS)
     logits, lengths = draw(kind, len(LENGTHS), columns, dtype), ints(LENGTHS)
     ranking = Ranking(seen(logits, dtype), lengths)
-    tried = [*choices(1, columns, sms=1 << 20), (1024, 1)]
-    assert {c for _, c in tried} == set(CLUSTERS) and {t for t, _ in tried} > set(THREADS)
+    tried = [*choices(1, columns, sms=1 << 20, solos=(1024, 4096, 8192)), (1024, 1, 8192)]
+    assert {c for _, c, _ in tried} == set(CLUSTERS) and {t for t, _, _ in tried} > set(THREADS)
     for k in (512, 2048):
         want = None
-        for threads, cluster in tried:
+        for threads, cluster, solo in tried:
+            name = f"{cluster} x {threads} solo {solo}"
             out = Guarded(len(LENGTHS), k, torch.int32)
             cuda.topk_with(logits, lengths, out.inside, threads=threads, cluster=cluster,
-                           narrow=dtype == "narrow")  # fmt: skip
-            out.assert_untouched(f"{cluster} x {threads}")
-            ranking.check(out.inside, k, context=f"{cluster} x {threads}")
+                           solo=solo, narrow=dtype == "narrow")  # fmt: skip
+            out.assert_untouched(name)
+            ranking.check(out.inside, k, context=name)
             want = out.inside.clone() if want is None else want
-            assert torch.equal(out.inside, want), f"{cluster} x {threads}: another order"
+            assert torch.equal(out.inside, want), f"{name}: another order"
+
+
+@pytest.mark.parametrize("solo", [1016, 1028, 131_080])
+def test_what_no_cta_serves_alone(solo):
+    logits = torch.zeros(1, 9000, dtype=torch.bfloat16, device=DEVICE)
+    out = torch.zeros(1, 512, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match=f"solo is {solo}.*multiple of 8 from 1024 to 131072"):
+        cuda.topk_with(logits, ints([5]), out, threads=256, cluster=2, solo=solo)
 
 
 @pytest.mark.parametrize(

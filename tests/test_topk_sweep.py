@@ -9,31 +9,39 @@ from dsv4_plugin.testing.topk import sweep
 
 def test_every_choice_holds_the_row() -> None:
     for columns in (8192, 262_144, 1_000_000, 4_194_304):
-        for threads, cluster in sweep.choices(1, columns, sms=132):
+        for threads, cluster, _ in sweep.choices(1, columns, sms=132):
             assert threads * sweep.UNITS_A_THREAD * 8 * cluster >= columns
-    assert (512, 1) in sweep.choices(1, 262_144, sms=132)
-    assert (512, 1) not in sweep.choices(1, 262_145, sms=132)
-    assert (256, 1) not in sweep.choices(1, 262_144, sms=132)
+    assert (512, 1, 8192) in sweep.choices(1, 262_144, sms=132)
+    assert (512, 1, 8192) not in sweep.choices(1, 262_145, sms=132)
+    assert (256, 1, 8192) not in sweep.choices(1, 262_144, sms=132)
     assert not list(sweep.choices(1, 4_194_305, sms=132))
 
 
 def test_a_large_call_has_no_more_ctas_than_fit() -> None:
     for rows in (1, 32, 128, 1000):
-        for _, cluster in sweep.choices(rows, 8192, sms=78):
+        for _, cluster, _ in sweep.choices(rows, 8192, sms=78):
             assert cluster == 1 or rows * cluster <= 156
-    assert {c for _, c in sweep.choices(1, 8192, sms=78)} == set(sweep.CLUSTERS)
-    assert {c for _, c in sweep.choices(1000, 8192, sms=78)} == {1}
+    assert {c for _, c, _ in sweep.choices(1, 8192, sms=78)} == set(sweep.CLUSTERS)
+    assert {c for _, c, _ in sweep.choices(1000, 8192, sms=78)} == {1}
+
+
+def test_what_a_cta_serves_alone_is_for_clusters() -> None:
+    tried = list(sweep.choices(1, 8192, sms=132, solos=(4096, 8192)))
+    assert {solo for _, cluster, solo in tried if cluster == 1} == {4096}
+    assert {solo for _, cluster, solo in tried if cluster == 8} == {4096, 8192}
 
 
 def test_the_summary_has_the_best_choices_and_the_tables() -> None:
     def row(threads: object, cluster: object, warm: float, served: float) -> sweep.Row:
-        return {"threads": threads, "cluster": cluster, "warm_us": warm, "served_us": served,
-                "exact": True}  # fmt: skip
+        return {"threads": threads, "cluster": cluster, "solo": 8192, "warm_us": warm,
+                "served_us": served, "exact": True}  # fmt: skip
 
     rows = [row("table", "table", 4.0, 6.0), row(256, 4, 4.1, 5.5), row(512, 8, 3.9, 7.0)]
     said = sweep.summary(rows)
     assert said == ("warm: table 4.00; 8 x 512 3.90, 4 x 256 4.10  |  "
                     "served: table 6.00; 4 x 256 5.50, 8 x 512 7.00")  # fmt: skip
+    rows[2]["solo"] = 4096
+    assert "8 x 512 solo 4096 3.90" in sweep.summary(rows)
     rows[2]["exact"] = False
     assert sweep.summary(rows).endswith("NOT EXACT: 1")
 

@@ -89,6 +89,7 @@ def topk_with(
     *,
     threads: int,
     cluster: int,
+    solo: int = 8192,
     narrow: bool = False,
 ) -> None:
     """Select with a choice of the caller's in place of the table's, whose answers are the same.
@@ -101,14 +102,17 @@ def topk_with(
         out: as in :func:`topk`; ``k`` is its columns.
         threads: of a CTA, 256 or 512; 1024: the kernel for rows of any width.
         cluster: CTAs a row.
+        solo: the longest row that one of these CTAs serves alone, in scores; a multiple of 8 from
+            1,024 on.
         narrow: as in :func:`topk`.
 
     Raises:
-        ValueError: the CTAs do not hold a row of so many columns, or there is no such cluster.
+        ValueError: the CTAs do not hold a row of so many columns, or there is no such choice.
     """
     _function("dsv4_topk_with")(
-        logits, lengths, out, None, None, None, out.shape[1], 1, 64, False, narrow, threads, cluster
-    )
+        logits, lengths, out, None, None, None, out.shape[1], 1, 64, False, narrow, threads,
+        cluster, solo,
+    )  # fmt: skip
 
 
 def read_indexer_cache(

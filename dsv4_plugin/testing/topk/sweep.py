@@ -4,6 +4,9 @@
 that ``choose_topk`` (csrc/include/dsv4/topk_choice.cuh) makes and every other that holds the row,
 each checked first: replayed alone, and with ``--served`` as a server calls it
 (:mod:`dsv4_plugin.testing.topk.served`). The choices never change the answer.
+
+A server captures its graphs at the greatest width: ``--width 256000 --columns 8192`` has short rows
+in wide buffers, where ``--solo`` (the longest row that one CTA of a cluster serves) matters, too.
 """
 
 from __future__ import annotations
@@ -28,33 +31,40 @@ from dsv4_plugin.testing.topk.cases import COLUMNS, DTYPES, KS, ROWS, Case
 from dsv4_plugin.testing.topk.check import Reference
 from dsv4_plugin.testing.topk.served import Elsewhere
 
-__all__ = ["CLUSTERS", "THREADS", "choices", "main", "summary"]
+__all__ = ["CLUSTERS", "SOLO", "THREADS", "choices", "main", "summary"]
 
 THREADS = (256, 512)
 CLUSTERS = (1, 2, 3, 4, 6, 8, 12, 16)
+SOLO = 8192  # kSoloUnits, in scores
 UNITS_A_THREAD = 64  # kTopkUnitSteps: of eight scores each
 TABLE = "table"  # the name of what choose_topk takes
 
 Row = dict[str, Any]
 
 
-def choices(rows: int, columns: int, sms: int) -> Iterator[tuple[int, int]]:
-    """Yield (threads, cluster) that hold a row, and do not give a small call more CTAs than fit.
+def choices(
+    rows: int, columns: int, sms: int, solos: Sequence[int] = (SOLO,)
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (threads, cluster, solo) that hold a row, of a small call those that run at once.
 
-    Twice as many CTAs as multiprocessors run at once; a row alone may have sixteen.
+    Twice as many CTAs as multiprocessors run at once; a row alone may have sixteen. ``columns`` is
+    the width of the buffer; ``solo`` means nothing to a CTA a row.
     """
     for threads, cluster in itertools.product(THREADS, CLUSTERS):
         holds = threads * UNITS_A_THREAD * 8 * cluster
         if columns <= holds and (cluster == 1 or rows * cluster <= 2 * sms):
-            yield threads, cluster
+            for solo in solos[:1] if cluster == 1 else solos:
+                yield threads, cluster, solo
 
 
 class Sweep:
     """Measures cells; ``results`` has a row for each choice in each."""
 
-    def __init__(self, *, replays: int, launches: int, served: bool) -> None:
+    def __init__(
+        self, *, replays: int, launches: int, served: bool, solos: Sequence[int] = (SOLO,)
+    ) -> None:
         """Make what is between two calls, where it is wanted."""
-        self.replays, self.launches = replays, launches
+        self.replays, self.launches, self.solos = replays, launches, solos
         self.elsewhere = Elsewhere("cuda") if served else None
         self.sms = torch.cuda.get_device_properties(0).multi_processor_count
         self.results: list[Row] = []
@@ -64,7 +74,8 @@ class Sweep:
         problem = case.make("cuda")
         reference = Reference(problem, case.k, narrow=case.dtype == "narrow")
         source = problem.logits.clone() if self.elsewhere else None
-        every = [None, *choices(case.rows, case.columns, self.sms)]
+        width = case.width or case.columns
+        every = [None, *choices(case.rows, width, self.sms, self.solos)]
         mine = [self._row(case, reference, source, choice) for choice in every]
         self.results += mine
         return summary(mine)
@@ -74,7 +85,7 @@ class Sweep:
         case: Case,
         reference: Reference,
         source: torch.Tensor | None,
-        choice: tuple[int, int] | None,
+        choice: tuple[int, int, int] | None,
     ) -> Row:
         problem, narrow = reference.problem, case.dtype == "narrow"
         out = torch.full((case.rows, case.k), DIRTY, dtype=torch.int32, device="cuda")
@@ -84,13 +95,14 @@ class Sweep:
         if choice is not None:
             call = functools.partial(
                 cuda.topk_with, problem.logits, problem.lengths, out, threads=choice[0],
-                cluster=choice[1], narrow=narrow,
+                cluster=choice[1], solo=choice[2], narrow=narrow,
             )  # fmt: skip
         call()
         judged = reference.judge(out, case.k, ties=True)
         row: Row = {
             "dtype": case.dtype, "k": case.k, "rows": case.rows, "columns": case.columns,
-            "threads": choice[0] if choice else TABLE, "cluster": choice[1] if choice else TABLE,
+            "width": case.width or case.columns, "threads": choice[0] if choice else TABLE,
+            "cluster": choice[1] if choice else TABLE, "solo": choice[2] if choice else TABLE,
             "exact": judged.exact and judged.ties,
             "warm_us": round(
                 time_graph([call], launches=self.launches, replays=self.replays), 3
@@ -112,10 +124,15 @@ def summary(rows: Sequence[Row]) -> str:
         if field not in table:
             continue
         best = sorted((r for r in rows if r["threads"] != TABLE), key=lambda r: r[field])[:3]
-        shown = ", ".join(f"{r['cluster']} x {r['threads']} {r[field]:.2f}" for r in best)
+        shown = ", ".join(f"{_name(r)} {r[field]:.2f}" for r in best)
         text.append(f"{name}: table {table[field]:.2f}; {shown}")
     wrong = [row for row in rows if not row["exact"]]
     return "  |  ".join(text) + (f"  NOT EXACT: {len(wrong)}" if wrong else "")
+
+
+def _name(row: Row) -> str:
+    solo = "" if row["solo"] == SOLO else f" solo {row['solo']}"
+    return f"{row['cluster']} x {row['threads']}{solo}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,6 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--k", type=int, nargs="+", default=KS)
     parser.add_argument("--rows", type=int, nargs="+", default=(*ROWS, 16))
     parser.add_argument("--columns", type=int, nargs="+", default=COLUMNS)
+    parser.add_argument("--width", type=int, default=0, help="of the buffer, wider than the rows")
+    parser.add_argument(
+        "--solo", type=int, nargs="+", default=(SOLO,), metavar="SCORES",
+        help="longest row that one CTA of a cluster serves (8192)",
+    )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=("bfloat16", "float32"))
     parser.add_argument("--served", action="store_true", help="as a server calls it, too")
     parser.add_argument("--launches", type=int, default=20, help="launches in a graph (20)")
@@ -137,14 +159,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("a sweep needs a GPU: there are no choices elsewhere")
     if cuda.missing():
         parser.error(f"the compiled kernels are missing: {cuda.missing()}")
-    sweep = Sweep(replays=arguments.replays, launches=arguments.launches, served=arguments.served)
+    if arguments.width and arguments.width < max(arguments.columns):
+        parser.error(f"--width is {arguments.width}, less than the columns")
+    sweep = Sweep(
+        replays=arguments.replays, launches=arguments.launches, served=arguments.served,
+        solos=arguments.solo,
+    )  # fmt: skip
     document: Row = {
         "machine": machine(), "what": "topk sweep", "complete": False, "bars": [],
         "results": sweep.results,
     }  # fmt: skip
     file = Results(document, arguments.json)
     cells = [
-        Case("decode", dtype, k, rows, columns)
+        Case("decode", dtype, k, rows, columns, width=arguments.width)
         for dtype in arguments.dtype
         for rows in arguments.rows
         for columns in arguments.columns
