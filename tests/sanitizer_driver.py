@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 
 import logits_cases
 import torch
@@ -195,6 +196,7 @@ LOGITS = (
     Logits("ragged", 70, (300, 1, 0, 64, 65, 129), op="ragged"),
     Logits("ragged, one row", 1, (5000,), op="ragged"),
     Logits("ragged, more rows than SMs, 32 heads", 150, (65, 700), op="ragged", heads=32),
+    Logits("ragged, larger tiles", 1408, (12_700, 64, 700, 1), op="ragged", heads=32),
     Logits("ragged, float32, misaligned", 5, (700, 64), op="ragged", dtype="float32", offset=1),
     Logits("select", 4, (3000, 513, 512, 0), op="select"),
     Logits("select, next_n 2, float32", 4, (3000, 600), op="select", next_n=2, dtype="float32"),
@@ -282,21 +284,32 @@ class LogitsCall:
 
     def check(self, got: torch.Tensor) -> None:
         """Compare with float64, and what lies outside of the rows with what was there."""
-        case, path = self.case, self.path
-        if path.op == "ragged":
-            score, size, n = logits_cases.ragged_oracle(
-                case.q[:, 0], *self._keys(), case.weights, self._starts(), case.lengths
-            )
-        else:
-            score, size = logits_cases.oracle(case)
-            n = case.lengths.clamp(max=score.shape[1])
-        part = slice(path.offset, path.offset + self.columns)
+        name = self.path.name
+        part = slice(self.path.offset, self.path.offset + self.columns)
         tolerance = logits_cases.TOLERANCE["cuda", "normal"]
-        logits_cases.check(got[:, part], score, size, n, tolerance, path.name)
-        logits_cases.untouched(got[:, part], n, self.out[:, part], path.name)
+        for rows, score, size, n in self._oracle():
+            logits_cases.check(got[rows, part], score, size, n, tolerance, name)
+            logits_cases.untouched(got[rows, part], n, self.out[rows, part], name)
         got[:, part] = -77.0
         if not torch.equal(got, self.out):
-            raise AssertionError(f"{path.name}: wrote outside of out")
+            raise AssertionError(f"{name}: wrote outside of out")
+
+    def _oracle(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Rows, their scores in float64, the scores' sizes, and how many of them count."""
+        case = self.case
+        if self.path.op != "ragged":
+            score, size = logits_cases.oracle(case)
+            yield slice(None), score, size, case.lengths.clamp(max=score.shape[1])
+            return
+        keys, starts = self._keys(), self._starts()
+        for begin in range(0, self.path.rows, 64):  # of many rows at once it is gigabytes
+            rows = slice(begin, begin + 64)
+            yield (
+                rows,
+                *logits_cases.ragged_oracle(
+                    case.q[rows, 0], *keys, case.weights[rows], starts[rows], case.lengths[rows]
+                ),
+            )
 
 
 def beyond(held: torch.Tensor, count: int) -> torch.Tensor:
