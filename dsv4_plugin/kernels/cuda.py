@@ -19,6 +19,7 @@ __all__ = [
     "HEADS",
     "HEAD_DIM",
     "LIBRARY",
+    "SOLO",
     "gather_indexer_cache",
     "missing",
     "paged_logits",
@@ -33,6 +34,7 @@ HEAD_DIM = 128  # what the kernels of the cache and of the logits are written fo
 HEADS = (32, 64)  # what those of the logits are written for
 BLOCK_SIZE = 64  # keys a page, for the paged logits
 ALIGNMENT = 16  # bytes a lane loads or stores at a time
+SOLO = 8192  # kSoloUnits of the top-k, in scores
 
 
 @functools.lru_cache(maxsize=1)
@@ -89,7 +91,7 @@ def topk_with(
     *,
     threads: int,
     cluster: int,
-    solo: int = 8192,
+    solo: int = SOLO,
     narrow: bool = False,
 ) -> None:
     """Select with a choice of the caller's in place of the table's, whose answers are the same.

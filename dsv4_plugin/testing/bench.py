@@ -146,9 +146,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.what == "read":
         if arguments.device != "cuda":
             raise UsageError("bench read has no dry run: --device must be cuda")
-        engines, files = installed.split(arguments.against)
-        if files:
-            raise UsageError(f"--against FILE.csv is for bench topk, got {files[0]}")
+        engines = installed.engines_only(arguments.against)
         if arguments.plot:
             read_plot.require()  # now, not when all is measured
     on_cpu = arguments.device == "cpu"

@@ -9,7 +9,6 @@ docs/notes/topk.md.
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from dsv4_plugin.testing.e2e.measure import paired
 from dsv4_plugin.testing.recall.command import table
-from dsv4_plugin.testing.topk.bars import best_peers
+from dsv4_plugin.testing.topk.bars import best_peers, geomean
 
 __all__ = ["RESULTS", "bars", "gain", "readme", "reads", "recall", "served", "server"]
 
@@ -35,10 +34,6 @@ def _decode(topk: Any) -> list[dict[str, Any]]:
     return [
         r for r in topk["results"] if r.get("suite", "decode") == "decode" and "recorded" not in r
     ]
-
-
-def _mean(ratios: list[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def readme() -> str:
@@ -72,13 +67,13 @@ def readme() -> str:
         if dtype == "bfloat16" and name == "dsv4":
             ratios.append(us / warm["float32", k, rows, c, upstream])
             best.append(us / fastest[k, rows, c]["warm_us"])
-    mean = _mean(ratios)
+    mean = geomean(ratios)
     slower = sum(r > 1 for r in ratios)
     lines += [
         "",
         f"Over all {len(ratios)} cells (k 512, 1024, 2048) the geometric mean of the ratio is "
         f"{mean:.2f}; ours is slower in {slower} of them (worst {max(ratios):.2f}). Against the "
-        f"fastest upstream kernel of any dtype in each cell it is {_mean(best):.2f}, slower in "
+        f"fastest upstream kernel of any dtype in each cell it is {geomean(best):.2f}, slower in "
         f"{sum(r > 1 for r in best)} (worst {max(best):.2f}). "
         f"Ours is {'exact in every cell' if exact else 'NOT exact in some cell'}.",
         "",
@@ -156,7 +151,7 @@ def _served(topk: Any, upstream: str) -> tuple[str, str]:
     return "\n".join(lines), (
         "A call as a server makes it, its code, evicted by the kernels of a whole layer, from "
         f"memory, and the launch counted: over {len(ratios)} cells (k 512, 2048) "
-        f"{_mean(ratios):.2f} of vLLM's (worst {max(ratios):.2f}), {_mean(best):.2f} of the "
+        f"{geomean(ratios):.2f} of vLLM's (worst {max(ratios):.2f}), {geomean(best):.2f} of the "
         f"fastest exact upstream kernel's of any dtype (worst {max(best):.2f})."
     )
 
@@ -247,9 +242,9 @@ def gain() -> str:
             of.extend(cell["servers"][name])
     pooled = paired(times["off"], times["bf16"])
     low, high = (100 * (bound - 1) for bound in pooled["interval95"])
-    small = "a small gain" if high < 0 else "a loss" if low > 0 else "no gain"
+    head = "a small gain" if high < 0 else "a loss" if low > 0 else "no gain"
     return (
-        f"- In a whole server {small}: with it the time a token takes changed by {changes}; tokens "
+        f"- In a whole server {head}: with it the time a token takes changed by {changes}; tokens "
         f"of context x requests at a time, vLLM {about['vllm']}, one {about['gpu']}, commit "
         f"{about['commit'][:7]}. By the 95 % intervals that is faster in {faster} of {len(rows)} "
         f"cases and slower in {slower}; over all {pooled['pairs']} pairs it is "

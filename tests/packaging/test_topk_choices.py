@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 from packaging_tools import ROOT
 
-UNITS_A_THREAD = 64  # kTopkUnitSteps: of eight scores each
+from dsv4_plugin.testing.topk.sweep import SOLO, UNITS_A_THREAD
 
 
 class Choice(NamedTuple):
@@ -64,6 +64,10 @@ def test_the_registers_of_a_cta_hold_what_it_serves_alone(choices: list[Choice])
     for c in choices:
         if c.cluster > 1:
             assert c.solo <= c.held, c
+
+
+def test_the_sweep_knows_what_one_cta_serves_alone(choices: list[Choice]) -> None:
+    assert {c.solo for c in choices} == {SOLO}
 
 
 def test_all_choices_are_taken(choices: list[Choice]) -> None:

@@ -25,7 +25,6 @@ from dsv4_plugin.testing.topk.cases import Problem
 from dsv4_plugin.testing.topk.check import Reference
 
 __all__ = [
-    "Cell",
     "Run",
     "Scores",
     "Task",
@@ -54,19 +53,11 @@ class Run:
 
 
 @dataclasses.dataclass
-class Cell:
-    """One call of an engine; ``about`` names it in the results."""
-
-    about: Row
-    runs: list[Run]
-
-
-@dataclasses.dataclass
 class Task:
-    """A cell that is to be measured; ``make`` draws its tensors."""
+    """A cell that is to be measured: its name in the results, and what draws its tensors."""
 
     about: Row
-    make: Callable[[], Cell]
+    make: Callable[[], list[Run]]
 
     def __str__(self) -> str:
         """Return the cell as progress lines and the results file show it."""

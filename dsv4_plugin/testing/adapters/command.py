@@ -63,13 +63,13 @@ def run(
         for task in todo:
             if progress.spent():
                 break
-            cell = task.make()
-            rows = [_measured(task, one, arguments) for one in cell.runs]
+            runs = task.make()
+            rows = [_measured(task, one, arguments) for one in runs]
             document["results"] += rows
             document["not_run"].remove(str(task))
             progress.done(f"{task}  " + "  ".join(map(_shown, rows)))
             file.save(now=True)  # the next cell may compile for minutes
-            del cell
+            del runs
     document["complete"] = not progress.out_of_time
     file.save(now=True)
     for line in _table(document["results"]):

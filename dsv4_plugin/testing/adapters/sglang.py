@@ -13,7 +13,6 @@ import torch
 from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.sglang import calls
 from dsv4_plugin.testing.adapters.cells import (
-    Cell,
     Run,
     Task,
     backend_for,
@@ -45,10 +44,10 @@ def cells(
         for r, c in shapes_of(PREFILL if call == "prefill" else SHAPES, rows, columns):
             for k in ks:
                 about = {"suite": "sglang", "call": call, "k": k, "rows": r, "columns": c}
-                yield Task(about, functools.partial(_cell, about, device, peers))
+                yield Task(about, functools.partial(_runs, about, device, peers))
 
 
-def _cell(about: Row, device: str, peers: Peers) -> Cell:
+def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
     call, k, rows, columns = (about[name] for name in ("call", "k", "rows", "columns"))
     lengths = torch.full((rows,), columns, dtype=torch.int32, device=device)
     table = page_table(1 if call == "prefill" else rows, columns, device)
@@ -122,7 +121,7 @@ def _cell(about: Row, device: str, peers: Peers) -> Cell:
 
     for name, peer in peers["sglang_paged"].items():
         add(name, "fp32", functools.partial(theirs, peer), False)
-    return Cell(about, runs)
+    return runs
 
 
 def _none(*args: Any, **kwargs: Any) -> Any:

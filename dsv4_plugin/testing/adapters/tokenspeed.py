@@ -14,7 +14,6 @@ import torch
 from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.tokenspeed import kernels, readers
 from dsv4_plugin.testing.adapters.cells import (
-    Cell,
     Run,
     Scores,
     Task,
@@ -126,7 +125,7 @@ def _runs(
     return runs
 
 
-def _decode(about: Row, device: str, peers: Peers) -> Cell:
+def _decode(about: Row, device: str, peers: Peers) -> list[Run]:
     call, k, rows, columns = (about[name] for name in ("call", "k", "rows", "columns"))
     t = Decode.make(rows, columns, device)
     q8 = t.q.to(torch.float8_e4m3fn)
@@ -156,14 +155,14 @@ def _decode(about: Row, device: str, peers: Peers) -> Cell:
 
     truth = t.truth(q8.float() if fp8 else None)
     theirs = peers["tokenspeed_dsv4_decode" if fp8 else "tokenspeed_decode"]
-    return Cell(about, _runs(about, device, theirs, make, selection, truth, t.lengths))
+    return _runs(about, device, theirs, make, selection, truth, t.lengths)
 
 
 def _same(out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _prefill(about: Row, device: str, peers: Peers) -> Cell:
+def _prefill(about: Row, device: str, peers: Peers) -> list[Run]:
     k, rows, columns = about["k"], about["rows"], about["columns"]
     t = Prefill.make(rows, columns, device)
 
@@ -184,10 +183,10 @@ def _prefill(about: Row, device: str, peers: Peers) -> Cell:
 
     lengths = t.ends - t.starts
     theirs = peers["tokenspeed_prefill"]
-    return Cell(about, _runs(about, device, theirs, make, selection, t.truth(), lengths))
+    return _runs(about, device, theirs, make, selection, t.truth(), lengths)
 
 
-def _read(about: Row, device: str, peers: Peers) -> Cell:
+def _read(about: Row, device: str, peers: Peers) -> list[Run]:
     call, tokens, pages = about["call"], about["rows"], about["columns"]
     fp4 = call == "read_mxfp4"
     cache = mxfp4_cache(pages, device=device) if fp4 else plane(pages, ARENA, device)
@@ -231,4 +230,4 @@ def _read(about: Row, device: str, peers: Peers) -> Cell:
     form = {"gather": "tokenspeed_gather", "read_fp8": "tokenspeed_read"}.get(call)
     for name, peer in peers[form].items() if form else ():
         add(name, functools.partial(peer, cache, slots, PAGE), call == "gather", False)
-    return Cell(about, runs)
+    return runs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv4_plugin.testing.ab.intervals import ratio
 from dsv4_plugin.testing.e2e.client import at_once, random_prompt, time_per_token, together
 from dsv4_plugin.testing.e2e.server import Server
 
@@ -217,23 +217,16 @@ def profile(
 
 
 def paired(base: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    """Return the ratio other/base of paired measurements: median, and a 95 % interval.
+    """Return the ratio other/base of paired measurements, and its 95 % interval.
 
-    The interval is Student's t over the logarithms of the pairs' ratios; ``None`` for one pair.
+    As :func:`dsv4_plugin.testing.ab.intervals.ratio`; ``None`` is one pair's interval.
     """
-    import math
-
-    logs = [math.log(b / a) for a, b in zip(base, other, strict=False)]
-    middle, half = statistics.mean(logs), None
-    if len(logs) > 1:
-        half = _T95[min(len(logs) - 2, len(_T95) - 1)] * statistics.stdev(logs) / len(logs) ** 0.5
+    pairs = min(len(base), len(other))
+    if pairs == 1:
+        return {"pairs": 1, "ratio": round(other[0] / base[0], 5), "interval95": None}
+    found = ratio(base[:pairs], other[:pairs])
     return {
-        "pairs": len(logs),
-        "ratio": round(math.exp(middle), 5),
-        "interval95": half
-        and [round(math.exp(middle - half), 5), round(math.exp(middle + half), 5)],
+        "pairs": pairs,
+        "ratio": round(found.value, 5),
+        "interval95": [round(found.low, 5), round(found.high, 5)],
     }
-
-
-# Student's t, two-sided 95 %, for 1, 2, 3 … degrees of freedom.
-_T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)

@@ -19,7 +19,7 @@ from dsv4_plugin.testing.installed import (
 from dsv4_plugin.testing.topk import UsageError, peers
 from dsv4_plugin.testing.topk.peers import Call, Peers
 
-__all__ = ["ENGINES", "load", "split"]
+__all__ = ["ENGINES", "engines_only", "load", "split"]
 
 ENGINES = {
     "vllm": vllm_peers,
@@ -49,6 +49,18 @@ def split(words: Iterable[str]) -> tuple[list[str], list[Path]]:
                     f"file of recorded figures, got {part!r}"
                 )
     return list(dict.fromkeys(engines)), list(dict.fromkeys(files))
+
+
+def engines_only(words: Iterable[str]) -> list[str]:
+    """Return the engines that ``--against`` names, for a benchmark that compares with no file.
+
+    Raises:
+        UsageError: as :func:`split`, or a word is a file.
+    """
+    engines, files = split(words)
+    if files:
+        raise UsageError(f"--against FILE.csv is for bench topk, got {files[0]}")
+    return engines
 
 
 def load(engines: Sequence[str], forms: Sequence[str], file: Path | None, *, of: str) -> Peers:

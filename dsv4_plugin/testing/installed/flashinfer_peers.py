@@ -12,11 +12,12 @@ import torch
 
 from dsv4_plugin.testing.installed.prepared import (
     Prepared,
-    capturing,
     imported,
+    lengths_of,
     need,
     release,
     tried,
+    zeros_for,
 )
 from dsv4_plugin.testing.topk.cases import PAGE_SIZE
 
@@ -73,9 +74,7 @@ def _decode() -> Any:
         vLLM does: the copy is in the time. ``dsa_graph_safe`` as SGLang passes it.
         """
         need(logits.is_contiguous(), "takes contiguous scores only")
-        zeros = _windows.get(("zeros", lengths.shape, str(lengths.device)),
-                             lambda: torch.zeros_like(lengths))  # fmt: skip
-        out.copy_(ragged(logits, zeros, lengths, k, **more))
+        out.copy_(ragged(logits, zeros_for(lengths, _windows), lengths, k, **more))
 
     return decode
 
@@ -95,12 +94,8 @@ def _prefill() -> Any:
         Arguments as in :func:`_decode`; with offsets of zero indices count from the row's start.
         """
         need(logits.is_contiguous(), "takes contiguous scores only")
-        key = len(row_starts), row_starts.data_ptr(), row_ends.data_ptr()
-        lengths, zeros = _windows.get(
-            key, lambda: (torch.empty_like(row_starts), torch.zeros_like(row_starts))
-        )
-        if not capturing():
-            torch.sub(row_ends, row_starts, out=lengths)
+        lengths = lengths_of(row_starts, row_ends, _windows)
+        zeros = zeros_for(lengths, _windows)
         out.copy_(ragged(logits, zeros, lengths, k, row_starts=row_starts, **more))
 
     return prefill

@@ -18,7 +18,18 @@ import torch
 
 from dsv4_plugin.testing.topk.cases import PAGE_SIZE
 
-__all__ = ["Prepared", "capturing", "imported", "need", "reason", "release", "schedule_of", "tried"]
+__all__ = [
+    "Prepared",
+    "capturing",
+    "imported",
+    "lengths_of",
+    "need",
+    "reason",
+    "release",
+    "schedule_of",
+    "tried",
+    "zeros_for",
+]
 
 T = TypeVar("T")
 
@@ -51,14 +62,13 @@ class Prepared:
         return held
 
     def anew(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return what ``make`` gives, made in every eager call, at one place for ``key``.
+        """Return a copy of what ``make`` gives, made in every eager call, at one place for ``key``.
 
         What it is made of may have changed in place since; a capture keeps what is there.
         """
-        held = self.get(key, make)
-        if not capturing():
-            held.copy_(make())
-        return held
+        if key in self._held and not capturing():
+            self._held[key].copy_(make())
+        return self.get(key, lambda: make().clone())
 
 
 def need(condition: bool, what: str) -> None:
@@ -122,6 +132,18 @@ def reason(error: BaseException) -> str:
     """Return an error in one line."""
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+def zeros_for(lengths: torch.Tensor, held: Prepared) -> torch.Tensor:
+    """Return a zero a row, as starts or offsets of rows that begin at their first column."""
+    key = "zeros", lengths.shape, lengths.dtype, str(lengths.device)
+    return held.get(key, lambda: torch.zeros_like(lengths))
+
+
+def lengths_of(row_starts: torch.Tensor, row_ends: torch.Tensor, held: Prepared) -> torch.Tensor:
+    """Return the windows' lengths."""
+    key = len(row_starts), row_starts.data_ptr(), row_ends.data_ptr()
+    return held.anew(key, lambda: row_ends - row_starts)
 
 
 def sms(device: torch.device) -> int:

@@ -13,12 +13,13 @@ import torch
 from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
 from dsv4_plugin.testing.installed.prepared import (
     Prepared,
-    capturing,
     imported,
+    lengths_of,
     need,
     release,
     schedule_of,
     tried,
+    zeros_for,
 )
 from dsv4_plugin.testing.topk.cases import PAGE_SIZE
 
@@ -31,7 +32,7 @@ SMALL_COLUMNS = 16_384
 
 _plans = Prepared("SGLang's plan")
 _tables = Prepared("a page table", most=8)
-_lengths = Prepared("the windows' lengths")
+_windows = Prepared("the windows' lengths")
 _schedules = Prepared("DeepGEMM's schedule")
 
 
@@ -85,12 +86,7 @@ def _plan(make: Any, lengths: torch.Tensor) -> torch.Tensor:
     The kernel reads it before it waits for the kernel before it (programmatic dependent launch), so
     that the plan's kernel must not be the one right before: the copy is between them.
     """
-    key = len(lengths), lengths.data_ptr()
-    shape = (len(lengths) + 1, 2)
-    plan = _plans.get(key, lambda: torch.zeros(shape, dtype=torch.int32, device=lengths.device))
-    if not capturing():
-        plan.copy_(make(lengths))
-    return plan
+    return _plans.anew((len(lengths), lengths.data_ptr()), lambda: make(lengths))
 
 
 def _identity(logits: torch.Tensor) -> torch.Tensor:
@@ -189,12 +185,8 @@ def _prefill() -> Any:
         overwrites up to three scores before a window, none of the row itself. Float32 only.
         """
         _checked(logits)
-        key = len(row_starts), row_starts.data_ptr(), row_ends.data_ptr()
-        lengths, zeros = _lengths.get(
-            key, lambda: (torch.empty_like(row_starts), torch.zeros_like(row_starts))
-        )
-        if not capturing():
-            torch.sub(row_ends, row_starts, out=lengths)
+        lengths = lengths_of(row_starts, row_ends, _windows)
+        zeros = zeros_for(lengths, _windows)
         ragged(logits, lengths, out_offsets=zeros, out_indices=out, row_starts=row_starts)
 
     return prefill

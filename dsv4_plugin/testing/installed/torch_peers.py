@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.testing.installed.prepared import Prepared, capturing
+from dsv4_plugin.testing.installed.prepared import Prepared, capturing, lengths_of, zeros_for
 from dsv4_plugin.testing.topk.cases import PAGE_SIZE
 
 __all__ = ["choice", "kernels"]
@@ -43,8 +43,7 @@ def decode(logits: torch.Tensor, lengths: torch.Tensor, k: int, out: torch.Tenso
     is shorter than ``k``, is looked up in the eager call, in which all memory is allocated too. A
     score of -inf is not told from a masked one.
     """
-    zeros = _facts.get(("zeros", *_place(lengths)), lambda: torch.zeros_like(lengths))
-    _Select(logits, zeros, lengths, k).columns(out)
+    _Select(logits, zeros_for(lengths, _facts), lengths, k).columns(out)
 
 
 def prefill(
@@ -52,10 +51,7 @@ def prefill(
     out: torch.Tensor,
 ) -> None:  # fmt: skip
     """As :func:`decode`, for windows; the indices count from the row's start."""
-    key = "lengths", *_place(row_starts), *_place(row_ends)
-    lengths = _facts.get(key, lambda: row_ends - row_starts)
-    if not capturing():
-        torch.sub(row_ends, row_starts, out=lengths)
+    lengths = lengths_of(row_starts, row_ends, _facts)
     _Select(logits, row_starts, lengths, k).columns(out)
 
 
@@ -64,8 +60,7 @@ def paged(
     out: torch.Tensor,
 ) -> None:  # fmt: skip
     """As :func:`decode`, then the page table by ``torch.gather``: answers in pool slots."""
-    zeros = _facts.get(("zeros", *_place(lengths)), lambda: torch.zeros_like(lengths))
-    _Select(logits, zeros, lengths, k).slots(page_table, out)
+    _Select(logits, zeros_for(lengths, _facts), lengths, k).slots(page_table, out)
 
 
 class _Select:
@@ -75,7 +70,7 @@ class _Select:
         self, logits: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, k: int
     ) -> None:
         rows, columns = logits.shape
-        self.starts, self.lengths = starts, lengths
+        self.lengths = lengths
         self.kept = kept = min(k, columns)
         device, dtype = logits.device, logits.dtype
         key = rows, columns, k, dtype, str(device)

@@ -26,9 +26,7 @@ def run(
     lists = _cases(arguments)
     if arguments.plot:
         plot.require()  # now, not when all is measured
-    engines, files = installed.split(arguments.against)
-    if files:
-        raise UsageError(f"--against FILE.csv is for bench topk, got {files[0]}")
+    engines = installed.engines_only(arguments.against)
     others = installed.load(engines, _forms(what, list(lists)), arguments.peers, of=what)
     named(others, say)
     asked = arguments.vllm_choice, arguments.sglang_choice

@@ -13,7 +13,7 @@ from typing import Any
 
 from dsv4_plugin.testing import figures
 from dsv4_plugin.testing.logits.chain import chain_name
-from dsv4_plugin.testing.topk.bars import best_peers, sound
+from dsv4_plugin.testing.topk.bars import best_peers, geomean, sound
 from dsv4_plugin.testing.topk.peers import OURS
 
 __all__ = ["markdown"]
@@ -160,7 +160,7 @@ def _against(ratios: list[float], what: str, begin: str = "Against") -> str:
     if not ratios:
         return ""
     slower = sum(r > 1 for r in ratios)
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    mean = geomean(ratios)
     return (
         f"{begin} {what} the geometric mean of the ratio over {len(ratios)} cells is "
         f"{mean:.2f}; ours is slower in {slower} (worst {max(ratios):.2f}). "

@@ -13,7 +13,16 @@ from typing import Any
 
 from dsv4_plugin.testing.topk.peers import OURS, is_vllm_choice, seed_figures
 
-__all__ = ["FLOOR_RATIO", "Bar", "Cell", "all_bars", "best_peers", "seed_lines", "sound"]
+__all__ = [
+    "FLOOR_RATIO",
+    "Bar",
+    "Cell",
+    "all_bars",
+    "best_peers",
+    "geomean",
+    "seed_lines",
+    "sound",
+]
 
 Row = dict[str, Any]
 Cell = tuple[int, int, int]  # k, rows, columns
@@ -121,7 +130,8 @@ def _ours(rows: Iterable[Row], dtype: str) -> dict[Cell, Row]:
     }
 
 
-def _mean(ratios: Iterable[float]) -> float:
+def geomean(ratios: Iterable[float]) -> float:
+    """Return the mean by which ratios are compared."""
     logs = [math.log(ratio) for ratio in ratios]
     return math.exp(sum(logs) / len(logs))
 
@@ -149,7 +159,7 @@ def _against_peers(decode: list[Row], dtype: str, where: str) -> list[Bar]:
         heat = field.removesuffix("_us")
         cell, worst = max(ratios.items(), key=lambda item: item[1])
         name = f"{dtype} {heat} / best upstream {of}"
-        bars.append(Bar(f"{name}, geometric mean", _mean(ratios.values()), BEST_MEAN[dtype],
+        bars.append(Bar(f"{name}, geometric mean", geomean(ratios.values()), BEST_MEAN[dtype],
                         f"{len(ratios)} cells{where}"))  # fmt: skip
         note = f"{_show(cell)}, against {theirs[cell]['implementation']}{where}"
         bars.append(Bar(f"{name}, worst cell", worst, BEST_WORST[dtype], note))
@@ -167,7 +177,7 @@ def _against_vllm(decode: list[Row], dtype: str, vllm: str, where: str) -> list[
         if ratios:
             heat = field.removesuffix("_us")
             bars.append(Bar(f"{dtype} {heat} / {_own(vllm)} own choice, geometric mean",
-                            _mean(ratios.values()), VLLM_MEAN[dtype],
+                            geomean(ratios.values()), VLLM_MEAN[dtype],
                             f"{len(ratios)} cells{where}"))  # fmt: skip
     return bars
 
@@ -250,7 +260,7 @@ def _prefill(live: list[Row]) -> list[Bar]:
         if ratios:
             cell, worst = max(ratios.items(), key=lambda item: item[1])
             name = f"bfloat16 prefill / {engine}"
-            bars.append(Bar(f"{name}, geometric mean", _mean(ratios.values()), most,
+            bars.append(Bar(f"{name}, geometric mean", geomean(ratios.values()), most,
                             f"{len(ratios)} cells"))  # fmt: skip
             bars.append(Bar(f"{name}, worst cell", worst, most, cell))
     return bars
@@ -295,6 +305,6 @@ def seed_lines(results: list[Row]) -> list[str]:
     ratios = [full[cell]["warm_us"] / half[cell]["warm_us"] for cell in cells]
     theirs = [seed[cell] for cell in cells]
     lines.append(
-        f"geometric mean over {len(cells)} cells: {_mean(ratios):.2f} ({_mean(theirs):.2f})"
+        f"geometric mean over {len(cells)} cells: {geomean(ratios):.2f} ({geomean(theirs):.2f})"
     )
     return lines

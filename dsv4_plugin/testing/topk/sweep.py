@@ -23,7 +23,8 @@ import torch
 
 from dsv4_plugin import topk
 from dsv4_plugin.kernels import cuda
-from dsv4_plugin.testing.cells import DIRTY
+from dsv4_plugin.kernels.cuda import SOLO
+from dsv4_plugin.testing.cells import DIRTY, Row
 from dsv4_plugin.testing.progress import Progress
 from dsv4_plugin.testing.results import Results
 from dsv4_plugin.testing.timing import machine, time_graph
@@ -35,11 +36,8 @@ __all__ = ["CLUSTERS", "SOLO", "THREADS", "choices", "main", "summary"]
 
 THREADS = (256, 512)
 CLUSTERS = (1, 2, 3, 4, 6, 8, 12, 16)
-SOLO = 8192  # kSoloUnits, in scores
 UNITS_A_THREAD = 64  # kTopkUnitSteps: of eight scores each
 TABLE = "table"  # the name of what choose_topk takes
-
-Row = dict[str, Any]
 
 
 def choices(
@@ -146,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=0, help="of the buffer, wider than the rows")
     parser.add_argument(
         "--solo", type=int, nargs="+", default=(SOLO,), metavar="SCORES",
-        help="longest row that one CTA of a cluster serves (8192)",
+        help=f"longest row that one CTA of a cluster serves ({SOLO})",
     )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=("bfloat16", "float32"))
     parser.add_argument("--served", action="store_true", help="as a server calls it, too")
