@@ -42,6 +42,7 @@ def config(
         "hidden_size": 4096,
         "num_hidden_layers": len(ratios),
         "compress_ratios": list(ratios),
+        "num_nextn_predict_layers": 1,  # served with --speculative-config only
         # Attention: 64 heads of 448 + 64 over one latent key.
         "num_attention_heads": 64,
         "num_key_value_heads": 1,

@@ -5,6 +5,10 @@ FAKE_OTHER   a position at which the token differs from other servers'
 FAKE_DIES    end at once, with this message
 FAKE_FAILS   to copy contexts
 FAKE_CACHE   tokens the cache holds, as its log says
+FAKE_SILENT  says nothing of the plugin, whatever is broken
+FAKE_LOSES   breaks off an answer to a prompt of so many tokens
+FAKE_HANGS   never answers a prompt of so many tokens
+FAKE_FORGETS gives other answers after it has slept
 """
 
 from __future__ import annotations
@@ -51,24 +55,34 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"data: {json.dumps(data)}\n\n".encode())
 
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/health" else 404)
+        known = ("/health", "/is_sleeping")
+        self.send_response(200 if self.path in known else 404)
         self.end_headers()
+        self.wfile.write(json.dumps({"is_sleeping": STATE["sleeping"]}).encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null")
         if self.path == "/stop_profile":
             folder = Path(json.loads(option("--profiler-config"))["torch_profiler_dir"])
             (folder / f"rank0.{time.time_ns()}.pt.trace.json").write_text(json.dumps(trace(MS)))
+        if self.path in ("/sleep?level=1", "/wake_up"):
+            STATE["sleeping"] = self.path != "/wake_up"
+            STATE["slept"] = True
         self.send_response(200)
         self.end_headers()
         if self.path != "/v1/completions":
             return
+        if len(body["prompt"]) == int(os.environ.get("FAKE_HANGS", "0")):
+            time.sleep(60)
         assert body["model"] == option("--served-model-name") and body["temperature"] == 0
         if "FAKE_FAILS" in os.environ:
             (Path(os.environ["E2E_DIR"]) / "copy").unlink(missing_ok=True)
         for i in range(body["max_tokens"]):
             time.sleep(MS / 1000)
-            token = (sum(body["prompt"]) + i + (i == OTHER)) % 1000
+            if i and len(body["prompt"]) == int(os.environ.get("FAKE_LOSES", "0")):
+                return
+            other = i == OTHER or (STATE["slept"] and "FAKE_FORGETS" in os.environ)
+            token = (sum(body["prompt"]) + i + other) % 1000
             choice: dict[str, Any] = {"text": "x"}
             if body.get("return_token_ids"):
                 choice["token_ids"] = [token]
@@ -77,6 +91,31 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
+def drilled() -> tuple[str, dict[str, int]]:
+    """What the plugin says and counts in a server in which something is broken."""
+    import dsv4_plugin
+
+    all_of_it = {"topk.decode": 2, "topk.prefill": 2, "logits.own": 4, "gather": 1}
+    upstream = {"topk.decode.upstream": 2, "topk.prefill.upstream": 2}
+    off = "failed at a call and was switched off (RuntimeError: drill:"
+    fault = os.environ.get("E2E_FAULT", "")
+    if os.environ.get("DSV4_PLUGIN") == "0":
+        return "DSV4_PLUGIN=0: nothing is patched in vLLM", {}
+    if Path(dsv4_plugin.__file__).is_relative_to(os.environ["E2E_DIR"]):
+        return "top-k: upstream's (bf16: /there/_C.so is not there)", upstream
+    if fault == "capability":
+        return "top-k: upstream's (the GPU has compute capability 7.5)", upstream
+    if fault == "seam":
+        why = "upstream's stays at topk.prefill (vllm._custom_ops.top_k_per_row_prefill takes …)"
+        return why, {**upstream, "gather": 1}
+    if fault in ("topk", "logits"):
+        return f"topk {off} {fault}); upstream serves", {**upstream, "gather": 1}
+    if fault == "gather":
+        return f"gather {off} gather); …", {**all_of_it, "gather": 0, "gather.upstream": 1}
+    return "dsv4 in vLLM 0.26.0: top-k: bf16 by cuda on own bf16 logits", all_of_it
+
+
+STATE = {"sleeping": False, "slept": False}
 MS = float(os.environ.get("FAKE_MS", "1"))
 OTHER = int(os.environ.get("FAKE_OTHER", "-1"))
 
@@ -91,6 +130,9 @@ if __name__ == "__main__":
     if "FAKE_CACHE" in os.environ:
         print(f"INFO GPU KV cache size: {int(os.environ['FAKE_CACHE']):,} tokens", flush=True)
     print("INFO dsv4: plugins allowed:", os.environ.get("VLLM_PLUGINS"), flush=True)
+    line, counters = drilled()
+    if "FAKE_SILENT" not in os.environ:
+        print(f"(EngineCore pid=1) INFO 11-25 23:34:28 [dsv4] {line}", flush=True)
     status = Path(os.environ["E2E_DIR"]) / f"status-{os.getpid()}.json"
-    status.write_text(json.dumps({"host": "fake", "counters": {"topk.decode": 2}}))
+    status.write_text(json.dumps({"host": "fake", "counters": counters}))
     Server(("127.0.0.1", int(option("--port"))), Handler).serve_forever()

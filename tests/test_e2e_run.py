@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import socket
 import subprocess
@@ -72,19 +71,42 @@ def test_two_servers_are_measured_in_turn(
     outputs = found["outputs"]
     assert outputs["repeatable"] == {"off": [True, True], "on": [True, True]}
     assert [a["first_difference"] for a in outputs["as_baseline"]["on"]] == [3, 3]
-    (profile,) = found["profiles"]
-    assert profile["context"] == 144
-    assert profile["servers"]["on"]["parts"]["topk"]["us_call"] == 12.0
+    assert [(p["context"], p["concurrency"]) for p in found["profiles"]] == [(144, 1), (144, 4)]
+    for profile in found["profiles"]:
+        assert profile["servers"]["on"]["parts"]["topk"]["us_call"] == 12.0
     rows = {(row["figure"], row["concurrency"]): row for row in found["summary"]}
     assert 1 < rows["tpot_ms", 1]["ratio"] < 3.1 and rows["tpot_ms", 1]["pairs"] == 3
     low, high = rows["tpot_ms", 1]["interval95"]
     assert low < rows["tpot_ms", 1]["ratio"] < high
-    assert rows["chain_us_layer", 1]["ratio"] == round((8 + 12) / (8 + 4), 4)
+    for count in (1, 4):
+        assert rows["chain_us_layer", count]["ratio"] == round((8 + 12) / (8 + 4), 4)
     about = found["servers"]["on"]
     assert about["environment"] == {"FAKE_MS": "12", "FAKE_OTHER": "3"}
-    assert about["status"] == [{"host": "fake", "counters": {"topk.decode": 2}}]
+    assert [s["host"] for s in about["status"]] == ["fake"]
     assert any("dsv4 stands in" in line and server.SIDE in line for line in about["log"])
     assert found["machine"]["plugin"] and found["command"][2] == "dsv4_plugin.testing.e2e"
+
+
+def test_servers_with_arguments_of_their_own_are_compared_among_themselves(
+    model: Path, tmp_path: Path
+) -> None:
+    code, found = run(
+        model, tmp_path,
+        "--server", "off", "--server", "on:FAKE_MS=2", "--server", "e_off", "--server", "e_on",
+        "--arguments", "e_off=--enforce-eager", "--arguments", "e_on=--enforce-eager",
+        "--contexts", "64", "--pairs", "1", "--tokens", "20", "--outputs", "50",
+    )  # fmt: skip
+    assert code == 0
+    assert [set(row) & set(found["servers"]) for row in found["summary"]] == [
+        {"off", "on"},
+        {"e_off", "e_on"},
+    ]
+    assert set(found["outputs"]["as_baseline"]) == {"on", "e_on"}
+    assert found["servers"]["e_on"]["arguments"][-1] == "--enforce-eager"
+    assert "--enforce-eager" not in found["servers"]["on"]["arguments"]
+    for wrong in ("on=--enforce-eager", "off"):
+        with pytest.raises(SystemExit):
+            run(model, tmp_path, "--server", "off", "--arguments", wrong)
 
 
 def test_contexts_are_copied_or_else_computed_up_to_a_length(
@@ -206,32 +228,6 @@ def test_weights_are_of_a_useful_size_and_the_same_every_time() -> None:
     packed = made("w13_weight", torch.empty(4, 64, dtype=torch.uint8))
     assert len(packed.unique()) > 100
     assert made("w13_weight_scale", torch.empty(4, dtype=torch.uint8)).tolist() == [120] * 4
-
-
-@pytest.mark.parametrize(
-    ("fault", "where", "message"),
-    [
-        ("topk", "dsv4_plugin.ops.topk", "drill: topk"),
-        ("gather", "dsv4_plugin.ops.gather_indexer_cache", "drill: gather"),
-        ("capability", "dsv4_plugin.backends.capability", None),
-    ],
-)
-def test_a_drill_breaks_what_the_adapter_calls(
-    fault: str, where: str, message: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, name = importlib.import_module(where.rpartition(".")[0]), where.rpartition(".")[2]
-    monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
-    vllm_side._break(fault)
-    if message is None:
-        assert getattr(module, name)(None) == (8, 0)
-    else:
-        with pytest.raises(RuntimeError, match=message):
-            getattr(module, name)()
-
-
-def test_an_unknown_drill_is_an_error() -> None:
-    with pytest.raises(ValueError, match="E2E_FAULT is 'x'; it can be 'topk', 'gather'"):
-        vllm_side._break("x")
 
 
 def test_the_side_is_loaded_where_plugins_are_listed(model: Path, tmp_path: Path) -> None:

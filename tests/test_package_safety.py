@@ -46,6 +46,13 @@ WRITES = {
     "testing/ab/processes.py": {"mkdir", "open"},  # --out
     "testing/bench.py": {"write_text"},  # --json
     "testing/e2e/command.py": {"TemporaryDirectory", "mkdir", "rmtree", "write_text"},  # --folder
+    "testing/e2e/drills.py": {
+        "TemporaryDirectory",
+        "copytree",
+        "mkdir",
+        "rmtree",
+        "write_text",
+    },  # --folder, --json
     "testing/e2e/measure.py": {"rename"},  # --folder
     "testing/e2e/server.py": {"mkdir", "open", "touch", "unlink", "write_text"},  # --folder
     "testing/e2e/trace.py": {"write_text"},  # --json

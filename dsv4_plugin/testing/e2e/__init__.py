@@ -6,6 +6,7 @@
 | :mod:`.server` | starts a server, waits for it, stops it; reads its log |
 | :mod:`.client` | requests with token ids: what one costs, what it answers |
 | :mod:`.measure` | the steps: outputs, time per token, time to the first token, profiles |
+| :mod:`.drills` | servers with one fault each: that they go on serving, and say why |
 | :mod:`.trace` | a torch-profiler trace → microseconds a step of each part of the indexer |
 | :mod:`.vllm_side` | what runs in the server: random weights, contexts by copying, status |
 

@@ -60,6 +60,10 @@ class Client:
         """Return the status of a GET."""
         return self._call("GET", path, None, timeout)[0]
 
+    def read(self, path: str, timeout: float = 30) -> bytes:
+        """Return the body of a GET."""
+        return self._call("GET", path, None, timeout)[1]
+
     def post(self, path: str, data: Any = None, timeout: float = 300) -> bytes:
         """Return the body of a POST; an answer other than 200 is an error with its text."""
         status, body = self._call("POST", path, data, timeout)
@@ -84,11 +88,13 @@ class Client:
         salt: str | None = None,
         ids: bool = False,
         timeout: float = 300,
+        began: Callable[[], object] | None = None,
     ) -> Answer:
         """Greedy completion of exactly ``tokens`` tokens, streamed.
 
         ``salt`` keeps the prefix cache of requests with another salt away. The tokens themselves
         come only with ``ids``: vLLM then sends the prompt back as well, before the first token.
+        ``began`` is called when that has come.
         """
         request: dict[str, Any] = {
             "model": self.model,
@@ -124,6 +130,8 @@ class Client:
                 if new > 0:
                     answer.times.append(now)
                     answer.counts.append(new)
+                    if began is not None and len(answer.times) == 1:
+                        began()
                 if ids:
                     for choice in chunk["choices"]:
                         answer.tokens += choice["token_ids"] or ()

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from dsv4_plugin.testing.e2e import measure
 from dsv4_plugin.testing.e2e.server import VLLM, Server, ServerError
 
-__all__ = ["main", "number", "parse_server", "summarise"]
+__all__ = ["about", "bases", "main", "number", "parse_server", "summarise"]
 
 RESERVE_S = 12  # to stop, reduce traces and write
 LONG = 512 << 10
@@ -48,6 +48,13 @@ def parse_server(text: str) -> tuple[str, dict[str, str]]:
     return name, {key: value for key, _, value in pairs}
 
 
+def _arguments(text: str) -> tuple[str, list[str]]:
+    name, equals, rest = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=ARGUMENTS")
+    return name, shlex.split(rest)
+
+
 def _crowd(text: str) -> tuple[int, int]:
     context, _, count = text.partition(":")
     return number(context), int(count)
@@ -65,6 +72,11 @@ def parser() -> argparse.ArgumentParser:
         help="a server and its environment; the first is what the others are compared with "
         "(default: off:DSV4_PLUGIN=0 and on:DSV4_PLUGIN=1)",
     )  # fmt: skip
+    add(
+        "--arguments", type=_arguments, action="append", default=[], metavar="NAME=ARGUMENTS",
+        help="further arguments of vllm serve for this server; it is compared with the first "
+        "server that has the same",
+    )  # fmt: skip
     add("--json", type=Path, required=True, help="the results; whole at any moment")
     add("--contexts", type=number, nargs="*", default=[8 << 10, 64 << 10, 128 << 10],
         help="time per token at batch 1 with so many tokens of context")  # fmt: skip
@@ -72,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         help="the same with several requests, each with a context of its own")  # fmt: skip
     add("--ttft", type=number, nargs="*", default=[], help="time to the first token")
     add("--profile", type=number, nargs="*", default=[],
-        help="kernel times at these of the contexts, batch 1")  # fmt: skip
+        help="kernel times at these of the contexts, of every number of requests")  # fmt: skip
     add("--outputs", type=int, nargs="*", default=[], metavar="TOKENS",
         help="compare greedy answers to prompts of these lengths")  # fmt: skip
     add("--pairs", type=int, default=5, help="measurements of each server (default: 5)")
@@ -132,6 +144,10 @@ class Run:
             *(["--load-format", "auto"] if arguments.checkpoint else []),
             *arguments.serve,
         ]  # fmt: skip
+        own = dict(arguments.arguments)
+        if unknown := sorted(set(own) - {name for name, _ in wished}):
+            parser().error(f"--arguments {unknown[0]}: no --server has this name")
+        self.bases = bases([(name, own.get(name, [])) for name, _ in wished])
         self.servers = []
         for i, (name, environment) in enumerate(wished):
             place = folder / name
@@ -140,9 +156,10 @@ class Run:
             port = arguments.port + i
             self.servers.append(
                 Server(
-                    name, environment, arguments.model, place, port, serve, arguments.vllm or VLLM
+                    name, environment, arguments.model, place, port,
+                    [*serve, *own.get(name, [])], arguments.vllm or VLLM,
                 )
-            )
+            )  # fmt: skip
         self.traces = measure.Traces(self.layers)
         self.copies = True
 
@@ -204,8 +221,11 @@ class Run:
             for server in self.servers:
                 server.stop()
             for case, by_server in self.traces.results().items():
-                self.results["profiles"].append({"context": int(case), "servers": by_server})
-            self.results["summary"] = summarise(self.results, [s.name for s in self.servers])
+                context, count = map(int, case.split("x"))
+                self.results["profiles"].append(
+                    {"context": context, "concurrency": count, "servers": by_server}
+                )
+            self.results["summary"] = summarise(self.results, self.bases)
             self.save()
 
     def measure(self) -> None:
@@ -217,7 +237,7 @@ class Run:
             results["warm_up_s"] = measure.warm(servers, a.max_num_seqs, until)
 
         def outputs() -> None:
-            results["outputs"] = measure.outputs(servers, a.outputs, 64)
+            results["outputs"] = measure.outputs(servers, a.outputs, 64, bases=self.bases)
 
         self.step("warm-up", warm)
         if a.outputs:
@@ -268,12 +288,10 @@ class Run:
         shown = ", ".join(f"{n} {statistics.median(v):.3f}" for n, v in figures.items())
         self.say(f"{context} x {count} ({how} in {made:.1f} s): ms a token: {shown}")
         self.save()
-        if count == 1 and context in a.profile:
+        if context in a.profile:
             for server in self.servers:
-                wrong = measure.profile(
-                    server, prompts, 14, str(context + measure.TAIL), self.traces
-                )
-                if wrong:
+                case = f"{context + measure.TAIL}x{count}"
+                if wrong := measure.profile(server, prompts, 14, case, self.traces):
                     raise RuntimeError(wrong)
 
     def _ttft(self, context: int) -> None:
@@ -300,13 +318,23 @@ def about() -> dict[str, Any]:
     return {"machine": machine}
 
 
-def summarise(results: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return each figure of each server beside the first server's, with the ratio."""
+def bases(servers: Sequence[tuple[str, Sequence[str]]]) -> dict[str, str]:
+    """Return with which server each other one is compared: the first with the same arguments."""
+    first: dict[tuple[str, ...], str] = {}
+    found = {}
+    for name, arguments in servers:
+        base = first.setdefault(tuple(arguments), name)
+        if base != name:
+            found[name] = base
+    return found
+
+
+def summarise(results: dict[str, Any], bases: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return each figure of each server beside that of its base, with the ratio."""
     rows = []
-    base, others = names[0], names[1:]
     for kind in ("tpot_ms", "ttft_s"):
         for entry in results[kind]:
-            for name in others:
+            for name, base in bases.items():
                 a, b = entry["servers"][base], entry["servers"][name]
                 rows.append(
                     {
@@ -319,14 +347,14 @@ def summarise(results: dict[str, Any], names: Sequence[str]) -> list[dict[str, A
                     }
                 )
     for entry in results["profiles"]:
-        for name in others:
+        for name, base in bases.items():
             a, b = entry["servers"].get(base, {}), entry["servers"].get(name, {})
             if "chain_us_layer" in a and "chain_us_layer" in b:
                 rows.append(
                     {
                         "figure": "chain_us_layer",
                         "context": entry["context"],
-                        "concurrency": 1,
+                        "concurrency": entry["concurrency"],
                         base: a["chain_us_layer"],
                         name: b["chain_us_layer"],
                         "ratio": round(b["chain_us_layer"] / a["chain_us_layer"], 4),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ __all__ = [
     "CHUNK",
     "TAIL",
     "Traces",
+    "agreement",
     "contexts",
     "outputs",
     "profile",
@@ -31,6 +34,8 @@ CHUNK = 8192  # --max-num-batched-tokens
 # A context is whole chunks and this: the end of it is computed, whatever comes before is copied.
 TAIL = 512
 SETTLED = 1.2
+CROWD_TOKENS = 256  # of each request while several are profiled
+CROWD_S = 0.2
 
 
 def warm(servers: Sequence[Server], batch: int, until: float) -> dict[str, list[float]]:
@@ -58,9 +63,16 @@ def warm(servers: Sequence[Server], batch: int, until: float) -> dict[str, list[
 
 
 def outputs(
-    servers: Sequence[Server], lengths: Sequence[int], tokens: int, times: int = 2
+    servers: Sequence[Server],
+    lengths: Sequence[int],
+    tokens: int,
+    times: int = 2,
+    bases: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Greedy answers to the same prompts, several times each, never from the prefix cache."""
+    """Greedy answers to the same prompts, several times each, never from the prefix cache.
+
+    ``bases`` says with which server each other one is compared: the first, if not given.
+    """
     prompts = [random_prompt(n, 77 + i) for i, n in enumerate(lengths)]
     answers: dict[str, list[list[list[int]]]] = {server.name: [] for server in servers}
 
@@ -75,7 +87,8 @@ def outputs(
 
     for server in servers:  # one after the other: nothing else on the GPU
         one(server)
-    base = servers[0].name
+    if bases is None:
+        bases = {server.name: servers[0].name for server in servers[1:]}
     return {
         "prompt_tokens": list(lengths),
         "tokens": tokens,
@@ -84,15 +97,15 @@ def outputs(
             for name, runs in answers.items()
         },
         "as_baseline": {
-            name: [_agreement(answers[base][0][i], runs[0][i]) for i in range(len(prompts))]
-            for name, runs in answers.items()
-            if name != base
+            name: [agreement(answers[base][0][i], answers[name][0][i]) for i in range(len(prompts))]
+            for name, base in bases.items()
         },
         "token_ids": answers,
     }
 
 
-def _agreement(a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
+def agreement(a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
+    """Return how far two answers are the same."""
     same = [x == y for x, y in zip(a, b, strict=True)]
     return {
         "identical": all(same),
@@ -193,13 +206,20 @@ class Traces:
 def profile(
     server: Server, prompts: Sequence[Sequence[int]], tokens: int, case: str, traces: Traces
 ) -> str | None:
-    """Profile one answer to each prompt at once; returns what went wrong, or None."""
+    """Profile decoding of all prompts at once; returns what went wrong, or None.
+
+    ``tokens`` of one prompt. Several do not begin together: they get :data:`CROWD_TOKENS`, and the
+    profile lasts :data:`CROWD_S` from the moment the last of them has its first token.
+    """
     before = {p.name for p in server.traces.iterdir()}
-    server.client.post("/start_profile", {})
-    try:
-        together([(server.client, p) for p in prompts], tokens)
-    finally:
-        server.client.post("/stop_profile", {})
+    if len(prompts) == 1:
+        server.client.post("/start_profile", {})
+        try:
+            server.client.complete(prompts[0], tokens)
+        finally:
+            server.client.post("/stop_profile", {})
+    else:
+        _profile_crowd(server, prompts)
     for _ in range(40):
         new = [
             p for p in server.traces.glob("*.json*")
@@ -214,6 +234,21 @@ def profile(
             return None
         time.sleep(0.25)
     return f"{server.name}: no trace was written"
+
+
+def _profile_crowd(server: Server, prompts: Sequence[Sequence[int]]) -> None:
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = [
+            pool.submit(server.client.complete, p, CROWD_TOKENS, began=begun.release)
+            for p in prompts
+        ]
+        if all(begun.acquire(timeout=60) for _ in prompts):
+            server.client.post("/start_profile", {})
+            time.sleep(CROWD_S)
+            server.client.post("/stop_profile", {})
+        for answer in answers:
+            answer.result()
 
 
 def paired(base: Sequence[float], other: Sequence[float]) -> dict[str, Any]:

@@ -24,6 +24,9 @@ VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 HOST = "127.0.0.1"
 SIDE = "dsv4_plugin.testing.e2e.vllm_side:register"
 CACHE = re.compile(r"KV cache size: ([\d,]+) tokens")
+# What the prefix cache keeps of the sliding windows: the end of a prompt, and not a piece of every
+# 256 tokens. Those pieces are ten times what a context itself takes, and push it out.
+CACHING = {"VLLM_PREFIX_CACHE_RETENTION_INTERVAL": "0"}
 TOLD = re.compile(
     r"dsv4|graph captur|Graph capturing|KV cache size|Model loading took|init engine|"
     r"took .* seconds|Using .* backend|Available KV|WARNING.*(?:topk|indexer)",
@@ -91,7 +94,7 @@ class Server:
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dsv4-e2e\nVersion: 0\n")
         (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\ndsv4_e2e = {SIDE}\n")
         (self.folder / OPTIONS).write_text(json.dumps({"weights": weights, "fast_start": True}))
-        environment = {**os.environ, **self.environment, "E2E_DIR": str(self.folder)}
+        environment = {**CACHING, **os.environ, **self.environment, "E2E_DIR": str(self.folder)}
         environment["PYTHONPATH"] = os.pathsep.join(
             p for p in (str(side), environment.get("PYTHONPATH", "")) if p
         )
@@ -153,13 +156,13 @@ class Server:
         """Whether copying is on; the server turns it off where it fails."""
         return (self.folder / COPY).exists()
 
-    def lines(self, pattern: re.Pattern[str], most: int = 40) -> list[str]:
+    def lines(self, pattern: re.Pattern[str], most: int = 40, width: int = 400) -> list[str]:
         """Return the log's last lines that match."""
         try:
             text = self.log.read_text(errors="replace")
         except OSError:
             return []
-        return [line[:400] for line in text.splitlines() if pattern.search(line)][-most:]
+        return [line[:width] for line in text.splitlines() if pattern.search(line)][-most:]
 
     def cache_tokens(self) -> int | None:
         """Return how many tokens the cache holds, as the log says, or None where it does not."""
@@ -170,13 +173,16 @@ class Server:
         """Return what the log says went wrong, or its end."""
         return "\n".join(self.lines(WRONG) or self.lines(re.compile("."), 20))
 
+    def status(self) -> list[dict[str, Any]]:
+        """Return ``dsv4_plugin.status()`` of each of its processes with the model."""
+        return [json.loads(p.read_text()) for p in sorted(self.folder.glob("status-*.json"))]
+
     def about(self) -> dict[str, Any]:
         """Return what the results say of this server."""
-        found = [json.loads(p.read_text()) for p in sorted(self.folder.glob("status-*.json"))]
         return {
             "environment": self.environment,
             "arguments": [a.replace(str(self.folder), "FOLDER") for a in self.arguments],
             "ready_s": self.ready_s,
-            "status": found,
+            "status": self.status(),
             "log": self.lines(TOLD),
         }

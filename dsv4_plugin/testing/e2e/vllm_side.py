@@ -16,13 +16,15 @@
 ``status-<pid>.json``
     ``dsv4_plugin.status()`` of the process with the model, whenever it changes.
 
-``E2E_FAULT`` breaks something of the plugin's, for drills: ``topk`` and ``gather`` make that op
-raise at every call, ``capability`` makes the plugin see a GPU of compute capability 8.0.
+``E2E_FAULT`` breaks something of the plugin's, for drills (:mod:`.drills`): ``topk``, ``logits``
+and ``gather`` make that op raise at every call, ``capability`` makes the plugin see a GPU of
+compute capability 7.5, ``seam`` gives one function that it patches other parameters.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import threading
@@ -40,6 +42,13 @@ OPTIONS = "options.json"
 COPY = "copy"
 WHOLE_CHUNK = 4096  # tokens of a forward pass from which it is worth copying
 STATUS_EVERY_S = 1.0
+FAULTS = {
+    "topk": ("dsv4_plugin.ops", "topk"),
+    "logits": ("dsv4_plugin.logits", "paged_logits"),
+    "gather": ("dsv4_plugin.ops", "gather_indexer_cache"),
+    "capability": ("dsv4_plugin.backends", "capability"),
+    "seam": ("vllm._custom_ops", "top_k_per_row_prefill"),
+}
 
 
 def register() -> None:
@@ -52,21 +61,35 @@ def register() -> None:
         after_import("vllm.model_executor.model_loader.dummy_loader", _weights)
     if options.get("fast_start"):
         after_import("vllm.model_executor.warmup.kernel_warmup", _no_router_warmup)
+    fault = os.environ.get("E2E_FAULT", "")
+    if fault == "seam":  # before the plugin looks
+        _break(fault)
     after_import("vllm.v1.worker.gpu_model_runner", functools.partial(_runner, Path(folder)))
 
 
 def _break(fault: str) -> None:
-    from dsv4_plugin import backends, ops
+    if fault not in FAULTS:
+        raise ValueError(f"E2E_FAULT is {fault!r}; it can be {', '.join(map(repr, FAULTS))}")
+    module, name = FAULTS[fault]
+    if fault == "seam":
+        after_import(module, functools.partial(_renamed, name=name))
+        return
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError(f"drill: {fault}")
 
-    if fault == "capability":
-        setattr(backends, fault, lambda device: (8, 0))
-    elif fault in ("topk", "gather"):
-        setattr(ops, {"topk": "topk", "gather": "gather_indexer_cache"}[fault], fail)
-    else:
-        raise ValueError(f"E2E_FAULT is {fault!r}; it can be 'topk', 'gather', 'capability'")
+    value = (lambda device: (7, 5)) if fault == "capability" else fail
+    setattr(importlib.import_module(module), name, value)
+
+
+def _renamed(module: Any, name: str) -> None:
+    """Give a function of vLLM's the same behaviour under parameters that nobody knows."""
+    original = getattr(module, name)
+
+    def changed(*anything: Any) -> Any:
+        return original(*anything)
+
+    setattr(module, name, changed)
 
 
 # --- weights ---------------------------------------------------------------------------------
@@ -154,7 +177,8 @@ def _no_router_warmup(module: Any) -> None:
 
 
 def _runner(folder: Path, module: Any) -> None:
-    if fault := os.environ.get("E2E_FAULT"):
+    fault = os.environ.get("E2E_FAULT", "")
+    if fault and fault != "seam":
         _break(fault)
     threading.Thread(target=_report, args=(folder,), daemon=True, name="e2e-status").start()
     owner = getattr(module, "GPUModelRunner", None)
