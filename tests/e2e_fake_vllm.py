@@ -8,6 +8,7 @@ FAKE_CACHE   tokens the cache holds, as its log says
 FAKE_SILENT  says nothing of the plugin, whatever is broken
 FAKE_LOSES   breaks off an answer to a prompt of so many tokens
 FAKE_HANGS   never answers a prompt of so many tokens
+FAKE_HIGHER  so often its shadow saw a score of the engine's above our last
 FAKE_FORGETS gives other answers after it has slept
 """
 
@@ -112,7 +113,8 @@ def drilled() -> tuple[str, dict[str, int]]:
         return f"topk {off} {fault}); upstream serves", {**upstream, "gather": 1}
     if fault == "gather":
         return f"gather {off} gather); …", {**all_of_it, "gather": 0, "gather.upstream": 1}
-    return "dsv4 in vLLM 0.26.0: top-k: bf16 by cuda on own bf16 logits", all_of_it
+    dtype = os.environ.get("DSV4_TOPK", "bf16")
+    return f"dsv4 in vLLM 0.26.0: top-k: {dtype} by cuda on own {dtype} logits", all_of_it
 
 
 STATE = {"sleeping": False, "slept": False}
@@ -134,5 +136,7 @@ if __name__ == "__main__":
     if "FAKE_SILENT" not in os.environ:
         print(f"(EngineCore pid=1) INFO 11-25 23:34:28 [dsv4] {line}", flush=True)
     status = Path(os.environ["E2E_DIR"]) / f"status-{os.getpid()}.json"
-    status.write_text(json.dumps({"host": "fake", "counters": counters}))
+    seen = {"rows": 9, "higher": int(os.environ.get("FAKE_HIGHER", "0"))}
+    shadow = {"decode": seen, "prefill": seen} if "DSV4_SHADOW" in os.environ else None
+    status.write_text(json.dumps({"host": "fake", "counters": counters, "shadow": shadow}))
     Server(("127.0.0.1", int(option("--port"))), Handler).serve_forever()

@@ -73,7 +73,7 @@ def test_servers_that_do_as_they_should_pass_every_drill(model: Path, tmp_path: 
     assert list(by_name) == NAMES
     for each in by_name.values():
         assert each["requests"] == {"sent": 8, "answered": 8}
-        assert each["compared"]["upstream_repeats_itself"]
+        assert each["compared"]["upstream_repeats_itself"] == [True]
         assert [a["identical"] for a in each["compared"]["answers"]] == [True]
     assert by_name["topk"]["environment"] == {"DSV4_PLUGIN": "1", "E2E_FAULT": "topk"}
     assert by_name["topk"]["said"] == [
@@ -91,6 +91,7 @@ def test_servers_that_do_as_they_should_pass_every_drill(model: Path, tmp_path: 
         ({"FAKE_LOSES": "50"}, ["topk"], "a request of 50 tokens: RuntimeError: completion: 1 to"),
         ({"FAKE_HANGS": "40"}, ["topk"], "a request of 40 tokens: TimeoutError"),
         ({"FAKE_DIES": "no GPU"}, ["topk"], "topk ended while starting\nRuntimeError: no GPU"),
+        ({"FAKE_HIGHER": "2"}, ["shadow"], "the shadow of decode saw {'rows': 9, 'higher': 2}"),
         ({"FAKE_FORGETS": "1"}, ["sleep"], "the answers of the two rounds differ"),
     ],
 )
@@ -128,15 +129,22 @@ def test_calls_of_the_wrong_one_are_an_error() -> None:
 def test_answers_other_than_upstreams_are_an_error_where_upstream_repeats_itself() -> None:
     base, other = result("off", [[[1, 2]], [[1, 2]]]), result("topk", [[[1, 2]], [[1, 3]]])
     found = drills._compare(other, base)
-    assert "the answers are not upstream's" in other.wrong[0]
+    assert other.wrong == ["the answers are not upstream's: prompts of 70 tokens"]
     assert found["answers"][0]["first_difference"] == 1
     unsteady = result("off", [[[1, 2]], [[2, 2]]])
     other.wrong.clear()
-    assert drills._compare(other, unsteady)["upstream_repeats_itself"] is False
+    assert drills._compare(other, unsteady)["upstream_repeats_itself"] == [False]
     assert other.wrong == []
-    ours = result("on", [[[1, 2]], [[1, 3]]])
-    drills._compare(ours, base)
-    assert ours.wrong == []
+    ours, lost = result("on", [[[1, 2]], [[1, 3]]]), result("topk", [[[]], [[]]])
+    for each in (ours, lost):
+        drills._compare(each, base)
+        assert each.wrong == []
+    slept = result("sleep", [[[1, 2]], [[1, 3]]])
+    drills._compare(slept, base)
+    assert slept.wrong == ["the answers of the two rounds differ: prompts of 70 tokens"]
+    slept.wrong.clear()
+    drills._compare(slept, unsteady)
+    assert slept.wrong == []
 
 
 @pytest.mark.parametrize("name", ["topk", "gather"])

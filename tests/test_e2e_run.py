@@ -181,6 +181,11 @@ def test_time_per_token_is_taken_where_all_decode() -> None:
     assert client.time_per_token([early, answer(1.21, 0.01, 40)]) == pytest.approx(10)
     with pytest.raises(RuntimeError, match="did not decode at the same time"):
         client.time_per_token([answer(0.0, 0.01, 5), answer(1.0, 0.01, 5)])
+    # Thirty tokens are made when the first one is sent; after that they come as they are made.
+    burst = answer(1.0, 0.01, 60)
+    burst.times[:30] = [burst.times[29] - 1e-5 * (30 - i) for i in range(30)]
+    assert client.time_per_token([burst], 40) == pytest.approx(10)
+    assert client.time_per_token([burst]) < 5.1
 
 
 def test_the_first_answers_of_a_shape_need_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,8 +198,10 @@ def test_the_first_answers_of_a_shape_need_not_overlap(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(measure, "together", one_after_the_other)
     served = types.SimpleNamespace(name="a", client="client")
-    measure.unseen([served], [[1], [2]], 16)
-    assert sent == [([("client", [1]), ("client", [2])], 16)]
+    assert measure.unseen([served], [[1], [2]], 16) == 1.0
+    assert sent == [([("client", [1]), ("client", [2])], 16)] * 2
+    assert measure.tokens_to_ask(96, 1.0) == measure.LEAD + 96 + 250
+    assert measure.tokens_to_ask(96, 0.0) == measure.LEAD + 96
     with pytest.raises(RuntimeError, match="did not decode at the same time"):
         measure.tpot([served], [[1], [2]], 16, 1)
 

@@ -45,6 +45,15 @@ class Answer:
         """How many tokens came."""
         return sum(self.counts)
 
+    def when(self, tokens: int) -> float:
+        """When so many tokens had come; the last one's time if there are fewer."""
+        came = 0
+        for then, count in zip(self.times, self.counts, strict=True):
+            came += count
+            if came >= tokens:
+                return then
+        return self.times[-1]
+
     def until(self, time: float) -> int:
         """How many tokens had come by then."""
         return sum(n for t, n in zip(self.times, self.counts, strict=True) if t <= time)
@@ -153,13 +162,15 @@ def together(clients_prompts: Sequence[tuple[Client, Sequence[int]]], tokens: in
     return at_once(lambda pair: pair[0].complete(pair[1], tokens), clients_prompts)
 
 
-def time_per_token(answers: Sequence[Answer]) -> float:
+def time_per_token(answers: Sequence[Answer], lead: int = 1) -> float:
     """Milliseconds a token and request, while every request was decoding.
 
-    From the moment the last of them has its first token to the moment the first of them is done:
-    what the requests spend on prefill, and the thinner batch at the end, stay outside.
+    From the moment the last of them has ``lead`` tokens to the moment the first of them is done:
+    what the requests spend on prefill, and the thinner batch at the end, stay outside. So do the
+    first tokens, which come late and then at once: the server is busy with the prompt while the
+    GPU decodes already.
     """
-    begin = max(answer.times[0] for answer in answers)
+    begin = max(answer.when(lead) for answer in answers)
     end = min(answer.times[-1] for answer in answers)
     counts = [answer.until(end) - answer.until(begin) for answer in answers]
     if end <= begin or min(counts) < 2:

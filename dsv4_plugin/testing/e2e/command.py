@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     add("--outputs", type=int, nargs="*", default=[], metavar="TOKENS",
         help="compare greedy answers to prompts of these lengths")  # fmt: skip
     add("--pairs", type=int, default=5, help="measurements of each server (default: 5)")
-    add("--tokens", type=int, default=96, help="tokens of a measurement (default: 96)")
+    add("--tokens", type=int, default=96, help="timed tokens of a measurement (96)")
     add("--copy-contexts", action="store_true",
         help="make long contexts by copying cache pages instead of by prefill")  # fmt: skip
     add("--checkpoint", action="store_true",
@@ -243,14 +243,14 @@ class Run:
         if a.outputs:
             self.step("outputs", outputs, 15)
         for context in a.contexts:
-            self.step(f"context {context}", functools.partial(self._context, context, 1), 15)
+            work = functools.partial(self._context, context, 1)
+            self.step(f"context {context}", work, 15 + context / 80_000)
         for context, count in a.concurrent:
-            name = f"context {context} x {count}"
-            self.step(name, functools.partial(self._context, context, count), 20)
+            work = functools.partial(self._context, context, count)
+            self.step(f"context {context} x {count}", work, 20 + context * count / 20_000)
         for context in a.ttft:
-            self.step(
-                f"TTFT {context}", functools.partial(self._ttft, context), 10 + context / 6000
-            )
+            needs = 10 + len(servers) * min(a.pairs, 3) * context / 12_000
+            self.step(f"TTFT {context}", functools.partial(self._ttft, context), needs)
 
     def _context(self, context: int, count: int) -> None:
         a = self.a
@@ -273,15 +273,17 @@ class Run:
         made = time.monotonic() - before
         # A long prompt costs seconds a request before its first token, cached or not.
         pairs = a.pairs if count == 1 and context < LONG else min(a.pairs, 3)
-        measure.unseen(self.servers, prompts, 16)
-        figures = measure.tpot(self.servers, prompts, a.tokens, pairs)
+        apart = measure.unseen(self.servers, prompts, 16)
+        tokens = measure.tokens_to_ask(a.tokens, apart)
+        figures = measure.tpot(self.servers, prompts, tokens, pairs)
         self.results["tpot_ms"].append(
             {
                 "context": context + measure.TAIL,
                 "concurrency": count,
                 "context_made": how,
                 "context_s": round(made, 2),
-                "tokens": a.tokens,
+                "apart_s": round(apart, 3),
+                "tokens": tokens,
                 "servers": figures,
             }
         )

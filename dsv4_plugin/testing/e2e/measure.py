@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ __all__ = [
     "contexts",
     "outputs",
     "profile",
+    "tokens_to_ask",
     "tpot",
     "ttft",
     "unseen",
@@ -34,6 +36,9 @@ CHUNK = 8192  # --max-num-batched-tokens
 # A context is whole chunks and this: the end of it is computed, whatever comes before is copied.
 TAIL = 512
 SETTLED = 1.2
+LEAD = 48  # tokens of an answer before those that are timed
+FASTEST_S = 0.004  # no step of several requests is faster
+MOST_TOKENS = 2048
 CROWD_TOKENS = 256  # of each request while several are profiled
 CROWD_S = 0.2
 
@@ -141,25 +146,41 @@ def contexts(
     return prompts, "copied" if copy and not failed else "computed"
 
 
-def unseen(servers: Sequence[Server], prompts: Sequence[Sequence[int]], tokens: int) -> None:
-    """Answer the prompts once, untimed.
+def unseen(servers: Sequence[Server], prompts: Sequence[Sequence[int]], tokens: int) -> float:
+    """Answer the prompts, untimed; returns how many seconds apart the answers begin.
 
     The first answers after a change of shape compile, allocate and fill caches, some of them one
-    after the other.
+    after the other. Several prompts are answered twice, since that is not what is asked for.
     """
+    apart = 0.0
     for server in servers:
-        together([(server.client, p) for p in prompts], tokens)
+        for _ in range(min(len(prompts), 2)):
+            answers = together([(server.client, p) for p in prompts], tokens)
+        firsts = [answer.times[0] for answer in answers]
+        apart = max(apart, max(firsts) - min(firsts))
+    return apart
+
+
+def tokens_to_ask(tokens: int, apart: float) -> int:
+    """Return how many tokens to ask for, so that ``tokens`` are timed while all are decoding.
+
+    ``apart``: how many seconds apart the answers begin.
+    """
+    return min(LEAD + tokens + math.ceil(apart / FASTEST_S), MOST_TOKENS)
 
 
 def tpot(
     servers: Sequence[Server], prompts: Sequence[Sequence[int]], tokens: int, pairs: int
 ) -> dict[str, list[float]]:
-    """Milliseconds a token in turn: A B, B A, …; the prompts are in the prefix cache."""
+    """Milliseconds a token in turn: A B, B A, …; the prompts are in the prefix cache.
+
+    ``tokens`` of each answer; the first :data:`LEAD` of them are not timed.
+    """
     found: dict[str, list[float]] = {server.name: [] for server in servers}
     for pair in range(pairs):
         for server in servers if pair % 2 == 0 else list(servers)[::-1]:
             answers = together([(server.client, p) for p in prompts], tokens)
-            found[server.name].append(round(time_per_token(answers), 4))
+            found[server.name].append(round(time_per_token(answers, LEAD), 4))
     return found
 
 
