@@ -21,6 +21,7 @@ from dsv4_plugin.testing.topk.bars import best_peers, geomean
 __all__ = ["RESULTS", "bars", "gain", "readme", "reads", "recall", "served", "server"]
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+SERVER = "h200_vllm_e2e.json"
 _ROWS = (1, 8, 32, 64, 128)
 _COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)
 
@@ -188,47 +189,64 @@ def recall() -> str:
 
 def server() -> str:
     """Return the Markdown between the ``server`` markers of the README."""
-    document = _load("h100_vllm_e2e.json")
+    document = _load(SERVER)
     about = document["machine"]
     chain = {
-        p["context"]: {
-            name: (s["chain_us_layer"], *(s["parts"][k]["us_call"] for k in ("topk", "logits")))
+        (p["context"], p.get("concurrency", 1)): {
+            name: (
+                s["busy_us"] / 1e3,
+                s["chain_us_layer"],
+                *(s["parts"][k]["us_call"] for k in ("topk", "logits")),
+            )
             for name, s in p["servers"].items()
         }
         for p in document["profiles"]
     }
     lines = [
         f"vLLM {about['vllm']} with {document['model']['num_hidden_layers']} layers of random "
-        f"weights, on one {about['gpu']} (`benchmarks/results/"
-        f"h100_vllm_e2e.json`, of commit {about['commit'][:7]}), without the plugin / with it "
-        "(`DSV4_TOPK=bf16`); the kernels of the indexer are the sum of its K write, logits, fill, "
-        "top-k and index transform:",
+        f"weights, on one {about['gpu']} (`benchmarks/results/{SERVER}`, of commit "
+        f"{about['commit'][:7]}), without the plugin / with it "
+        "(`DSV4_TOPK=bf16`); by the profiler the time in which the GPU is busy, and the kernels of "
+        "the indexer: the sum of its K write, logits, fill, top-k and index transform:",
         "",
         "| requests x tokens of context | ms a token | ratio (95 % interval) | "
-        "indexer, µs a layer | its top-k | its logits |",
-        "|---|---|---|---|---|---|",
+        "GPU busy, ms a step | indexer, µs a layer | its top-k | its logits |",
+        "|---|---|---|---|---|---|---|",
     ]
-    rows = [row for row in document["summary"] if row["figure"] == "tpot_ms"]
-    for row in sorted(rows, key=lambda r: (r["concurrency"], r["context"])):
-        low, high = row["interval95"]
-        layer = chain.get(row["context"]) if row["concurrency"] == 1 else None
-        kernels = ["", "", ""]
+    for row in _server_rows("tpot_ms"):
+        layer = chain.get((row["context"], row["concurrency"]))
+        kernels = ["", "", "", ""]
         if layer:
             kernels = [
-                f"{o:.1f} / {w:.1f}" for o, w in zip(layer["off"], layer["bf16"], strict=True)
+                f"{o:.{digits}f} / {w:.{digits}f}"
+                for o, w, digits in zip(layer["off"], layer["bf16"], (2, 1, 1, 1), strict=True)
             ]
         lines.append(
             f"| {row['concurrency']} x {row['context']:,} | {row['off']:.2f} / {row['bf16']:.2f} | "
-            f"{row['ratio']:.3f} ({low:.3f} – {high:.3f}) | {' | '.join(kernels)} |"
+            f"{_ratio(row)} | {' | '.join(kernels)} |"
         )
+    firsts = [
+        f"{row['context']:,} tokens {row['off']:.2f} / {row['bf16']:.2f} s, {_ratio(row)}"
+        for row in _server_rows("ttft_s")
+    ]
+    if firsts:
+        lines += ["", f"Time to the first token of a prompt no cache has: {'; '.join(firsts)}."]
     return "\n".join(lines)
+
+
+def _server_rows(figure: str) -> list[dict[str, Any]]:
+    rows = [row for row in _load(SERVER)["summary"] if row["figure"] == figure]
+    return sorted(rows, key=lambda row: (row["concurrency"], row["context"]))
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    low, high = row["interval95"]
+    return f"{row['ratio']:.3f} ({low:.3f} – {high:.3f})"
 
 
 def gain() -> str:
     """Return the Markdown between the ``gain`` markers of the README."""
-    document = _load("h100_vllm_e2e.json")
-    rows = [row for row in document["summary"] if row["figure"] == "tpot_ms"]
-    rows.sort(key=lambda row: (row["concurrency"], row["context"]))
+    document, rows = _load(SERVER), _server_rows("tpot_ms")
     changes = ", ".join(
         f"{100 * (row['ratio'] - 1):+.1f} % ({row['context']:,} x {row['concurrency']})"
         for row in rows
@@ -242,7 +260,7 @@ def gain() -> str:
             of.extend(cell["servers"][name])
     pooled = paired(times["off"], times["bf16"])
     low, high = (100 * (bound - 1) for bound in pooled["interval95"])
-    head = "a small gain" if high < 0 else "a loss" if low > 0 else "no gain"
+    head = "a small gain" if high < 0 else "a loss" if low > 0 else "no gain that is certain"
     return (
         f"- In a whole server {head}: with it the time a token takes changed by {changes}; tokens "
         f"of context x requests at a time, vLLM {about['vllm']}, one {about['gpu']}, commit "

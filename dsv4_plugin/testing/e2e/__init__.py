@@ -8,6 +8,7 @@
 | :mod:`.measure` | the steps: outputs, time per token, time to the first token, profiles |
 | :mod:`.drills` | servers with one fault each: that they go on serving, and say why |
 | :mod:`.trace` | a torch-profiler trace → microseconds a step of each part of the indexer |
+| :mod:`.figures` | the tables of docs/vllm.md |
 | :mod:`.vllm_side` | what runs in the server: random weights, contexts by copying, status |
 
 ``examples/make_tiny_v4.py`` writes the model that is served. None of this imports vLLM or needs

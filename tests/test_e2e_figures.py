@@ -1,0 +1,67 @@
+"""The tables of docs/vllm.md are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from packaging_tools import ROOT
+
+from dsv4_plugin.testing import figures
+from dsv4_plugin.testing.e2e import figures as tables
+
+PAGE = (ROOT / "docs" / "vllm.md").read_text()
+
+
+@pytest.mark.parametrize("mark", ["modes", "drills"])
+def test_the_tables_are_those_of_the_results(mark: str) -> None:
+    found = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", PAGE, re.S)
+    assert found and found[1].strip() == getattr(tables, mark)()
+
+
+def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> dict:
+    document = json.loads((figures.RESULTS / name).read_text())
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    return document
+
+
+def test_a_drill_that_did_not_pass_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = changed(tmp_path, monkeypatch, tables.DRILLS)
+    document["drills"][1] |= {"passed": False, "wrong": ["a request of 40 tokens: lost"]}
+    (tmp_path / tables.DRILLS).write_text(json.dumps(document))
+    assert "| on | nothing: the plugin serves | 20 of 20 | 57 / 0 | no: a request of 40 t" in (
+        tables.drills()
+    )
+
+
+def test_answers_that_are_alike_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = changed(tmp_path, monkeypatch, tables.MODES)
+    runs = document["outputs"]["token_ids"]["off"]
+    runs[1] = runs[0]
+    document["outputs"]["repeatable"]["off"] = [True] * len(runs[0])
+    document["outputs"]["as_baseline"]["fp32"][0]["identical"] = True
+    (tmp_path / tables.MODES).write_text(json.dumps(document))
+    table = tables.modes()
+    assert f"| off | default graphs | no plugin | {len(runs[0])} |  |" in table
+    assert "| fp32 | default graphs | 48 / 147 | 0 | 1 |" in table
+
+
+def test_several_requests_have_their_kernels_in_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = changed(tmp_path, monkeypatch, figures.SERVER)
+    chosen = [p for p in document["profiles"] if p["concurrency"] > 1]
+    chosen[0]["servers"]["off"]["chain_us_layer"] = 987.65
+    (tmp_path / figures.SERVER).write_text(json.dumps(document))
+    row = f"| {chosen[0]['concurrency']} x {chosen[0]['context']:,} | "
+    (line,) = (line for line in figures.server().splitlines() if line.startswith(row))
+    assert "| 987.6 / " in line or "| 987.7 / " in line
+    for entry in document["summary"]:
+        if entry["figure"] == "ttft_s":
+            assert f"{entry['context']:,} tokens {entry['off']:.2f} / " in figures.server()
