@@ -33,8 +33,8 @@ def test_what_a_cta_serves_alone_is_for_clusters() -> None:
 
 def test_the_summary_has_the_best_choices_and_the_tables() -> None:
     def row(threads: object, cluster: object, warm: float, served: float) -> sweep.Row:
-        return {"threads": threads, "cluster": cluster, "solo": 8192, "warm_us": warm,
-                "served_us": served, "exact": True}  # fmt: skip
+        return {"threads": threads, "cluster": cluster, "solo": sweep.SOLO.get(threads),
+                "warm_us": warm, "served_us": served, "exact": True}  # fmt: skip
 
     rows = [row("table", "table", 4.0, 6.0), row(256, 4, 4.1, 5.5), row(512, 8, 3.9, 7.0)]
     said = sweep.summary(rows)

@@ -34,7 +34,8 @@ HEAD_DIM = 128  # what the kernels of the cache and of the logits are written fo
 HEADS = (32, 64)  # what those of the logits are written for
 BLOCK_SIZE = 64  # keys a page, for the paged logits
 ALIGNMENT = 16  # bytes a lane loads or stores at a time
-SOLO = 8192  # kSoloUnits of the top-k, in scores
+# solo_units() of the top-k, in scores, by the threads of a CTA.
+SOLO = {256: 4096, 512: 8192, 1024: 8192}
 
 
 @functools.lru_cache(maxsize=1)
@@ -91,7 +92,7 @@ def topk_with(
     *,
     threads: int,
     cluster: int,
-    solo: int = SOLO,
+    solo: int | None = None,
     narrow: bool = False,
 ) -> None:
     """Select with a choice of the caller's in place of the table's, whose answers are the same.
@@ -105,7 +106,7 @@ def topk_with(
         threads: of a CTA, 256 or 512; 1024: the kernel for rows of any width.
         cluster: CTAs a row.
         solo: the longest row that one of these CTAs serves alone, in scores; a multiple of 8 from
-            1,024 on.
+            1,024 on. None: :data:`SOLO`.
         narrow: as in :func:`topk`.
 
     Raises:
@@ -113,7 +114,7 @@ def topk_with(
     """
     _function("dsv4_topk_with")(
         logits, lengths, out, None, None, None, out.shape[1], 1, 64, False, narrow, threads,
-        cluster, solo,
+        cluster, SOLO.get(threads, 0) if solo is None else solo,
     )  # fmt: skip
 
 

@@ -41,17 +41,19 @@ TABLE = "table"  # the name of what choose_topk takes
 
 
 def choices(
-    rows: int, columns: int, sms: int, solos: Sequence[int] = (SOLO,)
+    rows: int, columns: int, sms: int, solos: Sequence[int] = ()
 ) -> Iterator[tuple[int, int, int]]:
     """Yield (threads, cluster, solo) that hold a row, of a small call those that run at once.
 
     Twice as many CTAs as multiprocessors run at once; a row alone may have sixteen. ``columns`` is
-    the width of the buffer; ``solo`` means nothing to a CTA a row.
+    the width of the buffer. ``solo`` is each of ``solos``, by default what the table has for so
+    many threads; to a CTA a row it means nothing.
     """
     for threads, cluster in itertools.product(THREADS, CLUSTERS):
         holds = threads * UNITS_A_THREAD * 8 * cluster
         if columns <= holds and (cluster == 1 or rows * cluster <= 2 * sms):
-            for solo in solos[:1] if cluster == 1 else solos:
+            tried = solos or (SOLO[threads],)
+            for solo in tried[:1] if cluster == 1 else tried:
                 yield threads, cluster, solo
 
 
@@ -59,7 +61,7 @@ class Sweep:
     """Measures cells; ``results`` has a row for each choice in each."""
 
     def __init__(
-        self, *, replays: int, launches: int, served: bool, solos: Sequence[int] = (SOLO,)
+        self, *, replays: int, launches: int, served: bool, solos: Sequence[int] = ()
     ) -> None:
         """Make what is between two calls, where it is wanted."""
         self.replays, self.launches, self.solos = replays, launches, solos
@@ -129,7 +131,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def _name(row: Row) -> str:
-    solo = "" if row["solo"] == SOLO else f" solo {row['solo']}"
+    solo = "" if row["solo"] == SOLO[row["threads"]] else f" solo {row['solo']}"
     return f"{row['cluster']} x {row['threads']}{solo}"
 
 
@@ -143,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--columns", type=int, nargs="+", default=COLUMNS)
     parser.add_argument("--width", type=int, default=0, help="of the buffer, wider than the rows")
     parser.add_argument(
-        "--solo", type=int, nargs="+", default=(SOLO,), metavar="SCORES",
-        help=f"longest row that one CTA of a cluster serves ({SOLO})",
+        "--solo", type=int, nargs="+", default=(), metavar="SCORES",
+        help="longest row that one CTA of a cluster serves (what the table has)",
     )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=("bfloat16", "float32"))
     parser.add_argument("--served", action="store_true", help="as a server calls it, too")
