@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracles import Ranking
-from topk_device import DEVICE, draw, ints, run, seen
+from topk_device import DEVICE, Guarded, draw, ints, run, seen
 
 from dsv4_plugin import topk
 from dsv4_plugin.testing.topk.cases import DTYPES, KS, Case, short_lengths

@@ -10,7 +10,7 @@ import logging
 import re
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.integrations import choice, logits, plan, shadow
 from dsv4_plugin.integrations.choice import unique
 from dsv4_plugin.integrations.plan import Plan, Topk
+from dsv4_plugin.integrations.vllm import slots
 from dsv4_plugin.state import state
 
 __all__ = ["built", "forget"]
@@ -73,10 +74,49 @@ def built(layer: Any) -> None:
     plan.decide(Plan(enabled=True, strict=settings.strict))
     topk, topk_why = _decide_topk(settings, layers)
     gather, gather_why = _decide_gather(settings, layers)
+    no_slots = None if topk is None else _no_slots(layer, layers, config)
+    if topk is not None and not no_slots:
+        topk = replace(topk, slots=True)
     plan.decide(Plan(True, settings.strict, topk, gather))
     if topk is not None:
         shadow.prepare(layers[0].device, "decode", "prefill")
     _report(topk, topk_why, gather, gather_why)
+    seam = state.seams.get("topk.slots")
+    if seam is not None and seam.where is not None and topk is not None:
+        seam.why = no_slots or None
+
+
+def _no_slots(layer: Any, layers: list[_Layer], config: Any) -> str:
+    """Return why the top-k writes no slots for the attention; else allocate them."""
+    from dsv4_plugin.integrations.vllm import seams
+
+    if not all(seen.is_v4 for seen in layers):
+        return "a layer is not DeepSeek-V4's"
+    if getattr(layer, "use_pcp", False):
+        return "prefill context parallelism"
+    buffer = getattr(layer, "topk_indices_buffer", None)
+    if not (
+        isinstance(buffer, torch.Tensor)
+        and buffer.dtype == torch.int32
+        and buffer.dim() == 2
+        and buffer.shape[1] == layer.topk_tokens
+        and buffer.is_contiguous()
+        and buffer.device.type != "meta"
+    ):
+        return "the index buffer has another form"
+    reasons = seams.reach_slots()
+    if not reasons:
+        slots.prepare(buffer, _decode_rows(config, buffer.shape[0]))
+    return "; ".join(reasons)
+
+
+def _decode_rows(config: Any, most: int) -> int:
+    """Return how many rows the decode part of a batch can have, ``most`` if that is not known."""
+    requests = getattr(getattr(config, "scheduler_config", None), "max_num_seqs", None)
+    drafts = getattr(getattr(config, "speculative_config", None), "num_speculative_tokens", None)
+    if not isinstance(requests, int):
+        return most
+    return min(most, requests * (1 + (drafts or 0)))
 
 
 def _name(layer: Any) -> str:
@@ -271,6 +311,7 @@ def _report(
         "guard": None,
         "topk.decode": None if topk else not_topk,
         "topk.prefill": None if topk else not_topk,
+        "topk.slots": None if topk else not_topk,
         "logits": not_topk or not_bf16 if not_bf16 else None,
         "gather": None if gather else "; ".join(gather_why),
         "budget": not_topk or "logits are float32" if wide else None,

@@ -19,16 +19,19 @@ from dsv4_plugin import log
 from dsv4_plugin.integrations import plan, shadow
 from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
 from dsv4_plugin.integrations.patching import Ledger, Patch
-from dsv4_plugin.integrations.vllm import calls, guard
+from dsv4_plugin.integrations.source import Missing
+from dsv4_plugin.integrations.vllm import calls, guard, sites, slots
 from dsv4_plugin.state import Seam, state
 
-__all__ = ["NAMES", "indexer", "install", "intact", "takes_logits_dtype", "uninstall"]
+__all__ = [
+    "NAMES", "indexer", "install", "intact", "reach_slots", "takes_logits_dtype", "uninstall",
+]  # fmt: skip
 
 TOPK = "vllm.model_executor.layers.indexer_topk"
 DEEP_GEMM = "vllm.utils.deep_gemm"
 OPS = "vllm._custom_ops"
 PLANNER = "vllm.v1.attention.backends.mla.indexer"
-NAMES = ("guard", "topk.decode", "topk.prefill", "logits", "gather", "budget")
+NAMES = ("guard", "topk.decode", "topk.prefill", "topk.slots", "logits", "gather", "budget")
 
 _ledger = Ledger()
 _by_seam: dict[str, list[Patch]] = {}
@@ -54,6 +57,7 @@ def install(module: Any) -> None:
         ("guard", _guard),
         ("topk.decode", _decode_topk),
         ("topk.prefill", _prefill_topk),
+        ("topk.slots", _slots),
         ("logits", _logits),
         ("gather", _gather),
         ("budget", _budget),
@@ -79,6 +83,7 @@ def uninstall() -> None:
     _ledger.restore(lambda patch: getattr(patch.replacement, "resolved", None))
     _by_seam.clear()
     guard.forget()
+    slots.forget()
     plan.decide(plan.INERT)
     shadow.forget()
     state.reset()
@@ -274,6 +279,7 @@ class _OpShim:
     def _upstream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
             args = (calls.plain(args[0]), *args[1:])
+        slots.void()
         if plan.current().enabled:
             state.count("topk.decode.upstream")
         return self.packet()(*args, **kwargs)
@@ -315,6 +321,41 @@ def _around(original: Any, ours: Any) -> Any:
         return ours(original, *args, **kwargs)
 
     return wrapper
+
+
+# --- slots of the decode top-k ---------------------------------------------------------------
+
+
+def _slots(module: Any) -> str:
+    """Hand the attention the pool slots that our decode top-k wrote beside its indices.
+
+    Why: after every top-k vLLM runs a kernel that does nothing else. Only looked for here: the
+    attention's module imports the indexer's, so :func:`reach_slots` patches it later.
+    May go when vLLM's top-k writes slots, or its attention reads indices.
+    """
+    try:
+        return sites.slots().where or ""
+    except Missing as error:
+        raise _NotFound(str(error)) from error
+
+
+def reach_slots() -> list[str]:
+    """Patch the attention's module, if this model has it; return why it cannot be used."""
+    name = "topk.slots"
+    seam = state.seams.get(name)
+    if seam is None or seam.where is None:
+        return problems(name)
+    module = sys.modules.get(sites.ATTENTION)
+    if module is None:
+        return [f"{sites.ATTENTION} is not this model's attention"]
+    if not _by_seam[name]:
+        try:
+            original = _exactly(vars(module).get(sites.TO_SLOTS), seam.where, sites.TO_SLOTS_TAKES)
+        except _NotFound as error:
+            return [str(error)]
+        wrapper = _around(original, slots.taken)
+        _by_seam[name] = [_ledger.replace(module, sites.TO_SLOTS, wrapper, seam.where)]
+    return problems(name)
 
 
 # --- logits ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from told import check_process, forget, told
 from dsv4_plugin.integrations.vllm import register, unregister
 
 MIXED = BATCHES["mixed"]
-SEAMS = ("guard", "topk.decode", "topk.prefill", "logits", "gather", "budget")
+SEAMS = ("guard", "topk.decode", "topk.prefill", "topk.slots", "logits", "gather", "budget")
 
 
 @pytest.fixture
