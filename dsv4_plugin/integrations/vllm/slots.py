@@ -97,9 +97,8 @@ def void() -> None:
 
 def prepare(buffer: torch.Tensor, rows: int) -> None:
     """Allocate, once, what lies beside a buffer of indices ``[tokens, k]``, for ``rows`` of it."""
-    for place, side in list(_sides.items()):
-        if side.buffer() is None:
-            del _sides[place]
+    for place in [place for place, side in _sides.items() if side.buffer() is None]:
+        del _sides[place]
     side = _sides.get(buffer.data_ptr())
     if side is not None and side.slots.shape[0] >= rows and side.slots.shape[1] == buffer.shape[1]:
         return
