@@ -19,7 +19,7 @@ from dsv4_plugin.integrations import logits, plan, shadow
 from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.serve import serve
 from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
-from dsv4_plugin.integrations.vllm import slots
+from dsv4_plugin.integrations.vllm import fill, slots
 from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.state import state
 
@@ -243,7 +243,11 @@ def _select(
             starts,
         )
 
-    serve(kind, topk, scores.dtype, ours, lambda: upstream(plain(scores), out), beside)
+    def theirs() -> None:
+        fill.make_up(out)
+        upstream(plain(scores), out)
+
+    serve(kind, topk, scores.dtype, ours, theirs, beside)
 
 
 def decode_topk(

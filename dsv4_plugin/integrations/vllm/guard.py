@@ -74,22 +74,36 @@ def built(layer: Any) -> None:
     plan.decide(Plan(enabled=True, strict=settings.strict))
     topk, topk_why = _decide_topk(settings, layers)
     gather, gather_why = _decide_gather(settings, layers)
-    no_slots = None if topk is None else _no_slots(layer, layers, config)
-    if topk is not None and not no_slots:
-        topk = replace(topk, slots=True)
+    beside = {} if topk is None else _beside(layer, layers, config)
+    if topk is not None:
+        slotted, unfilled = (not beside[name] for name in ("topk.slots", "topk.fill"))
+        topk = replace(topk, slots=slotted, unfilled=unfilled)
     plan.decide(Plan(True, settings.strict, topk, gather))
     if topk is not None:
         shadow.prepare(layers[0].device, "decode", "prefill")
     _report(topk, topk_why, gather, gather_why)
-    seam = state.seams.get("topk.slots")
-    if seam is not None and seam.where is not None and topk is not None:
-        seam.why = no_slots or None
+    for name, why in beside.items():
+        seam = state.seams.get(name)
+        if seam is not None and seam.where is not None:
+            seam.why = why or None
 
 
-def _no_slots(layer: Any, layers: list[_Layer], config: Any) -> str:
-    """Return why the top-k writes no slots for the attention; else allocate them."""
+def _beside(layer: Any, layers: list[_Layer], config: Any) -> dict[str, str]:
+    """Return why each of what goes with the decode top-k does not; prepare what does."""
     from dsv4_plugin.integrations.vllm import seams
 
+    why = _unlike(layer, layers)
+    if why:
+        return dict.fromkeys(("topk.slots", "topk.fill"), why)
+    no_slots, no_fill = seams.reach_slots(), seams.reach_fill(config)
+    if not no_slots:
+        buffer = layer.topk_indices_buffer
+        slots.prepare(buffer, _decode_rows(config, buffer.shape[0]))
+    return {"topk.slots": "; ".join(no_slots), "topk.fill": "; ".join(no_fill)}
+
+
+def _unlike(layer: Any, layers: list[_Layer]) -> str:
+    """Return in what a layer, or one before it, is not as DeepSeek-V4's are."""
     if not all(seen.is_v4 for seen in layers):
         return "a layer is not DeepSeek-V4's"
     if getattr(layer, "use_pcp", False):
@@ -104,10 +118,7 @@ def _no_slots(layer: Any, layers: list[_Layer], config: Any) -> str:
         and buffer.device.type != "meta"
     ):
         return "the index buffer has another form"
-    reasons = seams.reach_slots()
-    if not reasons:
-        slots.prepare(buffer, _decode_rows(config, buffer.shape[0]))
-    return "; ".join(reasons)
+    return ""
 
 
 def _decode_rows(config: Any, most: int) -> int:
@@ -312,6 +323,7 @@ def _report(
         "topk.decode": None if topk else not_topk,
         "topk.prefill": None if topk else not_topk,
         "topk.slots": None if topk else not_topk,
+        "topk.fill": None if topk else not_topk,
         "logits": not_topk or not_bf16 if not_bf16 else None,
         "gather": None if gather else "; ".join(gather_why),
         "budget": not_topk or "logits are float32" if wide else None,

@@ -20,18 +20,21 @@ from dsv4_plugin.integrations import plan, shadow
 from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
 from dsv4_plugin.integrations.patching import Ledger, Patch
 from dsv4_plugin.integrations.source import Missing
-from dsv4_plugin.integrations.vllm import calls, guard, sites, slots
+from dsv4_plugin.integrations.vllm import calls, fill, guard, sites, slots
 from dsv4_plugin.state import Seam, state
 
 __all__ = [
-    "NAMES", "indexer", "install", "intact", "reach_slots", "takes_logits_dtype", "uninstall",
+    "NAMES", "indexer", "install", "intact", "reach_fill", "reach_slots", "takes_logits_dtype",
+    "uninstall",
 ]  # fmt: skip
 
 TOPK = "vllm.model_executor.layers.indexer_topk"
 DEEP_GEMM = "vllm.utils.deep_gemm"
 OPS = "vllm._custom_ops"
 PLANNER = "vllm.v1.attention.backends.mla.indexer"
-NAMES = ("guard", "topk.decode", "topk.prefill", "topk.slots", "logits", "gather", "budget")
+NAMES = (
+    "guard", "topk.decode", "topk.prefill", "topk.slots", "topk.fill", "logits", "gather", "budget",
+)  # fmt: skip
 
 _ledger = Ledger()
 _by_seam: dict[str, list[Patch]] = {}
@@ -58,6 +61,7 @@ def install(module: Any) -> None:
         ("topk.decode", _decode_topk),
         ("topk.prefill", _prefill_topk),
         ("topk.slots", _slots),
+        ("topk.fill", _fill),
         ("logits", _logits),
         ("gather", _gather),
         ("budget", _budget),
@@ -277,9 +281,10 @@ class _OpShim:
         return calls.decode_topk(logits, lengths, next_n, output, k, upstream)
 
     def _upstream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        slots.void()
+        fill.make_up(args[2] if len(args) > 2 else kwargs.get("output"))
         if args:
             args = (calls.plain(args[0]), *args[1:])
-        slots.void()
         if plan.current().enabled:
             state.count("topk.decode.upstream")
         return self.packet()(*args, **kwargs)
@@ -356,6 +361,62 @@ def reach_slots() -> list[str]:
         wrapper = _around(original, slots.taken)
         _by_seam[name] = [_ledger.replace(module, sites.TO_SLOTS, wrapper, seam.where)]
     return problems(name)
+
+
+# --- the fill before the selection -----------------------------------------------------------
+
+_INDEXER_OP = "torch.ops.vllm.sparse_attn_indexer"
+
+
+def _fill(module: Any) -> str:
+    """Leave out the fill with -1 where our top-k writes every row.
+
+    Why: vLLM fills all rows before every selection, a kernel of its own; the op's argument for
+    leaving it out is one that the layer never passes. Only looked for here: :func:`reach_fill`
+    stands in for the op once it is known that nothing traces the call.
+    May go when the layer passes it, or vLLM's top-k is known to write every row.
+    """
+    op = _IndexerOp()
+    missing = [name for name in fill.NEEDED if name not in op.names]
+    if missing:
+        raise _NotFound(f"{_INDEXER_OP} takes no {' and no '.join(missing)}")
+    return _INDEXER_OP
+
+
+def reach_fill(config: Any) -> list[str]:
+    """Stand in for the indexer's op; return why that cannot be."""
+    name = "topk.fill"
+    seam = state.seams.get(name)
+    if seam is None or seam.where is None:
+        return problems(name)
+    mode = getattr(getattr(config, "compilation_config", None), "mode", None)
+    if getattr(mode, "name", None) != "NONE":
+        return ["the model is compiled, so the call of the op is traced"]
+    if not _by_seam[name]:
+        patch = _ledger.replace(torch.ops.vllm, "sparse_attn_indexer", _IndexerOp(), _INDEXER_OP)
+        _by_seam[name] = [patch]
+    return problems(name)
+
+
+class _IndexerOp:
+    """In place of ``torch.ops.vllm.sparse_attn_indexer``: the same op, maybe with one more word."""
+
+    def __init__(self) -> None:
+        try:
+            self.resolved: Any = torch.ops.vllm.sparse_attn_indexer
+            schema = self.resolved.default._schema
+        except AttributeError as error:
+            raise _NotFound(f"{_INDEXER_OP} is not registered") from error
+        self.names = tuple(argument.name for argument in schema.arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.resolved, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the op."""
+        if torch.compiler.is_compiling():
+            return self.resolved(*args, **kwargs)
+        return fill.left_out(self.resolved, self.names, args, kwargs)
 
 
 # --- logits ----------------------------------------------------------------------------------

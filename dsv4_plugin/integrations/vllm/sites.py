@@ -34,6 +34,7 @@ def look() -> dict[str, Site]:
         "topk.decode": source.guarded(_decode),
         "topk.prefill": source.guarded(_prefill),
         "topk.slots": source.guarded(slots),
+        "topk.fill": source.guarded(_fill),
         "logits": source.guarded(_logits),
         "gather": source.guarded(_gather),
         "budget": source.guarded(_budget),
@@ -69,6 +70,13 @@ def slots() -> Site:
         raise Missing(f"{ATTENTION} has no {TO_SLOTS}")
     source.find(_DEFINES_TO_SLOTS).require(TO_SLOTS, TO_SLOTS_TAKES)
     return Site(f"{ATTENTION}.{TO_SLOTS}")
+
+
+def _fill() -> Site:
+    got = source.find(INDEXER).parameters("sparse_attn_indexer")
+    if "skip_topk_buffer_clear" not in got:
+        raise Missing("sparse_attn_indexer takes no skip_topk_buffer_clear")
+    return Site("torch.ops.vllm.sparse_attn_indexer")
 
 
 def _logits() -> Site:
