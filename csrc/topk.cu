@@ -111,6 +111,20 @@ void set_page_table(TopkParams& p, const Optional<TensorView>& page_table, int64
   }
 }
 
+void set_out_counts(TopkParams& p, const Optional<TensorView>& out_counts, DLDevice device) {
+  if (!out_counts.has_value()) return;
+  const TensorView t = out_counts.value();
+  if (!is_dtype(t, kDLInt, 32)) {
+    TVM_FFI_THROW(TypeError) << "out_counts is " << dtype_name(t.dtype()) << "; it must be int32";
+  }
+  check_device("out_counts", t, device);
+  if (t.ndim() != 1 || t.size(0) != p.rows || (p.rows > 1 && t.stride(0) != 1)) {
+    TVM_FFI_THROW(ValueError) << "out_counts has shape " << shape_name(t) << "; it must be ["
+                              << p.rows << "], one count a row, with stride 1";
+  }
+  p.out_counts = static_cast<int32_t*>(const_cast<void*>(data(t)));
+}
+
 struct TopkCall {
   TopkParams p;
   ScoreType type;
@@ -120,7 +134,7 @@ struct TopkCall {
 TopkCall topk_call(TensorView logits, TensorView lengths, TensorView out,
                    Optional<TensorView> out_raw, Optional<TensorView> row_starts,
                    Optional<TensorView> page_table, int64_t k, int64_t next_n, int64_t page_size,
-                   bool sort, bool narrow) {
+                   bool sort, bool narrow, Optional<TensorView> out_counts) {
   TopkParams p{};
   const ScoreType type = score_type(logits, narrow);
   set_logits(p, logits);
@@ -139,14 +153,16 @@ TopkCall topk_call(TensorView logits, TensorView lengths, TensorView out,
     p.out_raw_stride = out_raw.value().stride(0);
   }
   set_page_table(p, page_table, next_n, page_size, device);
+  set_out_counts(p, out_counts, device);
   return {p, type, device};
 }
 
 void topk(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
           Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
-          int64_t next_n, int64_t page_size, bool sort, bool narrow) {
+          int64_t next_n, int64_t page_size, bool sort, bool narrow,
+          Optional<TensorView> out_counts) {
   const TopkCall call = topk_call(logits, lengths, out, out_raw, row_starts, page_table, k, next_n,
-                                  page_size, sort, narrow);
+                                  page_size, sort, narrow, out_counts);
   if (call.p.rows == 0) return;
   const Launch launch("dsv4_topk", call.device);
   launch.check(launch_topk(call.p, call.type, call.device.device_id, launch.stream()));
@@ -158,9 +174,9 @@ void topk(TensorView logits, TensorView lengths, TensorView out, Optional<Tensor
 void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
                Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
                int64_t next_n, int64_t page_size, bool sort, bool narrow, int64_t threads,
-               int64_t cluster, int64_t solo) {
+               int64_t cluster, int64_t solo, Optional<TensorView> out_counts) {
   const TopkCall call = topk_call(logits, lengths, out, out_raw, row_starts, page_table, k, next_n,
-                                  page_size, sort, narrow);
+                                  page_size, sort, narrow, out_counts);
   if (threads != 256 && threads != 512 && threads != 1024) {
     TVM_FFI_THROW(ValueError) << "threads is " << threads << "; it must be 256, 512 or 1024";
   }

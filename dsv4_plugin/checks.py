@@ -174,6 +174,16 @@ def out_matrix(
     on_device(name, value, device, of)
 
 
+def out_vector(name: str, value: Any, size: int, device: torch.device, of: str) -> None:
+    """Check an output ``[size]`` of int32."""
+    tensor(name, value, (torch.int32,), (1,))
+    if value.shape[0] != size:
+        raise ValueError(f"{name} must have the shape ({size},), got {_show(value)}")
+    if not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got {_show(value)}")
+    on_device(name, value, device, of)
+
+
 def lengths_for(
     lengths: Any, rows: int, next_n: int, device: torch.device, of: str = "logits"
 ) -> None:

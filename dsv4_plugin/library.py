@@ -31,7 +31,7 @@ _SCHEMAS = (
     "str? backend=None) -> Tensor",
     "topk_out(Tensor logits, Tensor lengths, Tensor(a!) out, Tensor(b!)? out_raw, "
     "Tensor? row_starts, Tensor? page_table, int k, int next_n=1, int page_size=64, "
-    "bool sort=False, bool narrow=False, str? backend=None) -> ()",
+    "bool sort=False, bool narrow=False, str? backend=None, Tensor(c!)? out_counts=None) -> ()",
     "paged_logits(Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor block_table, "
     "int block_size=64, ScalarType? dtype=None, str? backend=None) -> Tensor",
     "paged_logits_out(Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor block_table, "
@@ -154,13 +154,14 @@ def _topk(
 
 def _topk_out(
     logits, lengths, out, out_raw, row_starts, page_table, k, next_n=1, page_size=64, sort=False,
-    narrow=False, backend=None,
+    narrow=False, backend=None, out_counts=None,
 ) -> None:  # fmt: skip
     from dsv4_plugin import ops
 
     ops.topk(
         logits, lengths, k, next_n=next_n, row_starts=row_starts, page_table=page_table,
-        page_size=page_size, out=out, out_raw=out_raw, sort=sort, narrow=narrow, backend=backend,
+        page_size=page_size, out=out, out_raw=out_raw, out_counts=out_counts, sort=sort,
+        narrow=narrow, backend=backend,
     )  # fmt: skip
 
 

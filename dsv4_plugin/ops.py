@@ -262,6 +262,7 @@ def topk(
     page_size: int = 64,
     out: torch.Tensor | None = None,
     out_raw: torch.Tensor | None = None,
+    out_counts: torch.Tensor | None = None,
     sort: bool = False,
     narrow: bool = False,
     backend: str | None = None,
@@ -298,6 +299,8 @@ def topk(
         page_size: columns a page of ``page_table``.
         out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
         out_raw: ``[rows, k]`` int32 that gets the indices themselves beside ``page_table``.
+        out_counts: ``[rows]`` int32, contiguous, that gets how many indices each row has: its
+            clipped length, at most ``k``. They come first in the row, -1 after them.
         sort: sort by value; see above.
         narrow: round float32 ``logits`` to bfloat16 while reading and select on that: the same
             result as ``topk(logits.bfloat16(), …)`` without the extra pass.
@@ -312,9 +315,9 @@ def topk(
 
     Source: vLLM #40811 for the bfloat16 input; the engines' top-k kernels for the forms.
     """
-    tensors = (logits, lengths, row_starts, page_table, out, out_raw)
+    tensors = (logits, lengths, row_starts, page_table, out, out_raw, out_counts)
     if library.through_dispatcher(*tensors):
-        if out is None and out_raw is None:
+        if out is None and out_raw is None and out_counts is None:
             return library.functional("topk")(
                 logits, lengths, k, next_n, row_starts, page_table, page_size, sort, narrow, backend
             )
@@ -322,7 +325,7 @@ def topk(
             out = torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
         library.mutating("topk")(
             logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort,
-            narrow, backend,
+            narrow, backend, out_counts,
         )  # fmt: skip
         return out
     checks.tensor("logits", logits, checks.LOGITS_DTYPES, (2,))
@@ -351,10 +354,12 @@ def topk(
         checks.out_matrix("out", out, shape, (torch.int32,), logits.device, "logits")
     if out_raw is not None:
         checks.out_matrix("out_raw", out_raw, shape, (torch.int32,), logits.device, "logits")
+    if out_counts is not None:
+        checks.out_vector("out_counts", out_counts, rows, logits.device, "logits")
     if rows:
         run = resolve(Call("topk", logits.device, logits.dtype, k), backend)
         run(
             logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort,
-            narrow,
+            narrow, out_counts,
         )  # fmt: skip
     return out

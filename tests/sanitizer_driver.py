@@ -142,11 +142,13 @@ class Call:
         """Call the kernel twice, the second beginning while the first ends."""
         path, lengths, more = self.path, self.lengths.cuda(), self.arguments("cuda")
         outs = [torch.empty(path.rows, path.k, dtype=torch.int32, device="cuda") for _ in range(2)]
-        raws = [None, None]
+        raws, counts = [None, None], None
         if path.pages:
             raws = [torch.empty_like(out) for out in outs]
+            counts = torch.empty(path.rows, dtype=torch.int32, device="cuda")
         for out, raw in zip(outs, raws, strict=True):
-            topk(self.gpu_logits, lengths, path.k, out=out, out_raw=raw, backend="cuda", **more)
+            topk(self.gpu_logits, lengths, path.k, out=out, out_raw=raw, out_counts=counts,
+                 backend="cuda", **more)  # fmt: skip
         results = [out.cpu() for out in outs]
         if not torch.equal(*results):
             raise AssertionError(f"{path.name}: the second call differs from the first")

@@ -92,6 +92,21 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
         "topk_out": [
             (logits(), lengths(), new(), None, None, None, K),
             (logits(), lengths(), new(), new(), torch.tensor([0, 3, 1, 2]), pages(), K, 1, 16),
+            (
+                logits(),
+                lengths(),
+                new(),
+                None,
+                None,
+                None,
+                K,
+                1,
+                64,
+                False,
+                False,
+                None,
+                lengths(),
+            ),  # fmt: skip
         ],
         "paged_logits": [(*full(),), (*full(2), 64, torch.float32)],
         "paged_logits_out": [(*scored(), torch.zeros(4, 64))],
@@ -146,8 +161,12 @@ def best(scores: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 def best_slots(scores: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     out, raw = torch.empty(4, K, dtype=torch.int32), torch.empty(4, K, dtype=torch.int32)
-    topk(scores, columns, K, page_table=pages(), page_size=16, out=out, out_raw=raw)
-    return torch.cat([out, raw])
+    counts = torch.empty(4, dtype=torch.int32)
+    topk(
+        scores, columns, K, page_table=pages(), page_size=16, out=out, out_raw=raw,
+        out_counts=counts,
+    )  # fmt: skip
+    return torch.cat([out, raw, counts[:, None].expand(4, K)])
 
 
 def score(*arguments: torch.Tensor) -> torch.Tensor:

@@ -138,6 +138,31 @@ def test_page_table(page_size, per_request, backend, device):
             assert slot == (page * page_size + i % page_size if page >= 0 else -1)
 
 
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("next_n", [1, 2])
+def test_counts(next_n, paged, backend, device):
+    """How many indices a row has: its length, clipped to what it has, at most k."""
+    columns, k = 300, 40
+    lengths = torch.tensor([300, 41, 40, 39, 1, 0, -5, 9000], dtype=torch.int32)
+    rows = len(lengths) * next_n
+    starts = torch.full((rows,), 0)
+    starts[0], starts[1], starts[-1] = 290, -1, 400
+    table = torch.arange(rows * 5).reshape(rows, 5).int().to(device) if paged else None
+    counts = torch.full((rows,), 77, dtype=torch.int32, device=device)
+    for begin in (None, starts):
+        more = {} if begin is None else {"row_starts": begin.to(device)}
+        got = topk(scores("normal", rows, columns, torch.bfloat16).to(device), lengths.to(device),
+                   k, next_n=next_n, page_table=table, out_counts=counts, backend=backend,
+                   **more).cpu()  # fmt: skip
+        of_row = row_lengths(lengths, rows, next_n)
+        room = columns - (torch.zeros(rows) if begin is None else begin.clamp_max(columns))
+        room[0 if begin is None else begin < 0] = columns if begin is None else 0
+        want = torch.minimum(of_row, room).clamp(0, k).int()
+        assert torch.equal(counts.cpu(), want)
+        assert torch.equal((got >= 0).sum(1).int(), want)
+        assert all((row[:n] >= 0).all() for row, n in zip(got, want, strict=True))
+
+
 def test_narrow_is_rounding_first(backend, device):
     logits = scores("crowded", 4, 3000, torch.float32)
     lengths = torch.tensor([3000, 2999, 600, 100])
@@ -199,6 +224,10 @@ N = torch.full((4,), 32)
         ({"out": torch.zeros(4, 7, dtype=torch.int32)}, ValueError, r"out.*\(4, 8\).*\(4, 7\)"),
         ({"out": torch.zeros(4, 8)}, TypeError, "out.*int32.*float32"),
         ({"out_raw": torch.zeros(4, 8, dtype=torch.int32)}, ValueError, "out_raw.*page_table"),
+        ({"out_counts": N[:3].int()}, ValueError, r"out_counts.*\(4,\).*\(3,\)"),
+        ({"out_counts": N}, TypeError, "out_counts.*int32.*int64"),
+        ({"out_counts": torch.zeros(8, dtype=torch.int32)[::2]}, ValueError, "out_counts.*contig"),
+        ({"out_counts": N[:, None].int()}, ValueError, "out_counts.*1 dimension"),
         ({"logits": X.half(), "narrow": True}, ValueError, "narrow.*float32.*float16"),
         ({"backend": "triton"}, UnmetError, "no triton implementation"),
         ({"backend": "cuda"}, UnmetError, "on cpu, not on a CUDA device"),

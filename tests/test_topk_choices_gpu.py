@@ -28,9 +28,12 @@ def test_every_choice_gives_the_same_answer(kind, dtype):
         for threads, cluster, solo in tried:
             name = f"{cluster} x {threads} solo {solo}"
             out = Guarded(len(LENGTHS), k, torch.int32)
-            cuda.topk_with(logits, lengths, out.inside, threads=threads, cluster=cluster,
-                           solo=solo, narrow=dtype == "narrow")  # fmt: skip
+            counts = Guarded(1, len(LENGTHS), torch.int32)
+            cuda.topk_with(logits, lengths, out.inside, threads=threads, cluster=cluster, solo=solo,
+                           narrow=dtype == "narrow", out_counts=counts.inside[0])  # fmt: skip
             out.assert_untouched(name)
+            counts.assert_untouched(name)
+            assert torch.equal(counts.inside[0], lengths.clamp(max=k)), name
             ranking.check(out.inside, k, context=name)
             want = out.inside.clone() if want is None else want
             assert torch.equal(out.inside, want), f"{name}: another order"

@@ -36,6 +36,7 @@ GOOD = {
     "page_size": 64,
     "sort": False,
     "narrow": False,
+    "out_counts": None,
 }
 TABLE = int32(ROWS, 2)
 
@@ -83,6 +84,11 @@ TABLE = int32(ROWS, 2)
         ({"page_table": int32(ROWS, 2, strides=(-2, 1))}, ValueError, "page_table.*-2.*negative"),
         ({"page_table": RawTensor((ROWS, 2), None, INT, 64)}, TypeError, "page_table.*int64"),
         ({"page_table": TABLE, "page_size": 0}, ValueError, "page_size.*0.*1"),
+        ({"out_counts": int32(ROWS - 1)}, ValueError, r"out_counts.*\[3\].*\[4\]"),
+        ({"out_counts": int32(ROWS, 1)}, ValueError, r"out_counts.*\[4, 1\].*\[4\]"),
+        ({"out_counts": int32(ROWS, strides=(2,))}, ValueError, "out_counts.*stride 1"),
+        ({"out_counts": int32(ROWS, device=CPU)}, ValueError, "out_counts.*cpu"),
+        ({"out_counts": RawTensor((ROWS,), None, INT, 64)}, TypeError, "out_counts.*int64.*int32"),
     ],
 )  # fmt: skip
 def test_the_compiled_function_refuses(change, error, words):
@@ -115,6 +121,7 @@ def test_the_compiled_function_refuses(change, error, words):
          "out.*unit stride"),
         ({"row_starts": torch.zeros(4, dtype=torch.int32)}, ValueError, "row_starts.*cuda.*cpu"),
         ({"page_table": torch.zeros(4, 1, dtype=torch.int32)}, ValueError, "page_table.*cpu"),
+        ({"out_counts": torch.zeros(4, dtype=torch.int32)}, ValueError, "out_counts.*cuda.*cpu"),
         ({"next_n": 3}, ValueError, "next_n.*3.*4"),
     ],
 )  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracles import Ranking
-from topk_device import DEVICE, draw, ints, run, seen
+from topk_device import DEVICE, Guarded, draw, ints, run, seen
 
 from dsv4_plugin import topk
 from dsv4_plugin.testing.topk.cases import DTYPES, KS, Case, short_lengths
@@ -110,6 +110,35 @@ def test_page_table(dtype, page_size, per_request, sort):
         alone = run(logits, n, k, dtype=dtype, sort=sort, next_n=next_n, page_table=table,
                     page_size=page_size)  # fmt: skip
         assert torch.equal(alone, got), "out_raw changed the slots"
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("next_n", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_counts(dtype, next_n, paged):
+    """One count a row, whichever path serves it, and nothing else changes."""
+    columns = 140_000
+    n = ints([140_000, 131_072, 70_000, 32_769, 8193, 4096, 2049, 2048, 1025, 600, 513, 512, 511,
+              100, 1, 0, -3, 999_999])  # fmt: skip
+    rows = len(n) * next_n
+    logits = draw("relu_sum", rows, columns, dtype)
+    logits[0], logits[-1, 600:] = float("nan"), -float("inf")  # left to the kernel of any width
+    table = ints(range(rows * 2200)).reshape(rows, 2200) if paged else None
+    starts = ints([5] * rows)
+    for k in (1, 100, *KS):
+        for begin in (None, starts):
+            arguments = {"next_n": next_n, "page_table": table, "row_starts": begin}
+            counts = Guarded(1, rows, torch.int32)
+            out = torch.empty(rows, k, dtype=torch.int32, device=DEVICE)
+            run(logits, n, k, dtype=dtype, out=out, out_counts=counts.inside[0], **arguments)
+            counts.assert_untouched(f"k {k}")
+            of_row = (n[:, None].long() + ints(range(1 - next_n, 1))).reshape(-1)
+            want = of_row.clamp(max=columns - (0 if begin is None else 5)).clamp(0, k)
+            assert torch.equal(counts.inside[0].long(), want), f"k {k}"
+            assert torch.equal((out >= 0).sum(1), want)
+            alone = torch.empty_like(out)
+            run(logits, n, k, dtype=dtype, out=alone, **arguments)
+            assert torch.equal(alone, out), "out_counts changed the selection"
 
 
 @pytest.mark.parametrize("length", [3, 5000, 65_536])

@@ -49,7 +49,9 @@ def test_graph_follows_lengths_starts_and_pages():
     table = torch.zeros(rows, 800, dtype=torch.int32, device=DEVICE)
     out, raw = (torch.empty(rows, k, dtype=torch.int32, device=DEVICE) for _ in range(2))
     arguments = {"row_starts": starts, "page_table": table}
-    graph = capture(lambda: run(logits, lengths, k, out=out, out_raw=raw, **arguments))
+    counts = torch.empty(rows, dtype=torch.int32, device=DEVICE)
+    given = {"out": out, "out_raw": raw, "out_counts": counts, **arguments}
+    graph = capture(lambda: run(logits, lengths, k, **given))
     g = torch.Generator().manual_seed(1)
     for _ in range(40):
         starts.copy_(torch.randint(0, 20_000, (rows,), generator=g))
@@ -59,6 +61,7 @@ def test_graph_follows_lengths_starts_and_pages():
         Ranking(logits, lengths, starts=starts).check(raw, k)
         want = topk(logits, lengths, k, backend="torch", **arguments)
         assert torch.equal(out.sort(1).values, want.sort(1).values)
+        assert torch.equal(counts, (raw >= 0).sum(1).int())
 
 
 def test_two_streams():

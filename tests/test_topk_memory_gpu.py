@@ -47,10 +47,14 @@ def test_guards_around_every_output(sort):
     table.inside.copy_(torch.arange(625, device=DEVICE).flip(0))
     out, raw = (Guarded(rows, k, torch.int32, stride=k + 5, offset=o) for o in (1, 2))
     before = lengths.clone(), table.inside.clone()
-    run(logits, lengths, k, sort=sort, page_table=table.inside, out=out.inside, out_raw=raw.inside)
+    counts = Guarded(1, rows, torch.int32, stride=rows + 3, offset=1)
+    run(logits, lengths, k, sort=sort, page_table=table.inside, out=out.inside, out_raw=raw.inside,
+        out_counts=counts.inside[0])  # fmt: skip
+    assert torch.equal(counts.inside[0], lengths.clamp(0, k))
     Ranking(logits, lengths).check(raw.inside.clone(), k, sort=sort)
     assert torch.equal(lengths, before[0]) and torch.equal(table.inside, before[1])
-    for guarded, name in ((out, "out"), (raw, "out_raw"), (table, "page_table")):
+    for guarded, name in ((out, "out"), (raw, "out_raw"), (counts, "out_counts"),
+                          (table, "page_table")):  # fmt: skip
         guarded.assert_untouched(name)
 
 

@@ -22,13 +22,17 @@ class Topk:
 
     ``logits`` says who writes them: ``"host"``, the engine's DeepGEMM, or ``"own"``, ours by
     ``backend``. ``ask`` is True where DeepGEMM has to be asked for bfloat16, False where it writes
-    what it writes.
+    what it writes. ``slots``: write the pool slots beside the indices, where the engine's attention
+    takes them from there. ``unfilled``: leave out the engine's fill with -1 where every row is
+    written.
     """
 
     dtype: str
     backend: str
     ask: bool = False
     logits: str = "host"
+    slots: bool = False
+    unfilled: bool = False
 
     @property
     def on(self) -> str:

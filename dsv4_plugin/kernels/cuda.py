@@ -78,11 +78,13 @@ def topk(
     page_size: int,
     sort: bool,
     narrow: bool,
+    out_counts: torch.Tensor | None = None,
 ) -> None:
     """Select the ``k`` largest columns of every row; see :func:`dsv4_plugin.ops.topk`."""
     _function("dsv4_topk")(
-        logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort, narrow
-    )
+        logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort, narrow,
+        out_counts,
+    )  # fmt: skip
 
 
 def topk_with(
@@ -94,6 +96,7 @@ def topk_with(
     cluster: int,
     solo: int | None = None,
     narrow: bool = False,
+    out_counts: torch.Tensor | None = None,
 ) -> None:
     """Select with a choice of the caller's in place of the table's, whose answers are the same.
 
@@ -108,13 +111,14 @@ def topk_with(
         solo: the longest row that one of these CTAs serves alone, in scores; a multiple of 8 from
             1,024 on. None: :data:`SOLO`.
         narrow: as in :func:`topk`.
+        out_counts: as in :func:`topk`.
 
     Raises:
         ValueError: the CTAs do not hold a row of so many columns, or there is no such choice.
     """
     _function("dsv4_topk_with")(
         logits, lengths, out, None, None, None, out.shape[1], 1, 64, False, narrow, threads,
-        cluster, SOLO.get(threads, 0) if solo is None else solo,
+        cluster, SOLO.get(threads, 0) if solo is None else solo, out_counts,
     )  # fmt: skip
 
 

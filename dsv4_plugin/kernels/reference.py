@@ -233,6 +233,7 @@ def topk(
     page_size: int,
     sort: bool,
     narrow: bool,
+    out_counts: torch.Tensor | None = None,
 ) -> None:
     """Select the ``k`` largest columns of every row; see :func:`dsv4_plugin.ops.topk`.
 
@@ -243,6 +244,8 @@ def topk(
     n = row_lengths(lengths, rows, next_n)
     start = torch.zeros_like(n) if row_starts is None else row_starts.to(torch.int64)
     n = torch.minimum(n, columns - start).clamp(min=0).masked_fill(start < 0, 0)
+    if out_counts is not None:
+        out_counts.copy_(n.clamp(max=k))
     step = max(1, _CHUNK // max(columns, 1))
     for lo in range(0, rows, step):
         part = slice(lo, min(lo + step, rows))

@@ -135,7 +135,8 @@ def test_what_the_vllm_adapter_logs_is_recognised(
     said: list[str] = []
     monkeypatch.setattr("dsv4_plugin.log.once", lambda level, message: said.append(message))
     state.host = "vLLM 0.26.0"
-    for name in ("guard", "topk.decode", "topk.prefill", "logits", "gather", "budget"):
+    topks = ("topk.decode", "topk.prefill", "topk.slots", "topk.fill")
+    for name in ("guard", *topks, "logits", "gather", "budget"):
         state.seams[name] = Seam(name, f"where {name} is")
     whys = {} if topk else {"fp32": ["no such kernel"]}
     guard._report(topk, whys, gather, [] if gather else ["no such gather"])

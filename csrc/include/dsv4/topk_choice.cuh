@@ -54,7 +54,7 @@ constexpr int32_t solo_units(TopkShape shape) { return shape == TopkShape::k256 
 // 256,000 columns (`python -m dsv4_plugin.testing.topk.sweep`); us at k = 512 where nothing else is
 // said, best choice first.
 //   - A row of up to 8K is one CTA's: an exchange costs more than it saves (1 x 8K: 3.55, eight
-//     CTAs 3.95. float32: 5.64; 6.17).
+//     CTAs 3.95). Few of float32 are shared by four of 256 threads from 4K on (5.21; one 5.62).
 //   - Few rows, up to a sixteenth of the multiprocessors: eight CTAs each (1 x 16K, k 2048: 4.27;
 //     four 4.48). Sixteen pay for up to four rows only, above 32K: a device holds seven clusters of
 //     that size at once (1 x 250K: 6.09; eight 7.52). 256 threads up to 64K (8 x 32K: 4.14; 512
@@ -82,7 +82,7 @@ constexpr int64_t k8K = 8192 / kUnit, k16K = 2 * k8K, k32K = 4 * k8K, k64K = 8 *
 
 inline TopkChoice ctas(int cluster, TopkShape shape) { return {shape, cluster, solo_units(shape)}; }
 
-// Rows of more than 8K, up to a quarter as many as there are multiprocessors.
+// Up to a quarter as many rows as there are multiprocessors: of more than 8K, float32 4K.
 inline TopkChoice few_rows_16bit(int64_t rows, int64_t units, int k, int sms) {
   constexpr TopkShape k512 = TopkShape::k512, k256 = TopkShape::k256;
   if (rows <= 4 && units > k32K) return ctas(16, units <= k128K ? k256 : k512);
@@ -97,6 +97,7 @@ inline TopkChoice few_rows_16bit(int64_t rows, int64_t units, int k, int sms) {
 
 inline TopkChoice few_rows_float32(int64_t rows, int64_t units, int k, int sms) {
   constexpr TopkShape k512 = TopkShape::k512, k256 = TopkShape::k256;
+  if (units <= k8K) return ctas(4, k256);
   if (rows <= 4 && units > k16K) {
     return ctas(16, units > k64K && units <= k128K ? k512 : k256);
   }
@@ -125,7 +126,7 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
   TopkChoice choice = ctas(1, k512);
   if (rows > 2 * device.sms) {
     if (many_rows_of_256(units, p.k, wide_scores)) choice = ctas(1, k256);
-  } else if (units <= k8K) {
+  } else if (units <= (wide_scores && rows * 4 <= device.sms ? k8K / 2 : k8K)) {
     // one
   } else if (rows * 4 <= device.sms) {
     choice = (wide_scores ? few_rows_float32 : few_rows_16bit)(rows, units, p.k, device.sms);

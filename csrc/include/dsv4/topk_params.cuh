@@ -27,6 +27,7 @@ struct TopkParams {
   int64_t out_stride;
   int32_t* out_raw;  // the same, or null
   int64_t out_raw_stride;
+  int32_t* out_counts;  // [rows] or null: how many indices a row has
 
   const int32_t* page_table;  // [rows / page_group, pages], stride(1) == 1; null if pages is 0
   int64_t page_table_stride;
@@ -39,6 +40,11 @@ struct TopkParams {
 
   // A table without a page is a table all the same: it has no memory, and every slot is -1.
   __host__ __device__ __forceinline__ bool paged() const { return page_size > 0; }
+
+  // By every thread of one CTA of a row, once its length is known: later it would have to be kept.
+  __device__ __forceinline__ void write_count(int32_t row, int32_t length) const {
+    if (out_counts != nullptr && threadIdx.x == 0) out_counts[row] = length < k ? length : k;
+  }
 };
 
 // The scores one row may look at: columns [start, start + length).

@@ -65,6 +65,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   pdl_launch_dependents();
 
   const RowWindow window = source.read(p);
+  if (cluster.rank == 0) p.write_count(row, window.length);
   bool joined = false;
   if (window.length <= p.k) {
     if (cluster.rank == 0) RowOutput(p, row).write_all(window.length, p.k);

@@ -152,6 +152,7 @@ __global__ __launch_bounds__(kThreads) void topk_wide_kernel(const __grid_consta
   pdl_wait();
   pdl_launch_dependents();
   const RowWindow window = source.read(p);
+  p.write_count(row, window.length);
   if (window.length <= p.k) {
     RowOutput(p, row).write_all(window.length, p.k);
   } else {

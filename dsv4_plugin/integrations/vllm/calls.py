@@ -19,6 +19,7 @@ from dsv4_plugin.integrations import logits, plan, shadow
 from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.serve import serve
 from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
+from dsv4_plugin.integrations.vllm import fill, slots
 from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.state import state
 
@@ -73,13 +74,16 @@ def paged_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
     Ours need no schedule. Columns past a row's length are left as they are, as by DeepGEMM in the
     form in which vLLM calls it.
     """
-    topk, given = _own(), _given(_PAGED, args, kwargs)
+    topk, given, out = _own(), _given(_PAGED, args, kwargs), None
     if topk is not None and _plain_form(given, {"clean_logits", "indices"}, _PAGED):
         values = tuple(given[name] for name in _PAGED if name != "schedule_metadata")
         out = _ours(logits.paged, topk, *values)
-        if out is not None:
-            return out
-    return _theirs(original, *args, **kwargs)
+    if out is None:
+        out = _theirs(original, *args, **kwargs)
+    now = plan.current().topk
+    if now is not None and now.slots and given.get("indices") is None:
+        slots.mark(out, given.get("block_tables"), given.get("kv_cache"))
+    return out
 
 
 def dense_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -188,6 +192,7 @@ def as_fp32_logits(
         return tensor
     out = original(tensor, *args, **kwargs)
     setattr(out, _TAG, True)
+    slots.passed_on(tensor, out)
     return out
 
 
@@ -208,14 +213,25 @@ def _select(
     ``upstream(scores, out)`` reads float32. ``again(out)`` is the same for the shadow, where a call
     can be cut into parts.
     """
+    slots.void()
     topk = plan.current().topk
     if not (_tagged(scores) and readable and k in plan.KS):
         topk = None
 
     def ours(topk: Topk) -> None:
+        paged = slots.beside(scores, out, next_n) if kind == "decode" and topk.slots else None
+        if paged is None:
+            ops.topk(
+                scores, lengths(), k, next_n=next_n, row_starts=starts, out=out,
+                backend=topk.backend,
+            )  # fmt: skip
+            return
         ops.topk(
-            scores, lengths(), k, next_n=next_n, row_starts=starts, out=out, backend=topk.backend
-        )
+            scores, lengths(), k, next_n=next_n, page_table=paged.table,
+            page_size=paged.page_size, out=paged.slots, out_raw=out, out_counts=paged.counts,
+            backend=topk.backend,
+        )  # fmt: skip
+        slots.wrote(paged, out)
 
     def beside() -> None:
         shadow.watch(
@@ -227,7 +243,11 @@ def _select(
             starts,
         )
 
-    serve(kind, topk, scores.dtype, ours, lambda: upstream(plain(scores), out), beside)
+    def theirs() -> None:
+        fill.make_up(out)
+        upstream(plain(scores), out)
+
+    serve(kind, topk, scores.dtype, ours, theirs, beside)
 
 
 def decode_topk(

@@ -10,7 +10,7 @@ import logging
 import re
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.integrations import choice, logits, plan, shadow
 from dsv4_plugin.integrations.choice import unique
 from dsv4_plugin.integrations.plan import Plan, Topk
+from dsv4_plugin.integrations.vllm import slots
 from dsv4_plugin.state import state
 
 __all__ = ["built", "forget"]
@@ -73,10 +74,60 @@ def built(layer: Any) -> None:
     plan.decide(Plan(enabled=True, strict=settings.strict))
     topk, topk_why = _decide_topk(settings, layers)
     gather, gather_why = _decide_gather(settings, layers)
+    beside = {} if topk is None else _beside(layer, layers, config)
+    if topk is not None:
+        slotted, unfilled = (not beside[name] for name in ("topk.slots", "topk.fill"))
+        topk = replace(topk, slots=slotted, unfilled=unfilled)
     plan.decide(Plan(True, settings.strict, topk, gather))
     if topk is not None:
         shadow.prepare(layers[0].device, "decode", "prefill")
     _report(topk, topk_why, gather, gather_why)
+    for name, why in beside.items():
+        seam = state.seams.get(name)
+        if seam is not None and seam.where is not None:
+            seam.why = why or None
+
+
+def _beside(layer: Any, layers: list[_Layer], config: Any) -> dict[str, str]:
+    """Return why each of what goes with the decode top-k does not; prepare what does."""
+    from dsv4_plugin.integrations.vllm import seams
+
+    why = _unlike(layer, layers)
+    if why:
+        return dict.fromkeys(("topk.slots", "topk.fill"), why)
+    no_slots, no_fill = seams.reach_slots(), seams.reach_fill(config)
+    if not no_slots:
+        buffer = layer.topk_indices_buffer
+        slots.prepare(buffer, _decode_rows(config, buffer.shape[0]))
+    return {"topk.slots": "; ".join(no_slots), "topk.fill": "; ".join(no_fill)}
+
+
+def _unlike(layer: Any, layers: list[_Layer]) -> str:
+    """Return in what a layer, or one before it, is not as DeepSeek-V4's are."""
+    if not all(seen.is_v4 for seen in layers):
+        return "a layer is not DeepSeek-V4's"
+    if getattr(layer, "use_pcp", False):
+        return "prefill context parallelism"
+    buffer = getattr(layer, "topk_indices_buffer", None)
+    if not (
+        isinstance(buffer, torch.Tensor)
+        and buffer.dtype == torch.int32
+        and buffer.dim() == 2
+        and buffer.shape[1] == layer.topk_tokens
+        and buffer.is_contiguous()
+        and buffer.device.type != "meta"
+    ):
+        return "the index buffer has another form"
+    return ""
+
+
+def _decode_rows(config: Any, most: int) -> int:
+    """Return how many rows the decode part of a batch can have, ``most`` if that is not known."""
+    requests = getattr(getattr(config, "scheduler_config", None), "max_num_seqs", None)
+    drafts = getattr(getattr(config, "speculative_config", None), "num_speculative_tokens", None)
+    if not isinstance(requests, int):
+        return most
+    return min(most, requests * (1 + (drafts or 0)))
 
 
 def _name(layer: Any) -> str:
@@ -271,6 +322,8 @@ def _report(
         "guard": None,
         "topk.decode": None if topk else not_topk,
         "topk.prefill": None if topk else not_topk,
+        "topk.slots": None if topk else not_topk,
+        "topk.fill": None if topk else not_topk,
         "logits": not_topk or not_bf16 if not_bf16 else None,
         "gather": None if gather else "; ".join(gather_why),
         "budget": not_topk or "logits are float32" if wide else None,

@@ -19,16 +19,22 @@ from dsv4_plugin import log
 from dsv4_plugin.integrations import plan, shadow
 from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
 from dsv4_plugin.integrations.patching import Ledger, Patch
-from dsv4_plugin.integrations.vllm import calls, guard
+from dsv4_plugin.integrations.source import Missing
+from dsv4_plugin.integrations.vllm import calls, fill, guard, sites, slots
 from dsv4_plugin.state import Seam, state
 
-__all__ = ["NAMES", "indexer", "install", "intact", "takes_logits_dtype", "uninstall"]
+__all__ = [
+    "NAMES", "indexer", "install", "intact", "reach_fill", "reach_slots", "takes_logits_dtype",
+    "uninstall",
+]  # fmt: skip
 
 TOPK = "vllm.model_executor.layers.indexer_topk"
 DEEP_GEMM = "vllm.utils.deep_gemm"
 OPS = "vllm._custom_ops"
 PLANNER = "vllm.v1.attention.backends.mla.indexer"
-NAMES = ("guard", "topk.decode", "topk.prefill", "logits", "gather", "budget")
+NAMES = (
+    "guard", "topk.decode", "topk.prefill", "topk.slots", "topk.fill", "logits", "gather", "budget",
+)  # fmt: skip
 
 _ledger = Ledger()
 _by_seam: dict[str, list[Patch]] = {}
@@ -54,6 +60,8 @@ def install(module: Any) -> None:
         ("guard", _guard),
         ("topk.decode", _decode_topk),
         ("topk.prefill", _prefill_topk),
+        ("topk.slots", _slots),
+        ("topk.fill", _fill),
         ("logits", _logits),
         ("gather", _gather),
         ("budget", _budget),
@@ -79,6 +87,7 @@ def uninstall() -> None:
     _ledger.restore(lambda patch: getattr(patch.replacement, "resolved", None))
     _by_seam.clear()
     guard.forget()
+    slots.forget()
     plan.decide(plan.INERT)
     shadow.forget()
     state.reset()
@@ -272,6 +281,8 @@ class _OpShim:
         return calls.decode_topk(logits, lengths, next_n, output, k, upstream)
 
     def _upstream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        slots.void()
+        fill.make_up(args[2] if len(args) > 2 else kwargs.get("output"))
         if args:
             args = (calls.plain(args[0]), *args[1:])
         if plan.current().enabled:
@@ -315,6 +326,97 @@ def _around(original: Any, ours: Any) -> Any:
         return ours(original, *args, **kwargs)
 
     return wrapper
+
+
+# --- slots of the decode top-k ---------------------------------------------------------------
+
+
+def _slots(module: Any) -> str:
+    """Hand the attention the pool slots that our decode top-k wrote beside its indices.
+
+    Why: after every top-k vLLM runs a kernel that does nothing else. Only looked for here: the
+    attention's module imports the indexer's, so :func:`reach_slots` patches it later.
+    May go when vLLM's top-k writes slots, or its attention reads indices.
+    """
+    try:
+        return sites.slots().where or ""
+    except Missing as error:
+        raise _NotFound(str(error)) from error
+
+
+def reach_slots() -> list[str]:
+    """Patch the attention's module, if this model has it; return why it cannot be used."""
+    name = "topk.slots"
+    seam = state.seams.get(name)
+    if seam is None or seam.where is None:
+        return problems(name)
+    module = sys.modules.get(sites.ATTENTION)
+    if module is None:
+        return [f"{sites.ATTENTION} is not this model's attention"]
+    if not _by_seam[name]:
+        try:
+            original = _exactly(vars(module).get(sites.TO_SLOTS), seam.where, sites.TO_SLOTS_TAKES)
+        except _NotFound as error:
+            return [str(error)]
+        wrapper = _around(original, slots.taken)
+        _by_seam[name] = [_ledger.replace(module, sites.TO_SLOTS, wrapper, seam.where)]
+    return problems(name)
+
+
+# --- the fill before the selection -----------------------------------------------------------
+
+_INDEXER_OP = "torch.ops.vllm.sparse_attn_indexer"
+
+
+def _fill(module: Any) -> str:
+    """Leave out the fill with -1 where our top-k writes every row.
+
+    Why: vLLM fills all rows before every selection, a kernel of its own; the op's argument for
+    leaving it out is one that the layer never passes. Only looked for here: :func:`reach_fill`
+    stands in for the op once it is known that nothing traces the call.
+    May go when the layer passes it, or vLLM's top-k is known to write every row.
+    """
+    op = _IndexerOp()
+    missing = [name for name in fill.NEEDED if name not in op.names]
+    if missing:
+        raise _NotFound(f"{_INDEXER_OP} takes no {' and no '.join(missing)}")
+    return _INDEXER_OP
+
+
+def reach_fill(config: Any) -> list[str]:
+    """Stand in for the indexer's op; return why that cannot be."""
+    name = "topk.fill"
+    seam = state.seams.get(name)
+    if seam is None or seam.where is None:
+        return problems(name)
+    mode = getattr(getattr(config, "compilation_config", None), "mode", None)
+    if getattr(mode, "name", None) != "NONE":
+        return ["the model is compiled, so the call of the op is traced"]
+    if not _by_seam[name]:
+        patch = _ledger.replace(torch.ops.vllm, "sparse_attn_indexer", _IndexerOp(), _INDEXER_OP)
+        _by_seam[name] = [patch]
+    return problems(name)
+
+
+class _IndexerOp:
+    """In place of ``torch.ops.vllm.sparse_attn_indexer``: the same op, maybe with one more word."""
+
+    def __init__(self) -> None:
+        try:
+            self.resolved: Any = torch.ops.vllm.sparse_attn_indexer
+            schema = self.resolved.default._schema
+        except AttributeError as error:
+            raise _NotFound(f"{_INDEXER_OP} is not registered") from error
+        self.names = tuple(argument.name for argument in schema.arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.resolved, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the op."""
+        if torch.compiler.is_compiling():
+            return self.resolved(*args, **kwargs)
+        return fill.left_out(self.resolved, self.names, args, kwargs)
 
 
 # --- logits ----------------------------------------------------------------------------------

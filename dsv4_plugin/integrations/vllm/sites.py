@@ -9,12 +9,22 @@ from __future__ import annotations
 from dsv4_plugin.integrations import source
 from dsv4_plugin.integrations.source import Missing, Site
 
-__all__ = ["look"]
+__all__ = ["ATTENTION", "TO_SLOTS", "TO_SLOTS_TAKES", "look", "slots"]
 
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 TOPK = "vllm.model_executor.layers.indexer_topk"
 OPS = "vllm._custom_ops"
 PLANNER = "vllm.v1.attention.backends.mla.indexer"
+ATTENTION = "vllm.models.deepseek_v4.nvidia.flashmla"
+TO_SLOTS = "compute_global_topk_indices_and_lens"
+TO_SLOTS_TAKES = (
+    "topk_indices",
+    "token_to_req_indices",
+    "block_table",
+    "block_size",
+    "is_valid_token",
+)
+_DEFINES_TO_SLOTS = "vllm.models.deepseek_v4.common.ops.cache_utils"
 
 
 def look() -> dict[str, Site]:
@@ -23,6 +33,8 @@ def look() -> dict[str, Site]:
         "guard": source.guarded(_guard),
         "topk.decode": source.guarded(_decode),
         "topk.prefill": source.guarded(_prefill),
+        "topk.slots": source.guarded(slots),
+        "topk.fill": source.guarded(_fill),
         "logits": source.guarded(_logits),
         "gather": source.guarded(_gather),
         "budget": source.guarded(_budget),
@@ -49,6 +61,22 @@ def _prefill() -> Site:
     wanted = ("logits", "cu_seqlen_ks", "cu_seqlen_ke", "raw_topk_indices")
     source.find(OPS).require("top_k_per_row_prefill", wanted)
     return Site(f"{OPS}.top_k_per_row_prefill")
+
+
+def slots() -> Site:
+    """Look for the function by which the attention turns indices into slots."""
+    attention = source.find(ATTENTION)
+    if not attention.binds(TO_SLOTS):
+        raise Missing(f"{ATTENTION} has no {TO_SLOTS}")
+    source.find(_DEFINES_TO_SLOTS).require(TO_SLOTS, TO_SLOTS_TAKES)
+    return Site(f"{ATTENTION}.{TO_SLOTS}")
+
+
+def _fill() -> Site:
+    got = source.find(INDEXER).parameters("sparse_attn_indexer")
+    if "skip_topk_buffer_clear" not in got:
+        raise Missing("sparse_attn_indexer takes no skip_topk_buffer_clear")
+    return Site("torch.ops.vllm.sparse_attn_indexer")
 
 
 def _logits() -> Site:

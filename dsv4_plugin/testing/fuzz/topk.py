@@ -54,6 +54,7 @@ class TopkCase(Case):
     table: int = number(0, 0, 64, "pages that the table is too short")
     per_row: int = flag("a page table row for every row, not every request")
     raw: int = flag("out_raw beside the page table")
+    counts: int = flag("out_counts")
     sort: int = flag("sorted by value")
     stride: int = number(0, 0, 1 << 33, "elements from row to row; 0: columns")
     offset: int = number(0, 0, 4096, "elements before the first row")
@@ -104,8 +105,8 @@ class TopkCase(Case):
         if self.keep:
             yield self.but(keep="", requests=count)
         plain: dict[str, Any] = {
-            "graph": 0, "streams": 0, "pages": 0, "table": 0, "per_row": 0, "raw": 0, "starts": 0,
-            "sort": 0, "wide": 0, "form": "rows", "stride": 0, "offset": 0, "out": 0,
+            "graph": 0, "streams": 0, "pages": 0, "table": 0, "per_row": 0, "raw": 0, "counts": 0,
+            "starts": 0, "sort": 0, "wide": 0, "form": "rows", "stride": 0, "offset": 0, "out": 0,
             "poison": "none", "next_n": 1, "backend": "auto",
         }  # fmt: skip
         for name, value in plain.items():
@@ -197,7 +198,7 @@ def draw(seed: int, device: str, backends: tuple[str, ...]) -> TopkCase:
         case = case.but(graph=r.choice((1, 2, 5)))
     elif what < 0.15:
         case = case.but(streams=1)
-    return case
+    return case.but(counts=int(r.random() < 0.4))
 
 
 def _columns(r: random.Random, most: int) -> int:
@@ -311,6 +312,11 @@ class Problem:
         out = self._guarded(name, self.count, k, torch.int32, stride=k + max(0, self.case.out))
         return out.fill_(0x7FFFFFF0)
 
+    def counts(self) -> torch.Tensor:
+        """Make an output of one count a row, full of nonsense, with guards."""
+        held = self._guarded("out_counts", 1, self.count, torch.int32)
+        return held.fill_(0x7FFFFFF0)[0]
+
     def fill(self, step: int) -> None:
         """Draw lengths, starts, pages and scores; windows of other steps are forgotten."""
         case, device = self.case, self.device
@@ -375,26 +381,27 @@ def run(case: TopkCase, device: str, topk: Callable[..., torch.Tensor]) -> None:
     lanes = _LANES if case.streams else 1
     outs = [problem.output() if given else None for _ in range(lanes)]
     raws = [problem.output("out_raw") if case.raw else None for _ in range(lanes)]
+    counts = [problem.counts() if case.counts else None for _ in range(lanes)]
 
     def call(lane: int = 0) -> torch.Tensor:
         return topk(
             problem.logits, problem.lengths, case.k, out=outs[lane], out_raw=raws[lane],
-            backend=case.backend, **problem.arguments(),
+            out_counts=counts[lane], backend=case.backend, **problem.arguments(),
         )  # fmt: skip
 
     before = {name: _bits(x).clone() for name, x in problem.inputs().items() if _small(x)}
     if case.graph:
         for step, answer in _replays(case, problem, call):
-            _check(problem, answer, raws[0], f"replay {step}: ")
+            _check(problem, answer, raws[0], counts[0], f"replay {step}: ")
         before = {}
     elif case.streams:
         for _ in range(3):
             _on_two_streams(call, device)
         for lane, out in enumerate(outs):
             assert out is not None
-            _check(problem, out, raws[lane], f"stream {lane}: ")
+            _check(problem, out, raws[lane], counts[lane], f"stream {lane}: ")
     else:
-        _check(problem, call(), raws[0], "")
+        _check(problem, call(), raws[0], counts[0], "")
     for name, bits in before.items():
         if not torch.equal(bits, _bits(problem.inputs()[name])):
             raise Wrong(f"{name} was written to")
@@ -440,7 +447,13 @@ def _on_two_streams(call: Callable[[int], torch.Tensor], device: str) -> None:
         now.wait_stream(stream)
 
 
-def _check(problem: Problem, out: torch.Tensor, raw: torch.Tensor | None, context: str) -> None:
+def _check(
+    problem: Problem,
+    out: torch.Tensor,
+    raw: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    context: str,
+) -> None:
     case, logits = problem.case, problem.logits
     sort = bool(case.sort)
     seen = logits.bfloat16() if case.dtype == "narrow" else logits
@@ -456,6 +469,8 @@ def _check(problem: Problem, out: torch.Tensor, raw: torch.Tensor | None, contex
         slots = slots_of(raw, problem.table, case.pages, case.next_n)
         _equal(out, slots, f"{context}a slot is not the page's")
     want = _reference(problem, seen)
+    if counts is not None:
+        _equal(counts[:, None], (want >= 0).sum(1)[:, None], f"{context}a count is not the row's")
     if problem.table is not None:
         want = slots_of(want, problem.table, case.pages, case.next_n)
     got = out

@@ -9,7 +9,8 @@ from told import check_process, forget, told
 from dsv4_plugin.integrations.vllm import register, unregister
 
 MIXED = BATCHES["mixed"]
-SEAMS = ("guard", "topk.decode", "topk.prefill", "logits", "gather", "budget")
+TOPKS = ("topk.decode", "topk.prefill", "topk.slots", "topk.fill")
+SEAMS = ("guard", *TOPKS, "logits", "gather", "budget")
 
 
 @pytest.fixture

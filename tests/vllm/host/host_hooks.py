@@ -48,7 +48,8 @@ def test_register_imports_nothing_of_vllm(start):
 
 def test_the_import_hook_found_every_seam(_engine):
     seams = _engine.after_import["seams"]
-    assert set(seams) == {"guard", "topk.decode", "topk.prefill", "logits", "gather", "budget"}
+    topk = {"topk.decode", "topk.prefill", "topk.slots", "topk.fill"}
+    assert set(seams) == topk | {"guard", "logits", "gather", "budget"}
     assert all(seam["where"] for seam in seams.values()), seams
     assert _engine.after_import["host"] == f"vLLM {_engine.version}"
 
