@@ -80,10 +80,12 @@ def test_names(name: str, part: str) -> None:
     assert trace.classify([trace.Kernel(name, 0.0, 1.0, 7)]) == [part]
 
 
-def test_only_the_last_fill_before_the_logits_is_the_indexers() -> None:
-    names = [FILL, GEMM, FILL, GEMM, LOGITS, FILL, COOPERATIVE]
-    ran = [trace.Kernel(name, float(i), 1.0, 7) for i, name in enumerate(names)]
+def test_only_a_fill_right_before_the_logits_is_the_indexers() -> None:
+    names = [(FILL, 7), (GEMM, 7), (FILL, 7), (GEMM, 9), (LOGITS, 7), (FILL, 7), (COOPERATIVE, 7)]
+    ran = [trace.Kernel(name, float(i), 1.0, on) for i, (name, on) in enumerate(names)]
     assert trace.classify(ran) == ["", "", "fill", "", "logits", "", "topk"]
+    without = [kernel for i, kernel in enumerate(ran) if i != 2]
+    assert trace.classify(without) == ["", "", "", "logits", "", "topk"], "another's fill"
 
 
 def test_a_step_with_a_prefill_in_it_is_left_out() -> None:

@@ -8,7 +8,8 @@ The parts of the indexer's chain, by kernel name, upstream's and ours alike:
 
 ==========  =====================================================================================
 k_write     compress, quantise and store the new key in the indexer's cache
-fill        the output of the top-k preset to -1: the last int32 fill before each logits kernel
+fill        the output of the top-k preset to -1: an int32 fill right before a logits kernel, on
+            its stream
 logits      the paged index logits
 topk        the selection
 transform   indices in the request → slots of the cache, and the lengths
@@ -86,14 +87,13 @@ def kernels(events: Iterable[dict[str, Any]]) -> list[Kernel]:
 def classify(ran: Sequence[Kernel]) -> list[str]:
     """Return the part of each kernel; ``""`` where it belongs to none."""
     parts = [next((part for part, name in _NAMES if name.search(k.name)), "") for k in ran]
-    last_fill: int | None = None
+    last: dict[int, int] = {}  # of each stream
     for i, kernel in enumerate(ran):
-        if parts[i] == "logits":
-            if last_fill is not None:
-                parts[last_fill] = "fill"
-            last_fill = None
-        elif not parts[i] and _FILL.search(kernel.name):
-            last_fill = i
+        before = last.get(kernel.stream)
+        if parts[i] == "logits" and before is not None and _FILL.search(ran[before].name):
+            parts[before] = "fill"
+        if parts[i] != "metadata":  # a schedule may be made in between
+            last[kernel.stream] = i
     return parts
 
 
