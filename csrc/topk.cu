@@ -206,7 +206,8 @@ void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<T
                               << " from " << kShortest << " to " << longest;
   }
   if (call.p.rows == 0) return;
-  const TopkChoice choice{shape, static_cast<int>(cluster), static_cast<int32_t>(solo / kUnit)};
+  const int ctas = static_cast<int>(cluster);
+  const TopkChoice choice{shape, ctas, static_cast<int32_t>(solo / kUnit), half_units(ctas)};
   launch.check(launch_choice(call.p, call.type, choice, device, limits, launch.stream()));
 }
 

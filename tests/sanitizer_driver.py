@@ -65,6 +65,7 @@ PATHS = (
     Path("more rows than clusters", 40, 65_536, (65_536, 100, 40_000)),
     Path("cluster of 4, largest slice", 18, 140_000, (140_000, 8192, 8193, 100)),
     Path("cluster of 6", 18, 60_000, (60_000, 8192, 8193, 100)),
+    Path("half of a cluster", 3, 140_000, (140_000, 65_536, 20_000)),
     Path("two CTAs a multiprocessor", 100, 40_000, (40_000, 8192, 8193, 100), k=2048),
     Path("more rows than SMs", 140, 9000, (9000, 513, 4097)),
     Path("float16", 2, 40_000, (40_000, 39_999), dtype="float16"),

@@ -200,8 +200,9 @@ def test_the_first_answers_of_a_shape_need_not_overlap(monkeypatch: pytest.Monke
     served = types.SimpleNamespace(name="a", client="client")
     assert measure.unseen([served], [[1], [2]], 16) == 1.0
     assert sent == [([("client", [1]), ("client", [2])], 16)] * 2
-    assert measure.tokens_to_ask(96, 1.0) == measure.LEAD + 96 + 250
-    assert measure.tokens_to_ask(96, 0.0) == measure.LEAD + 96
+    assert measure.tokens_to_ask(96, 1.0, 512) == measure.LEAD + 96 + 250
+    assert measure.tokens_to_ask(96, 0.0, 512) == measure.LEAD + 96
+    assert measure.tokens_to_ask(96, 0.0, 1 << 20) == measure.LEAD + 256 + 96
     with pytest.raises(RuntimeError, match="did not decode at the same time"):
         measure.tpot([served], [[1], [2]], 16, 1)
 

@@ -11,8 +11,8 @@ from dsv4_plugin.testing.topk.sweep import CLUSTERS, THREADS, choices
 
 pytestmark = pytest.mark.gpu
 
-LENGTHS = (70_001, 70_000, 65_537, 40_003, 20_000, 8193, 8192, 4097, 4096, 2049, 1025, 600, 513)
-LENGTHS += (512, 3, 0)
+LENGTHS = (70_001, 70_000, 65_537, 65_536, 40_003, 20_000, 8193, 8192, 4097, 4096, 2049, 1025, 600)
+LENGTHS += (513, 512, 3, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,6 +11,7 @@ by the oracles. Without a GPU a replay is a run of the calls.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import sys
@@ -198,6 +199,7 @@ def soak(
         settle()
         result.looks += 1
         if device == "cuda":
+            gc.collect()  # what a cycle of objects still holds is nobody's
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info()
             result.allocated.append(torch.cuda.memory_allocated())

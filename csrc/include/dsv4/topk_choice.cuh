@@ -19,6 +19,7 @@ struct TopkChoice {
   TopkShape shape;
   int cluster;         // CTAs a row
   int32_t solo_units;  // longest row, in units of eight scores, that one CTA of a cluster serves
+  int32_t half_units;  // and half of an even number of CTAs
 };
 
 // Units of a row that one CTA can take.
@@ -80,7 +81,13 @@ constexpr int32_t solo_units(TopkShape shape) { return shape == TopkShape::k256 
 constexpr int64_t k8K = 8192 / kUnit, k16K = 2 * k8K, k32K = 4 * k8K, k64K = 8 * k8K,
                   k128K = 16 * k8K;  // units
 
-inline TopkChoice ctas(int cluster, TopkShape shape) { return {shape, cluster, solo_units(shape)}; }
+// An exchange over sixteen costs more than it saves up to 64K (1 x 16K in 256,000 columns: 4.64 us,
+// eight CTAs 4.22; 1 x 64K: 4.69; 4.55; 1 x 128K: 5.02; 5.57).
+constexpr int32_t half_units(int cluster) { return cluster == 16 ? k64K : 0; }
+
+inline TopkChoice ctas(int cluster, TopkShape shape) {
+  return {shape, cluster, solo_units(shape), half_units(cluster)};
+}
 
 // Up to a quarter as many rows as there are multiprocessors: of more than 8K, float32 4K.
 inline TopkChoice few_rows_16bit(int64_t rows, int64_t units, int k, int sms) {
@@ -143,7 +150,7 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
   if (choice.cluster > device.largest_cluster) choice.cluster = device.largest_cluster;
   if (!holds()) choice = ctas(choice.cluster, k512);
   while (!holds() && choice.cluster < device.largest_cluster) ++choice.cluster;
-  return holds() ? choice : ctas(1, TopkShape::kWide);
+  return holds() ? ctas(choice.cluster, choice.shape) : ctas(1, TopkShape::kWide);
 }
 
 }  // namespace dsv4

@@ -23,7 +23,9 @@ template <class Config>
 inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, TopkPlan* plan) {
   using Policy = typename Config::Policy;
   const int64_t slice = ceil_div(units, cluster);
-  const int64_t longest = slice > plan->solo_units ? slice : plan->solo_units;
+  int64_t longest = slice > plan->solo_units ? slice : plan->solo_units;
+  const int64_t of_half = ceil_div(plan->half_units, cluster > 1 ? cluster / 2 : 1);
+  if (cluster > 1 && longest < of_half) longest = of_half;
   const int64_t most = units < longest ? units : longest;
   const int64_t steps = ceil_div(most, Config::kThreads);
   if (steps > Config::kHeld) {
@@ -74,6 +76,7 @@ inline cudaError_t launch_kernel(const TopkParams& p, ScoreType type, const Topk
   if (error != cudaSuccess) return error;
   TopkPlan plan{};
   plan.solo_units = choice.solo_units;
+  plan.half_units = choice.half_units;
   const size_t smem = shared_bytes<Config>(p, choice.cluster, most_units(p, type), &plan);
   return launch_overlapped(topk_kernel<Config>,
                            dim3(static_cast<unsigned>(int64_t{p.rows} * choice.cluster)),

@@ -16,6 +16,7 @@ constexpr int kTopkUnitSteps = 64;
 // What the host chooses beside the template arguments.
 struct TopkPlan {
   int32_t solo_units;  // longest row, in units, that one CTA of a cluster serves alone
+  int32_t half_units;  // and half of them; no more than solo_units: never half
   bool staged;         // indices are gathered in shared memory before they are written
   int32_t list_steps;  // units a thread for which the lists have room: whole batches
   int32_t mask_steps;  // and the masks

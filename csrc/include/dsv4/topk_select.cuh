@@ -11,7 +11,8 @@
 //   6. write      counts in row order, ascending positions                    topk_slice.cuh
 //
 // Everything is decided on the device by the row's own length: a row of up to plan.solo_units is
-// rank 0's work whatever the width of the buffer, and the other CTAs leave.
+// rank 0's work whatever the width of the buffer, one of up to plan.half_units that of half the
+// cluster, and the other CTAs leave.
 #pragma once
 
 #include <cstddef>
@@ -72,8 +73,9 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   } else {
     const RowUnits<Policy> units(scores, window);
     const bool together = Config::kCluster && units.count > plan.solo_units;
-    if (together || cluster.rank == 0) {
-      if (!together) cluster.size = 1;
+    if (!together) cluster.size = 1;
+    if (together && units.count <= plan.half_units) cluster = cluster.half();
+    if (cluster.rank < cluster.size) {
       TopkSlice<Config> slice(p, plan, smem, units, row, cluster);
       joined = together;
       const int32_t share = together ? cluster.divide_up(units.count) : units.count;

@@ -35,6 +35,10 @@ struct ClusterShape {
   // that, is a call: it stood between the row's length and its first score.
   __device__ __forceinline__ uint32_t divide(uint32_t x) const { return __umulhi(x, reciprocal); }
   __device__ __forceinline__ uint32_t divide_up(uint32_t x) const { return divide(x + size - 1u); }
+  // Of an even size: the first half of the CTAs.
+  __device__ __forceinline__ ClusterShape half() const {
+    return {size / 2u, rank, reciprocal * 2u};
+  }
 };
 
 struct Threshold {

@@ -274,7 +274,7 @@ class Run:
         # A long prompt costs seconds a request before its first token, cached or not.
         pairs = a.pairs if count == 1 and context < LONG else min(a.pairs, 3)
         apart = measure.unseen(self.servers, prompts, 16)
-        tokens = measure.tokens_to_ask(a.tokens, apart)
+        tokens = measure.tokens_to_ask(a.tokens, apart, context)
         figures = measure.tpot(self.servers, prompts, tokens, pairs)
         self.results["tpot_ms"].append(
             {

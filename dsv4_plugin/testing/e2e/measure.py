@@ -36,7 +36,8 @@ CHUNK = 8192  # --max-num-batched-tokens
 # A context is whole chunks and this: the end of it is computed, whatever comes before is copied.
 TAIL = 512
 SETTLED = 1.2
-LEAD = 48  # tokens of an answer before those that are timed
+LEAD = 48  # tokens of an answer before those that are timed,
+LEAD_CONTEXT = 4096  # and one more for so many tokens of context
 FASTEST_S = 0.004  # no step of several requests is faster
 MOST_TOKENS = 2048
 CROWD_TOKENS = 256  # of each request while several are profiled
@@ -161,12 +162,21 @@ def unseen(servers: Sequence[Server], prompts: Sequence[Sequence[int]], tokens: 
     return apart
 
 
-def tokens_to_ask(tokens: int, apart: float) -> int:
+def lead(context: int) -> int:
+    """Return how many tokens of an answer are not timed.
+
+    The first ones come late and then at once: the longer the prompt, the longer the server is busy
+    with it while the GPU decodes already (more than a second with a million tokens).
+    """
+    return LEAD + context // LEAD_CONTEXT
+
+
+def tokens_to_ask(tokens: int, apart: float, context: int) -> int:
     """Return how many tokens to ask for, so that ``tokens`` are timed while all are decoding.
 
     ``apart``: how many seconds apart the answers begin.
     """
-    return min(LEAD + tokens + math.ceil(apart / FASTEST_S), MOST_TOKENS)
+    return min(lead(context) + tokens + math.ceil(apart / FASTEST_S), MOST_TOKENS)
 
 
 def tpot(
@@ -174,13 +184,14 @@ def tpot(
 ) -> dict[str, list[float]]:
     """Milliseconds a token in turn: A B, B A, …; the prompts are in the prefix cache.
 
-    ``tokens`` of each answer; the first :data:`LEAD` of them are not timed.
+    ``tokens`` of each answer, of which the first are not timed (:func:`lead`).
     """
+    ahead = lead(max(map(len, prompts)))
     found: dict[str, list[float]] = {server.name: [] for server in servers}
     for pair in range(pairs):
         for server in servers if pair % 2 == 0 else list(servers)[::-1]:
             answers = together([(server.client, p) for p in prompts], tokens)
-            found[server.name].append(round(time_per_token(answers, LEAD), 4))
+            found[server.name].append(round(time_per_token(answers, ahead), 4))
     return found
 
 
