@@ -127,7 +127,8 @@ inline bool many_rows_of_256(int64_t units, int k, bool wide_scores) {
 
 inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device) {
   constexpr TopkShape k512 = TopkShape::k512, k256 = TopkShape::k256;
-  const int64_t units = most_units(p, type);
+  const int64_t units = ceil_div(p.columns, kUnit);
+  const int64_t most = most_units(p, type);  // one more where rows begin anywhere
   const int64_t rows = p.rows;
   const bool wide_scores = type == ScoreType::kFloat32;
   TopkChoice choice = ctas(1, k512);
@@ -146,7 +147,7 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
         wide_scores ? units <= k16K || (units > k32K && p.k > 1024) : units > k16K && p.k > 512;
     choice = ctas(two ? 2 : 1, k512);
   }
-  const auto holds = [&] { return ceil_div(units, choice.cluster) <= most_units(choice.shape); };
+  const auto holds = [&] { return ceil_div(most, choice.cluster) <= most_units(choice.shape); };
   if (choice.cluster > device.largest_cluster) choice.cluster = device.largest_cluster;
   if (!holds()) choice = ctas(choice.cluster, k512);
   while (!holds() && choice.cluster < device.largest_cluster) ++choice.cluster;
