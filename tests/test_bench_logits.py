@@ -362,8 +362,8 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ]  # fmt: skip
     about = {"machine": {"gpu": "GPU"}}
     both = {
-        "h100_logits.json": {**about, "results": scores},
-        "h100_chain.json": {
+        "h200_logits.json": {**about, "results": scores},
+        "h200_chain.json": {
             **about, "vllm_choice": "vllm33", "sglang_choice": "sglang_v2", "results": chain,
             "bars": [bar.as_dict() for bar in bars.chain_bars(chain, "vllm33", "sglang_v2")],
         },
@@ -388,12 +388,12 @@ def test_the_figures_are_made_from_the_results(results: Path) -> None:
         "Ours is exact in every cell; 1 of 3 bars of the chain are met.",
     ):  # fmt: skip
         assert words in text, words
-    assert "`benchmarks/results/h100_chain.json`" in text
+    assert "`benchmarks/results/h200_chain.json`" in text
 
 
 def test_a_wrong_cell_is_in_the_figures(results: Path) -> None:
     for name, key, words in (
-        ("h100_logits.json", "right", "NOT within"), ("h100_chain.json", "exact", "NOT exact"),
+        ("h200_logits.json", "right", "NOT within"), ("h200_chain.json", "exact", "NOT exact"),
     ):  # fmt: skip
         document = json.loads((results / name).read_text())
         document["results"][0][key] = False

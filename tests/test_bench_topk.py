@@ -24,7 +24,7 @@ from dsv4_plugin.testing.topk.cases import Case, Problem
 from dsv4_plugin.testing.topk.check import Reference
 
 RECORDED = ROOT / "benchmarks" / "peers" / "h200_topk_us.csv"
-RESULTS = ROOT / "benchmarks" / "results" / "h100_topk.json"
+RESULTS = ROOT / "benchmarks" / "results" / "h200_topk.json"
 
 PEERS = """
 import torch

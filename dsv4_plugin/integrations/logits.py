@@ -24,7 +24,7 @@ from dsv4_plugin.state import state
 __all__ = ["AUTO", "choose", "dense", "failed", "paged", "unmet"]
 
 # What DSV4_LOGITS=auto takes, the first that can write the dtype. In bfloat16 ours are faster for
-# one request and level with DeepGEMM's for many (benchmarks/results/h100_logits.json). In float32
+# one request and level with DeepGEMM's for many (benchmarks/results/h200_logits.json). In float32
 # the engine's come first all the same: then its scores stay what they are without the plugin.
 AUTO: dict[str, tuple[str, ...]] = {
     "bf16": ("own", "host"),

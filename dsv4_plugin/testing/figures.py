@@ -39,7 +39,7 @@ def _decode(topk: Any) -> list[dict[str, Any]]:
 
 def readme() -> str:
     """Return the Markdown between the ``figures`` markers of the README."""
-    topk = _load("h100_topk.json")
+    topk = _load("h200_topk.json")
     warm = {
         (r["dtype"], r["k"], r["rows"], r["columns"], r["implementation"]): r["warm_us"]
         for r in _decode(topk)
@@ -47,7 +47,7 @@ def readme() -> str:
     upstream = topk.get("vllm_choice", "vllm33")
     about = topk["machine"]
     lines = [
-        f"On one {about['gpu']} (CUDA graphs, warm, µs; `benchmarks/results/h100_topk.json`, of "
+        f"On one {about['gpu']} (CUDA graphs, warm, µs; `benchmarks/results/h200_topk.json`, of "
         f"commit {about['commit'].removeprefix('g')[:7]}), k = 512: ours on bfloat16 scores / what "
         "vLLM 0.33 runs on float32 scores:",
         "",
@@ -110,7 +110,7 @@ def reads() -> str:
 
 def served() -> str:
     """Return the Markdown between the ``served`` markers of docs/results.md."""
-    topk = _load("h100_topk.json")
+    topk = _load("h200_topk.json")
     table, summary = _served(topk, topk.get("vllm_choice", "vllm33"))
     return f"{table}\n\n{summary}"
 
@@ -126,7 +126,7 @@ def _served(topk: Any, upstream: str) -> tuple[str, str]:
     columns = sorted({c for _, c in shapes})
     about = topk["machine"]
     lines = [
-        f"On one {about['gpu']} (µs; `benchmarks/results/h100_topk.json`, suite `served`), k = "
+        f"On one {about['gpu']} (µs; `benchmarks/results/h200_topk.json`, suite `served`), k = "
         "512: ours on bfloat16 scores / what vLLM 0.33 runs on float32 scores:",
         "",
         "| rows | " + " | ".join(f"{c // 1024}K" for c in columns) + " |",
@@ -153,16 +153,17 @@ def _served(topk: Any, upstream: str) -> tuple[str, str]:
         "A call as a server makes it, its code, evicted by the kernels of a whole layer, from "
         f"memory, and the launch counted: over {len(ratios)} cells (k 512, 2048) "
         f"{geomean(ratios):.2f} of vLLM's (worst {max(ratios):.2f}), {geomean(best):.2f} of the "
-        f"fastest exact upstream kernel's of any dtype (worst {max(best):.2f})."
+        f"fastest exact upstream kernel's of any dtype (worst {max(best):.2f}; every one is a "
+        "difference of two medians, and scatters by 1 µs)."
     )
 
 
 def bars() -> str:
     """Return the Markdown between the ``bars`` markers of docs/notes/topk.md."""
-    document = _load("h100_topk.json")
+    document = _load("h200_topk.json")
     about = document["machine"]
     lines = [
-        f"`benchmarks/results/h100_topk.json`: one {about['gpu']}, driver {about['driver']}, torch "
+        f"`benchmarks/results/h200_topk.json`: one {about['gpu']}, driver {about['driver']}, torch "
         f"{about['torch']}, commit {about['commit'][:7]}. The bars were set for an H200.",
         "",
         "| what | here | bar | |",
