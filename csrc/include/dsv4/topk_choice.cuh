@@ -76,9 +76,9 @@ constexpr int32_t solo_units(TopkShape shape) { return shape == TopkShape::k256 
 //     on (128 x 128K: 42.2; 42.5).
 //   - Above two rows a multiprocessor they come in waves, and CTAs of 256 threads hide each other's
 //     waits better: 8,192 x 8K 91 (141), 8,192 x 32K 236 (333), 8,192 x 64K 440 (447). Not where a
-//     thread has more units than registers hold and k is large (512 x 16K, k 2048: 19.5; 14.8; 8,192
-//     x 32K, k 2048: full windows 408; 477, but causal ones 290; 229), and not above 64K. float32:
-//     16K and 32K (512 x 16K: 20.7; 26.1).
+//     thread has more units than registers hold and k is large (512 x 16K, k 2048: 19.5; 14.8;
+//     8,192 x 32K, k 2048: full windows 408; 477, but causal ones 290; 229), and not above 64K.
+//     float32: 16K and 32K (512 x 16K: 20.7; 26.1).
 constexpr int64_t k8K = 8192 / kUnit, k16K = 2 * k8K, k32K = 4 * k8K, k64K = 8 * k8K,
                   k128K = 16 * k8K;  // units
 
