@@ -80,7 +80,7 @@ def call(logits, k=512):
     rows = torch.ones(2, dtype=torch.int32)
     out = torch.full((2, 512), 7, dtype=torch.int32)
     try:
-        function(logits, rows, out, None, None, None, k, 1, 64, False, False)
+        function(logits, rows, out, None, None, None, k, 1, 64, False, False, None)
     except Exception as error:
         print(type(error).__name__, "|", str(error).splitlines()[0])
     else:
