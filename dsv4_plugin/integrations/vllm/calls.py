@@ -20,6 +20,7 @@ from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.serve import serve
 from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
 from dsv4_plugin.integrations.vllm import fill, slots
+from dsv4_plugin.integrations.vllm.host import by_name
 from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.state import state
 
@@ -74,7 +75,7 @@ def paged_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
     Ours need no schedule. Columns past a row's length are left as they are, as by DeepGEMM in the
     form in which vLLM calls it.
     """
-    topk, given, out = _own(), _given(_PAGED, args, kwargs), None
+    topk, given, out = _own(), by_name(_PAGED, args, kwargs), None
     if topk is not None and _plain_form(given, {"clean_logits", "indices"}, _PAGED):
         values = tuple(given[name] for name in _PAGED if name != "schedule_metadata")
         out = _ours(logits.paged, topk, *values)
@@ -92,7 +93,7 @@ def dense_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
     In ours every row begins at column zero, as vLLM has it from 0.33 on (``max_seqlen_k``). To 0.32
     columns are those of all keys, so ours carry a second mark, for :func:`prefill_topk`.
     """
-    topk, given = _own(), _given(_DENSE, args, kwargs)
+    topk, given = _own(), by_name(_DENSE, args, kwargs)
     width = given.get("max_seqlen_k", 0)  # a bool there would be the clean_logits of old
     known = {"clean_logits", "max_seqlen_k"}
     if topk is not None and type(width) is int and _plain_form(given, known, _DENSE[:-1]):
@@ -101,13 +102,6 @@ def dense_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
             setattr(out, _SHIFTED, not width)
             return out
     return _theirs(original, *args, **kwargs)
-
-
-def _given(names: tuple[str, ...], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments by name; none where there are more by position than have a name."""
-    if len(args) > len(names):
-        return {}
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _plain_form(given: dict[str, Any], known: set[str], required: tuple[str, ...]) -> bool:

@@ -12,13 +12,13 @@ captured, for what is kept then is called again with other batches.
 
 from __future__ import annotations
 
-import sys
 import threading
 from typing import Any
 
 import torch
 
 from dsv4_plugin.integrations import plan
+from dsv4_plugin.integrations.vllm.host import by_name, forward_pass
 from dsv4_plugin.state import state
 
 __all__ = ["ARGUMENT", "NEEDED", "left_out", "make_up"]
@@ -38,8 +38,8 @@ _left = _Left()
 
 def left_out(packet: Any, names: tuple[str, ...], args: Any, kwargs: dict[str, Any]) -> Any:
     """Call the op, ``names`` its arguments, without the fill where nothing can be left over."""
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if len(args) > len(names) or given.get(ARGUMENT) or not _every_row_is_selected(given):
+    given = by_name(names, args, kwargs)
+    if given.get(ARGUMENT) or not _every_row_is_selected(given):
         return packet(*args, **kwargs)
     at = names.index(ARGUMENT)
     if len(args) > at:
@@ -78,15 +78,13 @@ def _every_row_is_selected(given: dict[str, Any]) -> bool:
         or not seams.intact("topk.decode")
     ):
         return False
-    module: Any = sys.modules.get("vllm.forward_context")
-    if module is None or not module.is_forward_context_available():
-        return False
-    context = module.get_forward_context()
+    context = forward_pass()
     mode = getattr(getattr(context, "cudagraph_runtime_mode", None), "name", None)
-    if mode not in ("NONE", "FULL") or not isinstance(context.attn_metadata, dict):
+    layers = getattr(context, "attn_metadata", None)
+    if mode not in ("NONE", "FULL") or not isinstance(layers, dict):
         return False
     name = given.get("k_cache_prefix")
-    metadata = context.attn_metadata.get(getattr(name, "value", name))
+    metadata = layers.get(getattr(name, "value", name))
     decode = getattr(metadata, "decode", None)
     if metadata is None or decode is None:
         return False

@@ -81,14 +81,10 @@ def built(layer: Any) -> None:
     plan.decide(Plan(True, settings.strict, topk, gather))
     if topk is not None:
         shadow.prepare(layers[0].device, "decode", "prefill")
-    _report(topk, topk_why, gather, gather_why)
-    for name, why in beside.items():
-        seam = state.seams.get(name)
-        if seam is not None and seam.where is not None:
-            seam.why = why or None
+    _report(topk, topk_why, gather, gather_why, beside)
 
 
-def _beside(layer: Any, layers: list[_Layer], config: Any) -> dict[str, str]:
+def _beside(layer: Any, layers: list[_Layer], config: Any) -> dict[str, str | None]:
     """Return why each of what goes with the decode top-k does not; prepare what does."""
     from dsv4_plugin.integrations.vllm import seams
 
@@ -99,7 +95,7 @@ def _beside(layer: Any, layers: list[_Layer], config: Any) -> dict[str, str]:
     if not no_slots:
         buffer = layer.topk_indices_buffer
         slots.prepare(buffer, _decode_rows(config, buffer.shape[0]))
-    return {"topk.slots": "; ".join(no_slots), "topk.fill": "; ".join(no_fill)}
+    return {"topk.slots": "; ".join(no_slots) or None, "topk.fill": "; ".join(no_fill) or None}
 
 
 def _unlike(layer: Any, layers: list[_Layer]) -> str:
@@ -309,6 +305,7 @@ def _report(
     topk_why: dict[str, list[str]],
     gather: str | None,
     gather_why: list[str],
+    beside: dict[str, str | None],
 ) -> None:
     """Say in one line what engaged, where, and why not; again only when it changes."""
     if topk is None:  # what keeps float32 away keeps everything away
@@ -322,8 +319,8 @@ def _report(
         "guard": None,
         "topk.decode": None if topk else not_topk,
         "topk.prefill": None if topk else not_topk,
-        "topk.slots": None if topk else not_topk,
-        "topk.fill": None if topk else not_topk,
+        "topk.slots": beside["topk.slots"] if topk else not_topk,
+        "topk.fill": beside["topk.fill"] if topk else not_topk,
         "logits": not_topk or not_bf16 if not_bf16 else None,
         "gather": None if gather else "; ".join(gather_why),
         "budget": not_topk or "logits are float32" if wide else None,

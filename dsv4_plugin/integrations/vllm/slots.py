@@ -20,7 +20,6 @@ which to 0.32 is not the attention's.
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -30,6 +29,8 @@ from typing import Any
 import torch
 
 from dsv4_plugin.integrations import plan
+from dsv4_plugin.integrations.vllm.host import by_name, forward_pass
+from dsv4_plugin.integrations.vllm.sites import TO_SLOTS_TAKES
 from dsv4_plugin.state import state
 
 __all__ = ["Paged", "beside", "forget", "mark", "passed_on", "prepare", "taken", "void", "wrote"]
@@ -147,15 +148,12 @@ def beside(scores: torch.Tensor, out: torch.Tensor, next_n: int) -> Paged | None
 def wrote(paged: Paged, out: torch.Tensor) -> None:
     """Note that slots and counts of ``out`` are written, for the attention of the same pass."""
     global _unread
-    context = _context()
+    context = forward_pass()
     if context is None:
         return
     _unread += 1
     _last.note = _Note(weakref.ref(context), _place(out), _place(paged.table), paged)
     state.count("topk.slots")
-
-
-_NAMES = ("topk_indices", "token_to_req_indices", "block_table", "block_size", "is_valid_token")
 
 
 def taken(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -165,8 +163,8 @@ def taken(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     now = plan.current()
     _unread = 0
     if note is not None and now.topk is not None and now.topk.slots:
-        given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
-        if len(args) <= len(_NAMES) and set(given) == set(_NAMES) and _fits(note, given):
+        given = by_name(TO_SLOTS_TAKES, args, kwargs)
+        if set(given) == set(TO_SLOTS_TAKES) and _fits(note, given):
             state.count("topk.slots.taken")
             return note.paged.slots, note.paged.counts
     if now.enabled:
@@ -176,7 +174,7 @@ def taken(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _fits(note: _Note, given: dict[str, Any]) -> bool:
     """Whether the call asks for what was noted."""
-    context = _context()
+    context = forward_pass()
     indices, table = given["topk_indices"], given["block_table"]
     if (
         context is None
@@ -196,11 +194,3 @@ def _fits(note: _Note, given: dict[str, Any]) -> bool:
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
-
-
-def _context() -> Any:
-    """Return what vLLM made for this forward pass, a new object each time; None outside of one."""
-    module: Any = sys.modules.get("vllm.forward_context")
-    if module is None or not module.is_forward_context_available():
-        return None
-    return module.get_forward_context()
