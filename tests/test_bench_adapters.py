@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
+from marked import between
 from packaging_tools import ROOT
 
 from dsv4_plugin.cli import main
@@ -148,9 +148,7 @@ PAGES = {"sglang": "docs/sglang.md", "tokenspeed": "docs/tokenspeed.md", "hosts"
 
 @pytest.mark.parametrize("mark", PAGES)
 def test_the_figures_of_the_pages_are_made_from_the_results(mark: str) -> None:
-    text = (ROOT / PAGES[mark]).read_text()
-    (found,) = re.findall(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", text, re.S)
-    assert found.strip() == getattr(figures, mark)()
+    assert between(ROOT / PAGES[mark], mark).strip() == getattr(figures, mark)()
 
 
 @pytest.fixture

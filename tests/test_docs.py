@@ -12,6 +12,7 @@ import re
 from types import ModuleType
 
 import pytest
+from marked import between
 from packaging_tools import ROOT
 
 from dsv4_plugin.testing import figures
@@ -133,15 +134,11 @@ def test_a_figure_that_was_written_by_hand_is_noticed() -> None:
 
 @pytest.mark.parametrize("mark", ["served", "reads"])
 def test_the_tables_are_those_of_the_results(mark: str) -> None:
-    page = (DOCS / "results.md").read_text()
-    found = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", page, re.S)
-    assert found and found[1].strip() == getattr(figures, mark)()
+    assert between(DOCS / "results.md", mark).strip() == getattr(figures, mark)()
 
 
 def test_the_bars_are_those_of_the_results() -> None:
-    page = (DOCS / "notes" / "topk.md").read_text()
-    found = re.search(r"<!-- bars -->\n(.*?)<!-- /bars -->", page, re.S)
-    assert found and found[1].strip() == figures.bars()
+    assert between(DOCS / "notes" / "topk.md", "bars").strip() == figures.bars()
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.startswith("notes/")])

@@ -6,44 +6,22 @@ import importlib
 import json
 import logging
 import re
-import socket
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packaging_tools import ROOT
+from e2e_servers import FAKE, free_ports, tiny_model
 
 from dsv4_plugin.integrations import import_hooks, plan
 from dsv4_plugin.testing.e2e import drills, vllm_side
 
-FAKE = f"{sys.executable} {ROOT / 'tests' / 'e2e_fake_vllm.py'}"
 NAMES = [drill.name for drill in drills.DRILLS]
-
-
-def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
-    for _ in range(200):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        taken = []
-        for i in range(count):
-            with socket.socket() as probe:
-                taken.append(probe.connect_ex(("127.0.0.1", port + i)) == 0)
-        if not any(taken) and port + count < 65_536:
-            return port
-    raise AssertionError(f"no {count} free ports in a row")
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    maker = [sys.executable, ROOT / "examples" / "make_tiny_v4.py", folder]
-    subprocess.run([str(part) for part in maker], check=True)
-    return folder
+    return tiny_model(tmp_path / "model")
 
 
 @pytest.fixture(autouse=True)

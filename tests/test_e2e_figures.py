@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
+from marked import between
 from packaging_tools import ROOT
 
 from dsv4_plugin.testing import figures
 from dsv4_plugin.testing.e2e import figures as tables
 
-PAGE = (ROOT / "docs" / "vllm.md").read_text()
+PAGE = ROOT / "docs" / "vllm.md"
 
 
 @pytest.mark.parametrize("mark", ["modes", "drills"])
 def test_the_tables_are_those_of_the_results(mark: str) -> None:
-    found = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", PAGE, re.S)
-    assert found and found[1].strip() == getattr(tables, mark)()
+    assert between(PAGE, mark).strip() == getattr(tables, mark)()
 
 
 def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> dict:

@@ -3,48 +3,26 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packaging_tools import ROOT
+from e2e_servers import FAKE, free_ports, tiny_model
 
-from dsv4_plugin.testing.e2e import client, command, measure, server, vllm_side
-
-FAKE = f"{sys.executable} {ROOT / 'tests' / 'e2e_fake_vllm.py'}"
-
-
-def free_port() -> int:
-    """A port that is free, and the next one too."""
-    for _ in range(50):
-        with socket.socket() as a, socket.socket() as b:
-            a.bind(("127.0.0.1", 0))
-            port = a.getsockname()[1]
-            try:
-                b.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("no two free ports in a row")
+from dsv4_plugin.testing.e2e import client, command, measure, options, server, vllm_side
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    maker = [sys.executable, ROOT / "examples" / "make_tiny_v4.py", folder]
-    subprocess.run([str(part) for part in maker], check=True)
-    return folder
+    return tiny_model(tmp_path / "model")
 
 
 def run(model: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     out = tmp_path / "results.json"
     code = command.main(
         ["--model", str(model), "--json", str(out), "--folder", str(tmp_path / "run"),
-         "--vllm", FAKE, "--port", str(free_port()), *arguments]
+         "--vllm", FAKE, "--port", str(free_ports(2)), *arguments]
     )  # fmt: skip
     return code, json.loads(out.read_text())
 
@@ -162,7 +140,7 @@ def test_a_server_is_a_name_and_variables(text: str) -> None:
 
 
 def test_numbers_and_prompts() -> None:
-    assert [command.number(t) for t in ("512", "64K", "1m")] == [512, 65_536, 1_048_576]
+    assert [options.number(t) for t in ("512", "64K", "1m")] == [512, 65_536, 1_048_576]
     prompt = client.random_prompt(1000, 5)
     assert prompt == client.random_prompt(1000, 5) != client.random_prompt(1000, 6)
     assert min(prompt) >= client.FIRST_WORD and max(prompt) < client.WORDS

@@ -92,21 +92,7 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
         "topk_out": [
             (logits(), lengths(), new(), None, None, None, K),
             (logits(), lengths(), new(), new(), torch.tensor([0, 3, 1, 2]), pages(), K, 1, 16),
-            (
-                logits(),
-                lengths(),
-                new(),
-                None,
-                None,
-                None,
-                K,
-                1,
-                64,
-                False,
-                False,
-                None,
-                lengths(),
-            ),  # fmt: skip
+            (logits(), lengths(), new(), None, None, None, K, 1, 64, False, False, None, lengths()),
         ],
         "paged_logits": [(*full(),), (*full(2), 64, torch.float32)],
         "paged_logits_out": [(*scored(), torch.zeros(4, 64))],

@@ -45,15 +45,10 @@ WRITES = {
     "testing/ab/plot.py": {"savefig"},  # --plot
     "testing/ab/processes.py": {"mkdir", "open"},  # --out
     "testing/bench.py": {"write_text"},  # --json
-    "testing/e2e/command.py": {"TemporaryDirectory", "mkdir", "rmtree", "write_text"},  # --folder
-    "testing/e2e/drills.py": {
-        "TemporaryDirectory",
-        "copytree",
-        "mkdir",
-        "rmtree",
-        "write_text",
-    },  # --folder, --json
+    "testing/e2e/command.py": {"write_text"},  # --json
+    "testing/e2e/drills.py": {"copytree", "write_text"},  # --folder, --json
     "testing/e2e/measure.py": {"rename"},  # --folder
+    "testing/e2e/options.py": {"TemporaryDirectory", "mkdir", "rmtree"},  # --folder, --json
     "testing/e2e/server.py": {"mkdir", "open", "touch", "unlink", "write_text"},  # --folder
     "testing/e2e/trace.py": {"write_text"},  # --json
     "testing/e2e/vllm_side.py": {"unlink", "write_text"},  # --folder

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import marked
 import pytest
 import torch
 from packaging_tools import ROOT
@@ -18,9 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 
 
 def between(mark: str) -> str:
-    found = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", README, re.S)
-    assert found, f"README.md has no <!-- {mark} --> … <!-- /{mark} -->"
-    return found[1]
+    return marked.between(ROOT / "README.md", mark)
 
 
 def test_the_settings_table_is_the_generated_one() -> None:
@@ -83,8 +82,7 @@ def test_the_example_gives_what_its_comments_say(example: dict[str, Any]) -> Non
 def test_the_figures_are_made_from_the_results():
     from dsv4_plugin.testing.figures import readme
 
-    between = README.split("<!-- figures -->")[1].split("<!-- /figures -->")[0]
-    assert between.strip() == readme()
+    assert between("figures").strip() == readme()
 
 
 def test_the_figures_of_the_server_are_made_from_the_results():

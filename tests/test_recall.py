@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench_command import bench
+from marked import between
 from oracles import select
 from packaging_tools import ROOT
 from svg_curves import check_same
@@ -246,9 +247,7 @@ def test_the_committed_file_is_whole():
 
 
 def test_the_figures_of_the_numerics_page_are_made_from_it():
-    page = (ROOT / "docs" / "numerics.md").read_text()
-    between = page.split("<!-- recall -->")[1].split("<!-- /recall -->")[0]
-    assert between.strip() == figures.recall()
+    assert between(ROOT / "docs" / "numerics.md", "recall").strip() == figures.recall()
 
 
 def test_the_committed_plot_is_drawn_from_the_committed_file(tmp_path):

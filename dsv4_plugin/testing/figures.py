@@ -18,7 +18,7 @@ from dsv4_plugin.testing.e2e.measure import paired
 from dsv4_plugin.testing.recall.command import table
 from dsv4_plugin.testing.topk.bars import best_peers, geomean
 
-__all__ = ["RESULTS", "bars", "gain", "readme", "reads", "recall", "served", "server"]
+__all__ = ["RESULTS", "bars", "gain", "load", "readme", "reads", "recall", "served", "server"]
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 SERVER = "h200_vllm_e2e.json"
@@ -26,7 +26,8 @@ _ROWS = (1, 8, 32, 64, 128)
 _COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)
 
 
-def _load(name: str) -> Any:
+def load(name: str) -> Any:
+    """Return a committed results file."""
     return json.loads((RESULTS / name).read_text())
 
 
@@ -39,7 +40,7 @@ def _decode(topk: Any) -> list[dict[str, Any]]:
 
 def readme() -> str:
     """Return the Markdown between the ``figures`` markers of the README."""
-    topk = _load("h200_topk.json")
+    topk = load("h200_topk.json")
     warm = {
         (r["dtype"], r["k"], r["rows"], r["columns"], r["implementation"]): r["warm_us"]
         for r in _decode(topk)
@@ -85,7 +86,7 @@ def readme() -> str:
 
 def reads() -> str:
     """Return the Markdown between the ``reads`` markers of docs/results.md."""
-    read = _load("h200_read.json")
+    read = load("h200_read.json")
     lines = [
         "Reads of 14,338 keys (`benchmarks/results/h200_read.json`):",
         "",
@@ -110,7 +111,7 @@ def reads() -> str:
 
 def served() -> str:
     """Return the Markdown between the ``served`` markers of docs/results.md."""
-    topk = _load("h200_topk.json")
+    topk = load("h200_topk.json")
     table, summary = _served(topk, topk.get("vllm_choice", "vllm33"))
     return f"{table}\n\n{summary}"
 
@@ -160,7 +161,7 @@ def _served(topk: Any, upstream: str) -> tuple[str, str]:
 
 def bars() -> str:
     """Return the Markdown between the ``bars`` markers of docs/notes/topk.md."""
-    document = _load("h200_topk.json")
+    document = load("h200_topk.json")
     about = document["machine"]
     lines = [
         f"`benchmarks/results/h200_topk.json`: one {about['gpu']}, driver {about['driver']}, torch "
@@ -179,7 +180,7 @@ def bars() -> str:
 
 def recall() -> str:
     """Return the Markdown between the ``recall`` markers of docs/numerics.md."""
-    document = _load("cpu_recall.json")
+    document = load("cpu_recall.json")
     rows = max(row["rows"] for row in document["results"])
     head = (
         f"Overlap with the float32 selection in %, mean / 1st percentile / worst of {rows} rows "
@@ -190,7 +191,7 @@ def recall() -> str:
 
 def server() -> str:
     """Return the Markdown between the ``server`` markers of the README."""
-    document = _load(SERVER)
+    document = load(SERVER)
     about = document["machine"]
     chain = {
         (p["context"], p.get("concurrency", 1)): {
@@ -236,7 +237,7 @@ def server() -> str:
 
 
 def _server_rows(figure: str) -> list[dict[str, Any]]:
-    rows = [row for row in _load(SERVER)["summary"] if row["figure"] == figure]
+    rows = [row for row in load(SERVER)["summary"] if row["figure"] == figure]
     return sorted(rows, key=lambda row: (row["concurrency"], row["context"]))
 
 
@@ -247,7 +248,7 @@ def _ratio(row: dict[str, Any]) -> str:
 
 def gain() -> str:
     """Return the Markdown between the ``gain`` markers of the README."""
-    document, rows = _load(SERVER), _server_rows("tpot_ms")
+    document, rows = load(SERVER), _server_rows("tpot_ms")
     changes = ", ".join(
         f"{100 * (row['ratio'] - 1):+.1f} % ({row['context']:,} x {row['concurrency']})"
         for row in rows

@@ -6,7 +6,6 @@ stands between the markers of that name.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,7 +25,7 @@ Cells = dict[str, dict[str, Row]]  # a row of a table → implementation or vari
 
 def sglang() -> str:
     """Return the Markdown between the ``sglang`` markers of docs/sglang.md."""
-    forward, adapters = _load(SGLANG), _load(ADAPTERS)
+    forward, adapters = figures.load(SGLANG), figures.load(ADAPTERS)
     cells = _forward(forward)
     table = _table(
         "the indexer's forward of a layer",
@@ -65,7 +64,7 @@ def sglang() -> str:
 
 def tokenspeed() -> str:
     """Return the Markdown between the ``tokenspeed`` markers of docs/tokenspeed.md."""
-    driver, adapters = _load(TOKENSPEED), _load(ADAPTERS)
+    driver, adapters = figures.load(TOKENSPEED), figures.load(ADAPTERS)
     every = _cells(adapters, "tokenspeed")
     alone = _selections(every)
     reads = {name: row for name, row in every.items() if name not in alone}
@@ -109,7 +108,11 @@ def tokenspeed() -> str:
 
 def hosts() -> str:
     """Return the Markdown between the ``hosts`` markers of the README."""
-    forward, adapters, driver = _load(SGLANG), _load(ADAPTERS), _load(TOKENSPEED)
+    forward, adapters, driver = (
+        figures.load(SGLANG),
+        figures.load(ADAPTERS),
+        figures.load(TOKENSPEED),
+    )
     cells, alone = _default(_forward(forward)), _cells(adapters, "sglang")
     newest = max(name for name in _names(alone) if not name.startswith("dsv4"))
     theirs = _selections(_cells(adapters, "tokenspeed"))
@@ -134,10 +137,6 @@ def hosts() -> str:
         f"over the rows of a cell.{_missing(adapters, 'tokenspeed')} Its facades (`{TOKENSPEED}`): "
         f"{_results(driver)}.{_missing(driver)}",
     ])  # fmt: skip
-
-
-def _load(name: str) -> Any:
-    return json.loads((figures.RESULTS / name).read_text())
 
 
 def _head(document: Any, name: str) -> str:

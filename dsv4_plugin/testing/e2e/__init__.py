@@ -2,7 +2,8 @@
 
 | module | what it does |
 |---|---|
-| :mod:`.command` | options, the order of the steps, the results file |
+| :mod:`.command` | the order of the steps, the results file |
+| :mod:`.options` | what this command and the drills take; their servers |
 | :mod:`.server` | starts a server, waits for it, stops it; reads its log |
 | :mod:`.client` | requests with token ids: what one costs, what it answers |
 | :mod:`.measure` | the steps: outputs, time per token, time to the first token, profiles |

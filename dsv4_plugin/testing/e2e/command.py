@@ -11,32 +11,30 @@ import argparse
 import functools
 import json
 import shlex
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dsv4_plugin.testing.e2e import measure
-from dsv4_plugin.testing.e2e.server import VLLM, Server, ServerError
+from dsv4_plugin.testing.e2e.options import (
+    about,
+    add_common,
+    engine,
+    make_server,
+    number,
+    parsed,
+    place,
+)
+from dsv4_plugin.testing.e2e.server import ServerError
 
-__all__ = ["about", "bases", "main", "number", "parse_server", "summarise"]
+__all__ = ["bases", "main", "parse_server", "summarise"]
 
 RESERVE_S = 12  # to stop, reduce traces and write
 LONG = 512 << 10
 COMPUTABLE = 256 << 10  # tokens that are computed where copying was wished for and failed
-UNITS = {"k": 1024, "m": 1024 * 1024}
-
-
-def number(text: str) -> int:
-    """Return ``64K`` as 65536."""
-    unit = UNITS.get(text[-1:].lower())
-    return int(text[:-1]) * unit if unit else int(text)
 
 
 def parse_server(text: str) -> tuple[str, dict[str, str]]:
@@ -65,8 +63,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m dsv4_plugin.testing.e2e", description=__doc__.splitlines()[0]
     )
+    add_common(p, port=8100, ready=600, kv_gib=10.2, max_model_len=1 << 20)
     add = p.add_argument
-    add("--model", type=Path, required=True, help="as examples/make_tiny_v4.py writes it")
     add(
         "--server", type=parse_server, action="append", metavar="NAME[:VAR=VALUE,…]",
         help="a server and its environment; the first is what the others are compared with "
@@ -77,7 +75,6 @@ def parser() -> argparse.ArgumentParser:
         help="further arguments of vllm serve for this server; it is compared with the first "
         "server that has the same",
     )  # fmt: skip
-    add("--json", type=Path, required=True, help="the results; whole at any moment")
     add("--contexts", type=number, nargs="*", default=[8 << 10, 64 << 10, 128 << 10],
         help="time per token at batch 1 with so many tokens of context")  # fmt: skip
     add("--concurrent", type=_crowd, nargs="*", default=[], metavar="CONTEXT:REQUESTS",
@@ -93,17 +90,8 @@ def parser() -> argparse.ArgumentParser:
         help="make long contexts by copying cache pages instead of by prefill")  # fmt: skip
     add("--checkpoint", action="store_true",
         help="the model folder has weights: load them (default: random ones)")  # fmt: skip
-    add("--kv-gib", type=float, default=10.2, help="cache of each server (default: 10.2)")
-    add("--max-model-len", type=number, default=1 << 20)
     add("--max-num-seqs", type=int, default=16)
-    add("--port", type=int, default=8100, help="of the first server; the others follow")
     add("--budget", type=float, default=3600, help="begin no step after so many seconds")
-    add("--ready", type=float, default=600, help="seconds for the servers to start")
-    add("--folder", type=Path, help="logs and traces (default: a temporary folder, removed)")
-    add("--vllm", type=shlex.split, metavar="COMMAND",
-        help="what to run as vllm (default: the vLLM of this Python)")  # fmt: skip
-    add("--commit", help="of the plugin, where neither git nor the version says it")
-    add("serve", nargs="*", help="after --: further arguments of vllm serve, for every server")
     return p
 
 
@@ -132,34 +120,20 @@ class Run:
             ("off", {"DSV4_PLUGIN": "0"}),
             ("on", {"DSV4_PLUGIN": "1"}),
         ]
-        sizes = [str(n) for n in (1, 2, 4, 8, 16, 32, 64) if n <= arguments.max_num_seqs]
         share = 0.85 / len(wished)
         serve = [
-            "--max-model-len", str(arguments.max_model_len),
-            "--max-num-seqs", str(arguments.max_num_seqs),
-            "--max-num-batched-tokens", str(measure.CHUNK),
-            "--kv-cache-memory-bytes", str(int(arguments.kv_gib * 2**30)),
-            "--gpu-memory-utilization", f"{share:.2f}",
-            "--seed", "0", "--cudagraph-capture-sizes", *sizes,
+            *engine(arguments, max_num_seqs=arguments.max_num_seqs, memory_share=share),
             *(["--load-format", "auto"] if arguments.checkpoint else []),
             *arguments.serve,
-        ]  # fmt: skip
+        ]
         own = dict(arguments.arguments)
         if unknown := sorted(set(own) - {name for name, _ in wished}):
             parser().error(f"--arguments {unknown[0]}: no --server has this name")
         self.bases = bases([(name, own.get(name, [])) for name, _ in wished])
-        self.servers = []
-        for i, (name, environment) in enumerate(wished):
-            place = folder / name
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir(parents=True)
-            port = arguments.port + i
-            self.servers.append(
-                Server(
-                    name, environment, arguments.model, place, port,
-                    [*serve, *own.get(name, [])], arguments.vllm or VLLM,
-                )
-            )  # fmt: skip
+        self.servers = [
+            make_server(arguments, folder, i, name, environment, [*serve, *own.get(name, [])])
+            for i, (name, environment) in enumerate(wished)
+        ]
         self.traces = measure.Traces(self.layers)
         self.copies = True
 
@@ -203,9 +177,7 @@ class Run:
         try:
             for server in self.servers:
                 server.start(weights=not self.a.checkpoint)
-            self.results |= about()
-            if self.a.commit:
-                self.results["machine"]["commit"] = self.a.commit
+            self.results |= about(self.a.commit)
             self.save()
             deadline = self.began + min(self.a.ready, self.a.budget - RESERVE_S)
             for server in self.servers:
@@ -303,23 +275,6 @@ class Run:
         self.say(f"TTFT {context}: {shown} s")
 
 
-def about() -> dict[str, Any]:
-    """Return machine and versions; asked of a child, so that this process takes no GPU memory."""
-    code = (
-        "import json; from dsv4_plugin.testing.timing import machine; print(json.dumps(machine()))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    try:
-        machine = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        machine = {"error": done.stderr[-500:]}
-    try:
-        machine["vllm"] = metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        machine["vllm"] = None
-    return {"machine": machine}
-
-
 def bases(servers: Sequence[tuple[str, Sequence[str]]]) -> dict[str, str]:
     """Return with which server each other one is compared: the first with the same arguments."""
     first: dict[tuple[str, ...], str] = {}
@@ -367,12 +322,9 @@ def summarise(results: dict[str, Any], bases: Mapping[str, str]) -> list[dict[st
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 if every step was done."""
-    arguments = parser().parse_args(argv)
-    if not (arguments.model / "config.json").exists():
-        parser().error(f"--model {arguments.model}: no config.json there")
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="dsv4-e2e-") as temporary:
-        run = Run(arguments, (arguments.folder or Path(temporary)).absolute())
+    arguments = parsed(parser(), argv)
+    with place(arguments) as folder:
+        run = Run(arguments, folder)
         run.run()
         for row in run.results["summary"]:
             print(json.dumps(row))

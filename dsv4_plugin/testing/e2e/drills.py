@@ -13,10 +13,8 @@ import argparse
 import contextlib
 import json
 import re
-import shlex
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +25,9 @@ from typing import Any
 
 import dsv4_plugin
 from dsv4_plugin.testing.e2e.client import at_once, random_prompt
-from dsv4_plugin.testing.e2e.command import about, number
 from dsv4_plugin.testing.e2e.measure import agreement
-from dsv4_plugin.testing.e2e.server import VLLM, Server, ServerError
+from dsv4_plugin.testing.e2e.options import about, add_common, engine, make_server, parsed, place
+from dsv4_plugin.testing.e2e.server import Server, ServerError
 
 __all__ = ["BASE", "DRILLS", "Drill", "main"]
 
@@ -256,43 +254,24 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m dsv4_plugin.testing.e2e.drills", description=__doc__.splitlines()[0]
     )
+    add_common(p, port=8200, ready=300, kv_gib=2, max_model_len=32 << 10)
     add = p.add_argument
     names = [drill.name for drill in DRILLS]
-    add("--model", type=Path, required=True, help="as examples/make_tiny_v4.py writes it")
-    add("--json", type=Path, required=True, help="the results")
     add("--only", nargs="+", choices=names, default=names, metavar="DRILL",
         help=f"these of {', '.join(names)}; {BASE} is always one")  # fmt: skip
     add("--at-once", type=int, default=len(names), help="servers at a time (default: all)")
     add("--timeout", type=float, default=120, help="seconds for one request (default: 120)")
-    add("--ready", type=float, default=300, help="seconds for the servers to start (300)")
-    add("--kv-gib", type=float, default=2, help="cache of each server (default: 2)")
-    add("--max-model-len", type=number, default=32 << 10)
-    add("--port", type=int, default=8200, help="of the first server; the others follow")
-    add("--folder", type=Path, help="keep the logs there (default: a temporary folder, removed)")
-    add("--vllm", type=shlex.split, metavar="COMMAND",
-        help="what to run as vllm (default: the vLLM of this Python)")  # fmt: skip
-    add("--commit", help="of the plugin, where neither git nor the version says it")
-    add("serve", nargs="*", help="after --: further arguments of vllm serve, for every server")
     return p
 
 
 def drill(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Do the drills and return the results."""
     began = time.monotonic()
-    serve = [
-        "--max-model-len", str(a.max_model_len), "--max-num-seqs", "16",
-        "--max-num-batched-tokens", "8192", "--gpu-memory-utilization", "0.05",
-        "--kv-cache-memory-bytes", str(int(a.kv_gib * 2**30)), "--seed", "0",
-        "--cudagraph-capture-sizes", "1", "2", "4", "8", "16", "--plugin", "dsv4", *a.serve,
-    ]  # fmt: skip
+    serve = [*engine(a, max_num_seqs=16, memory_share=0.05), "--plugin", "dsv4", *a.serve]
     results = []
     for i, each in enumerate(d for d in DRILLS if d.name == BASE or d.name in a.only):
-        place = folder / each.name
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
         arguments = [*serve, *each.arguments]
-        command = a.vllm or VLLM
-        server = Server(each.name, each.environment, a.model, place, a.port + i, arguments, command)
+        server = make_server(a, folder, i, each.name, each.environment, arguments)
         results.append(Result(each, server))
     for i in range(0, len(results), a.at_once):
         some = results[i : i + a.at_once]
@@ -331,20 +310,15 @@ def drill(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 if every drill passed."""
-    a = parser().parse_args(argv)
-    if not (a.model / "config.json").exists():
-        parser().error(f"--model {a.model}: no config.json there")
-    with tempfile.TemporaryDirectory(prefix="dsv4-drills-") as temporary:
-        results = drill(a, (a.folder or Path(temporary)).absolute())
+    a = parsed(parser(), argv)
+    with place(a) as folder:
+        results = drill(a, folder)
     results = {
         "command": ["python", "-m", "dsv4_plugin.testing.e2e.drills", *sys.argv[1:]],
         "complete": all(d["passed"] for d in results["drills"]),
-        **about(),
+        **about(a.commit),
         **results,
     }
-    if a.commit:
-        results["machine"]["commit"] = a.commit
-    a.json.parent.mkdir(parents=True, exist_ok=True)
     a.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0 if results["complete"] else 1
 

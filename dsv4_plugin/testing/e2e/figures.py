@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from dsv4_plugin.testing import figures
+from dsv4_plugin.testing.e2e.measure import agreement
 
 __all__ = ["DRILLS", "MODES", "drills", "modes"]
 
@@ -28,11 +29,12 @@ def _where(about: dict[str, Any], name: str) -> str:
 
 def modes() -> str:
     """Return the Markdown between the ``modes`` markers."""
-    document = figures._load(MODES)
+    document = figures.load(MODES)
     outputs, servers = document["outputs"], document["servers"]
+    tokens = outputs["tokens"]
     lines = [
         f"{_where(document['machine'], MODES)}, {document['model']['num_hidden_layers']} layers of "
-        "random weights. Prompts answered alike: greedily, 64 tokens, of "
+        f"random weights. Prompts answered alike: greedily, {tokens} tokens, of "
         f"{len(outputs['prompt_tokens'])} prompts of "
         f"{min(outputs['prompt_tokens']):,} to {max(outputs['prompt_tokens']):,} tokens, twice by "
         "one server, and by the server without the plugin:",
@@ -54,26 +56,28 @@ def modes() -> str:
             f"{sum(outputs['repeatable'][name])} | "
             f"{sum(a['identical'] for a in alike) if alike else ''} |"
         )
-    first = {
-        name: [next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
-               for a, b in zip(*runs, strict=True)]
+    twice = [
+        agreement(a, b)
         for name, runs in outputs["token_ids"].items()
-    }  # fmt: skip
-    off = [i for name, where in first.items() if not servers[name]["status"] for i in where]
-    with_it = [a["first_difference"] for of in outputs["as_baseline"].values() for a in of]
-    known = [64 if i is None else i for i in with_it]
+        if not servers[name]["status"]
+        for a, b in zip(*runs, strict=True)
+    ]
+    beside = [a for of in outputs["as_baseline"].values() for a in of]
+    repeated, with_it = (
+        statistics.median(tokens if a["identical"] else a["first_difference"] for a in answers)
+        for answers in (twice, beside)
+    )
     lines += [
         "",
         "The first token that differs, median: of two answers by one server without the plugin "
-        f"{statistics.median(off):g}, of an answer with it and one without "
-        f"{statistics.median(known):g}.",
+        f"{repeated:g}, of an answer with it and one without {with_it:g}.",
     ]
     return "\n".join(lines)
 
 
 def drills() -> str:
     """Return the Markdown between the ``drills`` markers."""
-    document = figures._load(DRILLS)
+    document = figures.load(DRILLS)
     lines = [
         f"{_where(document['machine'], DRILLS)}:",
         "",

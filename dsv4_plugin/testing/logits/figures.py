@@ -6,7 +6,6 @@ markers of a page.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ __all__ = ["markdown"]
 def markdown() -> str:
     """Return the Markdown between the ``logits-figures`` markers: the logits, then the chain."""
     names = ("h200_logits.json", "h200_chain.json")
-    scores, chain = (json.loads((figures.RESULTS / name).read_text()) for name in names)
+    scores, chain = map(figures.load, names)
     return "\n".join([*_logits_lines(scores), "", *_chain_lines(chain)])
 
 
