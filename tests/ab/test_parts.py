@@ -139,7 +139,8 @@ def test_what_the_vllm_adapter_logs_is_recognised(
     for name in ("guard", *topks, "logits", "gather", "budget"):
         state.seams[name] = Seam(name, f"where {name} is")
     whys = {} if topk else {"fp32": ["no such kernel"]}
-    guard._report(topk, whys, gather, [] if gather else ["no such gather"])
+    beside = dict.fromkeys(("topk.slots", "topk.fill")) if topk else {}
+    guard._report(topk, whys, gather, [] if gather else ["no such gather"], beside)
     evidence = look(server(tmp_path, f"(EngineCore pid=1) INFO 11-25 [dsv4] {said[0]}\n"))
     assert bool(evidence.lines) is active and bool(evidence.said) is not active
 

@@ -319,11 +319,12 @@ def _report(
         "guard": None,
         "topk.decode": None if topk else not_topk,
         "topk.prefill": None if topk else not_topk,
-        "topk.slots": beside["topk.slots"] if topk else not_topk,
-        "topk.fill": beside["topk.fill"] if topk else not_topk,
+        "topk.slots": not_topk,
+        "topk.fill": not_topk,
         "logits": not_topk or not_bf16 if not_bf16 else None,
         "gather": None if gather else "; ".join(gather_why),
         "budget": not_topk or "logits are float32" if wide else None,
+        **beside,
     }
     for name, why in whys.items():
         seam = state.seams.get(name)
