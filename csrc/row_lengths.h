@@ -28,14 +28,15 @@ inline RowLengths row_lengths(const TensorView& lengths, int32_t rows, int64_t n
   }
   const int64_t count = lengths.numel();
   RowLengths r{};
+  int32_t group = 1;
   r.lengths = {data(lengths), is_dtype(lengths, kDLInt, 64)};
   r.stride0 = lengths.stride(0);
   r.stride1 = lengths.ndim() == 2 ? lengths.stride(1) : 0;
   if (count == rows) {
     // One length a row; a 2-D tensor is walked row by row.
-    r.group = lengths.ndim() == 2 ? static_cast<int32_t>(lengths.size(1)) : 1;
+    group = lengths.ndim() == 2 ? static_cast<int32_t>(lengths.size(1)) : 1;
   } else if (count * next_n == rows && (lengths.ndim() == 1 || lengths.size(1) == 1)) {
-    r.group = static_cast<int32_t>(next_n);
+    group = static_cast<int32_t>(next_n);
     r.stride1 = 0;
     r.shared = true;
   } else {
@@ -45,7 +46,7 @@ inline RowLengths row_lengths(const TensorView& lengths, int32_t rows, int64_t n
         << "; it must hold one length a row ([rows] or [batch, next_n]) or one "
            "for each next_n rows ([batch] or [batch, 1])";
   }
-  if (r.group < 1) r.group = 1;  // No rows at all: nothing is launched.
+  r.group = Divisor::of(group < 1 ? 1 : group);  // none where no row is: nothing is launched
   return r;
 }
 

@@ -90,9 +90,9 @@ void set_page_table(TopkParams& p, const Optional<TensorView>& page_table, int64
   const TensorView t = page_table.value();
   check_int32_rows("page_table", t, device);
   if (t.size(0) == p.rows) {
-    p.page_group = 1;
+    p.page_group = Divisor::of(1);
   } else if (t.size(0) * next_n == p.rows) {
-    p.page_group = static_cast<int32_t>(next_n);
+    p.page_group = Divisor::of(static_cast<int32_t>(next_n));
   } else {
     TVM_FFI_THROW(ValueError) << "page_table has " << t.size(0) << " rows with " << p.rows
                               << " rows of logits and next_n " << next_n
@@ -104,11 +104,7 @@ void set_page_table(TopkParams& p, const Optional<TensorView>& page_table, int64
   p.page_table = static_cast<const int32_t*>(data(t));
   p.page_table_stride = t.stride(0);
   p.pages = static_cast<int32_t>(t.size(1) > INT32_MAX ? INT32_MAX : t.size(1));
-  p.page_size = static_cast<int32_t>(page_size);
-  p.page_shift = -1;
-  for (int shift = 0; shift < 31; ++shift) {
-    if (page_size == int64_t{1} << shift) p.page_shift = shift;
-  }
+  p.page_size = Divisor::of(static_cast<int32_t>(page_size));
 }
 
 void set_out_counts(TopkParams& p, const Optional<TensorView>& out_counts, DLDevice device) {

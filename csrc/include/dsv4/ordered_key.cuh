@@ -137,6 +137,7 @@ struct Keys16 {
   static constexpr uint32_t kOctave = kInfinity & (~kInfinity + 1u);
 
   static __device__ __forceinline__ Unit pad() { return {all_nan()}; }
+  static __device__ __forceinline__ uint32_t singles(const Unit& u, int i) { return word(u.v, i); }
   static __device__ __forceinline__ uint32_t quarters(const Unit& u, int half) {
     return half == 0 ? H::better(u.v.x, u.v.y) : H::better(u.v.z, u.v.w);
   }
@@ -293,6 +294,9 @@ struct Float32Keys {
   }
   static __device__ __forceinline__ uint32_t best_of_four(const uint4& v) {
     return larger(larger(v.x, v.y), larger(v.z, v.w));
+  }
+  static __device__ __forceinline__ uint32_t singles(const Unit& u, int i) {
+    return heads(element(u, 2 * i), element(u, 2 * i + 1));
   }
   static __device__ __forceinline__ uint32_t quarters(const Unit& u, int half) {
     const uint4& v = half == 0 ? u.low : u.high;

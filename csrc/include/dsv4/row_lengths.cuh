@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "dsv4/common.cuh"
+#include "dsv4/divisor.cuh"
 
 namespace dsv4 {
 
@@ -24,7 +24,7 @@ struct RowLengths {
   IntTensor lengths;
   int64_t stride0;
   int64_t stride1;
-  int32_t group;
+  Divisor group;
   bool shared;
 
   // Where a row's length is found: worked out before griddepcontrol.wait, read after it.
@@ -34,10 +34,9 @@ struct RowLengths {
   };
 
   __device__ __forceinline__ Place place(int32_t row) const {
-    // A division is some 25 instructions; rows that stand for themselves do without.
-    const int32_t request = group == 1 ? row : row / group;
-    const int32_t member = row - request * group;
-    return {request * stride0 + member * stride1, shared ? member + 1 - group : 0};
+    const int32_t request = group.divide(row);
+    const int32_t member = row - request * group.value;
+    return {request * stride0 + member * stride1, shared ? member + 1 - group.value : 0};
   }
 
   __device__ __forceinline__ int64_t read(const Place& place) const {

@@ -25,6 +25,10 @@ struct HeldUnits {
   __device__ __forceinline__ int32_t first_unit() const {  // of the row
     return s.begin + threadIdx.x * s.depth;
   }
+  // Units a thread of this warp: none where the slice ends before the warp begins.
+  __device__ __forceinline__ int32_t depth() const {
+    return warp_id() * kWarpSize * s.depth < s.count ? s.depth : 0;
+  }
 
   __device__ __forceinline__ void load() const {
     const int32_t end = s.begin + s.count;
@@ -47,24 +51,37 @@ struct HeldUnits {
   }
 
   // Counts groups of scores by their maxima: units, halves of them or quarters, of the first size
-  // of which there are some more than the rank that is asked of them. False: there are too few.
+  // of which there are more than the rank that is asked of them, or single scores. False: there are
+  // too few.
   __device__ __forceinline__ bool add_groups() const {
     GroupHistogram& groups = s.smem.groups;
     const uint32_t least = s.least;
     if constexpr (kOctaves) {
       const uint32_t k = s.p.k;
-      const uint32_t wanted = k + k / 8;
+      // Of a row of one CTA twice as many: the fewer groups, the further below the threshold their
+      // k-th lies, and close to zero two octaves are soon between.
+      const uint32_t wanted = s.together() ? k + k / 8 : 2 * k + k / 4;
       const uint32_t share = s.together() ? s.cluster.divide_up(k) : k;
-      if (4 * least < share + share / 8) return false;
       const auto add = [&](uint32_t heads) {
         groups.add_octaves(H::better(heads, Policy::kLastHead * 0x10001u));  // NaN becomes -inf
       };
       if (2 * least >= wanted) {
         add_pairs(least >= wanted, add);
+      } else if (!s.together() && 4 * least < wanted && s.depth <= 2) {
+        // Every score: the bound's octave is the threshold's.
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (i < depth()) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) add(Policy::singles(u[i], j));
+          }
+        }
+      } else if (4 * least < share + share / 8) {
+        return false;
       } else {
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
-          if (i < s.depth) {
+          if (i < depth()) {
             add(Policy::quarters(u[i], 0));
             add(Policy::quarters(u[i], 1));
           }
@@ -87,7 +104,7 @@ struct HeldUnits {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       uint32_t of_unit[2] = {0u, 0u};
-      if (i < s.depth) Policy::classify(u[i], raw, of_unit[0], of_unit[1]);
+      if (i < depth()) Policy::classify(u[i], raw, of_unit[0], of_unit[1]);
       above |= of_unit[0] << (kUnit * i);
       equal |= of_unit[1] << (kUnit * i);
     }
@@ -102,7 +119,7 @@ struct HeldUnits {
   __device__ __forceinline__ void add_pairs(bool whole, Add add) const {
 #pragma unroll
     for (int i = 0; i < kHeld; i += 2) {
-      if (i < s.depth) {
+      if (i < depth()) {
         const uint32_t pair0 = Policy::pair(u[i]);
         const uint32_t pair1 = Policy::pair(u[i + 1]);
         if (whole) {

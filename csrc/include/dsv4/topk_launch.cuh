@@ -69,6 +69,50 @@ inline cudaError_t prepare(int device, const DeviceLimits& limits) {
   return cudaSuccess;
 }
 
+// Clusters of so many CTAs, each with `bytes` of shared memory, that run at once; 0 if none can.
+template <class Config>
+inline int resident_clusters(int cluster, size_t bytes) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.blockDim = dim3(Config::kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int resident = 0;
+  if (cudaOccupancyMaxActiveClusters(&resident, topk_kernel<Config>, &config) == cudaSuccess) {
+    return resident;
+  }
+  cudaGetLastError();  // not an error of the caller's
+  return 0;
+}
+
+// Shared memory that spreads the CTAs of a launch over all multiprocessors, by leaving room for no
+// more than the even share on each; 0 where registers leave no more than that anyway.
+//
+// Otherwise a multiprocessor that is free early takes several: behind the logits, whose CTAs end
+// one after the other, some had two rows and others none (128 x 64K: 17.0 us, one each 13.0; 16 x
+// 64K, eight CTAs each: 9.4, six of them spread 6.4).
+template <class Config>
+inline size_t spreading_bytes(int64_t rows, int cluster, int device, const DeviceLimits& limits) {
+  constexpr int kMost = Config::kMinBlocks;                            // CTAs a multiprocessor
+  static std::atomic<int> known[kMaxDevices][kMaxCluster + 1][kMost];  // clusters that run, and one
+  for (int64_t share = ceil_div(rows * cluster, limits.sms); share < kMost; ++share) {
+    const int64_t each = limits.shared_bytes_sm / (share + 1) - limits.reserved_bytes + 128;
+    const int64_t bytes = each < limits.shared_bytes ? each : limits.shared_bytes;
+    if (cluster == 1) return bytes;
+    // A cluster needs its multiprocessors side by side: with a larger share there is room for more.
+    std::atomic<int>& clusters = known[device][cluster][share];
+    if (clusters.load(std::memory_order_relaxed) == 0) {
+      clusters.store(1 + resident_clusters<Config>(cluster, bytes), std::memory_order_relaxed);
+    }
+    if (clusters.load(std::memory_order_relaxed) > rows) return bytes;
+  }
+  return 0;
+}
+
 template <class Config>
 inline cudaError_t launch_kernel(const TopkParams& p, ScoreType type, const TopkChoice& choice,
                                  int device, const DeviceLimits& limits, cudaStream_t stream) {
@@ -77,7 +121,9 @@ inline cudaError_t launch_kernel(const TopkParams& p, ScoreType type, const Topk
   TopkPlan plan{};
   plan.solo_units = choice.solo_units;
   plan.half_units = choice.half_units;
-  const size_t smem = shared_bytes<Config>(p, choice.cluster, most_units(p, type), &plan);
+  const size_t needed = shared_bytes<Config>(p, choice.cluster, most_units(p, type), &plan);
+  const size_t spread = spreading_bytes<Config>(p.rows, choice.cluster, device, limits);
+  const size_t smem = needed > spread ? needed : spread;
   return launch_overlapped(topk_kernel<Config>,
                            dim3(static_cast<unsigned>(int64_t{p.rows} * choice.cluster)),
                            Config::kThreads, choice.cluster, smem, stream, p, plan);
@@ -125,15 +171,23 @@ inline cudaError_t launch_choice(const TopkParams& p, ScoreType type, const Topk
 
 inline cudaError_t device_limits(int device, DeviceLimits* limits) {
   static std::atomic<int> known_cluster[kMaxDevices];
-  static std::atomic<int> known_shared[kMaxDevices];
+  static std::atomic<int> known_shared[kMaxDevices][3];
   cudaError_t error = multiprocessors(device, &limits->sms);
   if (error != cudaSuccess) return error;
-  limits->largest_cluster = known_cluster[device].load(std::memory_order_relaxed);
-  limits->shared_bytes = known_shared[device].load(std::memory_order_relaxed);
-  if (limits->largest_cluster > 0 && limits->shared_bytes > 0) return cudaSuccess;
-  error = cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                 device);
-  if (error != cudaSuccess) return error;
+  limits->largest_cluster = known_cluster[device].load();
+  const struct {
+    cudaDeviceAttr attribute;
+    int* value;
+  } shared[3] = {{cudaDevAttrMaxSharedMemoryPerBlockOptin, &limits->shared_bytes},
+                 {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &limits->shared_bytes_sm},
+                 {cudaDevAttrReservedSharedMemoryPerBlock, &limits->reserved_bytes}};
+  for (int i = 0; i < 3; ++i) *shared[i].value = known_shared[device][i].load();
+  if (limits->largest_cluster > 0) return cudaSuccess;
+  for (int i = 0; i < 3; ++i) {
+    error = cudaDeviceGetAttribute(shared[i].value, shared[i].attribute, device);
+    if (error != cudaSuccess) return error;
+    known_shared[device][i].store(*shared[i].value);
+  }
   // Clusters of 16 are not portable, so one is tried: the largest shape with the most memory.
   using Probe = TopkConfig<Bfloat16Keys, 512, true>;
   error = prepare<Probe>(device, *limits);
@@ -142,25 +196,10 @@ inline cudaError_t device_limits(int device, DeviceLimits* limits) {
   largest.k = kTopkMax;
   largest.sort = true;
   TopkPlan plan{};
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {kMaxCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kMaxCluster);
-  config.blockDim = dim3(Probe::kThreads);
-  config.dynamicSmemBytes =
+  const size_t most =
       shared_bytes<Probe>(largest, kMaxCluster, int64_t{kMaxCluster} * Probe::kMaxUnits, &plan);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int resident = 0;
-  limits->largest_cluster = kMaxCluster;
-  if (cudaOccupancyMaxActiveClusters(&resident, topk_kernel<Probe>, &config) != cudaSuccess ||
-      resident < 1) {
-    cudaGetLastError();  // not an error of the caller's
-    limits->largest_cluster = 8;
-  }
-  known_cluster[device].store(limits->largest_cluster, std::memory_order_relaxed);
-  known_shared[device].store(limits->shared_bytes, std::memory_order_relaxed);
+  limits->largest_cluster = resident_clusters<Probe>(kMaxCluster, most) > 0 ? kMaxCluster : 8;
+  known_cluster[device].store(limits->largest_cluster);
   return cudaSuccess;
 }
 

@@ -31,15 +31,14 @@ struct TopkParams {
 
   const int32_t* page_table;  // [rows / page_group, pages], stride(1) == 1; null if pages is 0
   int64_t page_table_stride;
-  int32_t page_group;
+  Divisor page_group;
   int32_t pages;
-  int32_t page_size;   // 0: no page table
-  int32_t page_shift;  // log2(page_size), or -1 where it is no power of two
+  Divisor page_size;  // 0: no page table
 
   bool sort;
 
   // A table without a page is a table all the same: it has no memory, and every slot is -1.
-  __host__ __device__ __forceinline__ bool paged() const { return page_size > 0; }
+  __host__ __device__ __forceinline__ bool paged() const { return page_size.value > 0; }
 
   // By every thread of one CTA of a row, once its length is known: later it would have to be kept.
   __device__ __forceinline__ void write_count(int32_t row, int32_t length) const {
@@ -81,27 +80,33 @@ struct RowOutput {
   int32_t* out_raw;
   const int32_t* pages;
   int32_t page_count;
-  int32_t page_size;
-  int32_t page_shift;
+  Divisor page_size;
 
   __device__ __forceinline__ RowOutput(const TopkParams& p, int32_t row)
       : out(p.out + row * p.out_stride),
         out_raw(p.out_raw == nullptr ? nullptr : p.out_raw + row * p.out_raw_stride),
-        pages(p.paged() ? p.page_table +
-                              (p.page_group == 1 ? row : row / p.page_group) * p.page_table_stride
-                        : nullptr),
+        pages(p.page_table + p.page_group.divide(row) * p.page_table_stride),
         page_count(p.pages),
-        page_size(p.page_size),
-        page_shift(p.page_shift) {}
+        page_size(p.page_size) {}
+
+  // Sends for the pages of a row of `length`, to the L2: when its indices are known, each waits for
+  // its page. `rank` of `ranks` CTAs; a thread has a line of 32 pages.
+  __device__ __forceinline__ void fetch_pages(int32_t length, uint32_t rank, uint32_t ranks) const {
+    if (page_size.value == 0) return;
+    const int32_t page = (rank + threadIdx.x * ranks) * 32;
+    if (page < page_count && page <= page_size.divide(length - 1)) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(pages + page));
+    }
+  }
 
   // The pool slot of a row-local index: -1 for an index beyond the table (a length the caller's
   // table does not cover) and for one on a page that is none (a table padded with -1).
   __device__ __forceinline__ int32_t slot(int32_t index) const {
-    if (page_size == 0 || index < 0) return index;
-    const int32_t page = page_shift >= 0 ? index >> page_shift : index / page_size;
+    if (page_size.value == 0 || index < 0) return index;
+    const int32_t page = page_size.divide(index);
     if (page >= page_count) return -1;
     const int32_t number = pages[page];
-    return number < 0 ? -1 : number * page_size + (index - page * page_size);
+    return number < 0 ? -1 : number * page_size.value + (index - page * page_size.value);
   }
 
   __device__ __forceinline__ void write(int32_t position, int32_t index) const {

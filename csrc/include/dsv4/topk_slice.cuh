@@ -196,43 +196,24 @@ struct TopkSlice {
   __device__ __forceinline__ void finish(const Threshold& t) const {
     if (!plan.staged) return;
     __syncthreads();
-    const int32_t* staged = staging();
-    if (!together() && !p.sort && !p.paged() && p.out_raw == nullptr) {
-      int32_t* to = out();
-#pragma unroll 1
-      for (int32_t i = threadIdx.x; i < p.k; i += kThreads) to[i] = staged[i];
-      return;
-    }
-    // This CTA's positions are a run.
-    const uint32_t of_warp = lane_id() < kWarps ? smem.warp_chosen[lane_id()] : 0u;
-    const uint32_t all = __reduce_add_sync(kFullWarp, of_warp);
-    const uint32_t equal = lower_equal(t);
-    const uint32_t first = t.lower_above + min(equal, t.need);
-    const uint32_t last =
-        t.lower_above + (all & kAboveMask) + min(equal + (all >> kEqualShift), t.need);
-    const RowOutput output(p, row);
-    if (!p.sort) {
-#pragma unroll 1
-      for (uint32_t i = first + threadIdx.x; i < last; i += kThreads) output.write(i, staged[i]);
-      return;
-    }
-    uint64_t* entries = reinterpret_cast<uint64_t*>(at(plan.entries));
-#pragma unroll 1
-    for (uint32_t i = first + threadIdx.x; i < last; i += kThreads) {
-      const uint64_t entry = sort_entry(Policy::sort_order(units.bits(staged[i])), staged[i]);
-      if (together()) {
-        store_remote(map_shared(entries + i, 0), entry);
-      } else {
-        entries[i] = entry;
-      }
-    }
+    uint32_t first = 0;  // this CTA's positions are a run
+    uint32_t last = p.k;
     if (together()) {
-      cluster_arrive();
-      cluster_wait();
-    } else {
-      __syncthreads();
+      const uint32_t of_warp = lane_id() < kWarps ? smem.warp_chosen[lane_id()] : 0u;
+      const uint32_t all = __reduce_add_sync(kFullWarp, of_warp);
+      const uint32_t equal = lower_equal(t);
+      first = t.lower_above + min(equal, t.need);
+      last = t.lower_above + (all & kAboveMask) + min(equal + (all >> kEqualShift), t.need);
     }
-    if (cluster.rank == 0) sort_and_write(entries, p.k, output);
+    const RowOutput output(p, row);
+    const int32_t* staged = staging();
+    if (p.sort) {
+      sort_slice(units, staged, reinterpret_cast<uint64_t*>(at(plan.entries)), first, last, p.k,
+                 cluster, output);
+      return;
+    }
+#pragma unroll 1
+    for (uint32_t i = first + threadIdx.x; i < last; i += kThreads) output.write(i, staged[i]);
   }
 
  private:

@@ -51,8 +51,9 @@ class TopkSteps {
     } else {
       list_.stream();
     }
-    // The start-up barrier: no peer is written to before it runs.
-    if (s_.together()) cluster_wait();
+    // The start-up barrier: no peer is written to before it runs, and none of its CTAs leaves it
+    // half done. Here, while the scores are on their way, also where one CTA is alone.
+    if constexpr (Config::kCluster) cluster_wait();
     if (held_ && !held.add_groups()) return true;
     GroupHistogram& groups = s_.smem.groups;
     const GroupPick pick = s_.find_bound([&](uint32_t rank, auto take) {
@@ -123,7 +124,7 @@ class TopkSteps {
 #pragma unroll 1
     do {
       if (held_) {
-        some_ = (1u << s_.depth) - 1u;
+        some_ = (1u << Held{s_, u_}.depth()) - 1u;
       } else {
         fetch(all, first, wanted);
       }

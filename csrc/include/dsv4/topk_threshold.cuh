@@ -12,34 +12,14 @@
 
 #include <cstdint>
 
+#include "dsv4/cluster_shape.cuh"
 #include "dsv4/common.cuh"
 #include "dsv4/ordered_key.cuh"
 #include "dsv4/warp_pick.cuh"
 
 namespace dsv4 {
 
-constexpr int kMaxCluster = 16;
 constexpr int kRankMost = 256;
-
-struct ClusterShape {
-  uint32_t size;
-  uint32_t rank;
-  uint32_t reciprocal;  // 2^32 / size, rounded up
-
-  static __device__ __forceinline__ ClusterShape alone() { return {1u, 0u, 0u}; }
-  static __device__ __forceinline__ ClusterShape of_launch() {
-    const uint32_t size = cluster_size();
-    return {size, cluster_rank(), 0xffffffffu / size + 1u};
-  }
-  // x / size, where size is above 1 and x * size below 2^32. The division itself, of 64 bits at
-  // that, is a call: it stood between the row's length and its first score.
-  __device__ __forceinline__ uint32_t divide(uint32_t x) const { return __umulhi(x, reciprocal); }
-  __device__ __forceinline__ uint32_t divide_up(uint32_t x) const { return divide(x + size - 1u); }
-  // Of an even size: the first half of the CTAs.
-  __device__ __forceinline__ ClusterShape half() const {
-    return {size / 2u, rank, reciprocal * 2u};
-  }
-};
 
 struct Threshold {
   uint32_t order;        // all before it are chosen, and of its equals
@@ -309,20 +289,26 @@ struct ThresholdFinder {
       load_bins(smem.hist[round], upto);
     }
     drop_bins(upto, kept);
-    drop_bins(of_lower, kept);
     // The lower ranks' counts ahead of each lane are summed up beside the search.
     uint32_t lower_own = 0;
+    uint32_t lower_reached = 0;
+    if (together()) {
+      drop_bins(of_lower, kept);
 #pragma unroll
-    for (int i = 0; i < kLaneBins; ++i) lower_own += of_lower[i];
-    const uint32_t lower_reached = warp_inclusive_sum(lower_own);
+      for (int i = 0; i < kLaneBins; ++i) lower_own += of_lower[i];
+      lower_reached = warp_inclusive_sum(lower_own);
+    }
     pick_bin(upto, need, [&](const Pick& pick) {
-      uint32_t lower_before = pick.found ? lower_reached - lower_own : lower_reached;
+      uint32_t lower_before = 0;
       uint32_t lower_count = 0;
+      if (together()) {
+        lower_before = pick.found ? lower_reached - lower_own : lower_reached;
 #pragma unroll
-      for (int i = 0; i < kLaneBins; ++i) {
-        const uint32_t bin = kLaneBins * lane + i;
-        lower_before += pick.found && bin < pick.bin ? of_lower[i] : 0u;
-        lower_count += pick.found && bin == pick.bin ? of_lower[i] : 0u;
+        for (int i = 0; i < kLaneBins; ++i) {
+          const uint32_t bin = kLaneBins * lane + i;
+          lower_before += pick.found && bin < pick.bin ? of_lower[i] : 0u;
+          lower_count += pick.found && bin == pick.bin ? of_lower[i] : 0u;
+        }
       }
       publish(pick, lower_before, lower_count);
     });

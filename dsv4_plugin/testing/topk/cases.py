@@ -102,14 +102,13 @@ EDGES = (
 )
 
 # Row lengths in quarters of k: a bound is taken from groups of two, four or eight scores, or of up
-# to 32, whichever are enough. In registers from 9/8 k groups on (float16: 7/4 k), where a slice is
-# streamed from 7/4 k on.
-GROUP_EDGES = (4, 5, 8, 9, 16, 18, 28, 32, 36, 56, 64)
+# to 32, whichever are enough. In registers from 9/4 k groups on, else of single scores (a cluster:
+# 9/8 k; float16: 7/4 k), where a slice is streamed from 7/4 k on.
+GROUP_EDGES = (4, 5, 8, 9, 16, 18, 28, 32, 36, 56, 64, 72)
 
-# Rows of a call: they decide how many CTAs a row gets. 4; a sixteenth, an eighth, a quarter, three
-# eighths and three quarters of 132 multiprocessors; all of them, and twice that; and one more of
-# each.
-ROW_EDGES = (1, 2, 4, 5, 8, 9, 16, 17, 31, 33, 34, 49, 50, 63, 64, 99, 100, 131, 132, 133, 264, 265)
+# Rows of a call: they decide how many CTAs a row gets. 4; a sixteenth, an eighth, two ninths, a
+# quarter and a half of 132 multiprocessors; all of them, and twice that; and one more of each.
+ROW_EDGES = (1, 2, 4, 5, 8, 9, 16, 17, 29, 30, 33, 34, 64, 66, 67, 99, 131, 132, 133, 264, 265)
 
 # Elements that tie for the last slots of a row: the caps at which kernels have dropped candidates
 # (vllm#51782, sglang#36807), k, and this kernel's own limits: 256 scores that are ranked against
