@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -44,6 +45,26 @@ def test_no_path_of_one_machine_is_committed() -> None:
         if (match := pattern.search(line))
     ]
     assert found == []
+
+
+def test_the_package_says_where_each_new_tensor_lives() -> None:
+    """An engine makes the GPU the default device while it builds its model."""
+    makers = {"arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros"}
+    package = ROOT / "dsv4_plugin"
+    silent = []
+    for path in sorted(package.rglob("*.py")):
+        if package / "testing" in path.parents:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and isinstance(node.func.value, ast.Name)
+                and (node.func.value.id, node.func.attr) in {("torch", m) for m in makers}
+                and "device" not in {keyword.arg for keyword in node.keywords}
+            ):
+                silent.append(f"{path.relative_to(ROOT)}:{node.lineno}: torch.{node.func.attr}")
+    assert silent == []
 
 
 def readme() -> str:

@@ -71,6 +71,16 @@ def settled(device: str) -> dict[str, dict[str, float]]:
     return shadow.report()
 
 
+def test_the_default_device_is_the_engines(backend, device, monkeypatch):
+    """While it builds its model: the shadow ended with 'Only dense CPU tensors can be pinned'."""
+    monkeypatch.setattr(shadow, "_kept", {})
+    with torch.device("cuda" if device == "cuda" else "meta"):
+        shadow.prepare(torch.device(device), "decode")
+    assert shadow.on()
+    (kept,) = shadow._kept.values()
+    assert kept.mirror.device.type == "cpu" and kept.counters.device.type == device
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seam", ["decode", "prefill"])
 def test_replays_are_counted(backend, device, dtype, seam, monkeypatch):

@@ -205,7 +205,8 @@ def _counters(seam: str, device: torch.device) -> _Kept | None:
             counters = torch.zeros(len(Field), dtype=torch.int64, device=device)
             mirror = counters
             if device.type == "cuda":
-                mirror = torch.zeros(len(Field), dtype=torch.int64, pin_memory=True)
+                # An engine that builds its model has made the GPU the default.
+                mirror = torch.zeros(len(Field), dtype=torch.int64, device="cpu", pin_memory=True)
             _kept[key] = _Kept(counters, mirror)
         _start()
     return _kept[key]

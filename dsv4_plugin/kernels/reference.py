@@ -48,7 +48,8 @@ def _locate(slots: torch.Tensor, total: int, block_size: int) -> tuple[torch.Ten
 @functools.cache
 def _e4m3_values() -> torch.Tensor:
     """Return float32 of every e4m3 byte, on the CPU."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
+    return codes.view(torch.float8_e4m3fn).to(torch.float32)
 
 
 def widen_e4m3(codes: torch.Tensor) -> torch.Tensor:
