@@ -25,10 +25,6 @@ struct HeldUnits {
   __device__ __forceinline__ int32_t first_unit() const {  // of the row
     return s.begin + threadIdx.x * s.depth;
   }
-  // Units a thread of this warp: none where the slice ends before the warp begins.
-  __device__ __forceinline__ int32_t depth() const {
-    return warp_id() * kWarpSize * s.depth < s.count ? s.depth : 0;
-  }
 
   __device__ __forceinline__ void load() const {
     const int32_t end = s.begin + s.count;
@@ -71,7 +67,7 @@ struct HeldUnits {
         // Every score: the bound's octave is the threshold's.
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (i < depth()) {
+          if (i < s.depth) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) add(Policy::singles(u[i], j));
           }
@@ -81,7 +77,7 @@ struct HeldUnits {
       } else {
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
-          if (i < depth()) {
+          if (i < s.depth) {
             add(Policy::quarters(u[i], 0));
             add(Policy::quarters(u[i], 1));
           }
@@ -104,7 +100,7 @@ struct HeldUnits {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       uint32_t of_unit[2] = {0u, 0u};
-      if (i < depth()) Policy::classify(u[i], raw, of_unit[0], of_unit[1]);
+      if (i < s.depth) Policy::classify(u[i], raw, of_unit[0], of_unit[1]);
       above |= of_unit[0] << (kUnit * i);
       equal |= of_unit[1] << (kUnit * i);
     }
@@ -119,7 +115,7 @@ struct HeldUnits {
   __device__ __forceinline__ void add_pairs(bool whole, Add add) const {
 #pragma unroll
     for (int i = 0; i < kHeld; i += 2) {
-      if (i < depth()) {
+      if (i < s.depth) {
         const uint32_t pair0 = Policy::pair(u[i]);
         const uint32_t pair1 = Policy::pair(u[i + 1]);
         if (whole) {

@@ -124,7 +124,7 @@ class TopkSteps {
 #pragma unroll 1
     do {
       if (held_) {
-        some_ = (1u << Held{s_, u_}.depth()) - 1u;
+        some_ = (1u << s_.depth) - 1u;
       } else {
         fetch(all, first, wanted);
       }

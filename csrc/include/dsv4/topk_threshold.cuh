@@ -260,55 +260,55 @@ struct ThresholdFinder {
     }
   }
 
-  // One warp: the sum over all ranks, its digit, and the share of the lower ranks.
+  // One warp: the digit of the row's counts. Two whole functions, as a cluster's two sums and its
+  // search are one stream of instructions.
   __device__ __forceinline__ void pick_digit(int round, uint32_t need, uint32_t kept) {
+    if (together()) return pick_shared_digit(round, need, kept);
+    uint32_t bins[kLaneBins];
+    load_bins(smem.hist[round], bins);
+    drop_bins(bins, kept);
+    pick_bin(bins, need, [&](const Pick& pick) { publish(pick, 0u, 0u); });
+  }
+
+  // The sum over all ranks, its digit, and the share of the lower ranks.
+  __device__ __forceinline__ void pick_shared_digit(int round, uint32_t need, uint32_t kept) {
     const int lane = lane_id();
-    uint32_t upto[kLaneBins];
-    uint32_t of_lower[kLaneBins] = {};
-    if (together()) {
-      const uint4* from = static_cast<const uint4*>(received) + round * cluster.size * kWarpSize;
-      barrier_wait(&smem.hist_barrier[round], 0u);
-      uint32_t total[4] = {0u, 0u, 0u, 0u};
-      uint32_t lower[4] = {0u, 0u, 0u, 0u};
+    const uint4* from = static_cast<const uint4*>(received) + round * cluster.size * kWarpSize;
+    barrier_wait(&smem.hist_barrier[round], 0u);
+    uint32_t total[4] = {0u, 0u, 0u, 0u};
+    uint32_t lower[4] = {0u, 0u, 0u, 0u};
 #pragma unroll 4
-      for (uint32_t rank = 0; rank < cluster.size; ++rank) {
-        const uint4 v = from[rank * kWarpSize + lane];
-        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    for (uint32_t rank = 0; rank < cluster.size; ++rank) {
+      const uint4 v = from[rank * kWarpSize + lane];
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          total[i] += words[i];
-          lower[i] += rank < cluster.rank ? words[i] : 0u;
-        }
+      for (int i = 0; i < 4; ++i) {
+        total[i] += words[i];
+        lower[i] += rank < cluster.rank ? words[i] : 0u;
       }
+    }
+    uint32_t upto[kLaneBins];
+    uint32_t of_lower[kLaneBins];
 #pragma unroll
-      for (int i = 0; i < kLaneBins; ++i) {
-        upto[i] = (total[i / 2] >> (16 * (i & 1))) & 0xffffu;
-        of_lower[i] = (lower[i / 2] >> (16 * (i & 1))) & 0xffffu;
-      }
-    } else {
-      load_bins(smem.hist[round], upto);
+    for (int i = 0; i < kLaneBins; ++i) {
+      upto[i] = (total[i / 2] >> (16 * (i & 1))) & 0xffffu;
+      of_lower[i] = (lower[i / 2] >> (16 * (i & 1))) & 0xffffu;
     }
     drop_bins(upto, kept);
+    drop_bins(of_lower, kept);
     // The lower ranks' counts ahead of each lane are summed up beside the search.
     uint32_t lower_own = 0;
-    uint32_t lower_reached = 0;
-    if (together()) {
-      drop_bins(of_lower, kept);
 #pragma unroll
-      for (int i = 0; i < kLaneBins; ++i) lower_own += of_lower[i];
-      lower_reached = warp_inclusive_sum(lower_own);
-    }
+    for (int i = 0; i < kLaneBins; ++i) lower_own += of_lower[i];
+    const uint32_t lower_reached = warp_inclusive_sum(lower_own);
     pick_bin(upto, need, [&](const Pick& pick) {
-      uint32_t lower_before = 0;
+      uint32_t lower_before = pick.found ? lower_reached - lower_own : lower_reached;
       uint32_t lower_count = 0;
-      if (together()) {
-        lower_before = pick.found ? lower_reached - lower_own : lower_reached;
 #pragma unroll
-        for (int i = 0; i < kLaneBins; ++i) {
-          const uint32_t bin = kLaneBins * lane + i;
-          lower_before += pick.found && bin < pick.bin ? of_lower[i] : 0u;
-          lower_count += pick.found && bin == pick.bin ? of_lower[i] : 0u;
-        }
+      for (int i = 0; i < kLaneBins; ++i) {
+        const uint32_t bin = kLaneBins * lane + i;
+        lower_before += pick.found && bin < pick.bin ? of_lower[i] : 0u;
+        lower_count += pick.found && bin == pick.bin ? of_lower[i] : 0u;
       }
       publish(pick, lower_before, lower_count);
     });
