@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from dsv4_plugin.testing.e2e.trace import Kernel
 from dsv4_plugin.testing.topk import sweep
+from dsv4_plugin.testing.topk.behind import after_logits
 
 
 def test_every_choice_holds_the_row() -> None:
@@ -44,6 +46,30 @@ def test_the_summary_has_the_best_choices_and_the_tables() -> None:
     assert "8 x 512 solo 4096 3.90" in sweep.summary(rows)
     rows[2]["exact"] = False
     assert sweep.summary(rows).endswith("NOT EXACT: 1")
+
+
+def kernel(name: str, start: float, end: float) -> Kernel:
+    return Kernel(name, start, end - start, 7)
+
+
+def test_what_counts_is_from_the_end_of_the_logits() -> None:
+    ran = [
+        kernel("void dsv4::topk_kernel<other>", 0.0, 4.0),
+        kernel("void dsv4::paged_logits_kernel<bf16>", 5.0, 9.0),
+        kernel("void dsv4::topk_kernel<bf16>", 8.0, 13.5),  # began before they ended
+        kernel("void at::native::fill", 14.0, 90.0),
+        kernel("void dsv4::paged_logits_kernel<bf16>", 91.0, 95.0),
+        kernel("void dsv4::topk_wide_kernel<bf16>", 95.5, 99.0),
+    ]
+    assert after_logits(ran) == [4.5, 4.0]
+
+
+@pytest.mark.parametrize("last", [None, "void dsv4::paged_logits_kernel<bf16>"])
+def test_logits_without_a_selection_are_an_error(last: str | None) -> None:
+    ran = [kernel("void dsv4::paged_logits_kernel<bf16>", 5.0, 9.0)]
+    ran += [kernel(last, 10.0, 11.0)] if last else []
+    with pytest.raises(RuntimeError, match="behind logits ran"):
+        after_logits(ran)
 
 
 def test_without_a_gpu_it_says_so(

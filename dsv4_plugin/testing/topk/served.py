@@ -49,6 +49,13 @@ class Elsewhere:
                 )
                 self._calls.append((name, call))
 
+    def between(self, dtype: str) -> None:
+        """Do what lies between two calls of a ``dtype``."""
+        self.memory.zero_()
+        for name, other in self._calls:
+            if name != dtype:
+                other()
+
     def served_us(
         self,
         dtype: str,
@@ -61,10 +68,7 @@ class Elsewhere:
         """Return microseconds of ``call`` where ``scores`` was just copied from ``source``."""
 
         def without() -> None:
-            self.memory.zero_()
-            for name, other in self._calls:
-                if name != dtype:
-                    other()
+            self.between(dtype)
             scores.copy_(source)
 
         def together() -> None:

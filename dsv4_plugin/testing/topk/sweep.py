@@ -3,10 +3,12 @@
 ``python -m dsv4_plugin.testing.topk.sweep --json FILE`` on a GPU. For each cell it times the choice
 that ``choose_topk`` (csrc/include/dsv4/topk_choice.cuh) makes and every other that holds the row,
 each checked first: replayed alone, and with ``--served`` as a server calls it
-(:mod:`dsv4_plugin.testing.topk.served`). The choices never change the answer.
+(:mod:`dsv4_plugin.testing.topk.served`), with ``--behind-logits`` as that runs behind the logits
+(:mod:`dsv4_plugin.testing.topk.behind`). The choices never change the answer.
 
-A server captures its graphs at the greatest width: ``--width 256000 --columns 8192`` has short rows
-in wide buffers, where ``--solo`` (the longest row that one CTA of a cluster serves) matters, too.
+A server captures its graphs at the greatest width: ``--width 262144 --columns 2176 8192`` has short
+rows in wide buffers, where ``--solo`` (the longest row that one CTA of a cluster serves) matters,
+too.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from dsv4_plugin.testing.cells import DIRTY, Row
 from dsv4_plugin.testing.progress import Progress
 from dsv4_plugin.testing.results import Results
 from dsv4_plugin.testing.timing import machine, time_graph
-from dsv4_plugin.testing.topk.cases import COLUMNS, DTYPES, KS, ROWS, Case
+from dsv4_plugin.testing.topk.behind import Behind
+from dsv4_plugin.testing.topk.cases import COLUMNS, DTYPES, KS, ROWS, Case, Problem
 from dsv4_plugin.testing.topk.check import Reference
 from dsv4_plugin.testing.topk.served import Elsewhere
 
@@ -61,24 +64,58 @@ class Sweep:
     """Measures cells; ``results`` has a row for each choice in each."""
 
     def __init__(
-        self, *, replays: int, launches: int, served: bool, solos: Sequence[int] = ()
+        self,
+        *,
+        replays: int,
+        launches: int,
+        served: bool = False,
+        behind: bool = False,
+        solos: Sequence[int] = (),
     ) -> None:
         """Make what is between two calls, where it is wanted."""
         self.replays, self.launches, self.solos = replays, launches, solos
         self.elsewhere = Elsewhere("cuda") if served else None
+        self.behind = Behind() if behind else None
         self.sms = torch.cuda.get_device_properties(0).multi_processor_count
         self.results: list[Row] = []
 
     def cell(self, case: Case) -> str:
         """Measure every choice in one cell; returns the best, beside the table's."""
-        problem = case.make("cuda")
+        if self.behind is None:
+            problem = case.make("cuda")
+        else:
+            problem, score = self.behind.problem(case)
         reference = Reference(problem, case.k, narrow=case.dtype == "narrow")
         source = problem.logits.clone() if self.elsewhere else None
         width = case.width or case.columns
         every = [None, *choices(case.rows, width, self.sms, self.solos)]
-        mine = [self._row(case, reference, source, choice) for choice in every]
+        calls = [self._call(case, problem, choice) for choice in every]
+        mine = [
+            self._row(case, reference, source, choice, *call)
+            for choice, call in zip(every, calls, strict=True)
+        ]
+        if self.behind is not None:
+            run = [call for call, _ in calls]
+            took = self.behind.us(case.dtype, score, run, replays=self.replays)
+            for row, us in zip(mine, took, strict=True):
+                row["behind_us"] = round(us, 3)
         self.results += mine
         return summary(mine)
+
+    def _call(
+        self, case: Case, problem: Problem, choice: tuple[int, int, int] | None
+    ) -> tuple[Callable[[], Any], torch.Tensor]:
+        narrow = case.dtype == "narrow"
+        out = torch.full((case.rows, case.k), DIRTY, dtype=torch.int32, device="cuda")
+        if choice is None:
+            return functools.partial(
+                topk, problem.logits, problem.lengths, case.k, out=out, narrow=narrow,
+                backend="cuda",
+            ), out  # fmt: skip
+        return functools.partial(
+            cuda.topk_with, problem.logits, problem.lengths, out, threads=choice[0],
+            cluster=choice[1], solo=choice[2], narrow=narrow,
+        ), out  # fmt: skip
 
     def _row(
         self,
@@ -86,17 +123,9 @@ class Sweep:
         reference: Reference,
         source: torch.Tensor | None,
         choice: tuple[int, int, int] | None,
+        call: Callable[[], Any],
+        out: torch.Tensor,
     ) -> Row:
-        problem, narrow = reference.problem, case.dtype == "narrow"
-        out = torch.full((case.rows, case.k), DIRTY, dtype=torch.int32, device="cuda")
-        call: Callable[[], Any] = functools.partial(
-            topk, problem.logits, problem.lengths, case.k, out=out, narrow=narrow, backend="cuda"
-        )
-        if choice is not None:
-            call = functools.partial(
-                cuda.topk_with, problem.logits, problem.lengths, out, threads=choice[0],
-                cluster=choice[1], solo=choice[2], narrow=narrow,
-            )  # fmt: skip
         call()
         judged = reference.judge(out, case.k, ties=True)
         row: Row = {
@@ -110,7 +139,7 @@ class Sweep:
         }  # fmt: skip
         if self.elsewhere is not None and source is not None:
             us = self.elsewhere.served_us(
-                case.dtype, call, problem.logits, source, replays=self.replays
+                case.dtype, call, reference.problem.logits, source, replays=self.replays
             )
             row["served_us"] = round(us, 3)
         return row
@@ -120,7 +149,7 @@ def summary(rows: Sequence[Row]) -> str:
     """Return the best choices of one cell and what the table's choice takes."""
     table = next(row for row in rows if row["threads"] == TABLE)
     text = []
-    for field, name in (("warm_us", "warm"), ("served_us", "served")):
+    for field, name in (("warm_us", "warm"), ("served_us", "served"), ("behind_us", "behind")):
         if field not in table:
             continue
         best = sorted((r for r in rows if r["threads"] != TABLE), key=lambda r: r[field])[:3]
@@ -150,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=("bfloat16", "float32"))
     parser.add_argument("--served", action="store_true", help="as a server calls it, too")
+    parser.add_argument("--behind-logits", action="store_true", help="behind its logits, too")
     parser.add_argument("--launches", type=int, default=20, help="launches in a graph (20)")
     parser.add_argument("--replays", type=int, default=5, help="whose median counts (5)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no cell after it")
@@ -163,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--width is {arguments.width}, less than the columns")
     sweep = Sweep(
         replays=arguments.replays, launches=arguments.launches, served=arguments.served,
-        solos=arguments.solo,
+        behind=arguments.behind_logits, solos=arguments.solo,
     )  # fmt: skip
     document: Row = {
         "machine": machine(), "what": "topk sweep", "complete": False, "bars": [],
