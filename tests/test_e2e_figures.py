@@ -32,9 +32,8 @@ def test_a_drill_that_did_not_pass_says_why(
     document = changed(tmp_path, monkeypatch, tables.DRILLS)
     document["drills"][1] |= {"passed": False, "wrong": ["a request of 40 tokens: lost"]}
     (tmp_path / tables.DRILLS).write_text(json.dumps(document))
-    assert "| on | nothing: the plugin serves | 20 of 20 | 57 / 0 | no: a request of 40 t" in (
-        tables.drills()
-    )
+    (line,) = (line for line in tables.drills().splitlines() if line.startswith("| on |"))
+    assert line.endswith("| no: a request of 40 tokens: lost |")
 
 
 def test_answers_that_are_alike_are_counted(
@@ -48,7 +47,8 @@ def test_answers_that_are_alike_are_counted(
     (tmp_path / tables.MODES).write_text(json.dumps(document))
     table = tables.modes()
     assert f"| off | default graphs | no plugin | {len(runs[0])} |  |" in table
-    assert "| fp32 | default graphs | 48 / 147 | 0 | 1 |" in table
+    (line,) = (line for line in table.splitlines() if line.startswith("| fp32 |"))
+    assert line.endswith(" | 0 | 1 |")
 
 
 def test_several_requests_have_their_kernels_in_the_readme(
