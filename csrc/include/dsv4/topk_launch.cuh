@@ -24,8 +24,10 @@ inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, Topk
   using Policy = typename Config::Policy;
   const int64_t slice = ceil_div(units, cluster);
   int64_t longest = slice > plan->solo_units ? slice : plan->solo_units;
-  const int64_t of_half = ceil_div(plan->half_units, cluster > 1 ? cluster / 2 : 1);
-  if (cluster > 1 && longest < of_half) longest = of_half;
+  if (plan->half_units > 0) {  // of an even cluster
+    const int64_t of_half = ceil_div(plan->half_units, cluster / 2);
+    if (longest < of_half) longest = of_half;
+  }
   const int64_t most = units < longest ? units : longest;
   const int64_t steps = ceil_div(most, Config::kThreads);
   if (steps > Config::kHeld) {
