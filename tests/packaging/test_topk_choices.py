@@ -41,6 +41,20 @@ def read(program: Path) -> Iterator[Choice]:
         yield Choice(*(int(word) for word in line.replace("|", "").split()))
 
 
+def test_an_even_share_fits_and_one_cta_more_does_not(nvcc: str, tmp_path: Path) -> None:
+    program = tmp_path / "topk_share"
+    source = ROOT / "tests" / "packaging" / "topk_share.cu"
+    command = [nvcc, "-std=c++17", "-arch=sm_90a", "-I", ROOT / "csrc" / "include", source]
+    subprocess.run([*command, "-o", program], check=True)
+    done = subprocess.run([program], check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 21
+    for line in lines:
+        whole, reserved, most, share, size = (int(word) for word in line.split())
+        taken = -(-(size + reserved) // 128) * 128  # given out in pieces of 128 bytes
+        assert 0 < size <= most and share * taken <= whole < (share + 1) * taken, line
+
+
 def test_every_row_fits(choices: list[Choice]) -> None:
     assert len(choices) > 300_000
     for c in choices:

@@ -46,6 +46,14 @@ struct DeviceLimits {
   int reserved_bytes;   // of these, for each CTA, beside what it asks for
 };
 
+// Shared memory for each CTA with which `share` of them fit a multiprocessor, and one more does
+// not. It is given out in pieces of 128 bytes.
+inline int64_t bytes_of_share(int64_t share, const DeviceLimits& device) {
+  const int64_t too_much = device.shared_bytes_sm / (share + 1) / 128 * 128 + 128;
+  const int64_t bytes = too_much - device.reserved_bytes;
+  return bytes < device.shared_bytes ? bytes : device.shared_bytes;
+}
+
 // A CTA of 512 threads alone takes a row of 8K as fast as a cluster of them; of 256, four are
 // faster (1 x 8K in 256,000 columns: 3.69 us, alone 3.99; float32 5.18, alone 15).
 constexpr int32_t solo_units(TopkShape shape) { return shape == TopkShape::k256 ? 512 : 1024; }

@@ -102,8 +102,7 @@ inline size_t spreading_bytes(int64_t rows, int cluster, int device, const Devic
   constexpr int kMost = Config::kMinBlocks;                            // CTAs a multiprocessor
   static std::atomic<int> known[kMaxDevices][kMaxCluster + 1][kMost];  // clusters that run, and one
   for (int64_t share = ceil_div(rows * cluster, limits.sms); share < kMost; ++share) {
-    const int64_t each = limits.shared_bytes_sm / (share + 1) - limits.reserved_bytes + 128;
-    const int64_t bytes = each < limits.shared_bytes ? each : limits.shared_bytes;
+    const int64_t bytes = bytes_of_share(share, limits);
     if (cluster == 1) return bytes;
     // A cluster needs its multiprocessors side by side: with a larger share there is room for more.
     std::atomic<int>& clusters = known[device][cluster][share];
