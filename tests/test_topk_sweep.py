@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from dsv4_plugin.testing.e2e.trace import Kernel
 from dsv4_plugin.testing.topk import sweep
-from dsv4_plugin.testing.topk.behind import after_logits
+from dsv4_plugin.testing.topk.behind import after_logits, kernels
 
 
 def test_every_choice_holds_the_row() -> None:
@@ -62,6 +63,18 @@ def test_what_counts_is_from_the_end_of_the_logits() -> None:
         kernel("void dsv4::topk_wide_kernel<bf16>", 95.5, 99.0),
     ]
     assert after_logits(ran) == [4.5, 4.0]
+
+
+def test_what_the_profiler_saw_is_in_order() -> None:
+    x = torch.ones(1000)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        (x * 2).sum()
+    seen = kernels(profiler, torch.autograd.DeviceType.CPU)
+    names = [kernel.name for kernel in seen]
+    assert names.index("aten::mul") < names.index("aten::sum")
+    assert [k.start for k in seen] == sorted(k.start for k in seen)
+    assert all(k.duration > 0 for k in seen if k.name.startswith("aten::"))
+    assert kernels(profiler, torch.autograd.DeviceType.CUDA) == []
 
 
 @pytest.mark.parametrize("last", [None, "void dsv4::paged_logits_kernel<bf16>"])

@@ -11,21 +11,19 @@ from __future__ import annotations
 import functools
 import random
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsv4_plugin import paged_logits
 from dsv4_plugin.logits import new_logits
-from dsv4_plugin.testing.e2e import trace
+from dsv4_plugin.testing.e2e.trace import Kernel
 from dsv4_plugin.testing.logits import cases
 from dsv4_plugin.testing.topk.cases import DTYPES, Case, Problem
 from dsv4_plugin.testing.topk.served import Elsewhere
 
-__all__ = ["Behind", "after_logits"]
+__all__ = ["Behind", "after_logits", "kernels"]
 
 LAUNCHES = 6  # layers in a graph
 
@@ -75,10 +73,7 @@ class Behind:
             for i in order:
                 graphs[i].replay()
             torch.cuda.synchronize()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            profiler.export_chrome_trace(str(path))
-            took = after_logits(trace.kernels(trace.read(path)))
+        took = after_logits(kernels(profiler, torch.autograd.DeviceType.CUDA))
         if len(took) != len(order) * LAUNCHES:
             raise RuntimeError(
                 f"the profiler saw {len(took)} selections behind their logits, "
@@ -109,7 +104,17 @@ class Behind:
         return graph
 
 
-def after_logits(ran: Sequence[trace.Kernel]) -> list[float]:
+def kernels(profiler: torch.profiler.profile, device: torch.autograd.DeviceType) -> list[Kernel]:
+    """Return what a profiler saw on a kind of device, by start."""
+    seen = [
+        Kernel(event.name, event.time_range.start, event.time_range.elapsed_us(), 0)
+        for event in profiler.events() or ()
+        if event.device_type == device
+    ]
+    return sorted(seen, key=lambda kernel: kernel.start)
+
+
+def after_logits(ran: Sequence[Kernel]) -> list[float]:
     """Return, for each logits kernel, the microseconds from its end to that of what follows.
 
     Args:
