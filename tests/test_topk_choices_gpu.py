@@ -6,8 +6,8 @@ from oracles import Ranking
 from topk_device import DEVICE, Guarded, draw, ints, seen
 
 from dsv4_plugin.kernels import cuda
-from dsv4_plugin.testing.topk.cases import DTYPES
-from dsv4_plugin.testing.topk.sweep import CLUSTERS, THREADS, choices
+from dsv4_plugin.testing.topk.cases import DTYPES, Case
+from dsv4_plugin.testing.topk.sweep import CLUSTERS, THREADS, Sweep, choices
 
 pytestmark = pytest.mark.gpu
 
@@ -37,6 +37,13 @@ def test_every_choice_gives_the_same_answer(kind, dtype):
             ranking.check(out.inside, k, context=name)
             want = out.inside.clone() if want is None else want
             assert torch.equal(out.inside, want), f"{name}: another order"
+
+
+def test_the_sweep_sees_selections_behind_their_logits():
+    sweep = Sweep(replays=1, launches=2, behind=True)
+    sweep.cell(Case("decode", "bfloat16", 512, 2, 2176, width=8192))
+    assert len(sweep.results) > 5
+    assert all(row["exact"] and 0 < row["behind_us"] < 1000 for row in sweep.results)
 
 
 @pytest.mark.parametrize("solo", [1016, 1028, 131_080])

@@ -96,6 +96,7 @@ def topk_with(
     cluster: int,
     solo: int | None = None,
     narrow: bool = False,
+    page_table: torch.Tensor | None = None,
     out_counts: torch.Tensor | None = None,
 ) -> None:
     """Select with a choice of the caller's in place of the table's, whose answers are the same.
@@ -111,13 +112,14 @@ def topk_with(
         solo: the longest row that one of these CTAs serves alone, in scores; a multiple of 8 from
             1,024 on. None: :data:`SOLO`.
         narrow: as in :func:`topk`.
+        page_table: as in :func:`topk`, of pages of 64.
         out_counts: as in :func:`topk`.
 
     Raises:
         ValueError: the CTAs do not hold a row of so many columns, or there is no such choice.
     """
     _function("dsv4_topk_with")(
-        logits, lengths, out, None, None, None, out.shape[1], 1, 64, False, narrow, threads,
+        logits, lengths, out, None, None, page_table, out.shape[1], 1, 64, False, narrow, threads,
         cluster, SOLO.get(threads, 0) if solo is None else solo, out_counts,
     )  # fmt: skip
 

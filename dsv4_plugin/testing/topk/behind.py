@@ -38,7 +38,7 @@ class Behind:
     def problem(self, case: Case) -> tuple[Problem, Callable[[], Any]]:
         """Return the scores of a case in a buffer of its width, and what computes them.
 
-        They are already computed once.
+        They are already computed once, and the answer is wanted in slots.
         """
         width = case.width or case.columns
         dtype = DTYPES[case.dtype]
@@ -53,7 +53,9 @@ class Behind:
             paged_logits, call.q, call.cache, call.weights, call.lengths, table, out=scores
         )
         score()
-        return Problem(scores[:, :width], call.n), score
+        # As an engine calls it: for slots. Here each is the index itself.
+        slots = torch.arange(pages, dtype=torch.int32, device="cuda").repeat(case.rows, 1)
+        return Problem(scores[:, :width], call.n, page_table=slots), score
 
     def us(
         self,

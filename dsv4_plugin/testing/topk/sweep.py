@@ -109,12 +109,12 @@ class Sweep:
         out = torch.full((case.rows, case.k), DIRTY, dtype=torch.int32, device="cuda")
         if choice is None:
             return functools.partial(
-                topk, problem.logits, problem.lengths, case.k, out=out, narrow=narrow,
-                backend="cuda",
+                topk, problem.logits, problem.lengths, case.k, page_table=problem.page_table,
+                out=out, narrow=narrow, backend="cuda",
             ), out  # fmt: skip
         return functools.partial(
             cuda.topk_with, problem.logits, problem.lengths, out, threads=choice[0],
-            cluster=choice[1], solo=choice[2], narrow=narrow,
+            cluster=choice[1], solo=choice[2], narrow=narrow, page_table=problem.page_table,
         ), out  # fmt: skip
 
     def _row(
