@@ -79,6 +79,15 @@ def build(source: Path, out: Path, *args: str, env: dict[str, str] | None = None
     return made
 
 
+def compiled(nvcc: str, name: str, folder: Path) -> Path:
+    """Compile ``tests/packaging/NAME.cu``, a program over the headers that needs no GPU."""
+    program = folder / name
+    source = ROOT / "tests" / "packaging" / f"{name}.cu"
+    headers = ROOT / "csrc" / "include"
+    check([nvcc, "-std=c++17", "-arch=sm_90a", "-I", headers, source, "-o", program], folder)
+    return program
+
+
 def install(wheel: Wheel, target: Path) -> Path:
     """Install a wheel (nothing it depends on) into a folder for PYTHONPATH."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target]

@@ -21,7 +21,7 @@ from dsv4_plugin.testing.topk.bars import best_peers, geomean
 __all__ = ["RESULTS", "bars", "gain", "load", "readme", "reads", "recall", "served", "server"]
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-SERVER = "h200_vllm_e2e.json"
+TOPK, READ, SERVER = "h200_topk.json", "h200_read.json", "h200_vllm_e2e.json"
 _ROWS = (1, 8, 32, 64, 128)
 _COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)
 
@@ -40,7 +40,7 @@ def _decode(topk: Any) -> list[dict[str, Any]]:
 
 def readme() -> str:
     """Return the Markdown between the ``figures`` markers of the README."""
-    topk = load("h200_topk.json")
+    topk = load(TOPK)
     warm = {
         (r["dtype"], r["k"], r["rows"], r["columns"], r["implementation"]): r["warm_us"]
         for r in _decode(topk)
@@ -48,7 +48,7 @@ def readme() -> str:
     upstream = topk.get("vllm_choice", "vllm33")
     about = topk["machine"]
     lines = [
-        f"On one {about['gpu']} (CUDA graphs, warm, µs; `benchmarks/results/h200_topk.json`, of "
+        f"On one {about['gpu']} (CUDA graphs, warm, µs; `benchmarks/results/{TOPK}`, of "
         f"commit {about['commit'].removeprefix('g')[:7]}), k = 512: ours on bfloat16 scores / what "
         "vLLM 0.33 runs on float32 scores:",
         "",
@@ -86,9 +86,9 @@ def readme() -> str:
 
 def reads() -> str:
     """Return the Markdown between the ``reads`` markers of docs/results.md."""
-    read = load("h200_read.json")
+    read = load(READ)
     lines = [
-        "Reads of 14,338 keys (`benchmarks/results/h200_read.json`):",
+        f"Reads of 14,338 keys (`benchmarks/results/{READ}`):",
         "",
         "| | CUDA | Triton | torch | vLLM | byte floor |",
         "|---|---|---|---|---|---|",
@@ -111,7 +111,7 @@ def reads() -> str:
 
 def served() -> str:
     """Return the Markdown between the ``served`` markers of docs/results.md."""
-    topk = load("h200_topk.json")
+    topk = load(TOPK)
     table, summary = _served(topk, topk.get("vllm_choice", "vllm33"))
     return f"{table}\n\n{summary}"
 
@@ -127,7 +127,7 @@ def _served(topk: Any, upstream: str) -> tuple[str, str]:
     columns = sorted({c for _, c in shapes})
     about = topk["machine"]
     lines = [
-        f"On one {about['gpu']} (µs; `benchmarks/results/h200_topk.json`, suite `served`), k = "
+        f"On one {about['gpu']} (µs; `benchmarks/results/{TOPK}`, suite `served`), k = "
         "512: ours on bfloat16 scores / what vLLM 0.33 runs on float32 scores:",
         "",
         "| rows | " + " | ".join(f"{c // 1024}K" for c in columns) + " |",
@@ -161,10 +161,10 @@ def _served(topk: Any, upstream: str) -> tuple[str, str]:
 
 def bars() -> str:
     """Return the Markdown between the ``bars`` markers of docs/notes/topk.md."""
-    document = load("h200_topk.json")
+    document = load(TOPK)
     about = document["machine"]
     lines = [
-        f"`benchmarks/results/h200_topk.json`: one {about['gpu']}, driver {about['driver']}, torch "
+        f"`benchmarks/results/{TOPK}`: one {about['gpu']}, driver {about['driver']}, torch "
         f"{about['torch']}, commit {about['commit'][:7]}. The bars were set for an H200.",
         "",
         "| what | here | bar | |",

@@ -13,9 +13,24 @@ import torch
 
 from dsv4_plugin.testing.provenance import commit, output
 
-__all__ = ["machine", "time_calls", "time_graph"]
+__all__ = ["capture", "machine", "time_calls", "time_graph"]
 
 FLUSH_BYTES = 256 << 20  # the L2 of an H200 holds 60 MB
+
+
+def capture(calls: Sequence[Callable[[], Any]], launches: int) -> torch.cuda.CUDAGraph:
+    """Return a graph of ``launches`` calls, of ``calls`` in turn; each is called once before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:  # compilation and lazy loading stay outside of the capture
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            calls[i % len(calls)]()
+    return graph
 
 
 def time_graph(
@@ -31,16 +46,7 @@ def time_graph(
     (more than the L2 holds) measure cold ones. ``flush`` overwrites the L2 before each replay,
     outside of what is timed: calls over different memory are cold then, however small it is.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:  # compilation and lazy loading stay outside of the capture
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(launches):
-            calls[i % len(calls)]()
+    graph = capture(calls, launches)
     times = []
     other = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda") if flush else None
     for i in range(replays + 3):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from packaging_tools import ROOT
+from packaging_tools import check, compiled
 
 from dsv4_plugin.testing.topk.sweep import SOLO, UNITS_A_THREAD
 
@@ -28,26 +27,17 @@ class Choice(NamedTuple):
 
 @pytest.fixture(scope="module")
 def choices(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> list[Choice]:
-    program = tmp_path_factory.mktemp("choices") / "topk_choices"
-    source = ROOT / "tests" / "packaging" / "topk_choices.cu"
-    command = [nvcc, "-std=c++17", "-arch=sm_90a", "-I", ROOT / "csrc" / "include", source]
-    subprocess.run([*command, "-o", program], check=True)
-    return list(read(program))
+    return list(read(compiled(nvcc, "topk_choices", tmp_path_factory.mktemp("choices"))))
 
 
 def read(program: Path) -> Iterator[Choice]:
-    done = subprocess.run([program], check=True, capture_output=True, text=True)
-    for line in done.stdout.splitlines():
+    for line in check([program], program.parent).stdout.splitlines():
         yield Choice(*(int(word) for word in line.replace("|", "").split()))
 
 
 def test_an_even_share_fits_and_one_cta_more_does_not(nvcc: str, tmp_path: Path) -> None:
-    program = tmp_path / "topk_share"
-    source = ROOT / "tests" / "packaging" / "topk_share.cu"
-    command = [nvcc, "-std=c++17", "-arch=sm_90a", "-I", ROOT / "csrc" / "include", source]
-    subprocess.run([*command, "-o", program], check=True)
-    done = subprocess.run([program], check=True, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
+    program = compiled(nvcc, "topk_share", tmp_path)
+    lines = check([program], tmp_path).stdout.splitlines()
     assert len(lines) == 21
     for line in lines:
         whole, reserved, most, share, size = (int(word) for word in line.split())

@@ -108,11 +108,7 @@ def tokenspeed() -> str:
 
 def hosts() -> str:
     """Return the Markdown between the ``hosts`` markers of the README."""
-    forward, adapters, driver = (
-        figures.load(SGLANG),
-        figures.load(ADAPTERS),
-        figures.load(TOKENSPEED),
-    )
+    forward, adapters, driver = map(figures.load, (SGLANG, ADAPTERS, TOKENSPEED))
     cells, alone = _default(_forward(forward)), _cells(adapters, "sglang")
     newest = max(name for name in _names(alone) if not name.startswith("dsv4"))
     theirs = _selections(_cells(adapters, "tokenspeed"))

@@ -17,11 +17,12 @@ from dsv4_plugin.testing.topk.peers import OURS
 
 __all__ = ["markdown"]
 
+LOGITS, CHAIN = "h200_logits.json", "h200_chain.json"
+
 
 def markdown() -> str:
     """Return the Markdown between the ``logits-figures`` markers: the logits, then the chain."""
-    names = ("h200_logits.json", "h200_chain.json")
-    scores, chain = map(figures.load, names)
+    scores, chain = figures.load(LOGITS), figures.load(CHAIN)
     return "\n".join([*_logits_lines(scores), "", *_chain_lines(chain)])
 
 
@@ -33,7 +34,7 @@ def _logits_lines(document: Any) -> list[str]:
     peers = dict.fromkeys(row["implementation"] for row in half if row["implementation"] != OURS)
     lines = [
         f"Index logits on one {document['machine']['gpu']} (CUDA graphs, warm, bfloat16, µs; "
-        f"`benchmarks/results/h200_logits.json`): ours / {' or '.join(peers)} / the keys' bytes at "
+        f"`benchmarks/results/{LOGITS}`): ours / {' or '.join(peers)} / the keys' bytes at "
         "the read rate:",
         "",
         *_table(ours, lambda cell: [
@@ -110,7 +111,7 @@ def _chain_lines(document: Any) -> list[str]:
     ours = {_cell(row): row for row in half if row["k"] == k}
     lines = [
         f"From the keys to indices in one graph on one {document['machine']['gpu']} (warm, µs; "
-        f"`benchmarks/results/h200_chain.json`), k = {k}: ours in bfloat16 / {' / '.join(choices)} "
+        f"`benchmarks/results/{CHAIN}`), k = {k}: ours in bfloat16 / {' / '.join(choices)} "
         "in float32:",
         "",
         *_table(ours, lambda cell: [

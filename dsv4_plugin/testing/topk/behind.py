@@ -20,6 +20,7 @@ from dsv4_plugin import paged_logits
 from dsv4_plugin.logits import new_logits
 from dsv4_plugin.testing.e2e.trace import Kernel
 from dsv4_plugin.testing.logits import cases
+from dsv4_plugin.testing.timing import capture
 from dsv4_plugin.testing.topk.cases import DTYPES, Case, Problem
 from dsv4_plugin.testing.topk.served import Elsewhere
 
@@ -66,7 +67,13 @@ class Behind:
         replays: int,
     ) -> list[float]:
         """Return microseconds from the end of ``score()`` to that of each call, the median."""
-        graphs = [self._graph(dtype, score, call) for call in calls]
+
+        def layer(call: Callable[[], Any]) -> None:
+            self.elsewhere.between(dtype)
+            score()
+            call()
+
+        graphs = [capture([functools.partial(layer, call)], LAUNCHES) for call in calls]
         order = [i for _ in range(replays) for i in random.sample(range(len(graphs)), len(graphs))]
         for graph in graphs:
             graph.replay()
@@ -85,25 +92,6 @@ class Behind:
         for turn, i in enumerate(order):
             seen[i] += took[turn * LAUNCHES : (turn + 1) * LAUNCHES]
         return [statistics.median(times) for times in seen]
-
-    def _graph(
-        self, dtype: str, score: Callable[[], Any], call: Callable[[], Any]
-    ) -> torch.cuda.CUDAGraph:
-        def layer() -> None:
-            self.elsewhere.between(dtype)
-            score()
-            call()
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            layer()  # lazy loading stays outside of the capture
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(LAUNCHES):
-                layer()
-        return graph
 
 
 def kernels(profiler: torch.profiler.profile, device: torch.autograd.DeviceType) -> list[Kernel]:
