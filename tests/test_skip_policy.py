@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from packaging_tools import ROOT
-from skip_policy import ALLOWED_SKIPS
+from kits.packaging_tools import ROOT
+from kits.skip_policy import ALLOWED_SKIPS
 
 
 def run_pytest(folder: Path, body: str, *args: str, ci: bool) -> tuple[int, str]:

@@ -13,11 +13,12 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import newcomer
 import pytest
-from packaging_tools import ROOT, check, without_nvcc
+from kits import newcomer
+from kits.packaging_tools import ROOT, check, without_nvcc
 
-from dsv4_plugin import cli, envs
+from dsv4_plugin import envs
+from dsv4_plugin.cli import main as cli
 
 PAGE = (ROOT / "docs" / "first_five_minutes.md").read_text()
 README = (ROOT / "README.md").read_text()

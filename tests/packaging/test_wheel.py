@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from packaging_tools import ROOT, Wheel, build, check, expected_names, run, without_nvcc
+from kits.packaging_tools import ROOT, Wheel, build, check, expected_names, run, without_nvcc
 
 
 def test_pure_wheel_is_for_any_platform_and_holds_no_binary(pure_wheel: Wheel, tree: Path) -> None:
@@ -126,7 +126,7 @@ ENTRY_POINTS = {
     "sglang.srt.plugins": "dsv4_plugin.integrations.sglang:register",
     "tokenspeed.plugins": "dsv4_plugin.integrations.tokenspeed:register",
     "tokenspeed_kernel.plugins": "dsv4_plugin.integrations.tokenspeed:register_kernels",
-    "console_scripts": "dsv4_plugin.cli:main",
+    "console_scripts": "dsv4_plugin.cli.main:main",
 }
 
 

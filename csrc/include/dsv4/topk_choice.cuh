@@ -62,7 +62,7 @@ constexpr int32_t solo_units(TopkShape shape) { return shape == TopkShape::k256 
 //
 // From sweeps on an H200 (132 multiprocessors) of every shape and cluster, k = 512 and 2048 x 1 ...
 // 128 rows, behind their logits and after what else a server runs, in buffers of 8K ... 256K
-// columns with rows of 2K columns up to the full width (`python -m dsv4_plugin.testing.topk.sweep
+// columns with rows of 2K columns up to the full width (`python -m benchmarks.tuning.sweep
 // --behind-logits`), and of rows alone (the same without it). A choice is for a width, as a server
 // captures its graphs for the longest row: what counts is the geometric mean over the rows' lengths
 // of the time against the best choice for each. In parentheses that of the choice and of the next
