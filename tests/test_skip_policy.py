@@ -21,7 +21,7 @@ def run_pytest(folder: Path, body: str, *args: str, ci: bool) -> tuple[int, str]
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": f"{ROOT}/tests",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "skip_policy", *args, str(folder)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "kits.skip_policy", *args, str(folder)]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 

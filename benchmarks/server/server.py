@@ -90,6 +90,9 @@ class Server:
         side = self.folder / "path"
         info = side / "dsv4_e2e-0.dist-info"
         info.mkdir(parents=True, exist_ok=True)
+        # The engine's processes import this folder from the checkout, and the plugin from where it
+        # is installed.
+        (side / "benchmarks").symlink_to(Path(__file__).resolve().parents[1])
         self.traces.mkdir(exist_ok=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dsv4-e2e\nVersion: 0\n")
         (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\ndsv4_e2e = {SIDE}\n")

@@ -59,7 +59,7 @@ def test_servers_that_do_as_they_should_pass_every_drill(model: Path, tmp_path: 
     ]
     assert not (tmp_path / "run" / "library" / "path" / "dsv4_plugin" / "_C.so").exists()
     assert (tmp_path / "run" / "library" / "path" / "dsv4_plugin" / "ops.py").exists()
-    assert found["machine"]["commit"] == "abc" and found["command"][2].endswith("e2e.drills")
+    assert found["machine"]["commit"] == "abc" and found["command"][2].endswith("server.drills")
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_the_package_says_where_each_new_tensor_lives() -> None:
     package = ROOT / "dsv4_plugin"
     silent = []
     for path in sorted(package.rglob("*.py")):
-        if package / "testing" in path.parents:
+        if package / "cli" in path.parents:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if (

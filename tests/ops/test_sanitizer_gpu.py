@@ -21,7 +21,7 @@ from kits.sanitizer_driver import CASES
 pytestmark = pytest.mark.gpu
 
 FOUND = 99  # the exit code for errors that a tool found
-DRIVER = ROOT / "tests" / "sanitizer_driver.py"
+DRIVER = ROOT / "tests" / "kits" / "sanitizer_driver.py"
 # "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
 CLEAN = re.compile(r"(ERROR SUMMARY: 0 error|RACECHECK SUMMARY: 0 hazard)s?\b")
 OPTIONS = {
