@@ -11,7 +11,7 @@ from marked import between
 from packaging_tools import ROOT
 
 from dsv4_plugin.cli import main
-from dsv4_plugin.integrations import plan
+from dsv4_plugin.engines.shared import plan
 from dsv4_plugin.state import state
 from dsv4_plugin.testing.adapters import figures
 from dsv4_plugin.testing.adapters.cells import by_rounds

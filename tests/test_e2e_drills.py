@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from e2e_servers import FAKE, free_ports, tiny_model
 
-from dsv4_plugin.integrations import import_hooks, plan
+from dsv4_plugin.engines.shared import import_hooks, plan
 from dsv4_plugin.testing.e2e import drills, vllm_side
 
 NAMES = [drill.name for drill in drills.DRILLS]

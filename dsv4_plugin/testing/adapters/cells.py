@@ -17,8 +17,8 @@ from unittest import mock
 import torch
 
 from dsv4_plugin import ops
-from dsv4_plugin.integrations import plan
-from dsv4_plugin.integrations.plan import Plan, Topk
+from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.shared.plan import Plan, Topk
 from dsv4_plugin.state import state
 from dsv4_plugin.testing.cells import Row
 from dsv4_plugin.testing.topk.cases import Problem

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.integrations.plan import Topk
-from dsv4_plugin.integrations.tokenspeed import kernels, readers
+from dsv4_plugin.engines.shared.plan import Topk
+from dsv4_plugin.engines.tokenspeed import kernels, readers
 from dsv4_plugin.testing.adapters.cells import (
     Run,
     Scores,

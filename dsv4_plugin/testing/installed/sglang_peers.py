@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
+from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 from dsv4_plugin.testing.installed.prepared import (
     Prepared,
     imported,

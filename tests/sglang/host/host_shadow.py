@@ -8,7 +8,7 @@ from conftest import expected, names
 from host_calls import UPSTREAM, batches, dsa_scores
 
 import dsv4_plugin
-from dsv4_plugin.integrations import plan, shadow
+from dsv4_plugin.engines.shared import plan, shadow
 from dsv4_plugin.testing.host_parts import canonical, oracle
 
 

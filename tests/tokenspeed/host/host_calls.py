@@ -129,7 +129,7 @@ def test_raw_bfloat16_weights(engine, load):
 
 def test_quantised_queries_score_as_the_originals(engine, load):
     """The scale of a query moves to its weight: the scores are those of the bf16 queries."""
-    from dsv4_plugin.integrations.tokenspeed.kernels import quantise
+    from dsv4_plugin.engines.tokenspeed.kernels import quantise
     from dsv4_plugin.testing.host_parts import read_keys
 
     load(DSV4_TOPK="fp32")
@@ -212,7 +212,7 @@ def test_prefill_without_keys(engine, load):
 
 def test_the_gather_by_slot_reads_what_the_reader_reads(engine, load):
     """Bit for bit: what is gathered, dequantised, is what TokenSpeed's own loop returns."""
-    from dsv4_plugin.integrations.tokenspeed.kernels import gather_slots
+    from dsv4_plugin.engines.tokenspeed.kernels import gather_slots
 
     loop = engine.readers["read_deepseek_v4_indexer_fp8_cache"]
     for pad in (0, 1024, 4):

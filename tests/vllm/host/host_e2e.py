@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4_plugin.integrations import source
+from dsv4_plugin.engines.shared import source
 from dsv4_plugin.testing.e2e import vllm_side
 
 ROOT = Path(__file__).resolve().parents[3]
