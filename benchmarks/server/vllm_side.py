@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_plugin import log, status
-from dsv4_plugin.integrations.import_hooks import after_import
+from dsv4_plugin.engines.shared.import_hooks import after_import
 
 __all__ = ["COPY", "OPTIONS", "register"]
 

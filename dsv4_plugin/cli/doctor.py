@@ -57,7 +57,7 @@ def run_hosts(specs: Sequence[str], as_json: bool = False, folder: Path | None =
     Returns:
         0 if every seam was found, 1 if one moved or a release cannot be had, 2 for a wrong spec.
     """
-    from dsv4_plugin.integrations import releases
+    from dsv4_plugin.engines import releases
 
     try:
         found = releases.matrix(specs or list(releases.ENGINES), folder)
@@ -259,16 +259,15 @@ def _entry_points() -> dict[str, str | None]:
 
 def _engine(name: str) -> Data:
     """Look for the seams in the engine that is installed: reads its source, imports nothing."""
+    from dsv4_plugin.engines.shared import source
+
     called, distribution = ENGINES[name]
     version = _installed(distribution)
     if version is None:
         return {"installed": False, "seams": {}, "why": f"{called} is not installed"}
     try:
-        adapter = importlib.import_module(f"dsv4_plugin.integrations.{name}")
-        seams = {
-            str(seam): {"where": found.get("where"), "why": found.get("why")}
-            for seam, found in adapter.probe().items()
-        }
+        probe = importlib.import_module(f"dsv4_plugin.engines.{name}.probe")
+        seams = source.shown(probe.look())
     except (Exception, SystemExit) as error:
         return {"installed": True, "seams": {}, "why": f"the probe failed: {_said(error)}"}
     return {"installed": True, "seams": seams, "why": None}

@@ -16,7 +16,7 @@ from benchmarks.tables import engines as figures
 from benchmarks.tables.readme import RESULTS
 from dsv4_plugin.cli.bench.topk.peers import Peers
 from dsv4_plugin.cli.main import main
-from dsv4_plugin.integrations import plan
+from dsv4_plugin.engines.shared import plan
 from dsv4_plugin.state import state
 
 PEERS = """

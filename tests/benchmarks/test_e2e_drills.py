@@ -14,7 +14,7 @@ import pytest
 from kits.e2e_servers import FAKE, free_ports, tiny_model
 
 from benchmarks.server import drills, vllm_side
-from dsv4_plugin.integrations import import_hooks, plan
+from dsv4_plugin.engines.shared import import_hooks, plan
 
 NAMES = [drill.name for drill in drills.DRILLS]
 

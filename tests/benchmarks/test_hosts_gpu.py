@@ -21,12 +21,12 @@ from kits.oracles import check_selection, read_one_by_one
 
 from dsv4_plugin import ops, paged_logits
 from dsv4_plugin.cli.checks.inputs import poison_tail, scores
-from dsv4_plugin.integrations import plan
-from dsv4_plugin.integrations.plan import Plan, Topk
-from dsv4_plugin.integrations.sglang import calls
-from dsv4_plugin.integrations.tokenspeed import kernels
-from dsv4_plugin.integrations.vllm import calls as vllm_calls
-from dsv4_plugin.integrations.vllm import seams as vllm_seams
+from dsv4_plugin.engines.sglang import wrappers
+from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.shared.plan import Plan, Topk
+from dsv4_plugin.engines.tokenspeed import kernels
+from dsv4_plugin.engines.vllm import install as vllm_seams
+from dsv4_plugin.engines.vllm import wrappers as vllm_calls
 from dsv4_plugin.state import state
 
 BACKENDS = ("torch", "cuda")
@@ -85,10 +85,10 @@ def in_forward() -> Iterator[Callable[[Topk], None]]:
     """What ``forward_c4_indexer``'s hook has decided for the calls below it."""
 
     def enter(topk: Topk) -> None:
-        calls._scope.topk, calls._scope.inside = topk, True
+        wrappers._scope.topk, wrappers._scope.inside = topk, True
 
     yield enter
-    calls._scope.topk, calls._scope.inside = None, False
+    wrappers._scope.topk, wrappers._scope.inside = None, False
 
 
 @names
@@ -104,10 +104,10 @@ def test_sglang_paged(backend, device, name, form, raw, in_forward):
     indices = torch.full((rows, K), 7, dtype=torch.int32, device=device) if raw else None
     arguments = (unreachable, logits, lengths, table, out, PAGE)
     if form == "v1":
-        again = captured(device, lambda: calls.topk_v1(*arguments, indices))
+        again = captured(device, lambda: wrappers.topk_v1(*arguments, indices))
     else:
         metadata = torch.zeros(rows + 1, 2, dtype=torch.int32, device=device)
-        again = captured(device, lambda: calls.topk_v2(*arguments, metadata, indices))
+        again = captured(device, lambda: wrappers.topk_v2(*arguments, metadata, indices))
     for step in range(3):
         lengths.copy_(lengths_of(step, width, device))
         kind = ("relu_sum", "normal", "two_values")[step]
@@ -129,9 +129,9 @@ def test_sglang_paged(backend, device, name, form, raw, in_forward):
 
 def test_sglang_dsa(backend, device, monkeypatch):
     width, rows = WIDTHS[device], 8
-    monkeypatch.setattr(calls, "_fused", lambda: True)
-    monkeypatch.setattr(calls.seams, "intact", lambda name: True)
-    monkeypatch.setattr(calls.guard, "for_dsa", lambda *a: Topk("fp32", backend))
+    monkeypatch.setattr(wrappers, "_fused", lambda: True)
+    monkeypatch.setattr(wrappers.install, "intact", lambda name: True)
+    monkeypatch.setattr(wrappers.policy, "for_dsa", lambda *a: Topk("fp32", backend))
     logits = deep_gemm_buffer(rows, width, torch.float32, device)
     table = page_table(rows, width, device)
     lengths = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -141,7 +141,9 @@ def test_sglang_dsa(backend, device, monkeypatch):
 
     def run() -> None:
         result.append(
-            calls.topk_dsa(unreachable, None, logits, lengths, K, paged, metadata, row_starts=None)
+            wrappers.topk_dsa(
+                unreachable, None, logits, lengths, K, paged, metadata, row_starts=None
+            )
         )
 
     again = captured(device, run)

@@ -16,7 +16,10 @@ import pytest
 from dsv4_plugin import backends, envs
 from dsv4_plugin.cli import doctor
 from dsv4_plugin.cli import main as cli
-from dsv4_plugin.integrations import sglang, tokenspeed, vllm
+from dsv4_plugin.engines.sglang import probe as sglang_probe
+from dsv4_plugin.engines.shared.source import Site
+from dsv4_plugin.engines.tokenspeed import probe as tokenspeed_probe
+from dsv4_plugin.engines.vllm import probe as vllm_probe
 from dsv4_plugin.kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +44,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
-ADAPTERS = {"vllm": vllm, "sglang": sglang, "tokenspeed": tokenspeed}
-engines = pytest.mark.parametrize("engine", ADAPTERS)
+PROBES = {"vllm": vllm_probe, "sglang": sglang_probe, "tokenspeed": tokenspeed_probe}
+engines = pytest.mark.parametrize("engine", PROBES)
 
 
 @pytest.fixture
@@ -138,10 +141,10 @@ def test_exit_code_0_where_the_kernels_can_serve(monkeypatch: pytest.MonkeyPatch
 def test_a_probe_that_raises_is_shown(
     error: BaseException, engine: str, engines_are_there: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def probe() -> Any:
+    def look() -> Any:
         raise error
 
-    monkeypatch.setattr(ADAPTERS[engine], "probe", probe)
+    monkeypatch.setattr(PROBES[engine], "look", look)
     data = doctor.collect()
     assert data[engine]["installed"] and not data[engine]["seams"]
     assert type(error).__name__ in data[engine]["why"]
@@ -155,14 +158,14 @@ def test_what_the_probe_finds_is_shown(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def probe() -> dict[str, dict[str, str | None]]:
+    def look() -> dict[str, Site]:
         print("an engine that logs to stdout")
         return {
-            "topk.decode": {"where": "SparseIndexerTopk.forward", "why": None},
-            "gather": {"where": None, "why": "it is gone"},
+            "topk.decode": Site("SparseIndexerTopk.forward"),
+            "gather": Site(None, "it is gone"),
         }
 
-    monkeypatch.setattr(ADAPTERS[engine], "probe", probe)
+    monkeypatch.setattr(PROBES[engine], "look", look)
     doctor.run(as_json=True)
     data = json.loads(capsys.readouterr().out)
     assert data[engine]["seams"]["topk.decode"]["where"] == "SparseIndexerTopk.forward"

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from dsv4_plugin.cli import main as cli
-from dsv4_plugin.integrations import releases, source
-from dsv4_plugin.integrations.sglang import sites as sglang_sites
+from dsv4_plugin.engines import releases
+from dsv4_plugin.engines.sglang import probe as sglang_sites
+from dsv4_plugin.engines.shared import source
 
 INDEXER = f"""
 from kernels import {", ".join(sglang_sites.TOPK)}

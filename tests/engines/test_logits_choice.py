@@ -6,9 +6,9 @@ import pytest
 import torch
 from kits.logits_cases import paged as draw
 
+from dsv4_plugin.engines.shared import logits
+from dsv4_plugin.engines.shared.plan import Topk
 from dsv4_plugin.envs import Settings
-from dsv4_plugin.integrations import logits
-from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.state import state
 
 TOPK = Topk("bf16", "torch", False, "own")

@@ -31,14 +31,14 @@ FORBIDDEN_CALLS = {
     "getstatusoutput", "load_inline", "popen", "posix_spawn", "spawnl", "spawnv", "system",
 }  # fmt: skip
 FORBIDDEN_DOTTED = {"torch.load", "torch.hub", "torch.compile", "torch.utils.cpp_extension"}
-PROGRAMS = {"integrations/releases.py": {"pip"}, "testing/provenance.py": {"git", "nvidia-smi"}}
+PROGRAMS = {"engines/releases.py": {"pip"}, "testing/provenance.py": {"git", "nvidia-smi"}}
 # `ab` and the end-to-end driver start servers that the user names and ask them over HTTP: these
 # folders alone may do that.
 SERVERS = ("testing/ab/", "testing/e2e/")
 SERVER_NETWORK = {"http", "socket", "urllib"}
 # Where files are written, and who names them.
 WRITES = {
-    "integrations/releases.py": {"TemporaryDirectory", "mkdir", "extract", "touch"},  # --folder
+    "engines/releases.py": {"TemporaryDirectory", "mkdir", "extract", "touch"},  # --folder
     "status_file.py": {"mkdir", "write_text", "replace"},  # DSV4_STATUS_DIR
     "testing/ab/command.py": {"mkdir"},  # --out
     "testing/ab/experiment.py": {"write_text", "replace"},  # --out
@@ -69,7 +69,7 @@ ENVIRONMENT = {
     "doctor.py",
     "envs.py",
     "metrics.py",  # PROMETHEUS_MULTIPROC_DIR, read: which of its modes prometheus_client is in
-    "integrations/vllm/flag.py",  # what Ray copies into its actors
+    "engines/vllm/cli_option.py",  # what Ray copies into its actors
     "testing/ab/environment.py",  # what the servers and the client inherit
     "testing/e2e/server.py",  # the same
     "testing/e2e/vllm_side.py",  # E2E_*: the driver's word to the server it started
@@ -205,7 +205,7 @@ sys.addaudithook(hook)
 
 import dsv4_plugin
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache, topk
-from dsv4_plugin.integrations import sglang, tokenspeed, vllm
+from dsv4_plugin.engines import sglang, tokenspeed, vllm
 for engine in (vllm, sglang, tokenspeed):
     engine.register()
 tokenspeed.register_kernels()
@@ -232,7 +232,7 @@ def test_a_value_of_the_environment_is_never_run(tmp_path: Path) -> None:
         "from dsv4_plugin import envs, doctor\n"
         "import os, sys\n"
         "for v in envs.VARIABLES: os.environ[v.name] = sys.argv[1] if sys.argv[1:] else VALUE\n"
-        "from dsv4_plugin.integrations import sglang, tokenspeed, vllm\n"
+        "from dsv4_plugin.engines import sglang, tokenspeed, vllm\n"
         "for engine in (vllm, sglang, tokenspeed): engine.register()\n"
         "assert doctor.run() == 2\n"
     ).replace("VALUE", repr(f"$(touch {mark}); `touch {mark}`; touch {mark}"))

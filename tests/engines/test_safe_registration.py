@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRELUDE = """
 import logging, sys, os
 logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format="%(levelname)s %(message)s")
-from dsv4_plugin.integrations.vllm import register, unregister
+from dsv4_plugin.engines.vllm import register, unregister
 """
 
 # As much of vLLM's indexer as the adapter looks at, in the form of 0.33.
@@ -164,7 +164,7 @@ def test_the_kill_switch(tmp_path):
         register()
         import {INDEXER}
         import dsv4_plugin
-        print(dsv4_plugin.status()['seams'], 'dsv4_plugin.integrations.vllm.seams' in sys.modules)
+        print(dsv4_plugin.status()['seams'], 'dsv4_plugin.engines.vllm.install' in sys.modules)
         """,
         tmp_path,
         HOST,
@@ -252,7 +252,7 @@ def test_the_plugin_itself_is_broken(tmp_path):
         f"""
         class Finder:
             def find_spec(self, name, path=None, target=None):
-                if name == 'dsv4_plugin.integrations.vllm.seams':
+                if name == 'dsv4_plugin.engines.vllm.install':
                     raise ImportError('half an installation')
         sys.meta_path.insert(0, Finder())
         register()
@@ -296,4 +296,4 @@ def test_the_entry_point_names_register():
     """What vLLM finds by its group is this very function."""
     text = (ROOT / "pyproject.toml").read_text()
     section = text.split('[project.entry-points."vllm.general_plugins"]')[1].splitlines()[1]
-    assert section == 'dsv4 = "dsv4_plugin.integrations.vllm:register"'
+    assert section == 'dsv4 = "dsv4_plugin.engines.vllm:register"'

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 from kits.own_process import run_alone
 
-from dsv4_plugin.integrations import source
+from dsv4_plugin.engines.shared import source
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = {
-    "sglang": "from dsv4_plugin.integrations.sglang import register, unregister\n",
-    "tokenspeed": "from dsv4_plugin.integrations.tokenspeed import register, unregister\n",
-    "tokenspeed kernels": "from dsv4_plugin.integrations.tokenspeed import unregister\n"
-    "from dsv4_plugin.integrations.tokenspeed import register_kernels as register\n",
+    "sglang": "from dsv4_plugin.engines.sglang import register, unregister\n",
+    "tokenspeed": "from dsv4_plugin.engines.tokenspeed import register, unregister\n",
+    "tokenspeed kernels": "from dsv4_plugin.engines.tokenspeed import unregister\n"
+    "from dsv4_plugin.engines.tokenspeed import register_kernels as register\n",
 }
 calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 ODD_SGLANG = {
@@ -111,7 +111,7 @@ def test_half_an_installation(tmp_path, call):
     block = (
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.endswith(('.sites', '.registration', '.readers', '.seams')):\n"
+        "        if name.endswith(('.probe', '.registration', '.readers', '.install')):\n"
         "            raise ImportError('half an installation')\n"
         "sys.meta_path.insert(0, Finder())\n"
     )
@@ -208,7 +208,7 @@ def test_the_serve_examples_run_as_far_as_the_engine(tmp_path, script):
 
 def test_the_adapters_read_no_environment() -> None:
     """``envs.py`` is the one place that reads ``DSV4_*``."""
-    for path in (ROOT / "dsv4_plugin" / "integrations").rglob("*.py"):
+    for path in (ROOT / "dsv4_plugin" / "engines").rglob("*.py"):
         if path.parent.name == "vllm":  # its flag sets a variable of Ray's
             continue
         names = {

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import dsv4_plugin
 from dsv4_plugin import log
-from dsv4_plugin.integrations import plan, shadow
-from dsv4_plugin.integrations.plan import Plan, Topk
-from dsv4_plugin.integrations.serve import serve
-from dsv4_plugin.integrations.shadow import Field
+from dsv4_plugin.engines.shared import plan, shadow
+from dsv4_plugin.engines.shared.fallback import serve
+from dsv4_plugin.engines.shared.plan import Plan, Topk
+from dsv4_plugin.engines.shared.shadow import Field
 from dsv4_plugin.state import state
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ import torch
 
 from dsv4_plugin import log, topk
 from dsv4_plugin.cli.checks.inputs import poison_tail, scores
-from dsv4_plugin.integrations import plan, shadow
-from dsv4_plugin.integrations.plan import Plan, Topk
-from dsv4_plugin.integrations.vllm import calls
+from dsv4_plugin.engines.shared import plan, shadow
+from dsv4_plugin.engines.shared.plan import Plan, Topk
+from dsv4_plugin.engines.vllm import wrappers
 from dsv4_plugin.state import state
 
 BACKENDS = ("torch", "cuda")
@@ -89,7 +89,7 @@ def test_replays_are_counted(backend, device, dtype, seam, monkeypatch):
     monkeypatch.setattr(shadow, "_SCRATCH_BYTES", 4 * 2 * WIDTHS[device])  # prefill in three parts
     columns = WIDTHS[device]
     logits = torch.empty(ROWS, columns, dtype=DTYPES[dtype], device=device)
-    setattr(logits, calls._TAG, True)
+    setattr(logits, wrappers._TAG, True)
     lengths = torch.zeros(ROWS, dtype=torch.int32, device=device)
     starts = torch.zeros_like(lengths)
     out = torch.empty(ROWS, K, dtype=torch.int32, device=device)
@@ -100,12 +100,12 @@ def test_replays_are_counted(backend, device, dtype, seam, monkeypatch):
 
     def step() -> None:
         if seam == "decode":
-            calls.decode_topk(
+            wrappers.decode_topk(
                 logits, lengths, 1, out, K, lambda plain, into: upstream(plain, lengths, into)
             )
         else:
             ends = starts + lengths
-            calls.prefill_topk(prefill, logits, starts, ends, out, ROWS, *logits.stride(), K)
+            wrappers.prefill_topk(prefill, logits, starts, ends, out, ROWS, *logits.stride(), K)
 
     logits.copy_(scores("normal", ROWS, columns, DTYPES[dtype], device=device))
     again = repeated(device, step)
@@ -146,7 +146,7 @@ def test_a_failing_upstream_leaves_the_capture_whole(backend, device):
     plan.decide(Plan(True, strict=True, topk=Topk("fp32", backend)))
     shadow.prepare(torch.device(device), "decode")
     logits = scores("normal", ROWS, WIDTHS[device], torch.float32, device=device)
-    setattr(logits, calls._TAG, True)
+    setattr(logits, wrappers._TAG, True)
     lengths = torch.full((ROWS,), WIDTHS[device], dtype=torch.int32, device=device)
     out = torch.empty(ROWS, K, dtype=torch.int32, device=device)
     broken = [False]
@@ -156,7 +156,7 @@ def test_a_failing_upstream_leaves_the_capture_whole(backend, device):
             raise RuntimeError("no such kernel")
 
     def step() -> None:
-        calls.decode_topk(logits, lengths, 1, out, K, upstream)
+        wrappers.decode_topk(logits, lengths, 1, out, K, upstream)
         broken[0] = True  # from the capture on
 
     again = repeated(device, step)
@@ -172,7 +172,7 @@ def test_reading_during_a_capture_disturbs_nothing(backend, device):
     plan.decide(Plan(True, strict=True, topk=Topk("fp32", backend)))
     shadow.prepare(torch.device(device), "decode")
     logits = scores("normal", ROWS, WIDTHS[device], torch.float32, device=device)
-    setattr(logits, calls._TAG, True)
+    setattr(logits, wrappers._TAG, True)
     lengths = torch.full((ROWS,), WIDTHS[device], dtype=torch.int32, device=device)
     out = torch.empty(ROWS, K, dtype=torch.int32, device=device)
     upstream = Upstream(backend, device)
@@ -185,7 +185,7 @@ def test_reading_during_a_capture_disturbs_nothing(backend, device):
 
     def step() -> None:
         for _ in range(4):
-            calls.decode_topk(
+            wrappers.decode_topk(
                 logits, lengths, 1, out, K, lambda plain, into: upstream(plain, lengths, into)
             )
 

@@ -13,7 +13,7 @@ import pytest
 
 import dsv4_plugin
 from dsv4_plugin import envs
-from dsv4_plugin.integrations import plan
+from dsv4_plugin.engines.shared import plan
 from dsv4_plugin.state import Seam, state
 
 

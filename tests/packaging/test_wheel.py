@@ -122,10 +122,10 @@ def test_the_pure_wheel_installs_and_imports(installed: Path, tmp_path: Path) ->
 
 
 ENTRY_POINTS = {
-    "vllm.general_plugins": "dsv4_plugin.integrations.vllm:register",
-    "sglang.srt.plugins": "dsv4_plugin.integrations.sglang:register",
-    "tokenspeed.plugins": "dsv4_plugin.integrations.tokenspeed:register",
-    "tokenspeed_kernel.plugins": "dsv4_plugin.integrations.tokenspeed:register_kernels",
+    "vllm.general_plugins": "dsv4_plugin.engines.vllm:register",
+    "sglang.srt.plugins": "dsv4_plugin.engines.sglang:register",
+    "tokenspeed.plugins": "dsv4_plugin.engines.tokenspeed:register",
+    "tokenspeed_kernel.plugins": "dsv4_plugin.engines.tokenspeed:register_kernels",
     "console_scripts": "dsv4_plugin.cli.main:main",
 }
 

@@ -105,7 +105,7 @@ class Side:
 
     def _take_out(self) -> list[Row]:
         """Put TokenSpeed back as it was, for the next call without the plugin."""
-        from dsv4_plugin.integrations import tokenspeed
+        from dsv4_plugin.engines import tokenspeed
 
         self.seams()
         tokenspeed.unregister()
@@ -113,9 +113,9 @@ class Side:
         return [{"part": "take the plugin out", "variant": OFF, "right": not self._ours()}]
 
     def _with(self, variant: str, run: Callable[[str], list[Row]]) -> list[Row]:
-        from dsv4_plugin.integrations.tokenspeed import guard
+        from dsv4_plugin.engines.tokenspeed import policy
 
-        use(variant, guard.forget, self.device)
+        use(variant, policy.forget, self.device)
         return run(variant)
 
     def _measured(

@@ -20,8 +20,8 @@ from dsv4_plugin import ops
 from dsv4_plugin.cli.bench.cells import Row
 from dsv4_plugin.cli.bench.topk.cases import Problem
 from dsv4_plugin.cli.bench.topk.check import Reference
-from dsv4_plugin.integrations import plan
-from dsv4_plugin.integrations.plan import Plan, Topk
+from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.shared.plan import Plan, Topk
 from dsv4_plugin.state import state
 
 __all__ = [

@@ -17,8 +17,8 @@ from dsv4_plugin.cli.bench.topk.cases import Problem
 from dsv4_plugin.cli.bench.topk.check import Reference
 from dsv4_plugin.cli.bench.topk.peers import Peers
 from dsv4_plugin.cli.checks.inputs import poison_tail, scores
-from dsv4_plugin.integrations.plan import Topk
-from dsv4_plugin.integrations.sglang import calls
+from dsv4_plugin.engines.sglang import wrappers
+from dsv4_plugin.engines.shared.plan import Topk
 
 __all__ = ["cells"]
 
@@ -81,12 +81,13 @@ def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
         metadata = torch.zeros(rows + 1, 2, dtype=torch.int32, device=device)
 
         def run() -> None:
-            before = calls._scope.topk, calls._scope.inside
-            calls._scope.topk, calls._scope.inside = topk, True  # as forward_c4_indexer's hook
+            before = wrappers._scope.topk, wrappers._scope.inside
+            # As the hook of forward_c4_indexer leaves it.
+            wrappers._scope.topk, wrappers._scope.inside = topk, True
             try:
-                calls.topk_v2(_none, scores, lengths, table, out[0], PAGE, metadata, raw)
+                wrappers.topk_v2(_none, scores, lengths, table, out[0], PAGE, metadata, raw)
             finally:
-                calls._scope.topk, calls._scope.inside = before
+                wrappers._scope.topk, wrappers._scope.inside = before
 
         return run
 
@@ -96,11 +97,11 @@ def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
 
         def run() -> None:
             with (
-                mock.patch.object(calls, "_fused", lambda: True),
-                mock.patch.object(calls.seams, "intact", lambda name: True),
-                mock.patch.object(calls.guard, "for_dsa", lambda *a: topk),
+                mock.patch.object(wrappers, "_fused", lambda: True),
+                mock.patch.object(wrappers.install, "intact", lambda name: True),
+                mock.patch.object(wrappers.policy, "for_dsa", lambda *a: topk),
             ):
-                out[0] = calls.topk_dsa(_none, None, scores, lengths, k, paged, metadata)
+                out[0] = wrappers.topk_dsa(_none, None, scores, lengths, k, paged, metadata)
 
         return run
 

@@ -25,8 +25,8 @@ from dsv4_plugin.cli.bench.cells import DIRTY, Row
 from dsv4_plugin.cli.bench.topk.peers import Peers
 from dsv4_plugin.cli.checks.inputs import mxfp4_cache, slot_list
 from dsv4_plugin.cli.checks.oracles import fp8_keys, mxfp4_keys
-from dsv4_plugin.integrations.plan import Topk
-from dsv4_plugin.integrations.tokenspeed import kernels, readers
+from dsv4_plugin.engines.shared.plan import Topk
+from dsv4_plugin.engines.tokenspeed import kernels, readers
 
 __all__ = ["cells", "has_deep_gemm"]
 

@@ -17,7 +17,7 @@ from dsv4_plugin.cli.ab.servers import Server
 
 __all__ = ["Evidence", "judge", "look"]
 
-# What the adapters log (integrations/decisions.py, vllm/guard.py, tokenspeed/readers.py).
+# What the adapters log (engines/shared/decisions.py, vllm/policy.py, tokenspeed/readers.py).
 _ACTIVE = re.compile(r"dsv4 active in |dsv4 in [^:]+: .*(top-k|key gather): (?!upstream's)")
 _OURS = re.compile(r"\bdsv4\b", re.IGNORECASE)
 SHOWN = 5  # lines of the log in an error

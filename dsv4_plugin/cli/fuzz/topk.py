@@ -1,7 +1,8 @@
 """Random calls of the top-k: every form of it, all arguments at once.
 
 Two oracles judge an answer: :func:`~dsv4_plugin.cli.checks.oracles.faults`, which needs no
-reference, and the torch reference (where that is what was called, a stable sort instead). Page tables, guard
+reference, and the torch reference (where that is what was called, a stable sort instead). Page
+tables, guard
 zones around the scores and the outputs, and the inputs themselves are looked at too.
 """
 

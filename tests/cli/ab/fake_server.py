@@ -49,7 +49,7 @@ def say(text: str) -> None:
 
 def engage() -> None:
     """What a worker does at its first calls."""
-    from dsv4_plugin.integrations import plan
+    from dsv4_plugin.engines.shared import plan
     from dsv4_plugin.state import state
 
     if arguments.engage != "log":

@@ -22,9 +22,9 @@ from dsv4_plugin.cli.ab.intervals import ratio, t_quantile
 from dsv4_plugin.cli.ab.metrics import METRICS, read
 from dsv4_plugin.cli.ab.processes import shown, tail
 from dsv4_plugin.cli.ab.servers import Server
-from dsv4_plugin.integrations import decisions, plan
-from dsv4_plugin.integrations.plan import Topk
-from dsv4_plugin.integrations.vllm import guard
+from dsv4_plugin.engines.shared import decisions, plan
+from dsv4_plugin.engines.shared.plan import Topk
+from dsv4_plugin.engines.vllm import policy
 from dsv4_plugin.state import Seam, state
 
 
@@ -140,7 +140,7 @@ def test_what_the_vllm_adapter_logs_is_recognised(
         state.seams[name] = Seam(name, f"where {name} is")
     whys = {} if topk else {"fp32": ["no such kernel"]}
     beside = dict.fromkeys(("topk.slots", "topk.fill")) if topk else {}
-    guard._report(topk, whys, gather, [] if gather else ["no such gather"], beside)
+    policy._report(topk, whys, gather, [] if gather else ["no such gather"], beside)
     evidence = look(server(tmp_path, f"(EngineCore pid=1) INFO 11-25 [dsv4] {said[0]}\n"))
     assert bool(evidence.lines) is active and bool(evidence.said) is not active
 

@@ -21,7 +21,7 @@ from dsv4_plugin.cli.bench.upstream.prepared import (
     tried,
     zeros_for,
 )
-from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
+from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 
 __all__ = ["choice", "kernels"]
 

@@ -28,7 +28,7 @@ class Start:
         prepare()
         import sglang.srt.plugins  # noqa: F401
 
-        from dsv4_plugin.integrations.sglang import register, unregister
+        from dsv4_plugin.engines.sglang import register, unregister
 
         os.environ["DSV4_PLUGIN"] = "1"
         before = set(sys.modules)
@@ -76,7 +76,7 @@ def engine(_engine, monkeypatch, caplog):
     """The engine with nothing registered, and every attribute as SGLang left it."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from dsv4_plugin.integrations.sglang import registry, unregister
+    from dsv4_plugin.engines.sglang import registry, unregister
 
     def clean():
         unregister()

@@ -9,7 +9,7 @@ from kits.told import check_process, told
 
 
 def test_everything_is_told(engine, load, caplog):
-    from dsv4_plugin.integrations.sglang import unregister
+    from dsv4_plugin.engines.sglang import unregister
 
     load(DSV4_LOG="debug")
     check_process(told(caplog), "SGLang")
@@ -49,15 +49,15 @@ def test_each_kind_of_call_is_told_with_its_reasons(engine, load, caplog, no_own
 
 
 def test_a_seam_that_is_missing_is_told_with_its_reason(engine, load, monkeypatch, caplog):
-    from dsv4_plugin.integrations.sglang import sites
+    from dsv4_plugin.engines.sglang import probe
 
-    monkeypatch.setattr(sites, "TOPK", ("topk_of_tomorrow",))
+    monkeypatch.setattr(probe, "TOPK", ("topk_of_tomorrow",))
     load(DSV4_LOG="debug")
     assert any("seam topk.paged missing: " in m and "tomorrow" in m for m in told(caplog))
 
 
 def test_a_second_time_is_told(engine, load, caplog):
-    from dsv4_plugin.integrations.sglang import register
+    from dsv4_plugin.engines.sglang import register
 
     load(DSV4_LOG="debug")
     register()
@@ -68,7 +68,7 @@ def test_the_command_line_is_told_as_such(engine, load, caplog, monkeypatch):
     import argparse
 
     from dsv4_plugin import envs, facts
-    from dsv4_plugin.integrations.sglang.flag import OPTION, TopkAction
+    from dsv4_plugin.engines.sglang.cli_option import OPTION, TopkAction
 
     load(DSV4_LOG="debug")
     monkeypatch.setattr(envs, "_put", set())

@@ -22,11 +22,11 @@ def lines(caplog, level=logging.INFO):
 
 
 def decide(engine, k=512, device="cpu", fp4=False, backend=None):
-    from dsv4_plugin.integrations.sglang import guard
+    from dsv4_plugin.engines.sglang import policy
 
     layer = types.SimpleNamespace(index_topk=k, use_fp4_indexer=fp4)
     owner = types.SimpleNamespace(dsa_topk_backend=backend)
-    return guard.for_v4(owner, layer, torch.device(device))
+    return policy.for_v4(owner, layer, torch.device(device))
 
 
 @whose
@@ -163,12 +163,12 @@ def test_v32_is_never_bfloat16(engine, load):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Answers for a CUDA device: the compute capability, and what each backend or op lacks."""
-    from dsv4_plugin.integrations.sglang import guard
+    from dsv4_plugin.engines.sglang import policy
 
     answers = {"capability": (9, 0), "unmet": {}}
-    monkeypatch.setattr(guard.backends, "capability", lambda device: answers["capability"])
+    monkeypatch.setattr(policy.backends, "capability", lambda device: answers["capability"])
     monkeypatch.setattr(
-        guard.backends,
+        policy.backends,
         "unmet",
         lambda call, backend: answers["unmet"].get(call.op) or answers["unmet"].get(backend, []),
     )

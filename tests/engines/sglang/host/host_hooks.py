@@ -84,7 +84,7 @@ def test_twice_is_once(engine, load):
 
 
 def test_unregister_restores_every_attribute(engine, load):
-    from dsv4_plugin.integrations.sglang import unregister
+    from dsv4_plugin.engines.sglang import unregister
 
     load()
     engine.step(engine.problem())
@@ -125,7 +125,7 @@ def other_plugin(engine, kind, name=1):
 
 def test_a_second_plugin_around_ours_keeps_float32(engine, load, monkeypatch, caplog):
     """It would see bfloat16 scores that it may not know: no call is taken."""
-    from dsv4_plugin.integrations.sglang import register
+    from dsv4_plugin.engines.sglang import register
 
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     register()
@@ -140,7 +140,7 @@ def test_a_second_plugin_around_ours_keeps_float32(engine, load, monkeypatch, ca
 
 
 def test_a_second_plugin_around_ours_and_an_explicit_wish(engine, load, monkeypatch):
-    from dsv4_plugin.integrations.sglang import register
+    from dsv4_plugin.engines.sglang import register
 
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     register()
@@ -172,7 +172,7 @@ def test_a_second_plugin_that_replaces_upstream_stays_below_ours(engine, load):
 @whose
 def test_an_attribute_replaced_later_is_noticed(engine, load, caplog, whose):
     """bfloat16 is not written once its reader has been replaced."""
-    from dsv4_plugin.integrations.sglang import unregister
+    from dsv4_plugin.engines.sglang import unregister
 
     load(DSV4_LOGITS=whose)
     engine.step(engine.problem())
@@ -191,7 +191,7 @@ def test_an_attribute_replaced_later_is_noticed(engine, load, caplog, whose):
 
 
 def test_a_deepgemm_patched_later_is_left_alone(engine, load, caplog):
-    from dsv4_plugin.integrations.sglang import unregister
+    from dsv4_plugin.engines.sglang import unregister
 
     load()
     engine.step(engine.problem())
@@ -209,9 +209,9 @@ def test_a_deepgemm_patched_later_is_left_alone(engine, load, caplog):
 
 
 def test_topk_functions_of_another_name(engine, load, monkeypatch, caplog):
-    from dsv4_plugin.integrations.sglang import sites
+    from dsv4_plugin.engines.sglang import probe
 
-    monkeypatch.setattr(sites, "TOPK", ("topk_of_tomorrow",))
+    monkeypatch.setattr(probe, "TOPK", ("topk_of_tomorrow",))
     load()
     problem = engine.problem()
     out = engine.step(problem)
@@ -222,9 +222,9 @@ def test_topk_functions_of_another_name(engine, load, monkeypatch, caplog):
 
 
 def test_topk_functions_of_another_name_and_a_wish(engine, load, monkeypatch, caplog):
-    from dsv4_plugin.integrations.sglang import sites
+    from dsv4_plugin.engines.sglang import probe
 
-    monkeypatch.setattr(sites, "TOPK", ("topk_of_tomorrow",))
+    monkeypatch.setattr(probe, "TOPK", ("topk_of_tomorrow",))
     load(DSV4_TOPK="bf16")
     assert any("topk_of_tomorrow" in m for m in messages(caplog, logging.ERROR))
     with pytest.raises(UnmetError, match="topk.paged was not found"):
@@ -232,9 +232,9 @@ def test_topk_functions_of_another_name_and_a_wish(engine, load, monkeypatch, ca
 
 
 def test_a_forward_of_another_shape(engine, load, monkeypatch, caplog):
-    from dsv4_plugin.integrations.sglang import sites
+    from dsv4_plugin.engines.sglang import probe
 
-    monkeypatch.setattr(sites, "FORWARD", "C4IndexerBackendMixin.forward_c5_indexer")
+    monkeypatch.setattr(probe, "FORWARD", "C4IndexerBackendMixin.forward_c5_indexer")
     load()
     engine.step(engine.problem())
     assert names(engine) == {"paged_logits", "topk_v2"}
@@ -259,7 +259,7 @@ def test_a_topk_that_takes_something_else(engine, load, monkeypatch, caplog):
 
 
 def test_no_hook_registry(engine, monkeypatch, caplog):
-    from dsv4_plugin.integrations.sglang import register
+    from dsv4_plugin.engines.sglang import register
 
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", None)
@@ -270,7 +270,7 @@ def test_no_hook_registry(engine, monkeypatch, caplog):
 
 
 def test_the_adapter_itself_is_broken(engine, load, monkeypatch, caplog):
-    from dsv4_plugin.integrations.sglang import seams
+    from dsv4_plugin.engines.sglang import install as seams
 
     monkeypatch.setattr(seams, "install", lambda: 1 / 0)
     load()

@@ -32,9 +32,9 @@ def test_own_logits_are_deepgemms_rounded(engine, load, batch, v2):
     theirs = engine.logits_of()
     assert not theirs.own
     load(DSV4_LOGITS="own", DSV4_TOPK="auto")
-    from dsv4_plugin.integrations.sglang import guard
+    from dsv4_plugin.engines.sglang import policy
 
-    guard.forget()
+    policy.forget()
     dsv4_plugin.state.state.counters.clear()
     engine.calls.clear()
     out = engine.step(problem, v2=v2)

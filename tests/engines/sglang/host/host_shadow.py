@@ -9,7 +9,7 @@ from host_calls import UPSTREAM, batches, dsa_scores
 from kits.host_parts import canonical, oracle
 
 import dsv4_plugin
-from dsv4_plugin.integrations import plan, shadow
+from dsv4_plugin.engines.shared import plan, shadow
 
 
 @pytest.fixture(autouse=True)

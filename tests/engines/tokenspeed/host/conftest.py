@@ -29,7 +29,7 @@ def _engine():
 @pytest.fixture
 def engine(_engine, monkeypatch, caplog):
     """The engine with nothing of ours registered."""
-    from dsv4_plugin.integrations.tokenspeed import unregister
+    from dsv4_plugin.engines.tokenspeed import unregister
 
     for name in [n for n in os.environ if n.startswith(("DSV4_", "TOKENSPEED_"))]:
         monkeypatch.delenv(name)

@@ -131,7 +131,7 @@ def test_quantised_queries_score_as_the_originals(engine, load):
     """The scale of a query moves to its weight: the scores are those of the bf16 queries."""
     from kits.host_parts import read_keys
 
-    from dsv4_plugin.integrations.tokenspeed.kernels import quantise
+    from dsv4_plugin.engines.tokenspeed.kernels import quantise
 
     load(DSV4_TOPK="fp32")
     batch = engine.batch((640,))
@@ -213,7 +213,7 @@ def test_prefill_without_keys(engine, load):
 
 def test_the_gather_by_slot_reads_what_the_reader_reads(engine, load):
     """Bit for bit: what is gathered, dequantised, is what TokenSpeed's own loop returns."""
-    from dsv4_plugin.integrations.tokenspeed.kernels import gather_slots
+    from dsv4_plugin.engines.tokenspeed.kernels import gather_slots
 
     loop = engine.readers["read_deepseek_v4_indexer_fp8_cache"]
     for pad in (0, 1024, 4):

@@ -12,7 +12,7 @@ NAME = "read_deepseek_v4_indexer_fp8_cache"
 
 
 def test_everything_is_told(engine, load, caplog):
-    from dsv4_plugin.integrations.tokenspeed import unregister
+    from dsv4_plugin.engines.tokenspeed import unregister
 
     load(DSV4_LOG="debug")
     check_process(told(caplog), "TokenSpeed")
@@ -60,7 +60,7 @@ def test_the_reader_tells_what_serves_it(engine, load, caplog):
 
 
 def test_a_second_time_is_told(engine, load, caplog):
-    from dsv4_plugin.integrations.tokenspeed import register_kernels
+    from dsv4_plugin.engines.tokenspeed import register_kernels
 
     load(DSV4_LOG="debug")
     register_kernels()

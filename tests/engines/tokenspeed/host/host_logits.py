@@ -87,9 +87,9 @@ def test_own_logits_are_deepgemms_rounded(engine, load):
     decode(engine, batch)
     theirs = engine.calls[-1]
     load(DSV4_TOPK="bf16", DSV4_LOGITS="own")
-    from dsv4_plugin.integrations.tokenspeed import guard
+    from dsv4_plugin.engines.tokenspeed import policy
 
-    guard.forget()
+    policy.forget()
     decode(engine, batch)
     ours = engine.calls[-1]
     assert (theirs.own, ours.own) == (False, True)

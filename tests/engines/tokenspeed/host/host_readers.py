@@ -109,7 +109,7 @@ def test_it_does_not_synchronise(engine, read, monkeypatch):
 
 
 def test_unregister_puts_the_loop_back(engine, loop, read):
-    from dsv4_plugin.integrations.tokenspeed import unregister
+    from dsv4_plugin.engines.tokenspeed import unregister
 
     assert vars(engine.runtime())[NAME] is read is not loop
     unregister()
@@ -117,7 +117,7 @@ def test_unregister_puts_the_loop_back(engine, loop, read):
 
 
 def test_a_patch_of_somebody_else_is_left(engine, load, caplog):
-    from dsv4_plugin.integrations.tokenspeed import unregister
+    from dsv4_plugin.engines.tokenspeed import unregister
 
     load()
 
@@ -145,7 +145,7 @@ def test_a_backend_that_cannot_be_had_is_an_error(engine, load):
 
 def test_an_op_that_raises_is_served_by_the_loop(engine, load, loop, monkeypatch, caplog):
     load()
-    from dsv4_plugin.integrations.tokenspeed import readers
+    from dsv4_plugin.engines.tokenspeed import readers
 
     monkeypatch.setitem(readers._READ, "read.fp8", lambda *a, **k: 1 / 0)
     cache, slots = written(engine)
@@ -171,7 +171,7 @@ def test_the_mxfp4_sibling_of_another_release(engine, load):
     from kits.oracles import read_mxfp4_one_by_one
 
     from dsv4_plugin.cli.checks.inputs import mxfp4_cache
-    from dsv4_plugin.integrations.tokenspeed import readers
+    from dsv4_plugin.engines.tokenspeed import readers
 
     load()
     module = types.ModuleType("an_older_release")

@@ -100,7 +100,7 @@ def test_another_gpu_keeps_tokenspeeds(engine, load, caplog):
 
 
 def test_without_the_compiled_kernels_nothing_is_registered(engine, load, caplog, monkeypatch):
-    from dsv4_plugin.integrations.tokenspeed import registration
+    from dsv4_plugin.engines.tokenspeed import registration
 
     monkeypatch.setattr(registration.cuda, "missing", lambda: "the library is not there")
     assert load(DSV4_BACKEND="auto") == []
@@ -109,7 +109,7 @@ def test_without_the_compiled_kernels_nothing_is_registered(engine, load, caplog
 
 
 def test_with_the_compiled_kernels_only_hopper_selects_ours(engine, load, monkeypatch):
-    from dsv4_plugin.integrations.tokenspeed import registration
+    from dsv4_plugin.engines.tokenspeed import registration
 
     monkeypatch.setattr(registration.cuda, "missing", lambda: None)
     assert load(DSV4_BACKEND="auto") == OURS
@@ -151,7 +151,7 @@ def test_twice_is_once(engine, load):
 
 
 def test_unregister_gives_the_registry_back(engine, load):
-    from dsv4_plugin.integrations.tokenspeed import unregister
+    from dsv4_plugin.engines.tokenspeed import unregister
 
     before = set(engine.registry._by_name)
     load()
@@ -280,10 +280,10 @@ def test_strict_raises_instead(engine, load, monkeypatch, upstream):
 
 
 def test_a_facade_of_another_shape(engine, load, monkeypatch, caplog):
-    from dsv4_plugin.integrations.tokenspeed import sites
+    from dsv4_plugin.engines.tokenspeed import probe
 
-    modes = {**sites.MODES, "dsa_decode_topk": ("queries", "weights")}
-    monkeypatch.setattr(sites, "MODES", modes)
+    modes = {**probe.MODES, "dsa_decode_topk": ("queries", "weights")}
+    monkeypatch.setattr(probe, "MODES", modes)
     assert "dsv4_plugin_dsa_decode_topk" not in load()
     assert engine.chosen("dsa_decode_topk") == engine.own["dsa_decode_topk"]
     assert dsv4_plugin.status()["seams"]["topk.dsa_decode_topk"]["where"] is None
@@ -298,7 +298,7 @@ def test_a_registry_of_another_shape(engine, load, monkeypatch, caplog):
 
 
 def test_the_adapter_itself_is_broken(engine, load, monkeypatch, caplog):
-    from dsv4_plugin.integrations.tokenspeed import readers, registration
+    from dsv4_plugin.engines.tokenspeed import readers, registration
 
     monkeypatch.setattr(registration, "install", lambda: 1 / 0)
     monkeypatch.setattr(readers, "look", lambda: 1 / 0)

@@ -53,7 +53,7 @@ def _engine(start):
 @pytest.fixture
 def engine(_engine, monkeypatch, caplog):
     """The engine with the plugin freshly registered and nobody having asked for it."""
-    from dsv4_plugin.integrations.vllm import register, unregister
+    from dsv4_plugin.engines.vllm import register, unregister
 
     for name in [n for n in os.environ if n.startswith("DSV4_")]:
         monkeypatch.delenv(name)

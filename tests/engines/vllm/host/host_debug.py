@@ -6,7 +6,7 @@ import pytest
 from host_calls import BATCHES
 from kits.told import check_process, forget, told
 
-from dsv4_plugin.integrations.vllm import register, unregister
+from dsv4_plugin.engines.vllm import register, unregister
 
 MIXED = BATCHES["mixed"]
 TOPKS = ("topk.decode", "topk.prefill", "topk.slots", "topk.fill")
@@ -97,10 +97,10 @@ def test_a_setting_of_the_engines_configuration_is_told(engine, run, anew, said)
 
 
 def test_a_second_time_is_told(engine, anew, said):
-    from dsv4_plugin.integrations.vllm import seams
+    from dsv4_plugin.engines.vllm import install
 
     anew(DSV4_PLUGIN="1", DSV4_LOG="debug")
-    seams.install(engine.indexer)
+    install.install(engine.indexer)
     assert any(line.endswith("sparse_attn_indexer is patched already") for line in said())
 
 

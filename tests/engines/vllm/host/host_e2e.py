@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.server import vllm_side
-from dsv4_plugin.integrations import source
+from dsv4_plugin.engines.shared import source
 
 ROOT = Path(__file__).resolve().parents[4]
 FORMS = {"tiny": (6, 3), "full": (43, 21), "two layers": (2, 1)}

@@ -13,8 +13,8 @@ from host_calls import BATCHES
 
 import dsv4_plugin
 from dsv4_plugin import ops
-from dsv4_plugin.integrations import plan
-from dsv4_plugin.integrations.vllm import calls, register, unregister
+from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.vllm import register, unregister, wrappers
 
 OP = "sparse_attn_indexer"
 
@@ -89,7 +89,7 @@ CHANGES = {"ragged": ragged, "padded": padded, "pieces": pieces, "context parall
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_where_a_row_may_be_left_over_the_fill_stays(engine, on, change):
     """Only the question is asked here: what vLLM does with such a batch needs Triton, or ranks."""
-    from dsv4_plugin.integrations.vllm import fill
+    from dsv4_plugin.engines.vllm import fill
 
     problem = engine.problem(decode=(700, 1500))
     with built(engine, problem), engine.forward(problem):
@@ -130,8 +130,8 @@ def test_what_fails_is_filled_before_vllm_selects(engine, on, monkeypatch, part)
         rows.append(problem.buffer[:3].clone())
         return widen(scores)
 
-    widen = calls.plain
-    monkeypatch.setattr(calls, "plain", plain)
+    widen = wrappers.plain
+    monkeypatch.setattr(wrappers, "plain", plain)
     name = "dsv4_plugin.ops.topk" if part == "top-k" else "dsv4_plugin.logits.paged_logits"
     with built(engine, problem) as layer:
         monkeypatch.setattr(name, lambda *a, **k: 1 / 0)
@@ -144,7 +144,7 @@ def test_what_fails_is_filled_before_vllm_selects(engine, on, monkeypatch, part)
 
 def test_a_call_that_leaves_it_out_itself(engine, on, found):
     """As V3.2's fused kernel does: the arguments go through as they are."""
-    from dsv4_plugin.integrations.vllm import fill
+    from dsv4_plugin.engines.vllm import fill
 
     heard = []
     names = ("hidden_states", fill.ARGUMENT)
@@ -180,7 +180,7 @@ def test_a_compiler_sees_the_op(engine, on, monkeypatch):
     problem = engine.problem(decode=(700, 1500))
     with built(engine, problem) as layer:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        from dsv4_plugin.integrations.vllm import fill
+        from dsv4_plugin.engines.vllm import fill
 
         monkeypatch.setattr(fill, "left_out", lambda *a: 1 / 0)
         ours = getattr(torch.ops.vllm, OP)
@@ -190,7 +190,7 @@ def test_a_compiler_sees_the_op(engine, on, monkeypatch):
 
 
 def test_the_op_without_the_argument(engine, monkeypatch):
-    from dsv4_plugin.integrations.vllm import fill
+    from dsv4_plugin.engines.vllm import fill
 
     unregister()
     monkeypatch.setattr(fill, "NEEDED", (*fill.NEEDED, "an_argument_of_tomorrow"))

@@ -127,7 +127,7 @@ def test_dotted_additional_config(parsers, arg_utils):
 def test_the_flag_goes_with_the_plugin(arg_utils, engine):
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from dsv4_plugin.integrations.vllm import register, unregister
+    from dsv4_plugin.engines.vllm import register, unregister
 
     ours = vars(arg_utils.EngineArgs)["add_cli_args"]
     unregister()
@@ -156,7 +156,7 @@ def test_vllm_plugins_is_an_allow_list(monkeypatch):
     """A VLLM_PLUGINS that leaves dsv4 out leaves the plugin out; the documentation says so."""
     from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_plugins_by_group
 
-    from dsv4_plugin.integrations.vllm import register
+    from dsv4_plugin.engines.vllm import register
 
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     assert load_plugins_by_group(DEFAULT_PLUGINS_GROUP)["dsv4"] is register
@@ -169,7 +169,7 @@ def _child(queue) -> None:
 
     load_general_plugins()
     from dsv4_plugin import settings
-    from dsv4_plugin.integrations.import_hooks import _finder
+    from dsv4_plugin.engines.shared.import_hooks import _finder
 
     queue.put((settings().enabled, sorted(_finder.pending), INDEXER in sys.modules))
 

@@ -50,7 +50,7 @@ def test_candidate_blocks_of_v41(engine, run, monkeypatch):
         assert masked == [torch.float32] * 2
     else:  # a release without them: the attribute is what the guard looks at
         original = engine.indexer.SparseAttnIndexer.__init__.__wrapped__
-        from dsv4_plugin.integrations.vllm import register, unregister
+        from dsv4_plugin.engines.vllm import register, unregister
 
         unregister()
 
@@ -286,7 +286,7 @@ def test_a_bad_additional_config_is_an_error_at_the_layer(engine, run, own, part
 
 
 def test_a_bad_variable_is_an_error_at_the_layer_and_none_in_register(engine, run, monkeypatch):
-    from dsv4_plugin.integrations.vllm import register
+    from dsv4_plugin.engines.vllm import register
 
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_TOPK", "half")
@@ -335,10 +335,10 @@ class Cuda:
     """A layer's view of a Hopper GPU: the decision looks at devices, never at data."""
 
     def __init__(self, monkeypatch, unmet):
-        from dsv4_plugin.integrations.vllm import guard
+        from dsv4_plugin.engines.vllm import policy
 
         self.asked = []
-        real = guard._seen
+        real = policy._seen
 
         def seen(layer, config):
             import dataclasses
@@ -349,12 +349,12 @@ class Cuda:
             self.asked.append((call.op, backend))
             return unmet.get((call.op, backend), [])
 
-        monkeypatch.setattr(guard, "_seen", seen)
-        monkeypatch.setattr(guard.backends, "unmet", answer)
+        monkeypatch.setattr(policy, "_seen", seen)
+        monkeypatch.setattr(policy.backends, "unmet", answer)
 
 
 def decided():
-    from dsv4_plugin.integrations import plan
+    from dsv4_plugin.engines.shared import plan
 
     now = plan.current()
     return now.topk and now.topk.backend, now.gather
@@ -373,7 +373,7 @@ def test_on_cuda_auto_takes_its_own_logits_and_else_deepgemms(
     engine, run, monkeypatch, can_bf16, op
 ):
     """Both of ours have to be there: what decode and prefill select on is of one dtype."""
-    from dsv4_plugin.integrations import plan
+    from dsv4_plugin.engines.shared import plan
 
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     Cuda(monkeypatch, {(op, "cuda"): ["no such kernel"]})

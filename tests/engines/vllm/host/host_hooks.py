@@ -12,8 +12,8 @@ from conftest import INDEXER, another_reader
 from host_calls import BATCHES, UPSTREAM_TOPK, names
 
 import dsv4_plugin
+from dsv4_plugin.engines.vllm import register, unregister
 from dsv4_plugin.errors import UnmetError
-from dsv4_plugin.integrations.vllm import register, unregister
 
 MIXED = BATCHES["mixed"]
 whose = pytest.mark.parametrize("whose", ["auto", "host"])
@@ -56,7 +56,7 @@ def test_the_import_hook_found_every_seam(_engine):
 
 def test_the_probe_of_the_source_finds_the_same(_engine):
     """What ``dsv4-plugin doctor`` shows, without importing vLLM, is what is patched."""
-    from dsv4_plugin.integrations.vllm import probe
+    from dsv4_plugin.engines.vllm import probe
 
     found = probe()
     assert set(found) == set(_engine.after_import["seams"])

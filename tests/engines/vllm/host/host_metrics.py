@@ -12,7 +12,7 @@ import pytest
 from host_calls import BATCHES
 
 from dsv4_plugin import metrics
-from dsv4_plugin.integrations.vllm import register, unregister
+from dsv4_plugin.engines.vllm import register, unregister
 
 MIXED = BATCHES["mixed"]
 

@@ -11,7 +11,7 @@ from host_calls import BATCHES, UPSTREAM_TOPK, batches, names
 from kits import host_parts, vllm_host
 
 import dsv4_plugin
-from dsv4_plugin.integrations import plan, shadow
+from dsv4_plugin.engines.shared import plan, shadow
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +182,7 @@ def test_the_prefill_budget_counts_two_bytes_for_bf16(engine, run, monkeypatch, 
 
 
 def test_a_planner_that_counts_otherwise_is_left_alone(engine, monkeypatch):
-    from dsv4_plugin.integrations.vllm import register, unregister
+    from dsv4_plugin.engines.vllm import register, unregister
 
     unregister()
     planner = sys.modules["vllm.v1.attention.backends.mla.indexer"]

@@ -13,8 +13,8 @@ from conftest import canonical
 from host_calls import BATCHES
 
 import dsv4_plugin
-from dsv4_plugin.integrations import plan
-from dsv4_plugin.integrations.vllm import register, slots, unregister
+from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.vllm import register, slots, unregister
 
 DECODES = {name: batch for name, batch in BATCHES.items() if batch.get("decode")}
 
@@ -259,9 +259,9 @@ def test_nobody_asks(engine, run, attention, on):
 
 def test_more_rows_than_a_batch_has(engine, run, attention, on, monkeypatch):
     """The buffers have the rows that a decode batch can have; a larger call goes without."""
-    from dsv4_plugin.integrations.vllm import guard
+    from dsv4_plugin.engines.vllm import policy
 
-    monkeypatch.setattr(guard, "_decode_rows", lambda config, most: 1)
+    monkeypatch.setattr(policy, "_decode_rows", lambda config, most: 1)
     problem = engine.problem(decode=(700, 1500))
     through(engine, run, attention, problem)
     assert attention.transforms == 1 and "topk.slots" not in counters()
@@ -363,9 +363,9 @@ def test_prefill_context_parallelism(engine, run, attention, on, pcp):
     with engine.gpu(90), engine.config():
         layer = engine.layer(problem)
         layer.use_pcp = pcp
-        from dsv4_plugin.integrations.vllm import guard
+        from dsv4_plugin.engines.vllm import policy
 
-        guard.built(layer)
+        policy.built(layer)
     assert seam()["engaged"] is not pcp
 
 
@@ -403,10 +403,10 @@ def test_a_seam_that_is_missing_or_other(engine, run, attention, on, monkeypatch
 
 
 def test_a_source_without_it_is_one_line(engine, monkeypatch, caplog):
-    from dsv4_plugin.integrations.vllm import sites
+    from dsv4_plugin.engines.vllm import probe
 
     unregister()
-    monkeypatch.setattr(sites, "TO_SLOTS", "slots_of_tomorrow")
+    monkeypatch.setattr(probe, "TO_SLOTS", "slots_of_tomorrow")
     caplog.clear()
     register()
     lines = [r.message for r in caplog.records if "upstream's stays at" in r.message]

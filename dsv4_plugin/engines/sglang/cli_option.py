@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dsv4_plugin import envs, log
-from dsv4_plugin.integrations.sglang import sites
+from dsv4_plugin.engines.sglang import probe
 
 __all__ = ["OPTION", "add_cli_args", "target"]
 
@@ -42,7 +42,7 @@ class TopkAction(argparse.Action):
 
 def target() -> str | None:
     """Return what to hook, or None where SGLang's parser looks different."""
-    site = sites.look()["flag"]
+    site = probe.look()["flag"]
     return site.targets[0] if site.targets else None
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from dsv4_plugin import backends, envs
-from dsv4_plugin.integrations import choice, logits, shadow
-from dsv4_plugin.integrations.decisions import Decisions, announce
-from dsv4_plugin.integrations.plan import Topk
-from dsv4_plugin.integrations.sglang import seams
+from dsv4_plugin.engines.sglang import install
+from dsv4_plugin.engines.shared import decision, logits, shadow
+from dsv4_plugin.engines.shared.decisions import Decisions, announce
+from dsv4_plugin.engines.shared.plan import Topk
 from dsv4_plugin.state import state
 
 __all__ = ["forget", "for_dsa", "for_v4"]
@@ -63,11 +63,11 @@ def for_dsa(dsa_backend: Any, k: int, device: torch.device) -> Topk | None:
 
 
 def _get(kind: _Kind) -> Topk | None:
-    if not seams.installed():
+    if not install.installed():
         return None
     names = ("forward", "topk.paged", "logits") if kind.name == _V4 else ("topk.dsa",)
 
-    def decided(topk: Topk | None, passed: choice.Passed) -> None:
+    def decided(topk: Topk | None, passed: decision.Passed) -> None:
         announce(str(kind), names, topk, passed)
         if topk is not None:
             shadow.prepare(kind.device, "paged" if kind.name == _V4 else "dsa")
@@ -81,7 +81,7 @@ def _get(kind: _Kind) -> Topk | None:
 
 
 def _possible(dtype: str, settings: envs.Settings, kind: _Kind) -> tuple[Topk | None, list[str]]:
-    reasons = choice.unfit_k(kind.k)
+    reasons = decision.unfit_k(kind.k)
     if settings.indexer_read not in ("auto", "off"):
         reasons.append(
             f"DSV4_INDEXER_READ={settings.indexer_read} has no seam: {state.host} gathers the "
@@ -94,16 +94,16 @@ def _possible(dtype: str, settings: envs.Settings, kind: _Kind) -> tuple[Topk | 
         reasons.append(f"SGLang was told to use --dsa-topk-backend {name}")
     reasons += [f"SGLang was told to use its own top-k by {n}" for n in _OTHER_TOPK if _set(n)]
     for name in ("forward", "topk.paged") if kind.name == _V4 else ("topk.dsa",):
-        reasons += seams.problems(name)
-    backend = choice.topk_backend(settings, kind.device.type != "cpu")
-    reasons += choice.unmet_topk(dtype, backend, kind.device, kind.k)
+        reasons += install.problems(name)
+    backend = decision.topk_backend(settings, kind.device.type != "cpu")
+    reasons += decision.unmet_topk(dtype, backend, kind.device, kind.k)
     who, why = logits.choose(
         settings,
         dtype,
         lambda: _host_logits(dtype, kind),
         lambda: _own_logits(dtype, backend, kind),
     )
-    reasons = choice.unique([*reasons, *why])
+    reasons = decision.unique([*reasons, *why])
     ask = dtype == "bf16" and who == "host"
     return (None, reasons) if reasons else (Topk(dtype, backend, ask, who), [])
 
@@ -112,7 +112,7 @@ def _elsewhere(kind: _Kind) -> list[str]:
     """Return why the logits of this call do not come from the functions that can be wrapped."""
     if kind.name != _V4:
         return ["V3.2 and GLM select on float32 logits; they were not trained with bfloat16 ones"]
-    reasons = seams.problems("logits")
+    reasons = install.problems("logits")
     return reasons + [
         f"SGLang was told to compute its index logits elsewhere by {name}"
         for name in _OTHER_LOGITS
@@ -126,7 +126,7 @@ def _own_logits(dtype: str, backend: str, kind: _Kind) -> list[str]:
         return ["own logits: V3.2 and GLM have no seam for them in SGLang"]
     reasons = [] if kind.fp4 else _elsewhere(kind)
     reasons += logits.unmet(dtype, backend, kind.device)
-    return reasons or ([] if kind.fp4 else seams.wrap_deep_gemm())  # fp4: said already
+    return reasons or ([] if kind.fp4 else install.wrap_deep_gemm())  # fp4: said already
 
 
 def _host_logits(dtype: str, kind: _Kind) -> list[str]:
@@ -138,7 +138,7 @@ def _host_logits(dtype: str, kind: _Kind) -> list[str]:
     reasons = _elsewhere(kind)
     if kind.device.type == "cuda" and backends.capability(kind.device) < (9, 0):
         reasons.append("DeepGEMM's index logits need a GPU of compute capability 9.0 or later")
-    return reasons or seams.wrap_deep_gemm(asked=True)
+    return reasons or install.wrap_deep_gemm(asked=True)
 
 
 def _set(name: str) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from dsv4_plugin.integrations import source
-from dsv4_plugin.integrations.source import Missing, Site
+from dsv4_plugin.engines.shared import source
+from dsv4_plugin.engines.shared.source import Missing, Site
 
 __all__ = ["MODES", "OPS", "READERS", "look"]
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from dsv4_plugin import backends, envs, facts, log
+from dsv4_plugin.engines.shared import decision, logits, plan, shadow
+from dsv4_plugin.engines.shared.decision import unique
+from dsv4_plugin.engines.shared.plan import Plan, Topk
+from dsv4_plugin.engines.vllm import slots
 from dsv4_plugin.errors import SettingError, UnmetError
-from dsv4_plugin.integrations import choice, logits, plan, shadow
-from dsv4_plugin.integrations.choice import unique
-from dsv4_plugin.integrations.plan import Plan, Topk
-from dsv4_plugin.integrations.vllm import slots
 from dsv4_plugin.state import state
 
 __all__ = ["built", "forget"]
@@ -86,12 +86,12 @@ def built(layer: Any) -> None:
 
 def _beside(layer: Any, layers: list[_Layer], config: Any) -> dict[str, str | None]:
     """Return why each of what goes with the decode top-k does not; prepare what does."""
-    from dsv4_plugin.integrations.vllm import seams
+    from dsv4_plugin.engines.vllm import install
 
     why = _unlike(layer, layers)
     if why:
         return dict.fromkeys(("topk.slots", "topk.fill"), why)
-    no_slots, no_fill = seams.reach_slots(), seams.reach_fill(config)
+    no_slots, no_fill = install.reach_slots(), install.reach_fill(config)
     if not no_slots:
         buffer = layer.topk_indices_buffer
         slots.prepare(buffer, _decode_rows(config, buffer.shape[0]))
@@ -161,9 +161,9 @@ def _own(config: Any) -> Mapping[str, Any] | None:
 
 def _platform() -> Any:
     """Return the platform as the indexer itself sees it."""
-    from dsv4_plugin.integrations.vllm import seams
+    from dsv4_plugin.engines.vllm import install
 
-    return getattr(seams.indexer(), "current_platform", None)
+    return getattr(install.indexer(), "current_platform", None)
 
 
 def _seen(layer: Any, config: Any) -> _Layer:
@@ -175,7 +175,7 @@ def _seen(layer: Any, config: Any) -> _Layer:
             "indexer takes another way there"
         )
     k = getattr(layer, "topk_tokens", None)
-    unfit += choice.unfit_k(k)
+    unfit += decision.unfit_k(k)
     chosen = getattr(layer, "topk_backend", "auto")
     if chosen != "auto":
         unfit.append(f"vLLM was told to use sparse_indexer_topk_backend={chosen!r}")
@@ -208,10 +208,10 @@ def _is_v4(config: Any) -> bool:
 
 def _decide_topk(
     settings: envs.Settings, layers: list[_Layer]
-) -> tuple[Topk | None, choice.Passed]:
+) -> tuple[Topk | None, decision.Passed]:
     """Return the choice, and for each dtype that was passed over why."""
     dtypes = ("bf16", "fp32") if all(layer.is_v4 for layer in layers) else ("fp32",)
-    return choice.choose_topk(
+    return decision.choose_topk(
         settings,
         dtypes,
         lambda dtype: _possible(dtype, settings, layers),
@@ -223,15 +223,15 @@ def _possible(
     dtype: str, settings: envs.Settings, layers: list[_Layer]
 ) -> tuple[Topk | None, list[str]]:
     """Return how top-k in ``dtype`` can be done for every layer, or every reason why it cannot."""
-    from dsv4_plugin.integrations.vllm import seams
+    from dsv4_plugin.engines.vllm import install
 
     reasons = [reason for layer in layers for reason in layer.unfit]
     for name in ("guard", "topk.decode", "topk.prefill", "logits"):
-        reasons += seams.problems(name)
+        reasons += install.problems(name)
     on_gpu = any(layer.device.type == "cuda" for layer in layers)
-    backend = choice.topk_backend(settings, on_gpu)
+    backend = decision.topk_backend(settings, on_gpu)
     for layer in layers:
-        reasons += choice.unmet_topk(dtype, backend, layer.device, layer.k)
+        reasons += decision.unmet_topk(dtype, backend, layer.device, layer.k)
     ask = False
 
     def host() -> list[str]:
@@ -249,7 +249,7 @@ def _possible(
 
 def _host_logits(dtype: str) -> tuple[bool, list[str]]:
     """Return whether DeepGEMM has to be asked for this dtype, and why it cannot be had from it."""
-    from dsv4_plugin.integrations.vllm import seams
+    from dsv4_plugin.engines.vllm import install
 
     if dtype == "fp32":
         return False, []
@@ -258,10 +258,10 @@ def _host_logits(dtype: str) -> tuple[bool, list[str]]:
     platform = _platform()
     if platform is None or not platform.has_device_capability(90):
         return False, ["DeepGEMM's index logits need a GPU of compute capability 9.0 or later"]
-    if seams.takes_logits_dtype():
+    if install.takes_logits_dtype():
         return True, []
     # From 0.33 DeepGEMM writes bfloat16 on 10.x, unasked, and vLLM widens it afterwards.
-    if hasattr(seams.indexer(), "as_fp32_logits"):
+    if hasattr(install.indexer(), "as_fp32_logits"):
         if platform.is_device_capability_family(100):
             return False, []
         return False, [
@@ -271,7 +271,7 @@ def _host_logits(dtype: str) -> tuple[bool, list[str]]:
 
 
 def _decide_gather(settings: envs.Settings, layers: list[_Layer]) -> tuple[str | None, list[str]]:
-    from dsv4_plugin.integrations.vllm import seams
+    from dsv4_plugin.engines.vllm import install
 
     mode = settings.indexer_read
     if mode == "off":
@@ -284,7 +284,7 @@ def _decide_gather(settings: envs.Settings, layers: list[_Layer]) -> tuple[str |
         wish, candidates = f"DSV4_INDEXER_READ={mode}", [mode]
     elif settings.backend != "auto":
         wish, candidates = f"DSV4_BACKEND={settings.backend} for the key gather", [settings.backend]
-    reasons = [why for layer in layers for why in layer.no_gather] + seams.problems("gather")
+    reasons = [why for layer in layers for why in layer.no_gather] + install.problems("gather")
     possible = not reasons
     call = backends.Call("gather", device, torch.uint8)
     for backend in candidates:

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.integrations import plan
-from dsv4_plugin.integrations.vllm.host import by_name, forward_pass
-from dsv4_plugin.integrations.vllm.sites import TO_SLOTS_TAKES
+from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.vllm.engine_calls import by_name, forward_pass
+from dsv4_plugin.engines.vllm.probe import TO_SLOTS_TAKES
 from dsv4_plugin.state import state
 
 __all__ = ["Paged", "beside", "forget", "mark", "passed_on", "prepare", "taken", "void", "wrote"]

@@ -1,4 +1,4 @@
-"""Which hooks are put where. Each is looked for first (:mod:`.sites`), AROUND, and reversible.
+"""Which hooks are put where. Each is looked for first (:mod:`.probe`), AROUND, and reversible.
 
 DeepGEMM is not hooked by the registry: resolving such a target imports it, and it loads a CUDA
 extension, in launchers too. Its functions are wrapped when the indexer's forward first runs.
@@ -13,10 +13,10 @@ from importlib import metadata
 from typing import Any
 
 from dsv4_plugin import log
-from dsv4_plugin.integrations import choice, plan, shadow
-from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
-from dsv4_plugin.integrations.patching import Ledger
-from dsv4_plugin.integrations.sglang import registry, sites
+from dsv4_plugin.engines.sglang import probe, registry
+from dsv4_plugin.engines.shared import decision, plan, shadow
+from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
+from dsv4_plugin.engines.shared.patches import Ledger
 from dsv4_plugin.state import Seam, state
 
 __all__ = ["install", "installed", "intact", "problems", "uninstall", "wrap_deep_gemm"]
@@ -28,16 +28,16 @@ _PAGED = ("scores", "seq_lens", "page_tables", "out_page_indices", "page_size")
 
 def install() -> None:
     """Register a hook for every seam that is there."""
-    from dsv4_plugin.integrations.sglang import calls
+    from dsv4_plugin.engines.sglang import wrappers
 
     if _targets:
         return
     state.host = f"SGLang {_version()}"
-    found = sites.look()
+    found = probe.look()
     hooks: dict[str, tuple[Callable[..., Any], ...]] = {
-        "forward": (calls.forward,),
-        "topk.paged": (calls.topk_v1, calls.topk_v2),
-        "topk.dsa": (calls.topk_dsa,),
+        "forward": (wrappers.forward,),
+        "topk.paged": (wrappers.topk_v1, wrappers.topk_v2),
+        "topk.dsa": (wrappers.topk_dsa,),
     }
     for name, site in found.items():
         state.found(Seam(name, site.where, site.why or "no call came yet"))
@@ -49,7 +49,7 @@ def install() -> None:
     missing = [f"{name} ({site.why})" for name, site in found.items() if site.where is None]
     if missing:
         # Nothing else can tell of a wish for a seam that is not there: no call would reach us.
-        level = logging.ERROR if choice.explicit() else logging.INFO
+        level = logging.ERROR if decision.explicit() else logging.INFO
         log.once(level, f"{state.host}: upstream's stays at {'; '.join(missing)}")
 
 
@@ -62,11 +62,11 @@ def _version() -> str:
 
 def uninstall() -> None:
     """Put DeepGEMM back and forget what was decided; the registry's hooks are its own business."""
-    from dsv4_plugin.integrations.sglang import guard
+    from dsv4_plugin.engines.sglang import policy
 
     _ledger.restore()
     _targets.clear()
-    guard.forget()
+    policy.forget()
     plan.decide(plan.INERT)
     shadow.forget()
     state.reset()
@@ -120,13 +120,13 @@ def wrap_deep_gemm(asked: bool = False) -> list[str]:
     scores; half the bytes are written and read. Our own kernel writes them, or DeepGEMM where ours
     cannot and it has the functions. May go when SGLang can be told to write bfloat16.
     """
-    from dsv4_plugin.integrations.sglang import calls
+    from dsv4_plugin.engines.sglang import wrappers
 
     try:
         import deep_gemm
     except Exception as error:
         return [f"deep_gemm cannot be imported ({type(error).__name__}: {error})"]
-    pairs = {name: name.replace("fp8_", "fp8_fp4_", 1) for name in sites.LOGITS}
+    pairs = {name: name.replace("fp8_", "fp8_fp4_", 1) for name in probe.LOGITS}
     for name, wide in pairs.items():
         if not callable(vars(deep_gemm).get(name)):
             return [f"deep_gemm has no {name}"]
@@ -136,7 +136,9 @@ def wrap_deep_gemm(asked: bool = False) -> list[str]:
         if all(patch.ours for patch in _ledger.patches):
             return []
         return ["deep_gemm was patched by somebody else since"]
-    for (name, wide), ours in zip(pairs.items(), (calls.own_paged, calls.own_dense), strict=True):
-        wrapper = calls.logits(vars(deep_gemm)[name], vars(deep_gemm).get(wide), ours)
+    for (name, wide), ours in zip(
+        pairs.items(), (wrappers.own_paged, wrappers.own_dense), strict=True
+    ):
+        wrapper = wrappers.logits(vars(deep_gemm)[name], vars(deep_gemm).get(wide), ours)
         _ledger.replace(deep_gemm, name, wrapper, f"deep_gemm.{name}")
     return []

@@ -6,8 +6,8 @@ seam that is not recognised has no target, so nothing is registered for it.
 
 from __future__ import annotations
 
-from dsv4_plugin.integrations import source
-from dsv4_plugin.integrations.source import Missing, Site
+from dsv4_plugin.engines.shared import source
+from dsv4_plugin.engines.shared.source import Missing, Site
 
 __all__ = ["DSA", "INDEXER", "SERVER_ARGS", "look"]
 

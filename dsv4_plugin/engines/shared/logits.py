@@ -14,11 +14,11 @@ import torch
 
 from dsv4_plugin import backends, envs, log
 from dsv4_plugin import logits as ops
+from dsv4_plugin.engines.shared import decision, plan
+from dsv4_plugin.engines.shared.plan import Topk
+from dsv4_plugin.engines.shared.tensors import LENGTHS, dtype_name, saved_mib
 from dsv4_plugin.envs import Settings
 from dsv4_plugin.errors import UnmetError
-from dsv4_plugin.integrations import choice, plan
-from dsv4_plugin.integrations.plan import Topk
-from dsv4_plugin.integrations.tensors import LENGTHS, dtype_name, saved_mib
 from dsv4_plugin.state import state
 
 __all__ = ["AUTO", "choose", "dense", "failed", "paged", "unmet"]
@@ -61,9 +61,9 @@ def unmet(dtype: str, backend: str, device: torch.device) -> list[str]:
     why = [
         reason
         for op in ("paged_logits", "ragged_logits")
-        for reason in backends.unmet(backends.Call(op, device, choice.DTYPES[dtype]), backend)
+        for reason in backends.unmet(backends.Call(op, device, decision.DTYPES[dtype]), backend)
     ]
-    return [f"own logits by {backend}: {reason}" for reason in choice.unique(why)]
+    return [f"own logits by {backend}: {reason}" for reason in decision.unique(why)]
 
 
 def paged(
@@ -84,7 +84,7 @@ def paged(
         and weights.shape[0] == q.shape[0] * q.shape[1]
     ):
         return None
-    out = ops.new_logits(weights.shape[0], columns, choice.DTYPES[topk.dtype], q.device)
+    out = ops.new_logits(weights.shape[0], columns, decision.DTYPES[topk.dtype], q.device)
     ops.paged_logits(
         q, cache, weights, lengths, table,
         block_size=cache.shape[1], out=out, backend=topk.backend,
@@ -120,7 +120,7 @@ def dense(
     ):
         return None
     columns = columns or keys[0].shape[0]
-    out = ops.new_logits(q.shape[0], columns, choice.DTYPES[topk.dtype], q.device)
+    out = ops.new_logits(q.shape[0], columns, decision.DTYPES[topk.dtype], q.device)
     ops.ragged_logits(
         q, keys[0], keys[1].reshape(-1), weights, starts, ends, out=out, backend=topk.backend
     )

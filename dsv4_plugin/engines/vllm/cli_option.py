@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from dsv4_plugin import envs, log
-from dsv4_plugin.integrations.patching import Ledger
+from dsv4_plugin.engines.shared.patches import Ledger
 
 __all__ = ["KNOWN", "install", "uninstall"]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.shared.plan import Topk
+from dsv4_plugin.engines.shared.tensors import dtype_name
 from dsv4_plugin.errors import UnmetError
-from dsv4_plugin.integrations import plan
-from dsv4_plugin.integrations.plan import Topk
-from dsv4_plugin.integrations.tensors import dtype_name
 from dsv4_plugin.state import state
 
 __all__ = ["serve"]

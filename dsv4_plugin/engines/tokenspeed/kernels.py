@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from dsv4_plugin import ops
+from dsv4_plugin.engines.shared import logits as own
+from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
+from dsv4_plugin.engines.shared.plan import Topk
 from dsv4_plugin.errors import UnmetError
-from dsv4_plugin.integrations import logits as own
-from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
-from dsv4_plugin.integrations.plan import Topk
 
 __all__ = ["dsa_decode", "dsa_prefill", "dsv4_decode", "dsv4_prefill", "gather_slots", "quantise"]
 

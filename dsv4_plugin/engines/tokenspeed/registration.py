@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from dsv4_plugin import envs, log
+from dsv4_plugin.engines.shared import decision, plan
+from dsv4_plugin.engines.shared.fallback import serve
+from dsv4_plugin.engines.shared.plan import KS, Topk
+from dsv4_plugin.engines.tokenspeed import kernels, policy, probe
 from dsv4_plugin.errors import UnmetError
-from dsv4_plugin.integrations import choice, plan
-from dsv4_plugin.integrations.plan import KS, Topk
-from dsv4_plugin.integrations.serve import serve
-from dsv4_plugin.integrations.tokenspeed import guard, kernels, sites
 from dsv4_plugin.kernels import cuda
 from dsv4_plugin.state import Seam, state
 
@@ -55,16 +55,16 @@ def install() -> None:
         log.debug(f"{state.host}: our kernels are registered already")
         return
     state.host = host()
-    found = {name: site for name, site in sites.look().items() if name.startswith("topk.")}
+    found = {name: site for name, site in probe.look().items() if name.startswith("topk.")}
     for name, site in found.items():
         state.found(Seam(name, site.where, site.why or "no call came yet"))
     missing = [f"{name} ({site.why})" for name, site in found.items() if site.where is None]
     if missing:
-        level = logging.ERROR if choice.explicit() else logging.INFO
+        level = logging.ERROR if decision.explicit() else logging.INFO
         log.once(level, f"{state.host}: upstream's stays at {'; '.join(missing)}")
     if len(missing) == len(found):
         return
-    explicit = choice.explicit()
+    explicit = decision.explicit()
     idle = _idle(explicit)
     if idle:
         for name, site in found.items():
@@ -73,7 +73,7 @@ def install() -> None:
         log.once(logging.INFO, f"dsv4 inactive in {state.host}: upstream's top-k ({idle})")
         return
     keeps_reader = _setting("indexer_read") == "off"
-    for mode in sites.MODES:
+    for mode in probe.MODES:
         seam = state.seams[f"topk.{mode}"]
         if seam.where is None:
             continue
@@ -169,7 +169,7 @@ def _register(mode: str, explicit: bool) -> None:
 
 def _kernel(mode: str) -> Callable[..., Any]:
     """Make the function that the registry calls: ours, or on an error TokenSpeed's own."""
-    first = sites.MODES[mode]
+    first = probe.MODES[mode]
     ours = _OURS[mode]
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
@@ -177,7 +177,7 @@ def _kernel(mode: str) -> Callable[..., Any]:
         index = kwargs.get("q", kwargs.get("index_q"))
         q = index[0] if isinstance(index, tuple) else index
         assert isinstance(q, torch.Tensor)
-        chosen = guard.decide(mode, kwargs["topk"], q.device)
+        chosen = policy.decide(mode, kwargs["topk"], q.device)
         result: list[Any] = []
 
         def run(topk: Topk) -> None:
@@ -186,7 +186,7 @@ def _kernel(mode: str) -> Callable[..., Any]:
         def upstream() -> None:
             result.append(_next(mode, q, kwargs)(**kwargs))
 
-        dtype = choice.DTYPES[chosen.dtype] if chosen is not None else torch.float32
+        dtype = decision.DTYPES[chosen.dtype] if chosen is not None else torch.float32
         serve(mode, chosen, dtype, run, upstream)
         return result[0]
 
@@ -250,6 +250,6 @@ def uninstall() -> None:
                 take_out(name)
                 log.logger.debug("kernel %s: taken out", name)
         _registered.clear()
-    guard.forget()
+    policy.forget()
     plan.decide(plan.INERT)
     state.reset()

@@ -11,19 +11,17 @@ the plugin is switched on (``DSV4_PLUGIN=1``): TokenSpeed has no hook for its co
 
 from __future__ import annotations
 
-from typing import Any
-
 from dsv4_plugin import log
-from dsv4_plugin.integrations import import_hooks, startup
+from dsv4_plugin.engines.shared import activation, import_hooks
 
-__all__ = ["probe", "register", "register_kernels", "unregister"]
+__all__ = ["register", "register_kernels", "unregister"]
 
 
 def register_kernels() -> None:
     """Register our kernels in this process; never raises."""
     try:
-        if startup.may_patch("TokenSpeed") and startup.asked():
-            from dsv4_plugin.integrations.tokenspeed import registration
+        if activation.may_patch("TokenSpeed") and activation.asked():
+            from dsv4_plugin.engines.tokenspeed import registration
 
             registration.install()
     except Exception:
@@ -33,26 +31,18 @@ def register_kernels() -> None:
 def register() -> None:
     """Replace the readers of the indexer cache in this process; never raises."""
     try:
-        if startup.may_patch("TokenSpeed") and startup.asked():
-            from dsv4_plugin.integrations.tokenspeed import readers, sites
+        if activation.may_patch("TokenSpeed") and activation.asked():
+            from dsv4_plugin.engines.tokenspeed import probe, readers
 
             readers.look()
-            import_hooks.after_import(sites.OPS, readers.install)
+            import_hooks.after_import(probe.OPS, readers.install)
     except Exception:
         log.logger.exception("dsv4 could not be registered; TokenSpeed stays as it is")
 
 
 def unregister() -> None:
     """Take the kernels out of the registry and put the readers back."""
-    from dsv4_plugin.integrations.tokenspeed import sites
+    from dsv4_plugin.engines.tokenspeed import probe
 
-    import_hooks.forget(sites.OPS)
-    startup.uninstall(__name__, "readers", "registration")
-
-
-def probe() -> dict[str, dict[str, Any]]:
-    """Return, for ``dsv4-plugin doctor``, where each seam is; reads source, imports nothing."""
-    from dsv4_plugin.integrations.source import shown
-    from dsv4_plugin.integrations.tokenspeed import sites
-
-    return shown(sites.look())
+    import_hooks.forget(probe.OPS)
+    activation.uninstall(__name__, "readers", "registration")

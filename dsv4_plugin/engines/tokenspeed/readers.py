@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from dsv4_plugin import envs, log, ops
+from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.shared.patches import Ledger
+from dsv4_plugin.engines.tokenspeed import probe
 from dsv4_plugin.errors import UnmetError
-from dsv4_plugin.integrations import plan
-from dsv4_plugin.integrations.patching import Ledger
-from dsv4_plugin.integrations.tokenspeed import sites
 from dsv4_plugin.state import Seam, state
 
 __all__ = ["install", "look", "uninstall"]
@@ -34,25 +34,25 @@ _ROW_BYTES = {"read.fp8": 128 + 4, "read.mxfp4": 64 + 4}  # a key of 128 values
 
 def look() -> None:
     """Put the readers among the seams that ``status()`` shows."""
-    from dsv4_plugin.integrations.tokenspeed import registration
+    from dsv4_plugin.engines.tokenspeed import registration
 
     state.host = state.host or registration.host()
-    for name, site in sites.look().items():
-        if name in sites.READERS:
-            why = site.why or f"{sites.OPS} was not imported yet"
+    for name, site in probe.look().items():
+        if name in probe.READERS:
+            why = site.why or f"{probe.OPS} was not imported yet"
             state.found(Seam(name, site.where, why))
 
 
 def install(module: Any) -> None:
     """Replace the readers in TokenSpeed's module, each if it is what it is taken for."""
     off = envs.settings().indexer_read == "off"
-    for name, attribute in sites.READERS.items():
+    for name, attribute in probe.READERS.items():
         seam = state.seams.setdefault(name, Seam(name))
         original = vars(module).get(attribute)
         if original is None:
             continue  # said already: it is gone
         got = tuple(inspect.signature(original).parameters)
-        seam.where = f"{sites.OPS}.{attribute}"
+        seam.where = f"{probe.OPS}.{attribute}"
         if off:
             seam.why = "DSV4_INDEXER_READ=off"
         elif got != _PARAMETERS:
@@ -115,5 +115,5 @@ def _fits(name: str, cache: Any, slots: Any, block_size: Any) -> bool:
 def uninstall() -> None:
     """Put the readers back; one that somebody else replaced since stays theirs."""
     _ledger.restore()
-    for name in sites.READERS:
+    for name in probe.READERS:
         state.seams.pop(name, None)

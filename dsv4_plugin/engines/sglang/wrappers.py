@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from dsv4_plugin import ops
-from dsv4_plugin.integrations import logits as own
-from dsv4_plugin.integrations import plan, shadow
-from dsv4_plugin.integrations.plan import KS, Topk
-from dsv4_plugin.integrations.serve import serve
-from dsv4_plugin.integrations.sglang import guard, seams
-from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
+from dsv4_plugin.engines.sglang import install, policy
+from dsv4_plugin.engines.shared import logits as own
+from dsv4_plugin.engines.shared import plan, shadow
+from dsv4_plugin.engines.shared.fallback import serve
+from dsv4_plugin.engines.shared.plan import KS, Topk
+from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
 from dsv4_plugin.state import state
 
 __all__ = ["forward", "logits", "own_dense", "own_paged", "topk_dsa", "topk_v1", "topk_v2"]
@@ -47,8 +47,8 @@ def forward(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any)
     x = kwargs.get("x", args[0] if args else None)
     topk = None
     if c4 is not None and isinstance(x, torch.Tensor):
-        topk = guard.for_v4(self, c4, x.device)
-        if topk is not None and not seams.intact("topk.paged"):
+        topk = policy.for_v4(self, c4, x.device)
+        if topk is not None and not install.intact("topk.paged"):
             topk = None  # their reader was replaced since: bfloat16 must not be written
     before = _scope.topk, _scope.inside
     _scope.topk, _scope.inside = topk, True
@@ -266,8 +266,8 @@ def topk_dsa(
 
     decided = None
     if _decode_shaped(logits, lengths, topk, topk_transform_method, attn_metadata, given):
-        decided = guard.for_dsa(self, topk, logits.device)
-        if decided is not None and not seams.intact("topk.dsa"):
+        decided = policy.for_dsa(self, topk, logits.device)
+        if decided is not None and not install.intact("topk.dsa"):
             decided = None
 
     def ours(chosen: Topk) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from dsv4_plugin import backends, envs, log
+from dsv4_plugin.engines.shared.plan import KS, Topk
 from dsv4_plugin.envs import Settings
 from dsv4_plugin.errors import SettingError, UnmetError
-from dsv4_plugin.integrations.plan import KS, Topk
 
 __all__ = [
     "DTYPES",

@@ -2,11 +2,11 @@
 
 vLLM calls ``register()`` in every process: API server, engine core, workers, the subprocess that
 inspects models. It imports neither vLLM nor torch, never raises, and may run any number of times.
-It leaves three notes with Python's import system (:mod:`..import_hooks`):
+It leaves three notes with Python's import system (:mod:`..shared.import_hooks`):
 
-* ``vllm.engine.arg_utils`` → the command line learns ``--plugin dsv4`` (:mod:`.flag`);
+* ``vllm.engine.arg_utils`` → the command line learns ``--plugin dsv4`` (:mod:`.cli_option`);
 * ``vllm.model_executor.layers.sparse_attn_indexer`` → the seams are looked for and patched
-  (:mod:`.seams`), and every layer that is built is looked at (:mod:`.guard`);
+  (:mod:`.install`), and every layer that is built is looked at (:mod:`.policy`);
 * ``vllm.v1.metrics.prometheus`` → with ``DSV4_STATUS_DIR`` the status of the workers is in
   ``/metrics`` (:mod:`dsv4_plugin.metrics`).
 
@@ -19,12 +19,11 @@ only the option stays known, so that a command line with ``--plugin dsv4`` still
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from dsv4_plugin import log, metrics
-from dsv4_plugin.integrations import import_hooks, startup
+from dsv4_plugin.engines.shared import activation, import_hooks
 
-__all__ = ["INDEXER", "probe", "register", "unregister"]
+__all__ = ["INDEXER", "register", "unregister"]
 
 ARG_UTILS = "vllm.engine.arg_utils"
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
@@ -34,7 +33,7 @@ PROMETHEUS = "vllm.v1.metrics.prometheus"
 def register() -> None:
     """Install the adapter in this process; never raises."""
     try:
-        may = startup.may_patch("vLLM")
+        may = activation.may_patch("vLLM")
         import_hooks.after_import(ARG_UTILS, _on_arg_utils)
         if may:
             import_hooks.after_import(INDEXER, _on_indexer)
@@ -47,23 +46,15 @@ def register() -> None:
 def unregister() -> None:
     """Take every patch back; what somebody else has patched since stays theirs, with a log line."""
     import_hooks.forget(ARG_UTILS, INDEXER, PROMETHEUS)
-    startup.uninstall(__name__, "seams", "flag")
+    activation.uninstall(__name__, "install", "cli_option")
     if PROMETHEUS in sys.modules:
         metrics.withdraw(sys.modules[PROMETHEUS])
 
 
-def probe() -> dict[str, dict[str, Any]]:
-    """Return, for ``dsv4-plugin doctor``, where each seam is; reads source, imports nothing."""
-    from dsv4_plugin.integrations.source import shown
-    from dsv4_plugin.integrations.vllm import sites
-
-    return shown(sites.look())
-
-
 def _on_arg_utils(module: object) -> None:
-    from dsv4_plugin.integrations.vllm import flag
+    from dsv4_plugin.engines.vllm import cli_option
 
-    flag.install(module)
+    cli_option.install(module)
 
 
 def _on_prometheus(module: object) -> None:
@@ -71,6 +62,6 @@ def _on_prometheus(module: object) -> None:
 
 
 def _on_indexer(module: object) -> None:
-    from dsv4_plugin.integrations.vllm import seams
+    from dsv4_plugin.engines.vllm import install
 
-    seams.install(module)
+    install.install(module)

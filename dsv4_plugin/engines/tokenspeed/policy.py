@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from dsv4_plugin import envs
-from dsv4_plugin.integrations import choice, logits, shadow
-from dsv4_plugin.integrations.decisions import Decisions, announce
-from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
-from dsv4_plugin.integrations.plan import Topk
+from dsv4_plugin.engines.shared import decision, logits, shadow
+from dsv4_plugin.engines.shared.decisions import Decisions, announce
+from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
+from dsv4_plugin.engines.shared.plan import Topk
 
 __all__ = ["decide", "forget"]
 
@@ -37,7 +37,7 @@ def decide(mode: str, k: int, device: torch.device) -> Topk | None:
     """Return how a call of ``mode`` selects, or None: TokenSpeed's own kernel."""
     kind = _Kind(mode, k, device)
 
-    def decided(topk: Topk | None, passed: choice.Passed) -> None:
+    def decided(topk: Topk | None, passed: decision.Passed) -> None:
         announce(str(kind), (f"topk.{mode}",), topk, passed)
         if topk is not None:
             why = "TokenSpeed's kernels compute the scores and select in one call"
@@ -54,16 +54,16 @@ def decide(mode: str, k: int, device: torch.device) -> Topk | None:
 def _possible(
     settings: envs.Settings, dtype: str, mode: str, k: int, device: torch.device
 ) -> tuple[Topk | None, list[str]]:
-    reasons = choice.unfit_k(k)
-    backend = choice.topk_backend(settings, device.type != "cpu")
-    reasons += choice.unmet_topk(dtype, backend, device, k)
+    reasons = decision.unfit_k(k)
+    backend = decision.topk_backend(settings, device.type != "cpu")
+    reasons += decision.unmet_topk(dtype, backend, device, k)
     who, why = logits.choose(
         settings,
         dtype,
         lambda: _deep_gemm(dtype, "prefill" if "prefill" in mode else "decode"),
         lambda: logits.unmet(dtype, backend, device),
     )
-    reasons = choice.unique([*reasons, *why])
+    reasons = decision.unique([*reasons, *why])
     ask = dtype == "bf16" and who == "host"
     return (None, reasons) if reasons else (Topk(dtype, backend, ask, who), [])
 

@@ -9,9 +9,9 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from dsv4_plugin import envs, facts, log
-from dsv4_plugin.integrations import choice, plan
-from dsv4_plugin.integrations.choice import Passed
-from dsv4_plugin.integrations.plan import Plan, Topk
+from dsv4_plugin.engines.shared import decision, plan
+from dsv4_plugin.engines.shared.decision import Passed
+from dsv4_plugin.engines.shared.plan import Plan, Topk
 from dsv4_plugin.state import state
 
 __all__ = ["Decisions", "announce"]
@@ -67,7 +67,7 @@ class Decisions(Generic[Kind]):
         facts.process(state.host or "an engine")
         facts.device(kind.device)
         plan.decide(Plan(True, settings.strict))
-        topk, passed = choice.choose_topk(
+        topk, passed = decision.choose_topk(
             settings, candidates, lambda d: possible(settings, d), str(kind)
         )
         self._made[kind] = topk

@@ -1,13 +1,13 @@
 """Where vLLM can be changed, found in its source: what ``dsv4-plugin doctor`` shows.
 
-The patches themselves look at the modules once they are imported (:mod:`.seams`); this is the same
-question without importing an engine.
+The patches look at the imported modules (:mod:`.install`); this module asks the same question
+without importing an engine.
 """
 
 from __future__ import annotations
 
-from dsv4_plugin.integrations import source
-from dsv4_plugin.integrations.source import Missing, Site
+from dsv4_plugin.engines.shared import source
+from dsv4_plugin.engines.shared.source import Missing, Site
 
 __all__ = ["ATTENTION", "TO_SLOTS", "TO_SLOTS_TAKES", "look", "slots"]
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from dsv4_plugin import log
-from dsv4_plugin.integrations import plan, shadow
-from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
-from dsv4_plugin.integrations.patching import Ledger, Patch
-from dsv4_plugin.integrations.source import Missing
-from dsv4_plugin.integrations.vllm import calls, fill, guard, sites, slots
+from dsv4_plugin.engines.shared import plan, shadow
+from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
+from dsv4_plugin.engines.shared.patches import Ledger, Patch
+from dsv4_plugin.engines.shared.source import Missing
+from dsv4_plugin.engines.vllm import fill, policy, probe, slots, wrappers
 from dsv4_plugin.state import Seam, state
 
 __all__ = [
@@ -86,7 +86,7 @@ def uninstall() -> None:
     _indexer = None
     _ledger.restore(lambda patch: getattr(patch.replacement, "resolved", None))
     _by_seam.clear()
-    guard.forget()
+    policy.forget()
     slots.forget()
     plan.decide(plan.INERT)
     shadow.forget()
@@ -171,7 +171,7 @@ def _guard(module: Any) -> str:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        guard.built(self)
+        policy.built(self)
 
     _ledger.replace(cls, "__init__", __init__, "SparseAttnIndexer.__init__")
     return "SparseAttnIndexer.__init__"
@@ -209,7 +209,7 @@ def _decode_topk(module: Any) -> str:
         def upstream(plain: torch.Tensor, out: torch.Tensor) -> None:
             original(self, plain, seq_lens, next_n, out, topk_tokens, max_seq_len)
 
-        calls.decode_topk(logits, seq_lens, next_n, topk_indices, topk_tokens, upstream)
+        wrappers.decode_topk(logits, seq_lens, next_n, topk_indices, topk_tokens, upstream)
 
     _ledger.replace(cls, "forward", forward, "SparseIndexerTopk.forward")
     return "SparseIndexerTopk.forward"
@@ -278,13 +278,13 @@ class _OpShim:
         def upstream(plain: torch.Tensor, out: torch.Tensor) -> None:
             self.packet()(plain, lengths, out, workspace, k, max_seq_len)
 
-        return calls.decode_topk(logits, lengths, next_n, output, k, upstream)
+        return wrappers.decode_topk(logits, lengths, next_n, output, k, upstream)
 
     def _upstream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         slots.void()
         fill.make_up(args[2] if len(args) > 2 else kwargs.get("output"))
         if args:
-            args = (calls.plain(args[0]), *args[1:])
+            args = (wrappers.plain(args[0]), *args[1:])
         if plan.current().enabled:
             state.count("topk.decode.upstream")
         return self.packet()(*args, **kwargs)
@@ -315,7 +315,7 @@ def _prefill_topk(module: Any) -> str:
         raise _NotFound("sparse_attn_indexer does not call ops.top_k_per_row_prefill")
     where = "vllm._custom_ops.top_k_per_row_prefill"
     original = _exactly(vars(ops).get("top_k_per_row_prefill"), where, _PREFILL)
-    replacement = _around(original, calls.prefill_topk)
+    replacement = _around(original, wrappers.prefill_topk)
     _ledger.replace(ops, "top_k_per_row_prefill", replacement, where)
     return where
 
@@ -339,7 +339,7 @@ def _slots(module: Any) -> str:
     May go when vLLM's top-k writes slots, or its attention reads indices.
     """
     try:
-        return sites.slots().where or ""
+        return probe.slots().where or ""
     except Missing as error:
         raise _NotFound(str(error)) from error
 
@@ -350,16 +350,16 @@ def reach_slots() -> list[str]:
     seam = state.seams.get(name)
     if seam is None or seam.where is None:
         return problems(name)
-    module = sys.modules.get(sites.ATTENTION)
+    module = sys.modules.get(probe.ATTENTION)
     if module is None:
-        return [f"{sites.ATTENTION} is not this model's attention"]
+        return [f"{probe.ATTENTION} is not this model's attention"]
     if not _by_seam[name]:
         try:
-            original = _exactly(vars(module).get(sites.TO_SLOTS), seam.where, sites.TO_SLOTS_TAKES)
+            original = _exactly(vars(module).get(probe.TO_SLOTS), seam.where, probe.TO_SLOTS_TAKES)
         except _NotFound as error:
             return [str(error)]
         wrapper = _around(original, slots.taken)
-        _by_seam[name] = [_ledger.replace(module, sites.TO_SLOTS, wrapper, seam.where)]
+        _by_seam[name] = [_ledger.replace(module, probe.TO_SLOTS, wrapper, seam.where)]
     return problems(name)
 
 
@@ -437,12 +437,12 @@ def _logits(module: Any) -> str:
     keep = vars(module).get("as_fp32_logits")
     if keep is not None:
         _parameters(keep, "as_fp32_logits", ("logits",))
-    for name, ours in zip(names, (calls.paged_logits, calls.dense_logits), strict=True):
+    for name, ours in zip(names, (wrappers.paged_logits, wrappers.dense_logits), strict=True):
         original = vars(module)[name]
         _ledger.replace(module, name, _around(original, ours), name)
     if keep is not None:
         # Why: would widen logits that our top-k wants as they are. May go with the above.
-        replacement = _around(keep, calls.as_fp32_logits)
+        replacement = _around(keep, wrappers.as_fp32_logits)
         _ledger.replace(module, "as_fp32_logits", replacement, "as_fp32_logits")
     return "/".join((*names, *(("as_fp32_logits",) if keep is not None else ())))
 
@@ -477,7 +477,7 @@ def _asked(implementation: Any) -> Any:
     """Pass ``logits_dtype`` on the calls that come from the indexer; all others as they are."""
 
     def with_dtype(*args: Any, **kwargs: Any) -> Any:
-        if calls.asking.bf16:
+        if wrappers.asking.bf16:
             kwargs["logits_dtype"] = torch.bfloat16
         return implementation(*args, **kwargs)
 
@@ -500,7 +500,7 @@ def _gather(module: Any) -> str:
     ops = _imported(OPS)
     where = "vllm._custom_ops.cp_gather_indexer_k_quant_cache"
     original = _exactly(vars(ops).get("cp_gather_indexer_k_quant_cache"), where, _GATHER)
-    replacement = _around(original, calls.gather)
+    replacement = _around(original, wrappers.gather)
     _ledger.replace(ops, "cp_gather_indexer_k_quant_cache", replacement, where)
     return where
 
@@ -533,6 +533,6 @@ def _budget(module: Any) -> str:
         raise _NotFound(f"{where} takes ({', '.join(got)}), not (…, …, {', '.join(_PLAN)})")
     if "max_logits_bytes // 4" not in inspect.getsource(original):
         raise _NotFound(f"{where} does not count four bytes for each of the logits")
-    wrapper = _around(original, calls.prefill_chunks)
+    wrapper = _around(original, wrappers.prefill_chunks)
     _ledger.replace(owner, name, wrapper if owner is planner else staticmethod(wrapper), where)
     return where

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.integrations import plan
-from dsv4_plugin.integrations.vllm.host import by_name, forward_pass
+from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.vllm.engine_calls import by_name, forward_pass
 from dsv4_plugin.state import state
 
 __all__ = ["ARGUMENT", "NEEDED", "left_out", "make_up"]
@@ -62,7 +62,7 @@ def make_up(out: Any) -> None:
 
 def _every_row_is_selected(given: dict[str, Any]) -> bool:
     """Whether our top-k will write all rows of the batch; asked of the host only."""
-    from dsv4_plugin.integrations.vllm import seams
+    from dsv4_plugin.engines.vllm import install
 
     topk = plan.current().topk
     buffer, hidden = given.get("topk_indices_buffer"), given.get("hidden_states")
@@ -75,7 +75,7 @@ def _every_row_is_selected(given: dict[str, Any]) -> bool:
         or not isinstance(hidden, torch.Tensor)
         or buffer.dim() != 2
         or buffer.shape[1] != k
-        or not seams.intact("topk.decode")
+        or not install.intact("topk.decode")
     ):
         return False
     context = forward_pass()

@@ -1,7 +1,7 @@
 """``dsv4-plugin doctor --hosts``: the seams in releases that are not installed.
 
 pip brings the wheels (nothing they depend on, nothing is built or run), their Python files are
-unpacked, and the probes of :mod:`.source` read them: no engine is imported or installed.
+unpacked, and the probes of :mod:`.shared.source` read them: no engine is imported or installed.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.integrations import source
+from dsv4_plugin.engines.shared import source
 
 __all__ = ["ENGINES", "SpecError", "matrix", "probe", "render"]
 
 # engine -> (its distributions, the module whose look() finds its seams)
 ENGINES = {
-    "vllm": (("vllm",), "dsv4_plugin.integrations.vllm.sites"),
-    "sglang": (("sglang",), "dsv4_plugin.integrations.sglang.sites"),
+    "vllm": (("vllm",), "dsv4_plugin.engines.vllm.probe"),
+    "sglang": (("sglang",), "dsv4_plugin.engines.sglang.probe"),
     "tokenspeed": (
         ("tokenspeed", "tokenspeed-kernel"),
-        "dsv4_plugin.integrations.tokenspeed.sites",
+        "dsv4_plugin.engines.tokenspeed.probe",
     ),
 }
 _SPEC = re.compile(r"(?P<engine>[a-z]+)(==(?P<version>[\w.+!-]+)|@(?P<place>.+))?")

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from dsv4_plugin import ops
+from dsv4_plugin.engines.shared import logits, plan, shadow
+from dsv4_plugin.engines.shared.fallback import serve
+from dsv4_plugin.engines.shared.plan import Topk
+from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
+from dsv4_plugin.engines.vllm import fill, slots
+from dsv4_plugin.engines.vllm.engine_calls import by_name
 from dsv4_plugin.errors import UnmetError
-from dsv4_plugin.integrations import logits, plan, shadow
-from dsv4_plugin.integrations.plan import Topk
-from dsv4_plugin.integrations.serve import serve
-from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
-from dsv4_plugin.integrations.vllm import fill, slots
-from dsv4_plugin.integrations.vllm.host import by_name
 from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.state import state
 
@@ -170,9 +170,9 @@ def _readers_in_place() -> bool:
     Upstream's kernels cannot read bfloat16, so logits in bfloat16 must not be written once
     somebody else has replaced their reader.
     """
-    from dsv4_plugin.integrations.vllm import seams
+    from dsv4_plugin.engines.vllm import install
 
-    return seams.intact("topk.decode") and seams.intact("topk.prefill")
+    return install.intact("topk.decode") and install.intact("topk.prefill")
 
 
 def as_fp32_logits(
