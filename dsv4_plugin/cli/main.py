@@ -99,7 +99,3 @@ def _load(name: str) -> tuple[Any, str]:
         return importlib.import_module(COMMANDS[name][0]), ""
     except ImportError as error:
         return None, str(error)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

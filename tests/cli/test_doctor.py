@@ -199,7 +199,7 @@ class Blocker:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocker())
-from dsv4_plugin.cli import main
+from dsv4_plugin.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

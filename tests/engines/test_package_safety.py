@@ -31,32 +31,24 @@ FORBIDDEN_CALLS = {
     "getstatusoutput", "load_inline", "popen", "posix_spawn", "spawnl", "spawnv", "system",
 }  # fmt: skip
 FORBIDDEN_DOTTED = {"torch.load", "torch.hub", "torch.compile", "torch.utils.cpp_extension"}
-PROGRAMS = {"engines/releases.py": {"pip"}, "testing/provenance.py": {"git", "nvidia-smi"}}
-# `ab` and the end-to-end driver start servers that the user names and ask them over HTTP: these
-# folders alone may do that.
-SERVERS = ("testing/ab/", "testing/e2e/")
+PROGRAMS = {"engines/releases.py": {"pip"}, "cli/checks/provenance.py": {"git", "nvidia-smi"}}
+# `ab` starts servers that the user names and asks them over HTTP: this folder alone may do that.
+SERVERS = ("cli/ab/",)
 SERVER_NETWORK = {"http", "socket", "urllib"}
 # Where files are written, and who names them.
 WRITES = {
     "engines/releases.py": {"TemporaryDirectory", "mkdir", "extract", "touch"},  # --folder
     "status_file.py": {"mkdir", "write_text", "replace"},  # DSV4_STATUS_DIR
-    "testing/ab/command.py": {"mkdir"},  # --out
-    "testing/ab/experiment.py": {"write_text", "replace"},  # --out
-    "testing/ab/plot.py": {"savefig"},  # --plot
-    "testing/ab/processes.py": {"mkdir", "open"},  # --out
-    "testing/bench.py": {"write_text"},  # --json
-    "testing/e2e/command.py": {"write_text"},  # --json
-    "testing/e2e/drills.py": {"copytree", "write_text"},  # --folder, --json
-    "testing/e2e/measure.py": {"rename"},  # --folder
-    "testing/e2e/options.py": {"TemporaryDirectory", "mkdir", "rmtree"},  # --folder, --json
-    "testing/e2e/server.py": {"mkdir", "open", "touch", "unlink", "write_text"},  # --folder
-    "testing/e2e/trace.py": {"write_text"},  # --json
-    "testing/e2e/vllm_side.py": {"unlink", "write_text"},  # --folder
-    "testing/fuzz/command.py": {"open", "write_text"},  # --trace, --json
-    "testing/recall/command.py": {"write_text"},  # --json
-    "testing/results.py": {"write_text", "replace"},  # --json
-    "testing/soak.py": {"write_text"},  # --json
-    "testing/topk/plot.py": {"savefig"},  # --plot
+    "cli/ab/command.py": {"mkdir"},  # --out
+    "cli/ab/experiment.py": {"write_text", "replace"},  # --out
+    "cli/ab/plot.py": {"savefig"},  # --plot
+    "cli/ab/processes.py": {"mkdir", "open"},  # --out
+    "cli/bench/command.py": {"write_text"},  # --json
+    "cli/fuzz/command.py": {"open", "write_text"},  # --trace, --json
+    "cli/recall/command.py": {"write_text"},  # --json
+    "cli/checks/results.py": {"write_text", "replace"},  # --json
+    "cli/soak.py": {"write_text"},  # --json
+    "cli/bench/topk/plot.py": {"savefig"},  # --plot
 }
 WRITERS = {
     "NamedTemporaryFile", "TemporaryDirectory", "copyfile", "copytree", "extract", "extractall",
@@ -66,15 +58,12 @@ WRITERS = {
 }  # fmt: skip
 DOTTED_WRITERS = {"os.remove", "os.replace", "torch.save"}
 ENVIRONMENT = {
-    "doctor.py",
+    "cli/doctor.py",
     "envs.py",
     "metrics.py",  # PROMETHEUS_MULTIPROC_DIR, read: which of its modes prometheus_client is in
     "engines/vllm/cli_option.py",  # what Ray copies into its actors
-    "testing/ab/environment.py",  # what the servers and the client inherit
-    "testing/e2e/server.py",  # the same
-    "testing/e2e/vllm_side.py",  # E2E_*: the driver's word to the server it started
-    "testing/fuzz/command.py",  # TRITON_INTERPRET, set
-    "testing/hosts_gpu/parts.py",  # the plugin's own, set for each variant
+    "cli/ab/environment.py",  # what the servers and the client inherit
+    "cli/fuzz/command.py",  # TRITON_INTERPRET, set
 }
 
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
