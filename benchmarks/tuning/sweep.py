@@ -1,7 +1,7 @@
 """Every choice of threads and cluster in every cell: what the table of choices is made from.
 
 ``python -m benchmarks.tuning.sweep --json FILE`` on a GPU. For each cell it times the choice
-that ``choose_topk`` (csrc/include/dsv4/topk_choice.cuh) makes and every other that holds the row,
+that ``choose_topk`` (csrc/include/dsv4/topk/tuning.cuh) makes and every other that holds the row,
 each checked first: replayed alone, and with ``--served`` as a server calls it
 (:mod:`dsv4_plugin.cli.bench.topk.served`), with ``--behind-logits`` as that runs behind the logits
 (:mod:`benchmarks.tuning.behind`). The choices never change the answer.

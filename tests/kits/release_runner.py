@@ -57,7 +57,7 @@ def run_driver(
     drop: Sequence[str] = (),
     budget: float | None = None,
 ) -> dict[str, Any]:
-    """Run ``testing.hosts_gpu`` dry inside one release; returns what it found.
+    """Run ``benchmarks.engines.forward`` dry inside one release; returns what it found.
 
     With a ``budget`` it may be incomplete.
     """

@@ -178,7 +178,7 @@ class Logits:
     holes: bool = False  # pages that are none
 
 
-# One entry for each path: a change of the launch in csrc/logits.cu is a change here.
+# One entry for each path: a change of the launch in csrc/bindings/logits.cu is a change here.
 LOGITS = (
     Logits("paged, one page", 1, (64,)),
     Logits("paged, short rows", 8, (0, 1, 63, 64, 65, -1, 127, 129)),

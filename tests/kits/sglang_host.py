@@ -1,4 +1,4 @@
-"""Drive SGLang's real indexer: on a CPU for the tests, on a GPU for ``testing.hosts_gpu``.
+"""Drive SGLang's real indexer: on a CPU for the tests, on a GPU for ``benchmarks.engines.forward``.
 
 SGLang's own Python runs: the plugin loader with the installed entry point, the hook registry,
 ``C4IndexerBackendMixin.forward_c4_indexer``, its metadata, the Python functions around its top-k

@@ -1,6 +1,6 @@
 """Drive TokenSpeed's real kernel registry, facades, plugin loaders and readers.
 
-On a CPU for the tests, on a GPU for ``testing.hosts_gpu``.
+On a CPU for the tests, on a GPU for ``benchmarks.engines.forward``.
 
 TokenSpeed's own Python runs: registry, selection, the ``dsa_*`` and ``dsv4_*`` facades,
 ``discover_plugins`` and ``ensure_loaded`` with the installed entry points, the writer and reader of

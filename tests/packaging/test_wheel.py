@@ -167,9 +167,10 @@ def test_an_editable_install_puts_the_library_beside_the_package(
     )
     for name in ("pyproject.toml", "csrc/build.py"):
         (source / name).write_text((tree / name).read_text())
-    for kernel in (source / "csrc").glob("*.cu"):
+    for kernel in (source / "csrc" / "bindings").glob("*.cu"):
         kernel.unlink()
-    (source / "csrc" / "stub.cu").write_text('extern "C" int __tvm_ffi_stub() { return 0; }\n')
+    stub = source / "csrc" / "bindings" / "stub.cu"
+    stub.write_text('extern "C" int __tvm_ffi_stub() { return 0; }\n')
     (source / "README.md").touch()
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site]
