@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import envs, log
-from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.integrations import choice, plan
 from dsv4_plugin.integrations.plan import KS, Topk
 from dsv4_plugin.integrations.serve import serve
@@ -89,8 +89,8 @@ def install() -> None:
 
 def _setting(name: str) -> Any:
     try:
-        return getattr(envs.settings(), name)
-    except Exception:  # raised again, as an error, at the first call
+        return envs.value(name)
+    except SettingError:  # raised again, as an error, at the first call
         return None
 
 
