@@ -164,7 +164,7 @@ def _register(mode: str, explicit: bool) -> None:
         priority=Priority.PLUGIN,
     )(_kernel(mode))
     _registered.append(name)
-    log.logger.debug("kernel %s: registered for %s", name, mode)
+    log.say(logging.DEBUG, f"kernel {name}: registered for {mode}")
 
 
 def _kernel(mode: str) -> Callable[..., Any]:
@@ -248,7 +248,7 @@ def uninstall() -> None:
         for name in _registered:
             if take_out is not None:
                 take_out(name)
-                log.logger.debug("kernel %s: taken out", name)
+                log.say(logging.DEBUG, f"kernel {name}: taken out")
         _registered.clear()
     guard.forget()
     plan.decide(plan.INERT)
