@@ -7,6 +7,7 @@ May go when SGLang lets a plugin declare options; an option of that name of SGLa
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,12 @@ class TopkAction(argparse.Action):
         elif envs.switch(True):
             envs.put("topk", str(values))
         else:
-            log.logger.warning("%s has no effect: DSV4_PLUGIN=0 is set", OPTION)
+            log.say(logging.WARNING, f"{OPTION} has no effect: DSV4_PLUGIN=0 is set")
+
+
+def _word(text: str) -> str:
+    """Return ``off`` for what SGLang makes of the bare word in a YAML file (``--config``)."""
+    return "off" if text == "false" else text
 
 
 def target() -> str | None:
@@ -53,6 +59,7 @@ def add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser, 
         parser.add_argument(
             OPTION,
             action=TopkAction,
+            type=_word,
             choices=envs.choices("topk"),
             default=argparse.SUPPRESS,
             dest=argparse.SUPPRESS,

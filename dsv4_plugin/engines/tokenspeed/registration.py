@@ -20,7 +20,7 @@ from dsv4_plugin.engines.shared import decision, plan
 from dsv4_plugin.engines.shared.fallback import serve
 from dsv4_plugin.engines.shared.plan import KS, Topk
 from dsv4_plugin.engines.tokenspeed import kernels, policy, probe
-from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.kernels import cuda
 from dsv4_plugin.state import Seam, state
 
@@ -89,8 +89,8 @@ def install() -> None:
 
 def _setting(name: str) -> Any:
     try:
-        return getattr(envs.settings(), name)
-    except Exception:  # raised again, as an error, at the first call
+        return envs.value(name)
+    except SettingError:  # raised again, as an error, at the first call
         return None
 
 
@@ -164,7 +164,7 @@ def _register(mode: str, explicit: bool) -> None:
         priority=Priority.PLUGIN,
     )(_kernel(mode))
     _registered.append(name)
-    log.logger.debug("kernel %s: registered for %s", name, mode)
+    log.say(logging.DEBUG, f"kernel {name}: registered for {mode}")
 
 
 def _kernel(mode: str) -> Callable[..., Any]:
@@ -248,7 +248,7 @@ def uninstall() -> None:
         for name in _registered:
             if take_out is not None:
                 take_out(name)
-                log.logger.debug("kernel %s: taken out", name)
+                log.say(logging.DEBUG, f"kernel {name}: taken out")
         _registered.clear()
     policy.forget()
     plan.decide(plan.INERT)
