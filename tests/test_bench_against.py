@@ -21,7 +21,8 @@ from bench_command import bench
 from dsv4_plugin.testing import installed
 from dsv4_plugin.testing.installed import prepared, torch_peers
 from dsv4_plugin.testing.logits import cases as logits_cases
-from dsv4_plugin.testing.topk import UsageError, bars, cases
+from dsv4_plugin.testing.run import UsageError
+from dsv4_plugin.testing.topk import bars, cases
 from dsv4_plugin.testing.topk.cases import Problem
 from dsv4_plugin.testing.topk.check import Reference
 

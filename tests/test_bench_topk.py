@@ -19,7 +19,8 @@ from svg_curves import check_same
 
 from dsv4_plugin import topk
 from dsv4_plugin.testing.inputs import DISTRIBUTIONS
-from dsv4_plugin.testing.topk import UsageError, bars, cases, peers, report
+from dsv4_plugin.testing.run import UsageError
+from dsv4_plugin.testing.topk import bars, cases, peers, report
 from dsv4_plugin.testing.topk.cases import Case, Problem
 from dsv4_plugin.testing.topk.check import Reference
 

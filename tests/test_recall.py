@@ -19,7 +19,7 @@ from dsv4_plugin.testing import figures
 from dsv4_plugin.testing.inputs import scores
 from dsv4_plugin.testing.recall import PAPER, command, plot, sources
 from dsv4_plugin.testing.recall.measure import DTYPES, Statistics, percentile
-from dsv4_plugin.testing.topk import UsageError
+from dsv4_plugin.testing.run import UsageError
 
 ULP = {"bfloat16": 2.0**-7, "narrow": 2.0**-7, "float16": 2.0**-10}
 RESULTS = ROOT / "benchmarks" / "results" / "cpu_recall.json"

@@ -26,7 +26,7 @@ from dsv4_plugin.testing.ab.environment import (
 from dsv4_plugin.testing.ab.experiment import Design, Experiment, write
 from dsv4_plugin.testing.ab.processes import shown
 from dsv4_plugin.testing.ab.servers import Server
-from dsv4_plugin.testing.topk import UsageError
+from dsv4_plugin.testing.run import UsageError
 
 __all__ = ["add_arguments", "run"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_plugin.testing.ab import AbError
-from dsv4_plugin.testing.topk import UsageError
+from dsv4_plugin.testing.run import UsageError
 
 __all__ = [
     "ENGINES",

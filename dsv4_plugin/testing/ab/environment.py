@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsv4_plugin.testing.provenance import commit, gpus
-from dsv4_plugin.testing.topk import UsageError
+from dsv4_plugin.testing.run import UsageError
 
 __all__ = ["client_environ", "machine", "parse", "server_environ", "told", "versions"]
 

@@ -10,23 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dsv4_plugin.testing import choices
 from dsv4_plugin.testing.installed import (
     flashinfer_peers,
     sglang_peers,
     torch_peers,
     vllm_peers,
 )
-from dsv4_plugin.testing.topk import UsageError, peers
+from dsv4_plugin.testing.run import UsageError
+from dsv4_plugin.testing.topk import peers
 from dsv4_plugin.testing.topk.peers import Call, Peers
 
 __all__ = ["ENGINES", "engines_only", "load", "split"]
 
-ENGINES = {
-    "vllm": vllm_peers,
-    "sglang": sglang_peers,
-    "flashinfer": flashinfer_peers,
-    "torch": torch_peers,
-}
+ENGINES = dict(
+    zip(choices.ENGINES, (vllm_peers, sglang_peers, flashinfer_peers, torch_peers), strict=True)
+)
 
 
 def split(words: Iterable[str]) -> tuple[list[str], list[Path]]:
