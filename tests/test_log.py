@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from own_process import run_alone
+from kits.own_process import run_alone
 
 BEGIN = """
 import logging, logging.config, sys

@@ -26,7 +26,7 @@ from dsv4_plugin.cli.ab.environment import (
 from dsv4_plugin.cli.ab.experiment import Design, Experiment, write
 from dsv4_plugin.cli.ab.processes import shown
 from dsv4_plugin.cli.ab.servers import Server
-from dsv4_plugin.cli.bench.topk import UsageError
+from dsv4_plugin.cli.shared.run import UsageError
 
 __all__ = ["add_arguments", "run"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_plugin.cli.ab import AbError
-from dsv4_plugin.cli.bench.topk import UsageError
+from dsv4_plugin.cli.shared.run import UsageError
 
 __all__ = [
     "ENGINES",

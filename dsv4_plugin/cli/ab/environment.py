@@ -10,8 +10,8 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk import UsageError
 from dsv4_plugin.cli.checks.provenance import commit, gpus
+from dsv4_plugin.cli.shared.run import UsageError
 
 __all__ = ["client_environ", "machine", "parse", "server_environ", "told", "versions"]
 

@@ -150,18 +150,20 @@ def fuzz(
     functions: dict[str, Callable[..., Any]] | None = None,
     progress: Callable[[Report], None] = lambda report: None,
     before: Callable[[Case], None] = lambda case: None,
+    report: Report | None = None,
     most_failures: int = 5,
     shrink_seconds: float = 60.0,
 ) -> Report:
     """Run random cases until the time, the number of cases or the patience is used up.
 
     Case number ``i`` depends on ``seed``, ``i`` and the device only. ``functions`` stand in for
-    the public functions of the ops. An op that none of ``backends`` serves is left out.
+    the public functions of the ops. An op that none of ``backends`` serves is left out. ``report``
+    is what is filled and returned, so that the caller of an interrupted run has it.
 
     Raises:
         UnmetError: no op is left.
     """
-    report, began = Report(), time.monotonic()
+    report, began = report or Report(), time.monotonic()
     here = {
         name: tuple(b for b in backends_here(name, device) if backends is None or b in backends)
         for name in dict.fromkeys(ops)
@@ -190,7 +192,8 @@ def fuzz(
             continue
         report.count(case)
         if failure is not None:
-            report.failures.append(shrink(failure, device, function, seconds=shrink_seconds))
+            report.failures.append(failure)  # now: shrinking may be interrupted
+            report.failures[-1] = shrink(failure, device, function, seconds=shrink_seconds)
             if failure.fatal:
                 break
         progress(report)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dsv4_plugin import log
-from dsv4_plugin.integrations.patching import called
+from dsv4_plugin.engines.shared.patches import called
 
 __all__ = ["around", "hooked", "intact", "other_hooks", "uninstall"]
 

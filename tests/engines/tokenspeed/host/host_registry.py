@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import MODES
 from host_calls import decode, prefill
-from told import check_warned, empty_settings, odd_settings
+from kits.told import check_warned, empty_settings, odd_settings
 
 import dsv4_plugin
 from dsv4_plugin.errors import SettingError, UnmetError

@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 from host_calls import BATCHES, UPSTREAM_TOPK, names
-from told import check_warned, empty_settings, odd_settings
+from kits.told import check_warned, empty_settings, odd_settings
 
 import dsv4_plugin
 from dsv4_plugin.errors import SettingError, UnmetError
@@ -302,7 +302,7 @@ def test_a_bad_variable_is_an_error_at_the_layer_and_none_in_register(engine, ru
 def test_not_asked_for_is_inert_whatever_a_variable_holds(
     engine, run, monkeypatch, caplog, variable, value
 ):
-    from dsv4_plugin.integrations.vllm import register
+    from dsv4_plugin.engines.vllm import register
 
     monkeypatch.setenv(variable, value)
     register()
