@@ -322,11 +322,15 @@ class RaggedLogitsCase(LogitsCase):
         if self.keep:
             yield self.but(keep="", queries=count)
         yield from self._plainer(k_offset=0)
-        if count <= 4 and any(starts):
-            none = "/".join("0" for _ in starts)
-            yield self.but(starts=none)
-            pairs = zip(starts, ends, strict=True)
-            yield self.but(starts=none, ends="/".join(str(end - start) for start, end in pairs))
+        if count <= 4:
+            for begin in (0, 1):
+                if all(start == begin for start in starts):
+                    break
+                near = "/".join(str(begin) for _ in starts)
+                yield self.but(starts=near)
+                pairs = zip(starts, ends, strict=True)
+                moved = "/".join(str(end - start + begin) for start, end in pairs)
+                yield self.but(starts=near, ends=moved)
         for keys in smaller(self.keys):
             yield self.but(keys=keys)
         if count <= 4:
