@@ -15,7 +15,14 @@ import torch
 
 from dsv4_plugin.backends import Call, unmet
 from dsv4_plugin.cli.checks.oracles import Wrong
-from dsv4_plugin.cli.fuzz import cache, logits, logits_run, topk
+from dsv4_plugin.cli.fuzz import (
+    cache,
+    candidate_selections,
+    candidates,
+    logits,
+    logits_run,
+    topk,
+)
 from dsv4_plugin.cli.fuzz.case import Case, CaseError, function_of
 from dsv4_plugin.errors import UnmetError
 
@@ -43,6 +50,25 @@ OPS: dict[str, Op] = {
     "paged_logits": Op(logits.PagedLogitsCase, logits.draw_paged, logits_run.run, 2),
     "ragged_logits": Op(logits.RaggedLogitsCase, logits.draw_ragged, logits_run.run, 1),
     "select": Op(logits.SelectCase, logits.draw_select, logits_run.run, 1),
+    "block_maxima": Op(candidates.BlockMaximaCase, candidates.draw_maxima, candidates.run, 1),
+    "select_blocks": Op(
+        candidate_selections.SelectBlocksCase,
+        candidate_selections.draw_blocks,
+        candidate_selections.run,
+        1,
+    ),
+    "candidate_logits": Op(
+        candidates.CandidateLogitsCase, candidates.draw_candidates, candidates.run, 1
+    ),
+    "candidate_logits_ragged": Op(
+        candidates.CandidateLogitsRaggedCase, candidates.draw_ragged, candidates.run, 1
+    ),
+    "select_candidates": Op(
+        candidate_selections.SelectCandidatesCase,
+        candidate_selections.draw_candidates,
+        candidate_selections.run,
+        1,
+    ),
 }
 
 
