@@ -24,6 +24,7 @@ __all__ = [
     "as_pages",
     "as_slots",
     "bounds",
+    "candidates",
     "dtype_in",
     "geometry",
     "head_weights",
@@ -33,6 +34,7 @@ __all__ = [
     "out_matrix",
     "positive",
     "queries",
+    "scores",
     "separate",
     "sequence_ends",
     "sequences",
@@ -97,7 +99,9 @@ def positive(name: str, value: Any, most: int | None = None) -> None:
 
 def size(name: str, value: Any) -> None:
     """Check a size that an op takes, by its name: ``k``, ``next_n``, ``page_size``."""
-    positive(name, value, MAX_K if name == "k" else MAX_INT32)
+    positive(name, value, MAX_K if name == "k" else None)
+    if value > MAX_INT32:
+        raise ValueError(f"{name} must be at most {MAX_INT32}, got {value}")
 
 
 def on_device(name: str, value: torch.Tensor, device: torch.device, of: str) -> None:
@@ -277,6 +281,27 @@ def table(
         )
     if width > 1 and value.stride()[1] != 1:
         raise ValueError(f"{name} must have unit stride along its rows, got {_show(value)}")
+
+
+def scores(name: str, value: Any) -> torch.Tensor:
+    """Check scores ``[rows, columns]`` that are selected among, and return them."""
+    tensor(name, value, LOGITS_DTYPES, (2,))
+    if value.shape[1] > 1 and value.stride()[1] != 1:
+        raise ValueError(f"{name} must have unit stride along its rows, got {_show(value)}")
+    return value
+
+
+def candidates(value: Any, rows: int, device: torch.device, of: str) -> None:
+    """Check an int32 ``[rows, at least 1]`` with unit inner stride."""
+    tensor("candidates", value, (torch.int32,), (2,))
+    on_device("candidates", value, device, of)
+    if value.shape[0] != rows or value.shape[1] < 1:
+        raise ValueError(
+            f"candidates must be [{rows}, K] (one row a row of {of}, K at least 1), "
+            f"got {_show(value)}"
+        )
+    if value.shape[1] > 1 and value.stride(1) != 1:
+        raise ValueError(f"candidates must have unit stride along its rows, got {_show(value)}")
 
 
 def queries(q: Any, dims: tuple[int, ...]) -> torch.Tensor:

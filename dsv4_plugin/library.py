@@ -8,6 +8,7 @@ compiler, a fake or functional tensor or an active dispatch mode goes through ``
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from dsv4_plugin import checks
 
-__all__ = ["functional", "mutating", "through_dispatcher"]
+__all__ = ["functional", "mutating", "register", "registered", "through_dispatcher"]
 
 _SCHEMAS = (
     "read_indexer_cache(Tensor cache, Tensor slot_mapping, int block_size=64, int head_dim=128, "
@@ -72,20 +73,33 @@ _MUTATING = {
 
 def functional(op: str) -> Callable[..., Any]:
     """Return the ``torch.ops.dsv4`` overload of ``op`` that makes its output."""
-    return getattr(torch.ops.dsv4, _FUNCTIONAL[op]).default
+    return getattr(torch.ops.dsv4, _FUNCTIONAL.get(op, op)).default
 
 
 def mutating(op: str) -> Callable[..., Any]:
     """Return the ``torch.ops.dsv4`` overload of ``op`` that fills its outputs."""
-    return getattr(torch.ops.dsv4, _MUTATING[op]).default
+    return getattr(torch.ops.dsv4, _MUTATING.get(op, f"{op}_out")).default
+
+
+class _Behind(threading.local):
+    """Whether this thread runs what is behind an op of ``torch.ops.dsv4``."""
+
+    dispatcher = False
+
+
+_behind = _Behind()
 
 
 def through_dispatcher(*tensors: Any) -> bool:
     """Return whether a call on these arguments has to be seen by torch's dispatcher.
 
-    Only the public functions ask. What runs behind the dispatcher does not, so that a subclass of
-    a tensor, which has no dispatch of its own, is served there and not sent round again.
+    Behind the dispatcher it has been seen. A subclass of a tensor that has no dispatch of its own
+    arrives there as it is, and would be sent round without end.
     """
+    if torch.compiler.is_dynamo_compiling():  # Dynamo follows this function no further
+        return True
+    if _behind.dispatcher:
+        return False
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -102,14 +116,52 @@ def through_dispatcher(*tensors: Any) -> bool:
     return False
 
 
-def _register() -> torch.library.Library:
-    lib = torch.library.Library("dsv4", "DEF")
-    for schema in _SCHEMAS:
-        name = schema.partition("(")[0]
-        lib.define(schema)
-        lib.impl(name, globals()[f"_{name}"], "CompositeExplicitAutograd")
-        lib._register_fake(name, _checked(schema, globals()[f"_fake_{name}"]))
-    return lib
+def register(
+    schema: str, function: Callable[..., Any], fake: Callable[..., Any] | None = None
+) -> None:
+    """Define ``torch.ops.dsv4.*``, whose arguments are parameters of a public function by name.
+
+    Args:
+        schema: of the op, its name first; a ``dtype`` of None leaves it to ``function``.
+        function: the public function; what it returns counts for an op that makes a tensor.
+        fake: takes those arguments that it needs, and makes the tensor; None: the op makes none.
+    """
+    parsed = torch._C.parse_schema(f"dsv4::{schema}")
+    names = [argument.name for argument in parsed.arguments]
+
+    def by_name(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            named = dict(zip(names, args, strict=False)) | kwargs
+            if named.get("dtype", 0) is None:
+                del named["dtype"]
+            result = run(**named)
+            return result if parsed.returns else None
+
+        return call
+
+    _define(schema, by_name(function), by_name(fake) if fake else _fake_nothing)
+
+
+def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, _seen(function), "CompositeExplicitAutograd")
+    _LIBRARY._register_fake(name, _checked(schema, fake))
+    registered.append(name)
+
+
+def _seen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` as what runs behind the dispatcher: the public functions go direct."""
+
+    @functools.wraps(function)
+    def behind(*args: Any, **kwargs: Any) -> Any:
+        before, _behind.dispatcher = _behind.dispatcher, True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _behind.dispatcher = before
+
+    return behind
 
 
 def _checked(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,7 +193,7 @@ def _checked(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 # What runs behind the dispatcher.
 
 
-def _reads(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _reads(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return what runs behind a read: the form that makes its output, and the one that fills it."""
 
     def functional(
@@ -149,19 +201,23 @@ def _reads(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     ) -> torch.Tensor:
         from dsv4_plugin import ops
 
-        dtype = dtype or torch.float32
-        return ops.run_read(op, cache, slot_mapping, block_size, head_dim, dtype, None, backend)
+        return getattr(ops, name)(
+            cache, slot_mapping, block_size=block_size, head_dim=head_dim,
+            dtype=dtype or torch.float32, backend=backend,
+        )  # fmt: skip
 
     def mutating(cache, slot_mapping, out, block_size=64, head_dim=128, backend=None) -> None:
         from dsv4_plugin import ops
 
-        ops.run_read(op, cache, slot_mapping, block_size, head_dim, out.dtype, out, backend)
+        getattr(ops, name)(
+            cache, slot_mapping, block_size=block_size, head_dim=head_dim, out=out, backend=backend
+        )
 
     return functional, mutating
 
 
-_read_indexer_cache, _read_indexer_cache_out = _reads("read")
-_read_indexer_cache_mxfp4, _read_indexer_cache_mxfp4_out = _reads("read_mxfp4")
+_read_indexer_cache, _read_indexer_cache_out = _reads("read_indexer_cache")
+_read_indexer_cache_mxfp4, _read_indexer_cache_mxfp4_out = _reads("read_indexer_cache_mxfp4")
 
 
 def _gather_indexer_cache_out(
@@ -169,7 +225,7 @@ def _gather_indexer_cache_out(
 ) -> None:
     from dsv4_plugin import ops
 
-    ops.run_gather(cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend)
+    ops.gather_into(cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend)
 
 
 def _topk(
@@ -178,9 +234,9 @@ def _topk(
 ):  # fmt: skip
     from dsv4_plugin import ops
 
-    return ops.run_topk(
-        logits, lengths, k, next_n, row_starts, page_table, page_size, None, None, None, sort,
-        narrow, backend,
+    return ops.topk(
+        logits, lengths, k, next_n=next_n, row_starts=row_starts, page_table=page_table,
+        page_size=page_size, sort=sort, narrow=narrow, backend=backend,
     )  # fmt: skip
 
 
@@ -190,19 +246,20 @@ def _topk_out(
 ) -> None:  # fmt: skip
     from dsv4_plugin import ops
 
-    ops.run_topk(
-        logits, lengths, k, next_n, row_starts, page_table, page_size, out, out_raw, out_counts,
-        sort, narrow, backend,
+    ops.topk(
+        logits, lengths, k, next_n=next_n, row_starts=row_starts, page_table=page_table,
+        page_size=page_size, out=out, out_raw=out_raw, out_counts=out_counts, sort=sort,
+        narrow=narrow, backend=backend,
     )  # fmt: skip
 
 
 def _paged_logits(q, cache, weights, lengths, block_table, block_size=64, dtype=None, backend=None):
     from dsv4_plugin import logits
 
-    dtype = dtype or torch.bfloat16
-    return logits.run_paged(
-        q, cache, weights, lengths, block_table, block_size, dtype, None, backend
-    )
+    return logits.paged_logits(
+        q, cache, weights, lengths, block_table,
+        block_size=block_size, dtype=dtype or torch.bfloat16, backend=backend,
+    )  # fmt: skip
 
 
 def _paged_logits_out(
@@ -210,20 +267,24 @@ def _paged_logits_out(
 ) -> None:
     from dsv4_plugin import logits
 
-    logits.run_paged(q, cache, weights, lengths, block_table, block_size, out.dtype, out, backend)
+    logits.paged_logits(
+        q, cache, weights, lengths, block_table, block_size=block_size, out=out, backend=backend
+    )
 
 
 def _ragged_logits(q, k, k_scale, weights, row_starts, row_ends, dtype=None, backend=None):
     from dsv4_plugin import logits
 
-    dtype = dtype or torch.bfloat16
-    return logits.run_ragged(q, k, k_scale, weights, row_starts, row_ends, dtype, None, backend)
+    return logits.ragged_logits(
+        q, k, k_scale, weights, row_starts, row_ends,
+        dtype=dtype or torch.bfloat16, backend=backend,
+    )  # fmt: skip
 
 
 def _ragged_logits_out(q, k, k_scale, weights, row_starts, row_ends, out, backend=None) -> None:
     from dsv4_plugin import logits
 
-    logits.run_ragged(q, k, k_scale, weights, row_starts, row_ends, out.dtype, out, backend)
+    logits.ragged_logits(q, k, k_scale, weights, row_starts, row_ends, out=out, backend=backend)
 
 
 def _select(
@@ -232,9 +293,10 @@ def _select(
 ):  # fmt: skip
     from dsv4_plugin import logits
 
-    return logits.run_select(
-        q, cache, weights, lengths, block_table, k, block_size, dtype or torch.bfloat16,
-        page_table, page_size, None, None, sort, None, backend,
+    return logits.select(
+        q, cache, weights, lengths, block_table, k, block_size=block_size,
+        dtype=dtype or torch.bfloat16, page_table=page_table, page_size=page_size, sort=sort,
+        backend=backend,
     )  # fmt: skip
 
 
@@ -242,11 +304,12 @@ def _select_out(
     q, cache, weights, lengths, block_table, out, out_raw, logits, page_table, k, block_size=64,
     dtype=None, page_size=64, sort=False, backend=None,
 ) -> None:  # fmt: skip
-    from dsv4_plugin.logits import run_select
+    from dsv4_plugin.logits import select
 
-    run_select(
-        q, cache, weights, lengths, block_table, k, block_size, dtype or torch.bfloat16,
-        page_table, page_size, out, out_raw, sort, logits, backend,
+    select(
+        q, cache, weights, lengths, block_table, k, block_size=block_size,
+        dtype=dtype or torch.bfloat16, page_table=page_table, page_size=page_size, out=out,
+        out_raw=out_raw, sort=sort, logits=logits, backend=backend,
     )  # fmt: skip
 
 
@@ -297,12 +360,8 @@ def _fake_nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-_fake_read_indexer_cache_out = _fake_nothing
-_fake_read_indexer_cache_mxfp4_out = _fake_nothing
-_fake_gather_indexer_cache_out = _fake_nothing
-_fake_topk_out = _fake_nothing
-_fake_paged_logits_out = _fake_nothing
-_fake_ragged_logits_out = _fake_nothing
-_fake_select_out = _fake_nothing
-
-_LIBRARY = _register()
+_LIBRARY = torch.library.Library("dsv4", "DEF")
+registered: list[str] = []
+for _schema in _SCHEMAS:
+    _name = _schema.partition("(")[0]
+    _define(_schema, globals()[f"_{_name}"], globals().get(f"_fake_{_name}", _fake_nothing))

@@ -7,7 +7,7 @@ and dispatch are as in :mod:`dsv4_plugin.ops`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -74,30 +74,15 @@ def paged_logits(
 
     Source: the contract of DeepGEMM's paged MQA logits, which the engines call.
     """
-    if not library.through_dispatcher(q, cache, weights, lengths, block_table, out):
-        return run_paged(q, cache, weights, lengths, block_table, block_size, dtype, out, backend)
-    if out is None:
-        return library.functional("paged_logits")(
-            q, cache, weights, lengths, block_table, block_size, dtype, backend
+    if library.through_dispatcher(q, cache, weights, lengths, block_table, out):
+        if out is None:
+            return library.functional("paged_logits")(
+                q, cache, weights, lengths, block_table, block_size, dtype, backend
+            )
+        library.mutating("paged_logits")(
+            q, cache, weights, lengths, block_table, out, block_size, backend
         )
-    library.mutating("paged_logits")(
-        q, cache, weights, lengths, block_table, out, block_size, backend
-    )
-    return out
-
-
-def run_paged(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    weights: torch.Tensor,
-    lengths: torch.Tensor,
-    block_table: torch.Tensor,
-    block_size: int,
-    dtype: torch.dtype,
-    out: torch.Tensor | None,
-    backend: str | None,
-) -> torch.Tensor:
-    """Serve paged logits: what is behind their public face and behind ``torch.ops``."""
+        return out
     out, run, arguments = _prepare_paged(
         q, cache, weights, lengths, block_table, block_size, dtype, out, backend
     )
@@ -121,21 +106,13 @@ def _prepare_paged(
 
     ``table_only``: the result is cut to the columns that the table has.
     """
-    q = checks.queries(q, (3, 4))
-    batch, next_n, heads, head_dim = q.shape
-    rows, device = batch * next_n, q.device
-    checks.geometry(block_size, head_dim, 4)
-    pages = checks.as_pages(cache, block_size, head_dim + 4)
-    checks.on_device("cache", cache, device, "q")
-    checks.head_weights(weights, rows, heads, device)
-    checks.lengths_for(lengths, rows, next_n, device, "q")
-    if lengths.dim() == 2 and lengths.shape[1] == 1:
-        lengths = lengths.squeeze(1)
-    checks.table("block_table", block_table, batch, 1, device, "q")
-    columns = block_table.shape[1] * block_size
     inputs = (("q", q), ("cache", cache), ("weights", weights), ("lengths", lengths),
               ("block_table", block_table))  # fmt: skip
-    out = _result(out, rows, columns, dtype, device, inputs)
+    q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
+    batch, next_n, heads, head_dim = q.shape
+    rows, device = batch * next_n, q.device
+    columns = block_table.shape[1] * block_size
+    out = new_result(out, rows, columns, dtype, device, inputs)
     if table_only and out.shape[1] > columns:
         out = out[:, :columns]
     if not rows or not out.shape[1]:
@@ -193,39 +170,21 @@ def ragged_logits(
 
     Source: the contract of DeepGEMM's MQA logits, in its compressed form.
     """
-    if not library.through_dispatcher(q, k, k_scale, weights, row_starts, row_ends, out):
-        return run_ragged(q, k, k_scale, weights, row_starts, row_ends, dtype, out, backend)
-    if out is None:
-        return library.functional("ragged_logits")(
-            q, k, k_scale, weights, row_starts, row_ends, dtype, backend
+    if library.through_dispatcher(q, k, k_scale, weights, row_starts, row_ends, out):
+        if out is None:
+            return library.functional("ragged_logits")(
+                q, k, k_scale, weights, row_starts, row_ends, dtype, backend
+            )
+        library.mutating("ragged_logits")(
+            q, k, k_scale, weights, row_starts, row_ends, out, backend
         )
-    library.mutating("ragged_logits")(q, k, k_scale, weights, row_starts, row_ends, out, backend)
-    return out
-
-
-def run_ragged(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    row_starts: torch.Tensor,
-    row_ends: torch.Tensor,
-    dtype: torch.dtype,
-    out: torch.Tensor | None,
-    backend: str | None,
-) -> torch.Tensor:
-    """Serve ragged logits: what is behind their public face and behind ``torch.ops``."""
-    q = checks.queries(q, (3,)).squeeze(1)
-    rows, heads, head_dim = q.shape
-    device = q.device
-    checks.positive("head_dim", head_dim)
-    k = checks.keys(k, k_scale, head_dim, device)
-    checks.head_weights(weights, rows, heads, device)
-    checks.bounds("row_starts", row_starts, rows, device)
-    checks.bounds("row_ends", row_ends, rows, device)
+        return out
     inputs = (("q", q), ("k", k), ("k_scale", k_scale), ("weights", weights),
               ("row_starts", row_starts), ("row_ends", row_ends))  # fmt: skip
-    out = _result(out, rows, k.shape[0], dtype, device, inputs)
+    q, k = ragged_arguments(q, k, k_scale, weights, row_starts, row_ends)
+    rows, heads, head_dim = q.shape
+    device = q.device
+    out = new_result(out, rows, k.shape[0], dtype, device, inputs)
     if rows and out.shape[1]:
         call = Call(
             "ragged_logits", device, out.dtype, head_dim=head_dim, heads=heads,
@@ -289,48 +248,21 @@ def select(
         UnmetError: ``backend`` cannot serve the call.
     """
     tensors = (q, cache, weights, lengths, block_table, page_table, out, out_raw, logits)
-    if not library.through_dispatcher(*tensors):
-        return run_select(
-            q, cache, weights, lengths, block_table, k, block_size, dtype, page_table, page_size,
-            out, out_raw, sort, logits, backend,
+    if library.through_dispatcher(*tensors):
+        if out is None and out_raw is None and logits is None:
+            return library.functional("select")(
+                q, cache, weights, lengths, block_table, k, block_size, dtype, page_table,
+                page_size, sort, backend,
+            )  # fmt: skip
+        if out is None:
+            checks.size("k", k)
+            rows = q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
+            out = torch.empty(rows, k, dtype=torch.int32, device=q.device)
+        library.mutating("select")(
+            q, cache, weights, lengths, block_table, out, out_raw, logits, page_table, k,
+            block_size, dtype, page_size, sort, backend,
         )  # fmt: skip
-    if out is None and out_raw is None and logits is None:
-        return library.functional("select")(
-            q, cache, weights, lengths, block_table, k, block_size, dtype, page_table, page_size,
-            sort, backend,
-        )  # fmt: skip
-    if out is None:
-        checks.size("k", k)
-        rows = q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
-        out = torch.empty(rows, k, dtype=torch.int32, device=q.device)
-    library.mutating("select")(
-        q, cache, weights, lengths, block_table, out, out_raw, logits, page_table, k,
-        block_size, dtype, page_size, sort, backend,
-    )  # fmt: skip
-    return out
-
-
-def run_select(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    weights: torch.Tensor,
-    lengths: torch.Tensor,
-    block_table: torch.Tensor,
-    k: int,
-    block_size: int,
-    dtype: torch.dtype,
-    page_table: torch.Tensor | None,
-    page_size: int,
-    out: torch.Tensor | None,
-    out_raw: torch.Tensor | None,
-    sort: bool,
-    logits: torch.Tensor | None,
-    backend: str | None,
-) -> torch.Tensor:
-    """Serve the chain: what is behind its public face and behind ``torch.ops``.
-
-    Everything is checked before anything is computed.
-    """
+        return out
     # No length may reach past the table: there is no key to be selected.
     scores, score, scored = _prepare_paged(
         q, cache, weights, lengths, block_table, block_size, dtype, logits, backend,
@@ -351,6 +283,51 @@ def run_select(
     return picked
 
 
+def paged_arguments(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Check what all ops on paged keys take; return ``q``, pages and lengths as kernels take them.
+
+    ``q`` is uint8 ``[batch, next_n, heads, head_dim]``, pages are ``[pages, bytes]``.
+    """
+    q = checks.queries(q, (3, 4))
+    batch, next_n, heads, head_dim = q.shape
+    rows, device = batch * next_n, q.device
+    checks.geometry(block_size, head_dim, 4)
+    pages = checks.as_pages(cache, block_size, head_dim + 4)
+    checks.on_device("cache", cache, device, "q")
+    checks.head_weights(weights, rows, heads, device)
+    checks.lengths_for(lengths, rows, next_n, device, "q")
+    if lengths.dim() == 2 and lengths.shape[1] == 1:
+        lengths = lengths.squeeze(1)
+    checks.table("block_table", block_table, batch, 1, device, "q")
+    return q, pages, lengths
+
+
+def ragged_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    row_starts: torch.Tensor,
+    row_ends: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check what all ops on gathered keys take; return ``q`` and ``k`` as uint8."""
+    q = checks.queries(q, (3,)).squeeze(1)
+    rows, heads, head_dim = q.shape
+    checks.positive("head_dim", head_dim)
+    k = checks.keys(k, k_scale, head_dim, q.device)
+    checks.head_weights(weights, rows, heads, q.device)
+    checks.bounds("row_starts", row_starts, rows, q.device)
+    checks.bounds("row_ends", row_ends, rows, q.device)
+    return q, k
+
+
 def new_logits(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return an uninitialised ``[rows, columns]`` whose rows start at multiples of 16 bytes."""
     step = ROW_BYTES // dtype.itemsize
@@ -358,13 +335,13 @@ def new_logits(rows: int, columns: int, dtype: torch.dtype, device: torch.device
     return torch.empty_strided((rows, columns), (stride, 1), dtype=dtype, device=device)
 
 
-def _result(
+def new_result(
     out: torch.Tensor | None,
     rows: int,
     columns: int,
     dtype: torch.dtype,
     device: torch.device,
-    inputs: tuple[tuple[str, torch.Tensor], ...],
+    inputs: Iterable[tuple[str, torch.Tensor | None]],
 ) -> torch.Tensor:
     """Return ``out``, checked, or a new tensor."""
     if out is None:
