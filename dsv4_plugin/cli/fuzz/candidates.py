@@ -239,7 +239,7 @@ def _maxima(problem: Any, op: Callable[..., Any]) -> Parts:
     def check(got: torch.Tensor, context: str) -> None:
         if (tuple(got.shape), got.dtype) != ((rows, blocks), dtype):
             raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
-        n = problem.counts(case.limit)
+        n = problem.present()
         dense = _dense(problem)
         want = oracle.maxima(dense, n, case.piece)
         some = min(blocks, want.shape[1])
@@ -269,7 +269,7 @@ def _scored(problem: Any, op: Callable[..., Any]) -> Parts:
     at = 4 if isinstance(case, RaggedLogitsCase) else 3  # where candidates stand
 
     def draw(step: int) -> None:
-        n = problem.counts(case.limit).tolist()
+        n = problem.present().tolist()
         chosen.copy_(candidates_of(case, n, case.kept[0] * problem.next_n, step))
 
     problem.more = draw
@@ -289,7 +289,7 @@ def _scored(problem: Any, op: Callable[..., Any]) -> Parts:
     def check(got: torch.Tensor, context: str) -> None:
         if (tuple(got.shape), got.dtype) != ((rows, columns), dtype):
             raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
-        n = problem.counts(case.limit)
+        n = problem.present()
         wrong = ~same_bits(got, oracle.scores(_dense(problem), chosen, n, case.piece))
         if count is not None:
             if case.chosen == "any":  # no order, so no count: a number that fits is all
