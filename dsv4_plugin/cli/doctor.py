@@ -175,7 +175,7 @@ def _library() -> Data:
 def _settings() -> dict[str, Data]:
     found = {}
     for variable in envs.VARIABLES:
-        value = os.environ.get(variable.name)
+        value = os.environ.get(variable.name, "").strip() or None
         error = None
         try:
             envs.parse({} if value is None else {variable.name: value})
@@ -219,7 +219,7 @@ def _ops() -> dict[str, Data]:
     # The gather that keeps the keys quantised, which is what engines ask for.
     calls.append(backends.Call("gather", device, torch.uint8))
     try:
-        wish = envs.settings().backend
+        wish = envs.value("backend")
     except SettingError:
         wish = "auto"
     return {_call_name(call): _what_serves(backends, call, wish) for call in calls}

@@ -184,6 +184,26 @@ def test_a_wrong_setting_does_not_raise_here(tmp_path, variables):
     assert out.splitlines()[-1] == "alive"
 
 
+@pytest.mark.parametrize("name", ["PLUGIN", "TOPK", "LOG", "STATUS_DIR"])
+@pytest.mark.parametrize("value", ["", "yes"])
+def test_not_asked_a_layer_is_built_whatever_the_environment_holds(tmp_path, name, value):
+    """A server in which the plugin is only installed: at most one WARNING, and no more."""
+    out = run(
+        f"""
+        register(); register()
+        import {INDEXER} as module
+        module.SparseAttnIndexer(None); module.SparseAttnIndexer(None)
+        print('alive')
+        """,
+        tmp_path,
+        HOST,
+        **{f"DSV4_{name}": value},
+    )
+    assert out.splitlines()[-1] == "alive"
+    assert out.count("WARNING") == out.count(f"DSV4_{name} is 'yes'") == bool(value)
+    assert "ERROR" not in out
+
+
 BROKEN_HOSTS = {
     "the indexer is gone": {INDEXER.replace(".", "/") + ".py": ""},
     "the indexer does not import": {

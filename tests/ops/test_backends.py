@@ -159,3 +159,7 @@ def test_a_wrong_setting_is_an_error_of_the_call(
     monkeypatch.setenv("DSV4_BACKEND", "cudnn")
     with pytest.raises(SettingError, match="DSV4_BACKEND"):
         backends.resolve(TOPK)
+    # What is wrong with a setting that an op does not read is not the op's to say.
+    monkeypatch.setenv("DSV4_BACKEND", "")
+    monkeypatch.setenv("DSV4_TOPK", "bf17")
+    assert backends.resolve(TOPK)

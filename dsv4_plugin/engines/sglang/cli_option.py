@@ -40,6 +40,11 @@ class TopkAction(argparse.Action):
             log.logger.warning("%s has no effect: DSV4_PLUGIN=0 is set", OPTION)
 
 
+def _word(text: str) -> str:
+    """Return ``off`` for what SGLang makes of the bare word in a YAML file (``--config``)."""
+    return "off" if text == "false" else text
+
+
 def target() -> str | None:
     """Return what to hook, or None where SGLang's parser looks different."""
     site = probe.look()["flag"]
@@ -53,6 +58,7 @@ def add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser, 
         parser.add_argument(
             OPTION,
             action=TopkAction,
+            type=_word,
             choices=envs.choices("topk"),
             default=argparse.SUPPRESS,
             dest=argparse.SUPPRESS,

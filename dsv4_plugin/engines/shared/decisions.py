@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from dsv4_plugin import envs, facts, log
-from dsv4_plugin.engines.shared import decision, plan
+from dsv4_plugin.engines.shared import activation, decision, plan
 from dsv4_plugin.engines.shared.decision import Passed
 from dsv4_plugin.engines.shared.plan import Plan, Topk
 from dsv4_plugin.state import state
@@ -60,10 +60,10 @@ class Decisions(Generic[Kind]):
             return self._made[kind]
         except KeyError:
             pass
-        settings = envs.settings()
-        log.configure(settings.log)
-        if not settings.enabled:
+        activation.configure_log()
+        if not envs.asked():
             return None
+        settings = envs.settings()
         facts.process(state.host or "an engine")
         facts.device(kind.device)
         plan.decide(Plan(True, settings.strict))

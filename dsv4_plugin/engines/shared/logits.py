@@ -137,7 +137,7 @@ def failed(error: Exception) -> None:
     if plan.current().strict:
         raise error
     if isinstance(error, UnmetError):
-        if envs.settings().logits == "own":
+        if envs.value("logits") == "own":
             raise error
         log.once(logging.INFO, f"{error}; the engine's own logits serve such calls, in float32")
     else:

@@ -164,8 +164,8 @@ def on() -> bool:
 
 def _asked() -> bool:
     try:
-        return envs.settings().shadow
-    except SettingError:  # somebody else's to raise
+        return bool(envs.value("shadow"))
+    except SettingError:  # an error elsewhere
         return False
 
 

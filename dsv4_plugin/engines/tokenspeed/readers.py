@@ -21,7 +21,7 @@ from dsv4_plugin import envs, log, ops
 from dsv4_plugin.engines.shared import plan
 from dsv4_plugin.engines.shared.patches import Ledger
 from dsv4_plugin.engines.tokenspeed import probe
-from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.state import Seam, state
 
 __all__ = ["install", "look", "uninstall"]
@@ -45,7 +45,10 @@ def look() -> None:
 
 def install(module: Any) -> None:
     """Replace the readers in TokenSpeed's module, each if it is what it is taken for."""
-    off = envs.settings().indexer_read == "off"
+    try:
+        off = envs.value("indexer_read") == "off"
+    except SettingError:  # raised again, as an error, at the first call
+        off = False
     for name, attribute in probe.READERS.items():
         seam = state.seams.setdefault(name, Seam(name))
         original = vars(module).get(attribute)
@@ -72,8 +75,7 @@ def _reader(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., t
         if plan.is_off("read") or not _fits(name, cache_2d, slot_mapping, block_size):
             state.count(f"{name}.upstream")
             return original(cache_2d, slot_mapping, block_size)
-        settings = envs.settings()
-        wish = settings.indexer_read
+        wish = envs.value("indexer_read")
         try:
             out = _READ[name](
                 cache_2d,
@@ -84,7 +86,7 @@ def _reader(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., t
         except (IndexError, UnmetError):  # a slot past the cache; a wish that cannot be met
             raise
         except Exception as error:
-            if settings.strict:
+            if envs.value("strict"):
                 raise
             plan.switch_off("read", error)
             state.count(f"{name}.upstream")

@@ -20,7 +20,7 @@ from dsv4_plugin.engines.shared import decision, plan
 from dsv4_plugin.engines.shared.fallback import serve
 from dsv4_plugin.engines.shared.plan import KS, Topk
 from dsv4_plugin.engines.tokenspeed import kernels, policy, probe
-from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.kernels import cuda
 from dsv4_plugin.state import Seam, state
 
@@ -89,8 +89,8 @@ def install() -> None:
 
 def _setting(name: str) -> Any:
     try:
-        return getattr(envs.settings(), name)
-    except Exception:  # raised again, as an error, at the first call
+        return envs.value(name)
+    except SettingError:  # raised again, as an error, at the first call
         return None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import backends, envs, facts, log
-from dsv4_plugin.engines.shared import decision, logits, plan, shadow
+from dsv4_plugin.engines.shared import activation, decision, logits, plan, shadow
 from dsv4_plugin.engines.shared.decision import unique
 from dsv4_plugin.engines.shared.plan import Plan, Topk
 from dsv4_plugin.engines.vllm import slots
@@ -58,14 +58,15 @@ def built(layer: Any) -> None:
             the message has every reason.
     """
     config = _config()
-    envs.override(_own(config))
-    settings = envs.settings()
-    log.configure(settings.log)
+    for wrong in envs.override(None if envs.killed() else _own(config)):
+        log.once(logging.WARNING, f"{wrong}. The plugin is not switched on, so nothing follows")
+    activation.configure_log()
     facts.process(state.host or "vLLM")
-    if not settings.enabled:
-        log.debug(f"{_name(layer)}: nobody switched the plugin on; vLLM's own code runs")
+    if not envs.asked():
+        log.debug(f"{_name(layer)}: the plugin is not switched on; vLLM's own code runs")
         plan.decide(plan.INERT)
         return
+    settings = envs.settings()
     _layers[layer] = seen = _seen(layer, config)
     facts.device(seen.device)
     _tell(layer, seen)
@@ -140,9 +141,9 @@ def _tell(layer: Any, seen: _Layer) -> None:
 
 def _config() -> Any:
     """Return the configuration of the engine that builds this layer."""
-    from vllm.config import get_current_vllm_config
-
     try:
+        from vllm.config import get_current_vllm_config
+
         return get_current_vllm_config()
     except Exception:  # none is set: a layer built by hand
         return None
@@ -151,8 +152,10 @@ def _config() -> Any:
 def _own(config: Any) -> Mapping[str, Any] | None:
     additional = getattr(config, "additional_config", None)
     own = additional.get("dsv4") if isinstance(additional, Mapping) else None
-    if own is None or isinstance(own, Mapping):
-        return own
+    if isinstance(own, bool):  # YAML has `dsv4: off` so
+        return {"plugin": own}
+    if own is None or own == "" or isinstance(own, Mapping):
+        return own or None
     raise SettingError(
         f"additional_config['dsv4'] is {own!r}; it must map names to values, as "
         "--additional-config.dsv4.topk bf16 does"

@@ -15,8 +15,8 @@ from kits.release_runner import ROOT, environment, run_cases, run_driver
 
 CASES = Path(__file__).resolve().parent / "host"
 MAKE = ROOT / "examples" / "make_hosts_cpu_env.py"
-ENV = Path(os.environ.get("DSV4_HOSTS_ENV", ROOT / ".venvs" / "hosts-cpu"))
-VERSIONS = os.environ.get("DSV4_TOKENSPEED_VERSIONS", "0.1.1").split(",")
+ENV = Path(os.environ.get("DSV4_HOSTS_ENV") or ROOT / ".venvs" / "hosts-cpu")
+VERSIONS = (os.environ.get("DSV4_TOKENSPEED_VERSIONS") or "0.1.1").split(",")
 FEWEST_CASES = 129
 
 

@@ -97,4 +97,4 @@ def test_info_tells_none_of_it(engine, load, caplog):
 
 def test_nobody_asked_is_told(engine, load, caplog):
     load(DSV4_PLUGIN="", DSV4_LOG="debug")
-    assert any(m.startswith("nobody switched the plugin on") for m in told(caplog))
+    assert any(m.startswith("the plugin is not switched on") for m in told(caplog))

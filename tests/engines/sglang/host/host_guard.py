@@ -10,6 +10,7 @@ import torch
 from conftest import expected, names
 from host_calls import whose
 from kits.host_parts import canonical
+from kits.told import check_warned, empty_settings, odd_settings
 
 import dsv4_plugin
 from dsv4_plugin.errors import SettingError, UnmetError
@@ -48,6 +49,24 @@ def test_nothing_is_said_when_nobody_asked(engine, load, caplog):
     load(DSV4_PLUGIN="")
     engine.step(engine.problem())
     assert lines(caplog) == []
+
+
+@odd_settings
+def test_not_asked_for_is_inert_whatever_a_variable_holds(engine, load, caplog, variable, value):
+    load(**{"DSV4_PLUGIN": "", variable: value})
+    problem = engine.problem()
+    out = engine.step(problem)
+    assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
+    assert names(engine) & {"topk_v1", "topk_v2"}  # SGLang's own selected
+    assert dsv4_plugin.status() == {"host": None, "seams": {}, "counters": {}}
+    check_warned(caplog, variable, value)
+
+
+@empty_settings
+def test_an_empty_variable_is_unset(engine, load, variable):
+    load(**{variable: ""})
+    engine.step(engine.problem())
+    assert dsv4_plugin.status()["counters"]["topk.paged"] == 1
 
 
 def test_without_bfloat16_in_deepgemm_the_host_means_float32(engine, load, caplog):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import MODES
 from host_calls import decode, prefill
+from kits.told import check_warned, empty_settings, odd_settings
 
 import dsv4_plugin
 from dsv4_plugin.errors import SettingError, UnmetError
@@ -51,6 +52,24 @@ def test_not_asked_for_nothing_is_registered(engine, load, value, caplog):
     runtime = vars(engine.runtime())
     assert all(runtime[name] is function for name, function in engine.readers.items())
     assert any("DSV4_PLUGIN=0" in line for line in lines(caplog)) is (value == "0")
+
+
+@odd_settings
+def test_not_asked_for_is_inert_whatever_a_variable_holds(engine, load, caplog, variable, value):
+    assert load(**{"DSV4_PLUGIN": "", "DSV4_BACKEND": "", variable: value}) == []
+    assert chosen(engine) == engine.own
+    assert dsv4_plugin.status() == {"host": None, "seams": {}, "counters": {}}
+    runtime = vars(engine.runtime())
+    assert all(runtime[name] is function for name, function in engine.readers.items())
+    check_warned(caplog, variable, value)
+
+
+@empty_settings
+def test_an_empty_variable_is_unset(engine, load, variable):
+    load(**{variable: ""})
+    if variable != "DSV4_BACKEND":  # nothing is compiled here
+        decode(engine, engine.batch((1500,)))
+        assert dsv4_plugin.status()["counters"]["topk.dsa_decode_topk"] == 1
 
 
 def test_the_kernel_plugins_can_be_disabled(engine, load, monkeypatch):

@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from host_calls import BATCHES, UPSTREAM_TOPK, names
+from kits.told import check_warned, empty_settings, odd_settings
 
 import dsv4_plugin
 from dsv4_plugin.errors import SettingError, UnmetError
@@ -277,6 +278,8 @@ def test_the_kill_switch_is_strongest(engine, run, monkeypatch):
     [
         ({"topk": "int8"}, "additional_config['dsv4']['topk'] is 'int8'"),
         ({"top_k": "bf16"}, "unknown name 'top_k'"),
+        ({"topk": "int8", "log": True}, "['topk'] is 'int8'; it can be"),
+        ({"topk": "int8", "log": True}, "additional_config['dsv4']['log'] is 'True'"),
         ("bf16", "must map names to values"),
     ],
 )
@@ -293,6 +296,54 @@ def test_a_bad_variable_is_an_error_at_the_layer_and_none_in_register(engine, ru
     register()
     with pytest.raises(SettingError, match="DSV4_TOPK is 'half'"):
         run.build(engine.problem(**MIXED))
+
+
+@odd_settings
+def test_not_asked_for_is_inert_whatever_a_variable_holds(
+    engine, run, monkeypatch, caplog, variable, value
+):
+    from dsv4_plugin.engines.vllm import register
+
+    monkeypatch.setenv(variable, value)
+    register()
+    problem = engine.problem(**MIXED)
+    stayed_upstream(engine, problem, run(problem))
+    assert not dsv4_plugin.status()["counters"]
+    check_warned(caplog, variable, value)
+
+
+@empty_settings
+def test_an_empty_variable_is_unset(engine, run, monkeypatch, variable):
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv(variable, "")
+    run(engine.problem(**MIXED))
+    assert dsv4_plugin.status()["counters"]["topk.decode"] == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "warned"),
+    [
+        (None, ""),
+        ("", ""),
+        ({}, ""),
+        ({"topk": "", "plugin": " "}, ""),
+        (False, ""),  # YAML: `dsv4: off`
+        ({"plugin": "0", "topk": "int8"}, "['topk'] is 'int8'"),
+    ],
+)
+def test_a_configuration_that_asks_for_nothing(engine, run, caplog, own, warned):
+    problem = engine.problem(**MIXED)
+    stayed_upstream(engine, problem, run(problem, config={"dsv4": own}))
+    loud = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(loud) == bool(warned) and warned in "".join(loud)
+
+
+def test_the_words_that_yaml_reads_as_booleans(engine, run):
+    """``additional-config: {dsv4: {topk: off, indexer_read: no}}`` arrives as two times False."""
+    problem = engine.problem(**MIXED)
+    own = {"topk": False, "indexer_read": False}
+    stayed_upstream(engine, problem, run(problem, config={"dsv4": own}))
+    assert why() == "DSV4_TOPK=off" and why("gather") == "DSV4_INDEXER_READ=off"
 
 
 # --- what is said ----------------------------------------------------------------------------
