@@ -71,7 +71,7 @@ class Drill:
     environment: dict[str, str] = field(default_factory=lambda: {"DSV4_PLUGIN": "1"})
     arguments: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
-    never: tuple[str, ...] = ("topk.decode", "topk.prefill", "logits.own")
+    never: tuple[str, ...] = ("topk.decode", "topk.prefill", "logits.plugin")
     upstream: bool = True
     library: bool = True
     act: Callable[[Server], None] | None = None
@@ -81,7 +81,7 @@ def _fault(name: str) -> dict[str, str]:
     return {"DSV4_PLUGIN": "1", "E2E_FAULT": name}
 
 
-_ALL = ("topk.decode", "topk.prefill", "logits.own", "gather")
+_ALL = ("topk.decode", "topk.prefill", "logits.plugin", "gather")
 DRILLS = (
     Drill(
         BASE, "the kill switch, DSV4_PLUGIN=0, although --plugin dsv4 asks for the plugin",
@@ -93,16 +93,16 @@ DRILLS = (
     ),
     Drill(
         "capability", "the plugin sees a GPU of compute capability 7.5",
-        r"top-k: upstream's \(.*compute capability 7\.5", _fault("capability"),
+        r"top-k: the engine's \(.*compute capability 7\.5", _fault("capability"),
         never=(*_ALL,),
     ),
     Drill(
         "library", f"{LIBRARY} is not there",
-        rf"top-k: upstream's \(.*{re.escape(LIBRARY)}", library=False,
+        rf"top-k: the engine's \(.*{re.escape(LIBRARY)}", library=False,
     ),
     Drill(
         "seam", "a function of vLLM's that is patched has other parameters",
-        r"upstream's stays at topk\.prefill \(.*top_k_per_row_prefill", _fault("seam"),
+        r"the engine's own code stays at topk\.prefill \(.*top_k_per_row_prefill", _fault("seam"),
         counts=("gather",),
     ),
     Drill(

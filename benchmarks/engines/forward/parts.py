@@ -35,10 +35,10 @@ OFF = "off"
 
 # With the plugin: what selects, and who writes the scores.
 VARIANTS: dict[str, dict[str, str]] = {
-    "fp32": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "host"},
-    "bf16": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "host"},
-    "fp32 own": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "own"},
-    "bf16 own": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "own"},
+    "fp32": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "engine"},
+    "bf16": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "engine"},
+    "fp32 own": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "plugin"},
+    "bf16 own": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "plugin"},
 }
 
 

@@ -121,9 +121,9 @@ class Side:
         return [{"part": "load the plugin", "variant": "on", "right": found}]
 
     def _with(self, name: str, variant: str, make: Callable[[], Any]) -> list[Row]:
-        from dsv4_plugin.engines.sglang import policy
+        from dsv4_plugin.engines.shared import adapter
 
-        use(variant, policy.forget, self.device)
+        use(variant, adapter.current().forget_decisions, self.device)
         return self._one(name, variant, make)
 
     def _spy(self) -> None:

@@ -113,9 +113,9 @@ class Side:
         return [{"part": "take the plugin out", "variant": OFF, "right": not self._ours()}]
 
     def _with(self, variant: str, run: Callable[[str], list[Row]]) -> list[Row]:
-        from dsv4_plugin.engines.tokenspeed import policy
+        from dsv4_plugin.engines.shared import adapter
 
-        use(variant, policy.forget, self.device)
+        use(variant, adapter.current().forget_decisions, self.device)
         return run(variant)
 
     def _measured(

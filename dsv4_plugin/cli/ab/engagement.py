@@ -17,8 +17,8 @@ from dsv4_plugin.cli.ab.servers import Server
 
 __all__ = ["Evidence", "judge", "look"]
 
-# What the adapters log (engines/shared/decisions.py, vllm/policy.py, tokenspeed/readers.py).
-_ACTIVE = re.compile(r"dsv4 active in |dsv4 in [^:]+: .*(top-k|key gather): (?!upstream's)")
+# What the adapters log (engines/shared/adapter.py, tokenspeed/readers.py).
+_ACTIVE = re.compile(r"dsv4 active in ")
 _OURS = re.compile(r"\bdsv4\b", re.IGNORECASE)
 SHOWN = 5  # lines of the log in an error
 
@@ -67,7 +67,8 @@ class Evidence:
             for name in _served(p):
                 if counters.get(f"{name}.upstream", 0):
                     found.append(f"some calls of {name} went to the engine's own code")
-            if {"logits.own", "logits.bf16"} & set(_served(p)) and counters.get("logits.upstream"):
+            asked = {"logits.plugin", "logits.bf16"} & set(_served(p))
+            if asked and counters.get("logits.upstream"):
                 found.append("some logits were the engine's, in float32")
         return list(dict.fromkeys(found))
 
