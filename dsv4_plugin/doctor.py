@@ -218,7 +218,7 @@ def _unknown_variables() -> dict[str, str | None]:
     return envs.unknown()
 
 
-def _ops() -> dict[str, Data]:
+def _ops() -> Data:
     """Map every op to what a call on the first device would get, and why not what comes before."""
     torch, why = _torch()
     if torch is None:

@@ -5,7 +5,7 @@ import json
 import torch
 
 from dsv4_plugin import cli, topk
-from dsv4_plugin.testing.soak import SMALL, soak
+from dsv4_plugin.testing.soak.load import SMALL, soak
 
 
 def test_a_short_run_is_clean(tmp_path, capsys):

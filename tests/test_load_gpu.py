@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsv4_plugin.testing.soak import Shape, soak
+from dsv4_plugin.testing.soak.load import Shape, soak
 
 pytestmark = pytest.mark.gpu
 

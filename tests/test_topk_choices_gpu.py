@@ -7,7 +7,7 @@ from topk_device import DEVICE, Guarded, draw, ints, seen
 
 from dsv4_plugin.kernels import cuda
 from dsv4_plugin.testing.topk.cases import DTYPES, Case
-from dsv4_plugin.testing.topk.sweep import CLUSTERS, THREADS, Sweep, choices
+from dsv4_plugin.testing.topk.choice_sweep import CLUSTERS, THREADS, Sweep, choices
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv4_plugin.testing.e2e.trace import Kernel
-from dsv4_plugin.testing.topk import sweep
+from dsv4_plugin.testing.topk import choice_sweep as sweep
 from dsv4_plugin.testing.topk.behind import after_logits, kernels
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 from packaging_tools import check, compiled
 
-from dsv4_plugin.testing.topk.sweep import SOLO, UNITS_A_THREAD
+from dsv4_plugin.testing.topk.choice_sweep import SOLO, UNITS_A_THREAD
 
 
 class Choice(NamedTuple):

@@ -21,6 +21,7 @@ from dsv4_plugin.testing.adapters.cells import (
     verdict,
 )
 from dsv4_plugin.testing.cells import DIRTY, Row
+from dsv4_plugin.testing.choices import SGLANG_CALLS
 from dsv4_plugin.testing.host_tensors import PAGE, deep_gemm_buffer, in_row, page_table
 from dsv4_plugin.testing.inputs import poison_tail, scores
 from dsv4_plugin.testing.topk.cases import Problem
@@ -31,7 +32,6 @@ __all__ = ["cells"]
 
 SHAPES = ((1, 8192), (1, 65_536), (8, 65_536), (32, 16_384), (32, 65_536), (8, 256_000))
 PREFILL = ((2048, 8192), (2048, 32_768))
-CALLS = ("paged", "paged_raw", "dsa", "prefill")
 Out = list[torch.Tensor]  # of one: some calls allocate what they return
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -40,7 +40,7 @@ def cells(
     device: str, peers: Peers, ks: Sequence[int], rows: Sequence[int], columns: Sequence[int]
 ) -> Iterator[Task]:
     """Give all cells."""
-    for call in CALLS:
+    for call in SGLANG_CALLS:
         for r, c in shapes_of(PREFILL if call == "prefill" else SHAPES, rows, columns):
             for k in ks:
                 about = {"suite": "sglang", "call": call, "k": k, "rows": r, "columns": c}

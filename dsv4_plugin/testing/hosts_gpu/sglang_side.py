@@ -15,8 +15,6 @@ from dsv4_plugin.testing.adapters.cells import Scores
 from dsv4_plugin.testing.cells import DIRTY
 from dsv4_plugin.testing.host_tensors import in_row
 from dsv4_plugin.testing.hosts_gpu.parts import (
-    OFF,
-    VARIANTS,
     Part,
     Row,
     agreement,
@@ -25,6 +23,7 @@ from dsv4_plugin.testing.hosts_gpu.parts import (
     stands_in,
     use,
 )
+from dsv4_plugin.testing.hosts_gpu.variants import OFF, VARIANTS
 from dsv4_plugin.testing.sglang_host import STANDS_IN, STANDS_IN_ON_GPU, Engine, Layer, Problem
 from dsv4_plugin.testing.topk.cases import Problem as Case
 

@@ -23,8 +23,6 @@ from dsv4_plugin.testing.host_tensors import (
     plane,
 )
 from dsv4_plugin.testing.hosts_gpu.parts import (
-    OFF,
-    VARIANTS,
     Part,
     Row,
     agreement,
@@ -33,6 +31,7 @@ from dsv4_plugin.testing.hosts_gpu.parts import (
     stands_in,
     use,
 )
+from dsv4_plugin.testing.hosts_gpu.variants import OFF, VARIANTS
 from dsv4_plugin.testing.inputs import slot_list
 from dsv4_plugin.testing.tokenspeed_host import STANDS_IN, STANDS_IN_ON_GPU, Engine
 

@@ -25,15 +25,10 @@ from dsv4_plugin.testing.topk.cases import Problem as Scores
 from dsv4_plugin.testing.topk.check import Reference
 from dsv4_plugin.testing.topk.peers import OURS
 
-__all__ = ["ChainBench", "chain_name", "shared"]
+__all__ = ["ChainBench", "shared"]
 
 Call = Callable[[Paged, torch.Tensor], None]
 Answers = dict[int, dict[tuple[str, str], torch.Tensor]]  # k -> (implementation, dtype) -> indices
-
-
-def chain_name(logits: str, topk: str) -> str:
-    """Return the name of a peers' chain."""
-    return f"{logits} + {topk}"
 
 
 def shared(a: torch.Tensor, b: torch.Tensor, columns: int) -> tuple[float, float]:

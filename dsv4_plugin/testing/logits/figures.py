@@ -7,11 +7,13 @@ markers of a page.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsv4_plugin.testing import figures
-from dsv4_plugin.testing.logits.chain import chain_name
+from dsv4_plugin.testing.logits.bars import chain_name
+from dsv4_plugin.testing.tool import prints
 from dsv4_plugin.testing.topk.bars import best_peers, geomean, sound
 from dsv4_plugin.testing.topk.peers import OURS
 
@@ -167,5 +169,11 @@ def _against(ratios: list[float], what: str, begin: str = "Against") -> str:
     )
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the text; returns the exit code."""
+    prog = "python -m dsv4_plugin.testing.logits.figures"
+    return prints(prog, {"logits-figures": markdown}, argv)
+
+
 if __name__ == "__main__":
-    print(markdown())
+    sys.exit(main())
