@@ -383,4 +383,8 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    import sys
+
+    from dsv4_plugin.cli.shared.tool import prints
+
+    sys.exit(prints("python -m dsv4_plugin.envs", {"table": table}))

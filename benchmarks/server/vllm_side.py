@@ -26,6 +26,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import logging
 import os
 import threading
 import time
@@ -184,7 +185,7 @@ def _runner(folder: Path, module: Any) -> None:
     owner = getattr(module, "GPUModelRunner", None)
     forward = getattr(owner, "_model_forward", None)
     if owner is None or forward is None:
-        log.logger.warning("e2e: contexts cannot be copied in this vLLM; they are computed")
+        log.say(logging.WARNING, "e2e: contexts cannot be copied in this vLLM; they are computed")
         return
     owner._model_forward = _copying(folder / COPY, forward)
 
@@ -214,7 +215,7 @@ def _copying(flag: Path, forward: Callable[..., Any]) -> Callable[..., Any]:
         try:
             copied = pages.chunk(self, positions)
         except Exception:
-            log.logger.exception("e2e: contexts are computed from now on, copying failed")
+            log.exception("e2e: contexts are computed from now on, copying failed")
             flag.unlink(missing_ok=True)
             copied = False
         if not copied:

@@ -17,6 +17,7 @@ from dsv4_plugin.cli.bench.topk.cases import Problem
 from dsv4_plugin.cli.bench.topk.check import Reference
 from dsv4_plugin.cli.bench.topk.peers import Peers
 from dsv4_plugin.cli.checks.inputs import poison_tail, scores
+from dsv4_plugin.cli.shared.choices import SGLANG_CALLS
 from dsv4_plugin.engines.sglang import wrappers
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.decision import Selection
@@ -25,7 +26,6 @@ __all__ = ["cells"]
 
 SHAPES = ((1, 8192), (1, 65_536), (8, 65_536), (32, 16_384), (32, 65_536), (8, 256_000))
 PREFILL = ((2048, 8192), (2048, 32_768))
-CALLS = ("paged", "paged_raw", "dsa", "prefill")
 Out = list[torch.Tensor]  # of one: some calls allocate what they return
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -34,7 +34,7 @@ def cells(
     device: str, peers: Peers, ks: Sequence[int], rows: Sequence[int], columns: Sequence[int]
 ) -> Iterator[Task]:
     """Give all cells."""
-    for call in CALLS:
+    for call in SGLANG_CALLS:
         for r, c in shapes_of(PREFILL if call == "prefill" else SHAPES, rows, columns):
             for k in ks:
                 about = {"suite": "sglang", "call": call, "k": k, "rows": r, "columns": c}

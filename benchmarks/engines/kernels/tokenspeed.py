@@ -25,6 +25,7 @@ from dsv4_plugin.cli.bench.cells import DIRTY, Row
 from dsv4_plugin.cli.bench.topk.peers import Peers
 from dsv4_plugin.cli.checks.inputs import mxfp4_cache, slot_list
 from dsv4_plugin.cli.checks.oracles import fp8_keys, mxfp4_keys
+from dsv4_plugin.cli.shared.choices import TOKENSPEED_CALLS
 from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.engines.tokenspeed import kernels, readers
 
@@ -36,15 +37,7 @@ __all__ = ["cells", "has_deep_gemm"]
 DECODE = ((1, 8192), (1, 65_536), (8, 65_536), (8, 8192), (32, 65_536))
 PREFILL = ((512, 8192), (512, 65_536))
 READ = ((1024, 4096), (14_338, 16_384))  # tokens, pages
-SHAPES = {
-    "dsa_decode": DECODE,
-    "dsa_decode_slots": DECODE,
-    "dsv4_decode": DECODE,
-    "dsa_prefill": PREFILL,
-    "gather": READ,
-    "read_fp8": READ,
-    "read_mxfp4": READ,
-}
+SHAPES = dict(zip(TOKENSPEED_CALLS, (*[DECODE] * 3, PREFILL, *[READ] * 3), strict=True))
 SCALE = 0.1
 
 

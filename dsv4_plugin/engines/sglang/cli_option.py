@@ -7,6 +7,7 @@ May go when SGLang lets a plugin declare options; an option of that name of SGLa
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,7 @@ class TopkAction(argparse.Action):
         elif envs.switch(True):
             envs.put("topk", str(values))
         else:
-            log.logger.warning("%s has no effect: DSV4_PLUGIN=0 is set", OPTION)
+            log.say(logging.WARNING, f"{OPTION} has no effect: DSV4_PLUGIN=0 is set")
 
 
 def _word(text: str) -> str:

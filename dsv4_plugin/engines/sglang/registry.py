@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dsv4_plugin import log
+from dsv4_plugin.engines.shared.patches import called
 
 __all__ = ["around", "hooked", "intact", "other_hooks", "uninstall"]
 
@@ -47,7 +48,7 @@ def around(target: str | None, hook: Callable[..., Any]) -> None:
         return
     module.HookRegistry.register(target, hook, module.HookType.AROUND)
     _hooks[target] = hook
-    log.logger.debug("hook around %s: registered; SGLang applies it", target)
+    log.say(logging.DEBUG, f"hook around {target}: registered; SGLang applies it")
 
 
 def other_hooks(target: str) -> list[str]:
@@ -116,7 +117,7 @@ def uninstall() -> None:
         try:
             restored = _restore(target, hook)
         except (ImportError, AttributeError, ValueError) as error:
-            log.logger.warning("%s could not be restored (%s)", target, error)
+            log.say(logging.WARNING, f"{target} could not be restored ({error})")
             continue
         if restored is not None:
             spread[id(restored[0])] = restored
@@ -131,16 +132,14 @@ def _restore(target: str, hook: Any) -> tuple[Any, Any] | None:
     wrapper = _function(raw)
     if not _made_for(wrapper, hook):
         # The plugin's hook may still be inside; it passes every call through from now on.
-        log.logger.warning(
-            "%s was patched by other code since (%s.%s); it is left as it is",
-            target,
-            getattr(wrapper, "__module__", type(wrapper).__module__),
-            getattr(wrapper, "__qualname__", type(wrapper).__qualname__),
+        log.say(
+            logging.WARNING,
+            f"{target} was patched by other code since ({called(wrapper)}); it is left as it is",
         )
         return None
     original = wrapper.__wrapped__
     setattr(owner, name, type(raw)(original) if raw is not wrapper else original)
-    log.logger.debug("hook around %s: taken back", target)
+    log.say(logging.DEBUG, f"hook around {target}: taken back")
     return wrapper, original
 
 

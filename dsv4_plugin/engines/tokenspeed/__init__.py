@@ -25,7 +25,7 @@ def register_kernels() -> None:
 
             registration.install()
     except Exception:
-        log.logger.exception("dsv4's kernels could not be registered; TokenSpeed's own run")
+        log.exception("dsv4's kernels could not be registered; TokenSpeed's own run")
 
 
 def register() -> None:
@@ -37,7 +37,7 @@ def register() -> None:
             readers.look()
             import_hooks.after_import(probe.OPS, readers.install)
     except Exception:
-        log.logger.exception("dsv4 could not be registered; TokenSpeed stays as it is")
+        log.exception("dsv4 could not be registered; TokenSpeed stays as it is")
 
 
 def unregister() -> None:

@@ -152,7 +152,7 @@ def _register(mode: str, explicit: bool) -> str:
         traits=_traits(mode),
         priority=Priority.PLUGIN,
     )(_kernel(mode))
-    log.logger.debug("kernel %s: registered for %s", name, mode)
+    log.say(logging.DEBUG, f"kernel {name}: registered for {mode}")
     return name
 
 
@@ -239,5 +239,5 @@ def uninstall() -> None:
         if take_out is not None:
             for name in now.kernels:
                 take_out(name)
-                log.logger.debug("kernel %s: taken out", name)
+                log.say(logging.DEBUG, f"kernel {name}: taken out")
     end()
