@@ -29,11 +29,11 @@ else
   READY := $(VENV)/.ready
 endif
 
-# csrc/build.py and csrc/*.cu are here so that a changed kernel is rebuilt before the tests run.
-CSRC   := $(wildcard csrc/* csrc/include/dsv4/*)
+# csrc is here so that a changed kernel is rebuilt before the tests run.
+CSRC   := $(wildcard csrc/* csrc/bindings/* csrc/include/dsv4/*/*)
 # clang_format has no __main__.
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
-CPPTREE = $(shell git ls-files -co --exclude-standard '*.cu' '*.cuh' 'csrc/*.h')
+CPPTREE = $(shell git ls-files -co --exclude-standard '*.cu' '*.cuh' 'csrc/bindings/*.h')
 
 .PHONY: help env demo test test-gpu lint format docs audit wheel manylinux check-wheel so clean vllm-env hosts-env
 

@@ -17,8 +17,8 @@
 
 #include <cuda_runtime.h>
 
-#include "dsv4/common.cuh"
-#include "dsv4/host_launch.cuh"
+#include "dsv4/common/launch.cuh"
+#include "dsv4/common/warp.cuh"
 
 namespace {
 

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstdio>
 
-#include "dsv4/divisor.cuh"
+#include "dsv4/common/divisor.cuh"
 
 using dsv4::Divisor;
 

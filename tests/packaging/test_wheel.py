@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from packaging_tools import ROOT, Wheel, build, check, expected_names, run, without_nvcc
+from kits.packaging_tools import ROOT, Wheel, build, check, expected_names, run, without_nvcc
 
 
 def test_pure_wheel_is_for_any_platform_and_holds_no_binary(pure_wheel: Wheel, tree: Path) -> None:
@@ -122,11 +122,11 @@ def test_the_pure_wheel_installs_and_imports(installed: Path, tmp_path: Path) ->
 
 
 ENTRY_POINTS = {
-    "vllm.general_plugins": "dsv4_plugin.integrations.vllm:register",
-    "sglang.srt.plugins": "dsv4_plugin.integrations.sglang:register",
-    "tokenspeed.plugins": "dsv4_plugin.integrations.tokenspeed:register",
-    "tokenspeed_kernel.plugins": "dsv4_plugin.integrations.tokenspeed:register_kernels",
-    "console_scripts": "dsv4_plugin.cli:main",
+    "vllm.general_plugins": "dsv4_plugin.engines.vllm:register",
+    "sglang.srt.plugins": "dsv4_plugin.engines.sglang:register",
+    "tokenspeed.plugins": "dsv4_plugin.engines.tokenspeed:register",
+    "tokenspeed_kernel.plugins": "dsv4_plugin.engines.tokenspeed:register_kernels",
+    "console_scripts": "dsv4_plugin.cli.main:main",
 }
 
 
@@ -167,9 +167,10 @@ def test_an_editable_install_puts_the_library_beside_the_package(
     )
     for name in ("pyproject.toml", "csrc/build.py"):
         (source / name).write_text((tree / name).read_text())
-    for kernel in (source / "csrc").glob("*.cu"):
+    for kernel in (source / "csrc" / "bindings").glob("*.cu"):
         kernel.unlink()
-    (source / "csrc" / "stub.cu").write_text('extern "C" int __tvm_ffi_stub() { return 0; }\n')
+    stub = source / "csrc" / "bindings" / "stub.cu"
+    stub.write_text('extern "C" int __tvm_ffi_stub() { return 0; }\n')
     (source / "README.md").touch()
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site]

@@ -3,7 +3,7 @@
 // scores. Needs no GPU.
 #include <cstdio>
 
-#include "dsv4/topk_choice.cuh"
+#include "dsv4/topk/tuning.cuh"
 
 using namespace dsv4;
 

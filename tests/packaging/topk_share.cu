@@ -1,7 +1,7 @@
 // Prints bytes_of_share: "multiprocessor reserved most share bytes". Needs no GPU.
 #include <cstdio>
 
-#include "dsv4/topk_choice.cuh"
+#include "dsv4/topk/tuning.cuh"
 
 using namespace dsv4;
 

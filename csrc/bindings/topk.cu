@@ -1,0 +1,214 @@
+// dsv4_topk: validate -> TopkParams -> choose -> launch. dsv4_topk_with: the caller chooses.
+#include <cstdint>
+
+#include <cuda_runtime.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+
+#include "device_guard.h"
+#include "dsv4/topk/launch.cuh"
+#include "row_lengths.h"
+#include "tensor_checks.h"
+
+namespace dsv4 {
+namespace {
+
+using tvm::ffi::Optional;
+
+ScoreType score_type(const TensorView& logits, bool narrow) {
+  if (narrow && !is_dtype(logits, kDLFloat, 32)) {
+    TVM_FFI_THROW(TypeError) << "narrow=True, but logits is " << dtype_name(logits.dtype())
+                             << "; only float32 can be narrowed to bfloat16";
+  }
+  if (is_dtype(logits, kDLBfloat, 16)) return ScoreType::kBfloat16;
+  if (is_dtype(logits, kDLFloat, 16)) return ScoreType::kFloat16;
+  if (!is_dtype(logits, kDLFloat, 32)) {
+    TVM_FFI_THROW(TypeError) << "logits is " << dtype_name(logits.dtype())
+                             << "; it must be bfloat16, float16 or float32";
+  }
+  return narrow ? ScoreType::kNarrowedFloat32 : ScoreType::kFloat32;
+}
+
+void set_logits(TopkParams& p, const TensorView& logits) {
+  const DLDevice device = logits.device();
+  if (device.device_type != kDLCUDA) {
+    TVM_FFI_THROW(ValueError) << "logits is on " << device_name(device) << "; it must be on a GPU";
+  }
+  if (logits.ndim() != 2) {
+    TVM_FFI_THROW(ValueError) << "logits has shape " << shape_name(logits)
+                              << "; it must be [rows, columns]";
+  }
+  if (logits.size(1) > 1 && logits.stride(1) != 1) {
+    TVM_FFI_THROW(ValueError) << "logits has stride " << logits.stride(1)
+                              << " along columns; it must be 1";
+  }
+  if (logits.stride(0) < 0) {
+    TVM_FFI_THROW(ValueError) << "logits has row stride " << logits.stride(0)
+                              << "; it must not be negative";
+  }
+  // The last few values are left free so that no index computation near the end can overflow.
+  constexpr int64_t kMost = INT32_MAX - 4096;
+  if (logits.size(0) > kMost || logits.size(1) > kMost) {
+    TVM_FFI_THROW(ValueError) << "logits has shape " << shape_name(logits) << "; at most " << kMost
+                              << " rows and columns are allowed";
+  }
+  p.logits = data(logits);
+  p.logits_stride = logits.stride(0);
+  p.rows = static_cast<int32_t>(logits.size(0));
+  p.columns = static_cast<int32_t>(logits.size(1));
+}
+
+void set_row_starts(TopkParams& p, const Optional<TensorView>& row_starts, DLDevice device) {
+  if (!row_starts.has_value()) return;
+  const TensorView t = row_starts.value();
+  check_index_tensor("row_starts", t, device);
+  if (t.ndim() != 1 || t.size(0) != p.rows) {
+    TVM_FFI_THROW(ValueError) << "row_starts has shape " << shape_name(t) << "; it must be ["
+                              << p.rows << "], one start a row";
+  }
+  p.row_starts = {data(t), is_dtype(t, kDLInt, 64)};
+  p.row_start_stride = t.stride(0);
+}
+
+int32_t* output_rows(const char* name, const TensorView& t, const TopkParams& p, DLDevice device) {
+  check_int32_rows(name, t, device);
+  if (t.size(0) != p.rows || t.size(1) != p.k) {
+    TVM_FFI_THROW(ValueError) << name << " has shape " << shape_name(t) << "; it must be ["
+                              << p.rows << ", " << p.k << "], rows by k";
+  }
+  if (p.rows > 1 && t.stride(0) < p.k) {
+    TVM_FFI_THROW(ValueError) << name << " has row stride " << t.stride(0)
+                              << ", so its rows overlap; it must be at least k = " << p.k;
+  }
+  return static_cast<int32_t*>(const_cast<void*>(data(t)));
+}
+
+void set_page_table(TopkParams& p, const Optional<TensorView>& page_table, int64_t next_n,
+                    int64_t page_size, DLDevice device) {
+  if (!page_table.has_value()) return;
+  const TensorView t = page_table.value();
+  check_int32_rows("page_table", t, device);
+  if (t.size(0) == p.rows) {
+    p.page_group = Divisor::of(1);
+  } else if (t.size(0) * next_n == p.rows) {
+    p.page_group = Divisor::of(static_cast<int32_t>(next_n));
+  } else {
+    TVM_FFI_THROW(ValueError) << "page_table has " << t.size(0) << " rows with " << p.rows
+                              << " rows of logits and next_n " << next_n
+                              << "; it must have one a row or one for each next_n rows";
+  }
+  if (page_size < 1 || page_size > INT32_MAX) {
+    TVM_FFI_THROW(ValueError) << "page_size is " << page_size << "; it must be at least 1";
+  }
+  p.page_table = static_cast<const int32_t*>(data(t));
+  p.page_table_stride = t.stride(0);
+  p.pages = static_cast<int32_t>(t.size(1) > INT32_MAX ? INT32_MAX : t.size(1));
+  p.page_size = Divisor::of(static_cast<int32_t>(page_size));
+}
+
+void set_out_counts(TopkParams& p, const Optional<TensorView>& out_counts, DLDevice device) {
+  if (!out_counts.has_value()) return;
+  const TensorView t = out_counts.value();
+  if (!is_dtype(t, kDLInt, 32)) {
+    TVM_FFI_THROW(TypeError) << "out_counts is " << dtype_name(t.dtype()) << "; it must be int32";
+  }
+  check_device("out_counts", t, device);
+  if (t.ndim() != 1 || t.size(0) != p.rows || (p.rows > 1 && t.stride(0) != 1)) {
+    TVM_FFI_THROW(ValueError) << "out_counts has shape " << shape_name(t) << "; it must be ["
+                              << p.rows << "], one count a row, with stride 1";
+  }
+  p.out_counts = static_cast<int32_t*>(const_cast<void*>(data(t)));
+}
+
+struct TopkCall {
+  TopkParams p;
+  ScoreType type;
+  DLDevice device;
+};
+
+TopkCall topk_call(TensorView logits, TensorView lengths, TensorView out,
+                   Optional<TensorView> out_raw, Optional<TensorView> row_starts,
+                   Optional<TensorView> page_table, int64_t k, int64_t next_n, int64_t page_size,
+                   bool sort, bool narrow, Optional<TensorView> out_counts) {
+  TopkParams p{};
+  const ScoreType type = score_type(logits, narrow);
+  set_logits(p, logits);
+  const DLDevice device = logits.device();
+  if (k < 1 || k > kTopkMax) {
+    TVM_FFI_THROW(ValueError) << "k is " << k << "; it must be 1 ... " << kTopkMax;
+  }
+  p.k = static_cast<int32_t>(k);
+  p.sort = sort;
+  p.lengths = row_lengths(lengths, p.rows, next_n, device);
+  set_row_starts(p, row_starts, device);
+  p.out = output_rows("out", out, p, device);
+  p.out_stride = out.stride(0);
+  if (out_raw.has_value()) {
+    p.out_raw = output_rows("out_raw", out_raw.value(), p, device);
+    p.out_raw_stride = out_raw.value().stride(0);
+  }
+  set_page_table(p, page_table, next_n, page_size, device);
+  set_out_counts(p, out_counts, device);
+  return {p, type, device};
+}
+
+void topk(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
+          Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
+          int64_t next_n, int64_t page_size, bool sort, bool narrow,
+          Optional<TensorView> out_counts) {
+  const TopkCall call = topk_call(logits, lengths, out, out_raw, row_starts, page_table, k, next_n,
+                                  page_size, sort, narrow, out_counts);
+  if (call.p.rows == 0) return;
+  const Launch launch("dsv4_topk", call.device);
+  launch.check(launch_topk(call.p, call.type, call.device.device_id, launch.stream()));
+}
+
+// The same with the caller's choice in place of the table's: for the sweeps that the table comes
+// from, and for tests of every shape. threads: 256 or 512; 1024 is the kernel for any width. solo:
+// the longest row, in scores, that one CTA of a cluster serves.
+void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
+               Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
+               int64_t next_n, int64_t page_size, bool sort, bool narrow, int64_t threads,
+               int64_t cluster, int64_t solo, Optional<TensorView> out_counts) {
+  const TopkCall call = topk_call(logits, lengths, out, out_raw, row_starts, page_table, k, next_n,
+                                  page_size, sort, narrow, out_counts);
+  if (threads != 256 && threads != 512 && threads != 1024) {
+    TVM_FFI_THROW(ValueError) << "threads is " << threads << "; it must be 256, 512 or 1024";
+  }
+  const TopkShape shape = threads == 256   ? TopkShape::k256
+                          : threads == 512 ? TopkShape::k512
+                                           : TopkShape::kWide;
+  const Launch launch("dsv4_topk_with", call.device);
+  const int device = call.device.device_id;
+  DeviceLimits limits{};
+  launch.check(device_limits(device, &limits));
+  const int64_t most = shape == TopkShape::kWide ? 1 : limits.largest_cluster;
+  if (cluster < 1 || cluster > most) {
+    TVM_FFI_THROW(ValueError) << "cluster is " << cluster << "; with " << threads
+                              << " threads it must be 1 ... " << most << " here";
+  }
+  const int64_t units = most_units(call.p, call.type);
+  if (shape != TopkShape::kWide && ceil_div(units, cluster) > most_units(shape)) {
+    TVM_FFI_THROW(ValueError) << cluster << " x " << threads << " threads hold rows of "
+                              << cluster * most_units(shape) * kUnit << " scores, logits has "
+                              << call.p.columns << " columns";
+  }
+  // Of a longer row every CTA of a cluster has some units.
+  constexpr int64_t kShortest = kMaxCluster * 8 * kUnit;
+  const int64_t longest = most_units(shape == TopkShape::kWide ? TopkShape::k512 : shape) * kUnit;
+  if (solo < kShortest || solo > longest || solo % kUnit != 0) {
+    TVM_FFI_THROW(ValueError) << "solo is " << solo << "; it must be a multiple of " << kUnit
+                              << " from " << kShortest << " to " << longest;
+  }
+  if (call.p.rows == 0) return;
+  const int ctas = static_cast<int>(cluster);
+  const TopkChoice choice{shape, ctas, static_cast<int32_t>(solo / kUnit), half_units(ctas)};
+  launch.check(launch_choice(call.p, call.type, choice, device, limits, launch.stream()));
+}
+
+}  // namespace
+}  // namespace dsv4
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(dsv4_topk, dsv4::topk);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(dsv4_topk_with, dsv4::topk_with);

@@ -1,0 +1,49 @@
+// How many columns a row has: one length a row, or one a request whose next_n rows end one column
+// apart.
+#pragma once
+
+#include <cstdint>
+
+#include "dsv4/common/divisor.cuh"
+
+namespace dsv4 {
+
+// Integers of either width behind one pointer; strides in elements.
+struct IntTensor {
+  const void* data;
+  bool is_int64;
+
+  __device__ __forceinline__ int64_t operator[](int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+// length(row) = lengths[row / group, row % group], or, where the engine keeps one length for its
+// `group` rows, lengths[row / group] - group + 1 + row % group. Not clipped to anything.
+struct RowLengths {
+  IntTensor lengths;
+  int64_t stride0;
+  int64_t stride1;
+  Divisor group;
+  bool shared;
+
+  // Where a row's length is found: worked out before griddepcontrol.wait, read after it.
+  struct Place {
+    int64_t at;
+    int32_t adjust;
+  };
+
+  __device__ __forceinline__ Place place(int32_t row) const {
+    const int32_t request = group.divide(row);
+    const int32_t member = row - request * group.value;
+    return {request * stride0 + member * stride1, shared ? member + 1 - group.value : 0};
+  }
+
+  __device__ __forceinline__ int64_t read(const Place& place) const {
+    return lengths[place.at] + place.adjust;
+  }
+
+  __device__ __forceinline__ int64_t of(int32_t row) const { return read(place(row)); }
+};
+
+}  // namespace dsv4

@@ -1,0 +1,113 @@
+// What the matrix unit reads, brought to shared memory by a warpgroup, asynchronously and in its
+// layout: queries, and a ring of key blocks, 64 keys and their scales a slot.
+#pragma once
+
+#include <cstdint>
+
+#include "dsv4/common/warp.cuh"
+#include "dsv4/logits/params.cuh"
+#include "dsv4/logits/score.cuh"
+#include "dsv4/logits/wgmma_e4m3.cuh"
+
+namespace dsv4 {
+
+// Copies 16 bytes, past the L1.
+__device__ __forceinline__ void copy_chunk(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)),
+               "l"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_word(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Returns when all but the last n groups of this thread's copies have arrived.
+template <int kPending>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Where chunk `chunk` (16 bytes) of row `row` (128 bytes) is kept; see mma_operand.
+__device__ __forceinline__ int swizzled(int row, int chunk) {
+  return row * kKeyBytes + ((chunk ^ (row & 7)) * 16);
+}
+
+// Begins the copy of the first `count` of `kRows` rows of 128 bytes; what is past them stays.
+template <int kRows>
+__device__ __forceinline__ void copy_rows(uint8_t* to, const uint8_t* from, int count = kRows) {
+  const int thread = threadIdx.x % kGroupThreads;
+#pragma unroll
+  for (int turn = 0; turn < kRows * kKeyBytes / 16 / kGroupThreads; ++turn) {
+    const int i = turn * kGroupThreads + thread;
+    if (i / 8 < count) copy_chunk(to + swizzled(i / 8, i % 8), from + i * 16);
+  }
+}
+
+// Queries and weights of kRows rows that are scored together.
+template <int kHeads, int kRows>
+struct RowSet {
+  static constexpr int kQueryBytes = kHeads * kKeyBytes;
+  static constexpr int kBytes = kRows * (kQueryBytes + kHeads * 4);
+
+  uint8_t* queries;  // [kRows][kQueryBytes], a multiple of kSwizzleBytes
+  float* weights;    // [kRows][kHeads]
+
+  // Begins the copy of one row.
+  __device__ __forceinline__ void copy(int row, const uint8_t* query,
+                                       const float* from_weights) const {
+    const int thread = threadIdx.x % kGroupThreads;
+    copy_rows<kHeads>(queries + row * kQueryBytes, query);
+    if (thread < kHeads) copy_word(weights + row * kHeads + thread, from_weights + thread);
+  }
+};
+
+template <int kSlots>
+struct KeyRing {
+  static constexpr int kBytes = kSlots * kBlockBytes;
+
+  uint8_t* keys;  // [kSlots][64][kKeyBytes], a multiple of kSwizzleBytes
+  float* scales;  // [kSlots][64]
+
+  // Begins the copy of the first `count` keys of a block to a slot; what is past them stays. The
+  // keys are at multiples of 16 bytes, the scales of kScaleAlign.
+  template <int kScaleAlign>
+  __device__ __forceinline__ void copy(int32_t slot, const uint8_t* from, const float* from_scales,
+                                       int32_t count = kBlockKeys) const {
+    const int thread = threadIdx.x % kGroupThreads;
+    copy_rows<kBlockKeys>(keys + slot * kBlockScales, from, count);
+    float* to_scales = scales + slot * kBlockKeys;
+    if constexpr (kScaleAlign == 16) {
+      if (thread * 4 < count) copy_chunk(to_scales + thread * 4, from_scales + thread * 4);
+    } else {
+      if (thread < count) copy_word(to_scales + thread, from_scales + thread);
+    }
+  }
+
+  __device__ __forceinline__ float scale(int32_t slot) const {
+    return scales[slot * kBlockKeys + own_key()];
+  }
+
+  // Begins a slot's 64 keys against the queries from `query` on, as many as the columns hold.
+  template <int kColumns>
+  __device__ __forceinline__ void multiply(MmaSums<kColumns>& sums, int32_t slot,
+                                           const uint8_t* query) const {
+    const uint64_t a = mma_operand(shared_address(keys + slot * kBlockScales));
+    const uint64_t b = mma_operand(shared_address(query));
+    constexpr int kNext = kMmaDepth / 16;
+    mma_begin();
+    sums.set(a, b);
+#pragma unroll
+    for (int step = 1; step < kKeyBytes / kMmaDepth; ++step) {
+      sums.add(a + step * kNext, b + step * kNext);
+    }
+    mma_commit();
+  }
+};
+
+}  // namespace dsv4

@@ -1,0 +1,104 @@
+// Host side of the index logits: which kernel serves a call, and its launch.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include <cuda_runtime.h>
+
+#include "dsv4/common/launch.cuh"
+#include "dsv4/logits/paged.cuh"
+#include "dsv4/logits/ragged.cuh"
+
+namespace dsv4 {
+
+enum class LogitsType { kBfloat16, kFloat16, kFloat32 };
+
+// Calls `f` with a null pointer of the output's type and the number of heads as a constant.
+template <class F>
+inline cudaError_t with_types(LogitsType type, int heads, const F& f) {
+  const auto with_heads = [&](auto* out) {
+    if (heads == 64) return f(out, std::integral_constant<int, 64>());
+    if (heads == 32) return f(out, std::integral_constant<int, 32>());
+    return cudaErrorInvalidValue;
+  };
+  switch (type) {
+    case LogitsType::kBfloat16:
+      return with_heads(static_cast<__nv_bfloat16*>(nullptr));
+    case LogitsType::kFloat16:
+      return with_heads(static_cast<__half*>(nullptr));
+    case LogitsType::kFloat32:
+      return with_heads(static_cast<float*>(nullptr));
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <class Out, class Config>
+inline cudaError_t launch_paged_config(const PagedLogitsParams& p, int64_t blocks, int sms,
+                                       int device, cudaStream_t stream) {
+  constexpr auto kKernel = paged_logits_kernel<Out, Config>;
+  constexpr int kBytes = PagedShared<Config>::kBytes;
+  const cudaError_t allowed = allow_shared_memory<kKernel>(device, kBytes);
+  if (allowed != cudaSuccess) return allowed;
+  // As many CTAs as fit at once, no more than there can be blocks.
+  const int64_t resident = int64_t{Config::kCtas} * sms;
+  const dim3 grid(static_cast<unsigned>(blocks < resident ? blocks : resident));
+  return launch_overlapped(kKernel, grid, kGroupThreads, 1, kBytes, stream, p);
+}
+
+inline cudaError_t launch_paged_logits(const PagedLogitsParams& p, LogitsType type, int heads,
+                                       int device, cudaStream_t stream) {
+  int sms = 0;
+  const cudaError_t error = multiprocessors(device, &sms);
+  if (error != cudaSuccess) return error;
+  const int64_t columns = p.output.columns < int64_t{p.table_width} * kBlockKeys
+                              ? p.output.columns
+                              : int64_t{p.table_width} * kBlockKeys;
+  const int64_t blocks = p.batch * ceil_div(columns, kBlockKeys);
+  if (blocks == 0) return cudaSuccess;
+  return with_types(type, heads, [&](auto* out, auto head_count) {
+    using Out = std::remove_pointer_t<decltype(out)>;
+    constexpr int kHeads = decltype(head_count)::value;
+    if (p.queries.next_n == 1) {
+      return launch_paged_config<Out, PagedConfig<kHeads, true>>(p, blocks, sms, device, stream);
+    }
+    return launch_paged_config<Out, PagedConfig<kHeads, false>>(p, blocks, sms, device, stream);
+  });
+}
+
+template <class Out, class Config>
+inline cudaError_t launch_ragged_config(const RaggedLogitsParams& p, int32_t chunk, int device,
+                                        cudaStream_t stream) {
+  constexpr auto kKernel = ragged_logits_kernel<Out, Config>;
+  constexpr int kBytes = TileShared<Config>::kBytes;
+  const cudaError_t allowed = allow_shared_memory<kKernel>(device, kBytes);
+  if (allowed != cudaSuccess) return allowed;
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.keys, Config::kKeys) * ceil_div(p.rows, chunk)));
+  return launch_overlapped(kKernel, grid, Config::kThreads, 1, kBytes, stream, p, chunk);
+}
+
+inline cudaError_t launch_ragged_logits(const RaggedLogitsParams& p, LogitsType type, int heads,
+                                        int device, cudaStream_t stream) {
+  int sms = 0;
+  const cudaError_t known = multiprocessors(device, &sms);
+  if (known != cudaSuccess) return known;
+  if (p.keys == 0 || p.rows == 0 || p.output.columns == 0) return cudaSuccess;
+  return with_types(type, heads, [&](auto* out, auto head_count) {
+    using Out = std::remove_pointer_t<decltype(out)>;
+    using Large = TileConfig<decltype(head_count)::value, 4>;
+    using Small = TileConfig<decltype(head_count)::value, 2>;
+    // Chunks are long, to pay for a tile's keys, if the multiprocessors then have several each.
+    constexpr int64_t kEach = 4;
+    const auto enough = [&](int64_t keys, int32_t chunk, int64_t ctas) {
+      return ceil_div(p.keys, keys) * ceil_div(p.rows, chunk) >= kEach * ctas * sms;
+    };
+    int32_t chunk = kMostChunkRows;
+    if (enough(Large::kKeys, chunk, Large::kCtas)) {
+      return launch_ragged_config<Out, Large>(p, chunk, device, stream);
+    }
+    while (chunk > kLeastChunkRows && !enough(Small::kKeys, chunk, Small::kCtas)) chunk /= 2;
+    return launch_ragged_config<Out, Small>(p, chunk, device, stream);
+  });
+}
+
+}  // namespace dsv4

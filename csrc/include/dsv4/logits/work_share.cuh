@@ -1,0 +1,150 @@
+// The work of a paged call, laid end to end: blocks of 64 keys (pages) of request 0, then those of
+// request 1, ... The kernel's CTAs share them evenly by the lengths on the device; no schedule is
+// made on the host or by a kernel of its own.
+#pragma once
+
+#include <cstdint>
+
+#include "dsv4/common/warp.cuh"
+#include "dsv4/logits/params.cuh"
+
+namespace dsv4 {
+
+// Blocks first, first + step, ... below last of a request.
+struct BlockRange {
+  int32_t request;
+  int32_t first;
+  int32_t last;
+  int32_t step;
+};
+
+// Columns that a row of this length has: what the output and the block table have room for.
+__device__ __forceinline__ int32_t clip_length(const PagedLogitsParams& p, int64_t length) {
+  const int64_t table = int64_t{p.table_width} * kBlockKeys;
+  const int64_t room = table < p.output.columns ? table : p.output.columns;
+  return static_cast<int32_t>(length < 0 ? 0 : length > room ? room : length);
+}
+
+// Blocks that the longest row of a request needs.
+template <bool kOneRow>
+__device__ __forceinline__ uint32_t blocks_of(const PagedLogitsParams& p, int32_t request) {
+  const int32_t next_n = kOneRow ? 1 : p.queries.next_n;
+  const int32_t row = request * next_n;
+  int64_t length = p.lengths.of(row + next_n - 1);
+  if (!kOneRow && !p.lengths.shared) {
+#pragma unroll 1
+    for (int32_t j = 0; j + 1 < next_n; ++j) {
+      const int64_t other = p.lengths.of(row + j);
+      length = other > length ? other : length;
+    }
+  }
+  return static_cast<uint32_t>(ceil_div(clip_length(p, length), kBlockKeys));
+}
+
+// Every warp keeps this for itself: lane i of a turn looks at request `base + i`.
+template <bool kOneRow>
+class BlockList {
+ public:
+  __device__ __forceinline__ explicit BlockList(const PagedLogitsParams& p) : p_(p) {}
+
+  // Blocks of all requests.
+  __device__ __forceinline__ uint32_t total() {
+    uint32_t sum = 0;
+#pragma unroll 1
+    for (int32_t base = 0; base < p_.batch; base += kWarpSize) {
+      sum += blocks(base + lane_id());
+    }
+    if (p_.batch <= kWarpSize) {
+      take_turn(0, sum);
+      return __shfl_sync(kFullWarp, upto_, kWarpSize - 1);
+    }
+    sum = __reduce_add_sync(kFullWarp, sum);
+    take_turn(0, blocks(lane_id()));
+    return sum;
+  }
+
+  // The request that has block `block` of the list, and its blocks up to `end` of the list. Blocks
+  // are asked for in ascending order. One past the list (the lengths have changed since
+  // total()) gives an empty range.
+  __device__ __forceinline__ BlockRange find(uint32_t block, uint32_t end) {
+#pragma unroll 1
+    while (base_ < p_.batch) {
+      const uint32_t holders = __ballot_sync(kFullWarp, before_ + upto_ > block);
+      if (holders != 0) {
+        const int lane = __ffs(holders) - 1;
+        const uint32_t own = __shfl_sync(kFullWarp, own_, lane);
+        const uint32_t begin = before_ + __shfl_sync(kFullWarp, upto_, lane) - own;
+        const uint32_t last = end - begin < own ? end - begin : own;
+        return {base_ + lane, static_cast<int32_t>(block - begin), static_cast<int32_t>(last), 1};
+      }
+      before_ += __shfl_sync(kFullWarp, upto_, kWarpSize - 1);
+      base_ += kWarpSize;
+      take_turn(base_, blocks(base_ + lane_id()));
+    }
+    return {0, 0, 0, 1};
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t blocks(int32_t request) const {
+    return request < p_.batch ? blocks_of<kOneRow>(p_, request) : 0;
+  }
+
+  __device__ __forceinline__ void take_turn(int32_t base, uint32_t own) {
+    base_ = base;
+    own_ = own;
+    upto_ = warp_inclusive_sum(own);
+  }
+
+  const PagedLogitsParams& p_;
+  int32_t base_ = 0;
+  uint32_t before_ = 0;  // blocks of the requests before base_
+  uint32_t own_ = 0;     // of this lane's request
+  uint32_t upto_ = 0;    // of the turn's requests up to this lane's
+};
+
+// The pages of blocks first, first + step, ... below `end` in a table row: 32 at a time in the
+// lanes of a warp, the next 32 on their way.
+class PageNumbers {
+ public:
+  __device__ __forceinline__ PageNumbers(const int32_t* row, int32_t end, int32_t first,
+                                         int32_t step)
+      : row_(row), end_(end), next_block_(first + lane_id() * step), step_(step) {
+    now_ = fetch();
+    next_ = fetch();
+  }
+
+  // Page of the block `turn` steps from the first. Turns are asked for in ascending order ...
+  __device__ __forceinline__ int32_t get(int32_t turn) {
+    if (turn - base_ >= kWarpSize) {
+      base_ += kWarpSize;
+      before_ = now_;
+      now_ = next_;
+      next_ = fetch();
+    }
+    return __shfl_sync(kFullWarp, now_, turn - base_);
+  }
+
+  // ... and each of the last 32 that were asked for may be asked for again.
+  __device__ __forceinline__ int32_t recall(int32_t turn) const {
+    const int32_t at = turn - base_;
+    return __shfl_sync(kFullWarp, at < 0 ? before_ : now_, at & (kWarpSize - 1));
+  }
+
+ private:
+  __device__ __forceinline__ int32_t fetch() {
+    const int32_t page = next_block_ < end_ ? row_[next_block_] : -1;
+    next_block_ += kWarpSize * step_;
+    return page;
+  }
+
+  const int32_t* row_;
+  int32_t end_;
+  int32_t next_block_;
+  int32_t step_;
+  int32_t base_ = 0;
+  int32_t before_ = -1;
+  int32_t now_;
+  int32_t next_;
+};
+
+}  // namespace dsv4

@@ -1,0 +1,99 @@
+// Exact top-k of a row: one CTA, or a cluster of C CTAs with a slice of the row each. Every score
+// is read once from memory.
+//
+//   1. scores     a short slice to registers (units_in_registers.cuh); of a longer one the maximum
+//                 of every unit to shared memory (units_in_smem.cuh)
+//   2. bound      a value that at least k scores reach, from a histogram of the maxima of groups
+//                 (bound.cuh). The CTAs of a cluster exchange theirs.
+//   3. list       of a longer slice, the units that reach the bound: little more than k of them
+//   4. threshold  how far the scores lie above the bound                      threshold.cuh
+//   5. masks      which scores lie above the threshold, which equal it        select_row.cuh
+//   6. write      counts in row order, ascending positions                    cta_slice.cuh
+//
+// Everything is decided on the device by the row's own length: a row of up to plan.solo_units is
+// rank 0's work whatever the width of the buffer, one of up to plan.half_units that of half the
+// cluster, and the other CTAs leave.
+#pragma once
+
+#include <cstddef>
+
+#include "dsv4/topk/select_row.cuh"
+#include "dsv4/topk/wide.cuh"
+
+namespace dsv4 {
+
+template <class Config>
+__global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_kernel(
+    const __grid_constant__ TopkParams p, const __grid_constant__ TopkPlan plan) {
+  using Policy = typename Config::Policy;
+  using Smem = TopkSmem<Config>;
+  extern __shared__ __align__(16) unsigned char memory[];
+  Smem& smem = *reinterpret_cast<Smem*>(memory);
+
+  // Before griddepcontrol.wait: nothing here touches global memory.
+  ClusterShape cluster = ClusterShape::alone();
+  if constexpr (Config::kCluster) {
+    cluster = ClusterShape::of_launch();
+    if (threadIdx.x == 0) {
+      barrier_init(&smem.bounds_barrier);
+      barrier_init(&smem.equals_barrier);
+      smem.threshold.init_barriers();
+      barrier_init_fence();
+    }
+    cluster_arrive_relaxed();
+  }
+  const auto clear = [](void* begin, int bytes) {
+    uint4* words = static_cast<uint4*>(begin);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < bytes / 16; i += Config::kThreads) {
+      words[i] = make_uint4(0, 0, 0, 0);
+    }
+  };
+  static_assert(Smem::kZeroBytes % 16 == 0 && sizeof(Smem) % 16 == 0, "whole words");
+  static_assert(offsetof(Smem, threshold) == sizeof(GroupHistogram), "one run of zeros");
+  clear(&smem, Smem::kZeroBytes);
+  if (plan.list_steps > 0) {
+    clear(memory + sizeof(Smem), Config::kThreads * plan.mask_steps * sizeof(uint16_t));
+  }
+  __syncthreads();
+  const int32_t row = Config::kCluster ? blockIdx.x / cluster.size : blockIdx.x;
+  const WindowSource source(p, row);
+  const auto* scores =
+      static_cast<const typename Policy::Scalar*>(p.logits) + row * p.logits_stride;
+  pdl_wait();
+  // Not before the wait: then kernels after the next would start as well, and their waiting CTAs
+  // would crowd those of one launch onto few multiprocessors (128 x 8K: 5.3 us instead of 4.0).
+  pdl_launch_dependents();
+
+  const RowWindow window = source.read(p);
+  if (cluster.rank == 0) p.write_count(row, window.length);
+  bool joined = false;
+  if (window.length <= p.k) {
+    if (cluster.rank == 0) RowOutput(p, row).write_all(window.length, p.k);
+  } else {
+    RowOutput(p, row).fetch_pages(window.length, cluster.rank, cluster.size);
+    const RowUnits<Policy> units(scores, window);
+    const bool together = Config::kCluster && units.count > plan.solo_units;
+    if (!together) cluster.size = 1;
+    if (together && units.count <= plan.half_units) cluster = cluster.half();
+    if (cluster.rank < cluster.size) {
+      TopkSlice<Config> slice(p, plan, smem, units, row, cluster);
+      joined = true;
+      const int32_t share = together ? cluster.divide_up(units.count) : units.count;
+      const bool held = share <= Config::kHeld * Config::kThreads;
+      if (!TopkSteps<Config>(slice, held).run() && cluster.rank == 0) {
+        // What is left: rows with fewer numbers than a bound needs, and a threshold of -inf.
+        __syncthreads();
+        // Not over TopkSmem: the memory of a live mbarrier must not hold anything else. Where it
+        // did, one row of some thousands came out with the state of the four barriers in place of
+        // its first four entries.
+        wide_select<Policy, Config::kThreads>(p, row, scores, window, memory + sizeof(Smem));
+      }
+    }
+  }
+  if constexpr (Config::kCluster) {
+    if (!joined) cluster_wait();  // no CTA leaves the start-up barrier half done
+  }
+}
+
+}  // namespace dsv4

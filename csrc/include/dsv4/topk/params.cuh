@@ -1,0 +1,125 @@
+// What one top-k call is told, and the two things every kernel does with it: find a row's window of
+// scores, and write a row's answer.
+#pragma once
+
+#include <cstdint>
+
+#include "dsv4/common/row_lengths.cuh"
+#include "dsv4/common/warp.cuh"
+
+namespace dsv4 {
+
+constexpr int kTopkMax = 2048;
+
+struct TopkParams {
+  const void* logits;  // [rows, columns], stride(1) == 1
+  int64_t logits_stride;
+  int32_t rows;
+  int32_t columns;
+  int32_t k;
+
+  RowLengths lengths;
+
+  IntTensor row_starts;  // [rows] or null
+  int64_t row_start_stride;
+
+  int32_t* out;  // [rows, k], stride(1) == 1
+  int64_t out_stride;
+  int32_t* out_raw;  // the same, or null
+  int64_t out_raw_stride;
+  int32_t* out_counts;  // [rows] or null: how many indices a row has
+
+  const int32_t* page_table;  // [rows / page_group, pages], stride(1) == 1; null if pages is 0
+  int64_t page_table_stride;
+  Divisor page_group;
+  int32_t pages;
+  Divisor page_size;  // 0: no page table
+
+  bool sort;
+
+  // A table of width 0 counts: it has no memory, and every slot is -1.
+  __host__ __device__ __forceinline__ bool paged() const { return page_size.value > 0; }
+
+  // Every thread of one CTA of a row calls this as soon as the length is known: then the length
+  // needs no register later on.
+  __device__ __forceinline__ void write_count(int32_t row, int32_t length) const {
+    if (out_counts != nullptr && threadIdx.x == 0) out_counts[row] = length < k ? length : k;
+  }
+};
+
+// The scores one row may look at: columns [start, start + length).
+struct RowWindow {
+  int32_t start;
+  int32_t length;
+};
+
+// Where a row's length and start are found. Built before griddepcontrol.wait, read after it.
+struct WindowSource {
+  RowLengths::Place length_at;
+  int64_t start_at;
+
+  __device__ __forceinline__ WindowSource(const TopkParams& p, int32_t row)
+      : length_at(p.lengths.place(row)), start_at(row * p.row_start_stride) {}
+
+  __device__ __forceinline__ RowWindow read(const TopkParams& p) const {
+    int64_t length = p.lengths.read(length_at);
+    int64_t start = 0;
+    if (p.row_starts.data != nullptr) {
+      start = p.row_starts[start_at];
+      // A start outside of the row leaves nothing to look at.
+      start = start < 0 || start > p.columns ? p.columns : start;
+    }
+    const int64_t room = p.columns - start;
+    length = length < 0 ? 0 : length > room ? room : length;
+    return {static_cast<int32_t>(start), static_cast<int32_t>(length)};
+  }
+};
+
+// Where one row's answer goes. Index -1 stays -1 in every form.
+struct RowOutput {
+  int32_t* out;
+  int32_t* out_raw;
+  const int32_t* pages;
+  int32_t page_count;
+  Divisor page_size;
+
+  __device__ __forceinline__ RowOutput(const TopkParams& p, int32_t row)
+      : out(p.out + row * p.out_stride),
+        out_raw(p.out_raw == nullptr ? nullptr : p.out_raw + row * p.out_raw_stride),
+        pages(p.page_table + p.page_group.divide(row) * p.page_table_stride),
+        page_count(p.pages),
+        page_size(p.page_size) {}
+
+  // Sends for the pages of a row of `length`, to the L2: when its indices are known, each waits for
+  // its page. `rank` of `ranks` CTAs; a thread has a line of 32 pages.
+  __device__ __forceinline__ void fetch_pages(int32_t length, uint32_t rank, uint32_t ranks) const {
+    if (page_size.value == 0) return;
+    const int32_t page = (rank + threadIdx.x * ranks) * 32;
+    if (page < page_count && page <= page_size.divide(length - 1)) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(pages + page));
+    }
+  }
+
+  // The pool slot of a row-local index: -1 for an index beyond the table (a length the caller's
+  // table does not cover) and for one on a page that is none (a table padded with -1).
+  __device__ __forceinline__ int32_t slot(int32_t index) const {
+    if (page_size.value == 0 || index < 0) return index;
+    const int32_t page = page_size.divide(index);
+    if (page >= page_count) return -1;
+    const int32_t number = pages[page];
+    return number < 0 ? -1 : number * page_size.value + (index - page * page_size.value);
+  }
+
+  __device__ __forceinline__ void write(int32_t position, int32_t index) const {
+    out[position] = slot(index);
+    if (out_raw != nullptr) out_raw[position] = index;
+  }
+
+  // A row no longer than k: every position in order, then -1. No score is read.
+  __device__ __forceinline__ void write_all(int32_t length, int32_t k) const {
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < k; i += blockDim.x) write(i, i < length ? i : -1);
+  }
+};
+
+}  // namespace dsv4
