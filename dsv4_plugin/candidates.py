@@ -93,27 +93,24 @@ def block_maxima(
                 q, cache, weights, lengths, block_table, block_size, piece, dtype, backend
             )
         if out is None:
-            checks.size("block_size", block_size)
-            checks.size("piece", piece)
             out = _new_maxima(q, block_table, block_size, piece, dtype)
         library.mutating("block_maxima")(
             q, cache, weights, lengths, block_table, out, logits, block_size, piece, backend
         )
         return out
     checks.size("piece", piece)
-    inputs = (("q", q), ("cache", cache), ("weights", weights), ("lengths", lengths),
-              ("block_table", block_table))  # fmt: skip
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
     batch, next_n, heads, head_dim = q.shape
     rows, columns = batch * next_n, block_table.shape[1] * block_size
     if logits is not None:
         shape = (rows, logits.shape[-1]) if isinstance(logits, torch.Tensor) else (rows, 0)
         checks.out_matrix("logits", logits, shape, checks.LOGITS_DTYPES, q.device, "q")
-        checks.separate((("logits", logits),), inputs)
         dtype = logits.dtype
-    out = new_result(
-        out, rows, -(-columns // piece), dtype, q.device, (*inputs, ("logits", logits))
-    )
+    inputs = (("q", q), ("cache", cache), ("weights", weights), ("lengths", lengths),
+              ("block_table", block_table))  # fmt: skip
+    given = out
+    out = new_result(out, rows, -(-columns // piece), dtype, q.device)
+    checks.separate((("out", given), ("logits", logits)), inputs)
     if logits is not None and out.dtype != logits.dtype:
         raise ValueError(f"logits must be of the dtype of out ({out.dtype}), got {logits.dtype}")
     room = (out.shape[1], columns, 1 if logits is None else logits.shape[1])
@@ -184,14 +181,16 @@ def select_blocks(
     checks.size("piece", piece)
     checks.size("next_n", next_n)
     checks.lengths_for(lengths, rows, next_n, maxima.device, "maxima")
-    outputs = (("out", out), ("out_counts", out_counts))
+    given = out
     if out is None:
         out = _new_indices(maxima, k)
     else:
         checks.out_matrix("out", out, (rows, k), (torch.int32,), maxima.device, "maxima")
     if out_counts is not None:
         checks.out_vector("out_counts", out_counts, rows, maxima.device, "maxima")
-    checks.separate(outputs, (("maxima", maxima), ("lengths", lengths)))
+    checks.separate(
+        (("out", given), ("out_counts", out_counts)), (("maxima", maxima), ("lengths", lengths))
+    )
     if rows:
         run = resolve(Call("select_blocks", maxima.device, maxima.dtype, k, piece=piece), backend)
         run(maxima, lengths, out, out_counts, k, next_n, piece)
@@ -261,7 +260,6 @@ def candidate_logits(
                 backend,
             )  # fmt: skip
         if out is None:
-            checks.size("piece", piece)
             out = _new_scores(candidates, piece, dtype)
         library.mutating("candidate_logits")(
             q, cache, weights, candidates, lengths, block_table, out, out_lengths, block_size,
@@ -269,12 +267,12 @@ def candidate_logits(
         )  # fmt: skip
         return out
     checks.size("piece", piece)
-    inputs = (("q", q), ("cache", cache), ("weights", weights), ("candidates", candidates),
-              ("lengths", lengths), ("block_table", block_table))  # fmt: skip
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
     batch, next_n, heads, head_dim = q.shape
     rows = batch * next_n
     checks.candidates(candidates, rows, q.device, "q")
+    inputs = (("q", q), ("cache", cache), ("weights", weights), ("candidates", candidates),
+              ("lengths", lengths), ("block_table", block_table))  # fmt: skip
     out = _scores_out(out, out_lengths, candidates, piece, dtype, inputs)
     if rows:
         call = Call(
@@ -310,9 +308,8 @@ def candidate_logits_ragged(
     """Score candidates among gathered keys: :func:`candidate_logits` for prefill.
 
     Key ``i`` of row ``r`` is ``k[row_starts[r] + i]``, and the row sees ``row_ends[r] -
-    row_starts[r]`` keys, clipped to those that there are; none where it starts below zero. Blocks
-    count from the row's first key. Scores are bit for bit those of that op; all else is as in
-    :func:`candidate_logits`.
+    row_starts[r]`` keys. Blocks count from the row's first key. Scores are bit for bit those of
+    :func:`dsv4_plugin.ragged_logits`; all else is as in :func:`candidate_logits`.
 
     Args:
         q: as in :func:`dsv4_plugin.ragged_logits`.
@@ -320,8 +317,9 @@ def candidate_logits_ragged(
         k_scale: as there.
         weights: as there.
         candidates: as in :func:`candidate_logits`.
-        row_starts: as in :func:`dsv4_plugin.ragged_logits`.
-        row_ends: as there; clipped to ``keys``.
+        row_starts: ``[rows]`` int32 or int64, the row's first key. Below zero: an empty row.
+        row_ends: ``[rows]`` int32 or int64, one past the row's last key. Clipped to ``keys``; at or
+            below the start: an empty row.
         piece: keys a block.
         dtype: bfloat16, float16 or float32; ignored when ``out`` is given.
         out: as in :func:`candidate_logits`.
@@ -344,7 +342,6 @@ def candidate_logits_ragged(
                 q, k, k_scale, weights, candidates, row_starts, row_ends, piece, dtype, backend
             )
         if out is None:
-            checks.size("piece", piece)
             out = _new_scores(candidates, piece, dtype)
         library.mutating("candidate_logits_ragged")(
             q, k, k_scale, weights, candidates, row_starts, row_ends, out, out_lengths, piece,
@@ -352,12 +349,12 @@ def candidate_logits_ragged(
         )  # fmt: skip
         return out
     checks.size("piece", piece)
-    inputs = (("q", q), ("k", k), ("k_scale", k_scale), ("weights", weights),
-              ("candidates", candidates), ("row_starts", row_starts),
-              ("row_ends", row_ends))  # fmt: skip
     q, k = ragged_arguments(q, k, k_scale, weights, row_starts, row_ends)
     rows, heads, head_dim = q.shape
     checks.candidates(candidates, rows, q.device, "q")
+    inputs = (("q", q), ("k", k), ("k_scale", k_scale), ("weights", weights),
+              ("candidates", candidates), ("row_starts", row_starts),
+              ("row_ends", row_ends))  # fmt: skip
     out = _scores_out(out, out_lengths, candidates, piece, dtype, inputs)
     if rows:
         call = Call(
@@ -414,8 +411,8 @@ def select_candidates(
         page_size: keys a page of ``block_table``.
         out_slots: ``[rows, k]`` int32 that gets pool slots, in the order of ``out``:
             ``block_table[r, i // page_size] · page_size + i % page_size`` of position ``i``; -1
-            where there is no index, the page is below zero or not in the table, or the slot is more
-            than int32 holds.
+            where there is no index, the page is below zero or not in the table, or the slot is
+            more than int32 holds.
         out_counts: ``[rows]`` int32, contiguous, that gets how many indices each row has: the
             columns that it sees, at most ``k``.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
@@ -431,9 +428,9 @@ def select_candidates(
     """
     tensors = (logits, candidates, lengths, out, block_table, out_slots, out_counts)
     if library.through_dispatcher(*tensors):
-        if out is None and out_slots is None and out_counts is None and block_table is None:
+        if out is None and out_slots is None and out_counts is None:
             return library.functional("select_candidates")(
-                logits, candidates, lengths, k, piece, next_n, backend
+                logits, candidates, lengths, k, piece, next_n, block_table, page_size, backend
             )
         if out is None:
             out = _new_indices(logits, k)
@@ -459,8 +456,7 @@ def select_candidates(
         checks.table("block_table", block_table, rows, next_n, device)
     elif out_slots is not None:
         raise ValueError("out_slots needs block_table, which has the pages of the slots")
-    shape = (rows, k)
-    outputs = (("out", out), ("out_slots", out_slots), ("out_counts", out_counts))
+    shape, given = (rows, k), out
     if out is None:
         out = _new_indices(logits, k)
     else:
@@ -470,7 +466,7 @@ def select_candidates(
     if out_counts is not None:
         checks.out_vector("out_counts", out_counts, rows, device, "logits")
     checks.separate(
-        outputs,
+        (("out", given), ("out_slots", out_slots), ("out_counts", out_counts)),
         (("logits", logits), ("candidates", candidates), ("lengths", lengths),
          ("block_table", block_table)),
     )  # fmt: skip
@@ -499,8 +495,8 @@ def _scores_out(
         checks.out_matrix("out", out, (rows, columns), checks.LOGITS_DTYPES, device, "q")
     if out_lengths is not None:
         checks.out_vector("out_lengths", out_lengths, rows, device, "q")
-        checks.separate((("out_lengths", out_lengths),), inputs)
-    return new_result(out, rows, columns, dtype, device, (*inputs, ("out_lengths", out_lengths)))
+    checks.separate((("out", out), ("out_lengths", out_lengths)), inputs)
+    return new_result(out, rows, columns, dtype, device)
 
 
 # ---- torch.ops.dsv4 ------------------------------------------------------------------------------
@@ -514,6 +510,8 @@ def _new_maxima(
     dtype: torch.dtype = torch.bfloat16,
     **_: Any,
 ) -> torch.Tensor:
+    checks.size("block_size", block_size)
+    checks.size("piece", piece)
     rows = q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
     blocks = (block_table.shape[1] * block_size + piece - 1) // piece
     return new_logits(rows, blocks, dtype, q.device)
@@ -527,6 +525,7 @@ def _new_indices(logits: torch.Tensor, k: int) -> torch.Tensor:
 def _new_scores(
     candidates: torch.Tensor, piece: int = 8, dtype: torch.dtype = torch.bfloat16, **_: Any
 ) -> torch.Tensor:
+    checks.size("piece", piece)
     rows, held = candidates.shape
     return new_logits(rows, held * piece, dtype, candidates.device)
 
@@ -581,7 +580,7 @@ library.register(
 )
 library.register(
     "select_candidates(Tensor logits, Tensor candidates, Tensor lengths, int k, "
-    f"{_SELECTION}str? backend=None) -> Tensor",
+    f"{_SELECTION}Tensor? block_table=None, int page_size=64, str? backend=None) -> Tensor",
     select_candidates,
     lambda logits, k, **_: _new_indices(logits, k),
 )

@@ -99,9 +99,7 @@ def positive(name: str, value: Any, most: int | None = None) -> None:
 
 def size(name: str, value: Any) -> None:
     """Check a size that an op takes, by its name: ``k``, ``next_n``, ``page_size``."""
-    positive(name, value, MAX_K if name == "k" else None)
-    if value > MAX_INT32:
-        raise ValueError(f"{name} must be at most {MAX_INT32}, got {value}")
+    positive(name, value, MAX_K if name == "k" else MAX_INT32)
 
 
 def on_device(name: str, value: torch.Tensor, device: torch.device, of: str) -> None:
@@ -300,7 +298,7 @@ def candidates(value: Any, rows: int, device: torch.device, of: str) -> None:
             f"candidates must be [{rows}, K] (one row a row of {of}, K at least 1), "
             f"got {_show(value)}"
         )
-    if value.shape[1] > 1 and value.stride(1) != 1:
+    if value.shape[1] > 1 and value.stride()[1] != 1:
         raise ValueError(f"candidates must have unit stride along its rows, got {_show(value)}")
 
 

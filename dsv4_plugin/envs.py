@@ -78,12 +78,12 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "DSV4_LOGITS",
         "logits",
-        ("auto", "host", "own"),
+        ("auto", "engine", "plugin"),
         "auto",
         "Who computes the index logits that the top-k selects on. `auto`: in bf16 and fp16 the "
         "plugin's own kernel where it can, else the engine's DeepGEMM if that writes this dtype; "
-        "in fp32 the engine's. `host`: the engine's. `own`: the plugin's, or an error when the "
-        "layer is built or first called.",
+        "in fp32 the engine's. `engine`: the engine's. `plugin`: the plugin's, or an error when "
+        "the layer is built or first called.",
     ),
     Variable(
         "DSV4_INDEXER_READ",
@@ -383,4 +383,8 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    import sys
+
+    from dsv4_plugin.cli.shared.tool import prints
+
+    sys.exit(prints("python -m dsv4_plugin.envs", {"table": table}))

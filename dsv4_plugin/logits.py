@@ -7,7 +7,7 @@ and dispatch are as in :mod:`dsv4_plugin.ops`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,15 +74,30 @@ def paged_logits(
 
     Source: the contract of DeepGEMM's paged MQA logits, which the engines call.
     """
-    if library.through_dispatcher(q, cache, weights, lengths, block_table, out):
-        if out is None:
-            return library.functional("paged_logits")(
-                q, cache, weights, lengths, block_table, block_size, dtype, backend
-            )
-        library.mutating("paged_logits")(
-            q, cache, weights, lengths, block_table, out, block_size, backend
+    if not library.through_dispatcher(q, cache, weights, lengths, block_table, out):
+        return run_paged(q, cache, weights, lengths, block_table, block_size, dtype, out, backend)
+    if out is None:
+        return library.functional("paged_logits")(
+            q, cache, weights, lengths, block_table, block_size, dtype, backend
         )
-        return out
+    library.mutating("paged_logits")(
+        q, cache, weights, lengths, block_table, out, block_size, backend
+    )
+    return out
+
+
+def run_paged(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    out: torch.Tensor | None,
+    backend: str | None,
+) -> torch.Tensor:
+    """Serve paged logits: what is behind their public face and behind ``torch.ops``."""
     out, run, arguments = _prepare_paged(
         q, cache, weights, lengths, block_table, block_size, dtype, out, backend
     )
@@ -106,12 +121,12 @@ def _prepare_paged(
 
     ``table_only``: the result is cut to the columns that the table has.
     """
-    inputs = (("q", q), ("cache", cache), ("weights", weights), ("lengths", lengths),
-              ("block_table", block_table))  # fmt: skip
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
     batch, next_n, heads, head_dim = q.shape
     rows, device = batch * next_n, q.device
     columns = block_table.shape[1] * block_size
+    inputs = (("q", q), ("cache", cache), ("weights", weights), ("lengths", lengths),
+              ("block_table", block_table))  # fmt: skip
     out = new_result(out, rows, columns, dtype, device, inputs)
     if table_only and out.shape[1] > columns:
         out = out[:, :columns]
@@ -170,20 +185,33 @@ def ragged_logits(
 
     Source: the contract of DeepGEMM's MQA logits, in its compressed form.
     """
-    if library.through_dispatcher(q, k, k_scale, weights, row_starts, row_ends, out):
-        if out is None:
-            return library.functional("ragged_logits")(
-                q, k, k_scale, weights, row_starts, row_ends, dtype, backend
-            )
-        library.mutating("ragged_logits")(
-            q, k, k_scale, weights, row_starts, row_ends, out, backend
+    if not library.through_dispatcher(q, k, k_scale, weights, row_starts, row_ends, out):
+        return run_ragged(q, k, k_scale, weights, row_starts, row_ends, dtype, out, backend)
+    if out is None:
+        return library.functional("ragged_logits")(
+            q, k, k_scale, weights, row_starts, row_ends, dtype, backend
         )
-        return out
-    inputs = (("q", q), ("k", k), ("k_scale", k_scale), ("weights", weights),
-              ("row_starts", row_starts), ("row_ends", row_ends))  # fmt: skip
+    library.mutating("ragged_logits")(q, k, k_scale, weights, row_starts, row_ends, out, backend)
+    return out
+
+
+def run_ragged(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    row_starts: torch.Tensor,
+    row_ends: torch.Tensor,
+    dtype: torch.dtype,
+    out: torch.Tensor | None,
+    backend: str | None,
+) -> torch.Tensor:
+    """Serve ragged logits: what is behind their public face and behind ``torch.ops``."""
     q, k = ragged_arguments(q, k, k_scale, weights, row_starts, row_ends)
     rows, heads, head_dim = q.shape
     device = q.device
+    inputs = (("q", q), ("k", k), ("k_scale", k_scale), ("weights", weights),
+              ("row_starts", row_starts), ("row_ends", row_ends))  # fmt: skip
     out = new_result(out, rows, k.shape[0], dtype, device, inputs)
     if rows and out.shape[1]:
         call = Call(
@@ -248,21 +276,48 @@ def select(
         UnmetError: ``backend`` cannot serve the call.
     """
     tensors = (q, cache, weights, lengths, block_table, page_table, out, out_raw, logits)
-    if library.through_dispatcher(*tensors):
-        if out is None and out_raw is None and logits is None:
-            return library.functional("select")(
-                q, cache, weights, lengths, block_table, k, block_size, dtype, page_table,
-                page_size, sort, backend,
-            )  # fmt: skip
-        if out is None:
-            checks.size("k", k)
-            rows = q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
-            out = torch.empty(rows, k, dtype=torch.int32, device=q.device)
-        library.mutating("select")(
-            q, cache, weights, lengths, block_table, out, out_raw, logits, page_table, k,
-            block_size, dtype, page_size, sort, backend,
+    if not library.through_dispatcher(*tensors):
+        return run_select(
+            q, cache, weights, lengths, block_table, k, block_size, dtype, page_table, page_size,
+            out, out_raw, sort, logits, backend,
         )  # fmt: skip
-        return out
+    if out is None and out_raw is None and logits is None:
+        return library.functional("select")(
+            q, cache, weights, lengths, block_table, k, block_size, dtype, page_table, page_size,
+            sort, backend,
+        )  # fmt: skip
+    if out is None:
+        checks.size("k", k)
+        rows = q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
+        out = torch.empty(rows, k, dtype=torch.int32, device=q.device)
+    library.mutating("select")(
+        q, cache, weights, lengths, block_table, out, out_raw, logits, page_table, k,
+        block_size, dtype, page_size, sort, backend,
+    )  # fmt: skip
+    return out
+
+
+def run_select(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    k: int,
+    block_size: int,
+    dtype: torch.dtype,
+    page_table: torch.Tensor | None,
+    page_size: int,
+    out: torch.Tensor | None,
+    out_raw: torch.Tensor | None,
+    sort: bool,
+    logits: torch.Tensor | None,
+    backend: str | None,
+) -> torch.Tensor:
+    """Serve the chain: what is behind its public face and behind ``torch.ops``.
+
+    Everything is checked before anything is computed.
+    """
     # No length may reach past the table: there is no key to be selected.
     scores, score, scored = _prepare_paged(
         q, cache, weights, lengths, block_table, block_size, dtype, logits, backend,
@@ -341,7 +396,7 @@ def new_result(
     columns: int,
     dtype: torch.dtype,
     device: torch.device,
-    inputs: Iterable[tuple[str, torch.Tensor | None]],
+    inputs: tuple[tuple[str, torch.Tensor], ...] = (),
 ) -> torch.Tensor:
     """Return ``out``, checked, or a new tensor."""
     if out is None:

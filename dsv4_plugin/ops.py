@@ -115,11 +115,25 @@ def _read(
     out: torch.Tensor | None,
     backend: str | None,
 ) -> torch.Tensor:
-    if library.through_dispatcher(cache, slot_mapping, out):
-        if out is None:
-            return library.functional(op)(cache, slot_mapping, block_size, head_dim, dtype, backend)
-        library.mutating(op)(cache, slot_mapping, out, block_size, head_dim, backend)
-        return out
+    if not library.through_dispatcher(cache, slot_mapping, out):
+        return run_read(op, cache, slot_mapping, block_size, head_dim, dtype, out, backend)
+    if out is None:
+        return library.functional(op)(cache, slot_mapping, block_size, head_dim, dtype, backend)
+    library.mutating(op)(cache, slot_mapping, out, block_size, head_dim, backend)
+    return out
+
+
+def run_read(
+    op: str,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    out: torch.Tensor | None,
+    backend: str | None,
+) -> torch.Tensor:
+    """Serve a read: what is behind its public face and behind ``torch.ops``."""
     row_bytes, multiple = _ROW_BYTES[op]
     checks.geometry(block_size, head_dim, multiple)
     pages = checks.as_pages(cache, block_size, row_bytes(head_dim))
@@ -209,7 +223,7 @@ def gather_indexer_cache(
             cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend
         )
     else:
-        gather_into(cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend)
+        run_gather(cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend)
     return out
 
 
@@ -237,7 +251,7 @@ def _new_gathered(
     return values, torch.empty(total, dtype=torch.float32, device=device)
 
 
-def gather_into(
+def run_gather(
     cache: torch.Tensor,
     block_table: torch.Tensor,
     cu_seq_lens: torch.Tensor,
@@ -247,7 +261,7 @@ def gather_into(
     head_dim: int,
     backend: str | None = None,
 ) -> None:
-    """Fill ``values`` and ``scales``: :func:`gather_indexer_cache` behind its public face."""
+    """Serve a gather: what is behind its public face and behind ``torch.ops``."""
     checks.geometry(block_size, head_dim, 4)
     pages = checks.as_pages(cache, block_size, head_dim + 4)
     device = cache.device
@@ -354,19 +368,41 @@ def topk(
     Source: vLLM #40811 for the bfloat16 input; the engines' top-k kernels for the forms.
     """
     tensors = (logits, lengths, row_starts, page_table, out, out_raw, out_counts)
-    if library.through_dispatcher(*tensors):
-        if out is None and out_raw is None and out_counts is None:
-            return library.functional("topk")(
-                logits, lengths, k, next_n, row_starts, page_table, page_size, sort, narrow, backend
-            )
-        if out is None:
-            checks.size("k", k)
-            out = torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
-        library.mutating("topk")(
-            logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort,
-            narrow, backend, out_counts,
+    if not library.through_dispatcher(*tensors):
+        return run_topk(
+            logits, lengths, k, next_n, row_starts, page_table, page_size, out, out_raw,
+            out_counts, sort, narrow, backend,
         )  # fmt: skip
-        return out
+    if out is None and out_raw is None and out_counts is None:
+        return library.functional("topk")(
+            logits, lengths, k, next_n, row_starts, page_table, page_size, sort, narrow, backend
+        )
+    if out is None:
+        checks.size("k", k)
+        out = torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
+    library.mutating("topk")(
+        logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort,
+        narrow, backend, out_counts,
+    )  # fmt: skip
+    return out
+
+
+def run_topk(
+    logits: torch.Tensor,
+    lengths: torch.Tensor,
+    k: int,
+    next_n: int,
+    row_starts: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    page_size: int,
+    out: torch.Tensor | None,
+    out_raw: torch.Tensor | None,
+    out_counts: torch.Tensor | None,
+    sort: bool,
+    narrow: bool,
+    backend: str | None,
+) -> torch.Tensor:
+    """Serve a top-k: what is behind its public face and behind ``torch.ops``."""
     out, run, arguments = prepare_topk(
         logits, lengths, k, next_n, row_starts, page_table, page_size, out, out_raw, out_counts,
         sort, narrow, backend,

@@ -10,17 +10,18 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.server import measure
-from benchmarks.server.options import about, add_common, engine, make_server, number, parsed, place
+from benchmarks.server.options import about, add_common, checked, engine, make_server, place, words
 from benchmarks.server.server import ServerError
+from dsv4_plugin.cli.shared import numbers, outputs
+from dsv4_plugin.cli.shared.run import Parser, UsageError, held, interruptible, reading
+from dsv4_plugin.cli.shared.tool import tool
 
 __all__ = ["bases", "main", "parse_server", "summarise"]
 
@@ -34,27 +35,25 @@ def parse_server(text: str) -> tuple[str, dict[str, str]]:
     name, _, rest = text.partition(":")
     pairs = [p.partition("=") for p in rest.split(",") if p]
     if not name or any(not key or not equals for key, equals, _ in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME or NAME:VARIABLE=VALUE,…")
+        raise UsageError("must be NAME or NAME:VARIABLE=VALUE,…")  # not quoted: it may be a secret
     return name, {key: value for key, _, value in pairs}
 
 
 def _arguments(text: str) -> tuple[str, list[str]]:
     name, equals, rest = text.partition("=")
     if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=ARGUMENTS")
-    return name, shlex.split(rest)
+        raise UsageError("must be NAME=ARGUMENTS")
+    return name, words(rest)
 
 
 def _crowd(text: str) -> tuple[int, int]:
     context, _, count = text.partition(":")
-    return number(context), int(count)
+    return numbers.LENGTH(context), numbers.COUNT(count)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.server", description=__doc__.splitlines()[0]
-    )
+    p = Parser(prog="python -m benchmarks.server", description=__doc__.splitlines()[0])
     add_common(p, port=8100, ready=600, kv_gib=10.2, max_model_len=1 << 20)
     add = p.add_argument
     add(
@@ -67,23 +66,28 @@ def parser() -> argparse.ArgumentParser:
         help="further arguments of vllm serve for this server; it is compared with the first "
         "server that has the same",
     )  # fmt: skip
-    add("--contexts", type=number, nargs="*", default=[8 << 10, 64 << 10, 128 << 10],
+    add("--contexts", type=numbers.LENGTH, nargs="*", default=[8 << 10, 64 << 10, 128 << 10],
         help="time per token at batch 1 with so many tokens of context")  # fmt: skip
     add("--concurrent", type=_crowd, nargs="*", default=[], metavar="CONTEXT:REQUESTS",
         help="the same with several requests, each with a context of its own")  # fmt: skip
-    add("--ttft", type=number, nargs="*", default=[], help="time to the first token")
-    add("--profile", type=number, nargs="*", default=[],
+    add("--ttft", type=numbers.LENGTH, nargs="*", default=[], help="time to the first token")
+    add("--profile", type=numbers.LENGTH, nargs="*", default=[],
         help="kernel times at these of the contexts, of every number of requests")  # fmt: skip
-    add("--outputs", type=int, nargs="*", default=[], metavar="TOKENS",
+    add("--outputs", type=numbers.LENGTH, nargs="*", default=[], metavar="TOKENS",
         help="compare greedy answers to prompts of these lengths")  # fmt: skip
-    add("--pairs", type=int, default=5, help="measurements of each server (default: 5)")
-    add("--tokens", type=int, default=96, help="timed tokens of a measurement (96)")
+    add("--pairs", type=numbers.COUNT, default=5, help="measurements of each server (default: 5)")
+    add(
+        "--tokens",
+        type=numbers.whole(2, 1 << 20),
+        default=96,
+        help="timed tokens of a measurement (96)",
+    )
     add("--copy-contexts", action="store_true",
         help="make long contexts by copying cache pages instead of by prefill")  # fmt: skip
     add("--checkpoint", action="store_true",
         help="the model folder has weights: load them (default: random ones)")  # fmt: skip
-    add("--max-num-seqs", type=int, default=16)
-    add("--budget", type=float, default=3600, help="begin no step after so many seconds")
+    add("--max-num-seqs", type=numbers.COUNT, default=16)
+    add("--budget", type=numbers.SECONDS, default=3600, help="begin no step after so many seconds")
     return p
 
 
@@ -93,25 +97,31 @@ class Run:
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.a = arguments
         self.began = time.monotonic()
+        wished = arguments.server or [
+            ("off", {"DSV4_PLUGIN": "0"}),
+            ("on", {"DSV4_PLUGIN": "1"}),
+        ]
+        self.secrets = checked(arguments, len(wished))
+        steps = (arguments.contexts, arguments.concurrent, arguments.ttft, arguments.outputs)
+        if not any(steps):
+            raise UsageError("nothing is to be measured: no --contexts, --concurrent, --ttft, "
+                             "--outputs")  # fmt: skip
         self.results: dict[str, Any] = {
             "complete": False,
-            "command": ["python", "-m", "benchmarks.server", *sys.argv[1:]],
+            "command": self.secrets.command(["python", "-m", "benchmarks.server", *arguments.argv]),
             "tpot_ms": [],
             "ttft_s": [],
             "profiles": [],
             "skipped": [],
         }
-        config = json.loads((arguments.model / "config.json").read_text())
-        self.layers = config.get("compress_ratios", []).count(4) or config["num_hidden_layers"]
+        with reading(arguments.model / "config.json", "configuration"):
+            config = json.loads((arguments.model / "config.json").read_text(encoding="utf-8"))
+            self.layers = config.get("compress_ratios", []).count(4) or config["num_hidden_layers"]
         self.results["model"] = {
             k: config.get(k)
             for k in ("num_hidden_layers", "n_routed_experts", "index_topk", "index_n_heads",
                       "compress_ratios", "hidden_size", "expert_dtype")
         }  # fmt: skip
-        wished = arguments.server or [
-            ("off", {"DSV4_PLUGIN": "0"}),
-            ("on", {"DSV4_PLUGIN": "1"}),
-        ]
         share = 0.85 / len(wished)
         serve = [
             *engine(arguments, max_num_seqs=arguments.max_num_seqs, memory_share=share),
@@ -120,7 +130,7 @@ class Run:
         ]
         own = dict(arguments.arguments)
         if unknown := sorted(set(own) - {name for name, _ in wished}):
-            parser().error(f"--arguments {unknown[0]}: no --server has this name")
+            raise UsageError(f"--arguments {unknown[0]}: no --server has this name")
         self.bases = bases([(name, own.get(name, [])) for name, _ in wished])
         self.servers = [
             make_server(arguments, folder, i, name, environment, [*serve, *own.get(name, [])])
@@ -131,7 +141,8 @@ class Run:
 
     def say(self, text: str) -> None:
         """Show progress."""
-        print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
+        line = f"[{time.monotonic() - self.began:6.1f} s] {self.secrets.text(text)}"
+        print(line, flush=True)
 
     def left(self) -> float:
         """Seconds of the budget."""
@@ -140,9 +151,7 @@ class Run:
     def save(self) -> None:
         """Write the results."""
         self.results["seconds"] = round(time.monotonic() - self.began, 1)
-        part = self.a.json.with_suffix(".part")
-        part.write_text(json.dumps(self.results, indent=1) + "\n")
-        part.replace(self.a.json)
+        outputs.write(self.a.json, outputs.text_of(self.secrets.data(self.results)))
 
     def step(self, name: str, work: Callable[[], None], needs: float = 5) -> None:
         """Do one step if there is time; an error is noted, and ends the run only with a server."""
@@ -154,6 +163,8 @@ class Run:
         try:
             work()
             self.say(f"{name}: {time.monotonic() - before:.1f} s")
+        except BrokenPipeError:  # of this command's own output
+            raise
         except Exception as error:
             self.results["skipped"].append(f"{name}: {type(error).__name__}: {error}"[:1500])
             self.say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
@@ -165,7 +176,8 @@ class Run:
         self.save()
 
     def run(self) -> None:
-        """Start, measure, stop."""
+        """Start, measure, stop; the file has what there is, however it ends."""
+        self.save()
         try:
             for server in self.servers:
                 server.start(weights=not self.a.checkpoint)
@@ -178,19 +190,24 @@ class Run:
             self.measure()
             self.results["complete"] = not self.results["skipped"]
         except ServerError as error:
-            self.results["error"] = str(error)[:4000]
-            self.say(str(error)[:3000])
+            said = self.secrets.text(str(error))
+            self.results["error"] = said[:4000]
+            self.say(said[:3000])
         finally:
-            self.results["servers"] = {s.name: s.about() for s in self.servers}
-            for server in self.servers:
-                server.stop()
-            for case, by_server in self.traces.results().items():
-                context, count = map(int, case.split("x"))
-                self.results["profiles"].append(
-                    {"context": context, "concurrency": count, "servers": by_server}
-                )
-            self.results["summary"] = summarise(self.results, self.bases)
-            self.save()
+            with held():
+                self._stop()
+
+    def _stop(self) -> None:
+        self.results["servers"] = {s.name: s.about() for s in self.servers}
+        for server in self.servers:
+            server.stop()
+        for case, by_server in self.traces.results().items():
+            context, count = map(int, case.split("x"))
+            self.results["profiles"].append(
+                {"context": context, "concurrency": count, "servers": by_server}
+            )
+        self.results["summary"] = summarise(self.results, self.bases)
+        self.save()
 
     def measure(self) -> None:
         """The steps, in the order of their worth."""
@@ -314,10 +331,15 @@ def summarise(results: dict[str, Any], bases: Mapping[str, str]) -> list[dict[st
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 if every step was done."""
-    arguments = parsed(parser(), argv)
+    return tool(parser(), _main, argv)
+
+
+def _main(arguments: argparse.Namespace) -> int:
     with place(arguments) as folder:
         run = Run(arguments, folder)
-        run.run()
-        for row in run.results["summary"]:
+        with interruptible() as work:
+            run.run()
+        for row in run.results.get("summary", []):
             print(json.dumps(row))
+    work.end(f"what there is was written to {arguments.json}")
     return 0 if run.results["complete"] else 1

@@ -195,7 +195,7 @@ def _report(folder: Path) -> None:
     file = folder / f"status-{os.getpid()}.json"
     while True:
         now = status()
-        if now["host"] is not None and now != said:
+        if now["engine"] is not None and now != said:
             part = file.with_suffix(".part")
             part.write_text(json.dumps(now, indent=1) + "\n")
             part.replace(file)

@@ -14,7 +14,8 @@ import pytest
 from kits.e2e_servers import FAKE, free_ports, tiny_model
 
 from benchmarks.server import drills, vllm_side
-from dsv4_plugin.engines.shared import import_hooks, plan
+from dsv4_plugin.engines.shared import adapter, import_hooks
+from dsv4_plugin.engines.shared.decision import INERT
 
 NAMES = [drill.name for drill in drills.DRILLS]
 
@@ -132,9 +133,9 @@ def test_the_drills_look_for_what_the_plugin_says(
     (drill,) = (d for d in drills.DRILLS if d.name == name)
     try:
         with caplog.at_level(logging.INFO, "dsv4_plugin"):
-            plan.switch_off(name, RuntimeError(f"drill: {name}"))
+            adapter.current().switch_off(name, RuntimeError(f"drill: {name}"))
     finally:
-        plan.decide(plan.INERT)
+        adapter.current().decide(INERT)
     assert [bool(re.search(drill.says, record.message)) for record in caplog.records] == [True]
 
 

@@ -115,7 +115,7 @@ def test_before_and_after_the_import(tmp_path, first):
         register()
         import dsv4_plugin
         status = dsv4_plugin.status()
-        print(status['host'])
+        print(status['engine'])
         print(sorted(n for n, s in status['seams'].items() if s['where']))
         import vllm._custom_ops as ops
         print(hasattr(ops.top_k_per_row_prefill.__wrapped__, '__wrapped__'))
@@ -155,7 +155,7 @@ def test_unregister_before_the_import(tmp_path):
         tmp_path,
         HOST,
     )
-    assert out.splitlines()[-1] == "{'host': None, 'seams': {}, 'counters': {}} []"
+    assert out.splitlines()[-1] == "{'engine': None, 'seams': {}, 'counters': {}} []"
 
 
 def test_the_kill_switch(tmp_path):

@@ -116,10 +116,6 @@ class _Problem(Tensors):
         """Return how many scores each row has in a result of so many columns."""
         raise NotImplementedError
 
-    def present(self) -> torch.Tensor:
-        """Return how many keys each row sees, for the ops that look at no others."""
-        return self.counts(self.case.limit)
-
     def _served(self, keys: torch.Tensor, **more: int) -> str:
         case = self.case
         call = Call(
@@ -320,11 +316,6 @@ class _RaggedProblem(_Problem):
 
     def counts(self, columns: int) -> torch.Tensor:
         return (self.ends.long() - self.starts.long()).clamp(0, columns)
-
-    def present(self) -> torch.Tensor:
-        start = self.starts.long()
-        n = (self.ends.long().clamp(max=self.case.keys) - start).masked_fill(start < 0, 0)
-        return n.clamp(0, self.case.limit)
 
 
 # ---- Running and checking ------------------------------------------------------------------------

@@ -10,6 +10,8 @@ __all__ = [
     "LOGITS_SUITES",
     "RECALL_DTYPES",
     "RECALL_KINDS",
+    "SGLANG_CALLS",
+    "TOKENSPEED_CALLS",
     "TOPK_DTYPES",
     "TOPK_SUITES",
 ]
@@ -27,10 +29,17 @@ TOPK_DTYPES = {
 TOPK_SUITES = ("decode", "served", "narrow", "adversarial", "prefill", "paged", "seed")
 LOGITS_SUITES = ("decode", "next_n", "varied", "prefill")
 ADAPTERS = ("sglang", "tokenspeed")
+SGLANG_CALLS = ("paged", "paged_raw", "dsa", "prefill")  # of bench adapters
+TOKENSPEED_CALLS = (
+    "dsa_decode", "dsa_decode_slots", "dsv4_decode", "dsa_prefill", "gather", "read_fp8",
+    "read_mxfp4",
+)  # fmt: skip
 ENGINES = ("vllm", "sglang", "flashinfer", "torch")  # whose kernels --against loads
 
 # The ops that `fuzz` draws cases of.
-FUZZED = ("topk", "read", "read_mxfp4", "gather", "paged_logits", "ragged_logits", "select")
+FUZZED = ("topk", "read", "read_mxfp4", "gather", "paged_logits", "ragged_logits", "select",
+          "block_maxima", "select_blocks", "candidate_logits", "candidate_logits_ragged",
+          "select_candidates")  # fmt: skip
 
 # Drawn scores -> what they are.
 RECALL_KINDS = {

@@ -52,7 +52,7 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int = signal.SIGINT, said: str = "") -> None:
         super().__init__(number)
-        self.exit_code, self.said = 128 + number, said
+        self.exit_code, self.said = 128 + int(number), said
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,7 +93,7 @@ def ended(prog: str, body: Callable[[], int], argv: Sequence[str] = ()) -> int:
             return say(f"interrupted{'; ' if said else ''}{said}", getattr(error, "exit_code", 130))
         except BrokenPipeError:
             _let_go()
-            return 128 + signal.SIGPIPE
+            return 128 + int(signal.SIGPIPE)
         except OSError as error:
             if error.filename is None:  # most likely the stream that the report goes to
                 _let_go()
@@ -236,7 +236,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 @contextlib.contextmanager
 def _signals(handler: Callable[[int, FrameType | None], None] = _raise) -> Iterator[None]:
     """Put a handler to the signals that end a run, but for those that the caller ignores."""
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -244,5 +244,5 @@ def _signals(handler: Callable[[int, FrameType | None], None] = _raise) -> Itera
     try:
         yield
     finally:
-        for changed, old in before.items():
-            signal.signal(changed, old)
+        for each, old in before.items():
+            signal.signal(each, old)

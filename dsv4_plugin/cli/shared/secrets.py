@@ -226,6 +226,7 @@ class Secrets:
         values: set[str] = set()
         for value in found:
             scheme, _, rest = value.partition(" ")
+            value = value.strip("\\\"' ")
             lines = [value, *value.splitlines(), *([rest] if scheme.lower() in _SCHEMES else [])]
             for line in map(str.strip, lines):
                 values |= {line, _quoted(line), json.dumps(line)[1:-1]}
@@ -238,9 +239,17 @@ class Secrets:
         return _text(text, [])
 
     def data(self, value: Any) -> Any:
-        """Return what JSON holds with every text as :meth:`text` gives it; names are left alone."""
+        """Return what JSON holds with every text as :meth:`text` gives it; names stay.
+
+        Of the names only those of environment variables count: "key" may be a figure.
+        """
         if isinstance(value, Mapping):
-            return {name: self.data(each) for name, each in value.items()}
+            return {
+                name: HIDDEN
+                if _VARIABLE.fullmatch(str(name)) and is_secret(str(name)) and each
+                else self.data(each)
+                for name, each in value.items()
+            }
         if isinstance(value, (list, tuple)):
             return [self.data(each) for each in value]
         return self.text(value) if isinstance(value, str) else value
@@ -261,6 +270,7 @@ class Secrets:
         return text
 
 
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
 _SCHEMES = {"apikey", "basic", "bearer", "digest", "negotiate", "token"}
 
 

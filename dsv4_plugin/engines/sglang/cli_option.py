@@ -13,6 +13,7 @@ from typing import Any
 
 from dsv4_plugin import envs, log
 from dsv4_plugin.engines.sglang import probe
+from dsv4_plugin.engines.shared import seam
 
 __all__ = ["OPTION", "add_cli_args", "target"]
 
@@ -48,8 +49,9 @@ def _word(text: str) -> str:
 
 def target() -> str | None:
     """Return what to hook, or None where SGLang's parser looks different."""
-    site = probe.look()["flag"]
-    return site.targets[0] if site.targets else None
+    option = next(record for record in probe.SEAMS if record.name == "flag")
+    targets = seam.in_source(option).targets
+    return targets[0] if targets else None
 
 
 def add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser, *rest: Any) -> Any:

@@ -1,7 +1,7 @@
 """Replace an attribute, remember what was there, and put it back.
 
 A replacement is known by identity. Where, at the time of restoring or of use, the attribute holds
-something else, somebody patched after us: it is left alone and reported.
+something else, other code patched it later: it is left alone and reported.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Ledger:
         self.patches: list[Patch] = []
 
     def replace(self, owner: Any, name: str, replacement: Any, where: str) -> Patch:
-        """Set ``owner.name``; a second patch of ours on the same attribute is refused."""
+        """Set ``owner.name``; a second patch of the plugin on one attribute is refused."""
         if any(p.owner is owner and p.name == name for p in self.patches):
             log.debug(f"patch {where}: already there")
             raise RuntimeError(f"{where} is patched already")
@@ -59,8 +59,8 @@ class Ledger:
                 current = called(vars(patch.owner).get(patch.name))
                 log.say(
                     logging.WARNING,
-                    f"{patch.where} was patched by somebody else since ({current}); it is left as "
-                    "it is",
+                    f"{patch.where} was patched by other code since ({current}); it is left as it "
+                    "is",
                 )
                 continue
             original = patch.original

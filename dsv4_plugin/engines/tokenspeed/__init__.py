@@ -18,7 +18,7 @@ __all__ = ["register", "register_kernels", "unregister"]
 
 
 def register_kernels() -> None:
-    """Register our kernels in this process; never raises."""
+    """Register the plugin's kernels in this process; never raises."""
     try:
         if activation.may_patch("TokenSpeed") and activation.asked():
             from dsv4_plugin.engines.tokenspeed import registration
@@ -45,4 +45,4 @@ def unregister() -> None:
     from dsv4_plugin.engines.tokenspeed import probe
 
     import_hooks.forget(probe.OPS)
-    activation.uninstall(__name__, "readers", "registration")
+    activation.uninstall(__name__, "registration")

@@ -64,7 +64,7 @@ def test_the_driver_for_a_gpu(python: Path, version: str, tmp_path: Path) -> Non
         assert not rows[call, "off"]["counters"]
         for dtype in ("fp32", "bf16"):
             counters = rows[call, f"{dtype} own"]["counters"]
-            assert counters[f"logits.own.{dtype}.torch"] == 1
+            assert counters[f"logits.plugin.{dtype}.torch"] == 1
             assert counters[f"topk.paged.{dtype}.torch"] == 1
         assert rows[call, "fp32"]["agreement"] == 1.0
         assert rows[call, "bf16"]["counters"]["logits.bf16"] == 1

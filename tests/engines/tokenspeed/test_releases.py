@@ -57,7 +57,7 @@ def test_the_driver_for_a_gpu(python: Path, version: str, tmp_path: Path) -> Non
             row = rows[call, f"{dtype} own"]
             assert row["kernel"] == f"dsv4_plugin_dsa_{mode}_topk" and row["recall"] > 0.95
             assert row["counters"][f"topk.dsa_{mode}_topk.{dtype}.torch"] == 1
-            assert row["counters"][f"logits.own.{dtype}.torch"] == 1
+            assert row["counters"][f"logits.plugin.{dtype}.torch"] == 1
     (read,) = (row for row in found["results"] if row["variant"] == "on" and "read" in row["part"])
     assert read["exact"] and read["counters"]["read.fp8"] == 1
     assert {n for n, s in found["seams"].items() if s["engaged"]} == {
