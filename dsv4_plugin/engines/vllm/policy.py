@@ -55,10 +55,14 @@ def built(layer: Any) -> None:
 
 @dataclass
 class _Group:
-    """Layers that get one decision, and what was decided: why is for the log."""
+    """Layers that get one decision, and what was decided.
+
+    ``alike``: why the plugin cannot tell calls of these kinds apart.
+    """
 
     kinds: tuple[LayerKind, ...]
     layers: list[tuple[Any, Layer]]
+    alike: str = ""
     selection: Selection | None = None
     passed: decision.PassedOver | None = None
     gather: str | None = None
@@ -86,8 +90,10 @@ def _groups(now: VllmAdapter, config: Any) -> list[_Group]:
     of: dict[LayerKind, list[tuple[Any, Layer]]] = {}
     for layer, seen in now.layers.items():
         of.setdefault(kind_of(seen), []).append((layer, seen))
-    if len(of) > 1 and late_patches.unmet_op(now, config):
-        return [_Group(tuple(of), [pair for pairs in of.values() for pair in pairs])]
+    alike = late_patches.unmet_op(now, config) if len(of) > 1 else []
+    if alike:
+        together = [pair for pairs in of.values() for pair in pairs]
+        return [_Group(tuple(of), together, "; ".join(alike))]
     return [_Group((kind,), pairs) for kind, pairs in of.items()]
 
 
@@ -152,6 +158,8 @@ def _possible(
     """Return how top-k in ``dtype`` can be done for every layer, or every reason why it cannot."""
     reasons = [reason for layer in group.seen for reason in layer.unfit]
     reasons += [kind.kept for kind in group.kinds if kind.kept]
+    if reasons and group.alike:
+        reasons.append(f"calls of these kinds look the same: {group.alike}")
     for name in ("guard", "topk.decode", "topk.prefill", "logits"):
         reasons += now.problems(name)
     on_gpu = any(layer.device.type == "cuda" for layer in group.seen)
