@@ -6,8 +6,8 @@
 One call is what a layer's decode makes of the patched names: the indexer's op, in it the logits and
 the top-k, then the slots of the attention. vLLM's names and layer are real; the kernels behind them
 are functions that return at once, vLLM's op and the plugin's alike, so what is timed is Python. The
-median of many rounds of CPU time is printed in µs: with the plugin's logits, with DeepGEMM's, in float32, with
-the plugin inert, and with nothing patched.
+median of many rounds of CPU time is printed in µs: with the plugin's logits, with DeepGEMM's in
+float32, with the plugin inert, and with nothing patched.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several kinds of layers in one process: each has its own decision, and its own line in the log."""
+"""Several kinds of layers in one process: each has its own decision and its own line in the log."""
 
 from __future__ import annotations
 
