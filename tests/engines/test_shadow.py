@@ -250,7 +250,7 @@ def test_the_log_says_what_changed_and_warns_of_ours(on, caplog):
     shadow.watch("decode", ints([[2]]), lambda s: ints([[0]]), *args)
     shadow._log_what_changed()
     assert caplog.records[-1].levelno == logging.WARNING
-    assert "ours is not exact" in caplog.records[-1].message
+    assert "so the plugin's is not exact" in caplog.records[-1].message
 
 
 def test_widened_scores_come_in_parts():

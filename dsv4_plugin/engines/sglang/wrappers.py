@@ -25,11 +25,7 @@ __all__ = ["forward", "topk_dsa", "topk_v1", "topk_v2"]
 
 
 def forward(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """Run ``forward_c4_indexer`` with the decision for this indexer in force.
-
-    Why: its logits and top-k functions are shared with other models, and only here it is known
-    whose scores come. May go when SGLang hands the backend choice to its top-k functions.
-    """
+    """Run ``forward_c4_indexer`` with the decision for this indexer in force."""
     c4 = kwargs.get("c4_indexer", args[2] if len(args) > 2 else None)
     x = kwargs.get("x", args[0] if args else None)
     now = adapter.current()
@@ -52,11 +48,7 @@ _V2 = (*_V1[:-1], "metadata", _V1[-1])
 
 
 def topk_v1(original: Callable[..., None], scores: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    """Select by the fused page table, in the form without a plan.
-
-    Why: SGLang's kernels read float32 only, and ties are not theirs to order. May go when they
-    read bfloat16, are exact, break ties by the lowest index and are not slower.
-    """
+    """Select by the fused page table, in the form without a plan."""
     _transform(_V1, original, scores, args, kwargs)
 
 
@@ -171,10 +163,7 @@ def topk_dsa(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Select for V3.2 and GLM where the call is decode-shaped and PAGED; all else is SGLang's.
-
-    Why: as for V4, exact float32 with ties to the lowest index. May go for the same reasons.
-    """
+    """Select for V3.2 and GLM where the call is decode-shaped and PAGED; all else is SGLang's."""
     given = {**dict(zip(_DSA_REST, args, strict=False)), **kwargs}
     result: list[torch.Tensor] = []
 

@@ -1,7 +1,7 @@
-"""Shadow mode (``DSV4_SHADOW=1``): the engine's selection beside ours, compared on the device.
+"""Shadow mode (``DSV4_SHADOW=1``): the engine's selection beside the plugin's, compared.
 
-Ours has been served by then and stays as it is; the engine's goes to a scratch buffer. What is
-counted is in :class:`Field`. A failure here is logged once and ends the shadow, never the call.
+The plugin's has been served by then and stays as it is; the engine's goes to a scratch buffer.
+What is counted is in :class:`Field`. A failure here is logged once and ends the shadow, never the call.
 
 **Under CUDA graphs** Python runs at capture only, so everything that a replay has to do is tensor
 operations of fixed shapes: both selections, the comparison, and the copy of the counters to pinned
@@ -55,8 +55,8 @@ class Field(enum.IntEnum):
 
     An entry is a chosen position; a row has as many as the longer of the two sets. ``AGREE`` are
     in both. The others are told apart by the score of the engine's position where the caller
-    hands over the scores: as large as our last (``TIED``: both answers are right), smaller
-    (``LOWER``: the engine's is not exact) or larger (``HIGHER``: ours is not exact). What is left
+    hands over the scores: as large as the plugin's last (``TIED``: both answers are right), smaller
+    (``LOWER``: the engine's is not exact) or larger (``HIGHER``: the plugin's is not). What is left
     are positions that the engine wrote twice or not at all.
     """
 
@@ -84,8 +84,8 @@ def _distinct(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def compare(
     counters: torch.Tensor,
-    ours: torch.Tensor,
-    theirs: torch.Tensor,
+    plugin: torch.Tensor,
+    engine: torch.Tensor,
     scores: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
@@ -94,19 +94,19 @@ def compare(
 
     Args:
         counters: int64 ``[len(Field)]``.
-        ours: ``[rows, k]`` integer positions in any order; below zero is none.
-        theirs: the same; an index may come twice.
+        plugin: ``[rows, k]`` integer positions in any order; below zero is none.
+        engine: the same; an index may come twice.
         scores: ``[rows, columns]`` that both selected on, or None: differences stay unexplained.
         lengths: ``[rows]`` columns in each row; needed with ``scores``. What lies past them counts
             as a lower score.
         starts: ``[rows]`` where each row's columns begin; None: at zero.
     """
-    rows, k = ours.shape
+    rows, k = plugin.shape
     step = max(1, _ENTRIES // max(k, 1))
     for low in range(0, rows if k else 0, step):
         part = slice(low, low + step)
-        mine, in_mine = _distinct(ours[part])
-        other, in_other = _distinct(theirs[part].to(ours.dtype))
+        mine, in_mine = _distinct(plugin[part])
+        other, in_other = _distinct(engine[part].to(plugin.dtype))
         at = torch.searchsorted(mine, other).clamp_(max=k - 1)
         both = in_other & (mine.gather(1, at) == other)
         common = both.sum(1)
@@ -256,16 +256,16 @@ def parts(scores: torch.Tensor) -> list[slice]:
 
 def watch(
     seam: str,
-    ours: torch.Tensor,
-    theirs: Callable[[torch.Tensor], torch.Tensor | None],
+    plugin: torch.Tensor,
+    engine: Callable[[torch.Tensor], torch.Tensor | None],
     scores: torch.Tensor | None = None,
     lengths: Callable[[], torch.Tensor] | None = None,
     starts: torch.Tensor | None = None,
 ) -> None:
-    """Run the engine's selection and count how far it agrees with ``ours``; never raises.
+    """Run the engine's selection and count how far it agrees with ``plugin``; never raises.
 
-    ``theirs(scratch)`` fills ``scratch`` (int32, the shape of ``ours``, filled with -1), or returns
-    what it allocated itself. The rest is as :func:`compare` takes it.
+    ``engine(scratch)`` fills ``scratch`` (int32, the shape of ``plugin``, filled with -1), or
+    returns what it allocated itself. The rest is as :func:`compare` takes it.
 
     Counting begins anew with the first call that is not captured after one that was: an engine
     warms up and captures on scores that mean nothing.
@@ -274,20 +274,20 @@ def watch(
     if not on():
         return
     try:
-        kept = _counters(seam, ours.device)
+        kept = _counters(seam, plugin.device)
         if kept is None:
             return
-        if _capturing(ours.device):
+        if _capturing(plugin.device):
             _captured = True
         elif _captured:
             _captured = False
             for other in _kept.values():
                 other.counters.zero_()
-        scratch = torch.full(ours.shape, -1, dtype=torch.int32, device=ours.device)
-        other_set = theirs(scratch)
+        scratch = torch.full(plugin.shape, -1, dtype=torch.int32, device=plugin.device)
+        other_set = engine(scratch)
         compare(
             kept.counters,
-            ours,
+            plugin,
             scratch if other_set is None else other_set,
             scores,
             None if lengths is None else lengths(),
@@ -343,9 +343,9 @@ def line(seam: str, values: dict[str, float]) -> str:
         f"rows (worst row {100 * values['worst']:.2f} %, {values['equal']:.0f} rows equal)"
     )
     why = {
-        "tied": "tie with our last score",
+        "tied": "tie with the plugin's last score",
         "lower": "have a lower score",
-        "higher": "have a HIGHER score, so ours is not exact",
+        "higher": "have a HIGHER score, so the plugin's is not exact",
     }
     parts = [f"{shares[n]:.2f} % of the engine's {text}" for n, text in why.items() if values[n]]
     return "; ".join([said, *parts])

@@ -162,18 +162,8 @@ def _possible(
         reasons.append(f"calls of these kinds look the same: {group.alike}")
     for name in ("guard", "topk.decode", "topk.prefill", "logits"):
         reasons += now.problems(name)
-    on_gpu = any(layer.device.type == "cuda" for layer in group.seen)
-    backend = decision.backend_for_topk(settings, on_gpu)
-    for layer in group.seen:
-        reasons += decision.unmet_topk(dtype, backend, layer.device, layer.k)
-    request = False
 
-    def engine() -> list[str]:
-        nonlocal request
-        request, why = _engine_logits(dtype, now)
-        return why
-
-    def plugin() -> list[str]:
+    def plugin(backend: str) -> list[str]:
         return [
             why
             for kind in group.kinds
@@ -181,30 +171,29 @@ def _possible(
             for why in logits.unmet(dtype, backend, layer.device, kind.logits_ops)
         ]
 
-    who, why = logits.choose(settings, dtype, engine, plugin)
-    reasons = unique([*reasons, *why])
-    return (None, reasons) if reasons else (Selection(dtype, backend, request, who), [])
+    calls = [(layer.device, layer.k) for layer in group.seen]
+    engine = functools.partial(_engine_logits, now, dtype)
+    asks = late_patches.takes_logits_dtype
+    return logits.select(settings, dtype, reasons, calls, engine, plugin, asks)
 
 
-def _engine_logits(dtype: str, now: VllmAdapter) -> tuple[bool, list[str]]:
-    """Return whether DeepGEMM has to be asked for this dtype, and why it cannot write it."""
+def _engine_logits(now: VllmAdapter, dtype: str) -> list[str]:
+    """Return why DeepGEMM cannot write this dtype."""
     if dtype == "fp32":
-        return False, []
+        return []
     if dtype == "fp16":
-        return False, ["vLLM's DeepGEMM writes index logits in float32 or bfloat16 only"]
+        return ["vLLM's DeepGEMM writes index logits in float32 or bfloat16 only"]
     platform = now.platform
     if platform is None or not platform.has_device_capability(90):
-        return False, ["DeepGEMM's index logits need a GPU of compute capability 9.0 or later"]
+        return ["DeepGEMM's index logits need a GPU of compute capability 9.0 or later"]
     if late_patches.takes_logits_dtype():
-        return True, []
+        return []
+    if not hasattr(now.indexer, "as_fp32_logits"):
+        return [f"{now.engine}'s DeepGEMM takes no logits_dtype"]
     # From 0.33 DeepGEMM writes bfloat16 on 10.x, unasked, and vLLM widens it afterwards.
-    if hasattr(now.indexer, "as_fp32_logits"):
-        if platform.is_device_capability_family(100):
-            return False, []
-        return False, [
-            f"{now.engine}'s DeepGEMM takes no logits_dtype and writes float32 on this GPU"
-        ]
-    return False, [f"{now.engine}'s DeepGEMM takes no logits_dtype"]
+    if platform.is_device_capability_family(100):
+        return []
+    return [f"{now.engine}'s DeepGEMM takes no logits_dtype and writes float32 on this GPU"]
 
 
 def _choose_gather(
