@@ -114,6 +114,7 @@ class Adapter:
         """Put one decision into force, whatever the kind of layer."""
         self.kinds.clear()
         self.decisions.clear()
+        self._reasons.clear()
         self.decision = decision
         if decision is INERT:
             self.off.clear()
@@ -181,10 +182,6 @@ class Adapter:
         )
 
     # --- what is said ------------------------------------------------------------------------
-
-    def begin_reports(self) -> None:
-        """Forget the reasons of earlier reports: every kind of layer is decided anew."""
-        self._reasons.clear()
 
     def report(
         self,

@@ -21,14 +21,9 @@ from dsv4_plugin.engines.vllm.probe import ATTENTION, DEEP_GEMM, OP, TO_SLOTS
 from dsv4_plugin.state import state
 
 __all__ = [
-    "around",
-    "patch_logits_dtype",
-    "patch_op",
-    "patch_slots",
-    "takes_logits_dtype",
-    "unmet_op",
+    "around", "patch_logits_dtype", "patch_op", "patch_slots", "takes_logits_dtype", "unmet_op",
     "unmet_slots",
-]
+]  # fmt: skip
 
 _IMPLEMENTATIONS = ("_fp8_fp4_paged_mqa_logits_impl", "_fp8_fp4_mqa_logits_impl")
 

@@ -121,7 +121,6 @@ def _decide(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
         common = Decision(True, settings.strict, None, common.gather if alike else None)
         now.kinds = _kinds(list(now.layers.values()))
     now.decisions, now.decision = decisions, common
-    now.begin_reports()
     for group in groups:
         _report(now, group)
 
