@@ -27,6 +27,7 @@ from dsv4_plugin.cli import main as cli
 from dsv4_plugin.cli.fuzz.case import CaseError, describe, function_of, parse
 from dsv4_plugin.cli.fuzz.engine import OPS, fuzz, run_case, shrink
 from dsv4_plugin.cli.fuzz.topk import TopkCase
+from dsv4_plugin.cli.shared.choices import FUZZED
 from dsv4_plugin.errors import UnmetError
 
 KINDS = {name: op.kind for name, op in OPS.items()}
@@ -505,6 +506,7 @@ def test_an_exception_is_a_finding():
 def test_every_op_has_a_public_function():
     from dsv4_plugin.cli.fuzz.engine import backends_here, function_of
 
+    assert tuple(OPS) == FUZZED  # what the command line offers without importing torch
     for name in OPS:
         assert callable(function_of(name))
         assert "torch" in backends_here(name, "cpu")

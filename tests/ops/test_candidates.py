@@ -306,6 +306,33 @@ def test_property(columns, k, held, piece, dtype, data):
     assert got[0].tolist() == index and counts.tolist() == [min(k, seen)]
 
 
+def test_a_million_keys(backend, device):
+    """131,072 blocks, of which 2,048 are chosen; positions up to the last key."""
+    n = torch.tensor([1 << 20, (1 << 20) - 7, (1 << 20) - 8, 500_001])
+    found = scores("relu_sum", 4, 1 << 17, torch.bfloat16, seed=9)
+    found[torch.arange(4), (n - 1) // 8] = torch.inf
+    want = oracle.blocks(found, n, 2048)
+    chosen = select_blocks(found.to(device), n.to(device), 2048, backend=backend)
+    assert torch.equal(chosen.cpu(), want) and int(chosen.max()) == (1 << 17) - 1
+    logits = scores("relu_sum", 4, 16_384, torch.float32, seed=4)
+    logits[:, -8:] = 100.0
+    got = select_candidates(logits.to(device), chosen, n.to(device), 512, backend=backend).cpu()
+    assert torch.equal(got, oracle.selection(logits, want, n, 512))
+    assert got[:, -1].tolist() == (n - 1).tolist()
+
+
+def test_lengths_past_what_int32_holds(backend, device):
+    n = torch.tensor([1 << 40, 1 << 31, (1 << 31) - 1], device=device)
+    last = (1 << 28) - 2  # whose keys all have an int32
+    chosen = torch.tensor([[5, last, -1]] * 3, dtype=torch.int32, device=device)
+    logits = torch.ones(3, 24, device=device)
+    got = select_candidates(logits, chosen, n, 20, backend=backend)
+    want = [*range(40, 48), *range(8 * last, 8 * last + 8), *[-1] * 4]
+    assert got.tolist() == [want] * 3
+    found = torch.ones(3, 20, device=device)
+    assert select_blocks(found, n, 20, backend=backend).tolist() == [list(range(20))] * 3
+
+
 # --- NaN, infinities, pages ----------------------------------------------------------------------
 
 

@@ -403,6 +403,22 @@ def test_fakes_of_the_candidate_ops(dtype: torch.dtype) -> None:
     assert (fake.shape, fake.dtype) == ((4, 8), dtype)
 
 
+class Sub(torch.Tensor):
+    """A subclass without a dispatch of its own."""
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [pair for pair in FUNCTIONS if "block" in pair[0].__name__ or "candid" in pair[0].__name__],
+    ids=[n for n in NAMES if "block" in n or "candid" in n],
+)
+def test_a_subclass_of_a_tensor_is_served(
+    function: Callable[..., torch.Tensor], inputs: Callable[[], tuple[torch.Tensor, ...]]
+) -> None:
+    got = function(*(x.as_subclass(Sub) for x in inputs()))
+    assert torch.equal(got.as_subclass(torch.Tensor), function(*inputs()))
+
+
 class Seen(TorchDispatchMode):
     """Collects the ops that pass."""
 

@@ -206,6 +206,16 @@ def _dense(problem: Any) -> torch.Tensor:
     return out
 
 
+def _keys_seen(problem: Any) -> torch.Tensor:
+    """Return how many keys each row sees: of gathered ones those of a window that exist."""
+    case = problem.case
+    if not isinstance(case, RaggedLogitsCase):
+        return problem.counts(case.limit)
+    start = problem.starts.long()
+    n = problem.ends.long().clamp(max=case.keys) - start
+    return n.clamp(min=0).masked_fill(start < 0, 0)
+
+
 def _past(got: torch.Tensor, inside: torch.Tensor, why: str) -> None:
     """Raise :class:`Wrong` if anything was written outside."""
     clean = dirty(torch.empty_like(got, memory_format=torch.contiguous_format))
@@ -239,7 +249,7 @@ def _maxima(problem: Any, op: Callable[..., Any]) -> Parts:
     def check(got: torch.Tensor, context: str) -> None:
         if (tuple(got.shape), got.dtype) != ((rows, blocks), dtype):
             raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
-        n = problem.counts(case.limit)
+        n = _keys_seen(problem)
         dense = _dense(problem)
         want = oracle.maxima(dense, n, case.piece)
         some = min(blocks, want.shape[1])
@@ -269,7 +279,7 @@ def _scored(problem: Any, op: Callable[..., Any]) -> Parts:
     at = 4 if isinstance(case, RaggedLogitsCase) else 3  # where candidates stand
 
     def draw(step: int) -> None:
-        n = problem.counts(case.limit).tolist()
+        n = _keys_seen(problem).tolist()
         chosen.copy_(candidates_of(case, n, case.kept[0] * problem.next_n, step))
 
     problem.more = draw
@@ -289,7 +299,7 @@ def _scored(problem: Any, op: Callable[..., Any]) -> Parts:
     def check(got: torch.Tensor, context: str) -> None:
         if (tuple(got.shape), got.dtype) != ((rows, columns), dtype):
             raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
-        n = problem.counts(case.limit)
+        n = _keys_seen(problem)
         wrong = ~same_bits(got, oracle.scores(_dense(problem), chosen, n, case.piece))
         if count is not None:
             if case.chosen == "any":  # no order, so no count: a number that fits is all

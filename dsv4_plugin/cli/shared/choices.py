@@ -37,7 +37,9 @@ TOKENSPEED_CALLS = (
 ENGINES = ("vllm", "sglang", "flashinfer", "torch")  # whose kernels --against loads
 
 # The ops that `fuzz` draws cases of.
-FUZZED = ("topk", "read", "read_mxfp4", "gather", "paged_logits", "ragged_logits", "select")
+FUZZED = ("topk", "read", "read_mxfp4", "gather", "paged_logits", "ragged_logits", "select",
+          "block_maxima", "select_blocks", "candidate_logits", "candidate_logits_ragged",
+          "select_candidates")  # fmt: skip
 
 # Drawn scores -> what they are.
 RECALL_KINDS = {

@@ -148,8 +148,10 @@ class Chain:
         """Raise if what the outputs hold now is not right."""
         for i in range(self.shape.layers):
             logits, cache = self.logits[i % len(self.logits)], self.caches[i % len(self.caches)]
-            check_selection(logits, self.lengths, self.shape.k, self.indices[i])
-            check_selection(self.scores[i], self.seen, self.shape.k, self.selected[i])
+            check_selection(logits, self.lengths, self.shape.k, self.indices[i], ascending=True)
+            check_selection(
+                self.scores[i], self.seen, self.shape.k, self.selected[i], ascending=True
+            )
             at = self.slots.clamp(min=0)
             want = fp8_keys(cache, at // 64, at % 64, 64, 128)[2].masked_fill(
                 (self.slots < 0)[:, None], 0.0
