@@ -137,16 +137,5 @@ def patch_logits_dtype(ledger: Ledger) -> None:
             continue
         if earlier:  # vLLM resolved DeepGEMM anew
             ledger.patches.remove(earlier[0])
-        original = getattr(module, name)
-        wrapper = _with_logits_dtype(original)
+        wrapper = around(getattr(module, name), wrappers.with_logits_dtype)
         ledger.replace(module, name, wrapper, f"{DEEP_GEMM}.{name}")
-
-
-def _with_logits_dtype(original: Any) -> Any:
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        return wrappers.with_logits_dtype(original, *args, **kwargs)
-
-    # Not functools.wraps: the function may be pybind11's, whose signature is in its docstring.
-    patched.__doc__ = original.__doc__
-    patched.__wrapped__ = original  # type: ignore[attr-defined]
-    return patched
