@@ -40,22 +40,15 @@ SERVER_NETWORK = {"http", "socket", "urllib"}
 WRITES = {
     "integrations/releases.py": {"TemporaryDirectory", "mkdir", "extract", "touch"},  # --folder
     "status_file.py": {"mkdir", "write_text", "replace"},  # DSV4_STATUS_DIR
-    "testing/ab/command.py": {"mkdir"},  # --out
-    "testing/ab/experiment.py": {"write_text", "replace"},  # --out
     "testing/ab/plot.py": {"savefig"},  # --plot
     "testing/ab/processes.py": {"mkdir", "open"},  # --out
-    "testing/bench.py": {"write_text"},  # --json
-    "testing/e2e/command.py": {"write_text"},  # --json
-    "testing/e2e/drills.py": {"copytree", "write_text"},  # --folder, --json
+    "testing/e2e/drills.py": {"copytree"},  # --folder
     "testing/e2e/measure.py": {"rename"},  # --folder
-    "testing/e2e/options.py": {"TemporaryDirectory", "mkdir", "rmtree"},  # --folder, --json
+    "testing/e2e/options.py": {"TemporaryDirectory", "mkdir", "rmtree"},  # --folder
     "testing/e2e/server.py": {"mkdir", "open", "touch", "unlink", "write_text"},  # --folder
-    "testing/e2e/trace.py": {"write_text"},  # --json
     "testing/e2e/vllm_side.py": {"unlink", "write_text"},  # --folder
-    "testing/fuzz/command.py": {"open", "write_text"},  # --trace, --json
-    "testing/recall/command.py": {"write_text"},  # --json
-    "testing/results.py": {"write_text", "replace"},  # --json
-    "testing/soak.py": {"write_text"},  # --json
+    "testing/fuzz/command.py": {"open"},  # --trace
+    "testing/outputs.py": {"mkdir", "open", "replace", "unlink", "write_text"},  # --json, --out …
     "testing/topk/plot.py": {"savefig"},  # --plot
 }
 WRITERS = {
@@ -71,7 +64,8 @@ ENVIRONMENT = {
     "metrics.py",  # PROMETHEUS_MULTIPROC_DIR, read: which of its modes prometheus_client is in
     "integrations/vllm/flag.py",  # what Ray copies into its actors
     "testing/ab/environment.py",  # what the servers and the client inherit
-    "testing/e2e/server.py",  # the same
+    "testing/e2e/options.py",  # whose secrets are hidden
+    "testing/e2e/server.py",  # as in ab/environment.py
     "testing/e2e/vllm_side.py",  # E2E_*: the driver's word to the server it started
     "testing/fuzz/command.py",  # TRITON_INTERPRET, set
     "testing/hosts_gpu/parts.py",  # the plugin's own, set for each variant

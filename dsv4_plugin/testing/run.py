@@ -12,6 +12,7 @@ import argparse
 import codecs
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -56,12 +57,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose error is one line, without a secret that stands on the command line."""
+    """A parser whose error is a :class:`UsageError`: one line, where :func:`ended` says it."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and end with exit code 2."""
-        said = secrets.Secrets(commands=[sys.argv]).text(_line(message))
-        self.exit(2, f"{self.prog}: {said} (see {self.prog} --help)\n")
+        """Raise what is wrong."""
+        said = re.sub(r"^argument (-[^:]*): (?=must |cannot |needs )", r"\1 ", message)
+        raise UsageError(f"{said} (see {self.prog} --help)")
 
 
 def ended(prog: str, body: Callable[[], int], argv: Sequence[str] = ()) -> int:

@@ -24,8 +24,9 @@ from dsv4_plugin.testing.ab.engines import Workload
 from dsv4_plugin.testing.ab.experiment import Design
 from dsv4_plugin.testing.ab.intervals import ratio, t_quantile
 from dsv4_plugin.testing.ab.metrics import METRICS, read
-from dsv4_plugin.testing.ab.processes import shown, tail
+from dsv4_plugin.testing.ab.processes import tail
 from dsv4_plugin.testing.ab.servers import Server
+from dsv4_plugin.testing.secrets import command as shown
 
 
 @pytest.mark.parametrize(

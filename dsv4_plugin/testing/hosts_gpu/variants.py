@@ -1,4 +1,4 @@
-"""The settings under which an engine's code is run: without the plugin, and in four ways with it."""
+"""The settings an engine's code is run under: without the plugin, and in four ways with it."""
 
 from __future__ import annotations
 

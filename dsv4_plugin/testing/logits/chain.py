@@ -17,6 +17,7 @@ import torch
 from dsv4_plugin import paged_logits, select
 from dsv4_plugin.logits import new_logits
 from dsv4_plugin.testing.cells import DIRTY, Cell, Row
+from dsv4_plugin.testing.logits.bars import chain_name
 from dsv4_plugin.testing.logits.cases import DTYPES, Case, Paged
 from dsv4_plugin.testing.logits.check import Sample
 from dsv4_plugin.testing.logits.measure import KeyBench, Problem, peer_logits
