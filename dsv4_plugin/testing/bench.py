@@ -17,6 +17,7 @@ from dsv4_plugin.testing import dry, numbers, outputs, read_plot
 from dsv4_plugin.testing.choices import ADAPTERS, ENGINES, KS, LOGITS_SUITES, TOPK_DTYPES
 from dsv4_plugin.testing.choices import TOPK_SUITES as SUITES
 from dsv4_plugin.testing.recall import plot as recall_plot
+from dsv4_plugin.testing.results import Results
 from dsv4_plugin.testing.run import UsageError, need_torch, reading
 from dsv4_plugin.testing.topk import plot
 from dsv4_plugin.testing.topk.bars import sound
@@ -145,17 +146,21 @@ def run(arguments: argparse.Namespace) -> int:
         else "CPU"
     )
     triton = f"triton {about['triton']}" if about["triton"] else "no triton"
-    print(f"{gpu}, torch {about['torch']}, {triton}, dsv4-plugin {about['plugin']}")
 
     def say(line: str) -> None:
         print(line, flush=True)
 
-    if on_cpu:
-        say(dry.SAID)
-        small = dry.shrink(arguments)
-        if small:
-            say(small)
-    document = _bench(arguments.what)(arguments, about, say)
+    document: dict[str, Any] = {
+        "machine": about, "what": arguments.what, "complete": False, "results": []
+    }  # fmt: skip
+    with Results(document, arguments.json) as file:
+        say(f"{gpu}, torch {about['torch']}, {triton}, dsv4-plugin {about['plugin']}")
+        if on_cpu:
+            say(dry.SAID)
+            small = dry.shrink(arguments)
+            if small:
+                say(small)
+        _bench(arguments.what)(arguments, file, say)
     wrong = [row for row in document["results"] if not _right(row)]
     if wrong:
         say(f"\n{len(wrong)} answers of dsv4-plugin are WRONG")
@@ -166,10 +171,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _bench(
-    what: str,
-) -> Callable[[argparse.Namespace, dict[str, Any], Callable[[str], None]], dict[str, Any]]:
-    """Return what measures one of :data:`WHAT`."""
+def _bench(what: str) -> Callable[[argparse.Namespace, Results, Callable[[str], None]], None]:
+    """Return what measures one of :data:`WHAT` and fills the results file."""
     if what == "topk":
         from dsv4_plugin.testing.topk.command import run
     elif what == "adapters":
