@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.testing import dry, numbers, outputs, read_plot
+from dsv4_plugin.testing import against, dry, numbers, outputs, read_plot
 from dsv4_plugin.testing.choices import ADAPTERS, ENGINES, KS, LOGITS_SUITES, TOPK_DTYPES
 from dsv4_plugin.testing.choices import TOPK_SUITES as SUITES
 from dsv4_plugin.testing.recall import plot as recall_plot
@@ -95,7 +95,7 @@ def _add_cells(parser: argparse.ArgumentParser) -> None:
         "--replays", type=numbers.COUNT, default=7, help="replays, whose median counts (default: 7)"
     )
     add(
-        "--budget", type=numbers.SECONDS, metavar="SECONDS",
+        "--budget", type=numbers.BUDGET, metavar="SECONDS",
         help="begin no cell after this time; what was measured is reported",
     )  # fmt: skip
     add(
@@ -125,6 +125,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"RESULTS.json is for bench plot, got {arguments.results}")
     if arguments.what == "read" and arguments.device != "cuda":
         raise UsageError("bench read has no dry run: --device must be cuda")
+    if arguments.what == "topk":
+        against.split(arguments.against)
+    elif arguments.what != "adapters":
+        against.engines_only(arguments.against)
     need_torch()
     import torch
 
@@ -163,7 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
         _bench(arguments.what)(arguments, file, say)
     wrong = [row for row in document["results"] if not _right(row)]
     if wrong:
-        say(f"\n{len(wrong)} answers of dsv4-plugin are WRONG")
+        say(f"\n{len(wrong)} results of dsv4-plugin are WRONG, or failed")
     if on_cpu:
         say(f"\n{dry.SAID}")
     if arguments.json:

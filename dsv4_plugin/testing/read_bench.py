@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache
-from dsv4_plugin.testing import installed, read_plot
+from dsv4_plugin.testing import against, read_plot
 from dsv4_plugin.testing.inputs import fp8_cache
 from dsv4_plugin.testing.installed import ENGINES
 from dsv4_plugin.testing.results import Results
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]) -> None:
     """Measure the reads, and keep the results file up to date."""
-    engines = installed.engines_only(arguments.against) or ["vllm"]
+    engines = against.engines_only(arguments.against) or ["vllm"]
     document = file.document
     with interruptible() as work:
         bench_read(say, engines, document["results"], file.save)

@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]
             progress.done(f"{task}  " + "  ".join(map(_shown, rows)))
             file.save(now=True)  # the next cell may compile for minutes
             del runs
-    work.must(document["results"], "nothing was measured: no cell is left", file.said())
+    done = document["results"] or progress.out_of_time
+    work.must(done, "nothing was measured: no cell is left", file.said())
     document["complete"] = work.whole and not progress.out_of_time
     file.save(now=True)
     for line in _table(document["results"]):

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from dsv4_plugin.testing import dry, installed
+from dsv4_plugin.testing import against, dry, installed
 from dsv4_plugin.testing.logits import bars, cases, report
 from dsv4_plugin.testing.logits.chain import ChainBench
 from dsv4_plugin.testing.logits.check import TOLERANCE
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]
     lists = _cases(arguments)
     if arguments.plot and "decode" not in lists:
         raise UsageError("--plot draws the suite decode, which is not run")
-    engines = installed.engines_only(arguments.against)
+    engines = against.engines_only(arguments.against)
     others = installed.load(engines, _forms(what, list(lists)), arguments.peers, of=what)
     named(others, say)
     asked = arguments.vllm_choice, arguments.sglang_choice
@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]
             say(f"\n{name}: {len(some)} cells; us warm/cold, ! wrong")
             bench.run(some)
     results = document["results"]
-    work.must(results, "nothing was measured: no cell is left", file.said())
+    done = results or bench.progress.out_of_time
+    work.must(done, "nothing was measured: no cell is left", file.said())
     file.save(now=True)
     document["complete"] = work.whole and not bench.progress.out_of_time
     found = bars.logits_bars(results) if what == "logits" else bars.chain_bars(results, *choices)

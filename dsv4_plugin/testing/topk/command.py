@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from dsv4_plugin.testing import dry, installed
+from dsv4_plugin.testing import against, dry, installed
 from dsv4_plugin.testing.results import Results
 from dsv4_plugin.testing.run import UsageError, interruptible
 from dsv4_plugin.testing.topk import bars, cases, floor, peers, plot, report
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]
     suites = _suites(arguments.suite)
     if arguments.plot and "decode" not in suites:
         raise UsageError("--plot draws the suite decode, which is not run")
-    engines, files = installed.split(arguments.against)
+    engines, files = against.split(arguments.against)
     known = [row for file in files for row in peers.recorded(file)]
     others = installed.load(engines, _forms(suites), arguments.peers, of="topk")
     named(others, say)
@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]
                 some = _not_yet(some, document["results"])
             say(f"\n{name}: {len(some)} cells; us warm/cold, ! not exact")
             bench.run(some)
-    work.must(document["results"], "nothing was measured: no cell is left", file.said())
+    done = document["results"] or bench.progress.out_of_time
+    work.must(done, "nothing was measured: no cell is left", file.said())
     file.save(now=True)
     document["complete"] = work.whole and not bench.progress.out_of_time
     mine = {(row["k"], row["rows"], row["columns"]) for row in document["results"]}
