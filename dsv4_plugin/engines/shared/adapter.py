@@ -74,9 +74,18 @@ class Adapter:
         """Note what looking for a seam found."""
         state.found(Seam(name, where, why))
 
-    def missing(self, level: int = logging.INFO, prefix: str = "") -> list[str]:
-        """Return the seams that are not there, of names with ``prefix``, and log them in a line."""
-        seams = [seam for seam in state.seams.values() if seam.name.startswith(prefix)]
+    def missing(
+        self, level: int = logging.INFO, prefix: str = "", without: Sequence[str] = ()
+    ) -> list[str]:
+        """Return the seams that are not there, and log them in a line.
+
+        Those of names with ``prefix``, but for the names ``without``.
+        """
+        seams = [
+            seam
+            for seam in state.seams.values()
+            if seam.name.startswith(prefix) and seam.name not in without
+        ]
         missing = [f"{seam.name} ({seam.why})" for seam in seams if seam.where is None]
         if missing:
             log.once(level, f"{self.engine}: the engine's own code stays at {'; '.join(missing)}")

@@ -98,7 +98,7 @@ def _decide(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
         group.selection, group.passed = decision.choose_selection(
             settings,
             group.dtypes,
-            functools.partial(_possible, now, settings, group),
+            functools.partial(_possible, now, settings, config, group),
             f"{so_far} {group} so far" if so_far > 1 else f"the first of the {group}",
         )
         group.gather, group.gather_why = _choose_gather(settings, group, now)
@@ -135,7 +135,8 @@ def _act(now: VllmAdapter, groups: list[_Group], config: Any) -> None:
         late_patches.patch_logits_dtype(now.ledger)
     if any(selection.slots for selection in chosen):
         late_patches.patch_slots(now)
-    if any(selection.skip_fill for selection in chosen) or len(groups) > 1:
+    stands_in = any(selection.skip_fill or selection.candidates for selection in chosen)
+    if stands_in or len(groups) > 1:
         late_patches.patch_op(now)
     for group in groups:
         if group.selection is not None:
@@ -147,13 +148,15 @@ def _act(now: VllmAdapter, groups: list[_Group], config: Any) -> None:
 
 
 def _possible(
-    now: VllmAdapter, settings: envs.Settings, group: _Group, dtype: str
+    now: VllmAdapter, settings: envs.Settings, config: Any, group: _Group, dtype: str
 ) -> tuple[Selection | None, list[str]]:
     """Return how top-k in ``dtype`` can be done for every layer, or every reason why it cannot."""
     reasons = [reason for layer in group.seen for reason in layer.unfit]
-    reasons += [kind.kept for kind in group.kinds if kind.kept]
+    deferred = any(kind.candidates for kind in group.kinds)
     for name in ("guard", "topk.decode", "topk.prefill", "logits"):
         reasons += now.problems(name)
+    if deferred:
+        reasons += now.problems("candidates") + late_patches.unmet_op(now, config)
     on_gpu = any(layer.device.type == "cuda" for layer in group.seen)
     backend = decision.backend_for_topk(settings, on_gpu)
     for layer in group.seen:
@@ -162,6 +165,8 @@ def _possible(
 
     def engine() -> list[str]:
         nonlocal request
+        if deferred:
+            return ["candidates are selected from the plugin's own logits"]
         request, why = _engine_logits(dtype, now)
         return why
 
@@ -175,7 +180,11 @@ def _possible(
 
     who, why = logits.choose(settings, dtype, engine, plugin)
     reasons = unique([*reasons, *why])
-    return (None, reasons) if reasons else (Selection(dtype, backend, request, who), [])
+    return (
+        (None, reasons)
+        if reasons
+        else (Selection(dtype, backend, request, who, candidates=deferred), [])
+    )
 
 
 def _engine_logits(dtype: str, now: VllmAdapter) -> tuple[bool, list[str]]:
@@ -215,7 +224,7 @@ def _choose_gather(
         binding = f"DSV4_BACKEND={settings.backend} for the key gather"
         candidates = [settings.backend]
     reasons = [why for layer in group.seen for why in layer.no_gather]
-    reasons += [kind.kept for kind in group.kinds if kind.kept] + now.problems("gather")
+    reasons += now.problems("gather")
     possible = not reasons
     call = backends.Call("gather", device, torch.uint8)
     for backend in candidates:
@@ -239,14 +248,17 @@ def _beside_topk(group: _Group, now: VllmAdapter, config: Any) -> dict[str, str 
     if why:
         return {"topk.slots": why, "topk.fill": why}
     no_slots, no_fill = late_patches.unmet_slots(now), late_patches.unmet_op(now, config)
-    group.selection = replace(group.selection, slots=not no_slots, skip_fill=not no_fill)
+    followers = all(kind.followers for kind in group.kinds)
+    group.selection = replace(
+        group.selection, slots=not no_slots, skip_fill=not no_fill, followers=followers
+    )
     return {"topk.slots": "; ".join(no_slots) or None, "topk.fill": "; ".join(no_fill) or None}
 
 
 def _without_slots(layer: Any, seen: Layer) -> str:
     """Return why the top-k of a layer neither writes slots nor skips the fill; empty if it may."""
     if not kind_of(seen).with_slots:
-        return "a layer is not DeepSeek-V4's"
+        return "a layer is neither DeepSeek-V4's nor V4.1's"
     if getattr(layer, "use_pcp", False):
         return "prefill context parallelism"
     buffer = getattr(layer, "topk_indices_buffer", None)
@@ -298,8 +310,7 @@ def _own_settings(config: Any) -> Mapping[str, Any] | None:
 def _say(seen: Layer) -> None:
     if log.tells_everything():
         kind = kind_of(seen)
-        kept = [*seen.unfit, *filter(None, [kind.kept])]
-        said = f"vLLM keeps it: {'; '.join(kept)}" if kept else "eligible"
+        said = f"vLLM keeps it: {'; '.join(seen.unfit)}" if seen.unfit else "eligible"
         log.debug(f"{seen.name}: k {seen.k}, {seen.device}, {kind}; {said}")
 
 

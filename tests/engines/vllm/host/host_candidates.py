@@ -45,6 +45,7 @@ class Model:
         g = torch.Generator().manual_seed(4)
         query = torch.randint(0, 2, self.other.query.shape, generator=g)
         self.other.query = query.float().to(torch.float8_e4m3fn)
+        self.other.cache, self.other.buffer = self.problem.cache, self.problem.buffer
         rows = len(self.problem.buffer)
         self.candidates = torch.full((rows, blocks), -7, dtype=torch.int32)
 
@@ -64,13 +65,19 @@ class Model:
         """Run them in turn; returns the indices of each."""
         self.engine.calls.clear()
         self.candidates.fill_(-7)
-        with self.engine.gpu(gpu), self.engine.config("deepseek_v41"):
-            return [
-                self.engine.step(layer, problem)
-                for layer, problem in zip(
-                    layers, (self.problem, self.problem, self.other), strict=True
-                )
-            ]
+        found = []
+        with (
+            self.engine.gpu(gpu),
+            self.engine.config("deepseek_v41"),
+            self.engine.forward(self.problem),
+        ):
+            for layer, problem in zip(
+                layers, (self.problem, self.problem, self.other), strict=True
+            ):
+                problem.buffer.fill_(7)
+                layer(problem.hidden, problem.query, None, problem.weights)
+                found.append(problem.buffer[: len(problem.lengths), : problem.k].clone())
+        return found
 
     def __call__(self, **how):
         return self.step(self.build(**how))
@@ -167,8 +174,33 @@ def test_exact_in_every_layer(engine, on, monkeypatch, batch, dtype):
     assert bool((model.candidates[len(blocks) :] == -7).all()), "rows of another batch"
 
 
+@pytest.fixture
+def sparse(monkeypatch):
+    """Prefill chunks of consumers are scored by candidates, however narrow they are."""
+    from dsv4_plugin.engines.vllm import candidates
+
+    monkeypatch.setattr(candidates, "WHOLE_COLUMNS", 0)
+
+
 @batches
-def test_a_consumer_scores_no_more_than_its_candidates(engine, on, batch):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_by_candidates_alone(engine, on, sparse, monkeypatch, batch, dtype):
+    """As above; the source too selects among its candidates, as if its logits were too large."""
+    from dsv4_plugin.engines.vllm import candidates
+
+    monkeypatch.setattr(candidates, "KEPT_BYTES", 0)
+    monkeypatch.setenv("DSV4_TOPK", dtype)
+    monkeypatch.setenv("DSV4_STRICT", "1")
+    model = Model(engine, batch, blocks=513)  # one more than the lemma asks for 512 keys
+    got = model()
+    want, blocks = model.expected(DTYPES[dtype])
+    for kind, a, b in zip(("plain", "source", "consumer"), got, want, strict=True):
+        assert torch.equal(a, b), kind
+    assert torch.equal(model.candidates[: len(blocks)], blocks)
+
+
+@batches
+def test_a_consumer_scores_no_more_than_its_candidates(engine, on, sparse, batch):
     model = Model(engine, batch)
     model()
     assert not {"select_candidate_blocks", "apply_candidate_mask"} & set(names(engine))
