@@ -119,6 +119,12 @@ class Adapter:
         kind = self.call.kind
         return self.decision if kind is None else self.decisions.get(kind, self.decision)
 
+    def narrow_selections(self) -> list[Selection]:
+        """Return how each kind of layer selects if all select on logits of two bytes, else none."""
+        every = [decision.selection for decision in self.decisions.values()]
+        chosen = [s for s in every if s is not None and s.dtype != "fp32"]
+        return chosen if len(chosen) == len(every) else []
+
     def decide(self, decision: Decision) -> None:
         """Put one decision into force, whatever the kind of layer."""
         self.kinds.clear()

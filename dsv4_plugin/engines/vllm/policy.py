@@ -75,6 +75,11 @@ class _Group:
         return [seen for _, seen in self.layers]
 
     @property
+    def candidates(self) -> bool:
+        """Whether some of the layers choose or use candidate blocks."""
+        return any(kind.candidates for kind in self.kinds)
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
         """The dtypes that every kind has as a default, best first."""
         first, *rest = (kind.dtypes for kind in self.kinds)
@@ -152,7 +157,7 @@ def _possible(
 ) -> tuple[Selection | None, list[str]]:
     """Return how top-k in ``dtype`` can be done for every layer, or every reason why it cannot."""
     reasons = [reason for layer in group.seen for reason in layer.unfit]
-    deferred = any(kind.candidates for kind in group.kinds)
+    deferred = group.candidates
     for name in ("guard", "topk.decode", "topk.prefill", "logits"):
         reasons += now.problems(name)
     if deferred:
@@ -319,12 +324,14 @@ def _report(now: VllmAdapter, group: _Group) -> None:
     selection, note = group.selection, ""
     also = dict(group.also or {})
     also["budget"] = None
-    if selection is None or selection.dtype == "fp32":
+    if not now.narrow_selections():
         also["budget"] = "logits are float32"
     elif state.seams["budget"].where is not None:
         note = " (half the bytes, so twice the rows in a prefill chunk's budget)"
     topks = ("topk.decode", "topk.prefill")
     names = (*topks, "logits") if selection else (*topks, "topk.slots", "topk.fill", "logits")
+    if group.candidates:
+        names = (*names, "candidates")
     now.report(
         str(group), names, selection, group.passed or {}, also,
         (group.gather, group.gather_why or []), note,

@@ -395,15 +395,15 @@ def prefill_chunks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     a chunk whose call has a form that the plugin's kernel does not take.
     """
     now = adapter.current()
-    selection = now.decision.selection
-    if selection is not None and selection.dtype != "fp32":
-        unasked = not selection.request_bf16 and selection.logits == "engine"
+    chosen = now.narrow_selections()
+    if chosen:
+        unasked = all(not s.request_bf16 and s.logits == "engine" for s in chosen)
         if unasked or _readers_in_place(now):
             if "max_logits_bytes" in kwargs:
                 kwargs = {**kwargs, "max_logits_bytes": 2 * kwargs["max_logits_bytes"]}
             else:
                 args = (*args[:3], 2 * args[3], *args[4:])
-            state.count(f"budget.{selection.dtype}")
+            state.count(f"budget.{chosen[0].dtype}")
     return original(*args, **kwargs)
 
 
