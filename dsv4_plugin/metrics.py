@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin import envs, log
+from dsv4_plugin import envs, log, processes
 from dsv4_plugin.errors import SettingError
 
 __all__ = ["METRICS", "expose", "publish", "wanted", "withdraw"]
@@ -127,14 +126,9 @@ class _Files:
             try:
                 report = json.loads(file.read_text())
                 node, pid = str(report["node"]), str(int(report["pid"]))
-                found = list(_samples(report)) if _alive(node, pid) else []
+                found = list(_samples(report)) if processes.alive(report) else []
             except Exception:  # not one of ours, or gone meanwhile
                 continue
             for metric, name, value in found:
                 families[metric].add_metric([node, name, pid], value)
         return list(families.values())
-
-
-def _alive(node: str, pid: str) -> bool:
-    """Whether a process runs, as far as this machine can tell: one elsewhere is believed."""
-    return node != (platform.node() or "unknown") or Path("/proc", pid).is_dir()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import dsv4_plugin
-from dsv4_plugin import envs
+from dsv4_plugin import envs, processes
 from dsv4_plugin.integrations import plan
 from dsv4_plugin.state import Seam, state
 
@@ -50,6 +50,7 @@ def test_the_file_has_status_process_and_version(
     assert not folder.exists(), "before a call there is nothing to say"
     state.count("topk.decode")
     data = written(folder)
+    assert data["started"] == processes.started(os.getpid()) and processes.alive(data)
     assert data["pid"] == os.getpid() and data["plugin"] == dsv4_plugin.__version__
     assert data["counters"] == {"topk.decode": 1} and data["failures"] == {}
     assert {name: data[name] for name in ("host", "seams", "counters")} == dsv4_plugin.status()

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4_plugin import envs, log
+from dsv4_plugin import envs, log, processes
 from dsv4_plugin.errors import SettingError
 from dsv4_plugin.state import state
 
@@ -143,14 +143,32 @@ def _scores_at(
 
 @dataclass
 class _Kept:
-    """The counters of one seam on one device. ``mirror``: pinned host memory, or the counters."""
+    """The counters of one seam on one device. ``mirror``: pinned host memory, or the counters.
+
+    ``seal`` is :data:`_SEAL` and the sum of the counters: where it is not, they hold anything.
+    """
 
     counters: torch.Tensor
     mirror: torch.Tensor
+    seal: torch.Tensor
 
+    def check(self) -> None:
+        """Begin at zero where the counters are not what was written there; no host sync."""
+        self.counters.mul_(self.counters.sum() + _SEAL == self.seal)
+
+    def close(self) -> None:
+        """Note what was counted as what was written there, and bring the mirror up to date."""
+        torch.add(self.counters.sum(), _SEAL, out=self.seal)
+        if self.mirror is not self.counters:
+            self.mirror.copy_(self.counters, non_blocking=True)
+
+
+_SEAL = 0xD54D54D54
 
 _kept: dict[tuple[str, torch.device], _Kept] = {}
-_lock = threading.Lock()
+_parents: list[dict[tuple[str, torch.device], _Kept]] = []  # of a forked child
+_lock = processes.lock()
+_said: dict[str, list[int]] = {}  # what the log has last said of each seam
 _wanted = False
 _off = False
 _captured = False  # a capture has run since the counters last began at zero
@@ -207,9 +225,24 @@ def _counters(seam: str, device: torch.device) -> _Kept | None:
             if device.type == "cuda":
                 # An engine that builds its model has made the GPU the default.
                 mirror = torch.zeros(len(Field), dtype=torch.int64, device="cpu", pin_memory=True)
-            _kept[key] = _Kept(counters, mirror)
+            _kept[key] = _Kept(counters, mirror, counters.new_zeros(()))
         _start()
     return _kept[key]
+
+
+def _begin_in_child() -> None:
+    """Count from zero in a forked child, which has no thread that logs.
+
+    What the parent allocated is neither read nor freed: a child cannot reach its GPU.
+    """
+    global _thread
+    _parents.append(dict(_kept))
+    _kept.clear()
+    _said.clear()
+    _thread = None
+
+
+processes.in_child(_begin_in_child)
 
 
 def _capturing(device: torch.device) -> bool:
@@ -268,7 +301,8 @@ def watch(
     what it allocated itself. The rest is as :func:`compare` takes it.
 
     Counting begins anew with the first call that is not captured after one that was: an engine
-    warms up and captures on scores that mean nothing.
+    warms up and captures on scores that mean nothing. It does as well where the counters are not
+    what was written there: an engine that sleeps may give the memory away with what is in it.
     """
     global _captured
     if not on():
@@ -285,6 +319,7 @@ def watch(
                 other.counters.zero_()
         scratch = torch.full(ours.shape, -1, dtype=torch.int32, device=ours.device)
         other_set = theirs(scratch)
+        kept.check()
         compare(
             kept.counters,
             ours,
@@ -293,15 +328,12 @@ def watch(
             None if lengths is None else lengths(),
             starts,
         )
-        if kept.mirror is not kept.counters:
-            kept.mirror.copy_(kept.counters, non_blocking=True)
+        kept.close()
     except Exception as error:
         _end(error)
 
 
 # ---- Reports ------------------------------------------------------------------------------------
-
-_said: dict[str, list[int]] = {}
 
 
 def _read(kept: _Kept) -> list[int]:

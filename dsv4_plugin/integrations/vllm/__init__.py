@@ -46,7 +46,9 @@ def register() -> None:
 
 def unregister() -> None:
     """Take every patch back; what somebody else has patched since stays theirs, with a log line."""
-    import_hooks.forget(ARG_UTILS, INDEXER, PROMETHEUS)
+    from dsv4_plugin.integrations.vllm import sites
+
+    import_hooks.forget(ARG_UTILS, INDEXER, PROMETHEUS, *sites.NEIGHBOURS)
     startup.uninstall(__name__, "seams", "flag")
     if PROMETHEUS in sys.modules:
         metrics.withdraw(sys.modules[PROMETHEUS])
@@ -71,6 +73,10 @@ def _on_prometheus(module: object) -> None:
 
 
 def _on_indexer(module: object) -> None:
-    from dsv4_plugin.integrations.vllm import seams
+    from dsv4_plugin.integrations.vllm import seams, sites
 
+    for name in sites.NEIGHBOURS:
+        if import_hooks.in_part(sys.modules.get(name)):  # it was imported first, and is not through
+            import_hooks.after_import(name, lambda _: _on_indexer(module))
+            return
     seams.install(module)

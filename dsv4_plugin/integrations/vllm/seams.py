@@ -10,17 +10,17 @@ import functools
 import inspect
 import logging
 import sys
-import threading
 from typing import Any
 
 import torch
 
-from dsv4_plugin import log
+from dsv4_plugin import log, processes
 from dsv4_plugin.integrations import plan, shadow
 from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
 from dsv4_plugin.integrations.patching import Ledger, Patch
 from dsv4_plugin.integrations.source import Missing
 from dsv4_plugin.integrations.vllm import calls, fill, guard, sites, slots
+from dsv4_plugin.integrations.vllm.sites import DEEP_GEMM, OPS, PLANNER, TOPK
 from dsv4_plugin.state import Seam, state
 
 __all__ = [
@@ -28,10 +28,6 @@ __all__ = [
     "uninstall",
 ]  # fmt: skip
 
-TOPK = "vllm.model_executor.layers.indexer_topk"
-DEEP_GEMM = "vllm.utils.deep_gemm"
-OPS = "vllm._custom_ops"
-PLANNER = "vllm.v1.attention.backends.mla.indexer"
 NAMES = (
     "guard", "topk.decode", "topk.prefill", "topk.slots", "topk.fill", "logits", "gather", "budget",
 )  # fmt: skip
@@ -226,19 +222,21 @@ def _decode_topk_ops(module: Any) -> str:
     return "torch.ops._C." + "/".join(names)
 
 
+_resolving = processes.lock()
+
+
 class _OpShim:
     """In place of ``torch.ops._C.<name>``: the call is ours, all else is the real packet's."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._lock = threading.Lock()
         # Taken as it is where something (another plugin, or torch's cache) is there already.
         self.resolved: Any = vars(torch.ops._C).get(name)
 
     def packet(self) -> Any:
         """Return the real op; resolved late, because the library may be loaded after us."""
         if self.resolved is None:
-            with self._lock:
+            with _resolving:
                 space = torch.ops._C
                 try:
                     # Finds the op in the dispatcher, and stores it under its name.

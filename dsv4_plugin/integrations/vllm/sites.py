@@ -9,12 +9,14 @@ from __future__ import annotations
 from dsv4_plugin.integrations import source
 from dsv4_plugin.integrations.source import Missing, Site
 
-__all__ = ["ATTENTION", "TO_SLOTS", "TO_SLOTS_TAKES", "look", "slots"]
+__all__ = ["ATTENTION", "NEIGHBOURS", "TO_SLOTS", "TO_SLOTS_TAKES", "look", "slots"]
 
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 TOPK = "vllm.model_executor.layers.indexer_topk"
 OPS = "vllm._custom_ops"
 PLANNER = "vllm.v1.attention.backends.mla.indexer"
+DEEP_GEMM = "vllm.utils.deep_gemm"
+NEIGHBOURS = (TOPK, OPS, PLANNER, DEEP_GEMM)  # patched when the indexer's module is imported
 ATTENTION = "vllm.models.deepseek_v4.nvidia.flashmla"
 TO_SLOTS = "compute_global_topk_indices_and_lens"
 TO_SLOTS_TAKES = (

@@ -6,12 +6,11 @@ An A/B in which B ran upstream's code as well would measure noise and call it a 
 from __future__ import annotations
 
 import json
-import platform
 import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
+from dsv4_plugin.processes import alive
 from dsv4_plugin.testing.ab import Refused
 from dsv4_plugin.testing.ab.servers import Server
 
@@ -91,7 +90,7 @@ def look(server: Server) -> Evidence:
                 data = json.loads(file.read_text())
             except (OSError, ValueError):
                 continue
-            if isinstance(data, dict) and isinstance(data.get("counters"), dict) and _alive(data):
+            if isinstance(data, dict) and isinstance(data.get("counters"), dict) and alive(data):
                 evidence.processes.append(data)
     if server.log is not None and server.log.is_file():
         evidence.looked_at.append("log")
@@ -102,11 +101,6 @@ def look(server: Server) -> Evidence:
                 elif _OURS.search(line):
                     evidence.said.append(line.strip()[:500])
     return evidence
-
-
-def _alive(data: dict[str, Any]) -> bool:
-    """Whether the process of a file still runs; a process of another node is believed."""
-    return data.get("node") != platform.node() or Path(f"/proc/{data.get('pid')}").exists()
 
 
 def judge(

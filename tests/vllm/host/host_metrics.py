@@ -78,6 +78,8 @@ def test_other_processes_count_while_they_live(served, tmp_path):
     finally:
         child.communicate(b"\n")
     assert served() == []
+    other(tmp_path, os.getpid(), started=1)  # an id that is another process's by now
+    assert served() == []
     other(tmp_path, child.pid, node="another-machine")
     assert len(served()) == 2
 
