@@ -52,8 +52,13 @@ class State:
         said = f"missing: {seam.why}" if seam.where is None else f"found: {seam.where}"
         log.debug(f"{self.host}: seam {seam.name} {said}")
 
-    def count(self, name: str) -> None:
-        """Add one to a counter (``topk.decode``, ``topk.decode.upstream`` …)."""
+    def count(self, name: str, rows: int = 1) -> None:
+        """Add one to a counter (``topk.decode``, ``topk.decode.upstream`` …).
+
+        A call of no rows is not counted: nothing has been served, by whomever.
+        """
+        if rows == 0:
+            return
         with self._lock:
             self.counters[name] += 1
             number = self.counters[name]

@@ -157,8 +157,8 @@ def _is(value: Any, dims: int, dtype: torch.dtype, packed: int = 1) -> bool:
 
 
 def _counted(topk: Topk, out: torch.Tensor) -> torch.Tensor:
-    state.count("logits.own")
-    state.count(f"logits.own.{dtype_name(out.dtype)}.{topk.backend}")
+    state.count("logits.own", out.shape[0])
+    state.count(f"logits.own.{dtype_name(out.dtype)}.{topk.backend}", out.shape[0])
     if out.dtype != torch.float32:
         state.peak("logits.saved_mib", saved_mib(out))
     return out

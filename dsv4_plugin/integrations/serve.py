@@ -22,12 +22,14 @@ def serve(
     ours: Callable[[Topk], None],
     upstream: Callable[[], None],
     beside: Callable[[], None] | None = None,
+    rows: int = 1,
 ) -> None:
     """Run ``ours`` where there is a ``topk`` for this call, else or if it raises ``upstream``.
 
     An error of ours is logged once and switches the top-k off for the process (one that is about
     this call's form only, :class:`UnmetError`, does not); with ``DSV4_STRICT=1`` it is raised.
-    ``beside`` runs once ours has served: it watches (:mod:`.shadow`) and must not raise.
+    ``beside`` runs once ours has served: it watches (:mod:`.shadow`) and must not raise. ``rows``
+    are those of the call; one without any is not counted.
     """
     now = plan.current()
     if topk is not None:
@@ -39,11 +41,11 @@ def serve(
             if not isinstance(error, UnmetError):
                 plan.switch_off("topk", error)
         else:
-            state.count(f"topk.{kind}")
-            state.count(f"topk.{kind}.{dtype_name(dtype)}.{topk.backend}")
+            state.count(f"topk.{kind}", rows)
+            state.count(f"topk.{kind}.{dtype_name(dtype)}.{topk.backend}", rows)
             if beside is not None:
                 beside()
             return
     if now.enabled:
-        state.count(f"topk.{kind}.upstream")
+        state.count(f"topk.{kind}.upstream", rows)
     upstream()

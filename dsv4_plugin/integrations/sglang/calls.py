@@ -21,7 +21,14 @@ from dsv4_plugin.integrations import plan, shadow
 from dsv4_plugin.integrations.plan import KS, Topk
 from dsv4_plugin.integrations.serve import serve
 from dsv4_plugin.integrations.sglang import guard, seams
-from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
+from dsv4_plugin.integrations.tensors import (
+    LENGTHS,
+    is_matrix,
+    is_output,
+    rows_of,
+    saved_mib,
+    widen,
+)  # fmt: skip
 from dsv4_plugin.state import state
 
 __all__ = ["forward", "logits", "own_dense", "own_paged", "topk_dsa", "topk_v1", "topk_v2"]
@@ -115,10 +122,10 @@ def logits(
                 plan.switch_off("topk", error)
                 _scope.topk = None
             else:
-                state.count("logits.bf16")
+                state.count("logits.bf16", rows_of(q))
                 state.peak("logits.saved_mib", saved_mib(out))
                 return out
-        state.count("logits.upstream")
+        state.count("logits.upstream", rows_of(q))
         return float32(q, *args, **kwargs)
 
     with_dtype.__doc__ = float32.__doc__
@@ -226,7 +233,7 @@ def _paged(
             lambda: seq_lens.reshape(-1),
         )
 
-    serve("paged", _scope.topk if readable else None, scores.dtype, ours, upstream, beside)
+    serve("paged", _scope.topk if readable else None, scores.dtype, ours, upstream, beside, rows)
 
 
 _DSA_REST = (
@@ -286,7 +293,7 @@ def topk_dsa(
     def beside() -> None:  # it allocates what it returns
         shadow.watch("dsa", result[0], lambda _: theirs())
 
-    serve("dsa", decided, logits.dtype, ours, upstream, beside)
+    serve("dsa", decided, logits.dtype, ours, upstream, beside, rows_of(logits))
     return result[0]
 
 

@@ -21,6 +21,7 @@ from dsv4_plugin import envs, log, ops
 from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.integrations import plan
 from dsv4_plugin.integrations.patching import Ledger
+from dsv4_plugin.integrations.tensors import rows_of
 from dsv4_plugin.integrations.tokenspeed import sites
 from dsv4_plugin.state import Seam, state
 
@@ -73,7 +74,7 @@ def _reader(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., t
         cache_2d: torch.Tensor, slot_mapping: torch.Tensor, block_size: int = 64
     ) -> torch.Tensor:
         if plan.is_off("read") or not _fits(name, cache_2d, slot_mapping, block_size):
-            state.count(f"{name}.upstream")
+            state.count(f"{name}.upstream", rows_of(slot_mapping))
             return original(cache_2d, slot_mapping, block_size)
         wish = envs.value("indexer_read")
         try:
@@ -89,9 +90,9 @@ def _reader(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., t
             if envs.value("strict"):
                 raise
             plan.switch_off("read", error)
-            state.count(f"{name}.upstream")
+            state.count(f"{name}.upstream", rows_of(slot_mapping))
             return original(cache_2d, slot_mapping, block_size)
-        state.count(name)
+        state.count(name, rows_of(slot_mapping))
         log.once(logging.INFO, f"dsv4 active in {state.host}: {state.seams[name].where}")
         return out
 

@@ -20,6 +20,7 @@ from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.integrations import choice, plan
 from dsv4_plugin.integrations.plan import KS, Topk
 from dsv4_plugin.integrations.serve import serve
+from dsv4_plugin.integrations.tensors import rows_of
 from dsv4_plugin.integrations.tokenspeed import guard, kernels, sites
 from dsv4_plugin.kernels import cuda
 from dsv4_plugin.state import Seam, state
@@ -187,7 +188,7 @@ def _kernel(mode: str) -> Callable[..., Any]:
             result.append(_next(mode, q, kwargs)(**kwargs))
 
         dtype = choice.DTYPES[chosen.dtype] if chosen is not None else torch.float32
-        serve(mode, chosen, dtype, run, upstream)
+        serve(mode, chosen, dtype, run, upstream, rows=rows_of(q))
         return result[0]
 
     kernel.__name__ = f"{SOLUTION}_{mode}"

@@ -18,7 +18,14 @@ from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.integrations import logits, plan, shadow
 from dsv4_plugin.integrations.plan import Topk
 from dsv4_plugin.integrations.serve import serve
-from dsv4_plugin.integrations.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
+from dsv4_plugin.integrations.tensors import (
+    LENGTHS,
+    is_matrix,
+    is_output,
+    rows_of,
+    saved_mib,
+    widen,
+)  # fmt: skip
 from dsv4_plugin.integrations.vllm import fill, slots
 from dsv4_plugin.integrations.vllm.host import by_name
 from dsv4_plugin.kernels.reference import row_lengths
@@ -157,10 +164,10 @@ def _theirs(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) ->
         out = original(*args, **kwargs)
     setattr(out, _TAG, True)
     if out.dtype == torch.bfloat16:
-        state.count("logits.bf16")
+        state.count("logits.bf16", out.shape[0])
         state.peak("logits.saved_mib", saved_mib(out))
     else:
-        state.count("logits.upstream")
+        state.count("logits.upstream", out.shape[0])
     return out
 
 
@@ -241,7 +248,7 @@ def _select(
         fill.make_up(out)
         upstream(plain(scores), out)
 
-    serve(kind, topk, scores.dtype, ours, theirs, beside)
+    serve(kind, topk, scores.dtype, ours, theirs, beside, rows_of(scores))
 
 
 def decode_topk(
@@ -367,11 +374,11 @@ def gather(
             if not isinstance(error, UnmetError):  # that one is about this call's form only
                 plan.switch_off("gather", error)
         else:
-            state.count("gather")
-            state.count(f"gather.{now.gather}")
+            state.count("gather", dst_k.shape[0])
+            state.count(f"gather.{now.gather}", dst_k.shape[0])
             return
     if now.enabled:
-        state.count("gather.upstream")
+        state.count("gather.upstream", rows_of(dst_k))
     original(kv_cache, dst_k, dst_scale, block_table, cu_seq_lens)
 
 

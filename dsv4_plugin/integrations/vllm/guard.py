@@ -25,7 +25,8 @@ from dsv4_plugin.state import state
 
 __all__ = ["built", "forget"]
 
-_V4 = re.compile(r"deepseek_?v4(?![0-9])")  # not V4.1, which is deepseek_v41
+# The version in a model's type or architecture; V4.1 is deepseek_v41, or whatever follows the 4.
+_VERSION = re.compile(r"deepseek[_-]?v([0-9]+(?:[._p-]?[0-9]+)*)")
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _is_v4(config: Any) -> bool:
         hf = getattr(model, attribute, None)
         names.append(getattr(hf, "model_type", None) or "")
         names.extend(getattr(hf, "architectures", None) or ())
-    return any(_V4.search(str(name).lower()) for name in names)
+    return {v for name in names for v in _VERSION.findall(str(name).lower())} == {"4"}
 
 
 def _decide_topk(

@@ -19,6 +19,7 @@ from dsv4_plugin.integrations import plan, shadow
 from dsv4_plugin.integrations.deep_gemm import has_logits_dtype
 from dsv4_plugin.integrations.patching import Ledger, Patch
 from dsv4_plugin.integrations.source import Missing
+from dsv4_plugin.integrations.tensors import rows_of
 from dsv4_plugin.integrations.vllm import calls, fill, guard, sites, slots
 from dsv4_plugin.integrations.vllm.sites import DEEP_GEMM, OPS, PLANNER, TOPK
 from dsv4_plugin.state import Seam, state
@@ -284,7 +285,7 @@ class _OpShim:
         if args:
             args = (calls.plain(args[0]), *args[1:])
         if plan.current().enabled:
-            state.count("topk.decode.upstream")
+            state.count("topk.decode.upstream", rows_of(args[0] if args else None))
         return self.packet()(*args, **kwargs)
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin.integrations import plan
+from dsv4_plugin.integrations.tensors import rows_of
 from dsv4_plugin.integrations.vllm.host import by_name, forward_pass
 from dsv4_plugin.integrations.vllm.sites import TO_SLOTS_TAKES
 from dsv4_plugin.state import state
@@ -168,7 +169,8 @@ def taken(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             state.count("topk.slots.taken")
             return note.paged.slots, note.paged.counts
     if now.enabled:
-        state.count("topk.slots.upstream")
+        indices = args[0] if args else kwargs.get("topk_indices")
+        state.count("topk.slots.upstream", rows_of(indices))
     return original(*args, **kwargs)
 
 
