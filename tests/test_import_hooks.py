@@ -159,6 +159,24 @@ import_hooks._finder.find_spec('engine', None); import_hooks._finder.find_spec('
     assert out.count("engine is imported in a way that cannot be followed") == 1
 
 
+def test_a_spec_of_another_kind_is_one_warning(tmp_path: Path) -> None:
+    code = """
+class Spec(importlib.machinery.ModuleSpec):
+    def __copy__(self): raise TypeError('not to be copied')
+class Finds:
+    def find_spec(self, name, path=None, target=None):
+        found = PathFinder.find_spec(name, path)
+        return found and Spec(name, found.loader, origin=found.origin)
+wait(); sys.meta_path.insert(0, Finds())
+sys.meta_path.insert(0, sys.meta_path.pop(1))
+import engine
+print(engine.X, seen)
+"""
+    out = run_alone(PRELUDE + code, tmp_path, FILES)
+    assert out.splitlines()[-1] == "1 []"
+    assert out.count("engine is imported in a way that cannot be followed") == 1
+
+
 def test_a_neighbour_of_vllms_indexer_that_is_imported_in_part(tmp_path: Path) -> None:
     """The indexer is imported by a module that is patched with it: first that is let through."""
     from test_safe_registration import HOST, INDEXER

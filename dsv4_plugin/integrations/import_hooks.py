@@ -64,12 +64,15 @@ _finder = _Finder()
 
 def _followed(spec: ModuleSpec) -> ModuleSpec:
     """Return a copy of a spec by which the module is imported as by the spec, and calls back."""
-    if not hasattr(spec.loader, "exec_module"):
-        _cannot_be_followed(spec.name)
-        return spec
-    followed = copy.copy(spec)
-    followed.loader = _Loader(followed, spec.loader)
-    return followed
+    try:
+        if hasattr(spec.loader, "exec_module"):
+            followed = copy.copy(spec)
+            followed.loader = _Loader(followed, spec.loader)
+            return followed
+    except Exception as error:
+        log.debug(f"a spec that cannot be copied ({type(error).__name__}: {error})")
+    _cannot_be_followed(getattr(spec, "name", "a module"))
+    return spec
 
 
 def _cannot_be_followed(name: str) -> None:

@@ -84,7 +84,8 @@ def _reader(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., t
                 block_size=block_size,
                 backend=None if wish == "auto" else wish,
             )
-        except (IndexError, UnmetError):  # a slot past the cache; a wish that cannot be met
+        # A slot past the cache; a wish that cannot be met, or that is none.
+        except (IndexError, SettingError, UnmetError):
             raise
         except Exception as error:
             if envs.value("strict"):
