@@ -10,7 +10,17 @@ from dsv4_plugin.engines.shared import seam
 from dsv4_plugin.engines.shared.seam import Place, Seam
 from dsv4_plugin.engines.shared.source import Site
 
-__all__ = ["ATTENTION", "DEEP_GEMM", "INDEXER", "OP", "SEAMS", "SKIP_FILL", "TO_SLOTS", "look"]
+__all__ = [
+    "ATTENTION",
+    "DEEP_GEMM",
+    "INDEXER",
+    "NEIGHBOURS",
+    "OP",
+    "SEAMS",
+    "SKIP_FILL",
+    "TO_SLOTS",
+    "look",
+]
 
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 TOPK = "vllm.model_executor.layers.indexer_topk"
@@ -18,6 +28,8 @@ OPS = "vllm._custom_ops"
 PLANNER = "vllm.v1.attention.backends.mla.indexer"
 DEEP_GEMM = "vllm.utils.deep_gemm"
 ATTENTION = "vllm.models.deepseek_v4.nvidia.flashmla"
+# Patched when the indexer's module is imported.
+NEIGHBOURS = (TOPK, OPS, PLANNER, DEEP_GEMM)
 OP = "torch.ops.vllm.sparse_attn_indexer"
 
 _OP_CALLED = (INDEXER, "sparse_attn_indexer")
