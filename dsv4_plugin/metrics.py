@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin import envs, log
+from dsv4_plugin import envs, log, processes
 from dsv4_plugin.errors import SettingError
 
 __all__ = ["METRICS", "expose", "publish", "wanted", "withdraw"]
@@ -119,22 +118,23 @@ class _Files:
             metric: GaugeMetricFamily(metric, text, labels=["node", label, "pid"])
             for metric, (text, label) in METRICS.items()
         }
+        for metric, labels, value in self.samples():
+            families[metric].add_metric(labels, value)
+        return [family for family in families.values() if family.samples]
+
+    def samples(self) -> list[tuple[str, list[str], float]]:
+        """Return metric, labels and value of every file of a process that is alive."""
+        found: list[tuple[str, list[str], float]] = []
         try:
-            files = sorted(self.folder.glob("*.json"))
-        except OSError:
+            files = sorted(file for file in self.folder.glob("*.json") if file.is_file())
+        except (OSError, ValueError):
             files = []
         for file in files:
             try:
                 report = json.loads(file.read_text())
                 node, pid = str(report["node"]), str(int(report["pid"]))
-                found = list(_samples(report)) if _alive(node, pid) else []
+                own = [(m, [node, name, pid], value) for m, name, value in _samples(report)]
+                found += own if processes.alive(report) else []
             except Exception:  # not one of ours, or gone meanwhile
                 continue
-            for metric, name, value in found:
-                families[metric].add_metric([node, name, pid], value)
-        return list(families.values())
-
-
-def _alive(node: str, pid: str) -> bool:
-    """Whether a process runs, as far as this machine can tell: one elsewhere is believed."""
-    return node != (platform.node() or "unknown") or Path("/proc", pid).is_dir()
+        return found

@@ -7,13 +7,12 @@ in the graph, and it stays where it is while the server decodes.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4_plugin import log, status_file
+from dsv4_plugin import log, processes, status_file
 
 __all__ = ["Seam", "State", "state", "status"]
 
@@ -45,7 +44,7 @@ class State:
     peaks: dict[str, float] = field(default_factory=dict)
     reports: dict[str, Callable[[], Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)  # part -> why it was switched off
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _lock: Any = field(default_factory=processes.lock, repr=False)
 
     def found(self, seam: Seam) -> None:
         """Note what looking for a seam found."""
@@ -53,8 +52,13 @@ class State:
         said = f"missing: {seam.why}" if seam.where is None else f"found: {seam.where}"
         log.debug(f"{self.engine}: seam {seam.name} {said}")
 
-    def count(self, name: str) -> None:
-        """Add one to a counter (``topk.decode``, ``topk.decode.upstream`` …)."""
+    def count(self, name: str, rows: int = 1) -> None:
+        """Add one to a counter (``topk.decode``, ``topk.decode.upstream`` …).
+
+        A call of no rows is not counted: nothing has been served, by whomever.
+        """
+        if rows == 0:
+            return
         with self._lock:
             self.counters[name] += 1
             number = self.counters[name]
@@ -81,18 +85,23 @@ class State:
                 self.peaks[name] = value
         return largest
 
+    def begin(self) -> None:
+        """Count from zero: a forked child has the patches of its parent, and made no call."""
+        self.counters.clear()
+        self.peaks.clear()
+
     def reset(self) -> None:
         """Forget everything (``unregister()``, tests)."""
         with self._lock:
             self.engine = None
             self.seams.clear()
-            self.counters.clear()
-            self.peaks.clear()
+            self.begin()
             self.reports.clear()
             self.failures.clear()
 
 
 state = State()
+processes.in_child(state.begin)
 
 
 def status() -> dict[str, Any]:

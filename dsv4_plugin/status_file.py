@@ -11,17 +11,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin import envs, log, metrics
+from dsv4_plugin import envs, log, metrics, processes
 
 __all__ = ["publish"]
 
-_lock = threading.Lock()
+_lock = processes.lock()
 
 
 def publish(report: Callable[[], dict[str, Any]]) -> None:
@@ -42,10 +40,11 @@ def publish(report: Callable[[], dict[str, Any]]) -> None:
 def _write(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     import dsv4_plugin
 
-    host, pid = platform.node() or "unknown", os.getpid()
-    report = {"pid": pid, "node": host, "plugin": dsv4_plugin.__version__, **report}
+    pid = os.getpid()
+    who = {"pid": pid, "node": processes.NODE, "started": processes.started(pid)}
+    report = {**who, "plugin": dsv4_plugin.__version__, **report}
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{host}-{pid}.json"
+    file = folder / f"{processes.NODE}-{pid}.json"
     part = file.with_suffix(".part")
     part.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(part, file)

@@ -96,6 +96,15 @@ def test_a_wrong_setting_is_shown_and_is_exit_code_2(
     assert not any("REFUSED" in line for line in lines)
 
 
+def test_an_empty_setting_is_the_default(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in envs.VARIABLES:
+        monkeypatch.setenv(variable.name, "")
+    settings = doctor.collect()["settings"]
+    for variable in envs.VARIABLES:
+        row = {"value": variable.default, "set": False, "error": None}
+        assert settings[variable.name] == row
+
+
 def test_every_wrong_setting_is_shown(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in envs.VARIABLES:
         monkeypatch.setenv(variable.name, "nonsense")

@@ -144,6 +144,25 @@ def test_ties_against_python(data):
     assert got["lower"] == len(extra) - got["tied"]
 
 
+@pytest.mark.parametrize("held", [0, 1, 7, -1, 0x5A5A5A5A5A5A, 2**62])
+@pytest.mark.parametrize("which", ["counters", "seal", "both"])
+def test_counting_begins_anew_where_the_memory_was_given_away(on, held, which):
+    """As by an engine that slept at level 2: what its pool held is anything afterwards."""
+    ours = ints([[1, 2], [3, 4]])
+    for _ in range(3):
+        shadow.watch("decode", ours, lambda scratch: scratch.copy_(ours))
+    before = shadow_report.report()["decode"]
+    assert before["rows"] == 6
+    kept = shadow.kept["decode", CPU]
+    for name in ("counters", "seal") if which == "both" else (which,):
+        getattr(kept, name).fill_(held)
+    shadow.watch("decode", ours, lambda scratch: scratch.copy_(ours))
+    now = shadow_report.report()["decode"]
+    assert (now["rows"], now["entries"], now["agree"], now["higher"]) == (2, 4, 4, 0)
+    shadow.watch("decode", ours, lambda scratch: scratch.copy_(ours))
+    assert shadow_report.report()["decode"]["rows"] == 4
+
+
 def test_nothing_happens_unless_it_is_asked_for():
     def never(scratch):
         raise AssertionError("ran")

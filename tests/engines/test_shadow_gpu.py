@@ -206,3 +206,35 @@ def test_reading_during_a_capture_disturbs_nothing(backend, device):
     assert looks[0] > 0 and shadow.on()
     assert found["rows"] - before == 5 * 4 * ROWS
     assert found["equal"] == found["rows"] and found["worst"] == 1
+
+
+@pytest.mark.parametrize("held", [0, -1, 0x5A5A5A5A5A5A])
+def test_replays_begin_anew_where_the_memory_was_given_away(backend, device, held):
+    """As after a sleep at level 2: the graph stays, what its counters held is anything."""
+    adapter.current().decide(Decision(True, strict=True, selection=Selection("fp32", backend)))
+    shadow.prepare(torch.device(device), "decode")
+    logits = scores("normal", ROWS, WIDTHS[device], torch.float32, device=device)
+    tag_logits(logits, LogitsTag())
+    lengths = torch.full((ROWS,), WIDTHS[device], dtype=torch.int32, device=device)
+    out = torch.empty(ROWS, K, dtype=torch.int32, device=device)
+    upstream = Upstream(backend, device)
+
+    def step() -> None:
+        wrappers.decode_topk(
+            logits, lengths, 1, out, K, lambda plain, into: upstream(plain, lengths, into)
+        )
+
+    again = repeated(device, step)
+    step()
+    for _ in range(3):
+        again()
+    assert settled(device)["decode"]["rows"] >= 3 * ROWS
+    for kept in shadow.kept.values():
+        kept.counters.fill_(held)
+        kept.seal.fill_(held)
+    for turn in (1, 2):
+        again()
+        found = settled(device)["decode"]
+        assert found["rows"] == found["equal"] == turn * ROWS
+        assert found["entries"] == found["agree"] == turn * ROWS * K
+        assert found["higher"] == found["lower"] == found["tied"] == 0 and found["worst"] == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 import dsv4_plugin
-from dsv4_plugin import envs
+from dsv4_plugin import envs, metrics, processes
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.decision import INERT
 from dsv4_plugin.state import Seam, state
@@ -51,6 +53,7 @@ def test_the_file_has_status_process_and_version(
     assert not folder.exists(), "before a call there is nothing to say"
     state.count("topk.decode")
     data = written(folder)
+    assert data["started"] == processes.started(os.getpid()) and processes.alive(data)
     assert data["pid"] == os.getpid() and data["plugin"] == dsv4_plugin.__version__
     assert data["counters"] == {"topk.decode": 1} and data["failures"] == {}
     assert {name: data[name] for name in ("engine", "seams", "counters")} == dsv4_plugin.status()
@@ -99,6 +102,52 @@ def test_a_folder_that_cannot_be_written_is_one_warning(
     assert state.counters["topk.decode"] == 4
     assert [r for r in caplog.messages if "DSV4_STATUS_DIR" in r] == caplog.messages
     assert len(caplog.messages) == 1
+
+
+def odd_places(folder: Path) -> dict[str, Path]:
+    (folder / "file").write_text("")
+    (folder / "link").symlink_to(folder / "nothing")
+    return {
+        "a file": folder / "file",
+        "below a file": folder / "file" / "folder",
+        "a link to nothing": folder / "link",
+        "a device": Path("/dev/null"),
+        "not to be made": Path("/proc/nowhere"),
+        "too long a name": folder / ("x" * 300),
+        "too long a path": folder / ("x/" * 3000),
+        "of bytes": folder / "\udcff" / "\0",
+    }
+
+
+@pytest.mark.parametrize("place", odd_places(Path(tempfile.mkdtemp())))
+def test_no_place_breaks_an_engine(
+    place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither the worker that writes nor the front end that reads."""
+    envs.override({"status_dir": str(odd_places(tmp_path)[place])})
+    with caplog.at_level(logging.WARNING, "dsv4_plugin"):
+        for _ in range(4):
+            state.count("topk.decode")
+        state.fail("topk", "at a call")
+    assert state.counters["topk.decode"] == 4
+    assert len(caplog.messages) == 1 and "DSV4_STATUS_DIR: no status is" in caplog.messages[0]
+    assert metrics._Files(Path(envs.value("status_dir"))).samples() == []
+
+
+def test_a_folder_that_goes_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "status"
+    monkeypatch.setenv("DSV4_STATUS_DIR", str(folder))
+    state.count("topk.decode")
+    shutil.rmtree(folder)
+    state.count("topk.decode")
+    assert written(folder)["counters"] == {"topk.decode": 2}
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    """A named pipe would be waited for, by the server that is asked for its metrics."""
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    assert metrics._Files(tmp_path).samples() == []
 
 
 def test_the_engines_configuration_can_name_the_folder(tmp_path: Path) -> None:

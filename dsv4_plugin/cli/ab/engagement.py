@@ -6,14 +6,13 @@ An A/B in which B ran upstream's code as well would measure noise and call it a 
 from __future__ import annotations
 
 import json
-import platform
 import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dsv4_plugin.cli.ab import Refused
 from dsv4_plugin.cli.ab.servers import Server
+from dsv4_plugin.processes import alive
 
 __all__ = ["Evidence", "judge", "look"]
 
@@ -92,7 +91,7 @@ def look(server: Server) -> Evidence:
                 data = json.loads(file.read_text())
             except (OSError, ValueError, RecursionError):
                 continue
-            if isinstance(data, dict) and isinstance(data.get("counters"), dict) and _alive(data):
+            if isinstance(data, dict) and isinstance(data.get("counters"), dict) and alive(data):
                 evidence.processes.append(_sound(data))
     if server.log is not None and server.log.is_file():
         evidence.looked_at.append("log")
@@ -116,11 +115,6 @@ def _sound(data: dict[str, Any]) -> dict[str, Any]:
         },
         "failures": failures if isinstance(failures, dict) else {"a part": str(failures)},
     }  # fmt: skip
-
-
-def _alive(data: dict[str, Any]) -> bool:
-    """Whether the process of a file still runs; a process of another node is believed."""
-    return data.get("node") != platform.node() or Path(f"/proc/{data.get('pid')}").exists()
 
 
 def judge(

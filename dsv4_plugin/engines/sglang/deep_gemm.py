@@ -12,7 +12,7 @@ from dsv4_plugin.engines.sglang.probe import LOGITS
 from dsv4_plugin.engines.shared import adapter, logits
 from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
-from dsv4_plugin.engines.shared.tensors import saved_mib
+from dsv4_plugin.engines.shared.tensors import rows_of, saved_mib
 from dsv4_plugin.state import state
 
 __all__ = ["patch", "unmet"]
@@ -72,7 +72,7 @@ def _wrapper(
             if "topk" in now.off:
                 now.call.selection = None
         if out is None:
-            state.count("logits.upstream")
+            state.count("logits.upstream", rows_of(q))
             out = float32(q, *args, **kwargs)
         return out
 
@@ -97,7 +97,7 @@ def _in_bf16(now: adapter.Adapter, with_dtype: Any, q: Any, args: Any, kwargs: A
             raise
         now.switch_off("topk", error)
         return None
-    state.count("logits.bf16")
+    state.count("logits.bf16", rows_of(q))
     state.peak("logits.saved_mib", saved_mib(out))
     return out
 

@@ -19,7 +19,7 @@ from dsv4_plugin.engines.sglang import policy
 from dsv4_plugin.engines.shared import adapter, shadow
 from dsv4_plugin.engines.shared.decision import KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
-from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, widen
+from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, rows_of, widen
 
 __all__ = ["forward", "topk_dsa", "topk_v1", "topk_v2"]
 
@@ -113,7 +113,7 @@ def _transform(
         )
 
     selection = now.call.selection if readable else None
-    serve("paged", selection, scores.dtype, plugin, engine, watch)
+    serve("paged", selection, scores.dtype, plugin, engine, watch, rows)
 
 
 _DSA_REST = (
@@ -170,7 +170,7 @@ def topk_dsa(
     def watch() -> None:  # it allocates what it returns
         shadow.watch("dsa", result[0], lambda _: engine())
 
-    serve("dsa", decided, logits.dtype, plugin, upstream, watch)
+    serve("dsa", decided, logits.dtype, plugin, upstream, watch, rows_of(logits))
     return result[0]
 
 

@@ -22,12 +22,14 @@ def serve(
     plugin: Callable[[Selection], None],
     engine: Callable[[], None],
     watch: Callable[[], None] | None = None,
+    rows: int = 1,
 ) -> None:
     """Run ``plugin`` where there is a ``selection`` for this call, else or if it raises ``engine``.
 
     An error of the plugin is logged once and switches the top-k off for the process (one that is
     about this call's form only, :class:`UnmetError`, does not); with ``DSV4_STRICT=1`` it is
-    raised. ``watch`` runs once the plugin has served: it is the shadow, and must not raise.
+    raised. ``watch`` runs once the plugin has served: it is the shadow, and must not raise. A call
+    of no ``rows`` is not counted.
     """
     now = adapter.current()
     if selection is not None:
@@ -39,11 +41,11 @@ def serve(
             if not isinstance(error, UnmetError):
                 now.switch_off("topk", error)
         else:
-            state.count(f"topk.{kind}")
-            state.count(f"topk.{kind}.{dtype_name(dtype)}.{selection.backend}")
+            state.count(f"topk.{kind}", rows)
+            state.count(f"topk.{kind}.{dtype_name(dtype)}.{selection.backend}", rows)
             if watch is not None:
                 watch()
             return
     if now.decision.enabled:
-        state.count(f"topk.{kind}.upstream")
+        state.count(f"topk.{kind}.upstream", rows)
     engine()

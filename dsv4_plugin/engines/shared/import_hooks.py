@@ -1,8 +1,10 @@
 """Run a function right after a module has been imported, without importing it.
 
-A finder at the head of ``sys.meta_path`` lets the other finders find the module and wraps
-``exec_module`` of the very loader they return, for one call. The module keeps its own loader and
-spec, so ``inspect.getsource``, ``importlib.resources`` and reloading work as ever.
+A finder at the head of ``sys.meta_path`` lets the other finders find the module. What they return
+is theirs, may be kept by them and handed out again, so it is not touched: the import gets a copy of
+the spec, with a loader that has the module executed by their loader and then calls back. Before the
+module is executed it has its own loader again, so ``inspect.getsource``, ``importlib.resources``
+and reloading work as ever.
 
 Why a hook: vLLM decides at the import of its indexer module how calls behave under CUDA-graph
 capture, and its configuration sets the variable for that later than plugins are loaded. Importing
@@ -11,65 +13,46 @@ the module from ``register()`` would freeze the wrong answer.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib.abc
-import importlib.machinery
 import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from dsv4_plugin import log
+from dsv4_plugin import log, processes
 
-__all__ = ["after_import", "forget"]
+__all__ = ["after_import", "forget", "in_part"]
 
 Callback = Callable[[ModuleType], None]
-_lock = threading.RLock()
+_lock = processes.lock()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self) -> None:
         self.pending: dict[str, Callback] = {}
+        self._looking = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in self.pending:
-            return None
-        for finder in list(sys.meta_path):
-            find = getattr(finder, "find_spec", None)
-            if finder is self or find is None:
-                continue
-            spec = find(fullname, path, target)
-            if spec is not None:
-                self._wrap(spec)
-                return spec
-        return None
-
-    def _wrap(self, spec: importlib.machinery.ModuleSpec) -> None:
-        loader: Any = spec.loader
-        execute = getattr(loader, "exec_module", None)
-        if execute is None:
-            return
-
-        def exec_module(module: ModuleType) -> None:
-            del loader.exec_module  # the class's own again
-            execute(module)
-            with _lock:
-                callback = self.pending.pop(spec.name, None)
-                self.leave()
-            if callback is not None:
-                log.debug(f"{spec.name} is imported; it is looked at now")
-                _call(callback, module)
-
+    ) -> ModuleSpec | None:
+        looking = self._looking.__dict__.setdefault("names", set())
+        if fullname not in self.pending or fullname in looking:
+            return None  # another finder that asks all finders, as this one does, asks it back
+        looking.add(fullname)
         try:
-            loader.exec_module = exec_module
-        except AttributeError:
-            log.say(
-                logging.WARNING,
-                f"{spec.name} has a loader that cannot be followed; it stays as it is",
-            )
+            for finder in list(sys.meta_path):
+                find = getattr(finder, "find_spec", None)
+                spec = None if finder is self or find is None else find(fullname, path, target)
+                if spec is not None:
+                    return _followed(spec)
+        finally:
+            looking.discard(fullname)
+        return None
 
     def leave(self) -> None:
         if not self.pending and self in sys.meta_path:
@@ -77,6 +60,94 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 _finder = _Finder()
+
+
+def _followed(spec: ModuleSpec) -> ModuleSpec:
+    """Return a copy of a spec by which the module is imported as by the spec, and calls back."""
+    try:
+        if hasattr(spec.loader, "exec_module"):
+            followed = copy.copy(spec)
+            followed.loader = _Loader(followed, spec.loader)
+            return followed
+    except Exception as error:
+        log.debug(f"a spec that cannot be copied ({type(error).__name__}: {error})")
+    _cannot_be_followed(getattr(spec, "name", "a module"))
+    return spec
+
+
+def _cannot_be_followed(name: str) -> None:
+    said = f"{name} is imported in a way that cannot be followed; it stays as it is"
+    log.once(logging.WARNING, said)
+
+
+class _Loader(importlib.abc.Loader):
+    """Another finder's loader; who asks this one for something of that loader's gets it."""
+
+    def __init__(self, spec: ModuleSpec, loader: Any) -> None:
+        self._spec, self._loader = spec, loader
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_loader":
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        create = getattr(self._loader, "create_module", None)
+        return None if create is None else create(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._spec.loader = self._loader
+        with contextlib.suppress(AttributeError):  # an object that is none of Python's modules
+            module.__loader__ = self._loader
+        try:
+            self._loader.exec_module(module)
+        except BaseException:
+            self._spec.loader = self  # who kept the spec may try again
+            raise
+        _imported(self._spec.name, module)
+
+
+def _imported(name: str, module: ModuleType) -> None:
+    """Call what has waited for a module."""
+    with _lock:
+        callback = _finder.pending.pop(name, None)
+        _finder.leave()
+    if callback is not None:
+        log.debug(f"{name} is imported; it is looked at now")
+        _call(callback, module)
+
+
+def in_part(module: Any) -> bool:
+    """Whether a module is being imported right now, by this thread or by another one."""
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+class _InPart(ModuleSpec):
+    """The spec of a module that was imported in part when it was to be looked at.
+
+    Nothing tells that the import has ended but a mark in the spec, which Python takes away.
+    """
+
+    _initializing: bool
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        super().__setattr__(attribute, value)
+        if attribute == "_initializing" and not value:
+            super().__setattr__("__class__", ModuleSpec)
+            module = sys.modules.get(self.name)
+            if module is not None:  # else its import failed, and the next one is followed
+                _imported(self.name, module)
+
+
+def _follow(name: str, module: ModuleType) -> None:
+    spec: Any = module.__spec__
+    kind = type(spec)
+    if kind is ModuleSpec and spec.name == name:
+        spec.__class__ = _InPart
+        if not in_part(module):  # another thread has ended it in the meantime
+            spec._initializing = False
+    elif kind is not _InPart:
+        _cannot_be_followed(name)
 
 
 def _call(callback: Callback, module: ModuleType) -> None:
@@ -93,14 +164,16 @@ def after_import(name: str, callback: Callback) -> None:
     module name: asking twice before the import changes nothing.
     """
     with _lock:
-        module = sys.modules.get(name)
-        if module is None:
-            log.debug(f"{name} is not imported yet; it is looked at when it is")
-            _finder.pending.setdefault(name, callback)
-            if _finder not in sys.meta_path:
-                sys.meta_path.insert(0, _finder)
-            return
-    _call(callback, module)
+        _finder.pending.setdefault(name, callback)
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
+    module = sys.modules.get(name)
+    if module is not None and not in_part(module):
+        _imported(name, module)
+        return
+    log.debug(f"{name} is not imported yet; it is looked at when it is")
+    if module is not None:
+        _follow(name, module)
 
 
 def forget(*names: str) -> None:

@@ -15,12 +15,11 @@ allocated while capturing comes from the graph's pool.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 
 import torch
 
-from dsv4_plugin import envs, log
+from dsv4_plugin import envs, log, processes
 from dsv4_plugin.engines.shared import shadow_report
 from dsv4_plugin.engines.shared.shadow_report import MILLION, SUMS, Field, Kept, kept
 from dsv4_plugin.errors import SettingError
@@ -99,7 +98,8 @@ def _scores_at(
 # ---- Counters that live as long as the process --------------------------------------------------
 
 
-_lock = threading.Lock()
+_parents: list[dict[tuple[str, torch.device], Kept]] = []  # of a forked child
+_lock = processes.lock()
 _wanted = False
 _off = False
 _captured = False  # a capture has run since the counters last began at zero
@@ -155,9 +155,22 @@ def _counters(seam: str, device: torch.device) -> Kept | None:
             if device.type == "cuda":
                 # An engine that builds its model has made the GPU the default.
                 mirror = torch.zeros(len(Field), dtype=torch.int64, device="cpu", pin_memory=True)
-            kept[key] = Kept(counters, mirror)
+            kept[key] = Kept(counters, mirror, counters.new_zeros(()))
         shadow_report.start(_end)
     return kept[key]
+
+
+def _begin_in_child() -> None:
+    """Count from zero in a forked child, which has no thread that logs.
+
+    What the parent allocated is neither read nor freed: a child cannot reach its GPU.
+    """
+    _parents.append(dict(kept))
+    kept.clear()
+    shadow_report.begin_in_child()
+
+
+processes.in_child(_begin_in_child)
 
 
 def _capturing(device: torch.device) -> bool:
@@ -216,7 +229,8 @@ def watch(
     returns what it allocated itself. The rest is as :func:`compare` takes it.
 
     Counting begins anew with the first call that is not captured after one that was: an engine
-    warms up and captures on scores that mean nothing.
+    warms up and captures on scores that mean nothing. It does as well where the counters are not
+    what was written there: an engine that sleeps may give the memory away with what is in it.
     """
     global _captured
     if not on():
@@ -233,6 +247,7 @@ def watch(
                 other.counters.zero_()
         scratch = torch.full(plugin.shape, -1, dtype=torch.int32, device=plugin.device)
         other_set = engine(scratch)
+        found.check()
         compare(
             found.counters,
             plugin,
@@ -241,7 +256,6 @@ def watch(
             None if lengths is None else lengths(),
             starts,
         )
-        if found.mirror is not found.counters:
-            found.mirror.copy_(found.counters, non_blocking=True)
+        found.close()
     except Exception as error:
         _end(error)

@@ -21,8 +21,8 @@ import torch
 from dsv4_plugin import log
 
 __all__ = [
-    "EVERY_S", "MILLION", "SUMS", "Field", "Kept", "kept", "line", "log_what_changed", "report",
-    "said", "start",
+    "EVERY_S", "MILLION", "SUMS", "Field", "Kept", "begin_in_child", "kept", "line",
+    "log_what_changed", "report", "said", "start",
 ]  # fmt: skip
 
 EVERY_S = 60.0  # between two lines in the log
@@ -54,14 +54,31 @@ MILLION = 1_000_000
 
 @dataclass
 class Kept:
-    """The counters of one seam on one device. ``mirror``: pinned host memory, or the counters."""
+    """The counters of one seam on one device. ``mirror``: pinned host memory, or the counters.
+
+    ``seal`` is :data:`_SEAL` and the sum of the counters: where it is not, they hold anything.
+    """
 
     counters: torch.Tensor
     mirror: torch.Tensor
+    seal: torch.Tensor
+
+    def check(self) -> None:
+        """Begin at zero where the counters are not what was written there; no host sync."""
+        self.counters.mul_(self.counters.sum() + _SEAL == self.seal)
+
+    def close(self) -> None:
+        """Note what was counted as what was written there, and bring the mirror up to date."""
+        torch.add(self.counters.sum(), _SEAL, out=self.seal)
+        if self.mirror is not self.counters:
+            self.mirror.copy_(self.counters, non_blocking=True)
+
+
+_SEAL = 0xD54D54D54
 
 
 kept: dict[tuple[str, torch.device], Kept] = {}
-said: dict[str, list[int]] = {}
+said: dict[str, list[int]] = {}  # what the log has last said of each seam
 _thread: threading.Thread | None = None
 _failed: Callable[[Exception], None] = logging.exception
 
@@ -133,6 +150,13 @@ def _loop(every_s: float) -> None:
         except Exception as error:
             _failed(error)
             return
+
+
+def begin_in_child() -> None:
+    """Forget what a forked child does not have: its parent's thread, and what that said."""
+    global _thread
+    said.clear()
+    _thread = None
 
 
 def start(failed: Callable[[Exception], None]) -> None:

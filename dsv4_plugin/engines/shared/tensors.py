@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["LENGTHS", "dtype_name", "is_matrix", "is_output", "saved_mib", "widen"]
+__all__ = ["LENGTHS", "dtype_name", "is_matrix", "is_output", "rows_of", "saved_mib", "widen"]
 
 LENGTHS = (torch.int32, torch.int64)
 
@@ -30,6 +30,12 @@ def saved_mib(logits: torch.Tensor) -> float:
 def dtype_name(dtype: torch.dtype) -> str:
     """Name the dtype of index logits as the counters do."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+
+
+def rows_of(value: Any) -> int:
+    """Return how many rows a call has, by its first tensor; 1 where that is something else."""
+    value = value[0] if isinstance(value, tuple) and value else value
+    return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else 1
 
 
 def is_matrix(scores: Any) -> bool:

@@ -16,6 +16,7 @@ import torch
 from dsv4_plugin import envs, log, ops
 from dsv4_plugin.engines.shared import seam
 from dsv4_plugin.engines.shared.source import Missing
+from dsv4_plugin.engines.shared.tensors import rows_of
 from dsv4_plugin.engines.tokenspeed import adapter, probe
 from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.state import Seam, state
@@ -67,7 +68,7 @@ def _reader(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., t
     ) -> torch.Tensor:
         now = adapter.current()
         if now is None or "read" in now.off or not _fits(name, cache_2d, slot_mapping, block_size):
-            state.count(f"{name}.upstream")
+            state.count(f"{name}.upstream", rows_of(slot_mapping))
             return original(cache_2d, slot_mapping, block_size)
         mode = envs.value("indexer_read")
         try:
@@ -77,15 +78,16 @@ def _reader(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., t
                 block_size=block_size,
                 backend=None if mode == "auto" else mode,
             )
-        except (IndexError, UnmetError):  # a slot past the cache; an explicit setting that is unmet
+        # A slot past the cache; a setting that is unmet, or wrong.
+        except (IndexError, SettingError, UnmetError):
             raise
         except Exception as error:
             if envs.value("strict"):
                 raise
             now.switch_off("read", error)
-            state.count(f"{name}.upstream")
+            state.count(f"{name}.upstream", rows_of(slot_mapping))
             return original(cache_2d, slot_mapping, block_size)
-        state.count(name)
+        state.count(name, rows_of(slot_mapping))
         log.once(logging.INFO, f"dsv4 active in {now.engine}: {state.seams[name].where}")
         return out
 

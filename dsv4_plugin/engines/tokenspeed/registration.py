@@ -16,6 +16,7 @@ from dsv4_plugin.engines.shared import decision
 from dsv4_plugin.engines.shared.adapter import end
 from dsv4_plugin.engines.shared.decision import DTYPES, KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
+from dsv4_plugin.engines.shared.tensors import rows_of
 from dsv4_plugin.engines.tokenspeed import adapter, kernels, policy, probe
 from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.kernels import cuda
@@ -173,7 +174,7 @@ def _kernel(mode: str) -> Callable[..., Any]:
             result.append(_next(mode, q, kwargs)(**kwargs))
 
         dtype = DTYPES[chosen.dtype] if chosen is not None else torch.float32
-        serve(mode, chosen, dtype, by_plugin, by_engine)
+        serve(mode, chosen, dtype, by_plugin, by_engine, rows=rows_of(q))
         return result[0]
 
     kernel.__name__ = f"{SOLUTION}_{mode}"

@@ -45,7 +45,9 @@ def register() -> None:
 
 def unregister() -> None:
     """Take every patch back; what other code has patched since stays, with a log line."""
-    import_hooks.forget(ARG_UTILS, INDEXER, PROMETHEUS)
+    from dsv4_plugin.engines.vllm import probe
+
+    import_hooks.forget(ARG_UTILS, INDEXER, PROMETHEUS, *probe.NEIGHBOURS)
     activation.uninstall(__name__, "install", "cli_option")
     if PROMETHEUS in sys.modules:
         metrics.withdraw(sys.modules[PROMETHEUS])
@@ -62,6 +64,10 @@ def _on_prometheus(module: object) -> None:
 
 
 def _on_indexer(module: object) -> None:
-    from dsv4_plugin.engines.vllm import install
+    from dsv4_plugin.engines.vllm import install, probe
 
+    for name in probe.NEIGHBOURS:
+        if import_hooks.in_part(sys.modules.get(name)):  # it was imported first, and has not ended
+            import_hooks.after_import(name, lambda _: _on_indexer(module))
+            return
     install.install(module)

@@ -148,9 +148,9 @@ def select_blocks(original: Callable[..., None], *args: Any, **kwargs: Any) -> N
         else:
             call.candidates = out
             current().published = _place(out)
-            state.count("candidates.source")
+            state.count("candidates.source", len(out))
             return None
-    state.count("candidates.source.engine")
+    state.count("candidates.source.engine", len(out))
     return original(**{**given, "logits": call.engine_logits()})
 
 
@@ -264,7 +264,7 @@ def select(call: Deferred, k: int, out: torch.Tensor, paged: Paged | None = None
     else:
         _select_among_candidates(call, k, out, paged)
     if consumer:
-        state.count("candidates.consumer")
+        state.count("candidates.consumer", len(out))
 
 
 def _select_among_candidates(

@@ -6,13 +6,12 @@ A seam that is not recognised (:mod:`.probe`) stays as vLLM has it, with one lin
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dsv4_plugin import log
+from dsv4_plugin import log, processes
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.patches import Patch
 from dsv4_plugin.engines.shared.seam import Found, Place, shown
@@ -100,19 +99,21 @@ def _decode_topk(place: Place, found: Found) -> Any:
 _OP_TAKES = ("logits", "lengths", "output", "workspace", "k", "max_seq_len")
 
 
+_resolving = processes.lock()
+
+
 class TopkOp:
     """In place of ``torch.ops._C.<name>``: takes the calls; all else is the real packet's."""
 
     def __init__(self, found: Found) -> None:
         self._space, self._name = found.owner, found.name
-        self._lock = threading.Lock()
         # Taken as it is where something (another plugin, or torch's cache) is there already.
         self.resolved: Any = found.original
 
     def packet(self) -> Any:
         """Return the real op; resolved late, because vLLM may load its library after this."""
         if self.resolved is None:
-            with self._lock:
+            with _resolving:
                 try:
                     # Finds the op in the dispatcher, and stores it under its name.
                     self.resolved = type(self._space).__getattr__(self._space, self._name)

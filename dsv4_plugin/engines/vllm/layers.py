@@ -30,11 +30,8 @@ __all__ = [
 ]
 
 PIECE = 8  # keys of a candidate block, as the kernels have it
-# Of a model's type and architectures, in lower case. V4.1 is deepseek_v41.
-_FAMILIES = {
-    "DeepSeek-V4.1": re.compile(r"deepseek_?v41(?![0-9])"),
-    "DeepSeek-V4": re.compile(r"deepseek_?v4(?![0-9])"),
-}
+# The version in a model's type or architecture. V4.1 is deepseek_v41, deepseek_v4_1 and the like.
+_VERSION = re.compile(r"deepseek[_-]?v([0-9]+(?:[._p-]?[0-9]+)*)")
 
 
 @dataclass(frozen=True)
@@ -205,5 +202,8 @@ def _family(config: Any) -> str:
         hf = getattr(model, attribute, None)
         names.append(getattr(hf, "model_type", None) or "")
         names.extend(getattr(hf, "architectures", None) or ())
-    said = " ".join(map(str, names)).lower()
-    return next((family for family, known in _FAMILIES.items() if known.search(said)), "")
+    found = {v for name in names for v in _VERSION.findall(str(name).lower())}
+    versions = {re.sub(r"[^0-9]", "", version) for version in found}
+    if "41" in versions:
+        return "DeepSeek-V4.1"
+    return "DeepSeek-V4" if versions == {"4"} else ""

@@ -14,6 +14,7 @@ __all__ = [
     "APPLY_MASK",
     "DEEP_GEMM",
     "INDEXER",
+    "NEIGHBOURS",
     "OP",
     "SEAMS",
     "SELECT_BLOCKS",
@@ -28,6 +29,8 @@ TOPK = "vllm.model_executor.layers.indexer_topk"
 OPS = "vllm._custom_ops"
 PLANNER = "vllm.v1.attention.backends.mla.indexer"
 DEEP_GEMM = "vllm.utils.deep_gemm"
+# Patched when the indexer's module is imported.
+NEIGHBOURS = (TOPK, OPS, PLANNER, DEEP_GEMM)
 OP = "torch.ops.vllm.sparse_attn_indexer"
 
 BLOCKS = "vllm.model_executor.kernels.attention.dsa.candidate_blocks"

@@ -18,7 +18,14 @@ from dsv4_plugin.engines.shared import adapter, logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
 from dsv4_plugin.engines.shared.decision import DTYPES, KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
-from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
+from dsv4_plugin.engines.shared.tensors import (
+    LENGTHS,
+    is_matrix,
+    is_output,
+    rows_of,
+    saved_mib,
+    widen,
+)  # fmt: skip
 from dsv4_plugin.engines.vllm import adapter as vllm_adapter
 from dsv4_plugin.engines.vllm import candidates, fill
 from dsv4_plugin.engines.vllm.context import LogitsTag, by_name, tag_logits, tag_of
@@ -153,10 +160,10 @@ def _by_engine(
     else:
         out = original(*args, **kwargs)
     if out.dtype == torch.bfloat16:
-        state.count("logits.bf16")
+        state.count("logits.bf16", out.shape[0])
         state.peak("logits.saved_mib", saved_mib(out))
     else:
-        state.count("logits.upstream")
+        state.count("logits.upstream", out.shape[0])
     return tag_logits(out, LogitsTag())
 
 
@@ -260,10 +267,10 @@ def _select(
         fill.fill_skipped_rows(out)
         engine(plain(scores if deferred is None else deferred.engine_logits()), out)
 
-    if deferred is None:
-        serve(kind, selection, scores.dtype, by_plugin, by_engine, watch)
-    else:  # the engine's selection would have to score every key: the shadow does not watch
-        serve(kind, selection, DTYPES[deferred.selection.dtype], by_plugin, by_engine)
+    # The engine's selection of deferred logits has to score every key: the shadow does not watch.
+    dtype = scores.dtype if deferred is None else DTYPES[deferred.selection.dtype]
+    beside = watch if deferred is None else None
+    serve(kind, selection, dtype, by_plugin, by_engine, beside, rows_of(scores))
 
 
 def decode_topk(
@@ -299,7 +306,7 @@ def topk_op_by_engine(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if args:
         args = (plain(args[0]), *args[1:])
     if now.decision.enabled:
-        state.count("topk.decode.upstream")
+        state.count("topk.decode.upstream", rows_of(args[0] if args else None))
     return op(*args, **kwargs)
 
 
@@ -372,7 +379,8 @@ def take_slots(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             ):
                 state.count("topk.slots.taken")
                 return note.paged.slots, note.paged.counts
-        state.count("topk.slots.upstream")
+        indices = args[0] if args else kwargs.get("topk_indices")
+        state.count("topk.slots.upstream", rows_of(indices))
     return original(*args, **kwargs)
 
 
@@ -427,11 +435,11 @@ def gather(
             if not isinstance(error, UnmetError):  # that one is about this call's form only
                 now.switch_off("gather", error)
         else:
-            state.count("gather")
-            state.count(f"gather.{decision.gather}")
+            state.count("gather", dst_k.shape[0])
+            state.count(f"gather.{decision.gather}", dst_k.shape[0])
             return
     if decision.enabled:
-        state.count("gather.upstream")
+        state.count("gather.upstream", rows_of(dst_k))
     original(kv_cache, dst_k, dst_scale, block_table, cu_seq_lens)
 
 

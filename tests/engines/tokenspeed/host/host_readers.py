@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dsv4_plugin
-from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.errors import SettingError, UnmetError
 
 NAME = "read_deepseek_v4_indexer_fp8_cache"
 
@@ -141,6 +141,15 @@ def test_a_backend_that_cannot_be_had_is_an_error(engine, load):
     cache, slots = written(engine)
     with pytest.raises(UnmetError, match="triton"):
         vars(engine.runtime())[NAME](cache, slots)
+
+
+@pytest.mark.parametrize("variable", ["DSV4_INDEXER_READ", "DSV4_BACKEND"])
+def test_a_wrong_setting_is_an_error_at_the_first_call(engine, load, variable):
+    load(**{variable: "yes"})
+    cache, slots = written(engine)
+    with pytest.raises(SettingError, match=f"{variable} is 'yes'"):
+        vars(engine.runtime())[NAME](cache, slots)
+    assert not dsv4_plugin.status()["counters"]
 
 
 def test_an_op_that_raises_is_served_by_the_loop(engine, load, loop, monkeypatch, caplog):

@@ -270,7 +270,8 @@ def test_additional_config_alone_switches_on(engine, run):
 def test_the_kill_switch_is_strongest(engine, run, monkeypatch):
     monkeypatch.setenv("DSV4_PLUGIN", "0")
     problem = engine.problem(**MIXED)
-    stayed_upstream(engine, problem, run(problem, config={"dsv4": {"plugin": 1, "topk": "fp16"}}))
+    for own in ({"plugin": 1, "topk": "fp16"}, {"plugin": 1, "topk": "int8"}, "bf16"):
+        stayed_upstream(engine, problem, run(problem, config={"dsv4": own}))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,10 @@ def other(tmp_path, pid, **more):
 
 
 def test_what_a_worker_did_is_served(served, run, engine):
-    assert served() == []
+    from prometheus_client import generate_latest
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    assert b"dsv4" not in generate_latest(get_prometheus_registry())
     run(engine.problem(**MIXED))
     lines = served()
     assert f"dsv4_calls{labels('name', 'topk.decode')} 1.0" in lines
@@ -77,6 +80,8 @@ def test_other_processes_count_while_they_live(served, tmp_path):
         assert f"dsv4_calls{labels('name', 'gather', child.pid)} 4.0" in served()
     finally:
         child.communicate(b"\n")
+    assert served() == []
+    other(tmp_path, os.getpid(), started=1)  # an id that is another process's by now
     assert served() == []
     other(tmp_path, child.pid, node="another-machine")
     assert len(served()) == 2
