@@ -10,6 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsv4_plugin.candidates import (
+        block_maxima,
+        candidate_logits,
+        candidate_logits_ragged,
+        select_blocks,
+        select_candidates,
+    )
     from dsv4_plugin.envs import settings
     from dsv4_plugin.logits import paged_logits, ragged_logits, select
     from dsv4_plugin.ops import (
@@ -22,24 +29,34 @@ if TYPE_CHECKING:
 
 __all__ = [
     "__version__",
+    "block_maxima",
+    "candidate_logits",
+    "candidate_logits_ragged",
     "gather_indexer_cache",
     "paged_logits",
     "ragged_logits",
     "read_indexer_cache",
     "read_indexer_cache_mxfp4",
     "select",
+    "select_blocks",
+    "select_candidates",
     "settings",
     "status",
     "topk",
 ]
 
 _WHERE = {
+    "block_maxima": "dsv4_plugin.candidates",
+    "candidate_logits": "dsv4_plugin.candidates",
+    "candidate_logits_ragged": "dsv4_plugin.candidates",
     "gather_indexer_cache": "dsv4_plugin.ops",
     "paged_logits": "dsv4_plugin.logits",
     "ragged_logits": "dsv4_plugin.logits",
     "read_indexer_cache": "dsv4_plugin.ops",
     "read_indexer_cache_mxfp4": "dsv4_plugin.ops",
     "select": "dsv4_plugin.logits",
+    "select_blocks": "dsv4_plugin.candidates",
+    "select_candidates": "dsv4_plugin.candidates",
     "settings": "dsv4_plugin.envs",
     "status": "dsv4_plugin.state",
     "topk": "dsv4_plugin.ops",

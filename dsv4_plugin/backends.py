@@ -36,6 +36,8 @@ class Call:
     head_dim: int = 128
     heads: int = 64
     block_size: int = 64  # looked at for the logits; the reads take any
+    piece: int = 8  # keys a block of candidates
+    candidates: int = 0  # blocks of candidates a row
     alignment: int = 16  # of every row that is read or written in vectors, in bytes
 
 
@@ -67,7 +69,23 @@ _FORMS: dict[str, dict[str, str]] = {
         "cuda": "dsv4_plugin.kernels.cuda:ragged_logits",
         "torch": "dsv4_plugin.kernels.reference_logits:ragged_logits",
     },
+    **{
+        op: {
+            "cuda": f"dsv4_plugin.kernels.cuda:{op}",
+            "torch": f"dsv4_plugin.kernels.reference_candidates:{op}",
+        }
+        for op in (
+            "block_maxima",
+            "select_blocks",
+            "candidate_logits",
+            "candidate_logits_ragged",
+            "select_candidates",
+        )
+    },
 }
+
+
+_READS = ("read", "read_mxfp4", "gather")
 
 
 @functools.cache
@@ -100,8 +118,15 @@ def _unmet_cuda(call: Call) -> list[str]:
         reasons.append(f"q has {call.heads} heads, the kernels need {want}")
     if call.op == "paged_logits" and call.block_size != cuda.BLOCK_SIZE:
         reasons.append(f"block_size is {call.block_size}, the kernel needs {cuda.BLOCK_SIZE}")
+    if call.op in ("block_maxima", "candidate_logits") and call.block_size not in cuda.BLOCK_SIZES:
+        want = " or ".join(map(str, cuda.BLOCK_SIZES))
+        reasons.append(f"block_size is {call.block_size}, the kernel needs {want}")
+    if call.piece != cuda.PIECE:
+        reasons.append(f"piece is {call.piece}, the kernels need {cuda.PIECE}")
+    if call.candidates > cuda.MAX_CANDIDATES:
+        reasons.append(f"a row has {call.candidates} candidates, more than {cuda.MAX_CANDIDATES}")
     if call.alignment < cuda.ALIGNMENT:
-        what = "pages, keys or queries" if call.op.endswith("logits") else "pages or output rows"
+        what = "pages or output rows" if call.op in _READS else "pages, keys or queries"
         reasons.append(
             f"{what} start at multiples of {call.alignment} bytes, the kernels need "
             f"{cuda.ALIGNMENT}"

@@ -19,6 +19,7 @@ __all__ = [
     "alignment",
     "as_pages",
     "bounds",
+    "candidates",
     "dtype_in",
     "geometry",
     "head_weights",
@@ -28,6 +29,7 @@ __all__ = [
     "out_matrix",
     "positive",
     "queries",
+    "scores",
     "slots_within",
     "table",
     "tensor",
@@ -215,6 +217,27 @@ def table(
         )
     if value.shape[1] > 1 and value.stride(1) != 1:
         raise ValueError(f"{name} must have unit stride along its rows, got {_show(value)}")
+
+
+def scores(name: str, value: Any) -> torch.Tensor:
+    """Check scores ``[rows, columns]`` that are selected among, and return them."""
+    tensor(name, value, LOGITS_DTYPES, (2,))
+    if value.shape[1] > 1 and value.stride(1) != 1:
+        raise ValueError(f"{name} must have unit stride along its rows, got {_show(value)}")
+    return value
+
+
+def candidates(value: Any, rows: int, device: torch.device, of: str) -> None:
+    """Check an int32 ``[rows, at least 1]`` with unit inner stride."""
+    tensor("candidates", value, (torch.int32,), (2,))
+    on_device("candidates", value, device, of)
+    if value.shape[0] != rows or value.shape[1] < 1:
+        raise ValueError(
+            f"candidates must be [{rows}, K] (one row a row of {of}, K at least 1), "
+            f"got {_show(value)}"
+        )
+    if value.shape[1] > 1 and value.stride(1) != 1:
+        raise ValueError(f"candidates must have unit stride along its rows, got {_show(value)}")
 
 
 def queries(q: Any, dims: tuple[int, ...]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["functional", "mutating", "through_dispatcher"]
+__all__ = ["functional", "mutating", "register", "registered", "through_dispatcher"]
 
 _SCHEMAS = (
     "read_indexer_cache(Tensor cache, Tensor slot_mapping, int block_size=64, int head_dim=128, "
@@ -70,12 +70,12 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def functional(op: str) -> Callable[..., Any]:
     """Return the ``torch.ops.dsv4`` overload of ``op`` that makes its output."""
-    return getattr(torch.ops.dsv4, _FUNCTIONAL[op]).default
+    return getattr(torch.ops.dsv4, _FUNCTIONAL.get(op, op)).default
 
 
 def mutating(op: str) -> Callable[..., Any]:
     """Return the ``torch.ops.dsv4`` overload of ``op`` that fills its outputs."""
-    return getattr(torch.ops.dsv4, _MUTATING[op]).default
+    return getattr(torch.ops.dsv4, _MUTATING.get(op, f"{op}_out")).default
 
 
 def through_dispatcher(*tensors: Any) -> bool:
@@ -91,14 +91,38 @@ def through_dispatcher(*tensors: Any) -> bool:
     )
 
 
-def _register() -> torch.library.Library:
-    lib = torch.library.Library("dsv4", "DEF")
-    for schema in _SCHEMAS:
-        name = schema.partition("(")[0]
-        lib.define(schema)
-        lib.impl(name, globals()[f"_{name}"], "CompositeExplicitAutograd")
-        lib._register_fake(name, globals()[f"_fake_{name}"])
-    return lib
+def register(
+    schema: str, function: Callable[..., Any], fake: Callable[..., Any] | None = None
+) -> None:
+    """Define ``torch.ops.dsv4.*``, whose arguments are parameters of a public function by name.
+
+    Args:
+        schema: of the op, its name first; a ``dtype`` of None leaves it to ``function``.
+        function: the public function; what it returns counts for an op that makes a tensor.
+        fake: takes those arguments that it needs, and makes the tensor; None: the op makes none.
+    """
+    parsed = torch._C.parse_schema(f"dsv4::{schema}")
+    names = [argument.name for argument in parsed.arguments]
+
+    def by_name(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            named = dict(zip(names, args, strict=False)) | kwargs
+            if named.get("dtype", 0) is None:
+                del named["dtype"]
+            result = run(**named)
+            return result if parsed.returns else None
+
+        return call
+
+    _define(schema, by_name(function), by_name(fake) if fake else _fake_nothing)
+
+
+def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    _LIBRARY._register_fake(name, fake)
+    registered.append(name)
 
 
 # The implementations run below the dispatcher, on plain tensors; no mode is active there, so the
@@ -272,12 +296,8 @@ def _fake_nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-_fake_read_indexer_cache_out = _fake_nothing
-_fake_read_indexer_cache_mxfp4_out = _fake_nothing
-_fake_gather_indexer_cache_out = _fake_nothing
-_fake_topk_out = _fake_nothing
-_fake_paged_logits_out = _fake_nothing
-_fake_ragged_logits_out = _fake_nothing
-_fake_select_out = _fake_nothing
-
-_LIBRARY = _register()
+_LIBRARY = torch.library.Library("dsv4", "DEF")
+registered: list[str] = []
+for _schema in _SCHEMAS:
+    _name = _schema.partition("(")[0]
+    _define(_schema, globals()[f"_{_name}"], globals().get(f"_fake_{_name}", _fake_nothing))

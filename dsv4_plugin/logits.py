@@ -79,19 +79,11 @@ def paged_logits(
             q, cache, weights, lengths, block_table, out, block_size, backend
         )
         return out
-    q = checks.queries(q, (3, 4))
+    q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
     batch, next_n, heads, head_dim = q.shape
     rows, device = batch * next_n, q.device
-    checks.geometry(block_size, head_dim, 4)
-    pages = checks.as_pages(cache, block_size, head_dim + 4)
-    checks.on_device("cache", cache, device, "q")
-    checks.head_weights(weights, rows, heads, device)
-    checks.lengths_for(lengths, rows, next_n, device, "q")
-    if lengths.dim() == 2 and lengths.shape[1] == 1:
-        lengths = lengths.squeeze(1)
-    checks.table("block_table", block_table, batch, 1, device, "q")
     columns = block_table.shape[1] * block_size
-    out = _result(out, rows, columns, dtype, device)
+    out = new_result(out, rows, columns, dtype, device)
     if rows and out.shape[1] and columns:
         call = Call(
             "paged_logits", device, out.dtype, head_dim=head_dim, heads=heads,
@@ -154,15 +146,10 @@ def ragged_logits(
             q, k, k_scale, weights, row_starts, row_ends, out, backend
         )
         return out
-    q = checks.queries(q, (3,)).squeeze(1)
+    q, k = ragged_arguments(q, k, k_scale, weights, row_starts, row_ends)
     rows, heads, head_dim = q.shape
     device = q.device
-    checks.positive("head_dim", head_dim)
-    k = checks.keys(k, k_scale, head_dim, device)
-    checks.head_weights(weights, rows, heads, device)
-    checks.bounds("row_starts", row_starts, rows, device)
-    checks.bounds("row_ends", row_ends, rows, device)
-    out = _result(out, rows, k.shape[0], dtype, device)
+    out = new_result(out, rows, k.shape[0], dtype, device)
     if rows and out.shape[1] and k.shape[0]:
         call = Call(
             "ragged_logits", device, out.dtype, head_dim=head_dim, heads=heads,
@@ -248,6 +235,51 @@ def select(
     )  # fmt: skip
 
 
+def paged_arguments(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Check what all ops on paged keys take; return ``q``, pages and lengths as kernels take them.
+
+    ``q`` is uint8 ``[batch, next_n, heads, head_dim]``, pages are ``[pages, bytes]``.
+    """
+    q = checks.queries(q, (3, 4))
+    batch, next_n, heads, head_dim = q.shape
+    rows, device = batch * next_n, q.device
+    checks.geometry(block_size, head_dim, 4)
+    pages = checks.as_pages(cache, block_size, head_dim + 4)
+    checks.on_device("cache", cache, device, "q")
+    checks.head_weights(weights, rows, heads, device)
+    checks.lengths_for(lengths, rows, next_n, device, "q")
+    if lengths.dim() == 2 and lengths.shape[1] == 1:
+        lengths = lengths.squeeze(1)
+    checks.table("block_table", block_table, batch, 1, device, "q")
+    return q, pages, lengths
+
+
+def ragged_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    row_starts: torch.Tensor,
+    row_ends: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check what all ops on gathered keys take; return ``q`` and ``k`` as uint8."""
+    q = checks.queries(q, (3,)).squeeze(1)
+    rows, heads, head_dim = q.shape
+    checks.positive("head_dim", head_dim)
+    k = checks.keys(k, k_scale, head_dim, q.device)
+    checks.head_weights(weights, rows, heads, q.device)
+    checks.bounds("row_starts", row_starts, rows, q.device)
+    checks.bounds("row_ends", row_ends, rows, q.device)
+    return q, k
+
+
 def new_logits(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return an uninitialised ``[rows, columns]`` whose rows start at multiples of 16 bytes."""
     step = ROW_BYTES // dtype.itemsize
@@ -255,7 +287,7 @@ def new_logits(rows: int, columns: int, dtype: torch.dtype, device: torch.device
     return torch.empty_strided((rows, columns), (stride, 1), dtype=dtype, device=device)
 
 
-def _result(
+def new_result(
     out: torch.Tensor | None, rows: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Return ``out``, checked, or a new tensor."""

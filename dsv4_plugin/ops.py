@@ -328,10 +328,7 @@ def topk(
             narrow, backend, out_counts,
         )  # fmt: skip
         return out
-    checks.tensor("logits", logits, checks.LOGITS_DTYPES, (2,))
-    rows, columns = logits.shape
-    if columns > 1 and logits.stride(1) != 1:
-        raise ValueError(f"logits must have unit stride along its rows, got {logits.stride()}")
+    rows = checks.scores("logits", logits).shape[0]
     checks.positive("k", k, checks.MAX_K)
     checks.positive("next_n", next_n)
     checks.positive("page_size", page_size)

@@ -324,14 +324,14 @@ def test_chunks_change_nothing_and_bound_the_memory(chunk, monkeypatch):
 
     want = both()
     seen = []
-    scores = reference_logits._scores
+    scores = reference_logits.scores
 
     def watched(q, keys, scale, weights):
         n, rows, heads, dim = q.shape
         seen.append(n * keys.shape[1] * max(rows * heads, dim if n > 1 else 0))
         return scores(q, keys, scale, weights)
 
-    monkeypatch.setattr(reference_logits, "_scores", watched)
+    monkeypatch.setattr(reference_logits, "scores", watched)
     monkeypatch.setattr(reference_logits, "_CHUNK", chunk)
     got = both()
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))

@@ -15,10 +15,13 @@ import torch
 __all__ = [
     "ALIGNMENT",
     "BLOCK_SIZE",
+    "BLOCK_SIZES",
     "CAPABILITIES",
     "HEADS",
     "HEAD_DIM",
     "LIBRARY",
+    "MAX_CANDIDATES",
+    "PIECE",
     "SOLO",
     "gather_indexer_cache",
     "missing",
@@ -33,6 +36,9 @@ CAPABILITIES = ((9, 0),)  # what csrc/build.py compiles for
 HEAD_DIM = 128  # what the kernels of the cache and of the logits are written for
 HEADS = (32, 64)  # what those of the logits are written for
 BLOCK_SIZE = 64  # keys a page, for the paged logits
+BLOCK_SIZES = (32, 64)  # the same, for candidates
+PIECE = 8  # keys a block of candidates
+MAX_CANDIDATES = 2048  # blocks a row
 ALIGNMENT = 16  # bytes a lane loads or stores at a time
 # solo_units() of the top-k, in scores, by the threads of a CTA.
 SOLO = {256: 4096, 512: 8192, 1024: 8192}

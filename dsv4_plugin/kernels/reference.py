@@ -18,6 +18,7 @@ __all__ = [
     "read_indexer_cache",
     "read_indexer_cache_mxfp4",
     "row_lengths",
+    "to_slots",
     "topk",
     "widen_e4m3",
 ]
@@ -261,7 +262,7 @@ def topk(
         row = torch.arange(part.start, part.stop, device=logits.device)
         if page_table.shape[0] != rows:
             row = torch.div(row, next_n, rounding_mode="floor")
-        out[part].copy_(_to_slots(index, page_table[row], page_size))
+        out[part].copy_(to_slots(index, page_table[row], page_size))
         if out_raw is not None:
             out_raw[part].copy_(index)
 
@@ -288,7 +289,8 @@ def _select(x: torch.Tensor, n: torch.Tensor, k: int, sort: bool, narrow: bool) 
     return torch.where((n <= k)[:, None], short, index)
 
 
-def _to_slots(index: torch.Tensor, page_table: torch.Tensor, page_size: int) -> torch.Tensor:
+def to_slots(index: torch.Tensor, page_table: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Return the pool slots of int64 indices; -1 for no index, and for a page that is none."""
     if page_table.shape[1] == 0:
         return torch.full_like(index, -1)
     page = torch.div(index.clamp(min=0), page_size, rounding_mode="floor")

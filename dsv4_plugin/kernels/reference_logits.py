@@ -14,13 +14,13 @@ import torch
 
 from dsv4_plugin.kernels.reference import SCALE_BYTES, planes, row_lengths, widen_e4m3
 
-__all__ = ["paged_logits", "ragged_logits"]
+__all__ = ["paged_logits", "ragged_logits", "scores"]
 
 # Elements of the float64 dot products made at a time: 2**23 are 64 MiB.
 _CHUNK = 1 << 23
 
 
-def _scores(
+def scores(
     q: torch.Tensor, keys: torch.Tensor, scale: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Score ``keys`` ``[n, columns, head_dim]`` for ``q`` ``[n, rows, heads, head_dim]``.
@@ -76,7 +76,7 @@ def paged_logits(
                 page = page.clamp(0, pages.shape[0] - 1)
                 keys = values[page].flatten(1, 2)[:, : end - begin]
                 scale = scales[page].flatten(1, 2).view(torch.float32)[:, : end - begin, 0]
-                score = _scores(q[part], keys, scale, weights[part]).masked_fill(gone, -torch.inf)
+                score = scores(q[part], keys, scale, weights[part]).masked_fill(gone, -torch.inf)
             else:
                 score = torch.full(gone.shape, -torch.inf, device=q.device)
             held = target[:, :, begin:end]
@@ -107,7 +107,7 @@ def ragged_logits(
         part = slice(lo, min(lo + some, rows))
         score = torch.cat(
             [
-                _scores(q[None, part], k[None, at : at + step], k_scale[None, at : at + step],
+                scores(q[None, part], k[None, at : at + step], k_scale[None, at : at + step],
                         weights[None, part])[0]
                 for at in range(0, keys, step)
             ],
