@@ -18,6 +18,12 @@ __device__ __forceinline__ void copy_chunk(void* to, const void* from) {
                : "memory");
 }
 
+// The same of a piece of keys: whatever lies beside it is not sent for to the L2.
+__device__ __forceinline__ void copy_piece_chunk(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+
 __device__ __forceinline__ void copy_word(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
                : "memory");
@@ -74,14 +80,15 @@ struct KeyRing {
   uint8_t* keys;  // [kSlots][64][kKeyBytes], a multiple of kSwizzleBytes
   float* scales;  // [kSlots][64]
 
-  // Begins the copy of the first `count` keys of a block to a slot; what is past them stays. The
-  // keys are at multiples of 16 bytes, the scales of kScaleAlign.
-  template <int kScaleAlign>
+  // Begins the copy of kKeys keys to a slot, from its key `at` on; of the first `count` of them,
+  // what is past them stays. The keys are at multiples of 16 bytes, the scales of kScaleAlign.
+  template <int kScaleAlign, int kKeys = kBlockKeys>
   __device__ __forceinline__ void copy(int32_t slot, const uint8_t* from, const float* from_scales,
-                                       int32_t count = kBlockKeys) const {
+                                       int32_t count = kKeys, int32_t at = 0) const {
+    static_assert(kKeys % 8 == 0, "the swizzle goes by eight keys");
     const int thread = threadIdx.x % kGroupThreads;
-    copy_rows<kBlockKeys>(keys + slot * kBlockScales, from, count);
-    float* to_scales = scales + slot * kBlockKeys;
+    copy_rows<kKeys>(keys + slot * kBlockValues + at * kKeyBytes, from, count);
+    float* to_scales = scales + slot * kBlockKeys + at;
     if constexpr (kScaleAlign == 16) {
       if (thread * 4 < count) copy_chunk(to_scales + thread * 4, from_scales + thread * 4);
     } else {
@@ -97,7 +104,7 @@ struct KeyRing {
   template <int kColumns>
   __device__ __forceinline__ void multiply(MmaSums<kColumns>& sums, int32_t slot,
                                            const uint8_t* query) const {
-    const uint64_t a = mma_operand(shared_address(keys + slot * kBlockScales));
+    const uint64_t a = mma_operand(shared_address(keys + slot * kBlockValues));
     const uint64_t b = mma_operand(shared_address(query));
     constexpr int kNext = kMmaDepth / 16;
     mma_begin();

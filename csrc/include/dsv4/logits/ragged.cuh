@@ -43,7 +43,7 @@ struct TileShared {
     constexpr int kQueries = Config::kRows * Rows::kQueryBytes;
     rows.queries = memory + group * kQueries;
     keys.keys = memory + Config::kGroups * kQueries;
-    keys.scales = reinterpret_cast<float*>(keys.keys + Config::kBlocks * kBlockScales);
+    keys.scales = reinterpret_cast<float*>(keys.keys + Config::kBlocks * kBlockValues);
     rows.weights =
         keys.scales + Config::kBlocks * kBlockKeys + group * Config::kRows * Config::kHeads;
   }
@@ -53,33 +53,6 @@ struct TileShared {
 __device__ __forceinline__ void group_sync(int32_t group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
 }
-
-// Keys [start, end) of a row.
-struct KeyWindow {
-  int32_t start = 0;
-  int32_t end = 0;
-
-  KeyWindow() = default;
-
-  __device__ __forceinline__ KeyWindow(const RaggedLogitsParams& p, int32_t row) {
-    const int64_t from = p.row_starts[row * p.row_start_stride];
-    int64_t to = p.row_ends[row * p.row_end_stride];
-    to = to > p.keys ? p.keys : to;
-    int64_t count = from < 0 ? 0 : to - from;
-    count = count < 0 ? 0 : count > p.output.columns ? p.output.columns : count;
-    if (count == 0) return;
-    start = static_cast<int32_t>(from);
-    end = static_cast<int32_t>(from + count);
-  }
-
-  // That of a row of the warp's.
-  __device__ __forceinline__ KeyWindow of(int lane) const {
-    KeyWindow other;
-    other.start = __shfl_sync(kFullWarp, start, lane);
-    other.end = __shfl_sync(kFullWarp, end, lane);
-    return other;
-  }
-};
 
 // grid: for each tile of keys, the chunks of `chunk` rows: CTAs that run side by side have the same
 // keys.
@@ -99,16 +72,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
 
   // Every warp finds out for itself which rows want keys of this tile; a lane has a row's window.
   KeyWindow window;
-  if (lane_id() < chunk && row0 + lane_id() < p.rows) window = KeyWindow(p, row0 + lane_id());
+  if (lane_id() < chunk && row0 + lane_id() < p.rows) {
+    window = KeyWindow(p.keys, row0 + lane_id(), p.output.columns);
+  }
   const bool wants =
       window.start < window.end && window.start < key0 + Config::kKeys && window.end > key0;
   const uint32_t wanted = __ballot_sync(kFullWarp, wants);
   if (wanted == 0) return;
 
   for (int32_t b = group; b < Config::kBlocks; b += Config::kGroups) {
-    const int32_t key = key0 + b * kBlockKeys, left = p.keys - key;
+    const int32_t key = key0 + b * kBlockKeys, left = p.keys.keys - key;
     if (left <= 0) break;
-    shared.keys.template copy<4>(b, p.k + int64_t{key} * kKeyBytes, p.k_scale + key,
+    shared.keys.template copy<4>(b, p.keys.k + int64_t{key} * kKeyBytes, p.keys.k_scale + key,
                                  left < kBlockKeys ? left : kBlockKeys);
   }
   copies_commit();

@@ -22,7 +22,9 @@ struct TopkSlice {
   static_assert(kTopkMax < 1 << kEqualShift, "fewer than k lie above");
   static_assert(Config::kMaxUnits * kUnit < 1 << (32 - kEqualShift), "all may be equal");
 
-  const TopkParams& p;
+  using Params = typename Config::Form::Params;
+
+  const Params& p;
   const TopkPlan& plan;
   Smem& smem;
   const RowUnits<Policy>& units;
@@ -34,7 +36,7 @@ struct TopkSlice {
   int32_t depth;  // units a thread
   int32_t least;  // units of the shortest slice: the same in every CTA of the cluster
 
-  __device__ __forceinline__ TopkSlice(const TopkParams& params, const TopkPlan& chosen,
+  __device__ __forceinline__ TopkSlice(const Params& params, const TopkPlan& chosen,
                                        Smem& memory, const RowUnits<Policy>& row_units,
                                        int32_t of_row, ClusterShape shape)
       : p(params),
@@ -205,12 +207,14 @@ struct TopkSlice {
       first = t.lower_above + min(equal, t.need);
       last = t.lower_above + (all & kAboveMask) + min(equal + (all >> kEqualShift), t.need);
     }
-    const RowOutput output(p, row);
+    const typename Config::Form::Output output(p, row);
     const int32_t* staged = staging();
-    if (p.sort) {
-      sort_slice(units, staged, reinterpret_cast<uint64_t*>(at(plan.entries)), first, last, p.k,
-                 cluster, output);
-      return;
+    if constexpr (Config::Form::kSorts) {
+      if (p.sort) {
+        sort_slice(units, staged, reinterpret_cast<uint64_t*>(at(plan.entries)), first, last, p.k,
+                   cluster, output);
+        return;
+      }
     }
 #pragma unroll 1
     for (uint32_t i = first + threadIdx.x; i < last; i += kThreads) output.write(i, staged[i]);

@@ -19,6 +19,7 @@ struct TopkParams {
   int32_t k;
 
   RowLengths lengths;
+  int32_t length_shift;  // a column stands for 2^length_shift of what the lengths count
 
   IntTensor row_starts;  // [rows] or null
   int64_t row_start_stride;
@@ -63,6 +64,7 @@ struct WindowSource {
 
   __device__ __forceinline__ RowWindow read(const TopkParams& p) const {
     int64_t length = p.lengths.read(length_at);
+    length = (length + (1 << p.length_shift) - 1) >> p.length_shift;
     int64_t start = 0;
     if (p.row_starts.data != nullptr) {
       start = p.row_starts[start_at];
@@ -120,6 +122,15 @@ struct RowOutput {
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < k; i += blockDim.x) write(i, i < length ? i : -1);
   }
+};
+
+// The plain form: all columns of a row, written as indices or as slots.
+struct RowForm {
+  using Params = TopkParams;
+  using Window = WindowSource;
+  using Output = RowOutput;
+  static constexpr bool kLooksUp = false;  // every chosen index, page table or not
+  static constexpr bool kSorts = true;
 };
 
 }  // namespace dsv4
