@@ -19,6 +19,7 @@ import torch
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache
 from dsv4_plugin.testing import dry, installed, read_plot
 from dsv4_plugin.testing.adapters import command as adapters_command
+from dsv4_plugin.testing.candidates import command as candidates_command
 from dsv4_plugin.testing.inputs import fp8_cache
 from dsv4_plugin.testing.installed import ENGINES
 from dsv4_plugin.testing.logits import cases as logits_cases
@@ -34,7 +35,7 @@ TOKENS = 14_338  # the prefill batch of the first seed
 PAGES = 16_384
 HEAD_DIM = 128
 
-WHAT = ("read", "topk", "logits", "chain", "adapters", "plot")
+WHAT = ("read", "topk", "logits", "chain", "candidates", "adapters", "plot")
 
 Row = dict[str, Any]
 
@@ -178,6 +179,8 @@ def _run(arguments: argparse.Namespace) -> int:
         command.run(arguments, about, progress)
     elif arguments.what in ("logits", "chain"):
         logits_command.run(arguments, about, progress)
+    elif arguments.what == "candidates":
+        candidates_command.run(arguments, about, progress)
     elif arguments.what == "adapters":
         adapters_command.run(arguments, about, progress)
     else:
