@@ -96,6 +96,8 @@ def register(
 ) -> None:
     """Define ``torch.ops.dsv4.*``, whose arguments are parameters of a public function by name.
 
+    The function is called with plain tensors, and so does not come back here.
+
     Args:
         schema: of the op, its name first; a ``dtype`` of None leaves it to ``function``.
         function: the public function; what it returns counts for an op that makes a tensor.
@@ -104,17 +106,26 @@ def register(
     parsed = torch._C.parse_schema(f"dsv4::{schema}")
     names = [argument.name for argument in parsed.arguments]
 
-    def by_name(run: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            named = dict(zip(names, args, strict=False)) | kwargs
-            if named.get("dtype", 0) is None:
-                del named["dtype"]
-            result = run(**named)
-            return result if parsed.returns else None
+    def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        named = dict(zip(names, args, strict=False)) | kwargs
+        return {name: x for name, x in named.items() if name != "dtype" or x is not None}
 
-        return call
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = function(**{name: _plain(x) for name, x in by_name(args, kwargs).items()})
+        return result if parsed.returns else None
 
-    _define(schema, by_name(function), by_name(fake) if fake else _fake_nothing)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        return fake(**by_name(args, kwargs)) if fake else None
+
+    _define(schema, run, make)
+
+
+def _plain(value: Any) -> Any:
+    """Return a tensor of a subclass, which has no dispatch of its own, as a plain one."""
+    if not isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(torch.Tensor)
 
 
 def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -86,9 +86,9 @@ def run_release() -> dict:
     load_general_plugins()  # the plugin's entry point, found by vLLM itself
 
     import torch
+    from kits.vllm_host import STANDS_IN, Engine
 
     import dsv4_plugin
-    from dsv4_plugin.testing.vllm_host import STANDS_IN, Engine
 
     def ordered(indices):
         last = torch.iinfo(torch.int32).max

@@ -6,7 +6,7 @@
 
 Served with random weights (`--load-format dummy`) it runs the kernels of the real model: every
 width is that of DeepSeek-V4-Flash, only the layers and the routed experts are fewer. With 16
-experts the full depth is 17 GiB. `python -m dsv4_plugin.testing.e2e` serves and measures it.
+experts the full depth is 17 GiB. `python -m benchmarks.server` serves and measures it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings as hypothesis_settings
-from skip_policy import has_cuda, pytest_addoption, pytest_configure  # noqa: F401  # hooks
+from kits.skip_policy import has_cuda, pytest_addoption, pytest_configure  # noqa: F401  # hooks
 
 # Timing on a busy two-core machine says nothing; in CI the same examples come every time.
 hypothesis_settings.register_profile("default", deadline=None)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from packaging_tools import ROOT
-from skip_policy import ALLOWED_SKIPS
+from kits.packaging_tools import ROOT
+from kits.skip_policy import ALLOWED_SKIPS
 
 
 def run_pytest(folder: Path, body: str, *args: str, ci: bool) -> tuple[int, str]:
@@ -21,7 +21,7 @@ def run_pytest(folder: Path, body: str, *args: str, ci: bool) -> tuple[int, str]
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": f"{ROOT}/tests",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "skip_policy", *args, str(folder)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "kits.skip_policy", *args, str(folder)]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 

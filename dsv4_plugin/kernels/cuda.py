@@ -110,7 +110,7 @@ def topk_with(
 ) -> None:
     """Select with a choice of the caller's in place of the table's, whose answers are the same.
 
-    For the sweeps that the table comes from (:mod:`dsv4_plugin.testing.topk.sweep`), and tests.
+    For the sweeps that the table comes from (:mod:`benchmarks.tuning.sweep`), and tests.
 
     Args:
         logits: as in :func:`topk`.

@@ -8,8 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from packaging_tools import ROOT, Wheel, build, check, install, run
-from skip_policy import NO_NVCC
+from kits.packaging_tools import ROOT, Wheel, build, check, install, run
+from kits.skip_policy import NO_NVCC
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import datetime
 import re
 
 import pytest
-from packaging_tools import ROOT, run
+from kits.packaging_tools import ROOT, run
 
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 NONE_YET = "There is no release yet."

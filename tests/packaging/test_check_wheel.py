@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from packaging_tools import ROOT, check, run
+from kits.packaging_tools import ROOT, check, run
 
 SCRIPT = ROOT / "tests" / "packaging" / "check_wheel.py"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from packaging_tools import compiled, run
+from kits.packaging_tools import compiled, run
 
 
 def test_every_quotient_is_the_floor(nvcc: str, tmp_path: Path) -> None:

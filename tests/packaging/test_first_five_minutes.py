@@ -13,11 +13,12 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import newcomer
 import pytest
-from packaging_tools import ROOT, check, without_nvcc
+from kits import newcomer
+from kits.packaging_tools import ROOT, check, without_nvcc
 
-from dsv4_plugin import cli, envs
+from dsv4_plugin import envs
+from dsv4_plugin.cli import main as cli
 
 PAGE = (ROOT / "docs" / "first_five_minutes.md").read_text()
 README = (ROOT / "README.md").read_text()
@@ -166,7 +167,7 @@ def test_what_it_says_to_the_engine_exists(command: str) -> None:
         subprocess.run(["bash", "-n", words[0]], cwd=ROOT, check=True)
         assert (ROOT / words[0]).stat().st_mode & 0o111
     # tests/vllm and tests/sglang have them beside the engines' own parsers.
-    adapters = "".join(p.read_text() for p in (ROOT / "dsv4_plugin/integrations").rglob("*.py"))
+    adapters = "".join(p.read_text() for p in (ROOT / "dsv4_plugin/engines").rglob("*.py"))
     options = re.findall(r"--plugin\b|--[\w.-]*dsv4[\w.-]*", command)
     assert [option for option in options if f'"{option}' not in adapters] == []
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from elftools.elf.elffile import ELFFile
-from packaging_tools import ROOT, Wheel, check, expected_names, install
+from kits.packaging_tools import ROOT, Wheel, check, expected_names, install
 
 # vLLM 0.26 pins 0.1.10; vLLM 0.33 and SGLang 0.5.16-0.5.23 0.1.11; tokenspeed-kernel 0.1.4
 # 0.1.13.post3. The last is whatever PyPI has in the range of pyproject.toml.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from packaging_tools import ROOT
+from kits.packaging_tools import ROOT
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 HOOKS = (ROOT / ".pre-commit-config.yaml").read_text()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from packaging_tools import check, compiled
+from kits.packaging_tools import check, compiled
 
-from dsv4_plugin.testing.topk.sweep import SOLO, UNITS_A_THREAD
+from benchmarks.tuning.sweep import SOLO, UNITS_A_THREAD
 
 
 class Choice(NamedTuple):

@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from packaging_tools import ROOT, Wheel, build, check, expected_names, run, without_nvcc
+from kits.packaging_tools import ROOT, Wheel, build, check, expected_names, run, without_nvcc
 
 
 def test_pure_wheel_is_for_any_platform_and_holds_no_binary(pure_wheel: Wheel, tree: Path) -> None:
@@ -122,11 +122,11 @@ def test_the_pure_wheel_installs_and_imports(installed: Path, tmp_path: Path) ->
 
 
 ENTRY_POINTS = {
-    "vllm.general_plugins": "dsv4_plugin.integrations.vllm:register",
-    "sglang.srt.plugins": "dsv4_plugin.integrations.sglang:register",
-    "tokenspeed.plugins": "dsv4_plugin.integrations.tokenspeed:register",
-    "tokenspeed_kernel.plugins": "dsv4_plugin.integrations.tokenspeed:register_kernels",
-    "console_scripts": "dsv4_plugin.cli:main",
+    "vllm.general_plugins": "dsv4_plugin.engines.vllm:register",
+    "sglang.srt.plugins": "dsv4_plugin.engines.sglang:register",
+    "tokenspeed.plugins": "dsv4_plugin.engines.tokenspeed:register",
+    "tokenspeed_kernel.plugins": "dsv4_plugin.engines.tokenspeed:register_kernels",
+    "console_scripts": "dsv4_plugin.cli.main:main",
 }
 
 

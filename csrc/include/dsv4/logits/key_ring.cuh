@@ -4,40 +4,13 @@
 
 #include <cstdint>
 
+#include "dsv4/common/async_copy.cuh"
 #include "dsv4/common/warp.cuh"
 #include "dsv4/logits/params.cuh"
 #include "dsv4/logits/score.cuh"
 #include "dsv4/logits/wgmma_e4m3.cuh"
 
 namespace dsv4 {
-
-// Copies 16 bytes, past the L1.
-__device__ __forceinline__ void copy_chunk(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)),
-               "l"(from)
-               : "memory");
-}
-
-// The same of a piece of keys: whatever lies beside it is not sent for to the L2.
-__device__ __forceinline__ void copy_piece_chunk(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_word(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void copies_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Returns when all but the last n groups of this thread's copies have arrived.
-template <int kPending>
-__device__ __forceinline__ void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 // Where chunk `chunk` (16 bytes) of row `row` (128 bytes) is kept; see mma_operand.
 __device__ __forceinline__ int swizzled(int row, int chunk) {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "dsv4/common/async_copy.cuh"
 #include "dsv4/common/warp.cuh"
 #include "dsv4/topk/params.cuh"
 
@@ -20,22 +21,28 @@ struct CandidateTopkParams : TopkParams {
   int32_t count;
 };
 
+struct CandidateWindow : RowWindow {
+  int32_t keys;  // of the row
+};
+
 // Where a row's list and its number of keys are found.
-struct CandidateWindow {
+struct CandidateSource {
   RowLengths::Place keys_at;
   const int32_t* list;
 
-  __device__ __forceinline__ CandidateWindow(const CandidateTopkParams& p, int32_t row)
+  __device__ __forceinline__ CandidateSource(const CandidateTopkParams& p, int32_t row)
       : keys_at(p.lengths.place(row)), list(p.candidates + row * p.candidate_stride) {}
 
-  __device__ __forceinline__ RowWindow read(const CandidateTopkParams& p) const {
+  __device__ __forceinline__ CandidateWindow read(const CandidateTopkParams& p) const {
     int32_t last = list[p.count - 1];  // on its way together with the number of keys
-    int64_t keys = p.lengths.read(keys_at);
-    keys = keys < 0 ? 0 : keys > INT32_MAX ? INT32_MAX : keys;
-    const int64_t pieces = ceil_div(keys, kCandidateKeys);
+    const int64_t length = p.lengths.read(keys_at);
+    const int32_t keys = static_cast<int32_t>(length < 0           ? 0
+                                              : length > INT32_MAX ? INT32_MAX
+                                                                   : length);
+    const auto pieces = static_cast<int32_t>((keys + (kCandidateKeys - 1u)) / kCandidateKeys);
     int32_t held = p.count;
     if (pieces < held) {
-      held = static_cast<int32_t>(pieces);
+      held = pieces;
       last = held > 0 ? list[held - 1] : -1;
     }
     if (last < 0) {
@@ -43,15 +50,16 @@ struct CandidateWindow {
       held = find_end(list, held > 0 ? held - 1 : 0);
       last = held > 0 ? list[held - 1] : 0;
     }
-    const int64_t left = keys - int64_t{last} * kCandidateKeys;
-    const int64_t seen = left < 0 ? 0 : left > kCandidateKeys ? kCandidateKeys : left;
-    const int32_t length = held > 0 ? (held - 1) * kCandidateKeys + static_cast<int32_t>(seen) : 0;
-    return {0, static_cast<int32_t>(__reduce_max_sync(kFullWarp, length))};
+    const int32_t seen = last < pieces ? min(keys - last * kCandidateKeys, kCandidateKeys) : 0;
+    const int32_t length_seen = held > 0 ? (held - 1) * kCandidateKeys + seen : 0;
+    // The sum's place is a uniform register, which the loops over the row are glad of.
+    const auto uniform = static_cast<int32_t>(__reduce_max_sync(kFullWarp, length_seen));
+    return {{0, uniform}, keys};
   }
 
  private:
   // The first of the list's entries below `end` that is below zero, or `end`. Rare. All threads do
-  // the same, one entry after the other, so that the length stays in a uniform register.
+  // the same, one entry after the other.
   static __device__ __forceinline__ int32_t find_end(const int32_t* list, int32_t end) {
     int32_t begin = 0;
 #pragma unroll 1
@@ -71,20 +79,32 @@ struct CandidateWindow {
 // list holds.
 struct CandidateOutput : RowOutput {
   const int32_t* list;
-  int64_t keys;
+  int32_t keys;
 
-  __device__ __forceinline__ CandidateOutput(const CandidateTopkParams& p, int32_t row)
-      : RowOutput(p, row),
+  __device__ __forceinline__ CandidateOutput(const CandidateTopkParams& p, int32_t row,
+                                             const CandidateWindow& window)
+      : RowOutput(p, row, window),
         list(p.candidates + row * p.candidate_stride),
-        keys(p.lengths.of(row)) {}
+        keys(window.keys) {}
 
-  // Sends for the list of a row of `length` columns.
-  __device__ __forceinline__ void fetch_pages(int32_t length, uint32_t rank, uint32_t ranks) const {
-    const int32_t entry = (rank + threadIdx.x * ranks) * 32;
-    if (entry * kCandidateKeys < length) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(list + entry));
-    }
+  // The same by what start() has kept in shared memory, after the CTA has met.
+  __device__ __forceinline__ CandidateOutput(const CandidateTopkParams& p, int32_t row,
+                                             const int32_t* kept)
+      : RowOutput(p, row, kept), list(kept + 4), keys(*kept) {}
+
+  // Begins to bring the list of a row of `length` columns to shared memory.
+  static __device__ __forceinline__ void start(const CandidateTopkParams& p, int32_t row,
+                                               const CandidateWindow& window, int32_t* kept,
+                                               uint32_t, uint32_t) {
+    const int32_t* list = p.candidates + row * p.candidate_stride;
+    if (threadIdx.x == 0) *kept = window.keys;
+    const int32_t held = (window.length + kCandidateKeys - 1) / kCandidateKeys;
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < held; i += blockDim.x) copy_word(kept + 4 + i, list + i);
+    copies_commit();
   }
+
+  static __device__ __forceinline__ void started() { copies_wait<0>(); }
 
   __device__ __forceinline__ int32_t position(int32_t column) const {
     if (column < 0) return -1;
@@ -106,10 +126,14 @@ struct CandidateOutput : RowOutput {
 
 struct CandidateForm {
   using Params = CandidateTopkParams;
+  using Source = CandidateSource;
   using Window = CandidateWindow;
   using Output = CandidateOutput;
   static constexpr bool kLooksUp = true;
   static constexpr bool kSorts = false;
+
+  // Bytes of shared memory that Output::start fills.
+  static size_t kept_bytes(const Params& p) { return (4 + p.count) * sizeof(int32_t); }
 };
 
 }  // namespace dsv4

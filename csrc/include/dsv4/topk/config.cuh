@@ -25,6 +25,7 @@ struct TopkPlan {
   uint32_t received;  // histograms that the peers send
   uint32_t staging;   // indices before they are written
   uint32_t entries;   // pairs of score and index to sort
+  uint32_t kept;      // what a form keeps of the row
 };
 
 // Form: RowForm, or CandidateForm of candidates.cuh.

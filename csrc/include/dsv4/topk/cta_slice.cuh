@@ -23,6 +23,7 @@ struct TopkSlice {
   static_assert(Config::kMaxUnits * kUnit < 1 << (32 - kEqualShift), "all may be equal");
 
   using Params = typename Config::Form::Params;
+  using Output = typename Config::Form::Output;
 
   const Params& p;
   const TopkPlan& plan;
@@ -67,6 +68,9 @@ struct TopkSlice {
   }
   __device__ __forceinline__ int32_t* staging() const {
     return reinterpret_cast<int32_t*>(at(plan.staging));
+  }
+  __device__ __forceinline__ int32_t* kept() const {
+    return reinterpret_cast<int32_t*>(at(plan.kept));
   }
   __device__ __forceinline__ int32_t* out() const { return p.out + row * p.out_stride; }
 
@@ -197,6 +201,7 @@ struct TopkSlice {
   // After the last write: what went through shared memory.
   __device__ __forceinline__ void finish(const Threshold& t) const {
     if (!plan.staged) return;
+    Output::started();
     __syncthreads();
     uint32_t first = 0;  // this CTA's positions are a run
     uint32_t last = p.k;
@@ -207,7 +212,7 @@ struct TopkSlice {
       first = t.lower_above + min(equal, t.need);
       last = t.lower_above + (all & kAboveMask) + min(equal + (all >> kEqualShift), t.need);
     }
-    const typename Config::Form::Output output(p, row);
+    const Output output(p, row, kept());
     const int32_t* staged = staging();
     if constexpr (Config::Form::kSorts) {
       if (p.sort) {

@@ -59,7 +59,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   }
   __syncthreads();
   const int32_t row = Config::kCluster ? blockIdx.x / cluster.size : blockIdx.x;
-  const typename Config::Form::Window source(p, row);
+  const typename Config::Form::Source source(p, row);
   const auto* scores =
       static_cast<const typename Policy::Scalar*>(p.logits) + row * p.logits_stride;
   pdl_wait();
@@ -67,13 +67,14 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   // would crowd those of one launch onto few multiprocessors (128 x 8K: 5.3 us instead of 4.0).
   pdl_launch_dependents();
 
-  const RowWindow window = source.read(p);
+  const typename Config::Form::Window window = source.read(p);
   if (cluster.rank == 0) p.write_count(row, window.length);
   bool joined = false;
   if (window.length <= p.k) {
-    if (cluster.rank == 0) Output(p, row).write_all(window.length, p.k);
+    if (cluster.rank == 0) Output(p, row, window).write_all(window.length, p.k);
   } else {
-    Output(p, row).fetch_pages(window.length, cluster.rank, cluster.size);
+    Output::start(p, row, window, reinterpret_cast<int32_t*>(memory + plan.kept), cluster.rank,
+                  cluster.size);
     const RowUnits<Policy> units(scores, window);
     const bool together = Config::kCluster && units.count > plan.solo_units;
     if (!together) cluster.size = 1;
@@ -94,6 +95,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
       }
     }
   }
+  Output::started();
   if constexpr (Config::kCluster) {
     if (!joined) cluster_wait();  // no CTA leaves the start-up barrier half done
   }

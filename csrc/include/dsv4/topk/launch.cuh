@@ -22,7 +22,8 @@ constexpr int kScattered = 1024;
 
 // Shared memory of one call, in bytes; fills in the plan's offsets.
 template <class Config>
-inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, TopkPlan* plan) {
+inline size_t shared_bytes(const typename Config::Form::Params& p, int cluster, int64_t units,
+                           TopkPlan* plan) {
   using Policy = typename Config::Policy;
   const int64_t slice = ceil_div(units, cluster);
   int64_t longest = slice > plan->solo_units ? slice : plan->solo_units;
@@ -55,7 +56,9 @@ inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, Topk
     bytes += entries * sizeof(uint64_t);
   }
   const size_t wide = sizeof(TopkSmem<Config>) + TopkWideSmem<Config::kThreads>::bytes(p.sort);
-  return bytes > wide ? bytes : wide;
+  bytes = bytes > wide ? bytes : wide;
+  plan->kept = static_cast<uint32_t>(align(bytes));
+  return plan->kept + Config::Form::kept_bytes(p);
 }
 
 // Lets the kernel use what the device has. Once a device.

@@ -2,6 +2,7 @@
 // scores, and write a row's answer.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "dsv4/common/row_lengths.cuh"
@@ -85,22 +86,30 @@ struct RowOutput {
   int32_t page_count;
   Divisor page_size;
 
-  __device__ __forceinline__ RowOutput(const TopkParams& p, int32_t row)
+  // `window` is what the source read, or what start() kept of it: other forms need it.
+  template <class Any>
+  __device__ __forceinline__ RowOutput(const TopkParams& p, int32_t row, const Any& window)
       : out(p.out + row * p.out_stride),
         out_raw(p.out_raw == nullptr ? nullptr : p.out_raw + row * p.out_raw_stride),
         pages(p.page_table + p.page_group.divide(row) * p.page_table_stride),
         page_count(p.pages),
         page_size(p.page_size) {}
 
-  // Sends for the pages of a row of `length`, to the L2: when its indices are known, each waits for
-  // its page. `rank` of `ranks` CTAs; a thread has a line of 32 pages.
-  __device__ __forceinline__ void fetch_pages(int32_t length, uint32_t rank, uint32_t ranks) const {
-    if (page_size.value == 0) return;
+  // Sends for the row's pages, to the L2: when its indices are known, each waits for its page.
+  // `rank` of `ranks` CTAs; a thread has a line of 32 pages.
+  static __device__ __forceinline__ void start(const TopkParams& p, int32_t row,
+                                               const RowWindow& window, int32_t*, uint32_t rank,
+                                               uint32_t ranks) {
+    const RowOutput output(p, row, window);
+    if (output.page_size.value == 0) return;
     const int32_t page = (rank + threadIdx.x * ranks) * 32;
-    if (page < page_count && page <= page_size.divide(length - 1)) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(pages + page));
+    if (page < output.page_count && page <= output.page_size.divide(window.length - 1)) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(output.pages + page));
     }
   }
+
+  // What start() began has arrived, as far as this thread began it.
+  static __device__ __forceinline__ void started() {}
 
   // The pool slot of a row-local index: -1 for an index beyond the table (a length the caller's
   // table does not cover) and for one on a page that is none (a table padded with -1).
@@ -127,10 +136,13 @@ struct RowOutput {
 // The plain form: all columns of a row, written as indices or as slots.
 struct RowForm {
   using Params = TopkParams;
-  using Window = WindowSource;
+  using Source = WindowSource;
+  using Window = RowWindow;
   using Output = RowOutput;
   static constexpr bool kLooksUp = false;  // every chosen index, page table or not
   static constexpr bool kSorts = true;
+
+  static size_t kept_bytes(const Params&) { return 0; }
 };
 
 }  // namespace dsv4

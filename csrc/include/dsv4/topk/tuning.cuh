@@ -83,7 +83,7 @@ inline TopkChoice ctas(int cluster, TopkShape shape) {
 // The numbers come from sweeps on an H200 (132 multiprocessors): every shape and cluster, k 512 and
 // 2048, 1 ... 128 rows, buffers of 8K ... 256K columns, rows of 2K columns up to the full width,
 // behind their logits and after what else a server runs (`python -m
-// dsv4_plugin.testing.topk.sweep --behind-logits`) and alone (the same without the option). A plain
+// benchmarks.tuning.sweep --behind-logits`) and alone (the same without the option). A plain
 // number is the geometric mean, over the rows' lengths, of the time against the best choice for
 // each length; a number with us is a time. The first is that of the line, the second that of the
 // next best choice or of the former one. Where nothing else is said they are for bfloat16 and k

@@ -31,7 +31,8 @@ struct TopkWideSmem {
 // block's own. The window comes by value: a reference would keep the caller's in local memory.
 template <class Form, class Policy, int kThreads>
 __device__ __noinline__ void wide_select(const typename Form::Params& p, int32_t row,
-                                         const typename Policy::Scalar* scores, RowWindow window,
+                                         const typename Policy::Scalar* scores,
+                                         typename Form::Window window,
                                          void* memory) {
   const RowUnits<Policy> units(scores, window);
   constexpr int kWarps = kThreads / kWarpSize;
@@ -102,7 +103,7 @@ __device__ __noinline__ void wide_select(const typename Form::Params& p, int32_t
   equal = __reduce_add_sync(kFullWarp, lane < warp ? smem.equal[lane] : 0u);
 
   // 3. Ascending positions: everything above the threshold, and the first `need` of its equals.
-  const typename Form::Output output(p, row);
+  const typename Form::Output output(p, row, window);
   for (int32_t first = begin; first < end; first += kWarpSize) {
     const int32_t g = first + lane;
     typename Policy::Unit u = Policy::pad();
@@ -156,7 +157,7 @@ __global__ __launch_bounds__(kThreads) void topk_wide_kernel(const __grid_consta
   const RowWindow window = source.read(p);
   p.write_count(row, window.length);
   if (window.length <= p.k) {
-    RowOutput(p, row).write_all(window.length, p.k);
+    RowOutput(p, row, window).write_all(window.length, p.k);
   } else {
     wide_select<RowForm, Policy, kThreads>(p, row, scores, window, &smem);
   }

@@ -1,0 +1,1 @@
+"""Tools for maintainers; they run from a checkout and are not in the wheel."""

@@ -1,0 +1,139 @@
+"""What both engines share: variants of the settings, one measured call, how an answer is judged."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+import dsv4_plugin
+from dsv4_plugin.cli.bench.logits.chain import shared
+from dsv4_plugin.cli.checks.timing import time_graph
+from dsv4_plugin.envs import VARIABLES
+from dsv4_plugin.state import state
+
+__all__ = [
+    "OFF",
+    "VARIANTS",
+    "Part",
+    "Row",
+    "agreement",
+    "measured",
+    "settings",
+    "stands_in",
+    "use",
+]
+
+Row = dict[str, Any]
+OFF = "off"
+
+# With the plugin: what selects, and who writes the scores.
+VARIANTS: dict[str, dict[str, str]] = {
+    "fp32": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "host"},
+    "bf16": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "host"},
+    "fp32 own": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "own"},
+    "bf16 own": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "own"},
+}
+
+
+@dataclasses.dataclass
+class Part:
+    """One thing to run; ``run`` returns its results."""
+
+    name: str
+    run: Callable[[], list[Row]]
+
+    def __str__(self) -> str:
+        """Return its name."""
+        return self.name
+
+
+def settings(values: Mapping[str, str], device: str) -> None:
+    """Put the plugin's settings of a variant into the environment, and no others."""
+    for variable in VARIABLES:
+        os.environ.pop(variable.name, None)
+    if values:
+        os.environ.update({"DSV4_PLUGIN": "1", "DSV4_STRICT": "1", **values})
+        if device == "cpu":
+            os.environ["DSV4_BACKEND"] = "torch"
+
+
+def use(variant: str, forget: Callable[[], None], device: str) -> None:
+    """Put a variant's settings in force; ``forget`` makes the adapter decide anew."""
+    settings(VARIANTS[variant], device)
+    forget()
+
+
+def stands_in(known: Mapping[str, str], modules: Iterable[str]) -> dict[str, str]:
+    """Return what is not the engine's own, with the modules that are empty."""
+    return {**known, **dict.fromkeys(modules, "an empty module: nothing of it is called")}
+
+
+def agreement(off: torch.Tensor | None, found: torch.Tensor, columns: int) -> Row:
+    """Return how far an answer agrees with ``off``, the engine's without the plugin, if any."""
+    if off is None:
+        return {}
+    mean, worst = shared(off, found, columns)
+    return {"agreement": round(mean, 6), "agreement_worst": round(worst, 6)}
+
+
+def measured(
+    call: Callable[[], Any],
+    soil: Callable[[], Any],
+    answer: Callable[[], torch.Tensor],
+    judge: Callable[[torch.Tensor], Row],
+    arguments: argparse.Namespace,
+    *,
+    graph: bool = True,
+    ours: bool = True,
+) -> tuple[Row, torch.Tensor]:
+    """Call eagerly and judge; capture, replay and compare; time. Returns the row and the answer.
+
+    ``answer`` gives the sorted set that the outputs hold now. Ours must be the same in the graph.
+    """
+    state.counters.clear()
+    soil()
+    call()
+    first = answer().clone()
+    row: Row = {"graph": False, "us": None, **judge(first)}
+    row["counters"] = dict(dsv4_plugin.status()["counters"])
+    if arguments.device != "cuda":
+        row["us"] = _eager(call, False)
+        return row, first
+    if graph:
+        held = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(held):
+            call()
+        soil()
+        held.replay()
+        torch.cuda.synchronize()
+        row["same_in_graph"] = torch.equal(answer(), first)
+        row["graph"] = True
+        row["us"] = round(
+            time_graph([call], launches=arguments.launches, replays=arguments.replays), 3
+        )
+    else:
+        row["us"] = _eager(call, True)
+    if ours and not row.get("same_in_graph", True):
+        row["right"] = False
+    return row, first
+
+
+def _eager(call: Callable[[], Any], synchronise: bool) -> float:
+    times = []
+    for _ in range(5 if synchronise else 1):
+        if synchronise:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        if synchronise:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) * 1e6)
+    return round(statistics.median(times), 3)

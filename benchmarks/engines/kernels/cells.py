@@ -1,0 +1,171 @@
+"""What a cell of ``bench adapters`` is, and how its answers are judged.
+
+A cell is one call of an engine with the tensors of one shape. Its runs are ours, which are the very
+functions that the adapters install, and the engine's own kernel for the same call.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+from dsv4_plugin import ops
+from dsv4_plugin.cli.bench.cells import Row
+from dsv4_plugin.cli.bench.topk.cases import Problem
+from dsv4_plugin.cli.bench.topk.check import Reference
+from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.shared.plan import Plan, Topk
+from dsv4_plugin.state import state
+
+__all__ = [
+    "Run",
+    "Scores",
+    "Task",
+    "backend_for",
+    "by_rounds",
+    "engaged",
+    "named",
+    "recall",
+    "shapes_of",
+    "verdict",
+]
+
+Judge = Callable[[], Row]
+
+
+@dataclasses.dataclass
+class Run:
+    """One implementation; ``judge`` says what is true of the outputs that ``call`` left."""
+
+    name: str
+    call: Callable[[], Any]
+    soil: Callable[[], Any]
+    judge: Judge
+    graph: bool = True  # False: it synchronises, so that it is timed call by call
+    ours: bool = False
+
+
+@dataclasses.dataclass
+class Task:
+    """A cell that is to be measured: its name in the results, and what draws its tensors."""
+
+    about: Row
+    make: Callable[[], list[Run]]
+
+    def __str__(self) -> str:
+        """Return the cell as progress lines and the results file show it."""
+        a = self.about
+        k = f" k {a['k']}" if a.get("k") else ""
+        return f"{a['suite']} {a['call']}{k} {a['rows']} x {a['columns']}"
+
+
+def by_rounds(tasks: Sequence[Task]) -> list[Task]:
+    """Return the first cell of every call, then the second of every call, and so on.
+
+    A run that is cut short has something of each then.
+    """
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
+    rounds = []
+    for task in tasks:
+        call = task.about["suite"], task.about["call"]
+        rounds.append(seen[call])
+        seen[call] += 1
+    order = sorted(range(len(tasks)), key=rounds.__getitem__)  # stable: calls stay in their order
+    return [tasks[i] for i in order]
+
+
+def shapes_of(
+    shapes: Sequence[tuple[int, int]], rows: Sequence[int], columns: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Return the shapes that the arguments leave; both together replace them."""
+    if rows and columns:
+        return [(r, c) for r in rows for c in columns]
+    return [(r, c) for r, c in shapes if (not rows or r in rows) and (not columns or c in columns)]
+
+
+def backend_for(device: str) -> str:
+    """Ours: the kernels, or the torch reference in a dry run."""
+    return "cuda" if device == "cuda" else "torch"
+
+
+def named(topk: Topk) -> str:
+    """Name one of ours: the dtype of the scores, and who writes them where that is a choice."""
+    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[topk.dtype]
+    return f"dsv4 {dtype}{' own logits' if topk.logits == 'own' else ''}"
+
+
+@contextlib.contextmanager
+def engaged() -> Iterator[None]:
+    """The adapters behave as in a process that switched the plugin on, strictly."""
+    before = plan.current()
+    plan.decide(Plan(True, strict=True))
+    try:
+        yield
+    finally:
+        plan.decide(before)
+        state.reset()
+
+
+class Scores:
+    """Notes the scores that our top-k gets in a call, to judge its answer by them."""
+
+    def __init__(self) -> None:
+        self.problem: Problem | None = None
+
+    def watching(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """Wrap ``call``; under capture nothing is noted, the scores are those of eager calls."""
+        real = ops.topk
+
+        @functools.wraps(real)
+        def topk(logits: torch.Tensor, lengths: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not (logits.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self.problem = Problem(logits, lengths, kwargs.get("row_starts"))
+            return real(logits, lengths, *args, **kwargs)
+
+        def watched() -> None:
+            with mock.patch.object(ops, "topk", topk):
+                call()
+
+        return watched
+
+    def judge(self, local: torch.Tensor) -> Row:
+        """Judge row-local indices by the scores that were noted."""
+        if self.problem is None:
+            return {"exact": False, "why": "no scores were seen"}
+        k = local.shape[1]
+        return verdict(Reference(self.problem, k), local, ties=True)
+
+
+def verdict(reference: Reference, local: torch.Tensor, *, ties: bool) -> Row:
+    """Return what a results row says of an answer."""
+    found = reference.judge(local, local.shape[1], ties=ties)
+    row: Row = {"exact": found.exact}
+    if ties:
+        row["lowest_index"] = found.ties
+    if found.why:
+        row["why"] = found.why
+    return row
+
+
+def recall(truth: list[torch.Tensor], rows: list[int], local: torch.Tensor) -> Row:
+    """Return which share of the best by float64 scores an answer has: the mean and the worst row.
+
+    ``truth`` has for each of ``rows`` the scores of its columns.
+    """
+    shares = []
+    k = local.shape[1]
+    for row, scores in zip(rows, truth, strict=True):
+        best = scores.topk(min(k, len(scores))).indices
+        chosen = torch.zeros(len(scores) + 1, dtype=torch.bool, device=local.device)
+        index = local[row].long()
+        bad = (index < 0) | (index >= len(scores))
+        chosen[torch.where(bad, len(scores), index)] = True
+        shares.append(float(chosen[best].float().mean()) if len(best) else 1.0)
+    return {"recall": round(sum(shares) / len(shares), 6), "recall_worst": round(min(shares), 6)}

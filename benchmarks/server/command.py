@@ -1,0 +1,323 @@
+"""``python -m benchmarks.server``: servers side by side, the steps in turn, one results file.
+
+All servers run at the same time on one GPU, each with its own weights and cache; only one is asked
+at a time, so that what the GPU does is that one's. This takes half the time of one after the
+other, and A and B meet the same clocks: every figure comes from pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.server import measure
+from benchmarks.server.options import about, add_common, engine, make_server, number, parsed, place
+from benchmarks.server.server import ServerError
+
+__all__ = ["bases", "main", "parse_server", "summarise"]
+
+RESERVE_S = 12  # to stop, reduce traces and write
+LONG = 512 << 10
+COMPUTABLE = 256 << 10  # tokens that are computed where copying was wished for and failed
+
+
+def parse_server(text: str) -> tuple[str, dict[str, str]]:
+    """Return ``NAME:VARIABLE=VALUE,…`` as name and environment."""
+    name, _, rest = text.partition(":")
+    pairs = [p.partition("=") for p in rest.split(",") if p]
+    if not name or any(not key or not equals for key, equals, _ in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME or NAME:VARIABLE=VALUE,…")
+    return name, {key: value for key, _, value in pairs}
+
+
+def _arguments(text: str) -> tuple[str, list[str]]:
+    name, equals, rest = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=ARGUMENTS")
+    return name, shlex.split(rest)
+
+
+def _crowd(text: str) -> tuple[int, int]:
+    context, _, count = text.partition(":")
+    return number(context), int(count)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.server", description=__doc__.splitlines()[0]
+    )
+    add_common(p, port=8100, ready=600, kv_gib=10.2, max_model_len=1 << 20)
+    add = p.add_argument
+    add(
+        "--server", type=parse_server, action="append", metavar="NAME[:VAR=VALUE,…]",
+        help="a server and its environment; the first is what the others are compared with "
+        "(default: off:DSV4_PLUGIN=0 and on:DSV4_PLUGIN=1)",
+    )  # fmt: skip
+    add(
+        "--arguments", type=_arguments, action="append", default=[], metavar="NAME=ARGUMENTS",
+        help="further arguments of vllm serve for this server; it is compared with the first "
+        "server that has the same",
+    )  # fmt: skip
+    add("--contexts", type=number, nargs="*", default=[8 << 10, 64 << 10, 128 << 10],
+        help="time per token at batch 1 with so many tokens of context")  # fmt: skip
+    add("--concurrent", type=_crowd, nargs="*", default=[], metavar="CONTEXT:REQUESTS",
+        help="the same with several requests, each with a context of its own")  # fmt: skip
+    add("--ttft", type=number, nargs="*", default=[], help="time to the first token")
+    add("--profile", type=number, nargs="*", default=[],
+        help="kernel times at these of the contexts, of every number of requests")  # fmt: skip
+    add("--outputs", type=int, nargs="*", default=[], metavar="TOKENS",
+        help="compare greedy answers to prompts of these lengths")  # fmt: skip
+    add("--pairs", type=int, default=5, help="measurements of each server (default: 5)")
+    add("--tokens", type=int, default=96, help="timed tokens of a measurement (96)")
+    add("--copy-contexts", action="store_true",
+        help="make long contexts by copying cache pages instead of by prefill")  # fmt: skip
+    add("--checkpoint", action="store_true",
+        help="the model folder has weights: load them (default: random ones)")  # fmt: skip
+    add("--max-num-seqs", type=int, default=16)
+    add("--budget", type=float, default=3600, help="begin no step after so many seconds")
+    return p
+
+
+class Run:
+    """One run: the servers, the clock and the results file."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.a = arguments
+        self.began = time.monotonic()
+        self.results: dict[str, Any] = {
+            "complete": False,
+            "command": ["python", "-m", "benchmarks.server", *sys.argv[1:]],
+            "tpot_ms": [],
+            "ttft_s": [],
+            "profiles": [],
+            "skipped": [],
+        }
+        config = json.loads((arguments.model / "config.json").read_text())
+        self.layers = config.get("compress_ratios", []).count(4) or config["num_hidden_layers"]
+        self.results["model"] = {
+            k: config.get(k)
+            for k in ("num_hidden_layers", "n_routed_experts", "index_topk", "index_n_heads",
+                      "compress_ratios", "hidden_size", "expert_dtype")
+        }  # fmt: skip
+        wished = arguments.server or [
+            ("off", {"DSV4_PLUGIN": "0"}),
+            ("on", {"DSV4_PLUGIN": "1"}),
+        ]
+        share = 0.85 / len(wished)
+        serve = [
+            *engine(arguments, max_num_seqs=arguments.max_num_seqs, memory_share=share),
+            *(["--load-format", "auto"] if arguments.checkpoint else []),
+            *arguments.serve,
+        ]
+        own = dict(arguments.arguments)
+        if unknown := sorted(set(own) - {name for name, _ in wished}):
+            parser().error(f"--arguments {unknown[0]}: no --server has this name")
+        self.bases = bases([(name, own.get(name, [])) for name, _ in wished])
+        self.servers = [
+            make_server(arguments, folder, i, name, environment, [*serve, *own.get(name, [])])
+            for i, (name, environment) in enumerate(wished)
+        ]
+        self.traces = measure.Traces(self.layers)
+        self.copies = True
+
+    def say(self, text: str) -> None:
+        """Show progress."""
+        print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
+
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.a.budget - RESERVE_S - (time.monotonic() - self.began)
+
+    def save(self) -> None:
+        """Write the results."""
+        self.results["seconds"] = round(time.monotonic() - self.began, 1)
+        part = self.a.json.with_suffix(".part")
+        part.write_text(json.dumps(self.results, indent=1) + "\n")
+        part.replace(self.a.json)
+
+    def step(self, name: str, work: Callable[[], None], needs: float = 5) -> None:
+        """Do one step if there is time; an error is noted, and ends the run only with a server."""
+        if self.left() < needs:
+            self.results["skipped"].append(f"{name}: {self.left():.0f} s were left")
+            self.say(f"{name}: skipped")
+            return
+        before = time.monotonic()
+        try:
+            work()
+            self.say(f"{name}: {time.monotonic() - before:.1f} s")
+        except Exception as error:
+            self.results["skipped"].append(f"{name}: {type(error).__name__}: {error}"[:1500])
+            self.say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+            gone = [s for s in self.servers if not s.alive()]
+            if gone:
+                raise ServerError(
+                    f"{gone[0].name} ended during {name}\n{gone[0].errors()}"
+                ) from error
+        self.save()
+
+    def run(self) -> None:
+        """Start, measure, stop."""
+        try:
+            for server in self.servers:
+                server.start(weights=not self.a.checkpoint)
+            self.results |= about(self.a.commit)
+            self.save()
+            deadline = self.began + min(self.a.ready, self.a.budget - RESERVE_S)
+            for server in self.servers:
+                server.wait(deadline)
+                self.say(f"{server.name} serves after {server.ready_s} s")
+            self.measure()
+            self.results["complete"] = not self.results["skipped"]
+        except ServerError as error:
+            self.results["error"] = str(error)[:4000]
+            self.say(str(error)[:3000])
+        finally:
+            self.results["servers"] = {s.name: s.about() for s in self.servers}
+            for server in self.servers:
+                server.stop()
+            for case, by_server in self.traces.results().items():
+                context, count = map(int, case.split("x"))
+                self.results["profiles"].append(
+                    {"context": context, "concurrency": count, "servers": by_server}
+                )
+            self.results["summary"] = summarise(self.results, self.bases)
+            self.save()
+
+    def measure(self) -> None:
+        """The steps, in the order of their worth."""
+        a, servers, results = self.a, self.servers, self.results
+        until = time.monotonic() + self.left() / 3
+
+        def warm() -> None:
+            results["warm_up_s"] = measure.warm(servers, a.max_num_seqs, until)
+
+        def outputs() -> None:
+            results["outputs"] = measure.outputs(servers, a.outputs, 64, bases=self.bases)
+
+        self.step("warm-up", warm)
+        if a.outputs:
+            self.step("outputs", outputs, 15)
+        for context in a.contexts:
+            work = functools.partial(self._context, context, 1)
+            self.step(f"context {context}", work, 15 + context / 80_000)
+        for context, count in a.concurrent:
+            work = functools.partial(self._context, context, count)
+            self.step(f"context {context} x {count}", work, 20 + context * count / 20_000)
+        for context in a.ttft:
+            needs = 10 + len(servers) * min(a.pairs, 3) * context / 12_000
+            self.step(f"TTFT {context}", functools.partial(self._ttft, context), needs)
+
+    def _context(self, context: int, count: int) -> None:
+        a = self.a
+        long = context > 2 * measure.CHUNK
+        if a.copy_contexts and not self.copies and context * count > COMPUTABLE:
+            raise RuntimeError("copying contexts failed before; too long to be computed")
+        # What does not fit is prefilled again at every turn, and never decodes side by side.
+        needed = count * (context + measure.TAIL + a.tokens)
+        for server in self.servers:
+            held = server.cache_tokens()
+            if held is not None and needed > held:
+                raise RuntimeError(
+                    f"{needed:,} tokens of cache are needed, {server.name} has {held:,} (--kv-gib)"
+                )
+        before = time.monotonic()
+        prompts, how = measure.contexts(
+            self.servers, context, count, a.copy_contexts and self.copies
+        )
+        self.copies = self.copies and (how == "copied" or not long)
+        made = time.monotonic() - before
+        # A long prompt costs seconds a request before its first token, cached or not.
+        pairs = a.pairs if count == 1 and context < LONG else min(a.pairs, 3)
+        apart = measure.unseen(self.servers, prompts, 16)
+        tokens = measure.tokens_to_ask(a.tokens, apart, context)
+        figures = measure.tpot(self.servers, prompts, tokens, pairs)
+        self.results["tpot_ms"].append(
+            {
+                "context": context + measure.TAIL,
+                "concurrency": count,
+                "context_made": how,
+                "context_s": round(made, 2),
+                "apart_s": round(apart, 3),
+                "tokens": tokens,
+                "servers": figures,
+            }
+        )
+        shown = ", ".join(f"{n} {statistics.median(v):.3f}" for n, v in figures.items())
+        self.say(f"{context} x {count} ({how} in {made:.1f} s): ms a token: {shown}")
+        self.save()
+        if context in a.profile:
+            for server in self.servers:
+                case = f"{context + measure.TAIL}x{count}"
+                if wrong := measure.profile(server, prompts, 14, case, self.traces):
+                    raise RuntimeError(wrong)
+
+    def _ttft(self, context: int) -> None:
+        figures = measure.ttft(self.servers, context, min(self.a.pairs, 3))
+        self.results["ttft_s"].append({"context": context, "servers": figures})
+        shown = ", ".join(f"{n} {statistics.median(v):.3f}" for n, v in figures.items())
+        self.say(f"TTFT {context}: {shown} s")
+
+
+def bases(servers: Sequence[tuple[str, Sequence[str]]]) -> dict[str, str]:
+    """Return with which server each other one is compared: the first with the same arguments."""
+    first: dict[tuple[str, ...], str] = {}
+    found = {}
+    for name, arguments in servers:
+        base = first.setdefault(tuple(arguments), name)
+        if base != name:
+            found[name] = base
+    return found
+
+
+def summarise(results: dict[str, Any], bases: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return each figure of each server beside that of its base, with the ratio."""
+    rows = []
+    for kind in ("tpot_ms", "ttft_s"):
+        for entry in results[kind]:
+            for name, base in bases.items():
+                a, b = entry["servers"][base], entry["servers"][name]
+                rows.append(
+                    {
+                        "figure": kind,
+                        "context": entry["context"],
+                        "concurrency": entry.get("concurrency", 1),
+                        base: round(statistics.median(a), 4),
+                        name: round(statistics.median(b), 4),
+                        **measure.paired(a, b),
+                    }
+                )
+    for entry in results["profiles"]:
+        for name, base in bases.items():
+            a, b = entry["servers"].get(base, {}), entry["servers"].get(name, {})
+            if "chain_us_layer" in a and "chain_us_layer" in b:
+                rows.append(
+                    {
+                        "figure": "chain_us_layer",
+                        "context": entry["context"],
+                        "concurrency": entry["concurrency"],
+                        base: a["chain_us_layer"],
+                        name: b["chain_us_layer"],
+                        "ratio": round(b["chain_us_layer"] / a["chain_us_layer"], 4),
+                    }
+                )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0 if every step was done."""
+    arguments = parsed(parser(), argv)
+    with place(arguments) as folder:
+        run = Run(arguments, folder)
+        run.run()
+        for row in run.results["summary"]:
+            print(json.dumps(row))
+    return 0 if run.results["complete"] else 1

@@ -1,0 +1,327 @@
+"""Failure drills on live servers: ``python -m benchmarks.server.drills``.
+
+Every drill is a server of its own in which one thing is broken. It passes if the server starts and
+is there at the end, if every request is answered in full and in time, if one clear line of the
+plugin's says what happened, if the counters show who served, and, where upstream's code has to
+serve and repeats its own answers, if they are upstream's. Requests of many lengths come at the same
+time, so prefill in chunks and decode meet in one step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dsv4_plugin
+from benchmarks.server.client import at_once, random_prompt
+from benchmarks.server.measure import agreement
+from benchmarks.server.options import about, add_common, engine, make_server, parsed, place
+from benchmarks.server.server import Server, ServerError
+
+__all__ = ["BASE", "DRILLS", "Drill", "main"]
+
+BASE = "off"
+CROWD = (40, 300, 600, 2500, 3000, 5000, 9000, 12000)  # tokens of the prompts sent at once
+ALONE = (1000, 3000, 9000)  # and one after the other: their answers are compared
+TOKENS = 32
+STATUS_S = 2.0  # until the status file has the last calls
+OURS = re.compile(r"\[dsv4[^]]*\] (.*)")
+LIBRARY = "_C.so"
+
+
+def _sleep(server: Server) -> None:
+    """Put the engine to sleep and wake it up."""
+    server.client.post("/sleep?level=1")
+    if not json.loads(server.client.read("/is_sleeping"))["is_sleeping"]:
+        raise RuntimeError("it does not sleep after /sleep")
+    server.client.post("/wake_up")
+
+
+@dataclass(frozen=True)
+class Drill:
+    """One server with one fault.
+
+    Attributes:
+        name: of the drill and its server.
+        what: what is broken.
+        says: the line that has to be in the log, once in each process.
+        environment: of the server.
+        arguments: of its ``vllm serve``.
+        counts: counters that must be above zero at the end.
+        never: counters that must be zero.
+        upstream: whether the answers must be those of :data:`BASE`, where it repeats its own.
+        library: whether the plugin has its compiled library.
+        act: done between two rounds of requests; the answers of both must be the same, likewise.
+    """
+
+    name: str
+    what: str
+    says: str
+    environment: dict[str, str] = field(default_factory=lambda: {"DSV4_PLUGIN": "1"})
+    arguments: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+    never: tuple[str, ...] = ("topk.decode", "topk.prefill", "logits.own")
+    upstream: bool = True
+    library: bool = True
+    act: Callable[[Server], None] | None = None
+
+
+def _fault(name: str) -> dict[str, str]:
+    return {"DSV4_PLUGIN": "1", "E2E_FAULT": name}
+
+
+_ALL = ("topk.decode", "topk.prefill", "logits.own", "gather")
+DRILLS = (
+    Drill(
+        BASE, "the kill switch, DSV4_PLUGIN=0, although --plugin dsv4 asks for the plugin",
+        r"DSV4_PLUGIN=0: nothing is patched", {"DSV4_PLUGIN": "0"},
+    ),
+    Drill(
+        "on", "nothing: the plugin serves",
+        r"top-k: bf16 by cuda", counts=_ALL, never=(), upstream=False,
+    ),
+    Drill(
+        "capability", "the plugin sees a GPU of compute capability 7.5",
+        r"top-k: upstream's \(.*compute capability 7\.5", _fault("capability"),
+        never=(*_ALL,),
+    ),
+    Drill(
+        "library", f"{LIBRARY} is not there",
+        rf"top-k: upstream's \(.*{re.escape(LIBRARY)}", library=False,
+    ),
+    Drill(
+        "seam", "a function of vLLM's that is patched has other parameters",
+        r"upstream's stays at topk\.prefill \(.*top_k_per_row_prefill", _fault("seam"),
+        counts=("gather",),
+    ),
+    Drill(
+        "topk", "the top-k raises at its first call",
+        r"topk failed at a call and was switched off \(RuntimeError: drill: topk\)",
+        _fault("topk"), counts=("topk.decode.upstream", "gather"),
+        never=("topk.decode", "topk.prefill"),
+    ),
+    Drill(
+        "logits", "the logits kernel raises at its first call",
+        r"topk failed at a call and was switched off \(RuntimeError: drill: logits\)",
+        _fault("logits"), counts=("topk.decode.upstream", "gather"), never=("topk.decode",),
+    ),
+    Drill(
+        "gather", "the gather of the keys raises at its first call",
+        r"gather failed at a call and was switched off \(RuntimeError: drill: gather\)",
+        _fault("gather"), counts=("topk.decode", "topk.prefill", "gather.upstream"),
+        never=("gather",), upstream=False,
+    ),
+    Drill(
+        "shadow", "nothing: upstream's selection runs beside ours in float32, on the same scores",
+        r"top-k: fp32 by cuda",
+        {"DSV4_PLUGIN": "1", "DSV4_TOPK": "fp32", "DSV4_SHADOW": "1"},
+        counts=("topk.decode", "topk.prefill"), never=(), upstream=False,
+    ),
+    Drill(
+        "sleep", "nothing: the engine sleeps (level 1) and wakes up between two rounds",
+        r"top-k: bf16 by cuda", {"DSV4_PLUGIN": "1", "VLLM_SERVER_DEV_MODE": "1"},
+        ("--enable-sleep-mode",), counts=_ALL, never=(), upstream=False, act=_sleep,
+    ),
+)  # fmt: skip
+
+
+@dataclass
+class Result:
+    """What a drill showed. ``wrong``: in words, why it did not pass."""
+
+    drill: Drill
+    server: Server
+    wrong: list[str] = field(default_factory=list)
+    alone: list[list[list[int]]] = field(default_factory=list)
+    answered: int = 0
+    sent: int = 0
+    lines: list[str] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
+    shadow: dict[str, Any] = field(default_factory=dict)
+
+    def note(self, text: str) -> None:
+        """Say that something went wrong."""
+        self.wrong.append(text)
+
+
+def _answers(result: Result, salt: str, timeout: float) -> None:
+    """Send a crowd of requests, and then a few alone."""
+    client = result.server.client
+
+    def one(prompt: list[int], label: str, ids: bool = False) -> list[int] | None:
+        result.sent += 1
+        try:
+            answer = client.complete(prompt, TOKENS, f"{label} {salt}", ids, timeout)
+        except Exception as error:  # lost, cut short, refused, or hanging
+            result.note(f"a request of {len(prompt)} tokens: {type(error).__name__}: {error}"[:300])
+            return None
+        result.answered += 1
+        return answer.tokens
+
+    at_once(lambda p: one(p, "crowd"), [random_prompt(n, 500 + n) for n in CROWD])
+    alone = [one(random_prompt(n, 900 + n), "alone", ids=True) for n in ALONE]
+    result.alone.append([tokens or [] for tokens in alone])
+
+
+def _look(result: Result) -> None:
+    """Look at the log and the counters."""
+    drill, server = result.drill, result.server
+    result.lines = sorted(
+        {m[1] for line in server.lines(OURS, 999, 4000) if (m := OURS.search(line))}
+    )
+    clear = [line for line in result.lines if re.search(drill.says, line)]
+    if len(clear) != 1:
+        result.note(f"{len(clear)} lines of the log say {drill.says!r}, not one")
+    for status in server.status():
+        for name, count in status.get("counters", {}).items():
+            result.counters[name] = result.counters.get(name, 0) + count
+        result.shadow.update(status.get("shadow") or {})
+    if silent := [name for name in drill.counts if not result.counters.get(name)]:
+        result.note(f"no call was counted as {', '.join(silent)}")
+    if served := [name for name in drill.never if result.counters.get(name)]:
+        result.note(f"calls were counted as {', '.join(served)}")
+    for kind in ("decode", "prefill") if "DSV4_SHADOW" in drill.environment else ():
+        seen = result.shadow.get(kind, {})
+        if not seen.get("rows") or seen.get("higher"):
+            result.note(f"the shadow of {kind} saw {seen}")
+
+
+def _run(result: Result, deadline: float, timeout: float) -> None:
+    """Wait for one server and do its drill."""
+    try:
+        result.server.wait(deadline)
+        _answers(result, "1", timeout)
+        if result.drill.act is not None:
+            result.drill.act(result.server)
+        _answers(result, "2", timeout)
+        if result.server.client.get("/health") != 200:
+            result.note("/health is not 200 at the end")
+        time.sleep(STATUS_S)
+    except (ServerError, OSError, RuntimeError) as error:
+        result.note(f"{type(error).__name__}: {error}"[:2000])
+    with contextlib.suppress(OSError):
+        _look(result)
+
+
+def _compare(result: Result, base: Result) -> dict[str, Any]:
+    """Compare answers with those of the base, where that one gives the same answer twice.
+
+    Over a random model it need not: its kernels add up in another order from call to call.
+    """
+    repeats = [a == b for a, b in zip(*base.alone, strict=True)] if len(base.alone) == 2 else []
+    last = [a.alone[-1] if a.alone else [] for a in (base, result)]
+    found = [agreement(a, b) if a and b else None for a, b in zip(*last, strict=False)]
+    if result.drill.upstream:
+        _all_same(result, repeats, found, "the answers are not upstream's")
+    if result.drill.act is not None and len(result.alone) == 2:
+        rounds = [agreement(a, b) if a and b else None for a, b in zip(*result.alone, strict=True)]
+        _all_same(result, repeats, rounds, "the answers of the two rounds differ")
+    return {"upstream_repeats_itself": repeats, "answers": found}
+
+
+def _all_same(result: Result, where: list[bool], found: list[Any], wrong: str) -> None:
+    differ = [
+        length
+        for length, counts, a in zip(ALONE, where, found, strict=False)
+        if counts and a is not None and not a["identical"]
+    ]
+    if differ:
+        result.note(f"{wrong}: prompts of {', '.join(map(str, differ))} tokens")
+
+
+def _without_library(server: Server) -> None:
+    """Put a copy of the package without its compiled library before the real one."""
+    shutil.copytree(
+        Path(dsv4_plugin.__file__).parent,
+        server.folder / "path" / "dsv4_plugin",
+        ignore=shutil.ignore_patterns(LIBRARY, "__pycache__"),
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.server.drills", description=__doc__.splitlines()[0]
+    )
+    add_common(p, port=8200, ready=300, kv_gib=2, max_model_len=32 << 10)
+    add = p.add_argument
+    names = [drill.name for drill in DRILLS]
+    add("--only", nargs="+", choices=names, default=names, metavar="DRILL",
+        help=f"these of {', '.join(names)}; {BASE} is always one")  # fmt: skip
+    add("--at-once", type=int, default=len(names), help="servers at a time (default: all)")
+    add("--timeout", type=float, default=120, help="seconds for one request (default: 120)")
+    return p
+
+
+def drill(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Do the drills and return the results."""
+    began = time.monotonic()
+    serve = [*engine(a, max_num_seqs=16, memory_share=0.05), "--plugin", "dsv4", *a.serve]
+    results = []
+    for i, each in enumerate(d for d in DRILLS if d.name == BASE or d.name in a.only):
+        arguments = [*serve, *each.arguments]
+        server = make_server(a, folder, i, each.name, each.environment, arguments)
+        results.append(Result(each, server))
+    for i in range(0, len(results), a.at_once):
+        some = results[i : i + a.at_once]
+        try:
+            for result in some:
+                if not result.drill.library:
+                    _without_library(result.server)
+                result.server.start()
+            deadline = time.monotonic() + a.ready
+            with ThreadPoolExecutor(len(some)) as pool:
+                list(pool.map(partial(_run, deadline=deadline, timeout=a.timeout), some))
+        finally:
+            at_once(lambda r: r.server.stop(), some)
+    found = []
+    for result in results:
+        compared = _compare(result, results[0])
+        print(f"{result.drill.name}: {'; '.join(result.wrong) or 'passed'}", flush=True)
+        found.append(
+            {
+                "name": result.drill.name,
+                "what": result.drill.what,
+                "passed": not result.wrong,
+                "wrong": result.wrong,
+                "requests": {"sent": result.sent, "answered": result.answered},
+                "environment": result.drill.environment,
+                "arguments": list(result.drill.arguments),
+                "ready_s": result.server.ready_s,
+                "said": [line[:600] for line in result.lines],
+                "counters": result.counters,
+                "shadow": result.shadow,
+                "compared": compared,
+            }
+        )
+    return {"drills": found, "seconds": round(time.monotonic() - began, 1)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0 if every drill passed."""
+    a = parsed(parser(), argv)
+    with place(a) as folder:
+        results = drill(a, folder)
+    results = {
+        "command": ["python", "-m", "benchmarks.server.drills", *sys.argv[1:]],
+        "complete": all(d["passed"] for d in results["drills"]),
+        **about(a.commit),
+        **results,
+    }
+    a.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if results["complete"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""The steps of a run: each takes the servers, alternates between them and returns plain data."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.server.client import at_once, random_prompt, time_per_token, together
+from benchmarks.server.server import Server
+from dsv4_plugin.cli.ab.intervals import ratio
+
+__all__ = [
+    "CHUNK",
+    "TAIL",
+    "Traces",
+    "agreement",
+    "contexts",
+    "outputs",
+    "profile",
+    "tokens_to_ask",
+    "tpot",
+    "ttft",
+    "unseen",
+    "warm",
+]
+
+CHUNK = 8192  # --max-num-batched-tokens
+# A context is whole chunks and this: the end of it is computed, whatever comes before is copied.
+TAIL = 512
+SETTLED = 1.2
+LEAD = 48  # tokens of an answer before those that are timed,
+LEAD_CONTEXT = 4096  # and one more for so many tokens of context
+FASTEST_S = 0.004  # no step of several requests is faster
+MOST_TOKENS = 2048
+CROWD_TOKENS = 256  # of each request while several are profiled
+CROWD_S = 0.2
+
+
+def warm(servers: Sequence[Server], batch: int, until: float) -> dict[str, list[float]]:
+    """Send prompts nobody has seen until the first token comes as fast as the time before.
+
+    Kernels are compiled on the way. Returns the seconds to each first token.
+    """
+    took: dict[str, list[float]] = {server.name: [] for server in servers}
+
+    def one(server: Server) -> None:
+        times = took[server.name]
+        seed = 1_000_000
+        while len(times) < 6 and time.monotonic() < until:
+            seed += 1
+            prompt = random_prompt(2 * CHUNK + TAIL, seed)
+            times.append(round(server.client.complete(prompt, 8).ttft, 3))
+            server.client.complete(prompt, 8)  # what is left when the prefix is cached
+            if len(times) > 1 and times[-1] * SETTLED > times[-2]:
+                break
+        prompts = [random_prompt(TAIL + 7 * i, seed + i) for i in range(batch)]
+        together([(server.client, p) for p in prompts], 24)
+
+    at_once(one, servers)
+    return took
+
+
+def outputs(
+    servers: Sequence[Server],
+    lengths: Sequence[int],
+    tokens: int,
+    times: int = 2,
+    bases: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Greedy answers to the same prompts, several times each, never from the prefix cache.
+
+    ``bases`` says with which server each other one is compared: the first, if not given.
+    """
+    prompts = [random_prompt(n, 77 + i) for i, n in enumerate(lengths)]
+    answers: dict[str, list[list[list[int]]]] = {server.name: [] for server in servers}
+
+    def one(server: Server) -> None:
+        for again in range(times):
+            answers[server.name].append(
+                [
+                    server.client.complete(p, tokens, f"outputs {again}", ids=True).tokens
+                    for p in prompts
+                ]
+            )
+
+    for server in servers:  # one after the other: nothing else on the GPU
+        one(server)
+    if bases is None:
+        bases = {server.name: servers[0].name for server in servers[1:]}
+    return {
+        "prompt_tokens": list(lengths),
+        "tokens": tokens,
+        "repeatable": {
+            name: [all(run[i] == runs[0][i] for run in runs) for i in range(len(prompts))]
+            for name, runs in answers.items()
+        },
+        "as_baseline": {
+            name: [agreement(answers[base][0][i], answers[name][0][i]) for i in range(len(prompts))]
+            for name, base in bases.items()
+        },
+        "token_ids": answers,
+    }
+
+
+def agreement(a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
+    """Return how far two answers are the same."""
+    same = [x == y for x, y in zip(a, b, strict=True)]
+    return {
+        "identical": all(same),
+        "first_difference": same.index(False) if False in same else None,
+        "share": round(sum(same) / len(same), 4),
+    }
+
+
+def contexts(
+    servers: Sequence[Server], context: int, count: int, copy: bool
+) -> tuple[list[list[int]], str]:
+    """Fill the caches of all servers with ``count`` contexts; returns prompts and how.
+
+    A context is made of whole chunks and :data:`TAIL` tokens. Up to two chunks it is computed. A
+    server in which copying fails computes the rest: that counts as computed.
+    """
+    prompts = [random_prompt(context + TAIL, 10 * context + i) for i in range(count)]
+    copy = copy and context > 2 * CHUNK
+    failed: list[str] = []
+
+    def one(server: Server) -> None:
+        server.copy_contexts(copy)
+        try:
+            for prompt in prompts:
+                server.client.complete(prompt, 2, timeout=600)
+            failed.extend([server.name] if copy and not server.copies else [])
+        finally:
+            server.copy_contexts(False)
+
+    at_once(one, servers)
+    if failed and len(failed) < len(servers):
+        raise RuntimeError(f"copying a context failed in {', '.join(failed)} only; see the log")
+    return prompts, "copied" if copy and not failed else "computed"
+
+
+def unseen(servers: Sequence[Server], prompts: Sequence[Sequence[int]], tokens: int) -> float:
+    """Answer the prompts, untimed; returns how many seconds apart the answers begin.
+
+    The first answers after a change of shape compile, allocate and fill caches, some of them one
+    after the other. Several prompts are answered twice, since that is not what is asked for.
+    """
+    apart = 0.0
+    for server in servers:
+        for _ in range(min(len(prompts), 2)):
+            answers = together([(server.client, p) for p in prompts], tokens)
+        firsts = [answer.times[0] for answer in answers]
+        apart = max(apart, max(firsts) - min(firsts))
+    return apart
+
+
+def lead(context: int) -> int:
+    """Return how many tokens of an answer are not timed.
+
+    The first ones come late and then at once: the longer the prompt, the longer the server is busy
+    with it while the GPU decodes already (more than a second with a million tokens).
+    """
+    return LEAD + context // LEAD_CONTEXT
+
+
+def tokens_to_ask(tokens: int, apart: float, context: int) -> int:
+    """Return how many tokens to ask for, so that ``tokens`` are timed while all are decoding.
+
+    ``apart``: how many seconds apart the answers begin.
+    """
+    return min(lead(context) + tokens + math.ceil(apart / FASTEST_S), MOST_TOKENS)
+
+
+def tpot(
+    servers: Sequence[Server], prompts: Sequence[Sequence[int]], tokens: int, pairs: int
+) -> dict[str, list[float]]:
+    """Milliseconds a token in turn: A B, B A, …; the prompts are in the prefix cache.
+
+    ``tokens`` of each answer, of which the first are not timed (:func:`lead`).
+    """
+    ahead = lead(max(map(len, prompts)))
+    found: dict[str, list[float]] = {server.name: [] for server in servers}
+    for pair in range(pairs):
+        for server in servers if pair % 2 == 0 else list(servers)[::-1]:
+            answers = together([(server.client, p) for p in prompts], tokens)
+            found[server.name].append(round(time_per_token(answers, ahead), 4))
+    return found
+
+
+def ttft(servers: Sequence[Server], context: int, pairs: int) -> dict[str, list[float]]:
+    """Seconds to the first token of a prompt that no cache has, computed, in turn."""
+    found: dict[str, list[float]] = {server.name: [] for server in servers}
+    for pair in range(pairs):
+        prompt = random_prompt(context, 5 * context + pair)
+        for server in servers if pair % 2 == 0 else list(servers)[::-1]:
+            salt = f"ttft {pair}"
+            found[server.name].append(round(server.client.complete(prompt, 1, salt).ttft, 4))
+    return found
+
+
+class Traces:
+    """Traces are reduced by child processes while the run goes on."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self._running: list[tuple[str, str, Path, subprocess.Popen[bytes]]] = []
+
+    def add(self, server: str, case: str, trace: Path) -> None:
+        """Begin to reduce one trace."""
+        out = trace.parent / f"{case}.reduced.json"
+        command = [
+            sys.executable, "-m", "benchmarks.server.trace", str(trace),
+            "--layers", str(self.layers), "--json", str(out),
+        ]  # fmt: skip
+        self._running.append((case, server, out, subprocess.Popen(command)))
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Wait for all of them; returns case → server → what :func:`.trace.reduce` returns."""
+        found: dict[str, dict[str, Any]] = {}
+        for case, server, out, process in self._running:
+            process.wait()
+            try:
+                result = json.loads(out.read_text())
+            except OSError:
+                result = {"error": f"the reduction ended with {process.returncode}"}
+            found.setdefault(case, {})[server] = result
+        return found
+
+
+def profile(
+    server: Server, prompts: Sequence[Sequence[int]], tokens: int, case: str, traces: Traces
+) -> str | None:
+    """Profile decoding of all prompts at once; returns what went wrong, or None.
+
+    ``tokens`` of one prompt. Several do not begin together: they get :data:`CROWD_TOKENS`, and the
+    profile lasts :data:`CROWD_S` from the moment the last of them has its first token.
+    """
+    before = {p.name for p in server.traces.iterdir()}
+    if len(prompts) == 1:
+        server.client.post("/start_profile", {})
+        try:
+            server.client.complete(prompts[0], tokens)
+        finally:
+            server.client.post("/stop_profile", {})
+    else:
+        _profile_crowd(server, prompts)
+    for _ in range(40):
+        new = [
+            p for p in server.traces.glob("*.json*")
+            if p.name not in before and ".reduced" not in p.name
+        ]  # fmt: skip
+        if new:
+            biggest = max(new, key=lambda p: p.stat().st_size)
+            time.sleep(0.2)
+            kept = server.traces / f"{case}{''.join(biggest.suffixes[-2:])}"
+            biggest.rename(kept)
+            traces.add(server.name, case, kept)
+            return None
+        time.sleep(0.25)
+    return f"{server.name}: no trace was written"
+
+
+def _profile_crowd(server: Server, prompts: Sequence[Sequence[int]]) -> None:
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = [
+            pool.submit(server.client.complete, p, CROWD_TOKENS, began=begun.release)
+            for p in prompts
+        ]
+        if all(begun.acquire(timeout=60) for _ in prompts):
+            server.client.post("/start_profile", {})
+            time.sleep(CROWD_S)
+            server.client.post("/stop_profile", {})
+        for answer in answers:
+            answer.result()
+
+
+def paired(base: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Return the ratio other/base of paired measurements, and its 95 % interval.
+
+    As :func:`dsv4_plugin.cli.ab.intervals.ratio`; ``None`` is one pair's interval.
+    """
+    pairs = min(len(base), len(other))
+    if pairs == 1:
+        return {"pairs": 1, "ratio": round(other[0] / base[0], 5), "interval95": None}
+    found = ratio(base[:pairs], other[:pairs])
+    return {
+        "pairs": pairs,
+        "ratio": round(found.value, 5),
+        "interval95": [round(found.low, 5), round(found.high, 5)],
+    }

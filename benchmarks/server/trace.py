@@ -1,0 +1,220 @@
+"""A torch-profiler trace of a decoding vLLM server → microseconds a step, kernel by kernel.
+
+The steps are found by the logits kernels: one for each layer with an indexer. What is counted lies
+between the first logits kernel of a step and that of the next one; a step that took more than half
+as long again as the median (a prefill came between, the profiler stopped) is left out.
+
+The parts of the indexer's chain, by kernel name, upstream's and ours alike:
+
+==========  =====================================================================================
+k_write     compress, quantise and store the new key in the indexer's cache
+fill        the output of the top-k preset to -1: an int32 fill right before a logits kernel, on
+            its stream
+logits      the paged index logits
+topk        the selection
+transform   indices in the request → slots of the cache, and the lengths
+==========  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import re
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PARTS", "Kernel", "TraceError", "classify", "kernels", "read", "reduce"]
+
+PARTS = ("k_write", "fill", "logits", "topk", "transform")
+GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+LAUNCHES = re.compile(r"Launch")
+
+# In this order: our logits kernel must not be taken for something else of ours.
+_NAMES = (
+    ("metadata", re.compile(r"paged_mqa_logits_metadata")),
+    ("logits", re.compile(r"paged_mqa_logits|dsv4::\S*paged_logits")),
+    ("transform", re.compile(r"compute_global_topk|dsv4::\S*(slots|global)")),
+    ("topk", re.compile(r"dsv4::\S*topk|(cooperative|persistent|filtered)_?topk|"
+                        r"topk_?per_?row|FilteredTopK", re.I)),
+    ("k_write", re.compile(r"compress\w*_insert_indexer|indexer_k_quant_and_cache|"
+                           r"dsv4::\S*(write|insert)")),
+)  # fmt: skip
+_FILL = re.compile(r"FillFunctor<int>|dsv4::\S*fill")
+
+
+class TraceError(ValueError):
+    """The trace does not show decode steps of a model with an indexer."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, copy or memset on the GPU; times in microseconds."""
+
+    name: str
+    start: float
+    duration: float
+    stream: int
+
+    @property
+    def end(self) -> float:
+        """When it ended."""
+        return self.start + self.duration
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a trace file, ``.json`` or ``.json.gz``."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt") as file:
+        return json.load(file)["traceEvents"]
+
+
+def kernels(events: Iterable[dict[str, Any]]) -> list[Kernel]:
+    """Return what ran on the GPU, by start."""
+    found = [
+        Kernel(e["name"], float(e["ts"]), float(e["dur"]), int(e["args"].get("stream", 0)))
+        for e in events
+        if e.get("cat") in GPU and "dur" in e
+    ]
+    return sorted(found, key=lambda k: k.start)
+
+
+def classify(ran: Sequence[Kernel]) -> list[str]:
+    """Return the part of each kernel; ``""`` where it belongs to none."""
+    parts = [next((part for part, name in _NAMES if name.search(k.name)), "") for k in ran]
+    last: dict[int, int] = {}  # of each stream
+    for i, kernel in enumerate(ran):
+        before = last.get(kernel.stream)
+        if parts[i] == "logits" and before is not None and _FILL.search(ran[before].name):
+            parts[before] = "fill"
+        if parts[i] != "metadata":  # a schedule may be made in between
+            last[kernel.stream] = i
+    return parts
+
+
+def reduce(events: Sequence[dict[str, Any]], layers: int, top: int = 25) -> dict[str, Any]:
+    """Return the time of each part a step.
+
+    Args:
+        events: the trace's events.
+        layers: layers with an indexer: logits kernels in a step.
+        top: how many kernels to list by time.
+
+    Raises:
+        TraceError: fewer than three decode steps are in the trace.
+    """
+    ran = kernels(events)
+    parts = classify(ran)
+    firsts = [i for i, part in enumerate(parts) if part == "logits"][::layers]
+    gaps = [ran[j].start - ran[i].start for i, j in zip(firsts, firsts[1:], strict=False)]
+    if len(gaps) < 3:
+        names = Counter(k.name[:80] for k in ran).most_common(12)
+        raise TraceError(
+            f"{sum(p == 'logits' for p in parts)} paged logits kernels in the trace are fewer than "
+            f"four steps of {layers} layers; the most frequent kernels: {names}"
+        )
+    usual = statistics.median(gaps)
+    steps = [
+        (i, j)
+        for i, j in zip(firsts, firsts[1:], strict=False)
+        if ran[j].start - ran[i].start < 1.5 * usual
+    ]
+    n = len(steps)
+    counted = [range(i, j) for i, j in steps]
+    us: defaultdict[str, float] = defaultdict(float)
+    calls: Counter[str] = Counter()
+    by_part: dict[str, defaultdict[str, float]] = {
+        part: defaultdict(float) for part in (*PARTS, "metadata")
+    }
+    part_calls: Counter[str] = Counter()
+    for indices in counted:
+        for i in indices:
+            us[ran[i].name] += ran[i].duration
+            calls[ran[i].name] += 1
+            if parts[i]:
+                by_part[parts[i]][ran[i].name] += ran[i].duration
+                part_calls[parts[i]] += 1
+    shown = {
+        part: {
+            "us": round(sum(names.values()) / n, 2),
+            "calls": round(part_calls[part] / n, 2),
+            "us_call": round(sum(names.values()) / part_calls[part], 3) if names else None,
+            "kernels": [name[:160] for name in sorted(names, key=names.__getitem__)[:-5:-1]],
+        }
+        for part, names in by_part.items()
+    }
+    chain = sum(sum(by_part[part].values()) for part in PARTS) / n
+    begin, end = ran[steps[0][0]].start, ran[steps[-1][1]].start
+    launches = Counter(
+        e["name"]
+        for e in events
+        if e.get("cat") in ("cuda_runtime", "cuda_driver")
+        and LAUNCHES.search(e["name"])
+        and begin <= e["ts"] <= end
+    )
+    return {
+        "steps": n,
+        "layers": layers,
+        "step_us": round(statistics.median(ran[j].start - ran[i].start for i, j in steps), 1),
+        "busy_us": round(sum(_busy(ran, indices) for indices in counted) / n, 1),
+        "kernels": round(sum(calls.values()) / n, 1),
+        "host_launches": {k: round(v / n, 2) for k, v in launches.most_common(6)},
+        "parts": shown,
+        "chain_us": round(chain, 2),
+        "chain_us_layer": round(chain / layers, 3),
+        "logits_to_topk_us": _logits_to_topk(ran, parts, counted),
+        "top": [
+            {"kernel": name[:160], "us": round(t / n, 2), "calls": round(calls[name] / n, 2)}
+            for name, t in sorted(us.items(), key=lambda item: -item[1])[:top]
+        ],
+    }
+
+
+def _busy(ran: Sequence[Kernel], indices: range) -> float:
+    """Microseconds in which at least one kernel ran."""
+    busy, end = 0.0, ran[indices.start].start
+    for i in indices:
+        busy += max(0.0, ran[i].end - max(ran[i].start, end))
+        end = max(end, ran[i].end)
+    return busy
+
+
+def _logits_to_topk(
+    ran: Sequence[Kernel], parts: Sequence[str], counted: Sequence[range]
+) -> float | None:
+    """Median from the start of a logits kernel to the end of its top-k: the gap between counts."""
+    spans, begin = [], None
+    for indices in counted:
+        for i in indices:
+            if parts[i] == "logits":
+                begin = ran[i].start
+            elif parts[i] == "topk" and begin is not None:
+                spans.append(ran[i].end - begin)
+                begin = None
+    return round(statistics.median(spans), 3) if spans else None
+
+
+def main() -> None:
+    """``python -m benchmarks.server.trace TRACE --layers N [--json FILE]``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--layers", type=int, required=True, help="layers with an indexer")
+    parser.add_argument("--json", type=Path, help="write there, not to the terminal")
+    arguments = parser.parse_args()
+    try:
+        text = json.dumps(reduce(read(arguments.trace), arguments.layers), indent=1)
+    except TraceError as error:
+        text = json.dumps({"error": str(error)})
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

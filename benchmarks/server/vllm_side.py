@@ -1,0 +1,263 @@
+"""What is loaded into the vLLM server that is measured: a ``vllm.general_plugins`` entry point.
+
+:mod:`.server` puts it on the path of the servers it starts and nowhere else. The folder named by
+``E2E_DIR`` is how the two talk:
+
+``options.json``
+    ``weights``: fill the weights with random values of a useful size. vLLM's ``--load-format
+    dummy`` takes ±1e-3, which FP8 rounds to zero; and 0.26 derives one tensor of DeepSeek-V4 only
+    when it loads a checkpoint, so that its first layer fails. ``fast_start``: leave out a warm-up
+    of router shapes that this model does not have.
+``copy``
+    While this file is there, contexts are made by copying: of a long prompt the first chunk is
+    computed, and each further whole chunk gets the cache pages of the one before instead of a
+    forward pass. What decodes afterwards reads real keys, one chunk's of them again and again; a
+    million tokens take seconds instead of minutes.
+``status-<pid>.json``
+    ``dsv4_plugin.status()`` of the process with the model, whenever it changes.
+
+``E2E_FAULT`` breaks something of the plugin's, for drills (:mod:`.drills`): ``topk``, ``logits``
+and ``gather`` make that op raise at every call, ``capability`` makes the plugin see a GPU of
+compute capability 7.5, ``seam`` gives one function that it patches other parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dsv4_plugin import log, status
+from dsv4_plugin.engines.shared.import_hooks import after_import
+
+__all__ = ["COPY", "OPTIONS", "register"]
+
+OPTIONS = "options.json"
+COPY = "copy"
+WHOLE_CHUNK = 4096  # tokens of a forward pass from which it is worth copying
+STATUS_EVERY_S = 1.0
+FAULTS = {
+    "topk": ("dsv4_plugin.ops", "topk"),
+    "logits": ("dsv4_plugin.logits", "paged_logits"),
+    "gather": ("dsv4_plugin.ops", "gather_indexer_cache"),
+    "capability": ("dsv4_plugin.backends", "capability"),
+    "seam": ("vllm._custom_ops", "top_k_per_row_prefill"),
+}
+
+
+def register() -> None:
+    """Leave notes with Python's import system; imports neither vLLM nor torch."""
+    folder = os.environ.get("E2E_DIR")
+    if not folder:
+        return
+    options = json.loads((Path(folder) / OPTIONS).read_text())
+    if options.get("weights"):
+        after_import("vllm.model_executor.model_loader.dummy_loader", _weights)
+    if options.get("fast_start"):
+        after_import("vllm.model_executor.warmup.kernel_warmup", _no_router_warmup)
+    fault = os.environ.get("E2E_FAULT", "")
+    if fault == "seam":  # before the plugin looks
+        _break(fault)
+    after_import("vllm.v1.worker.gpu_model_runner", functools.partial(_runner, Path(folder)))
+
+
+def _break(fault: str) -> None:
+    if fault not in FAULTS:
+        raise ValueError(f"E2E_FAULT is {fault!r}; it can be {', '.join(map(repr, FAULTS))}")
+    module, name = FAULTS[fault]
+    if fault == "seam":
+        after_import(module, functools.partial(_renamed, name=name))
+        return
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(f"drill: {fault}")
+
+    value = (lambda device: (7, 5)) if fault == "capability" else fail
+    setattr(importlib.import_module(module), name, value)
+
+
+def _renamed(module: Any, name: str) -> None:
+    """Give a function of vLLM's the same behaviour under parameters that nobody knows."""
+    original = getattr(module, name)
+
+    def changed(*anything: Any) -> Any:
+        return original(*anything)
+
+    setattr(module, name, changed)
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+def _weights(loader: Any) -> None:
+    """Put :func:`fill` in the place of vLLM's random values; both forms of its loader."""
+    experts, seed = [1], [0]
+
+    def one(tensor: Any, *args: Any, name: str = "", **kwargs: Any) -> None:
+        seed[0] += 1
+        fill(name, tensor.data, experts[0], seed[0])
+
+    def layer_by_layer(layer: Any, *args: Any, **kwargs: Any) -> None:
+        kept = layer.state_dict()
+        for tensors in (layer.named_parameters, layer.named_buffers):
+            for name, tensor in tensors(recurse=False):
+                if name in kept:
+                    one(tensor, name=name)
+
+    original = loader.DummyModelLoader.load_weights
+
+    def load_weights(self: Any, model: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        experts[0] = getattr(model_config.hf_config, "n_routed_experts", 1)
+        result = original(self, model, model_config, *args, **kwargs)
+        for module in model.modules():
+            derive = getattr(module, "finalize_mhc_broadcast_weights", None)
+            if callable(derive):
+                derive()
+        return result
+
+    if hasattr(loader, "initialize_dummy_weights"):  # 0.26
+        loader.initialize_dummy_weights = layer_by_layer
+    loader.initialize_single_dummy_weight = one
+    loader.DummyModelLoader.load_weights = load_weights
+
+
+def fill(name: str, tensor: Any, experts: int, seed: int) -> None:
+    """Fill one tensor so that activations stay near 1; the same values for the same ``seed``.
+
+    A matrix gets a standard deviation of 1/√inputs, FP8 and FP4 ones by their scales (2⁻⁶, 2⁻⁷:
+    powers of two, as the checkpoint has them); norms get 1, biases and sinks 0, integer tables
+    (which experts a token goes to) different experts in each row.
+    """
+    import torch
+
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return
+    g = torch.Generator(device=tensor.device).manual_seed(seed)
+    with torch.no_grad():
+        if tensor.dtype == torch.uint8:  # packed FP4, and its scales
+            if "scale" in name:
+                tensor.fill_(127 - 7)
+            else:
+                tensor.random_(0, 256, generator=g)
+        elif tensor.dtype == torch.float8_e8m0fnu:
+            tensor.view(torch.uint8).fill_(127 - 6)
+        elif tensor.dtype == torch.float8_e4m3fn:
+            for part in tensor if tensor.dim() == 3 else (tensor,):
+                values = torch.randn(part.shape, device=tensor.device, generator=g)
+                part.copy_(values.to(tensor.dtype))
+        elif not tensor.is_floating_point():
+            if tensor.dim() == 2:
+                rows = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
+                columns = torch.arange(tensor.shape[1], device=tensor.device)[None, :]
+                tensor.copy_((rows + columns) % experts)
+            else:
+                tensor.zero_()
+        elif any(part in name for part in ("base", "bias", "sink")):
+            tensor.zero_()
+        elif "ape" in name:
+            tensor.normal_(0, 0.1, generator=g)
+        elif tensor.dim() >= 2:
+            tensor.normal_(0, tensor.shape[-1] ** -0.5, generator=g)
+        else:
+            tensor.fill_(1)
+
+
+def _no_router_warmup(module: Any) -> None:
+    if hasattr(module, "_warmup_ll_bf16_router_gemm"):
+        module._warmup_ll_bf16_router_gemm = lambda: None
+
+
+# --- the process with the model ----------------------------------------------------------------
+
+
+def _runner(folder: Path, module: Any) -> None:
+    fault = os.environ.get("E2E_FAULT", "")
+    if fault and fault != "seam":
+        _break(fault)
+    threading.Thread(target=_report, args=(folder,), daemon=True, name="e2e-status").start()
+    owner = getattr(module, "GPUModelRunner", None)
+    forward = getattr(owner, "_model_forward", None)
+    if owner is None or forward is None:
+        log.say(logging.WARNING, "e2e: contexts cannot be copied in this vLLM; they are computed")
+        return
+    owner._model_forward = _copying(folder / COPY, forward)
+
+
+def _report(folder: Path) -> None:
+    said = None
+    file = folder / f"status-{os.getpid()}.json"
+    while True:
+        now = status()
+        if now["host"] is not None and now != said:
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(now, indent=1) + "\n")
+            part.replace(file)
+            said = now
+        time.sleep(STATUS_EVERY_S)
+
+
+def _copying(flag: Path, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the runner's forward pass: whole chunks of one prompt are copied while ``flag`` is."""
+    pages = _Pages()
+
+    @functools.wraps(forward)
+    def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ids, positions = kwargs.get("input_ids"), kwargs.get("positions")
+        if ids is None or positions is None or ids.shape[0] < WHOLE_CHUNK or not flag.exists():
+            return forward(self, *args, **kwargs)
+        try:
+            copied = pages.chunk(self, positions)
+        except Exception:
+            log.exception("e2e: contexts are computed from now on, copying failed")
+            flag.unlink(missing_ok=True)
+            copied = False
+        if not copied:
+            return forward(self, *args, **kwargs)
+        hidden = self.model_config.get_hidden_size()
+        return positions.new_zeros((ids.shape[0], hidden), dtype=self.dtype)
+
+    return model_forward
+
+
+class _Pages:
+    """The cache pages of the chunk before, in each group of layers."""
+
+    def __init__(self) -> None:
+        self.end = -1
+        self.last: list[Any] = []
+
+    def chunk(self, runner: Any, positions: Any) -> bool:
+        """Copy the chunk before to this one; False where there is none, or not this prompt's."""
+        from vllm.forward_context import get_forward_context
+
+        n = positions.shape[0]
+        begin, end = int(positions[0]), int(positions[-1]) + 1
+        if end - begin != n:  # tokens of several requests
+            return False
+        layers = get_forward_context().no_compile_layers
+        groups = runner.kv_cache_config.kv_cache_groups
+        pages = []
+        for i in range(len(groups)):
+            slots = runner.input_batch.block_table[i].slot_mapping.gpu[:n]
+            pages.append((slots // runner._kernel_block_sizes[i]).unique_consecutive())
+        follows = begin > 0 and begin == self.end
+        if follows:
+            # Groups share memory, and a page given free by one can be another's new page: read
+            # all before writing any.
+            moves = []
+            for group, source, target in zip(groups, self.last, pages, strict=True):
+                k = min(len(source), len(target))
+                for name in group.layer_names:
+                    cache = layers[name].kv_cache
+                    moves.append((cache, target[-k:], cache[source[-k:]]))
+            for cache, target, content in moves:
+                cache[target] = content
+        self.end, self.last = end, pages
+        return follows

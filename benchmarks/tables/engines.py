@@ -1,0 +1,297 @@
+"""The figures of docs/sglang.md, docs/tokenspeed.md and the README's ``hosts``, from the results.
+
+``python -m benchmarks.tables.engines sglang`` (or ``tokenspeed``, ``hosts``) prints what
+stands between the markers of that name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from benchmarks.engines.forward.parts import OFF, VARIANTS
+from benchmarks.engines.kernels import sglang as sglang_cells
+from benchmarks.engines.kernels import tokenspeed as tokenspeed_cells
+from benchmarks.tables import readme as figures
+from dsv4_plugin.cli.bench.cells import Row
+
+__all__ = ["hosts", "sglang", "tokenspeed"]
+
+ADAPTERS, SGLANG, TOKENSPEED = "h100_adapters.json", "h100_sglang.json", "h100_tokenspeed.json"
+CALLS = {"sglang": sglang_cells.CALLS, "tokenspeed": tuple(tokenspeed_cells.SHAPES)}
+Cells = dict[str, dict[str, Row]]  # a row of a table → implementation or variant → its result
+
+
+def sglang() -> str:
+    """Return the Markdown between the ``sglang`` markers of docs/sglang.md."""
+    forward, adapters = figures.load(SGLANG), figures.load(ADAPTERS)
+    cells = _forward(forward)
+    table = _table(
+        "the indexer's forward of a layer",
+        cells,
+        [OFF, *VARIANTS],
+        {OFF: "SGLang"},
+        ("agreement of bf16: mean, worst row", lambda row: _agreement(row.get("bf16"))),
+    )
+    alone = _cells(adapters, "sglang")
+    return "\n".join([
+        f"{_head(forward, SGLANG)} {forward['version']}, k = 512, a layer's "
+        "`forward_c4_indexer` with its projections, µs in a CUDA graph: without the plugin, and "
+        "with it for `DSV4_TOPK` on DeepGEMM's logits and on ours (`own`). `raw`: with the row's "
+        "indices too; `v1`: where SGLang is told to take its older top-k.",
+        "",
+        *table,
+        "",
+        *(_against(_default(cells), name, [OFF], "SGLang's default") for name in VARIANTS),
+        f"- {_checked(forward)} The agreement is with SGLang's own selection on float32 scores; "
+        f"that of `fp32` is at least {_least(cells, 'fp32')}, of `fp32 own` "
+        f"{_least(cells, 'fp32 own')}.",
+        "",
+        f"{_head(adapters, ADAPTERS)} The top-k alone, in the form of each call, by `bench "
+        f"adapters`; SGLang's two kernels read float32.{_missing(adapters, 'sglang')}",
+        "",
+        *_table("call, rows x columns", alone, _names(alone), {}),
+        "",
+        *(
+            _against(alone, ours, [theirs], theirs)
+            for ours in ("dsv4 bfloat16", "dsv4 float32")
+            for theirs in _names(alone)
+            if not theirs.startswith("dsv4")
+        ),
+    ])  # fmt: skip
+
+
+def tokenspeed() -> str:
+    """Return the Markdown between the ``tokenspeed`` markers of docs/tokenspeed.md."""
+    driver, adapters = figures.load(TOKENSPEED), figures.load(ADAPTERS)
+    every = _cells(adapters, "tokenspeed")
+    alone = _selections(every)
+    reads = {name: row for name, row in every.items() if name not in alone}
+    names = _names(alone)
+    theirs = [name for name in names if not name.startswith("dsv4")]
+    parts = _forward(driver)
+    return "\n".join([
+        f"{_head(adapters, ADAPTERS)} The registered kernels beside TokenSpeed's own, k = 512, "
+        "scores and selection in one call, µs in a CUDA graph, by `bench adapters`. Without `own "
+        f"logits` DeepGEMM writes them.{_missing(adapters, 'tokenspeed')}",
+        "",
+        *_table(
+            "call, rows x columns", alone, names, {},
+            ("recall of ours in bf16, fp32", lambda row: ", ".join(
+                f"{row[name]['recall']:.3f}" for name in ("dsv4 bfloat16", "dsv4 float32")
+                if "recall" in row.get(name, {})) or "–"),
+        ),
+        "",
+        *(_against(alone, name, theirs, " and ".join(theirs)) for name in names
+          if name.startswith("dsv4")),
+        "- Recall is the share of the best by float64 scores of the bfloat16 queries; TokenSpeed, "
+        "which does not round the queries to FP8, has at least "
+        f"{min(_recalls(alone, theirs)):.3f}, ours at least "
+        f"{min(_recalls(alone, [n for n in names if n not in theirs])):.3f} on average over the "
+        "rows of a cell. Ours is checked to be exact on the scores that it selected on.",
+        "",
+        *([*_table("reads, slots x pages", reads, _names(reads), {}), ""] if reads else []),
+        f"{_head(driver, TOKENSPEED)} {driver['version']}, its facades by "
+        f"`benchmarks.engines.forward`, µs in a CUDA graph.{_missing(driver)}",
+        "",
+        *_table(
+            "facade", parts, [OFF, *VARIANTS], {OFF: "TokenSpeed"},
+            ("agreement of bf16: mean, worst row", lambda row: _agreement(row.get("bf16"))),
+        ),
+        "",
+        f"- {_checked(driver)} The agreement is with TokenSpeed's own selection on float32 scores "
+        "of queries that were not rounded.",
+        *_reader(driver),
+    ])  # fmt: skip
+
+
+def hosts() -> str:
+    """Return the Markdown between the ``hosts`` markers of the README."""
+    forward, adapters, driver = map(figures.load, (SGLANG, ADAPTERS, TOKENSPEED))
+    cells, alone = _default(_forward(forward)), _cells(adapters, "sglang")
+    newest = max(name for name in _names(alone) if not name.startswith("dsv4"))
+    theirs = _selections(_cells(adapters, "tokenspeed"))
+    peers = [name for name in _names(theirs) if not name.startswith("dsv4")]
+    return "\n".join([
+        f"On one {forward['machine']['gpu']}, the time of a call in a CUDA graph over that of the "
+        "engine's own, from our worst to our best (below 1: ours is faster):",
+        "",
+        f"- {forward['version']}'s `forward_c4_indexer` (`benchmarks/results/{SGLANG}`): "
+        + "; ".join(f"`{name}` {_span(cells, name, [OFF])}" for name in VARIANTS) + f". "
+        f"{_checked(forward)} Its top-k alone against `{newest}` (`{ADAPTERS}`): "
+        + "; ".join(
+            f"{name.removeprefix('dsv4 ')} {_span(alone, name, [newest])}"
+            for name in ("dsv4 bfloat16", "dsv4 float32")
+        ) + ".",
+        f"- TokenSpeed's kernels by `bench adapters`, {len(theirs)} cells: "
+        + "; ".join(
+            f"{name.removeprefix('dsv4 ')} {_span(theirs, name, peers)}"
+            for name in _names(theirs) if name.startswith("dsv4")
+        ) + ". They score queries rounded to FP8, TokenSpeed's do not: the recall is at least "
+        f"{min(_recalls(theirs, [n for n in _names(theirs) if n not in peers])):.3f} on average "
+        f"over the rows of a cell.{_missing(adapters, 'tokenspeed')} Its facades (`{TOKENSPEED}`): "
+        f"{_results(driver)}.{_missing(driver)}",
+    ])  # fmt: skip
+
+
+def _head(document: Any, name: str) -> str:
+    about = document["machine"]
+    return f"On one {about['gpu']} (`benchmarks/results/{name}`, of commit {about['commit'][:7]})."
+
+
+def _forward(document: Any) -> Cells:
+    """Return the timed parts of a driver's file by variant."""
+    cells: Cells = {}
+    for row in document["results"]:
+        timed = row.get("us") is not None and row["variant"] in (OFF, *VARIANTS)
+        if timed and not row["part"].startswith("read"):
+            cells.setdefault(row["part"].replace(" k512", ""), {})[row["variant"]] = row
+    return cells
+
+
+def _default(cells: Cells) -> Cells:
+    """Return the calls as SGLang makes them by default: with its newer top-k."""
+    return {name: row for name, row in cells.items() if not name.endswith(" v1")}
+
+
+def _least(cells: Cells, variant: str) -> str:
+    found = [row[variant]["agreement_worst"] for row in cells.values()
+             if "agreement_worst" in row.get(variant, {})]  # fmt: skip
+    return f"{min(found):.4f}" if found else "–"
+
+
+def _reader(document: Any) -> list[str]:
+    """Return a line on what replaces TokenSpeed's reader, which cannot be captured itself."""
+    shown = [
+        f"{_us(row)} {'without the plugin' if row['variant'] == OFF else 'with it'}"
+        for row in document["results"]
+        if row["part"].startswith("read ")
+    ]
+    return [f"- The reader of the FP8 cache, µs: {', '.join(shown)}."] if shown else []
+
+
+def _cells(document: Any, suite: str) -> Cells:
+    """Return the cells of one engine in ``bench adapters`` by implementation."""
+    cells: Cells = {}
+    for row in document["results"]:
+        if row["suite"] == suite and row["k"] in (512, None):
+            name = f"`{row['call']}` {row['rows']} x {row['columns']}"
+            cells.setdefault(name, {})[row["implementation"]] = row
+    calls = list(CALLS[suite])
+    return dict(sorted(cells.items(), key=lambda item: calls.index(item[0].split("`")[1])))
+
+
+def _selections(cells: Cells) -> Cells:
+    """Return the calls that select, without those that read the cache."""
+    return {name: row for name, row in cells.items() if next(iter(row.values()))["k"]}
+
+
+def _names(cells: Cells) -> list[str]:
+    return list(dict.fromkeys(name for row in cells.values() for name in row))
+
+
+def _table(
+    first: str,
+    cells: Cells,
+    columns: list[str],
+    titles: dict[str, str],
+    last: tuple[str, Callable[[dict[str, Row]], str]] | None = None,
+) -> list[str]:
+    """Return a table; what was not measured is a dash, what was wrong has a mark."""
+    heads = [first, *(titles.get(c, c) for c in columns), *([last[0]] if last else [])]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, row in cells.items():
+        shown = [_us(row.get(column)) for column in columns]
+        lines.append(" | ".join([f"| {name}", *shown, *([last[1](row)] if last else [])]) + " |")
+    return lines
+
+
+def _us(row: Row | None) -> str:
+    if row is None or row["us"] is None:
+        return "–"
+    eager = "" if row["graph"] else " eager"
+    return f"{row['us']:.1f}{eager}{'' if _sound(row) else ' WRONG'}"
+
+
+def _sound(row: Row) -> bool:
+    return all(row.get(name, True) for name in ("right", "exact", "lowest_index"))
+
+
+def _agreement(row: Row | None) -> str:
+    if row is None or "agreement" not in row:
+        return "–"
+    return f"{row['agreement']:.4f}, {row['agreement_worst']:.4f}"
+
+
+def _ratios(cells: Cells, ours: str, theirs: Iterable[str]) -> dict[str, float]:
+    """Return ours over the fastest of theirs, where both were measured and right."""
+    found = {}
+    for name, row in cells.items():
+        bars = [row[t]["us"] for t in theirs if t in row and row[t]["us"] and _sound(row[t])]
+        if bars and ours in row and row[ours]["us"] and _sound(row[ours]):
+            found[name] = row[ours]["us"] / min(bars)
+    return found
+
+
+def _against(cells: Cells, ours: str, theirs: list[str], what: str) -> str:
+    ratios = _ratios(cells, ours, theirs)
+    if not ratios:
+        return f"- {ours} beside {what}: not measured."
+    slower = sum(r > 1 for r in ratios.values())
+    worst, best = (pick(ratios, key=ratios.__getitem__) for pick in (max, min))
+    return (
+        f"- {ours} beside {what}: slower in {slower} of {len(ratios)}, the ratio from "
+        f"{ratios[worst]:.2f} ({worst}) to {ratios[best]:.2f} ({best})."
+    )
+
+
+def _span(cells: Cells, ours: str, theirs: list[str]) -> str:
+    ratios = _ratios(cells, ours, theirs).values()
+    if not ratios:
+        return "not measured"
+    slower = sum(r > 1 for r in ratios)
+    return f"{max(ratios):.2f} – {min(ratios):.2f}, slower in {slower} of {len(ratios)}"
+
+
+def _recalls(cells: Cells, names: list[str]) -> list[float]:
+    return [r["recall"] for row in cells.values() for n, r in row.items()
+            if n in names and "recall" in r] or [0.0]  # fmt: skip
+
+
+def _results(document: Any) -> str:
+    rows = document["results"]
+    wrong = sum(row.get("right") is False for row in rows)
+    return f"{len(rows)} results, {wrong} wrong, {len(document['failed'])} failed"
+
+
+def _checked(document: Any) -> str:
+    return f"Every answer is checked, and compared with its replay: {_results(document)}."
+
+
+def _missing(document: Any, suite: str | None = None) -> str:
+    """Name what an incomplete file has not; a complete one needs no words."""
+    if document["complete"]:
+        return ""
+    if "not_run" in document:
+        names = [name for name in document["not_run"] if suite is None or name.startswith(suite)]
+    elif suite is None:  # files of before `not_run`
+        rows = document["results"]
+        names = [v for v in VARIANTS if all(row["variant"] != v for row in rows)]
+        names = [f"the plugin ({', '.join(names)})"] if names else []
+        names += [kind for kind in ("prefill", "read")
+                  if not any(row["part"].startswith(kind) for row in rows)]  # fmt: skip
+        names.append(f"decode after {rows[-1]['part'].split(' ')[1]}")
+    else:
+        rows = [row for row in document["results"] if row["suite"] == suite]
+        names = [f"`{c}`" for c in CALLS[suite] if all(row["call"] != c for row in rows)]
+        if names:  # the run ended within this engine's calls
+            at = rows[-1]
+            names.insert(0, f"`{at['call']}` after {at['rows']} x {at['columns']}")
+    if not names:
+        return " **Incomplete:** the run was stopped, but none of these calls is missing."
+    return f" **Incomplete:** the run was stopped; missing: {', '.join(names)}."
+
+
+if __name__ == "__main__":
+    print({"sglang": sglang, "tokenspeed": tokenspeed, "hosts": hosts}[sys.argv[1]]())

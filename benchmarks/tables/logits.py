@@ -1,0 +1,171 @@
+"""The figures of the logits and of the chain, made from the committed results.
+
+``python -m benchmarks.tables.logits`` prints what belongs between ``logits-figures``
+markers of a page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.tables import readme as figures
+from dsv4_plugin.cli.bench.logits.chain import chain_name
+from dsv4_plugin.cli.bench.topk.bars import best_peers, geomean, sound
+from dsv4_plugin.cli.bench.topk.peers import OURS
+
+__all__ = ["markdown"]
+
+LOGITS, CHAIN = "h200_logits.json", "h200_chain.json"
+
+
+def markdown() -> str:
+    """Return the Markdown between the ``logits-figures`` markers: the logits, then the chain."""
+    scores, chain = figures.load(LOGITS), figures.load(CHAIN)
+    return "\n".join([*_logits_lines(scores), "", *_chain_lines(chain)])
+
+
+def _logits_lines(document: Any) -> list[str]:
+    rows = [row for row in document["results"] if row["suite"] == "decode"]
+    half = [row for row in rows if row["dtype"] == "bfloat16"]
+    ours = {_cell(row): row for row in half if row["implementation"] == OURS}
+    best = best_peers(half, "bfloat16")
+    peers = dict.fromkeys(row["implementation"] for row in half if row["implementation"] != OURS)
+    lines = [
+        f"Index logits on one {document['machine']['gpu']} (CUDA graphs, warm, bfloat16, µs; "
+        f"`benchmarks/results/{LOGITS}`): ours / {' or '.join(peers)} / the keys' bytes at "
+        "the read rate:",
+        "",
+        *_table(ours, lambda cell: [
+            ours[cell]["warm_us"], best.get((0, *cell), {}).get("warm_us"), ours[cell]["floor_us"]
+        ]),
+    ]  # fmt: skip
+    every = [row for row in document["results"] if row["implementation"] == OURS]
+    right = all(row["right"] for row in every)
+    what = "the fastest of them in each cell"
+    text = _against(_ratios(ours, best, "warm_us"), what)
+    cold = _ratios(ours, best_peers(half, "bfloat16", "cold_us"), "cold_us")
+    if cold:
+        text += _against(cold, what, "With keys that no cache has, against")
+    return [
+        *lines, "",
+        f"{text}Ours is {'within' if right else 'NOT within'} the stated bound in every cell.",
+        *_other_shapes(document),
+    ]  # fmt: skip
+
+
+def _ratios(
+    ours: dict[tuple[int, int], Any], best: dict[tuple[int, int, int], Any], field: str
+) -> list[float]:
+    return [
+        row[field] / best[(0, *cell)][field]
+        for cell, row in ours.items()
+        if row[field] is not None and (0, *cell) in best
+    ]
+
+
+def _other_shapes(document: Any) -> list[str]:
+    """Return a table of what is not one query a request: a row a cell."""
+    rows = [
+        row for row in document["results"]
+        if row["dtype"] == "bfloat16" and (row["next_n"] > 1 or row["suite"] == "prefill")
+    ]  # fmt: skip
+    if not rows:
+        return []
+    cells: dict[str, dict[bool, float]] = {}
+    for row in rows:
+        prefill = row["suite"] == "prefill"
+        name = f"{row['batch']:,} x {row['columns']:,} keys"
+        name += ", prefill" if prefill else f", {row['next_n']} queries a request"
+        of = cells.setdefault(name, {})
+        mine = row["implementation"] == OURS
+        if sound(row) and row["warm_us"] is not None:
+            of[mine] = min(row["warm_us"], of.get(mine, math.inf))
+    lines = ["", "| bfloat16, warm, µs | ours | the fastest of them |", "|---|---|---|"]
+    for name, of in cells.items():
+        lines.append(
+            f"| {name} | " + " | ".join(_us(of.get(mine)) for mine in (True, False)) + " |"
+        )
+    return lines
+
+
+def _us(us: float | None) -> str:
+    return "–" if us is None else f"{us:.1f}"
+
+
+def _chain_lines(document: Any) -> list[str]:
+    rows = document["results"]
+    choices = {
+        "vLLM 0.33's": document["vllm_choice"],
+        "SGLang 0.5.23's": document["sglang_choice"],
+    }
+    theirs: dict[str, dict[tuple[int, int, int], float]] = {name: {} for name in choices}
+    for name, topk in choices.items():
+        for row in rows:
+            if row["implementation"].endswith(chain_name("", topk)) and sound(row):
+                key = (row["k"], *_cell(row))
+                theirs[name][key] = min(row["warm_us"], theirs[name].get(key, math.inf))
+    half = [row for row in rows if row["dtype"] == "bfloat16" and row["implementation"] == OURS]
+    k = min(row["k"] for row in half)
+    ours = {_cell(row): row for row in half if row["k"] == k}
+    lines = [
+        f"From the keys to indices in one graph on one {document['machine']['gpu']} (warm, µs; "
+        f"`benchmarks/results/{CHAIN}`), k = {k}: ours in bfloat16 / {' / '.join(choices)} "
+        "in float32:",
+        "",
+        *_table(ours, lambda cell: [
+            ours[cell]["warm_us"], *(theirs[name].get((k, *cell)) for name in choices)
+        ]),
+        "",
+    ]  # fmt: skip
+    for name in choices:
+        ratios = [
+            row["warm_us"] / theirs[name][(row["k"], *_cell(row))]
+            for row in half
+            if (row["k"], *_cell(row)) in theirs[name]
+        ]
+        if ratios:
+            lines.append(_against(ratios, f"{name} chain").strip())
+    exact = all(sound(row) for row in rows if row["implementation"] == OURS)
+    met = [bar["met"] for bar in document["bars"] if "chain" in bar["bar"]]
+    lines.append(f"Ours is {'exact in every cell' if exact else 'NOT exact in some cell'}; "
+                 f"{sum(met)} of {len(met)} bars of the chain are met.")  # fmt: skip
+    return lines
+
+
+def _cell(row: Any) -> tuple[int, int]:
+    return row["batch"], row["columns"]
+
+
+def _table(
+    ours: dict[tuple[int, int], Any], found_in: Callable[[tuple[int, int]], list[float | None]]
+) -> list[str]:
+    """Return a table requests x keys; a figure that is not there is a dash."""
+    columns = sorted({c for _, c in ours})
+    lines = [
+        "| requests | " + " | ".join(f"{c // 1024}K" for c in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for batch in sorted({b for b, _ in ours}):
+        cells = []
+        for c in columns:
+            found = found_in((batch, c)) if (batch, c) in ours else []
+            cells.append(" / ".join(map(_us, found)))
+        lines.append(f"| {batch} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _against(ratios: list[float], what: str, begin: str = "Against") -> str:
+    if not ratios:
+        return ""
+    slower = sum(r > 1 for r in ratios)
+    mean = geomean(ratios)
+    return (
+        f"{begin} {what} the geometric mean of the ratio over {len(ratios)} cells is "
+        f"{mean:.2f}; ours is slower in {slower} (worst {max(ratios):.2f}). "
+    )
+
+
+if __name__ == "__main__":
+    print(markdown())

@@ -1,0 +1,277 @@
+"""The figures of the README and of docs/, made from the committed results.
+
+``python -m benchmarks.tables.readme`` prints what stands between the README's ``figures``
+markers; with ``server`` or ``gain`` as its argument what stands between those, with ``served`` or
+``reads`` what stands in docs/results.md, with ``recall`` in docs/numerics.md, and with ``bars`` in
+docs/notes/topk.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.server.measure import paired
+from dsv4_plugin.cli.bench.topk.bars import best_peers, geomean
+from dsv4_plugin.cli.recall.command import table
+
+__all__ = ["RESULTS", "bars", "gain", "load", "readme", "reads", "recall", "served", "server"]
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+TOPK, READ, SERVER = "h200_topk.json", "h200_read.json", "h200_vllm_e2e.json"
+_ROWS = (1, 8, 32, 64, 128)
+_COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)
+
+
+def load(name: str) -> Any:
+    """Return a committed results file."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def _decode(topk: Any) -> list[dict[str, Any]]:
+    """Return the decode cells that were measured in this run; an older file has no others."""
+    return [
+        r for r in topk["results"] if r.get("suite", "decode") == "decode" and "recorded" not in r
+    ]
+
+
+def readme() -> str:
+    """Return the Markdown between the ``figures`` markers of the README."""
+    topk = load(TOPK)
+    warm = {
+        (r["dtype"], r["k"], r["rows"], r["columns"], r["implementation"]): r["warm_us"]
+        for r in _decode(topk)
+    }
+    upstream = topk.get("vllm_choice", "vllm33")
+    about = topk["machine"]
+    lines = [
+        f"On one {about['gpu']} (CUDA graphs, warm, µs; `benchmarks/results/{TOPK}`, of "
+        f"commit {about['commit'].removeprefix('g')[:7]}), k = 512: ours on bfloat16 scores / what "
+        "vLLM 0.33 runs on float32 scores:",
+        "",
+        "| rows | " + " | ".join(f"{c // 1024}K" for c in _COLUMNS) + " |",
+        "|---" * (len(_COLUMNS) + 1) + "|",
+    ]
+    for rows in _ROWS:
+        cells = []
+        for c in _COLUMNS:
+            ours = warm["bfloat16", 512, rows, c, "dsv4"]
+            theirs = warm["float32", 512, rows, c, upstream]
+            cells.append(f"{ours:.1f} / {theirs:.1f}")
+        lines.append(f"| {rows} | " + " | ".join(cells) + " |")
+    ratios, best = [], []
+    fastest = best_peers(_decode(topk), "bfloat16")
+    exact = all(r["exact"] for r in _decode(topk) if r["implementation"] == "dsv4")
+    for (dtype, k, rows, c, name), us in warm.items():
+        if dtype == "bfloat16" and name == "dsv4":
+            ratios.append(us / warm["float32", k, rows, c, upstream])
+            best.append(us / fastest[k, rows, c]["warm_us"])
+    mean = geomean(ratios)
+    slower = sum(r > 1 for r in ratios)
+    lines += [
+        "",
+        f"Over all {len(ratios)} cells (k 512, 1024, 2048) the geometric mean of the ratio is "
+        f"{mean:.2f}; ours is slower in {slower} of them (worst {max(ratios):.2f}). Against the "
+        f"fastest upstream kernel of any dtype in each cell it is {geomean(best):.2f}, slower in "
+        f"{sum(r > 1 for r in best)} (worst {max(best):.2f}). "
+        f"Ours is {'exact in every cell' if exact else 'NOT exact in some cell'}.",
+        "",
+        _served(topk, upstream)[1],
+    ]
+    return "\n".join(lines)
+
+
+def reads() -> str:
+    """Return the Markdown between the ``reads`` markers of docs/results.md."""
+    read = load(READ)
+    lines = [
+        f"Reads of 14,338 keys (`benchmarks/results/{READ}`):",
+        "",
+        "| | CUDA | Triton | torch | vLLM | byte floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    # A gather of vLLM's has the release in its name, or, in older files, has not.
+    us = {
+        (r["case"], re.sub(r"^vllm.* cp_gather$", "vllm cp_gather", r["implementation"])): r
+        for r in read["results"]
+        if "us" in r
+    }
+    for case in ("read float32 warm", "read bfloat16 warm", "gather quantised"):
+        shown = []
+        for implementation in ("cuda", "triton", "torch", "vllm cp_gather"):
+            row = us.get((case, implementation))
+            shown.append(f"{row['us']:.2f}" if row else "")
+        floor = us[case, "cuda"]["floor_us"]
+        lines.append(f"| {case.removesuffix(' warm')} | " + " | ".join(shown) + f" | {floor:.2f} |")
+    return "\n".join(lines)
+
+
+def served() -> str:
+    """Return the Markdown between the ``served`` markers of docs/results.md."""
+    topk = load(TOPK)
+    table, summary = _served(topk, topk.get("vllm_choice", "vllm33"))
+    return f"{table}\n\n{summary}"
+
+
+def _served(topk: Any, upstream: str) -> tuple[str, str]:
+    """Return the table of calls as a server makes them, of the same run, and its summary."""
+    us = {
+        (r["dtype"], r["k"], r["rows"], r["columns"], r["implementation"]): r
+        for r in topk["results"]
+        if r["suite"] == "served"
+    }
+    shapes = [key[2:4] for key in us if key[:2] == ("bfloat16", 512) and key[4] == "dsv4"]
+    columns = sorted({c for _, c in shapes})
+    about = topk["machine"]
+    lines = [
+        f"On one {about['gpu']} (µs; `benchmarks/results/{TOPK}`, suite `served`), k = "
+        "512: ours on bfloat16 scores / what vLLM 0.33 runs on float32 scores:",
+        "",
+        "| rows | " + " | ".join(f"{c // 1024}K" for c in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    ratios, best = [], []
+    for (dtype, k, rows, c, name), row in us.items():
+        if dtype == "bfloat16" and name == "dsv4":
+            ratios.append(row["served_us"] / us["float32", k, rows, c, upstream]["served_us"])
+            others = [
+                r["served_us"]
+                for key, r in us.items()
+                if key[1:4] == (k, rows, c) and key[4] != "dsv4" and r["exact"]
+            ]
+            best.append(row["served_us"] / min(others))
+    for rows in sorted({r for r, _ in shapes}):
+        cells = [
+            f"{us['bfloat16', 512, rows, c, 'dsv4']['served_us']:.1f} / "
+            f"{us['float32', 512, rows, c, upstream]['served_us']:.1f}"
+            for c in columns
+        ]
+        lines.append(f"| {rows} | " + " | ".join(cells) + " |")
+    return "\n".join(lines), (
+        "A call as a server makes it, its code, evicted by the kernels of a whole layer, from "
+        f"memory, and the launch counted: over {len(ratios)} cells (k 512, 2048) "
+        f"{geomean(ratios):.2f} of vLLM's (worst {max(ratios):.2f}), {geomean(best):.2f} of the "
+        f"fastest exact upstream kernel's of any dtype (worst {max(best):.2f}; every one is a "
+        "difference of two medians, and scatters by 1 µs)."
+    )
+
+
+def bars() -> str:
+    """Return the Markdown between the ``bars`` markers of docs/notes/topk.md."""
+    document = load(TOPK)
+    about = document["machine"]
+    lines = [
+        f"`benchmarks/results/{TOPK}`: one {about['gpu']}, driver {about['driver']}, torch "
+        f"{about['torch']}, commit {about['commit'][:7]}. The bars were set for an H200.",
+        "",
+        "| what | here | bar | |",
+        "|---|---|---|---|",
+    ]
+    for bar in document["bars"]:
+        met = "met" if bar["met"] else "missed"
+        lines.append(
+            f"| {bar['bar']} | {bar['value']:.2f} | {bar['most']:.2f} | {met}; {bar['note']} |"
+        )
+    return "\n".join(lines)
+
+
+def recall() -> str:
+    """Return the Markdown between the ``recall`` markers of docs/numerics.md."""
+    document = load("cpu_recall.json")
+    rows = max(row["rows"] for row in document["results"])
+    head = (
+        f"Overlap with the float32 selection in %, mean / 1st percentile / worst of {rows} rows "
+        "(`benchmarks/results/cpu_recall.json`), by the number of columns:"
+    )
+    return f"{head}\n\n{table(document)}"
+
+
+def server() -> str:
+    """Return the Markdown between the ``server`` markers of the README."""
+    document = load(SERVER)
+    about = document["machine"]
+    chain = {
+        (p["context"], p.get("concurrency", 1)): {
+            name: (
+                s["busy_us"] / 1e3,
+                s["chain_us_layer"],
+                *(s["parts"][k]["us_call"] for k in ("topk", "logits")),
+            )
+            for name, s in p["servers"].items()
+        }
+        for p in document["profiles"]
+    }
+    lines = [
+        f"vLLM {about['vllm']} with {document['model']['num_hidden_layers']} layers of random "
+        f"weights, on one {about['gpu']} (`benchmarks/results/{SERVER}`, of commit "
+        f"{about['commit'][:7]}), without the plugin / with it "
+        "(`DSV4_TOPK=bf16`); by the profiler the time in which the GPU is busy, and the kernels of "
+        "the indexer: the sum of its K write, logits, fill, top-k and index transform:",
+        "",
+        "| requests x tokens of context | ms a token | ratio (95 % interval) | "
+        "GPU busy, ms a step | indexer, µs a layer | its top-k | its logits |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in _server_rows("tpot_ms"):
+        layer = chain.get((row["context"], row["concurrency"]))
+        kernels = ["", "", "", ""]
+        if layer:
+            kernels = [
+                f"{o:.{digits}f} / {w:.{digits}f}"
+                for o, w, digits in zip(layer["off"], layer["bf16"], (2, 1, 1, 1), strict=True)
+            ]
+        lines.append(
+            f"| {row['concurrency']} x {row['context']:,} | {row['off']:.2f} / {row['bf16']:.2f} | "
+            f"{_ratio(row)} | {' | '.join(kernels)} |"
+        )
+    firsts = [
+        f"{row['context']:,} tokens {row['off']:.2f} / {row['bf16']:.2f} s, {_ratio(row)}"
+        for row in _server_rows("ttft_s")
+    ]
+    if firsts:
+        lines += ["", f"Time to the first token of a prompt no cache has: {'; '.join(firsts)}."]
+    return "\n".join(lines)
+
+
+def _server_rows(figure: str) -> list[dict[str, Any]]:
+    rows = [row for row in load(SERVER)["summary"] if row["figure"] == figure]
+    return sorted(rows, key=lambda row: (row["concurrency"], row["context"]))
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    low, high = row["interval95"]
+    return f"{row['ratio']:.3f} ({low:.3f} – {high:.3f})"
+
+
+def gain() -> str:
+    """Return the Markdown between the ``gain`` markers of the README."""
+    document, rows = load(SERVER), _server_rows("tpot_ms")
+    changes = ", ".join(
+        f"{100 * (row['ratio'] - 1):+.1f} % ({row['context']:,} x {row['concurrency']})"
+        for row in rows
+    )
+    faster = sum(row["interval95"][1] < 1 for row in rows)
+    slower = sum(row["interval95"][0] > 1 for row in rows)
+    about = document["machine"]
+    times: dict[str, list[float]] = {"off": [], "bf16": []}
+    for cell in document["tpot_ms"]:
+        for name, of in times.items():
+            of.extend(cell["servers"][name])
+    pooled = paired(times["off"], times["bf16"])
+    low, high = (100 * (bound - 1) for bound in pooled["interval95"])
+    head = "a small gain" if high < 0 else "a loss" if low > 0 else "no gain that is certain"
+    return (
+        f"- In a whole server {head}: with it the time a token takes changed by {changes}; tokens "
+        f"of context x requests at a time, vLLM {about['vllm']}, one {about['gpu']}, commit "
+        f"{about['commit'][:7]}. By the 95 % intervals that is faster in {faster} of {len(rows)} "
+        f"cases and slower in {slower}; over all {pooled['pairs']} pairs it is "
+        f"{100 * (pooled['ratio'] - 1):+.1f} % ({low:+.1f} … {high:+.1f} %)."
+    )
+
+
+if __name__ == "__main__":
+    what = {f.__name__: f for f in (bars, recall, server, gain, served, reads)}
+    print(what[sys.argv[1]]() if sys.argv[1:] else readme())

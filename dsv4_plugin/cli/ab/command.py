@@ -1,0 +1,370 @@
+"""``dsv4-plugin ab``: options, the run, the results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv4_plugin.cli.ab import AbError, Refused, plot, report
+from dsv4_plugin.cli.ab.clients import Client
+from dsv4_plugin.cli.ab.console import Console
+from dsv4_plugin.cli.ab.engines import ENGINES, Workload, server_command, split
+from dsv4_plugin.cli.ab.environment import (
+    DEFAULTS,
+    client_environ,
+    machine,
+    parse,
+    server_environ,
+    told,
+    versions,
+)
+from dsv4_plugin.cli.ab.experiment import Design, Experiment, write
+from dsv4_plugin.cli.ab.processes import shown
+from dsv4_plugin.cli.ab.servers import Server
+from dsv4_plugin.cli.shared.run import UsageError
+
+__all__ = ["add_arguments", "run"]
+
+FEWEST_PAIRS = 3
+SIDES = ("A", "B")
+DESCRIPTION = (
+    "Serve a model without the plugin (A) and with it (B), in alternation, and compare what the "
+    "engine's own benchmark client measures. What stands after -- goes to both servers. docs/ab.md "
+    "says what is measured and what is refused."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``dsv4-plugin ab``."""
+    parser.description = DESCRIPTION
+    add = parser.add_argument
+    add("--engine", choices=tuple(ENGINES), default="vllm", help="whose server (default: vllm)")
+    add("--model", help="the model to serve, and its name for the client")
+    add("--out", type=Path, metavar="DIR", help="an empty or new folder for results and logs")
+    add("--plot", type=Path, metavar="FILE", help="draw there (.png or .svg); needs matplotlib")
+    add(
+        "--from", type=Path, dest="results", metavar="FILE.json",
+        help="measure nothing: print the table of an earlier run again, and draw --plot",
+    )  # fmt: skip
+    add("--dry-run", action="store_true", help="print what would be started, and start nothing")
+
+    group = parser.add_argument_group(
+        "the two sides (default: DSV4_PLUGIN=0 against DSV4_PLUGIN=1)"
+    )
+    add = group.add_argument
+    add("--env", action="append", default=[], metavar="NAME=VALUE", help="for both, and the client")
+    for side, meant in (("a", "off"), ("b", "on")):
+        upper = side.upper()
+        add(f"--env-{side}", action="append", default=[], metavar="NAME=VALUE", help=f"for {upper}")
+        add(f"--args-{side}", default="", metavar="'...'", help=f"options of server {upper}")
+        about = f"whether the plugin must be at work in {upper} (default: {meant})"
+        add(f"--expect-{side}", choices=("on", "off"), default=meant, help=about)
+
+    group = parser.add_argument_group("commands (split as a shell would; no shell sees them)")
+    add = group.add_argument
+    add("--python", default=sys.executable, help="the Python of server and client")
+    add(
+        "--server-command", metavar="'...'",
+        help="instead of the engine's; gets --host and --port unless it has {port}",
+    )  # fmt: skip
+    add(
+        "--client-command", metavar="'...'",
+        help="instead of the engine's; gets its options unless it has {result}: {url} {model} "
+        "{seed} {input_len} {output_len} {num_prompts} {concurrency} are filled in",
+    )  # fmt: skip
+    add("--serve-args", default="", metavar="'...'", help="for both servers, as what is after --")
+    add("--client-args", default="", metavar="'...'", help="more options of the client")
+    add("--host", default="127.0.0.1", help="where the servers listen (default: 127.0.0.1)")
+    add("--port", type=int, help="their port (default: the engine's, 8000 or 30000)")
+    add("--port-b", type=int, help="the port of B with --together (default: the next)")
+
+    group = parser.add_argument_group("what is run")
+    add = group.add_argument
+    add(
+        "--workload", action="append", default=[], metavar="in=N,out=N,n=N,c=N",
+        help="tokens in and out, prompts, concurrency; may be given often "
+        "(default: in=8192,out=128,n=16,c=4)",
+    )  # fmt: skip
+    add("--pairs", type=int, default=3, help=f"A-B pairs, at least {FEWEST_PAIRS} (default: 3)")
+    add("--runs", type=int, default=1, help="runs of the client in half a pair (default: 1)")
+    add("--order", choices=("abab", "abba"), default="abab", help="of the pairs (default: abab)")
+    add("--seed", type=int, default=0, help="where the seeds of the client begin (default: 0)")
+    add("--warmup-rounds", type=int, default=8, help="at most so many (default: 8)")
+    add("--warmup-prompts", type=int, help="of a round (default: twice the concurrency, min. 4)")
+    about = "warm when two rounds in a row differ by at most this share (default: 0.1)"
+    add("--tolerance", type=float, default=0.1, help=about)
+    add("--start-timeout", type=float, default=1800.0, help="seconds to /health (default: 1800)")
+    add("--run-timeout", type=float, default=3600.0, help="seconds a client run (default: 3600)")
+
+    group = parser.add_argument_group("servers")
+    add = group.add_argument
+    add("--restart", action="store_true", help="a new server for each half of a pair (the default)")
+    add("--together", action="store_true", help="both servers up at once, runs in alternation")
+    add("--url-a", help="a server that runs already is A")
+    add("--url-b", help="a server that runs already is B")
+    for side in ("a", "b"):
+        about = f"the DSV4_STATUS_DIR with which the running {side.upper()} was started"
+        add(f"--status-dir-{side}", type=Path, metavar="DIR", help=about)
+        about = f"the log of the running {side.upper()}"
+        add(f"--log-{side}", type=Path, metavar="FILE", help=about)
+    add("--health", default="/health", metavar="PATH", help="answers 200 when a server is ready")
+    about = "processes in which the plugin must be at work (default: 1; with TP, its size)"
+    add("--workers", type=int, default=1, help=about)
+    about = "report although nothing shows whether the plugin is at work; the report says so"
+    add("--trust-engagement", action="store_true", help=about)
+
+
+def run(arguments: argparse.Namespace, more: Sequence[str] = ()) -> int:
+    """Run ``dsv4-plugin ab``; ``more`` are options of both servers. Returns the exit code."""
+    try:
+        if arguments.results is not None:
+            _again(arguments)
+            return 0
+        return _run(arguments, [*split(arguments.serve_args, "--serve-args"), *more])
+    except UsageError as error:
+        print(f"dsv4-plugin ab: {error}", file=sys.stderr)
+        return 2
+
+
+def _again(arguments: argparse.Namespace) -> None:
+    file = arguments.results
+    try:
+        document = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} is no results file: {error}") from error
+    if not isinstance(document, dict) or document.get("what") != "ab":
+        raise UsageError(f"{file} is no results file of dsv4-plugin ab")
+    if not document.get("complete"):
+        raise UsageError(f"{file} is not complete: {document.get('error') or 'it was cut off'}")
+    print("\n".join(report.lines(document)))
+    if arguments.plot:
+        plot.check(arguments.plot)
+        plot.draw(document, arguments.plot)
+        print(f"drawn to {arguments.plot}")
+
+
+class _Plan:
+    """The checked options."""
+
+    def __init__(self, arguments: argparse.Namespace, more: list[str]) -> None:
+        self.arguments = arguments
+        self.engine = ENGINES[arguments.engine]
+        self.design = _design(arguments)
+        self.common = parse(arguments.env, "--env")
+        self.own = {
+            side: parse(getattr(arguments, f"env_{side.lower()}"), f"--env-{side.lower()}")
+            for side in SIDES
+        }
+        self.urls = {"A": arguments.url_a, "B": arguments.url_b}
+        running = self.design.mode == "running"
+        if not running and not (arguments.model or arguments.server_command):
+            raise UsageError("--model is missing (or --server-command, or --url-a and --url-b)")
+        starts = more or arguments.server_command or arguments.args_a or arguments.args_b
+        if running and (starts or arguments.env_a or arguments.env_b):
+            raise UsageError(
+                "with --url-a and --url-b no server is started: --server-command, --serve-args, "
+                "--args-a/-b, --env-a/-b and what stands after -- have no meaning"
+            )
+        known = (arguments.status_dir_a, arguments.status_dir_b, arguments.log_a, arguments.log_b)
+        if not running and any(known):
+            raise UsageError("--status-dir-a/-b and --log-a/-b are for --url-a and --url-b")
+        for option, path in zip(("--status-dir-a", "--status-dir-b"), known[:2], strict=True):
+            if path is not None and not path.is_dir():
+                raise UsageError(f"{option} {path} is no folder")
+        for option, path in zip(("--log-a", "--log-b"), known[2:], strict=True):
+            if path is not None and not path.is_file():
+                raise UsageError(f"{option} {path} is no file")
+        self.client = split(arguments.client_command or "", "--client-command") or [
+            arguments.python, *self.engine.client,
+        ]  # fmt: skip
+        self.client_args = split(arguments.client_args, "--client-args")
+        self.ports = {"A": arguments.port or self.engine.port}
+        self.ports["B"] = self.ports["A"]
+        if self.design.mode == "together":
+            self.ports["B"] = arguments.port_b or self.ports["A"] + 1
+        self.commands = {} if running else {side: self._server(side, more) for side in SIDES}
+
+    def _server(self, side: str, more: list[str]) -> list[str]:
+        a = self.arguments
+        command = split(a.server_command or "", "--server-command")
+        own = split(getattr(a, f"args_{side.lower()}"), f"--args-{side.lower()}")
+        return server_command(
+            command or self.engine.serve(a.python, a.model), [*more, *own], a.host, self.ports[side]
+        )
+
+    def url(self, side: str) -> str:
+        """Return where a side answers."""
+        host = self.arguments.host
+        host = f"[{host}]" if ":" in host else host
+        return self.urls[side] or f"http://{host}:{self.ports[side]}"
+
+    def environ(self, side: str, status: Path) -> dict[str, str]:
+        """Return the environment of a server that is started."""
+        return server_environ(side, self.common, self.own[side], str(status))
+
+    def asked(self, side: str) -> dict[str, str]:
+        """Return what sets this side's environment apart."""
+        if self.design.mode == "running":
+            return {}
+        return {**self.common, **DEFAULTS[side], **self.own[side]}
+
+    def server(self, side: str, folder: Path, console: Console) -> Server:
+        """Return a server of a side, not started yet."""
+        a = self.arguments
+        if self.design.mode == "running":
+            low = side.lower()
+            return Server(
+                side, self.url(side), console, health=a.health,
+                log=getattr(a, f"log_{low}"), status=getattr(a, f"status_dir_{low}"),
+            )  # fmt: skip
+        status = folder / "status"
+        return Server(
+            side, self.url(side), console, health=a.health, command=self.commands[side],
+            environ=self.environ(side, status), log=folder / "server.log", status=status,
+        )  # fmt: skip
+
+
+def _design(arguments: argparse.Namespace) -> Design:
+    a = arguments
+    if bool(a.url_a) != bool(a.url_b):
+        raise UsageError("--url-a and --url-b come together")
+    modes = [
+        name
+        for name, asked in (
+            ("--restart", a.restart), ("--together", a.together), ("--url-a/--url-b", a.url_a),
+        )
+        if asked
+    ]  # fmt: skip
+    if len(modes) > 1:
+        raise UsageError(f"{' and '.join(modes)} exclude each other")
+    if a.url_a and a.url_a.rstrip("/") == a.url_b.rstrip("/"):
+        raise UsageError(f"--url-a and --url-b are the same server, {a.url_a}")
+    for name, least in (("pairs", FEWEST_PAIRS), ("runs", 1), ("warmup_rounds", 0), ("workers", 1)):
+        if getattr(a, name) < least:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} must be at least {least}, got {getattr(a, name)}")
+    if a.pairs * a.runs > 5000:
+        raise UsageError(f"--pairs x --runs must be at most 5000, got {a.pairs * a.runs}")
+    if a.warmup_prompts is not None and a.warmup_prompts < 1:
+        raise UsageError(f"--warmup-prompts must be at least 1, got {a.warmup_prompts}")
+    loads = tuple(Workload.parse(text) for text in a.workload) or (Workload.parse(""),)
+    if len(set(loads)) < len(loads):
+        raise UsageError("the same --workload was given twice")
+    return Design(
+        "running" if a.url_a else "together" if a.together else "restart", loads, a.pairs, a.runs,
+        a.order, a.seed, a.warmup_rounds, a.warmup_prompts, a.tolerance, a.start_timeout,
+        a.workers, a.trust_engagement,
+    )  # fmt: skip
+
+
+def _run(arguments: argparse.Namespace, more: list[str]) -> int:
+    plan = _Plan(arguments, more)
+    if arguments.dry_run:
+        _show(plan)
+        return 0
+    folder = arguments.out
+    if folder is None:
+        raise UsageError("--out DIR is missing: where results and logs go")
+    folder = folder.absolute()
+    if arguments.plot:  # now, not when all is measured
+        plot.check(arguments.plot, folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--out {folder} must be an empty or new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    document = _document(plan)
+    with Console() as console:
+        client = Client(
+            plan.engine, plan.client, plan.client_args, arguments.model,
+            client_environ(plan.common), arguments.run_timeout, console,
+        )  # fmt: skip
+        expect = {"A": arguments.expect_a, "B": arguments.expect_b}
+
+        def make(side: str, where: Path) -> Server:
+            return plan.server(side, where, console)
+
+        experiment = Experiment(plan.design, make, client, expect, document, folder, console)
+        code = _guarded(experiment.run, document)
+        if code == 0:
+            document["summary"] = report.summarise(document)
+            document["complete"] = True
+        write(document, folder / "ab.json")
+    if code == 0:
+        print("\n".join(report.lines(document)))
+        if arguments.plot:
+            plot.draw(document, arguments.plot)
+            print(f"drawn to {arguments.plot}")
+    print(f"{'written' if code == 0 else 'what there is was written'} to {folder / 'ab.json'}")
+    return code
+
+
+def _guarded(action: Callable[[], None], document: dict[str, Any]) -> int:
+    """Run it; an error is printed and goes into the document."""
+    try:
+        action()
+    except AbError as error:
+        # A server that could not be stopped must not hide why it was to be stopped.
+        first = error.__context__
+        said = f"{first}\n{error}" if isinstance(first, AbError) else str(error)
+        refused = isinstance(error, Refused)
+        document["error"] = said
+        document["refused"] = refused
+        print(f"dsv4-plugin ab: {'REFUSED: ' if refused else ''}{said}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _document(plan: _Plan) -> dict[str, Any]:
+    a = plan.arguments
+    sides = {}
+    for side in SIDES:
+        running = plan.design.mode == "running"
+        environ = {} if running else plan.environ(side, Path("OUT", "SERVER", "status"))
+        sides[side] = {
+            "command": shown(plan.commands.get(side, [])),
+            "url": plan.urls[side],
+            "asked_env": told(plan.asked(side), plan.asked(side)),
+            "env": told(environ, plan.asked(side)),
+            "expect": a.expect_a if side == "A" else a.expect_b,
+            "versions": None if running else versions(
+                a.python, environ, "torch", "triton", plan.engine.distribution
+            ),
+            "engagement": {"summary": "not looked at yet"},
+        }  # fmt: skip
+    example = Client(plan.engine, plan.client, plan.client_args, a.model, {}, 0, Console())
+    load = plan.design.workloads[0]
+    return {
+        "what": "ab",
+        "complete": False,
+        "refused": False,
+        "error": None,
+        "machine": machine(),
+        "engine": a.engine,
+        "argv": shown(sys.argv),
+        "sides": sides,
+        "client": {
+            "first_command": shown(
+                example.command(plan.url("A"), load, plan.design.run_seed(1, 1, 1), Path("RESULT"))
+            ),
+            "env": told(client_environ(plan.common), plan.common),
+        },
+        "summary": [],
+    }
+
+
+def _show(plan: _Plan) -> None:
+    document = _document(plan)
+    for side in SIDES:
+        about = document["sides"][side]
+        environ = " ".join(f"{n}={v}" for n, v in about["asked_env"].items())
+        print(f"{side}: {environ} {shlex.join(about['command']) or about['url']}")
+        if about["versions"]:
+            print(f"   {json.dumps(about['versions'])}")
+    print(f"client: {shlex.join(document['client']['first_command'])}")
+    design = plan.design
+    print(f"{design.mode}: {' '.join(design.sides(p) for p in range(1, design.pairs + 1))}, "
+          f"{design.runs} run(s) of {', '.join(map(str, design.workloads))}")  # fmt: skip

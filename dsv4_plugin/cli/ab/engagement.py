@@ -1,0 +1,164 @@
+"""Whether the plugin was at work in a server: the counters of its processes, and its log line.
+
+An A/B in which B ran upstream's code as well would measure noise and call it a result.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv4_plugin.cli.ab import Refused
+from dsv4_plugin.cli.ab.servers import Server
+
+__all__ = ["Evidence", "judge", "look"]
+
+# What the adapters log (engines/shared/decisions.py, vllm/policy.py, tokenspeed/readers.py).
+_ACTIVE = re.compile(r"dsv4 active in |dsv4 in [^:]+: .*(top-k|key gather): (?!upstream's)")
+_OURS = re.compile(r"\bdsv4\b", re.IGNORECASE)
+SHOWN = 5  # lines of the log in an error
+
+
+@dataclass
+class Evidence:
+    """``processes``: the status files of living processes; ``lines``: the log's active lines."""
+
+    processes: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    looked_at: list[str] = field(default_factory=list)
+
+    @property
+    def engaged(self) -> list[dict[str, Any]]:
+        """The processes in which a call was served by the plugin."""
+        return [p for p in self.processes if any(_served(p).values())]
+
+    @property
+    def failures(self) -> list[str]:
+        """What was switched off after an error."""
+        return [
+            f"process {p.get('pid')}: {part} {why}"
+            for p in self.processes
+            for part, why in p.get("failures", {}).items()
+        ]
+
+    def summary(self) -> str:
+        """Say in one line what was found."""
+        if self.engaged:
+            counts = [
+                f"process {p.get('pid')}: "
+                + ", ".join(f"{name} {n}" for name, n in sorted(p["counters"].items()))
+                for p in self.engaged
+            ]
+            return f"at work in {len(self.engaged)} process(es); " + "; ".join(counts)
+        if self.lines:
+            return "said to be at work by the log only"
+        return "nothing shows the plugin at work" if self.looked_at else "not looked"
+
+    def mixed(self) -> list[str]:
+        """Name the kinds of calls of which the engine's own code served some."""
+        found = []
+        for p in self.engaged:
+            counters = p["counters"]
+            for name in _served(p):
+                if counters.get(f"{name}.upstream", 0):
+                    found.append(f"some calls of {name} went to the engine's own code")
+            if {"logits.own", "logits.bf16"} & set(_served(p)) and counters.get("logits.upstream"):
+                found.append("some logits were the engine's, in float32")
+        return list(dict.fromkeys(found))
+
+    def as_data(self) -> dict[str, Any]:
+        """Return it for the results file."""
+        return {**asdict(self), "summary": self.summary()}
+
+
+def _served(process: dict[str, Any]) -> dict[str, int]:
+    counters = process.get("counters", {})
+    return {n: c for n, c in counters.items() if c > 0 and not n.endswith(".upstream")}
+
+
+def look(server: Server) -> Evidence:
+    """Collect what there is about a server."""
+    evidence = Evidence()
+    if server.status is not None:
+        evidence.looked_at.append("status files")
+        for file in sorted(server.status.glob("*.json")):
+            try:
+                data = json.loads(file.read_text())
+            except (OSError, ValueError):
+                continue
+            if isinstance(data, dict) and isinstance(data.get("counters"), dict) and _alive(data):
+                evidence.processes.append(data)
+    if server.log is not None and server.log.is_file():
+        evidence.looked_at.append("log")
+        with server.log.open(errors="replace") as lines:
+            for line in lines:
+                if _ACTIVE.search(line):
+                    evidence.lines.append(line.strip()[:500])
+                elif _OURS.search(line):
+                    evidence.said.append(line.strip()[:500])
+    return evidence
+
+
+def _alive(data: dict[str, Any]) -> bool:
+    """Whether the process of a file still runs; a process of another node is believed."""
+    return data.get("node") != platform.node() or Path(f"/proc/{data.get('pid')}").exists()
+
+
+def judge(
+    server: Server, expect: str, *, workers: int = 1, trust: bool = False
+) -> tuple[Evidence, list[str]]:
+    """Compare what is found with what this side is meant to be, ``on`` or ``off``.
+
+    ``trust`` takes the user's word where there is nothing to look at, or nothing to be seen; it
+    does not go against what is seen. Returns the evidence, and warnings for the report.
+
+    Raises:
+        Refused: it is not what it is meant to be, or nothing shows that it is.
+    """
+    evidence = look(server)
+    name = f"server {server.name}"
+    if evidence.failures:
+        raise Refused(f"{name}: a part of the plugin failed: {'; '.join(evidence.failures)}")
+    if expect == "off":
+        if evidence.engaged or evidence.lines:
+            seen = evidence.summary() + "".join(f"\n    {s}" for s in evidence.lines[:SHOWN])
+            raise Refused(f"{name} is meant to run without the plugin: {seen}")
+        if evidence.looked_at:
+            return evidence, []
+        if trust:
+            return evidence, [f"{server.name}: that the plugin is off is UNVERIFIED"]
+        raise Refused(
+            f"nothing can show whether {name} runs without the plugin: name its status folder "
+            f"(--status-dir-{server.name.lower()}) or its log (--log-{server.name.lower()}), or "
+            "give --trust-engagement"
+        )
+    if len(evidence.engaged) >= workers:
+        return evidence, [f"{server.name}: {text}" for text in evidence.mixed()]
+    if evidence.engaged:
+        raise Refused(
+            f"{name}: the plugin is at work in {len(evidence.engaged)} processes, and --workers "
+            f"is {workers}: {evidence.summary()}"
+        )
+    if evidence.lines and server.status is None:
+        return evidence, [
+            f"{server.name}: the log says that the plugin engaged; no counter shows that it ran"
+        ]
+    if trust:
+        return evidence, [f"{server.name}: that the plugin is at work is UNVERIFIED"]
+    why = (
+        "is the plugin installed in that Python, switched on, and named in VLLM_PLUGINS or "
+        "SGLANG_PLUGINS if that is set? Are the prompts long enough to reach the indexer (more "
+        "than 4 x index_topk tokens)?"
+    )
+    if not evidence.looked_at:
+        why = (
+            f"name its status folder (--status-dir-{server.name.lower()}) or its log "
+            f"(--log-{server.name.lower()}), or give --trust-engagement"
+        )
+    lines = "".join(f"\n    {line}" for line in (*evidence.lines, *evidence.said)[:SHOWN])
+    raise Refused(f"{name}: nothing shows the plugin at work; {why}{lines}")

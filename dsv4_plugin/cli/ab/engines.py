@@ -1,0 +1,181 @@
+"""The two engines: how a server is started, and the options of their benchmark clients."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4_plugin.cli.ab import AbError
+from dsv4_plugin.cli.shared.run import UsageError
+
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "Workload",
+    "client_command",
+    "load_result",
+    "server_command",
+    "split",
+]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one run of the client sends: lengths in tokens, prompts, how many at once."""
+
+    input_len: int
+    output_len: int
+    prompts: int
+    concurrency: int
+
+    @classmethod
+    def parse(cls, text: str) -> Workload:
+        """Read ``in=8192,out=128,n=16,c=4``; what is left out has the value of the default.
+
+        Raises:
+            UsageError: another key, or a value that is no positive integer.
+        """
+        values = {"in": 8192, "out": 128, "n": 16, "c": 4}
+        for part in filter(None, text.split(",")):
+            key, _, value = part.partition("=")
+            if key not in values or not value.isascii() or not value.isdigit() or int(value) < 1:
+                raise UsageError(
+                    f"--workload {text!r}: {part!r} is not one of in=, out=, n=, c= with a "
+                    "positive integer (as in in=8192,out=128,n=16,c=4)"
+                )
+            values[key] = int(value)
+        return cls(values["in"], values["out"], values["n"], values["c"])
+
+    def __str__(self) -> str:
+        return f"in={self.input_len},out={self.output_len},n={self.prompts},c={self.concurrency}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """``distribution`` is the name of the installed package."""
+
+    distribution: str
+    port: int
+    serve: Callable[[str, str], list[str]]  # python, model
+    client: tuple[str, ...]  # python's arguments
+    flags: Callable[[str, str | None, Workload, int, Path], list[str]]
+    read: Callable[[Path], Any]
+
+
+def _vllm_serve(python: str, model: str) -> list[str]:
+    return [python, "-m", "vllm.entrypoints.cli.main", "serve", model]
+
+
+def _vllm_flags(url: str, model: str | None, load: Workload, seed: int, result: Path) -> list[str]:
+    return [
+        "--backend", "vllm", "--base-url", url, *(["--model", model] if model else []),
+        "--dataset-name", "random", "--random-input-len", str(load.input_len),
+        "--random-output-len", str(load.output_len), "--num-prompts", str(load.prompts),
+        "--max-concurrency", str(load.concurrency), "--seed", str(seed),
+        "--ignore-eos", "--temperature", "0", "--percentile-metrics", "ttft,tpot,itl",
+        "--metric-percentiles", "99", "--disable-tqdm", "--save-result", "--save-detailed",
+        "--result-dir", str(result.parent), "--result-filename", result.name,
+    ]  # fmt: skip
+
+
+def _sglang_serve(python: str, model: str) -> list[str]:
+    return [python, "-m", "sglang.launch_server", "--model-path", model]
+
+
+def _sglang_flags(
+    url: str, model: str | None, load: Workload, seed: int, result: Path
+) -> list[str]:
+    # random-ids downloads nothing; a ratio of 1 means that every prompt has the full length. Its
+    # own warm-up would send the first prompt twice and answer it from the prefix cache.
+    return [
+        "--backend", "sglang", "--base-url", url, *(["--model", model] if model else []),
+        "--dataset-name", "random-ids", "--random-input-len", str(load.input_len),
+        "--random-output-len", str(load.output_len), "--random-range-ratio", "1.0",
+        "--num-prompts", str(load.prompts), "--max-concurrency", str(load.concurrency),
+        "--seed", str(seed), "--warmup-requests", "0", "--disable-tqdm", "--output-details",
+        "--output-file", str(result),
+    ]  # fmt: skip
+
+
+def _one(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def _last_line(file: Path) -> Any:
+    return json.loads(file.read_text().splitlines()[-1])
+
+
+ENGINES: Mapping[str, Engine] = {
+    "vllm": Engine(
+        "vllm", 8000, _vllm_serve, ("-m", "vllm.entrypoints.cli.main", "bench", "serve"),
+        _vllm_flags, _one,
+    ),
+    "sglang": Engine(
+        "sglang", 30000, _sglang_serve, ("-m", "sglang.bench_serving"), _sglang_flags, _last_line
+    ),
+}  # fmt: skip
+
+
+def split(text: str, option: str) -> list[str]:
+    """Split an option's value as a shell would; no shell ever sees it.
+
+    Raises:
+        UsageError: a quote is not closed.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} cannot be split: {error}") from error
+
+
+def _fill(command: Sequence[str], values: Mapping[str, object]) -> list[str]:
+    """Put values into ``{name}``; other braces (JSON) are left alone."""
+    out = []
+    for part in command:
+        for name, value in values.items():
+            part = part.replace("{" + name + "}", str(value))
+        out.append(part)
+    return out
+
+
+def server_command(command: Sequence[str], more: Sequence[str], host: str, port: int) -> list[str]:
+    """Return the command of a server: ``{host}`` and ``{port}``, else the options at the end."""
+    whole = [*command, *more]
+    if not any("{port}" in part for part in whole):
+        whole += ["--host", host, "--port", str(port)]
+    return _fill(whole, {"host": host, "port": port})
+
+
+def client_command(
+    engine: Engine, command: Sequence[str], more: Sequence[str], url: str, model: str | None,
+    load: Workload, seed: int, result: Path,
+) -> list[str]:  # fmt: skip
+    """Return the command of a client; one that names ``{result}`` gets no options of ours."""
+    whole = list(command)
+    if not any("{result}" in part for part in whole):
+        whole += engine.flags(url, model, load, seed, result)
+    values = {
+        "url": url, "model": model or "", "seed": seed, "result": result,
+        "input_len": load.input_len, "output_len": load.output_len,
+        "num_prompts": load.prompts, "concurrency": load.concurrency,
+    }  # fmt: skip
+    return _fill([*whole, *more], values)
+
+
+def load_result(engine: Engine, file: Path, what: str) -> Any:
+    """Return the document that a client wrote.
+
+    Raises:
+        AbError: there is none, or it is no JSON object.
+    """
+    try:
+        document = engine.read(file)
+    except (OSError, ValueError, IndexError) as error:
+        raise AbError(f"{what} wrote no result that can be read to {file}: {error}") from error
+    if not isinstance(document, dict):
+        raise AbError(f"{what} wrote no JSON object to {file}")
+    return document

@@ -1,0 +1,111 @@
+"""What each side runs in: its variables, and the versions that its Python sees."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+from dsv4_plugin.cli.checks.provenance import commit, gpus
+from dsv4_plugin.cli.shared.run import UsageError
+
+__all__ = ["client_environ", "machine", "parse", "server_environ", "told", "versions"]
+
+DEFAULTS = {"A": {"DSV4_PLUGIN": "0"}, "B": {"DSV4_PLUGIN": "1"}}
+# What a results file tells of an environment: never all of it, it may hold secrets.
+_TOLD = ("CUDA_", "DG_", "DSV4_", "NCCL_", "SGLANG_", "SGL_", "TORCH", "TRITON_", "VLLM_")
+_SECRET = ("KEY", "TOKEN", "PASSWORD", "SECRET")
+# Run by the Python of a server, so it must stand alone.
+_PROBE = """
+import json, platform, sys
+from importlib import metadata
+found = {"python": platform.python_version()}
+for name in sys.argv[1:]:
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        found[name] = None
+try:
+    import dsv4_plugin
+    found["dsv4-plugin"] = dsv4_plugin.__version__
+    from dsv4_plugin.cli.checks.provenance import commit
+    found["dsv4-plugin commit"] = commit()
+except Exception as error:
+    found["dsv4-plugin"] = None
+    found["dsv4-plugin error"] = f"{type(error).__name__}: {error}"
+print(json.dumps(found))
+"""
+
+
+def parse(entries: list[str], option: str) -> dict[str, str]:
+    """Read ``NAME=VALUE`` entries.
+
+    Raises:
+        UsageError: no ``=``, no name, or ``DSV4_STATUS_DIR``, which is set here for each server.
+    """
+    out = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals or not name:
+            raise UsageError(f"{option} {entry!r} is not NAME=VALUE")
+        if name == "DSV4_STATUS_DIR":
+            raise UsageError(f"{option} {entry!r}: ab sets it, to another folder for each server")
+        out[name] = value
+    return out
+
+
+def server_environ(
+    side: str, common: Mapping[str, str], own: Mapping[str, str], status: str
+) -> dict[str, str]:
+    """Return the environment of a server: this process's, then what was asked for."""
+    return {**os.environ, **common, **DEFAULTS[side], **own, "DSV4_STATUS_DIR": status}
+
+
+def client_environ(common: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of the client: one for both sides, the plugin off."""
+    environ = {**os.environ, **common, "DSV4_PLUGIN": "0"}
+    environ.pop("DSV4_STATUS_DIR", None)
+    return environ
+
+
+def told(environ: Mapping[str, str], asked: Mapping[str, str]) -> dict[str, str]:
+    """Return what a results file says of an environment: what was asked for, and some prefixes."""
+    return {
+        name: "***" if any(word in name.upper() for word in _SECRET) else value
+        for name, value in sorted(environ.items())
+        if name in asked or name.startswith(_TOLD)
+    }
+
+
+def versions(python: str, environ: Mapping[str, str], *distributions: str) -> dict[str, Any]:
+    """Ask a Python what is installed for it; ``{"error": …}`` where it cannot be asked."""
+    command = [python, "-c", _PROBE, *distributions]
+    try:
+        done = subprocess.run(
+            command, env=dict(environ), capture_output=True, text=True, timeout=60, check=True
+        )
+        return json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        return {"error": f"{python} could not be asked: {error}"}
+
+
+def machine() -> dict[str, Any]:
+    """Return where and by which version of this command a run is made."""
+    import dsv4_plugin
+
+    cards = gpus()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "gpu": cards[0]["name"] if cards else None,
+        "driver": cards[0]["driver_version"] if cards else None,
+        "gpus": cards,
+        "cpu": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "plugin": dsv4_plugin.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+    }

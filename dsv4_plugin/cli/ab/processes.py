@@ -1,0 +1,147 @@
+"""Start a command in a session of its own, follow its log, and stop all that came of it.
+
+A command is a list and never meets a shell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dsv4_plugin.cli.ab import AbError
+from dsv4_plugin.cli.ab.console import Console
+
+__all__ = ["Process", "shown"]
+
+LINES = 30  # of a log, in an error
+# How long each signal has to work. An engine that is told to end frees its GPU memory itself.
+PATIENCE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0))
+_SECRETS = ("key", "token", "password", "secret")
+
+
+def shown(command: Sequence[str]) -> list[str]:
+    """Return a command without the values of options that name a secret (``--api-key``)."""
+    out: list[str] = []
+    hide = False
+    for part in command:
+        name, equals, _ = part.partition("=")
+        secret = name.startswith("-") and name.lower().endswith(_SECRETS)
+        out.append("***" if hide else f"{name}=***" if secret and equals else part)
+        hide = secret and not equals
+    return out
+
+
+class Process:
+    """A command with its output in ``log``; ``mark`` is an environment entry only it has."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], environ: Mapping[str, str], log: Path,
+        console: Console, mark: str | None = None,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.command = list(command)
+        self.log = log
+        self._mark = mark.encode() if mark else None
+        self._console = console
+        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with log.open("wb") as file:
+                self._popen = subprocess.Popen(
+                    self.command,
+                    env=dict(environ),
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise AbError(f"{name} cannot be started: {shown(command)}: {error}") from error
+
+    @property
+    def pid(self) -> int:
+        """The process that was started; it leads the session."""
+        return self._popen.pid
+
+    def ended(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+        return self._popen.poll()
+
+    def last_line(self, width: int = 100) -> str:
+        """Return the last line of the log that says something."""
+        lines = [line for line in tail(self.log) if line.strip()]
+        return lines[-1].strip()[:width] if lines else "no output yet"
+
+    def died(self, when: str) -> AbError:
+        """Return the error for an end that was not asked for."""
+        code = self.ended()
+        how = f"with exit code {code}" if code is None or code >= 0 else f"by signal {-code}"
+        text = "\n".join(f"    {line}" for line in tail(self.log))
+        return AbError(f"{self.name} ended {how} {when}; the end of {self.log}:\n{text}")
+
+    def living(self) -> list[int]:
+        """Return the processes of this session, and those that took the mark elsewhere."""
+        self._popen.poll()  # a dead leader is reaped
+        found = []
+        for entry in os.listdir("/proc"):
+            if entry.isdigit() and int(entry) != os.getpid() and self._is_mine(int(entry)):
+                found.append(int(entry))
+        return found
+
+    def _is_mine(self, pid: int) -> bool:
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                # state ppid pgrp session, after a name that may hold anything
+                state, _, group, session = file.read().rpartition(b")")[2].split()[:4]
+            if state in (b"Z", b"X"):
+                return False
+            if self.pid in (int(group), int(session)):
+                return True
+            if self._mark is None:
+                return False
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                return self._mark in file.read().split(b"\0")
+        except (OSError, ValueError):
+            return False
+
+    def stop(self) -> None:
+        """End it and whatever it started: SIGINT, then SIGTERM, then SIGKILL.
+
+        Raises:
+            AbError: something of it is alive after SIGKILL.
+        """
+        for number, seconds in PATIENCE:
+            if self._console.urgent and number != signal.SIGKILL:
+                continue
+            left = self.living()
+            for pid in left:
+                with contextlib.suppress(OSError):  # gone, or not ours to end
+                    os.kill(pid, number)
+            end = time.monotonic() + seconds
+            while left and time.monotonic() < end:
+                if self._console.urgent and number != signal.SIGKILL:
+                    break
+                time.sleep(0.05)
+                left = self.living()
+            if not left:
+                return
+            if number != signal.SIGKILL:
+                self._console.say(f"{self.name}: {len(left)} processes outlive {number.name}")
+        raise AbError(f"{self.name}: processes {left} outlive SIGKILL")
+
+
+def tail(file: Path, lines: int = LINES) -> list[str]:
+    """Return the last lines of a text file, carriage returns of progress bars resolved."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size - 64_000))
+            text = stream.read().decode(errors="replace")
+    except OSError:
+        return []
+    # A progress bar overwrites its line: what stands after the last carriage return is shown.
+    shown_lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+    return (shown_lines[:-1] if not shown_lines[-1] else shown_lines)[-lines:]

@@ -1,0 +1,104 @@
+"""The summary of a run's figures and the table that is printed."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from dsv4_plugin.cli.ab.intervals import LEVEL, ratio
+from dsv4_plugin.cli.ab.metrics import METRICS
+
+__all__ = ["lines", "summarise"]
+
+Row = dict[str, Any]
+
+
+def summarise(document: Row) -> list[Row]:
+    """Return one row for each workload and metric that every run has.
+
+    Runs of the same half of a pair are averaged; mean and standard deviation of a side, the ratio
+    and its interval are over the pairs.
+    """
+    rows = []
+    for load in document["design"]["workloads"]:
+        runs = [run for run in document["runs"] if run["workload"] == load]
+        for metric in METRICS:
+            if not all(metric.name in run["metrics"] for run in runs):
+                continue
+            halves: dict[tuple[str, int], list[float]] = {}
+            for run in runs:
+                key = run["side"], run["pair"]
+                halves.setdefault(key, []).append(run["metrics"][metric.name])
+            pairs = sorted({pair for _, pair in halves})
+            a, b = ([statistics.fmean(halves[side, p]) for p in pairs] for side in "AB")
+            r = ratio(a, b)
+            better = (r.value > 1) == metric.higher_is_better
+            rows.append({
+                "workload": load, "metric": metric.name, "unit": metric.unit,
+                "a": a, "b": b,
+                "a_mean": statistics.fmean(a), "a_sd": statistics.stdev(a),
+                "b_mean": statistics.fmean(b), "b_sd": statistics.stdev(b),
+                "ratio": r.value, "low": r.low, "high": r.high,
+                "verdict": ("better" if better else "worse") if r.decided else "undecided",
+            })  # fmt: skip
+    return rows
+
+
+def lines(document: Row) -> list[str]:
+    """Return the table, and what has to be read with it."""
+    about, design = document["machine"], document["design"]
+    text = [
+        "",
+        f"{about['gpu'] or 'no NVIDIA GPU'}, driver {about['driver']}, {about['date']}, "
+        f"dsv4-plugin {about['plugin']} ({about['commit'][:10]})",
+    ]
+    for side in "AB":
+        text += _side(side, document)
+    for load in design["workloads"]:
+        rows = [row for row in document["summary"] if row["workload"] == load]
+        text += [
+            "",
+            f"{load}: {design['pairs']} pairs x {design['runs']} run(s)"
+            + _same_texts(load, document),
+            f"{'':26s}{'A':>12}{'± sd':>10}{'B':>12}{'± sd':>10}{'B/A':>8}"
+            f"{f'{LEVEL:.0%} interval':>19}  B is",
+        ]
+        for row in rows:
+            interval = f"{row['low']:.3f} … {row['high']:.3f}"
+            text.append(
+                f"{row['metric'] + ' ' + row['unit']:26s}{row['a_mean']:12.2f}{row['a_sd']:10.2f}"
+                f"{row['b_mean']:12.2f}{row['b_sd']:10.2f}{row['ratio']:8.3f}{interval:>19}"
+                f"  {row['verdict']}"
+            )
+    text += [
+        "",
+        f"B/A: geometric mean over the pairs; interval: Student's t on logarithms, "
+        f"{design['pairs'] - 1} degrees of freedom. One in twenty such intervals misses.",
+        "It covers two starts of a server as well as two runs." if design["mode"] == "restart"
+        else "It covers runs on these two servers, not what differs between two starts of one.",
+    ]  # fmt: skip
+    text += [f"note: {warning}" for warning in document["warnings"]]
+    return text
+
+
+def _side(side: str, document: Row) -> list[str]:
+    about = document["sides"][side]
+    environ = " ".join(f"{n}={v}" for n, v in about["asked_env"].items())
+    served = sorted({s["version"] or "unknown" for s in document["servers"] if s["side"] == side})
+    found = about.get("versions") or {}
+    shown = ", ".join(
+        f"{name} {found[name]}" for name in ("torch", "dsv4-plugin") if found.get(name)
+    )
+    return [
+        f"{side}: {document['engine']} {', '.join(served)}{', ' + shown if shown else ''}: "
+        f"{environ} {' '.join(about['command'] or [about['url'] or ''])}",
+        f"   plugin: {about['engagement']['summary']}",
+    ]
+
+
+def _same_texts(load: str, document: Row) -> str:
+    runs = [r for r in document["runs"] if r["workload"] == load and "same_texts" in r]
+    if not runs:
+        return ""
+    same, of = sum(r["same_texts"] for r in runs), sum(r["completed"] for r in runs)
+    return f"; {same} of {of} generated texts are the same in A and B"

@@ -1,0 +1,1 @@
+"""``dsv4-plugin bench``: the ops' times, beside other implementations."""

@@ -1,0 +1,181 @@
+"""Timing of the chain: from the keys to the indices of the best, in one CUDA graph.
+
+Ours is :func:`dsv4_plugin.select`. A peer is a logits kernel in float32 and then a top-k: each
+logits kernel of the peers file with the one that stands for vLLM's choice and with SGLang's, each
+of an installed engine with that engine's. Every answer must be the exact top-k of the scores that
+the same implementation's logits kernel makes, and those scores must be right.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsv4_plugin import paged_logits, select
+from dsv4_plugin.cli.bench.cells import DIRTY, Cell, Row
+from dsv4_plugin.cli.bench.logits.cases import DTYPES, Case, Paged
+from dsv4_plugin.cli.bench.logits.check import Sample
+from dsv4_plugin.cli.bench.logits.measure import KeyBench, Problem, peer_logits
+from dsv4_plugin.cli.bench.topk.bars import sound
+from dsv4_plugin.cli.bench.topk.cases import Problem as Scores
+from dsv4_plugin.cli.bench.topk.check import Reference
+from dsv4_plugin.cli.bench.topk.peers import OURS
+from dsv4_plugin.logits import new_logits
+
+__all__ = ["ChainBench", "chain_name", "shared"]
+
+Call = Callable[[Paged, torch.Tensor], None]
+Answers = dict[int, dict[tuple[str, str], torch.Tensor]]  # k -> (implementation, dtype) -> indices
+
+
+def chain_name(logits: str, topk: str) -> str:
+    """Return the name of a peers' chain."""
+    return f"{logits} + {topk}"
+
+
+def shared(a: torch.Tensor, b: torch.Tensor, columns: int) -> tuple[float, float]:
+    """Return which share of each row of indices ``b`` is in ``a``: the mean and the worst row."""
+    chosen = torch.zeros(len(a), columns + 1, dtype=torch.bool, device=a.device)
+    chosen.scatter_(1, torch.where(a >= 0, a, columns).long(), True)
+    used = b >= 0
+    hits = chosen.gather(1, b.clamp(min=0).long()) & used
+    share = hits.sum(1) / used.sum(1).clamp(min=1)
+    return float(share.mean()), float(share.min())
+
+
+class _Run:
+    """One implementation with an output of its own."""
+
+    def __init__(self, call: Call, case: Case, device: torch.device) -> None:
+        self._call = call
+        self.out = torch.empty(case.rows, case.k, dtype=torch.int32, device=device)
+        self.soil()
+
+    def __call__(self, problem: Problem) -> None:
+        assert isinstance(problem, Paged)
+        self._call(problem, self.out)
+
+    def soil(self) -> None:
+        """Make sure that what is there is no answer."""
+        self.out.fill_(DIRTY)
+
+
+class ChainBench(KeyBench):
+    """Measures cases of ``bench chain``; ``choices`` are the top-k peers that end a chain."""
+
+    choices: tuple[str, ...] = ()
+    _begun = 0  # where the results of the group begin
+    _answers: Answers  # of the group
+
+    def _begin(self, group: list[Case]) -> Cell:
+        held = self._held(group[0])
+        problem = held[0]
+        assert isinstance(problem, Paged)
+        most = max(case.k for case in group)
+        sample = Sample(problem)
+        references: dict[tuple[str, str], tuple[Reference, str]] = {}
+        self._begun, self._answers = len(self.results), {}
+
+        def cell(case: Case) -> tuple[float, str]:
+            runs = self._implementations(case, problem)
+            text = self._cell(case, held, runs, references, most, sample)
+            kept = self._answers.setdefault(case.k, {})
+            kept |= {(name, case.dtype): run.out for name, run in runs.items()}
+            return self._floor_us(case), text
+
+        return cell
+
+    def _end(self) -> None:
+        self._agree(self.results[self._begun :], self._answers)
+        self._answers = {}
+
+    def _cell(
+        self,
+        case: Case,
+        held: list[Problem],
+        runs: dict[str, _Run],
+        references: dict[tuple[str, str], tuple[Reference, str]],
+        most: int,
+        sample: Sample,
+    ) -> str:
+        problem = held[0]
+        assert isinstance(problem, Paged)
+
+        def reference(name: str) -> tuple[Reference, str]:
+            if (name, case.dtype) not in references:
+                logits = self._logits(name, problem, DTYPES[case.dtype])[:, : case.columns]
+                wrong = sample.why_wrong(logits)
+                references[name, case.dtype] = Reference(Scores(logits, problem.n), most), wrong
+            return references[name, case.dtype]
+
+        def warm(name: str) -> Row:
+            run = runs[name]
+            run.soil()
+            run(problem)
+            scores, wrong = reference(name)
+            before = scores.judge(run.out, case.k, ties=name == OURS)
+            run.soil()
+            us = self._time(case, functools.partial(run, problem))
+            after = scores.judge(run.out, case.k, ties=name == OURS)
+            row = self._figures(case, us)
+            row |= {"exact": before.exact and after.exact, "right": not wrong}
+            if name == OURS:
+                row["lowest_index"] = before.ties and after.ties
+            if before.why or after.why or wrong:
+                row["why"] = before.why or after.why or wrong
+            return row
+
+        def cold(name: str, warm_us: float) -> float | None:
+            return self._cold(case, runs[name], held, warm_us)
+
+        return self.measure(case, self._about(case), runs, warm, cold)
+
+    def _implementations(self, case: Case, problem: Paged) -> dict[str, _Run]:
+        """Return ours first, then the peers' chains, which are of float32 only."""
+        device = problem.q.device
+        scratch = new_logits(case.rows, case.columns, DTYPES[case.dtype], device)
+
+        def ours(p: Paged, out: torch.Tensor) -> None:
+            select(p.q, p.cache, p.weights, p.lengths, p.block_table, case.k, out=out,
+                   logits=scratch, backend=self.backend)  # fmt: skip
+
+        calls: dict[str, Call] = {OURS: ours}
+        if case.dtype == "float32":
+            for first, last in self.peers.chains(self.choices):
+                logits, topk = self.peers["logits"][first], self.peers["decode"][last]
+                calls[chain_name(first, last)] = functools.partial(_theirs, logits, topk, case)
+        return {name: _Run(call, case, device) for name, call in calls.items()}
+
+    def _logits(self, name: str, problem: Paged, dtype: torch.dtype) -> torch.Tensor:
+        """Return the scores that an implementation selects among."""
+        if name == OURS:
+            p = problem
+            return paged_logits(p.q, p.cache, p.weights, p.lengths, p.block_table, dtype=dtype,
+                                backend=self.backend)  # fmt: skip
+        for first, last in self.peers.chains(self.choices):
+            if name == chain_name(first, last):
+                return peer_logits(self.peers["logits"][first], dtype, problem)
+        raise KeyError(name)
+
+    def _agree(self, rows: list[Row], answers: Answers) -> None:
+        """Note beside ours how much of its choice each right chain of the peers shares."""
+        for row in rows:
+            if row["implementation"] != OURS:
+                continue
+            ours = answers[row["k"]][OURS, row["dtype"]]
+            row["agreement"] = {}
+            for other in rows:
+                if other["implementation"] != OURS and other["k"] == row["k"] and sound(other):
+                    theirs = answers[row["k"]][other["implementation"], other["dtype"]]
+                    mean, worst = shared(ours, theirs, row["columns"])
+                    row["agreement"][other["implementation"]] = {
+                        "mean": round(mean, 6), "worst": round(worst, 6),
+                    }  # fmt: skip
+
+
+def _theirs(logits: Any, topk: Any, case: Case, p: Paged, out: torch.Tensor) -> None:
+    scores = peer_logits(logits, torch.float32, p)
+    topk(scores[:, : case.columns], p.n, case.k, out)

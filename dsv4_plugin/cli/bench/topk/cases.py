@@ -1,0 +1,311 @@
+"""The cases of the top-k: what the benchmark times and what the tests check.
+
+A :class:`Case` is a shape, a dtype and a distribution; :meth:`Case.make` draws its tensors. The
+benchmark's suites and the lists that the tests run over are all here, so that a new path of the
+kernel is one more entry in :data:`EDGES` or :data:`CAPACITIES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dsv4_plugin.cli.checks.inputs import scores
+from dsv4_plugin.cli.shared.choices import KS, TOPK_DTYPES
+from dsv4_plugin.cli.shared.choices import TOPK_SUITES as SUITES
+
+__all__ = [
+    "ADVERSARIAL",
+    "ADVERSARIAL_SHAPES",
+    "CAPACITIES",
+    "COLUMNS",
+    "DTYPES",
+    "EDGES",
+    "GROUP_EDGES",
+    "KS",
+    "ODD_KS",
+    "PAGE_SIZE",
+    "ROWS",
+    "ROW_EDGES",
+    "SUITES",
+    "Case",
+    "Problem",
+    "plateau",
+    "short_lengths",
+    "suite",
+]
+
+ROWS = (1, 8, 32, 64, 128)
+COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)
+SEED_ROWS = (1, 8, 32)
+
+DTYPES = {name: getattr(torch, dtype) for name, dtype in TOPK_DTYPES.items()}
+
+NARROW_LENGTH, NARROW_WIDTH = 8192, 256_000
+
+# The distributions that have hurt kernels (docs/notes/topk.md), each held against "normal".
+ADVERSARIAL = (
+    "all_equal",
+    "two_values",
+    "crowded",
+    "relu_sum",
+    "signed_sum",
+    "ascending",
+    "descending",
+    "one_huge_bin",
+)
+ADVERSARIAL_SHAPES = ((1, 8192), (1, 65_536), (8, 256_000), (32, 65_536), (128, 131_072))
+
+# The form that answers in pool slots (SGLang's decode): the page table is part of the call.
+PAGED_ROWS, PAGED_COLUMNS = (1, 8, 32), (8192, 65_536, 256_000)
+PAGE_SIZE = 64
+
+# As in a server, where a call's own code is cold.
+SERVED_KS, SERVED_ROWS, SERVED_COLUMNS = (512, 2048), (1, 8, 32, 128), (8192, 65_536, 256_000)
+
+PREFILL_ROWS = (2048, 8192)
+PREFILL_COLUMNS = (8192, 32_768, 65_536)
+PREFILL_KS = (512, 2048)
+
+# ---- Where the kernel changes its path: the tests run lengths of -5 ... +5 around each ----------
+
+# Row lengths. A thread takes one more unit every 4,096 scores (512 threads); two or four units stay
+# in registers, longer slices are streamed four or eight at a time and listed 32 at a time; a
+# thread's share of the masks doubles at 32,768, 65,536 and 131,072; the table of
+# choices changes at 8K, 16K, 32K, 64K and 128K; 16 CTAs of 262,144 scores are the most that is
+# served without the wide kernel, and three are at 786,432.
+EDGES = (
+    4096,  # one step
+    8192,
+    12_288,
+    16_384,
+    24_576,
+    32_768,  # sglang#33835: 115 of 512 slots unique just above it
+    49_152,
+    65_536,
+    98_304,
+    131_072,
+    196_608,
+    262_144,
+    524_288,
+    786_432,
+    1_048_576,
+    4_194_304,  # longer rows go to the wide kernel
+)
+
+# Row lengths in quarters of k: a bound is taken from groups of two, four or eight scores, or of up
+# to 32, whichever are enough. In registers from 9/4 k groups on, else of single scores (a cluster:
+# 9/8 k; float16: 7/4 k), where a slice is streamed from 7/4 k on.
+GROUP_EDGES = (4, 5, 8, 9, 16, 18, 28, 32, 36, 56, 64, 72)
+
+# Rows of a call: they decide how many CTAs a row gets. 4; a sixteenth, an eighth, two ninths, a
+# quarter and a half of 132 multiprocessors; all of them, and twice that; and one more of each.
+ROW_EDGES = (1, 2, 4, 5, 8, 9, 16, 17, 29, 30, 33, 34, 64, 66, 67, 99, 131, 132, 133, 264, 265)
+
+# Elements that tie for the last slots of a row: the caps at which kernels have dropped candidates
+# (vllm#51782, sglang#36807), k, and this kernel's own limits: 256 scores that are ranked against
+# each other, lists of more than 128 units a warp.
+CAPACITIES = (128, 256, 512, 1024, 2048, 3708, 4096, 8192, 16_384, 32_768)
+
+# k that are neither tuned nor a multiple of anything. Above 512 the table of choices changes, above
+# 1024 as well, and answers are staged in shared memory.
+ODD_KS = (1, 2, 7, 31, 100, 511, 513, 1000, 1023, 1025, 2047)
+
+
+def short_lengths(k: int) -> list[int]:
+    """Return the lengths at which a row is padding, short or barely longer than ``k``."""
+    return [-1, 0, 1, k - 1, k, k + 1]
+
+
+@dataclasses.dataclass
+class Problem:
+    """The tensors of one call: row ``r`` looks at ``logits[r, starts[r] : starts[r] + n[r]]``."""
+
+    logits: torch.Tensor
+    lengths: torch.Tensor
+    row_starts: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None  # the identity, so that slots are columns
+    # Where each row's columns begin and end, as the engines' prefill kernels take it.
+    starts: torch.Tensor = dataclasses.field(init=False)
+    row_ends: torch.Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the two from the others."""
+        starts = self.row_starts
+        self.starts = torch.zeros_like(self.lengths) if starts is None else starts
+        self.row_ends = self.starts + self.lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One cell of a table."""
+
+    suite: str
+    dtype: str
+    k: int
+    rows: int
+    columns: int  # of each row that count; the longest row's where they differ
+    kind: str = "normal"
+    width: int = 0  # of the buffer; 0: as wide as the rows
+    windows: str = "full"  # or "causal": two packed requests, each row sees its prefix
+
+    @property
+    def data(self) -> tuple[object, ...]:
+        """What the tensors depend on: cases with the same are measured on the same tensors."""
+        dtype = DTYPES[self.dtype]
+        return (
+            dtype, self.rows, self.columns, self.kind, self.width, self.windows,
+            self.suite == "prefill", self.suite == "paged",
+        )  # fmt: skip
+
+    @property
+    def bytes_read(self) -> int:
+        """The bytes of scores that the rows' windows cover."""
+        if self.windows == "causal":
+            columns = int(self._causal()[1].sum())
+        else:
+            columns = self.rows * self.columns
+        return columns * DTYPES[self.dtype].itemsize
+
+    def _causal(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Starts and lengths of two requests packed side by side, each the end of its context."""
+        half, context = max(1, self.rows // 2), self.columns // 2
+        row = torch.arange(self.rows)
+        request, at = row.div(half, rounding_mode="floor").clamp(max=1), row % half
+        length = context - half + 1 + at if half <= context else at * context // half + 1
+        return request * context, length
+
+    def _page_table(self, device: str | torch.device) -> torch.Tensor | None:
+        if self.suite != "paged":
+            return None
+        pages = torch.arange(-(-self.columns // PAGE_SIZE), dtype=torch.int32, device=device)
+        return pages.repeat(self.rows, 1)
+
+    def make(self, device: str | torch.device = "cpu", seed: int = 0) -> Problem:
+        """Draw the tensors; columns past a row's end are NaN where the buffer is wider."""
+        dtype = DTYPES[self.dtype]
+        step = max(1, (1 << 27) // self.columns)  # the float32 draws of big cases come in parts
+        width = self.width or self.columns
+        prefill = self.suite == "prefill"
+        logits = torch.empty(self.rows, width, dtype=dtype, device=device)
+        for begin in range(0, self.rows, step):
+            count = min(step, self.rows - begin)
+            part = scores(self.kind, count, self.columns, dtype, seed=seed + begin, device=device)
+            logits[begin : begin + count, : self.columns] = part
+        if width > self.columns:
+            logits[:, self.columns :] = float("nan")
+        if self.windows == "full":
+            lengths = torch.full((self.rows,), self.columns, dtype=torch.int32, device=device)
+            # Engines always hand starts to their prefill kernels.
+            starts = torch.zeros_like(lengths) if prefill else None
+            return Problem(logits, lengths, starts, self._page_table(device))
+        if self.windows != "causal":
+            raise ValueError(f"windows must be 'full' or 'causal', got {self.windows!r}")
+        begins, length = self._causal()
+        return Problem(logits, length.int().to(device), begins.int().to(device))
+
+    def __str__(self) -> str:
+        """Return the cell as progress lines and messages show it."""
+        more = "" if self.kind == "normal" else f" {self.kind}"
+        more += f" in {self.width}" if self.width else ""
+        more += "" if self.windows == "full" else f" {self.windows}"
+        return f"{self.dtype} k {self.k} {self.rows} x {self.columns}{more}"
+
+
+def plateau(
+    counts: Sequence[int], columns: int, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> torch.Tensor:
+    """Make rows in which ``counts[r]`` scattered elements tie for the largest score.
+
+    The rest are smaller and differ from each other as far as the dtype allows. A kernel that keeps
+    the candidates of a row in a buffer has exactly ``counts[r]`` of them at the threshold.
+    """
+    g = torch.Generator(device=device).manual_seed(len(counts))
+    rows = torch.rand(len(counts), columns, generator=g, device=device)
+    for row, count in zip(rows, counts, strict=True):
+        row[torch.randperm(columns, generator=g, device=device)[:count]] = 2.0
+    return rows.to(dtype)
+
+
+# ---- The suites of the benchmark -----------------------------------------------------------------
+
+
+def _grid(
+    name: str, dtypes: Sequence[str], ks: Sequence[int], rows: Sequence[int], columns: Sequence[int]
+) -> Iterator[Case]:
+    for dtype in dtypes:
+        for r in rows:
+            for c in columns:
+                for k in ks:
+                    yield Case(name, dtype, k, r, c)
+
+
+def _narrow(dtypes: Sequence[str], ks: Sequence[int], rows: Sequence[int]) -> Iterator[Case]:
+    for dtype in dtypes:
+        for r in rows:
+            for width in (0, NARROW_WIDTH):
+                for k in ks:
+                    yield Case("narrow", dtype, k, r, NARROW_LENGTH, width=width)
+
+
+def _adversarial(
+    dtypes: Sequence[str], ks: Sequence[int], shapes: Sequence[tuple[int, int]]
+) -> Iterator[Case]:
+    for dtype in dtypes:
+        for r, c in shapes:
+            for kind in ("normal", *ADVERSARIAL):
+                for k in ks:
+                    yield Case("adversarial", dtype, k, r, c, kind=kind)
+
+
+def _prefill(
+    dtypes: Sequence[str], ks: Sequence[int], rows: Sequence[int], columns: Sequence[int]
+) -> Iterator[Case]:
+    for dtype in dtypes:
+        for r in rows:
+            for c in columns:
+                for windows in ("full", "causal"):
+                    for k in ks:
+                        yield Case("prefill", dtype, k, r, c, windows=windows)
+
+
+def suite(
+    name: str,
+    *,
+    dtypes: Sequence[str] | None = None,
+    ks: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    columns: Sequence[int] | None = None,
+) -> list[Case]:
+    """Return the cases of one suite, or those of them that the arguments leave.
+
+    Arguments replace the suite's own lists; for ``adversarial`` and ``seed``, whose shapes belong
+    together, ``rows`` and ``columns`` choose among them.
+    """
+    types = tuple(dtypes or ("bfloat16", "float32"))
+    if name == "decode":
+        return list(_grid(name, types, ks or KS, rows or ROWS, columns or COLUMNS))
+    if name == "served":
+        chosen = rows or SERVED_ROWS, columns or SERVED_COLUMNS
+        return list(_grid(name, types, ks or SERVED_KS, *chosen))
+    if name == "narrow":
+        return list(_narrow(types, ks or KS, rows or ROWS))
+    if name == "adversarial":
+        shapes = [
+            (r, c)
+            for r, c in ADVERSARIAL_SHAPES
+            if (not rows or r in rows) and (not columns or c in columns)
+        ]
+        return list(_adversarial(types, ks or (512, 2048), shapes))
+    if name == "prefill":
+        chosen = rows or PREFILL_ROWS, columns or PREFILL_COLUMNS
+        return list(_prefill(types, ks or PREFILL_KS, *chosen))
+    if name == "paged":
+        chosen = rows or PAGED_ROWS, columns or PAGED_COLUMNS
+        return list(_grid(name, types, ks or KS, *chosen))
+    if name == "seed":
+        some = [r for r in SEED_ROWS if not rows or r in rows]
+        return list(_grid(name, ("bfloat16", "float32"), ks or KS, some, columns or COLUMNS))
+    raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")

@@ -1,0 +1,121 @@
+"""FlashInfer: its fused top-k's, which vLLM and SGLang call where they are told to.
+
+Which kernel it takes (radix, clusters, CUB) is its own choice. Read in FlashInfer 0.6 and 0.7.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from dsv4_plugin.cli.bench.topk.cases import PAGE_SIZE
+from dsv4_plugin.cli.bench.upstream.prepared import (
+    Prepared,
+    imported,
+    lengths_of,
+    need,
+    release,
+    tried,
+    zeros_for,
+)
+
+__all__ = ["choice", "kernels"]
+
+_windows = Prepared("the windows' lengths")
+
+
+def choice() -> str | None:
+    """Return None: FlashInfer is no engine, and ends no chain."""
+    return None
+
+
+def kernels(form: str) -> dict[str, Any]:
+    """Return FlashInfer's kernels of a form, or why there are none."""
+    name = release("flashinfer", "flashinfer-python")
+    if name is None:
+        return {"flashinfer": "it is not installed here"}
+    if form == "decode":
+        return tried(name, _decode)
+    if form == "prefill":
+        return tried(f"{name} prefill", _prefill)
+    if form == "paged":
+        return tried(f"{name} paged", _paged)
+    if form == "gather":
+        return {f"{name} gather": "no gather of this cache is known of it"}
+    return {f"{name} logits": "no function of it that scores this cache is called by an engine"}
+
+
+def _function(name: str) -> Any:
+    found = getattr(imported("flashinfer"), name, None)
+    if found is None:
+        raise LookupError(f"flashinfer has no {name}")
+    return found
+
+
+def _safe(function: Any) -> dict[str, Any]:
+    """Return what makes a call safe in a CUDA graph, where the release can be asked."""
+    return {"dsa_graph_safe": True} if _takes(function, "dsa_graph_safe") else {}
+
+
+def _takes(function: Any, name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+def _decode() -> Any:
+    ragged = _function("top_k_ragged_transform")
+    more = _safe(ragged)
+
+    def decode(logits: torch.Tensor, lengths: torch.Tensor, k: int, out: torch.Tensor) -> None:
+        """``flashinfer.top_k_ragged_transform``, as vLLM's ``flashinfer`` backend calls it.
+
+        Arguments: scores, offsets (zeros), lengths, k. It returns a new tensor, which is copied, as
+        vLLM does: the copy is in the time. ``dsa_graph_safe`` as SGLang passes it.
+        """
+        need(logits.is_contiguous(), "takes contiguous scores only")
+        out.copy_(ragged(logits, zeros_for(lengths, _windows), lengths, k, **more))
+
+    return decode
+
+
+def _prefill() -> Any:
+    ragged = _function("top_k_ragged_transform")
+    if not _takes(ragged, "row_starts"):
+        raise LookupError("this release's top_k_ragged_transform takes no row_starts")
+    more = _safe(ragged)
+
+    def prefill(
+        logits: torch.Tensor, row_starts: torch.Tensor, row_ends: torch.Tensor, k: int,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """``flashinfer.top_k_ragged_transform`` with ``row_starts``, as SGLang's backend calls it.
+
+        Arguments as in :func:`_decode`; with offsets of zero indices count from the row's start.
+        """
+        need(logits.is_contiguous(), "takes contiguous scores only")
+        lengths = lengths_of(row_starts, row_ends, _windows)
+        zeros = zeros_for(lengths, _windows)
+        out.copy_(ragged(logits, zeros, lengths, k, row_starts=row_starts, **more))
+
+    return prefill
+
+
+def _paged() -> Any:
+    transform = _function("top_k_page_table_transform")
+    for name in ("page_size", "out"):
+        if not _takes(transform, name):
+            raise LookupError(f"this release's top_k_page_table_transform takes no {name}")
+    more = _safe(transform)
+
+    def paged(
+        logits: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor, k: int,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """``flashinfer.top_k_page_table_transform``, as SGLang's ``flashinfer`` backend calls it.
+
+        Arguments: scores, page table, lengths, k, and by name ``page_size`` and ``out``.
+        """
+        transform(logits, page_table, lengths, k, page_size=PAGE_SIZE, out=out, **more)
+
+    return paged

@@ -1,0 +1,239 @@
+"""vLLM: the top-k that it chooses itself, its DeepGEMM, its gather.
+
+The compiled ops come with ``vllm._custom_ops``; where vLLM is not installed, with
+``--load-library .../_C_stable_libtorch.abi3.so``. Read in vLLM 0.26 and 0.33.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from dsv4_plugin.cli.bench.topk.cases import KS, PAGE_SIZE
+from dsv4_plugin.cli.bench.upstream.prepared import (
+    Prepared,
+    imported,
+    need,
+    release,
+    schedule_of,
+    tried,
+)
+from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
+
+__all__ = ["choice", "kernels"]
+
+LIBRARY = "vllm (loaded library)"
+COOPERATIVE_ROWS = 32  # up to 0.32; later releases name their own
+WORKSPACE = 1 << 20  # RADIX_TOPK_WORKSPACE_SIZE of every release
+
+_workspaces = Prepared("vllm's workspace")
+_schedules = Prepared("vllm's schedule")
+
+
+def kernels(form: str) -> dict[str, Any]:
+    """Return vLLM's kernels of a form, or why there are none."""
+    name = _name()
+    if name is None:
+        return {"vllm": "it is not installed here"}
+    if form == "decode":
+        return tried(name, _decode)
+    if form == "prefill":
+        return tried(f"{name} prefill", _prefill)
+    if form == "paged":
+        return {f"{name} paged": "its top-k answers in columns, not in pool slots"}
+    if form == "gather":
+        return tried(f"{name} cp_gather", _gather)
+    gemm = f"{name} DeepGEMM"
+    if name == LIBRARY:
+        return {gemm: "it is not in the loaded library"}
+    return tried(gemm if form == "logits" else f"{gemm} prefill",
+                 _logits if form == "logits" else _ragged_logits)  # fmt: skip
+
+
+def choice() -> str | None:
+    """Return the name of what vLLM runs itself, None where there is no vLLM."""
+    return _name()
+
+
+def _name() -> str | None:
+    loaded = _has("_C", "persistent_topk") or _has(*GATHER)
+    return release("vllm") or (LIBRARY if loaded else None)
+
+
+GATHER = ("_C_cache_ops", "cp_gather_indexer_k_quant_cache")
+
+
+def _has(namespace: str, name: str) -> bool:
+    try:
+        getattr(getattr(torch.ops, namespace), name)
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+def _op(namespace: str, name: str) -> Any:
+    """Return a compiled op, which an installed vLLM registers when its ops are imported."""
+    if not _has(namespace, name):
+        imported("vllm._custom_ops")
+        if not _has(namespace, name):
+            raise LookupError(f"torch.ops.{namespace} has no {name}")
+    return getattr(getattr(torch.ops, namespace), name)
+
+
+def _cooperative_rows() -> int:
+    if _name() == LIBRARY:
+        return COOPERATIVE_ROWS
+    try:
+        module = imported("vllm.model_executor.layers.indexer_topk")
+    except LookupError:  # before 0.30 there is no such module
+        return COOPERATIVE_ROWS
+    return int(getattr(module, "AUTO_COOPERATIVE_MAX_ROWS", COOPERATIVE_ROWS))
+
+
+def _decode() -> Any:
+    cooperative, persistent = _op("_C", "cooperative_topk"), _op("_C", "persistent_topk")
+    per_row = _op("_C", "top_k_per_row_decode")
+    most = _cooperative_rows()
+
+    def decode(logits: torch.Tensor, lengths: torch.Tensor, k: int, out: torch.Tensor) -> None:
+        """``cooperative_topk``, ``persistent_topk`` or ``top_k_per_row_decode``, as vLLM chooses.
+
+        vLLM takes the first for k 512, 1024, 2048, rows whose stride divides by four and up to 32
+        of them (0.33: ``AUTO_COOPERATIVE_MAX_ROWS``, 64), the second for more rows, the third for
+        another k. Arguments of the first two: logits, lengths, out, workspace (uint8, 1 MiB, of its
+        workspace manager), k, the longest row. The last is the width here: what a captured graph
+        of all lengths sees. Float32 only.
+        """
+        rows, columns = logits.shape
+        need(logits.dtype == torch.float32, "takes float32 only")
+        if k not in KS:
+            per_row(logits, 1, lengths, out, rows, logits.stride(0), logits.stride(1), k)
+            return
+        which = cooperative if rows <= most and logits.stride(0) % 4 == 0 else persistent
+        which(logits, lengths, out, _workspace(logits.device), k, columns)
+
+    return decode
+
+
+def _workspace(device: torch.device) -> torch.Tensor:
+    return _workspaces.get(
+        str(device), lambda: torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)
+    )
+
+
+def _prefill() -> Any:
+    op = _op("_C", "top_k_per_row_prefill")
+
+    def prefill(
+        logits: torch.Tensor, row_starts: torch.Tensor, row_ends: torch.Tensor, k: int,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """``top_k_per_row_prefill``, which vLLM runs on every chunk of a prefill.
+
+        Arguments: logits, starts, ends, out, rows, both strides, k; it counts from the row's start.
+        Float32 only.
+        """
+        need(logits.dtype == torch.float32, "takes float32 only")
+        op(logits, row_starts, row_ends, out, len(logits), logits.stride(0), logits.stride(1), k)
+
+    return prefill
+
+
+def _gather() -> Any:
+    op = _op(*GATHER)
+
+    def gather(
+        cache: torch.Tensor, block_table: torch.Tensor, cu_seq_lens: torch.Tensor,
+        values: torch.Tensor, scales: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """``cp_gather_indexer_k_quant_cache``, which vLLM runs before a prefill's logits.
+
+        Arguments: the cache ``[pages, 64, 132]``, values, scales, block table, cumulated lengths.
+        It does not dequantise.
+        """
+        op(cache, values, scales, block_table, cu_seq_lens)
+
+    return gather
+
+
+# ---- DeepGEMM ------------------------------------------------------------------------------------
+
+
+def _deep_gemm(name: str) -> Any:
+    module = imported("vllm.utils.deep_gemm")
+    if not callable(getattr(module, name, None)):
+        raise LookupError(f"vllm.utils.deep_gemm has no {name}")
+    resolve = getattr(module, "_lazy_init", None)
+    if resolve is not None:
+        resolve()
+    if getattr(module, f"_{name}_impl", None) is None:
+        raise LookupError("vLLM finds no DeepGEMM here")
+    return module
+
+
+def _of_dtype(module: Any, name: str, dtype: torch.dtype) -> Any:
+    """Return vLLM's function, which writes float32, or for bfloat16 the DeepGEMM function below."""
+    if dtype == torch.float32:
+        return getattr(module, name)
+    below = getattr(module, f"_{name}_impl")
+    need(dtype == torch.bfloat16 and has_logits_dtype(below), f"does not write {dtype}")
+    return below
+
+
+def _more(function: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments that only some releases have."""
+    if dtype != torch.float32:
+        return {"clean_logits": False, "logits_dtype": dtype}
+    return {"clean_logits": False} if "clean_logits" in _parameters(function) else {}
+
+
+def _parameters(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def _logits() -> Any:
+    name = "fp8_fp4_paged_mqa_logits"
+    module = _deep_gemm(name)
+
+    def logits(
+        q: torch.Tensor, cache: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor,
+        block_table: torch.Tensor, dtype: torch.dtype,
+    ) -> torch.Tensor:  # fmt: skip
+        """``vllm.utils.deep_gemm.fp8_fp4_paged_mqa_logits``, as vLLM's decode calls it.
+
+        Arguments: ``(q, None)``, cache, weights, lengths, block table, schedule, the longest row,
+        and up to 0.32 ``clean_logits=False``. The schedule is ``get_paged_mqa_logits_metadata`` of
+        the lengths, once a step. vLLM asks for float32; for bfloat16 the DeepGEMM function below is
+        called with ``logits_dtype``, which 0.33's has not.
+        """
+        call = _of_dtype(module, name, dtype)
+        held = schedule_of(module, lengths, _schedules)
+        width = block_table.shape[1] * PAGE_SIZE
+        return call((q, None), cache, weights, lengths, block_table, held, width,
+                    **_more(call, dtype))  # fmt: skip
+
+    return logits
+
+
+def _ragged_logits() -> Any:
+    name = "fp8_fp4_mqa_logits"
+    module = _deep_gemm(name)
+
+    def ragged_logits(
+        q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, weights: torch.Tensor,
+        row_starts: torch.Tensor, row_ends: torch.Tensor, dtype: torch.dtype,
+    ) -> torch.Tensor:  # fmt: skip
+        """``vllm.utils.deep_gemm.fp8_fp4_mqa_logits``, as vLLM's prefill calls it.
+
+        Arguments: ``(q, None)``, ``(keys, scales)``, weights, starts, ends, and then
+        ``clean_logits=False`` or, from 0.33 on, the longest window.
+        """
+        call = _of_dtype(module, name, dtype)
+        more = _more(call, dtype)
+        if dtype == torch.float32 and "max_seqlen_k" in _parameters(call):
+            more = {"max_seqlen_k": len(k)}
+        return call((q, None), (k, k_scale), weights, row_starts, row_ends, **more)
+
+    return ragged_logits

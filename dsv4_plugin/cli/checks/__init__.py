@@ -1,0 +1,1 @@
+"""What the commands share: inputs, oracles, guards, timing, results files."""

@@ -1,0 +1,227 @@
+"""The loop of the fuzzer: draw, run, count, and shrink what fails."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import torch
+
+from dsv4_plugin.backends import Call, unmet
+from dsv4_plugin.cli.checks.oracles import Wrong
+from dsv4_plugin.cli.fuzz import (
+    cache,
+    candidate_selections,
+    candidates,
+    logits,
+    logits_run,
+    topk,
+)
+from dsv4_plugin.cli.fuzz.case import Case, CaseError, function_of
+from dsv4_plugin.errors import UnmetError
+
+__all__ = ["OPS", "Failure", "Op", "Report", "backends_here", "fuzz", "run_case", "shrink"]
+
+
+@dataclass(frozen=True)
+class Op:
+    """How the cases of one op are drawn and run."""
+
+    kind: type[Case]
+    draw: Callable[[int, str, tuple[str, ...]], Case]  # (seed, device, backends)
+    run: Callable[[Any, str, Callable[..., Any]], None]  # (case, device, the function)
+    weight: int  # cases of it among those of all ops
+
+
+# A new op: its module beside these, and a line here.
+OPS: dict[str, Op] = {
+    "topk": Op(topk.TopkCase, topk.draw, topk.run, 7),
+    "read": Op(cache.ReadCase, cache.draw_read, cache.run, 1),
+    "read_mxfp4": Op(
+        cache.ReadMxfp4Case, partial(cache.draw_read, kind=cache.ReadMxfp4Case), cache.run, 1
+    ),
+    "gather": Op(cache.GatherCase, cache.draw_gather, cache.run, 1),
+    "paged_logits": Op(logits.PagedLogitsCase, logits.draw_paged, logits_run.run, 2),
+    "ragged_logits": Op(logits.RaggedLogitsCase, logits.draw_ragged, logits_run.run, 1),
+    "select": Op(logits.SelectCase, logits.draw_select, logits_run.run, 1),
+    "block_maxima": Op(candidates.BlockMaximaCase, candidates.draw_maxima, candidates.run, 1),
+    "select_blocks": Op(
+        candidate_selections.SelectBlocksCase,
+        candidate_selections.draw_blocks,
+        candidate_selections.run,
+        1,
+    ),
+    "candidate_logits": Op(
+        candidates.CandidateLogitsCase, candidates.draw_candidates, candidates.run, 1
+    ),
+    "candidate_logits_ragged": Op(
+        candidates.CandidateLogitsRaggedCase, candidates.draw_ragged, candidates.run, 1
+    ),
+    "select_candidates": Op(
+        candidate_selections.SelectCandidatesCase,
+        candidate_selections.draw_candidates,
+        candidate_selections.run,
+        1,
+    ),
+}
+
+
+@dataclass
+class Failure:
+    """A case that failed, what it was shrunk to, and why."""
+
+    original: Case
+    why: str
+    rows: list[int] = field(default_factory=list)
+    shrunk: Case | None = None
+    fatal: bool = False  # the CUDA context is gone
+
+    @property
+    def kind(self) -> str:
+        """What is wrong, without the numbers: shrinking must not end at another mistake."""
+        return re.sub(r"^(replay|stream) \d+: |\d+", "", self.why.partition(", in ")[0])
+
+
+@dataclass
+class Report:
+    """What was tried."""
+
+    cases: Counter[str] = field(default_factory=Counter)
+    rows: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    tried: Counter[str] = field(default_factory=Counter)  # "op field=value", of fields with words
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def count(self, case: Case) -> None:
+        """Count a case that ran."""
+        self.cases[case.op] += 1
+        self.rows[case.op] += case.rows
+        for f in fields(case):
+            words = f.metadata.get("choices")
+            if words or f.metadata.get("most") == 1 or f.name in ("graph", "next_n", "view"):
+                self.tried[f"{case.op} {f.name}={getattr(case, f.name)}"] += 1
+
+
+def backends_here(op: str, device: str) -> tuple[str, ...]:
+    """Return the implementations of an op that can run on a device."""
+    if op == "select":  # a chain of two
+        first, second = (backends_here(part, device) for part in ("paged_logits", "topk"))
+        return tuple(name for name in first if name in second)
+    dtype = {"gather": torch.uint8, "read": torch.float32, "read_mxfp4": torch.float32}
+    call = Call(op, torch.device(device), dtype.get(op, torch.bfloat16), 512 if op == "topk" else 0)
+    return tuple(name for name in ("cuda", "triton", "torch") if not unmet(call, name))
+
+
+def run_case(case: Case, device: str, function: Callable[..., Any] | None = None) -> Failure | None:
+    """Run a case; returns how it failed.
+
+    Raises:
+        CaseError: the case means no call.
+        UnmetError: the implementation that the case names does not take the call.
+    """
+    case.check()
+    try:
+        OPS[case.op].run(case, device, function or function_of(case.op))
+    except (CaseError, UnmetError):
+        raise
+    except Wrong as wrong:
+        return Failure(case, str(wrong), wrong.rows)
+    except Exception as error:  # whatever a valid call raises is a finding
+        text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        return Failure(case, text, fatal="CUDA error" in str(error))
+    return None
+
+
+def shrink(
+    failure: Failure,
+    device: str,
+    function: Callable[..., Any] | None = None,
+    *,
+    seconds: float = 60.0,
+) -> Failure:
+    """Look for the simplest case that still fails, one change at a time."""
+    until = time.monotonic() + seconds
+    now = failure
+    changed = not failure.fatal
+    while changed and time.monotonic() < until:
+        changed = False
+        for case in now.original.simpler(now.rows):
+            if time.monotonic() > until:
+                break
+            try:
+                found = run_case(case, device, function)
+            except (CaseError, UnmetError):
+                continue
+            if found is not None and not found.fatal and found.kind == now.kind:
+                now, changed = found, True
+                break
+    return Failure(failure.original, now.why, now.rows, now.original, failure.fatal)
+
+
+def fuzz(
+    *,
+    seed: int,
+    device: str,
+    ops: Iterable[str] = tuple(OPS),
+    seconds: float | None = None,
+    cases: int | None = None,
+    backends: tuple[str, ...] | None = None,
+    functions: dict[str, Callable[..., Any]] | None = None,
+    progress: Callable[[Report], None] = lambda report: None,
+    before: Callable[[Case], None] = lambda case: None,
+    report: Report | None = None,
+    most_failures: int = 5,
+    shrink_seconds: float = 60.0,
+) -> Report:
+    """Run random cases until the time, the number of cases or the patience is used up.
+
+    Case number ``i`` depends on ``seed``, ``i`` and the device only. ``functions`` stand in for
+    the public functions of the ops. An op that none of ``backends`` serves is left out. ``report``
+    is what is filled and returned, so that the caller of an interrupted run has it.
+
+    Raises:
+        UnmetError: no op is left.
+    """
+    report, began = report or Report(), time.monotonic()
+    here = {
+        name: tuple(b for b in backends_here(name, device) if backends is None or b in backends)
+        for name in dict.fromkeys(ops)
+    }
+    names = [name for name, some in here.items() if some for _ in range(OPS[name].weight)]
+    if not names:
+        wanted = ", ".join(backends or ())
+        raise UnmetError(f"fuzzing {', '.join(here)} on {device}", [f"no {wanted} there"])
+    number = 0
+    while len(report.failures) < most_failures:
+        report.seconds = time.monotonic() - began
+        if (seconds is not None and report.seconds >= seconds) or number == cases:
+            break
+        r = random.Random(f"{seed} {number}")
+        number += 1
+        op = r.choice(names)
+        case = OPS[op].draw(r.randint(0, (1 << 31) - 1), device, here[op])
+        if backends is not None and case.backend == "auto":
+            case = case.but(backend=here[op][0])
+        function = (functions or {}).get(op)
+        before(case)
+        try:
+            failure = run_case(case, device, function)
+        except UnmetError:
+            report.refused[op] += 1
+            continue
+        report.count(case)
+        if failure is not None:
+            report.failures.append(failure)  # now: shrinking may be interrupted
+            report.failures[-1] = shrink(failure, device, function, seconds=shrink_seconds)
+            if failure.fatal:
+                break
+        progress(report)
+    report.seconds = time.monotonic() - began
+    return report

@@ -1,0 +1,456 @@
+"""The index logits and the chain called and checked, for the cases of :mod:`.logits`.
+
+Scores are held against float64 (:mod:`dsv4_plugin.cli.checks.exact`), and, bit for bit, against
+those of rows that are computed alone and in a reversed batch. The chain must give what the top-k
+gives on the paged logits. What lies past a row's length in ``out`` must stay as it was, keys that
+no row sees may be NaN, and guard zones lie around all inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsv4_plugin import checks
+from dsv4_plugin.backends import Call, choose
+from dsv4_plugin.cli.checks import exact
+from dsv4_plugin.cli.checks.oracles import Wrong, check_selection, same_bits
+from dsv4_plugin.cli.fuzz.logits import DTYPES, PagedLogitsCase, RaggedLogitsCase, SelectCase
+from dsv4_plugin.cli.fuzz.tensors import Parts, Tensors, bits, dirty, raise_wrong, run_parts
+from dsv4_plugin.cli.fuzz.topk import EACH_ROW, lengths_tensor
+
+__all__ = ["problem_of", "run"]
+
+_NOWHERE = (-1, (1 << 31) - 1, -(1 << 31))  # no pages of any cache
+
+# ---- The tensors of a case -----------------------------------------------------------------------
+
+
+class _Problem(Tensors):
+    """The tensors of a case that scores keys."""
+
+    batch: int
+    next_n: int
+
+    def __init__(self, case: Any, device: str) -> None:
+        super().__init__(case, device)
+        self.index = torch.int64 if case.wide else torch.int32
+        size = case.heads * case.head
+        self.bytes = self.guarded("q", self.rows, size, torch.uint8, stride=size + case.q_gap)
+        self.weights = self.guarded(
+            "weights", self.rows, case.heads, torch.float32, stride=case.heads + case.w_gap
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.next_n
+
+    def scratch(self) -> torch.Tensor | None:
+        """Make the tensor that scores are written to; None if none is given."""
+        case = self.case
+        if case.out < 0:
+            return None
+        columns = case.out or case.out_columns
+        return self.output(
+            "out", self.rows, columns, DTYPES[case.dtype],
+            stride=columns + case.gap, offset=case.offset,
+        )  # fmt: skip
+
+    def _begin(self, step: int, units: int) -> tuple[int, torch.Generator, random.Random]:
+        """Draw the queries of a step; returns what the rest of it is drawn from."""
+        seed = self.case.seed + step
+        r = random.Random(f"content {seed}")
+        g = torch.Generator(device=self.device).manual_seed(seed)
+        self._draw_queries(g, units, r)
+        return seed, g, r
+
+    def _draw_queries(self, g: torch.Generator, units: int, r: random.Random) -> None:
+        """Fill queries and weights; ``units`` are drawn, those that are kept are taken."""
+        case = self.case
+        rows, first = units * self.next_n, case.kept[0] * self.next_n
+        q = exact.codes((rows, case.heads * case.head), case.kind, g).view(torch.uint8)
+        weights = torch.randn(rows, case.heads, generator=g, device=self.device) * 0.1
+        if case.nan:
+            q[r.randrange(rows), r.randrange(q.shape[1])] = 0x7F
+            weights[r.randrange(rows), r.randrange(case.heads)] = torch.nan
+        self.bytes.copy_(q[first : first + self.rows])
+        self.weights.copy_(weights[first : first + self.rows])
+
+    def _draw_keys(self, g: torch.Generator, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw bytes and scales of keys: powers of two, as engines write them, and odd ones."""
+        codes = exact.codes((n, self.case.head), self.case.kind, g).view(torch.uint8)
+        some: Any = {"generator": g, "device": self.device}
+        scale = torch.exp2(torch.randint(-12, 4, (n,), **some).float())
+        odd = torch.rand(n, **some) < 0.5
+        return codes, scale * torch.rand(n, **some).where(odd, 1.0)
+
+    def typed(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return bytes as they are handed over."""
+        return codes if self.case.codes else codes.view(torch.float8_e4m3fn)
+
+    # What the two kinds of calls differ in.
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the arguments of the call, its result left out."""
+        raise NotImplementedError
+
+    def keywords(self) -> dict[str, Any]:
+        return {}
+
+    def take(self, rows: torch.Tensor, next_n: int) -> tuple[Any, ...]:
+        """Return the arguments of a call of some rows, ``next_n`` a request."""
+        raise NotImplementedError
+
+    def served(self) -> str:
+        """Return the implementation that the case calls."""
+        raise NotImplementedError
+
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores and magnitudes ``[rows, columns]``."""
+        raise NotImplementedError
+
+    def counts(self, columns: int) -> torch.Tensor:
+        """Return how many scores each row has in a result of so many columns."""
+        raise NotImplementedError
+
+    def _served(self, keys: torch.Tensor, **more: int) -> str:
+        case = self.case
+        call = Call(
+            "paged_logits" if case.op == "select" else case.op,
+            self.bytes.device, DTYPES[case.dtype], head_dim=case.head, heads=case.heads,
+            piece=getattr(case, "piece", 8), candidates=getattr(case, "held", 0),
+            alignment=checks.alignment(keys, self.bytes), **more,
+        )  # fmt: skip
+        return choose(call, case.backend)
+
+
+class _PagedProblem(_Problem):
+    def __init__(self, case: PagedLogitsCase, device: str) -> None:
+        self.batch, self.next_n = case.kept[1], case.next_n
+        super().__init__(case, device)
+        row = case.head + 4
+        size = case.block * row
+        self.pages = self.guarded(
+            "the cache", case.pages, size, torch.uint8, stride=size + case.pad
+        )
+        shape = {2: (size,), 3: (case.block, row), 4: (case.block, 1, row)}[case.view]
+        inner = {2: (1,), 3: (row, 1), 4: (row, row, 1)}[case.view]
+        self.cache = self.pages.as_strided(
+            (case.pages, *shape), (size + case.pad, *inner), self.pages.storage_offset()
+        )
+        self.table = self.guarded(
+            "block_table", self.batch, case.width, torch.int32, stride=case.width + case.table_gap
+        )
+        self.lengths = lengths_tensor(case.form, self.batch, case.next_n, self.index, device)
+        self.inputs["lengths"] = self.lengths
+        self.per_row = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        self.page_table: torch.Tensor | None = None
+        if isinstance(case, SelectCase) and case.page:
+            width = -(-case.columns // case.page)
+            self.page_table = self.table if case.page < 0 else self.guarded(
+                "page_table", self.batch, width, torch.int32, stride=width + 3
+            )  # fmt: skip
+        self.fill(0)
+
+    def fill(self, step: int) -> None:
+        case = self.case
+        seed, g, r = self._begin(step, case.requests)
+        self._draw_lengths(step)
+        self._draw_table(torch.Generator().manual_seed(seed))
+        split = case.block * case.head
+        codes, scale = self._draw_keys(g, case.pages * case.block)
+        self.pages[:, :split].copy_(codes.view(case.pages, split))
+        self.pages[:, split:].copy_(scale.view(torch.uint8).view(case.pages, 4 * case.block))
+        values = self.pages[:, :split].unflatten(1, (case.block, case.head))
+        scales = self.pages[:, split:].unflatten(1, (case.block, 4))
+        if case.nan and case.pages:
+            at = r.randrange(case.pages), r.randrange(case.block)
+            values[at][r.randrange(case.head)] = 0xFF
+            scales[r.randrange(case.pages), r.randrange(case.block)] = 0xFF
+        if case.poison and case.pages:
+            unseen = torch.arange(case.block, device=self.device) >= self._seen()[:, None]
+            values.masked_fill_(unseen[:, :, None], 0x7F)
+            scales.masked_fill_(unseen[:, :, None], 0xFF)
+        if self.page_table is not None and self.page_table is not self.table:
+            shape = case.requests, self.page_table.shape[1]
+            slots = torch.randint(-1, 10_000, shape, generator=torch.Generator().manual_seed(seed))
+            self.page_table.copy_(slots[case.kept[0] :][: self.batch])
+        self.remember(step)
+
+    def _draw_lengths(self, step: int) -> None:
+        case, device = self.case, self.device
+        lengths = torch.tensor(case.requests_of(step), dtype=torch.int64, device=device)
+        if case.loose:
+            g = torch.Generator().manual_seed(case.seed + step)
+            less = torch.randint(0, 71, (case.requests, case.next_n), generator=g)
+            ahead = -less[case.kept[0] :][: self.batch].to(device)
+        else:
+            ahead = torch.arange(1 - case.next_n, 1, device=device)
+        self.per_row.copy_((lengths[:, None] + ahead).reshape(-1))
+        each = case.form in EACH_ROW
+        self.lengths.copy_((self.per_row if each else lengths).view(self.lengths.shape))
+
+    def _needed(self) -> torch.Tensor:
+        """Return how many keys of each entry of the table some row sees."""
+        case = self.case
+        n = self.counts(case.limit)
+        most = n.view(self.batch, self.next_n).amax(1)
+        first = torch.arange(case.width, device=self.device) * case.block
+        return (most[:, None] - first).clamp(0, case.block)
+
+    def _seen(self) -> torch.Tensor:
+        """Return how many keys of each page some row sees."""
+        page = self.table.long()
+        there = (page >= 0) & (page < self.case.pages)
+        seen = torch.zeros(self.case.pages, dtype=torch.int64, device=self.device)
+        return seen.scatter_reduce_(0, page[there], self._needed()[there], "amax")
+
+    def _draw_table(self, g: torch.Generator) -> None:
+        case = self.case
+        pages, shape = max(case.pages, 1), (case.requests, case.width)
+        at = torch.arange(case.requests * case.width).view(shape) % pages
+        if case.table == "shuffled":
+            at = torch.randperm(pages, generator=g)[at]
+        elif case.table != "ordered":
+            at = torch.randint(0, pages, shape, generator=g)
+        if case.table == "same":
+            at = at[:1].expand(shape).clone()
+        if case.gone:
+            none = torch.tensor((*_NOWHERE, case.pages, case.pages + 5))
+            drawn = none[torch.randint(0, len(none), shape, generator=g)]
+            at = torch.where(torch.rand(shape, generator=g) < 0.2, drawn, at)
+        self.table.copy_(at[case.kept[0] :][: self.batch])
+        if case.padding != "valid":
+            nowhere = _NOWHERE[("none", "far", "low").index(case.padding)]
+            self.table.masked_fill_(self._needed() == 0, nowhere)
+
+    def _queries(self) -> torch.Tensor:
+        case, stride = self.case, self.bytes.stride(0)
+        shape = self.batch, case.next_n, case.heads, case.head
+        steps = case.next_n * stride, stride, case.head, 1
+        q = self.bytes.as_strided(shape, steps, self.bytes.storage_offset())
+        return self.typed(q[:, 0] if case.flat else q)
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self._queries(), self.cache, self.weights, self.lengths, self.table
+
+    def keywords(self) -> dict[str, Any]:
+        return {"block_size": self.case.block}
+
+    def take(self, rows: torch.Tensor, next_n: int) -> tuple[Any, ...]:
+        q = self.bytes[rows].view(-1, next_n, self.case.heads, self.case.head)
+        table = self.table[rows[::next_n] // self.next_n]
+        return self.typed(q), self.cache, self.weights[rows], self.per_row[rows], table
+
+    def served(self) -> str:
+        return self._served(self.pages, block_size=self.case.block)
+
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        case = self.case
+        q = self.bytes.contiguous().view(self.batch, case.next_n, case.heads, case.head)
+        return exact.paged(q, self.pages, self.weights, self.table, case.block)
+
+    def counts(self, columns: int) -> torch.Tensor:
+        return self.per_row.clamp(0, min(columns, self.case.columns))
+
+
+class _RaggedProblem(_Problem):
+    def __init__(self, case: RaggedLogitsCase, device: str) -> None:
+        self.batch, self.next_n = case.kept[1], 1
+        super().__init__(case, device)
+        keys, size = case.keys, case.keys * case.head
+        held = self.guarded("k", 1, size, torch.uint8, offset=case.k_offset)
+        self.k = held.view(keys, case.head)
+        self.scale = self.guarded("k_scale", 1, keys, torch.float32)[0]
+        self.starts, self.ends = (
+            self.guarded(name, 1, self.rows, self.index)[0] for name in ("row_starts", "row_ends")
+        )
+        self.fill(0)
+
+    def fill(self, step: int) -> None:
+        case = self.case
+        _, g, r = self._begin(step, case.queries)
+        starts, ends = case.windows(step)
+        self.starts.copy_(torch.tensor(starts))
+        self.ends.copy_(torch.tensor(ends))
+        codes, scale = self._draw_keys(g, case.keys)
+        self.k.copy_(codes)
+        self.scale.copy_(scale)
+        if case.nan and case.keys:
+            self.k[r.randrange(case.keys), r.randrange(case.head)] = 0xFF
+            self.scale[r.randrange(case.keys)] = torch.nan
+        if case.poison and case.keys:
+            n = self.counts(case.limit)
+            edge = torch.zeros(case.keys + 1, dtype=torch.int64, device=self.device)
+            begin = self.starts.long().clamp(0, case.keys)
+            one = torch.ones_like(n)
+            edge.scatter_add_(0, begin, one).scatter_add_(0, (begin + n).clamp(max=case.keys), -one)
+            unseen = edge.cumsum(0)[:-1] == 0
+            self.k.masked_fill_(unseen[:, None], 0x7F)
+            self.scale.masked_fill_(unseen, torch.nan)
+        self.remember(step)
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self._of(self.bytes, self.weights, self.starts, self.ends)
+
+    def _of(self, codes: torch.Tensor, *more: torch.Tensor) -> tuple[Any, ...]:
+        q = self.typed(codes.unflatten(1, (self.case.heads, self.case.head)))
+        return q, self.typed(self.k), self.scale, *more
+
+    def take(self, rows: torch.Tensor, next_n: int) -> tuple[Any, ...]:
+        return self._of(
+            self.bytes[rows], *(x[rows] for x in (self.weights, self.starts, self.ends))
+        )
+
+    def served(self) -> str:
+        return self._served(self.k)
+
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        q = self.bytes.contiguous().unflatten(1, (self.case.heads, self.case.head))
+        return exact.ragged(q, self.k, self.scale, self.weights, self.starts, self.ends)[:2]
+
+    def counts(self, columns: int) -> torch.Tensor:
+        start = self.starts.long()
+        n = (self.ends.long().clamp(max=self.case.keys) - start).masked_fill(start < 0, 0)
+        return n.clamp(0, min(columns, self.case.keys))
+
+
+# ---- Running and checking ------------------------------------------------------------------------
+
+
+def problem_of(case: Any, device: str) -> Any:
+    """Make the tensors of a case."""
+    kind = _RaggedProblem if isinstance(case, RaggedLogitsCase) else _PagedProblem
+    return kind(case, device)
+
+
+def run(case: Any, device: str, op: Callable[..., Any]) -> None:
+    """Run a case with ``op`` and raise :class:`Wrong` for what is not as promised."""
+    problem = problem_of(case, device)
+    run_parts(problem, (_select if isinstance(case, SelectCase) else _logits)(problem, op))
+
+
+def _logits(problem: Any, op: Callable[..., Any]) -> Parts:
+    case = problem.case
+    dtype = DTYPES[case.dtype]
+    out = problem.scratch()
+    shape = problem.rows, case.columns if out is None else out.shape[1]
+
+    def call() -> torch.Tensor:
+        return op(
+            *problem.arguments(), dtype=dtype, out=out, backend=case.backend, **problem.keywords()
+        )
+
+    def check(got: torch.Tensor, context: str) -> None:
+        if (tuple(got.shape), got.dtype) != (shape, dtype):
+            raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
+        n = problem.counts(shape[1])
+        inside = torch.arange(shape[1], device=got.device) < n[:, None]
+        if out is not None:
+            untouched = dirty(torch.empty_like(got, memory_format=torch.contiguous_format))
+            raise_wrong(
+                ~inside & (bits(got) != bits(untouched)),
+                f"{context}a score past a row's length was written",
+            )
+        _against_float64(problem, got, inside, context)
+        _against_itself(problem, op, got, inside, context)
+
+    return call, lambda: None, check
+
+
+def _against_float64(problem: Any, got: torch.Tensor, inside: torch.Tensor, context: str) -> None:
+    score, size = problem.exact()
+    columns = min(got.shape[1], score.shape[1])
+    served = problem.served()
+    wrong, low, high = exact.outside(
+        got[:, :columns], score[:, :columns], size[:, :columns],
+        exact.TOLERANCE[served, problem.case.kind],
+    )  # fmt: skip
+
+    def values(row: int, column: int) -> str:
+        ends = float(low[row, column]), float(high[row, column])
+        return f"{float(got[row, column])}, not {ends[0]} to {ends[1]}"
+
+    raise_wrong(wrong & inside[:, :columns], f"{context}a score is not the one of float64", values)
+
+
+def _against_itself(
+    problem: Any, op: Callable[..., Any], got: torch.Tensor, inside: torch.Tensor, context: str
+) -> None:
+    """Hold rows computed alone, and the batch reversed, against the scores, bit for bit."""
+    case, rows = problem.case, problem.rows
+    more = {"backend": problem.served(), **problem.keywords()}
+
+    def again(some: torch.Tensor, next_n: int) -> torch.Tensor:
+        fresh = torch.zeros(len(some), got.shape[1], dtype=got.dtype, device=got.device)
+        return op(*problem.take(some, next_n), dtype=got.dtype, out=fresh, **more)
+
+    every = torch.arange(rows, device=got.device)
+    if problem.batch > 1:
+        order = every.view(-1, problem.next_n).flip(0).reshape(-1)
+        turned = again(order, problem.next_n)[order]  # reversing twice is no change
+        raise_wrong(inside & ~same_bits(turned, got), f"{context}another score in a reversed batch")
+    if rows > 1:
+        drawn = random.Random(f"alone {case.seed}").randrange(rows)
+        some = sorted({0, drawn, rows - 1})
+        alone = torch.cat([again(every[row : row + 1], 1) for row in some])
+        different = torch.zeros_like(inside)
+        different[some] = ~same_bits(alone, got[some])
+        raise_wrong(inside & different, f"{context}another score where a row is alone")
+
+
+def _select(problem: Any, op: Callable[..., Any]) -> Parts:
+    case = problem.case
+    dtype = DTYPES[case.dtype]
+    scratch = problem.scratch()
+    rows, k = problem.rows, case.k
+    columns = min(case.columns, case.columns if scratch is None else scratch.shape[1])
+
+    def indices(name: str) -> torch.Tensor:
+        stride = k + max(0, case.picked)
+        return problem.output(name, rows, k, torch.int32, stride=stride)
+
+    out = indices("the indices") if case.picked >= 0 or case.graph else None
+    raw = indices("out_raw") if case.raw else None
+    paging = {
+        "page_table": problem.page_table, "page_size": case.block if case.page < 0 else
+        case.page or 64, "sort": bool(case.sort), "backend": case.backend,
+    }  # fmt: skip
+
+    def call() -> torch.Tensor:
+        return op(
+            *problem.arguments(), k, dtype=dtype, out=out, out_raw=raw, logits=scratch,
+            **paging, **problem.keywords(),
+        )  # fmt: skip
+
+    def clean() -> None:
+        for tensor in (raw, scratch):
+            if tensor is not None:
+                dirty(tensor)
+
+    def check(got: torch.Tensor, context: str) -> None:
+        from dsv4_plugin import paged_logits, topk
+
+        if (tuple(got.shape), got.dtype) != ((rows, k), torch.int32):
+            raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
+        logits = dirty(torch.empty(rows, columns, dtype=dtype, device=got.device))
+        paged_logits(*problem.arguments(), out=logits, backend=case.backend, **problem.keywords())
+        index = got if problem.page_table is None else raw
+        if index is not None:
+            try:
+                check_selection(logits, problem.per_row, k, index, sort=bool(case.sort))
+            except Wrong as wrong:
+                raise Wrong(f"{context}{wrong}", wrong.rows) from None
+        want_raw = None if raw is None else torch.empty_like(raw)
+        want = topk(logits, problem.lengths, k, next_n=case.next_n, out_raw=want_raw, **paging)
+        for name, a, b in (("an index", got, want), ("a raw index", raw, want_raw)):
+            if a is None or b is None:
+                continue
+            if not case.sort:  # the order is nobody's promise
+                a, b = a.sort(1).values, b.sort(1).values
+            raise_wrong(a != b, f"{context}{name} is not that of the two ops")
+
+    return call, clean, check

@@ -1,0 +1,75 @@
+"""The command ``dsv4-plugin``. What a command needs is imported when that command runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from dsv4_plugin import __version__
+from dsv4_plugin.cli.shared import outputs
+from dsv4_plugin.cli.shared.run import Parser, ended
+
+__all__ = ["main"]
+
+# name -> (module with add_arguments() and run(), neither of which imports torch before the options
+# are read; what it does)
+COMMANDS = {
+    "doctor": (
+        "dsv4_plugin.cli.doctor_command",
+        "say what is here, what engages, and why not",
+    ),
+    "ab": (
+        "dsv4_plugin.cli.ab.command",
+        "a server without the plugin against one with it",
+    ),
+    "bench": ("dsv4_plugin.cli.bench.command", "time the ops against the peers that can be loaded"),
+    "fuzz": ("dsv4_plugin.cli.fuzz.command", "random calls of the ops, checked and shrunk"),
+    "recall": (
+        "dsv4_plugin.cli.recall.command",
+        "what narrower scores keep of the exact selection",
+    ),
+    "soak": (
+        "dsv4_plugin.cli.soak.command",
+        "graphs of 43 layers of calls, replayed under load (on a CPU: 3 layers)",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    name = next((word for word in given if not word.startswith("-")), "")
+    prog = f"dsv4-plugin {name}" if name in COMMANDS else "dsv4-plugin"
+    return ended(prog, lambda: _run(name, given), given)
+
+
+def _run(name: str, given: list[str]) -> int:
+    parser = Parser(
+        prog="dsv4-plugin", description="The sparse-attention indexer of DeepSeek-V4 and V3.2."
+    )
+    parser.add_argument("--version", action="version", version=f"dsv4-plugin {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    module: Any = None
+    for each, (where, about) in COMMANDS.items():
+        command = commands.add_parser(each, help=about)
+        if each == name:
+            module = importlib.import_module(where)
+            module.add_arguments(command)
+            parser_of = command
+    if not given:
+        parser.print_help()
+        return 2
+    at = given.index("--") if "--" in given else len(given)
+    before, after = given[:at], given[at + 1 :]  # what stands after -- is for the servers of ab
+    arguments, rest = parser.parse_known_args(before)
+    if rest or (after and name != "ab"):
+        parser_of.error(f"unrecognized arguments: {' '.join(rest + after)}")
+    outputs.apart(arguments)
+    arguments.argv, arguments.after = given, after
+    return module.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

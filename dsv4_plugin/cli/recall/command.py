@@ -1,0 +1,229 @@
+"""``dsv4-plugin recall``: options, the run, the table, the results file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv4_plugin.cli.checks.results import Results
+from dsv4_plugin.cli.recall import PAPER, plot
+from dsv4_plugin.cli.shared import numbers, outputs
+from dsv4_plugin.cli.shared.choices import KS
+from dsv4_plugin.cli.shared.choices import RECALL_DTYPES as DTYPES
+from dsv4_plugin.cli.shared.choices import RECALL_KINDS as KINDS
+from dsv4_plugin.cli.shared.run import UsageError, interruptible, need_torch
+
+if TYPE_CHECKING:
+    from dsv4_plugin.cli.recall import sources
+
+__all__ = ["COLUMNS", "add_arguments", "run", "table"]
+
+COLUMNS = tuple(8192 << i for i in range(6))  # 8K … 256K
+_ON_CPU = {"rows": 32, "columns": (8192, 32_768)}
+_ON_GPU = {"rows": 1024, "columns": COLUMNS}
+
+# The full definitions are in measure.py.
+LEGEND = """\
+What the selection on rounded scores keeps of the float32 one: mean, 1st percentile and worst row.
+beyond: what differs without a tie after rounding (must be 0). gap, depth: how far the lowest choice
+lies below the k-th, relative and in places. mass lost: of the selected scores' sum.
+"""
+
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``dsv4-plugin recall``."""
+    add = parser.add_argument
+    add(
+        "--scores", type=Path, nargs="+", metavar="FILE.safetensors",
+        help="captured scores in place of drawn ones: float32 [rows, columns] tensors, with "
+        "optional lengths",
+    )  # fmt: skip
+    add("--kind", nargs="+", choices=tuple(KINDS), help="drawn scores (default: all)")
+    add(
+        "--k",
+        type=numbers.whole(1, max(KS)),
+        nargs="+",
+        default=list(KS),
+        help="default: 512 1024 2048",
+    )
+    add("--columns", type=numbers.COUNT, nargs="+", help="default: 8K … 256K; on a CPU 8K and 32K")
+    add("--rows", type=numbers.COUNT, help="rows of each (default: 1024; on a CPU 32)")
+    add("--dtype", nargs="+", choices=tuple(DTYPES), help="default: all")
+    add("--seed", type=numbers.SEED, default=0)
+    add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    add("--json", type=outputs.file, metavar="FILE", help="write the results there")
+    add(
+        "--plot",
+        type=outputs.plot,
+        metavar="FILE",
+        help="draw them (.png or .svg); needs matplotlib",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``dsv4-plugin recall``.
+
+    Returns:
+        0 if rounding explains whatever differs, 1 if it does not.
+
+    Raises:
+        UsageError: it cannot be run like this, or nothing was compared.
+    """
+    if arguments.scores and (arguments.kind or arguments.columns or arguments.rows):
+        raise UsageError("--scores brings its own rows; --kind, --columns and --rows draw others")
+    need_torch()
+    import torch
+
+    from dsv4_plugin.cli.checks.timing import machine
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("there is no CUDA device here; --device cpu runs on the torch reference")
+    document: Row = {
+        "machine": machine(),
+        "what": "recall",
+        "complete": False,
+        "device": device,
+        "seed": arguments.seed,
+        "paper": PAPER,
+        "results": [],
+    }
+    results = document["results"]
+    with Results(document, arguments.json) as file:
+        print(f"{LEGEND}\n{_head()}", flush=True)
+        with interruptible() as work:
+            for row in _measured(arguments, device):
+                results.append(row)
+                print(_line(row), flush=True)
+                file.save()
+        document["complete"] = work.whole
+        file.save(now=True)
+        compared = any(row["rows"] for row in results)
+        work.must(compared, "nothing was compared: no row is longer than k", file.said())
+        print(f"\n{_beside(results)}")
+        if arguments.plot:
+            plot.draw(document, arguments.plot)
+            print(f"drawn to {arguments.plot}")
+    work.end(file.said())
+    if arguments.json:
+        print(f"written to {arguments.json}")
+    return 1 if any(row.get("beyond_ties") for row in results) else 0
+
+
+def _measured(arguments: argparse.Namespace, device: str) -> Iterator[Row]:
+    """Yield the results, as they are measured."""
+    from dsv4_plugin.cli.recall import sources
+
+    default: dict[str, Any] = _ON_GPU if device == "cuda" else _ON_CPU
+    dtypes = arguments.dtype or list(DTYPES)
+    for file in arguments.scores or ():
+        for name, width, batches in sources.captured(file, device=device):
+            for row in _cells(batches, arguments.k, dtypes):
+                yield {"scores": f"{file.name}: {name}", "columns": width, **row}
+    if arguments.scores:
+        return
+    for kind in arguments.kind or KINDS:
+        for width in arguments.columns or default["columns"]:
+            drawn = sources.drawn(
+                kind, arguments.rows or default["rows"], width, seed=arguments.seed, device=device
+            )
+            for row in _cells(drawn, arguments.k, dtypes):
+                yield {"scores": kind, "columns": width, **row}
+
+
+def _cells(
+    batches: Iterable[sources.Scores], ks: Sequence[int], dtypes: Sequence[str]
+) -> list[Row]:
+    from dsv4_plugin import ops
+    from dsv4_plugin.cli.recall.measure import Statistics
+
+    cells = [Statistics(k, dtype) for k in ks for dtype in dtypes]
+    for batch in batches:
+        for k in ks:
+            exact = ops.topk(batch.scores, batch.lengths, k)
+            for cell in cells:
+                if cell.k == k:
+                    cell.add(batch.scores, batch.lengths, exact)
+    return [cell.row() for cell in cells]
+
+
+def _head() -> str:
+    return (
+        f"{'scores':24s}{'columns':>8}{'k':>6}{'dtype':>10}{'rows':>6}{'mean %':>9}{'p1 %':>9}"
+        f"{'worst %':>9}{'beyond':>8}{'gap':>10}{'depth':>7}{'mass lost':>11}"
+    )
+
+
+def _line(row: Row) -> str:
+    line = f"{row['scores']:24s}{row['columns']:8d}{row['k']:6d}{row['dtype']:>10}{row['rows']:6d}"
+    if not row["rows"]:
+        return f"{line}  no row is longer than k"
+    return (
+        f"{line}{100 * row['mean']:9.3f}{100 * row['p1']:9.3f}{100 * row['worst']:9.3f}"
+        f"{row['beyond_ties']:8d}{row['gap_worst']:10.2e}{row['depth_worst']:7d}"
+        f"{row['mass_lost_mean']:11.2e}"
+    )
+
+
+def _beside(results: Sequence[Row]) -> str:
+    """Say our mean recall of bfloat16 beside the paper's."""
+    ours = [100 * row["mean"] for row in results if row["dtype"] == "bfloat16" and row["rows"]]
+    text = f"the paper: {100 * PAPER['recall']:.1f} % with bfloat16 scores ({PAPER['source']})"  # type: ignore[operator]
+    if not ours:
+        return text
+    return f"bfloat16 here: {min(ours):.2f} … {max(ours):.2f} % (mean of a cell)\n{text}"
+
+
+def table(document: Row) -> str:
+    """Return the Markdown of the figures (docs/numerics.md), from a results document.
+
+    Raises:
+        ValueError: the document has a swapped position that rounding does not explain.
+    """
+    results = [row for row in document["results"] if row["rows"]]
+    beyond = sum(row["beyond_ties"] for row in results)
+    if beyond:
+        raise ValueError(f"{beyond} swapped positions do not tie with the k-th after rounding")
+    columns = sorted({row["columns"] for row in results})
+    lines = [
+        "| scores | k | dtype | " + " | ".join(f"{c // 1024}K" for c in columns) + " |",
+        "|---" * (len(columns) + 3) + "|",
+    ]
+    cells = {(r["scores"], r["k"], r["dtype"], r["columns"]): r for r in results}
+    for scores, k, dtype in dict.fromkeys(key[:3] for key in cells):
+        if dtype == "narrow":
+            continue
+        shown = []
+        for c in columns:
+            row = cells.get((scores, k, dtype, c))
+            percent = [f"{100 * row[n]:.2f}" for n in ("mean", "p1", "worst")] if row else []
+            shown.append(" / ".join(percent))
+        lines.append(f"| {scores} | {k} | {dtype} | " + " | ".join(shown) + " |")
+    same = all(
+        {**cells[s, k, "bfloat16", c], "dtype": ""} == {**row, "dtype": ""}
+        for (s, k, d, c), row in cells.items()
+        if d == "narrow" and (s, k, "bfloat16", c) in cells
+    )
+    worst = {
+        d: max(r["gap_worst"] for r in results if r["dtype"] == d)
+        for d in dict.fromkeys(r["dtype"] for r in results)
+    }
+    bf16 = [row for row in results if row["dtype"] == "bfloat16"]
+    lines += [
+        "",
+        f"Float32 that is narrowed while it is read is {'the same in' if same else 'NOT as'} every "
+        "cell of bfloat16. In no cell does a position differ that does not tie with the k-th after "
+        "rounding. The lowest score taken lies at most "
+        + ", ".join(f"{100 * worst[d]:.2f} % ({d})" for d in worst if d != "narrow")
+        + " below the k-th; bfloat16 gives up at most "
+        f"{100 * max(r['mass_lost_mean'] for r in bf16):.4f} % of the selected scores' sum in the "
+        f"mean of a cell, {100 * max(r['mass_lost_worst'] for r in bf16):.4f} % in a row.",
+        "",
+        f"The paper has {100 * document['paper']['recall']:.1f} % with bfloat16 "
+        f"({document['paper']['source']}).",
+    ]
+    return "\n".join(lines)

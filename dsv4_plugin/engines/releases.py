@@ -1,0 +1,187 @@
+"""``dsv4-plugin doctor --hosts``: the seams in releases that are not installed.
+
+pip brings the wheels (nothing they depend on, nothing is built or run), their Python files are
+unpacked, and the probes of :mod:`.shared.source` read them: no engine is imported or installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dsv4_plugin.engines.shared import source
+
+__all__ = ["ENGINES", "SpecError", "matrix", "probe", "render"]
+
+# engine -> (its distributions, the module whose look() finds its seams)
+ENGINES = {
+    "vllm": (("vllm",), "dsv4_plugin.engines.vllm.probe"),
+    "sglang": (("sglang",), "dsv4_plugin.engines.sglang.probe"),
+    "tokenspeed": (
+        ("tokenspeed", "tokenspeed-kernel"),
+        "dsv4_plugin.engines.tokenspeed.probe",
+    ),
+}
+_SPEC = re.compile(r"(?P<engine>[a-z]+)(==(?P<version>[\w.+!-]+)|@(?P<place>.+))?")
+
+Data = dict[str, Any]
+
+
+class SpecError(ValueError):
+    """Not the name of a release."""
+
+
+def matrix(
+    specs: Iterable[str], folder: Path | None = None, found: list[Data] | None = None
+) -> list[Data]:
+    """Probe releases: ``engine``, ``engine==version`` or ``engine@folder of its packages``.
+
+    Args:
+        specs: the releases; without a version the newest one that pip finds for this Python.
+        folder: where wheels and their Python files are kept; None: nowhere.
+        found: what is filled and returned, so that the caller of an interrupted run has it.
+
+    Returns:
+        One entry a release: ``engine``, ``version``, ``seams`` (name -> where, why), ``error``, and
+        ``complete``: false for one that was not looked at to its end.
+
+    Raises:
+        SpecError: a spec is none of the three, or its engine is not known.
+    """
+    found = [] if found is None else found
+    wanted = [_parsed(spec) for spec in specs]
+    found += [
+        {"engine": engine, "version": version or place, "seams": {}, "error": "interrupted",
+         "complete": False}
+        for engine, version, place in wanted
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="dsv4-hosts-") as scratch:
+        root = Path(scratch) if folder is None else folder
+        for number, parts in enumerate(wanted):
+            found[number] = _release(*parts, root) | {"complete": True}
+    return found
+
+
+def _parsed(spec: str) -> tuple[str, str | None, str | None]:
+    match = _SPEC.fullmatch(spec)
+    if not match or match["engine"] not in ENGINES:
+        raise SpecError(
+            f"a release is ENGINE, ENGINE==VERSION or ENGINE@FOLDER with one of "
+            f"{', '.join(ENGINES)}, got {spec!r}"
+        )
+    return match["engine"], match["version"], match["place"]
+
+
+def _release(engine: str, version: str | None, place: str | None, root: Path) -> Data:
+    data: Data = {"engine": engine, "version": version or place, "seams": {}, "error": None}
+    try:
+        if place is None:
+            place, data["version"] = _unpacked(engine, version, root)
+        data["seams"] = probe(engine, Path(place))
+    except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, source.Missing) as error:
+        data["error"] = str(error)
+    return data
+
+
+def probe(engine: str, folder: Path) -> Data:
+    """Return the seams of the engine whose packages lie in ``folder``: name -> where, why.
+
+    Raises:
+        Missing: the engine is not there.
+    """
+    if not (folder / engine).is_dir():
+        raise source.Missing(f"there is no {engine} in {folder}")
+    look = importlib.import_module(ENGINES[engine][1]).look
+    with source.packages_in(folder):
+        return source.shown(look())
+
+
+def _unpacked(engine: str, version: str | None, root: Path) -> tuple[str, str]:
+    """Download a release and unpack its Python files: the folder and the version."""
+    first, *more = ENGINES[engine][0]
+    target = root / f"{engine}-{version}"
+    if version and (target / ".complete").exists():
+        return str(target), version
+    wheel = _download(f"{first}=={version}" if version else first, root / "wheels")
+    version = wheel.name.split("-")[1]
+    target = root / f"{engine}-{version}"
+    needs = _unzip(wheel, target)
+    for name in more:  # the version that the release asks for
+        wanted = next((n for n in needs if re.match(rf"{name}\b(?!-)", n.replace("_", "-"))), name)
+        _unzip(_download(wanted.partition(";")[0].replace(" ", ""), root / "wheels"), target)
+    (target / ".complete").touch()
+    return str(target), version
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """Let pip bring one wheel; an sdist would have to be built, so none is taken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before = set(folder.iterdir())
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+            "--only-binary", ":all:", "--ignore-requires-python", "--disable-pip-version-check",
+            "--dest", str(folder), requirement,
+        ],
+        capture_output=True, encoding="utf-8", errors="replace", timeout=1800,
+    )  # fmt: skip
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        raise OSError(f"pip cannot bring {requirement} ({(said or ['no reason given'])[-1]})")
+    new = set(folder.iterdir()) - before
+    name = re.split(r"[^\w-]", requirement)[0].replace("-", "_")
+    wheels = sorted(new or folder.glob(f"{name}-*.whl"), key=lambda path: path.stat().st_mtime)
+    if not wheels:
+        raise OSError(f"pip brought no wheel of {requirement}")
+    return wheels[-1]
+
+
+def _unzip(wheel: Path, target: Path) -> list[str]:
+    """Unpack the Python files of a wheel; returns what it requires."""
+    needs: list[str] = []
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith(".py"):
+                archive.extract(name, target)
+            elif name.endswith(".dist-info/METADATA"):
+                text = archive.read(name).decode(errors="replace")
+                needs = re.findall(r"^Requires-Dist: (.+)$", text, re.M)
+    return needs
+
+
+def render(releases: list[Data]) -> str:
+    """Return the matrix for people: a table for each engine, then why a seam is not there."""
+    lines: list[str] = []
+    for engine in dict.fromkeys(data["engine"] for data in releases):
+        some = [data for data in releases if data["engine"] == engine]
+        names = list(dict.fromkeys(name for data in some for name in data["seams"]))
+        widths = [max(8, len(str(data["version"]))) for data in some]
+        left = max([len(engine), *(len(name) for name in names)])
+        pairs = list(zip(some, widths, strict=True))
+        lines.append(
+            "  ".join([engine.ljust(left), *(str(d["version"]).ljust(w) for d, w in pairs)])
+        )
+        for name in names:
+            cells = [_cell(data, name).ljust(width) for data, width in pairs]
+            lines.append("  ".join([name.ljust(left), *cells]).rstrip())
+        for data in some:
+            if data["error"]:
+                lines.append(f"{engine} {data['version']}: {data['error']}")
+            for name, seam in data["seams"].items():
+                if not seam["where"]:
+                    lines.append(f"{engine} {data['version']}, {name}: {seam['why']}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _cell(data: Data, name: str) -> str:
+    if data["error"]:
+        return "?"
+    return "found" if data["seams"].get(name, {}).get("where") else "moved"

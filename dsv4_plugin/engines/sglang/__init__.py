@@ -1,0 +1,50 @@
+"""The SGLang adapter: ``register()`` is the ``sglang.srt.plugins`` entry point ``dsv4``.
+
+SGLang calls ``register()`` in the launcher, the engine and every scheduler process (one a rank),
+then applies what was registered with its ``HookRegistry``. Here nothing of SGLang is imported but
+that registry; the seams are looked for in SGLang's source (:mod:`.probe`), so a name that is not
+there is never asked for.
+
+* ``--dsv4-topk`` is added to the command line (:mod:`.cli_option`), even if the plugin is off;
+* the indexer's forward and both of its top-k functions, and the top-k of the DSA backend (V3.2,
+  GLM), are hooked AROUND (:mod:`.wrappers`) where the plugin is switched on.
+
+What a call gets is decided at its first real use (:mod:`.policy`). ``register()`` never raises.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from dsv4_plugin import log
+from dsv4_plugin.engines.shared import activation
+
+__all__ = ["register", "unregister"]
+
+
+def register() -> None:
+    """Install the adapter in this process; never raises."""
+    try:
+        may = activation.may_patch("SGLang")
+        from dsv4_plugin.engines.sglang import cli_option, registry
+
+        try:
+            registry.around(cli_option.target(), cli_option.add_cli_args)
+        except (ImportError, AttributeError) as error:
+            log.once(
+                logging.WARNING,
+                f"SGLang has no hook registry that dsv4 knows ({type(error).__name__}: {error}); "
+                "nothing is patched",
+            )
+            return
+        if may and activation.asked():
+            from dsv4_plugin.engines.sglang import install
+
+            install.install()
+    except Exception:
+        log.exception("dsv4 could not be registered; SGLang stays as it is")
+
+
+def unregister() -> None:
+    """Take every hook back; what somebody else has hooked since stays theirs, with a log line."""
+    activation.uninstall(__name__, "install", "registry")

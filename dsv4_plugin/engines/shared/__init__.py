@@ -1,0 +1,1 @@
+"""What all adapters share: activation, patches, decisions, logits, fallback and shadow mode."""

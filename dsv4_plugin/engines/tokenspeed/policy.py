@@ -1,0 +1,89 @@
+"""What a kernel of ours does when TokenSpeed has chosen it: decided at its first real call.
+
+TokenSpeed's registry has already looked at dtypes, shapes and the architecture. What is left are
+the settings and DeepGEMM; an explicit wish that cannot be met is one error with every reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsv4_plugin import envs
+from dsv4_plugin.engines.shared import decision, logits, shadow
+from dsv4_plugin.engines.shared.decisions import Decisions, announce
+from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
+from dsv4_plugin.engines.shared.plan import Topk
+
+__all__ = ["decide", "forget"]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    mode: str
+    k: int
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.mode}, k {self.k}, {self.device}"
+
+
+_decisions: Decisions[_Kind] = Decisions()
+forget = _decisions.forget
+
+
+def decide(mode: str, k: int, device: torch.device) -> Topk | None:
+    """Return how a call of ``mode`` selects, or None: TokenSpeed's own kernel."""
+    kind = _Kind(mode, k, device)
+
+    def decided(topk: Topk | None, passed: decision.Passed) -> None:
+        announce(str(kind), (f"topk.{mode}",), topk, passed)
+        if topk is not None:
+            why = "TokenSpeed's kernels compute the scores and select in one call"
+            shadow.unavailable(mode, why)
+
+    return _decisions.get(
+        kind,
+        ("bf16", "fp32"),
+        lambda settings, dtype: _possible(settings, dtype, mode, k, device),
+        decided,
+    )
+
+
+def _possible(
+    settings: envs.Settings, dtype: str, mode: str, k: int, device: torch.device
+) -> tuple[Topk | None, list[str]]:
+    reasons = decision.unfit_k(k)
+    backend = decision.topk_backend(settings, device.type != "cpu")
+    reasons += decision.unmet_topk(dtype, backend, device, k)
+    who, why = logits.choose(
+        settings,
+        dtype,
+        lambda: _deep_gemm(dtype, "prefill" if "prefill" in mode else "decode"),
+        lambda: logits.unmet(dtype, backend, device),
+    )
+    reasons = decision.unique([*reasons, *why])
+    ask = dtype == "bf16" and who == "host"
+    return (None, reasons) if reasons else (Topk(dtype, backend, ask, who), [])
+
+
+_WIDE = {"decode": "fp8_fp4_paged_mqa_logits", "prefill": "fp8_fp4_mqa_logits"}
+_PLAIN = {"decode": "fp8_paged_mqa_logits", "prefill": "fp8_mqa_logits"}
+
+
+def _deep_gemm(dtype: str, phase: str) -> list[str]:
+    """Return why DeepGEMM cannot write the index logits in ``dtype``."""
+    if dtype == "fp16":
+        return ["DeepGEMM writes index logits in float32 or bfloat16 only"]
+    try:
+        import deep_gemm
+    except Exception as error:
+        return [f"deep_gemm cannot be imported ({type(error).__name__}: {error})"]
+    if has_logits_dtype(getattr(deep_gemm, _WIDE[phase], None)):
+        return []
+    if dtype == "bf16":
+        return [f"deep_gemm.{_WIDE[phase]} is missing or takes no logits_dtype"]
+    if not callable(getattr(deep_gemm, _PLAIN[phase], None)):
+        return [f"deep_gemm has neither {_WIDE[phase]} with logits_dtype nor {_PLAIN[phase]}"]
+    return []

@@ -1,0 +1,255 @@
+"""Put our kernels into TokenSpeed's registry, and find its own kernel where ours does not serve.
+
+Why: on Hopper TokenSpeed computes the indexer's logits in float32 with portable Triton kernels and
+selects with radix launches, a scatter and a sort. May go when its registry has an in-tree kernel
+for these traits that reads bfloat16 logits, is exact and is not slower. The registry is the way in
+that TokenSpeed offers; nothing is patched here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from dsv4_plugin import envs, log
+from dsv4_plugin.engines.shared import decision, plan
+from dsv4_plugin.engines.shared.fallback import serve
+from dsv4_plugin.engines.shared.plan import KS, Topk
+from dsv4_plugin.engines.tokenspeed import kernels, policy, probe
+from dsv4_plugin.errors import SettingError, UnmetError
+from dsv4_plugin.kernels import cuda
+from dsv4_plugin.state import Seam, state
+
+__all__ = ["SOLUTION", "host", "install", "uninstall"]
+
+SOLUTION = "dsv4_plugin"
+FAMILY = "attention"
+_OURS: dict[str, Callable[..., Any]] = {
+    "dsa_decode_topk": kernels.dsa_decode,
+    "dsa_prefill_topk": kernels.dsa_prefill,
+    "dsv4_decode_topk": kernels.dsv4_decode,
+    "dsv4_prefill_topk": kernels.dsv4_prefill,
+}
+_FEATURES = {
+    "dsa_decode_topk": {"logical_offsets", "batch_invariant"},
+    "dsa_prefill_topk": {"batch_invariant"},
+}
+_registered: list[str] = []
+
+
+def host() -> str:
+    """Return what to call the engine in logs."""
+    try:
+        return f"TokenSpeed {metadata.version('tokenspeed')}"
+    except metadata.PackageNotFoundError:
+        return "TokenSpeed of unknown version"
+
+
+def install() -> None:
+    """Register a kernel for every mode that is there, unless all of them would be idle."""
+    if _registered:
+        log.debug(f"{state.host}: our kernels are registered already")
+        return
+    state.host = host()
+    found = {name: site for name, site in probe.look().items() if name.startswith("topk.")}
+    for name, site in found.items():
+        state.found(Seam(name, site.where, site.why or "no call came yet"))
+    missing = [f"{name} ({site.why})" for name, site in found.items() if site.where is None]
+    if missing:
+        level = logging.ERROR if decision.explicit() else logging.INFO
+        log.once(level, f"{state.host}: upstream's stays at {'; '.join(missing)}")
+    if len(missing) == len(found):
+        return
+    explicit = decision.explicit()
+    idle = _idle(explicit)
+    if idle:
+        for name, site in found.items():
+            if site.where is not None:
+                state.seams[name].why = idle
+        log.once(logging.INFO, f"dsv4 inactive in {state.host}: upstream's top-k ({idle})")
+        return
+    keeps_reader = _setting("indexer_read") == "off"
+    for mode in probe.MODES:
+        seam = state.seams[f"topk.{mode}"]
+        if seam.where is None:
+            continue
+        if mode == "dsa_prefill_topk" and keeps_reader:
+            seam.why = "DSV4_INDEXER_READ=off: it reads the keys itself"
+            continue
+        try:
+            _register(mode, explicit)
+        except Exception as error:  # a registry of a shape nobody thought of
+            seam.why = f"could not be registered ({type(error).__name__}: {error})"
+            log.once(logging.WARNING, f"{state.host}: {mode} {seam.why}; upstream's stays")
+
+
+def _setting(name: str) -> Any:
+    try:
+        return envs.value(name)
+    except SettingError:  # raised again, as an error, at the first call
+        return None
+
+
+def _idle(explicit: bool) -> str | None:
+    """Return why no kernel of ours would ever serve here, or None.
+
+    After an explicit wish the kernels are registered all the same: the error with every unmet
+    condition belongs to their first call.
+    """
+    if _setting("topk") == "off":
+        return "DSV4_TOPK=off"
+    if explicit:
+        return None
+    from tokenspeed_kernel.platform import current_platform
+
+    reasons = []
+    here = current_platform()
+    arch = (here.arch_version.major, here.arch_version.minor)
+    if here.vendor != "nvidia" or arch not in cuda.CAPABILITIES:
+        reasons.append(f"the GPU is {here.device_name} ({arch[0]}.{arch[1]}), not Hopper (9.0)")
+    missing = cuda.missing()
+    if missing:
+        reasons.append(missing)
+    return "; ".join(reasons) or None
+
+
+def _signatures(mode: str) -> frozenset[Any]:
+    from tokenspeed_kernel.signature import dense_tensor_format as dense
+    from tokenspeed_kernel.signature import format_signature
+
+    if mode.startswith("dsa"):
+        return frozenset(
+            format_signature(q=dense(torch.bfloat16), weights=dense(weights))
+            for weights in (torch.float32, torch.bfloat16)
+        )
+    roles = {"q": torch.float8_e4m3fn, "weights": torch.float32, "index_k_cache": torch.uint8}
+    return frozenset({format_signature(**{role: dense(t) for role, t in roles.items()})})
+
+
+def _traits(mode: str) -> dict[str, frozenset[Any]]:
+    traits: dict[str, frozenset[Any]] = {
+        "index_heads": frozenset({32, 64}),  # what DeepGEMM has
+        "head_dim": frozenset({128}),
+        "page_size": frozenset({64}),
+        "topk": frozenset(KS),
+        "index_k_format": frozenset({"fp8_scaled"}),
+    }
+    if mode.startswith("dsa"):
+        traits["index_k_layout"] = frozenset({"page_planar"})  # what DeepSeek-V4 writes
+    if mode == "dsa_decode_topk":
+        traits["q_len"] = frozenset({1})
+    return traits
+
+
+def _register(mode: str, explicit: bool) -> None:
+    from tokenspeed_kernel.platform import ArchVersion, CapabilityRequirement
+    from tokenspeed_kernel.registry import Priority, register_kernel
+
+    hopper = ArchVersion(9, 0)
+    bounds = {} if explicit else {"min_arch_version": hopper, "max_arch_version": hopper}
+    name = f"{SOLUTION}_{mode}"
+    register_kernel(
+        FAMILY,
+        mode,
+        name=name,
+        features=_FEATURES.get(mode),
+        solution=SOLUTION,
+        capability=CapabilityRequirement(vendors=frozenset({"nvidia"}), **bounds),
+        signatures=_signatures(mode),
+        traits=_traits(mode),
+        priority=Priority.PLUGIN,
+    )(_kernel(mode))
+    _registered.append(name)
+    log.say(logging.DEBUG, f"kernel {name}: registered for {mode}")
+
+
+def _kernel(mode: str) -> Callable[..., Any]:
+    """Make the function that the registry calls: ours, or on an error TokenSpeed's own."""
+    first = probe.MODES[mode]
+    ours = _OURS[mode]
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        kwargs = {**dict(zip(first, args, strict=False)), **kwargs}
+        index = kwargs.get("q", kwargs.get("index_q"))
+        q = index[0] if isinstance(index, tuple) else index
+        assert isinstance(q, torch.Tensor)
+        chosen = policy.decide(mode, kwargs["topk"], q.device)
+        result: list[Any] = []
+
+        def run(topk: Topk) -> None:
+            result.append(ours(topk, **kwargs))
+
+        def upstream() -> None:
+            result.append(_next(mode, q, kwargs)(**kwargs))
+
+        dtype = decision.DTYPES[chosen.dtype] if chosen is not None else torch.float32
+        serve(mode, chosen, dtype, run, upstream)
+        return result[0]
+
+    kernel.__name__ = f"{SOLUTION}_{mode}"
+    kernel.__doc__ = ours.__doc__
+    return kernel
+
+
+def _next(mode: str, q: torch.Tensor, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the kernel that TokenSpeed would have chosen without ours."""
+    from tokenspeed_kernel.platform import current_platform
+    from tokenspeed_kernel.registry import KernelRegistry
+    from tokenspeed_kernel.selection import spec_matches_traits
+    from tokenspeed_kernel.signature import dense_tensor_format, format_signature
+
+    tensors = {"q": q, "weights": kwargs["weights"]}
+    traits: dict[str, Any] = {
+        "index_heads": int(q.shape[-2]),
+        "head_dim": int(q.shape[-1]),
+        "page_size": kwargs.get("page_size"),
+        "topk": int(kwargs["topk"]),
+        "index_k_format": "fp8_scaled",
+    }
+    features = set()
+    if mode.startswith("dsa"):
+        traits["index_k_layout"] = "page_planar"
+    else:
+        tensors["index_k_cache"] = kwargs["index_k_cache"]
+    if mode == "dsa_decode_topk":
+        traits["q_len"] = int(kwargs.get("q_len_per_req", 1))
+        if kwargs.get("topk_layout") == "logical_offsets":
+            features.add("logical_offsets")
+    if kwargs.get("batch_invariant"):
+        features.add("batch_invariant")
+    roles = {role: dense_tensor_format(tensor.dtype) for role, tensor in tensors.items()}
+    registry = KernelRegistry.get()
+    specs = registry.get_for_operator(
+        FAMILY,
+        mode,
+        features=frozenset(features),
+        platform=current_platform(),
+        format_signature=format_signature(**roles),
+    )
+    for spec in specs:  # highest priority first
+        if spec.solution != SOLUTION and spec_matches_traits(spec, traits):
+            implementation = registry.get_impl(spec.name)
+            if implementation is not None:
+                return implementation
+    raise UnmetError(f"{mode} by a kernel of TokenSpeed's own", ["the registry has no other"])
+
+
+def uninstall() -> None:
+    """Take our kernels out of the registry again and forget what was decided."""
+    if _registered:
+        from tokenspeed_kernel.registry import KernelRegistry
+
+        registry = KernelRegistry.get()
+        take_out = getattr(registry, "_unregister", None)
+        for name in _registered:
+            if take_out is not None:
+                take_out(name)
+                log.say(logging.DEBUG, f"kernel {name}: taken out")
+        _registered.clear()
+    policy.forget()
+    plan.decide(plan.INERT)
+    state.reset()

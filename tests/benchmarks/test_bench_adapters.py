@@ -1,0 +1,207 @@
+"""The benchmark of the adapters, dry: every call, peers of every kind, the file and the table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from kits.marked import between
+from kits.packaging_tools import ROOT
+
+from benchmarks.engines.kernels.cells import by_rounds
+from benchmarks.engines.kernels.command import SUITES
+from benchmarks.tables import engines as figures
+from benchmarks.tables.readme import RESULTS
+from dsv4_plugin.cli.bench.topk.peers import Peers
+from dsv4_plugin.cli.main import main
+from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.state import state
+
+PEERS = """
+import torch
+from dsv4_plugin import read_indexer_cache, topk
+
+def paged(logits, lengths, table, out, page_size, raw):
+    topk(logits, lengths, out.shape[1], page_table=table, page_size=page_size, out=out, out_raw=raw)
+
+def first_k(logits, lengths, table, out, page_size, raw):
+    out.copy_(torch.arange(out.shape[1]).expand_as(out))
+
+def decode(q, weights, seq_lens, block_table, *, topk, out, lens_out, topk_layout, **kwargs):
+    if topk_layout != "logical_offsets":
+        raise ValueError("logical offsets only")
+    out.copy_(torch.arange(topk).expand_as(out))
+    lens_out.copy_(seq_lens.clamp(max=topk))
+    return out, lens_out
+
+def available_sglang_paged():
+    return {"sglang": paged, "wrong": first_k, "absent": "is not installed"}
+
+def available_tokenspeed_decode():
+    return {"tokenspeed": decode}
+
+def available_tokenspeed_read():
+    return {"loop": lambda cache, slots, block: read_indexer_cache(cache, slots, backend="torch")}
+"""
+
+
+def bench(*arguments: object) -> int:
+    return main(["bench", "adapters", "--device", "cpu", *map(str, arguments)])
+
+
+@pytest.fixture
+def peers_file(tmp_path: Path) -> Path:
+    file = tmp_path / "peers.py"
+    file.write_text(PEERS)
+    return file
+
+
+def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "adapters.json"
+    code = bench("--rows", 4, "--columns", 700, "--peers", peers_file, "--json", file)
+    said = capsys.readouterr().out
+    assert code == 0
+    document = json.loads(file.read_text())
+    assert document["complete"] is True and document["what"] == "adapters"
+    assert document["missing"] == {"absent": "is not installed"} and document["not_run"] == []
+    rows = document["results"]
+    assert {(r["suite"], r["call"]) for r in rows} == {
+        *(("sglang", call) for call in ("paged", "paged_raw", "dsa", "prefill")),
+        *(
+            ("tokenspeed", call)
+            for call in ("dsa_decode", "dsa_decode_slots", "dsv4_decode", "dsa_prefill", "gather",
+                         "read_fp8", "read_mxfp4")
+        ),
+    }  # fmt: skip
+    ours = [r for r in rows if r["implementation"].startswith("dsv4")]
+    assert len(ours) == 2 + 2 + 1 + 2 + 4 * 2 + 3
+    assert all(r["exact"] and r["us"] > 0 for r in ours)
+    assert all(r["lowest_index"] for r in ours if r["k"])
+    scored = [r for r in ours if r["suite"] == "tokenspeed" and r["k"]]
+    assert all(r["recall"] > 0.9 and r["recall_worst"] <= r["recall"] for r in scored)
+
+    by = {(r["call"], r["implementation"]): r for r in rows}
+    assert by["paged_raw", "sglang"]["exact"] and "lowest_index" not in by["paged", "sglang"]
+    assert not by["paged", "wrong"]["exact"] and by["paged", "wrong"]["why"]
+    theirs = by["dsa_decode", "tokenspeed"]
+    assert theirs["recall"] < 0.9 and "exact" not in theirs  # its scores are not seen
+    refused = by["dsa_decode_slots", "tokenspeed"]
+    assert refused["us"] is None and "logical offsets only" in refused["error"]
+    assert by["read_fp8", "loop"]["graph"] is False and by["read_fp8", "loop"]["exact"]
+    for words in ("absent is not compared: is not installed", "[  1/11 ", "wrong ", "!",
+                  "rows x columns", "tokenspeed failed: ValueError"):  # fmt: skip
+        assert words in said, words
+    assert plan.current() is plan.INERT and not state.counters
+
+
+@pytest.mark.parametrize("wrong", ["slots", "an index twice", "a row's length"])
+def test_a_mistake_of_ours_is_seen(monkeypatch, tmp_path, wrong) -> None:
+    """The judge looks at what the adapter left, and not at what it was asked for."""
+    from dsv4_plugin import ops
+
+    real = ops.topk
+
+    def broken(logits, lengths, k, **kwargs):
+        out = real(logits, lengths, k, **kwargs)
+        if wrong == "slots":
+            out += 64
+        elif wrong == "an index twice":
+            out[:, 1] = out[:, 0]
+        else:
+            out[:, -1] = -1
+        return out
+
+    monkeypatch.setattr(ops, "topk", broken)
+    file = tmp_path / "adapters.json"
+    bench("--rows", 2, "--columns", 700, "--suite", "sglang", "--json", file)
+    rows = json.loads(file.read_text())["results"]
+    assert rows and not any(row["exact"] for row in rows)
+
+
+def test_every_call_has_a_cell_before_any_has_a_second() -> None:
+    tasks = [task for cells in SUITES.values() for task in cells("cpu", Peers(), (512,), (), ())]
+    calls = {(task.about["suite"], task.about["call"]) for task in tasks}
+    ordered = by_rounds(tasks)
+    first = [(task.about["suite"], task.about["call"]) for task in ordered[: len(calls)]]
+    assert len(calls) == 11 and set(first) == calls
+    assert sorted(map(str, ordered)) == sorted(map(str, tasks))
+    for call in calls:  # the shapes of one call stay in their order
+        both = ([str(t) for t in x if (t.about["suite"], t.about["call"]) == call]
+                for x in (tasks, ordered))  # fmt: skip
+        assert len(set(map(tuple, both))) == 1
+
+
+def test_a_run_that_is_cut_short_names_what_is_missing(tmp_path: Path) -> None:
+    file = tmp_path / "adapters.json"
+    bench("--rows", 4, "--columns", 700, "--suite", "sglang", "--budget", 1e-9, "--json", file)
+    document = json.loads(file.read_text())
+    assert document["complete"] is False and document["results"] == []
+    assert document["not_run"] == [
+        f"sglang {call} k 512 4 x 700" for call in ("paged", "paged_raw", "dsa", "prefill")
+    ]
+
+
+PAGES = {"sglang": "docs/sglang.md", "tokenspeed": "docs/tokenspeed.md", "hosts": "docs/results.md"}
+
+
+@pytest.mark.parametrize("mark", PAGES)
+def test_the_figures_of_the_pages_are_made_from_the_results(mark: str) -> None:
+    assert between(ROOT / PAGES[mark], mark).strip() == getattr(figures, mark)()
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copies of the committed files that a test may change."""
+    for name in (figures.ADAPTERS, figures.SGLANG, figures.TOKENSPEED):
+        shutil.copy(RESULTS / name, tmp_path)
+    monkeypatch.setattr("benchmarks.tables.readme.RESULTS", tmp_path)
+    return tmp_path
+
+
+def change(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_what_an_incomplete_file_has_not_is_named(results: Path) -> None:
+    file = results / figures.ADAPTERS
+    document = json.loads(file.read_text()) | {"complete": False}
+    document.pop("not_run", None)  # as files of before it
+    first = [r for r in document["results"] if r["suite"] == "sglang"]
+    first += [r for r in document["results"] if (r["call"], r["rows"], r["columns"]) ==
+              ("dsa_decode", 1, 8192)]  # fmt: skip
+    file.write_text(json.dumps(document | {"results": first}))
+    words = "**Incomplete:** the run was stopped; missing: `dsa_decode` after 1 x 8192, `dsa_decode"
+    assert words in figures.tokenspeed() and words in figures.hosts()
+    assert "none of these calls is missing" in figures.sglang()
+    words = "missing: tokenspeed gather 7 x 9."
+    change(file, not_run=["tokenspeed gather 7 x 9"])
+    assert words in figures.tokenspeed() and words in figures.hosts()
+    change(results / figures.TOKENSPEED, not_run=["read on"], complete=False)
+    assert "missing: read on." in figures.tokenspeed()
+    for name in (figures.ADAPTERS, figures.TOKENSPEED):
+        change(results / name, complete=True)
+    assert not any("ncomplete" in getattr(figures, mark)() for mark in PAGES)
+
+
+def test_a_wrong_answer_is_in_the_figures_and_not_in_a_ratio(results: Path) -> None:
+    file = results / figures.SGLANG
+    rows = json.loads(file.read_text())["results"]
+    row = next(r for r in rows if r["variant"] == "bf16 own" and r["part"].endswith("k512"))
+    (off,) = (r for r in rows if (r["part"], r["variant"]) == (row["part"], "off"))
+    row["us"] = 321 * off["us"]
+    for right in (True, False):
+        row["right"] = right
+        change(file, results=rows)
+        made = figures.sglang()
+        assert ("the ratio from 321.00 (" in made) is right
+        assert (f"| {row['us']:.1f} WRONG |" in made) is not right
+        assert (f"{len(rows)} results, 1 wrong" in made) is not right
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--suite", "narrow") == 2
+    assert "--suite of bench adapters must be of sglang, tokenspeed" in capsys.readouterr().err
+    assert bench("--suite", "sglang", "--dtype", "float32") == 2
+    assert "--dtype is not for bench adapters" in capsys.readouterr().err

@@ -1,0 +1,180 @@
+"""The failure drills: what they demand, against servers that answer like vLLM and have no model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import re
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kits.e2e_servers import FAKE, free_ports, tiny_model
+
+from benchmarks.server import drills, vllm_side
+from dsv4_plugin.engines.shared import import_hooks, plan
+
+NAMES = [drill.name for drill in drills.DRILLS]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_model(tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drills, "STATUS_S", 0)
+    monkeypatch.setattr(drills, "CROWD", (40, 50, 60))
+    monkeypatch.setattr(drills, "ALONE", (70,))
+
+
+def run(model: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    out = tmp_path / "drills.json"
+    code = drills.main(
+        ["--model", str(model), "--json", str(out), "--folder", str(tmp_path / "run"),
+         "--vllm", FAKE, "--port", str(free_ports(len(NAMES))), *arguments]
+    )  # fmt: skip
+    return code, json.loads(out.read_text())
+
+
+def wrong(found: dict[str, Any]) -> dict[str, str]:
+    return {d["name"]: "; ".join(d["wrong"]) for d in found["drills"] if not d["passed"]}
+
+
+def test_servers_that_do_as_they_should_pass_every_drill(model: Path, tmp_path: Path) -> None:
+    code, found = run(model, tmp_path, "--at-once", "4", "--commit", "abc")
+    assert (code, found["complete"], wrong(found)) == (0, True, {})
+    by_name = {d["name"]: d for d in found["drills"]}
+    assert list(by_name) == NAMES
+    for each in by_name.values():
+        assert each["requests"] == {"sent": 8, "answered": 8}
+        assert each["compared"]["upstream_repeats_itself"] == [True]
+        assert [a["identical"] for a in each["compared"]["answers"]] == [True]
+    assert by_name["topk"]["environment"] == {"DSV4_PLUGIN": "1", "E2E_FAULT": "topk"}
+    assert by_name["topk"]["said"] == [
+        "topk failed at a call and was switched off (RuntimeError: drill: topk); upstream serves"
+    ]
+    assert not (tmp_path / "run" / "library" / "path" / "dsv4_plugin" / "_C.so").exists()
+    assert (tmp_path / "run" / "library" / "path" / "dsv4_plugin" / "ops.py").exists()
+    assert found["machine"]["commit"] == "abc" and found["command"][2].endswith("server.drills")
+
+
+@pytest.mark.parametrize(
+    ("fault", "names", "says"),
+    [
+        ({"FAKE_SILENT": "1"}, ["topk"], "0 lines of the log say 'topk failed at a call"),
+        ({"FAKE_LOSES": "50"}, ["topk"], "a request of 50 tokens: RuntimeError: completion: 1 to"),
+        ({"FAKE_HANGS": "40"}, ["topk"], "a request of 40 tokens: TimeoutError"),
+        ({"FAKE_DIES": "no GPU"}, ["topk"], "topk ended while starting\nRuntimeError: no GPU"),
+        ({"FAKE_HIGHER": "2"}, ["shadow"], "the shadow of decode saw {'rows': 9, 'higher': 2}"),
+        ({"FAKE_FORGETS": "1"}, ["sleep"], "the answers of the two rounds differ"),
+    ],
+)
+def test_what_goes_wrong_is_named(
+    fault: dict[str, str],
+    names: list[str],
+    says: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in fault.items():
+        monkeypatch.setenv(name, value)
+    code, found = run(model, tmp_path, "--only", *names, "--timeout", "2")
+    assert code == 1 and found["complete"] is False
+    for name in names:
+        assert says in wrong(found)[name]
+
+
+def result(name: str, alone: list[list[list[int]]], **counters: int) -> drills.Result:
+    (drill,) = (d for d in drills.DRILLS if d.name == name)
+    server = types.SimpleNamespace(
+        name=name, lines=lambda *args: [], status=lambda: [{"counters": counters}]
+    )
+    return drills.Result(drill, server, alone=alone)  # type: ignore[arg-type]
+
+
+def test_calls_of_the_wrong_one_are_an_error() -> None:
+    served = result("topk", [], **{"topk.decode": 3, "gather": 1})
+    drills._look(served)
+    assert "no call was counted as topk.decode.upstream" in served.wrong
+    assert "calls were counted as topk.decode" in served.wrong
+
+
+def test_answers_other_than_upstreams_are_an_error_where_upstream_repeats_itself() -> None:
+    base, other = result("off", [[[1, 2]], [[1, 2]]]), result("topk", [[[1, 2]], [[1, 3]]])
+    found = drills._compare(other, base)
+    assert other.wrong == ["the answers are not upstream's: prompts of 70 tokens"]
+    assert found["answers"][0]["first_difference"] == 1
+    unsteady = result("off", [[[1, 2]], [[2, 2]]])
+    other.wrong.clear()
+    assert drills._compare(other, unsteady)["upstream_repeats_itself"] == [False]
+    assert other.wrong == []
+    ours, lost = result("on", [[[1, 2]], [[1, 3]]]), result("topk", [[[]], [[]]])
+    for each in (ours, lost):
+        drills._compare(each, base)
+        assert each.wrong == []
+    slept = result("sleep", [[[1, 2]], [[1, 3]]])
+    drills._compare(slept, base)
+    assert slept.wrong == ["the answers of the two rounds differ: prompts of 70 tokens"]
+    slept.wrong.clear()
+    drills._compare(slept, unsteady)
+    assert slept.wrong == []
+
+
+@pytest.mark.parametrize("name", ["topk", "gather"])
+def test_the_drills_look_for_what_the_plugin_says(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (drill,) = (d for d in drills.DRILLS if d.name == name)
+    try:
+        with caplog.at_level(logging.INFO, "dsv4_plugin"):
+            plan.switch_off(name, RuntimeError(f"drill: {name}"))
+    finally:
+        plan.decide(plan.INERT)
+    assert [bool(re.search(drill.says, record.message)) for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("fault", ["topk", "logits", "gather", "capability"])
+def test_a_fault_breaks_what_the_adapter_calls(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, name = vllm_side.FAULTS[fault]
+    module = importlib.import_module(place)
+    monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
+    vllm_side._break(fault)
+    if fault == "capability":
+        assert getattr(module, name)(None) == (7, 5)
+    else:
+        with pytest.raises(RuntimeError, match=f"drill: {fault}"):
+            getattr(module, name)()
+
+
+def test_a_seam_under_other_parameters_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: dict[str, Any] = {}
+    monkeypatch.setattr(vllm_side, "after_import", waiting.__setitem__)
+    vllm_side._break("seam")
+    ops = types.SimpleNamespace(top_k_per_row_prefill=lambda logits, starts: (logits, starts))
+    waiting["vllm._custom_ops"](ops)
+    assert ops.top_k_per_row_prefill(1, 2) == (1, 2)
+    with pytest.raises(TypeError):
+        ops.top_k_per_row_prefill(logits=1, starts=2)
+
+
+def test_a_seam_is_broken_before_the_plugin_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / vllm_side.OPTIONS).write_text("{}")
+    monkeypatch.setenv("E2E_DIR", str(tmp_path))
+    monkeypatch.setenv("E2E_FAULT", "seam")
+    asked: list[str] = []
+    monkeypatch.setattr(vllm_side, "after_import", lambda name, callback: asked.append(name))
+    vllm_side.register()
+    assert "vllm._custom_ops" in asked
+    assert import_hooks.after_import is not vllm_side.after_import
+
+
+def test_an_unknown_fault_is_an_error() -> None:
+    with pytest.raises(ValueError, match="E2E_FAULT is 'x'; it can be 'topk', 'logits', 'gather'"):
+        vllm_side._break("x")

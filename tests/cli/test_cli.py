@@ -1,0 +1,90 @@
+"""``dsv4-plugin`` itself: what its user can repair is a line and exit code 2, no traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv4_plugin import __version__
+from dsv4_plugin.cli import main as cli
+
+COMMANDS = {
+    "bench": ["topk", "--device", "cpu", "--rows", "1", "--columns", "8192"],
+    "fuzz": ["--cases", "1"],
+    "recall": ["--k", "512", "--columns", "1024", "--rows", "1"],
+    "soak": ["--minutes", "0"],
+}
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)  # fuzz takes one
+
+
+def one_line(capsys: pytest.CaptureFixture[str], command: str) -> str:
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"dsv4-plugin {command}: ") and said.err.count("\n") == 1
+    return said.err
+
+
+def test_every_command_is_here() -> None:
+    assert set(COMMANDS) == set(cli.COMMANDS)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"dsv4-plugin {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_results_file_that_cannot_be_written(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "none"
+    assert cli.main([command, *COMMANDS[command], "--json", str(folder / "x.json")]) == 2
+    said = one_line(capsys, command)
+    assert f"--json cannot be written: there is no folder {folder}" in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_gpu_that_is_not_there(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [a for a in COMMANDS[command] if a not in ("--device", "cpu")]
+    assert cli.main([command, *given, "--device", "cuda"]) == 2
+    assert "no CUDA device here" in one_line(capsys, command)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("cudda", "DSV4_BACKEND is 'cudda'; it can be 'auto', 'cuda', 'triton', 'torch'"),
+        ("cuda", "backend 'cuda' for topk cannot be met: the tensors are on cpu"),
+    ],
+)
+def test_a_setting_that_cannot_be(
+    value: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DSV4_BACKEND", value)
+    assert cli.main(["recall", *COMMANDS["recall"]]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_reads_have_no_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "read", "--device", "cpu"]) == 2
+    assert "bench read has no dry run" in one_line(capsys, "bench")
+
+
+def test_a_dry_run_says_so_first_and_last(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--k", "512", "--dtype", "float32", "--rows", "1", "--columns", "8192"]
+    assert cli.main(["bench", "topk", "--device", "cpu", *few]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert lines[1] == lines[-1]
+    assert lines[-1].startswith("A dry run on a CPU") and lines[-1].endswith("mean nothing.")

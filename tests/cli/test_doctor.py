@@ -1,0 +1,258 @@
+"""``dsv4-plugin doctor``: an answer on every machine, in text and in JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dsv4_plugin import backends, envs
+from dsv4_plugin.cli import doctor
+from dsv4_plugin.cli import main as cli
+from dsv4_plugin.engines.sglang import probe as sglang_probe
+from dsv4_plugin.engines.shared.source import Site
+from dsv4_plugin.engines.tokenspeed import probe as tokenspeed_probe
+from dsv4_plugin.engines.vllm import probe as vllm_probe
+from dsv4_plugin.kernels import cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = {
+    "versions",
+    "gpu",
+    "library",
+    "settings",
+    "unknown_variables",
+    "ops",
+    "entry_points",
+    "vllm",
+    "sglang",
+    "tokenspeed",
+    "exit_code",
+    "verdict",
+}
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+PROBES = {"vllm": vllm_probe, "sglang": sglang_probe, "tokenspeed": tokenspeed_probe}
+engines = pytest.mark.parametrize("engine", PROBES)
+
+
+@pytest.fixture
+def engines_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_installed", lambda distribution: "0.99.0")
+
+
+def test_json_has_every_part(no_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["doctor", "--json"])
+    data = json.loads(capsys.readouterr().out)
+    assert set(data) == PARTS
+    assert code == data["exit_code"] == 1
+    assert data["versions"]["python"].count(".") == 2
+    assert set(data["settings"]) == {v.name for v in envs.VARIABLES}
+    ops = {"topk", "read", "read_mxfp4", "gather", "paged_logits", "ragged_logits"}
+    assert {name.split()[0] for name in data["ops"]} == ops
+    topk = data["ops"]["topk bfloat16 k=512"]
+    assert topk["auto"] == "torch"
+    assert any("not on a CUDA device" in reason for reason in topk["unmet"]["cuda"])
+    assert set(data["entry_points"]) == set(doctor.GROUPS)
+
+
+def test_text_fits_and_ends_with_the_verdict(
+    no_gpu: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 1
+    assert max(len(line) for line in lines[:-1]) <= 100
+    assert lines[-1].startswith("note: ")
+    for variable in envs.VARIABLES:
+        assert any(line.strip().startswith(variable.name) for line in lines)
+
+
+@pytest.mark.parametrize("variable", envs.VARIABLES, ids=lambda v: v.name)
+def test_a_wrong_setting_is_shown_and_is_exit_code_2(
+    variable: envs.Variable,
+    no_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(variable.name, "nonsense")
+    assert doctor.run(as_json=False) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(f"error: a setting is wrong: {variable.name} is 'nonsense'")
+    wrong = [line for line in lines if "WRONG" in line]
+    assert len(wrong) == 1 and variable.name in wrong[0]
+    assert not any("REFUSED" in line for line in lines)
+
+
+def test_every_wrong_setting_is_shown(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in envs.VARIABLES:
+        monkeypatch.setenv(variable.name, "nonsense")
+    settings = doctor.collect()["settings"]
+    assert all(name in row["error"] for name, row in settings.items())
+
+
+def test_a_mistyped_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSV4_TOPKK", "bf16")
+    monkeypatch.setenv("DSV4_CUDA_ARCHS", "90a")
+    data = doctor.collect()
+    assert data["unknown_variables"]["DSV4_TOPKK"] == "DSV4_TOPK"
+    assert "DSV4_CUDA_ARCHS" not in data["unknown_variables"]
+    assert "DSV4_TOPKK" in doctor.render(data)
+    assert data["verdict"].endswith("; nothing reads DSV4_TOPKK (did you mean DSV4_TOPK?)")
+
+
+def test_the_kill_switch_is_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSV4_PLUGIN", "0")
+    data = doctor.collect()
+    assert data["exit_code"] == 1 and "DSV4_PLUGIN=0" in data["verdict"]
+
+
+def test_a_wish_that_cannot_be_met_is_shown(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSV4_BACKEND", "cuda")
+    data = doctor.collect()
+    assert data["exit_code"] == 1
+    assert "backend 'cuda' for topk" in data["verdict"]
+    assert data["ops"]["read_mxfp4 float32"]["error"] is None, "it has no CUDA form"
+
+
+def test_exit_code_0_where_the_kernels_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._UNMET, "cuda", lambda call: [])
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    data = doctor.collect()
+    assert data["exit_code"] == 0
+    assert data["library"]["loads"] is True
+    assert doctor.render(data).splitlines()[-1].startswith("ok: ")
+
+
+@engines
+@pytest.mark.parametrize("error", [RuntimeError("seam moved"), SystemExit(3)])
+def test_a_probe_that_raises_is_shown(
+    error: BaseException, engine: str, engines_are_there: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look() -> Any:
+        raise error
+
+    monkeypatch.setattr(PROBES[engine], "look", look)
+    data = doctor.collect()
+    assert data[engine]["installed"] and not data[engine]["seams"]
+    assert type(error).__name__ in data[engine]["why"]
+    assert type(error).__name__ in doctor.render(data)
+
+
+@engines
+def test_what_the_probe_finds_is_shown(
+    engine: str,
+    engines_are_there: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def look() -> dict[str, Site]:
+        print("an engine that logs to stdout")
+        return {
+            "topk.decode": Site("SparseIndexerTopk.forward"),
+            "gather": Site(None, "it is gone"),
+        }
+
+    monkeypatch.setattr(PROBES[engine], "look", look)
+    doctor.run(as_json=True)
+    data = json.loads(capsys.readouterr().out)
+    assert data[engine]["seams"]["topk.decode"]["where"] == "SparseIndexerTopk.forward"
+    text = doctor.render(data)
+    assert "SparseIndexerTopk.forward" in text and "not found: it is gone" in text
+
+
+@pytest.mark.parametrize("part", sorted(PARTS - {"exit_code", "verdict"}))
+def test_a_part_that_breaks_does_not_break_the_report(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Any:
+        raise OSError("broken on purpose")
+
+    if part in doctor.ENGINES:
+        monkeypatch.setattr(doctor, "_engine", lambda name: broken())
+    else:
+        monkeypatch.setattr(doctor, f"_{part}", broken)
+    data = doctor.collect()
+    assert data[part] == {"error": "OSError: broken on purpose"}
+    assert "broken on purpose" in doctor.render(data)
+    json.dumps(data)
+
+
+WITHOUT_TORCH = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "triton", "tvm_ffi", "vllm", "sglang"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+from dsv4_plugin.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_without_torch_and_without_an_engine(form: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, "doctor", *form],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "torch cannot be imported" in done.stdout
+    if form:
+        assert "torch" in json.loads(done.stdout)["ops"]["error"]
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(
+        name="NVIDIA H20", major=9, minor=0, multi_processor_count=78, total_memory=96 << 30
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: card)
+    monkeypatch.setattr(backends, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "missing", lambda: "the compiled library cannot be loaded")
+    data = doctor.collect()
+    assert data["gpu"]["devices"] == [
+        {
+            "name": "NVIDIA H20",
+            "capability": "9.0",
+            "multiprocessors": 78,
+            "memory_gib": 96.0,
+        }
+    ]
+    assert data["exit_code"] == 1
+    assert data["ops"]["topk bfloat16 k=512"]["auto"] == "torch"
+    assert data["ops"]["gather uint8"]["auto"] == "triton"
+    text = doctor.render(data)
+    assert "NVIDIA H20, compute capability 9.0, 78 SMs, 96.0 GiB" in text
+    assert "not cuda: the compiled library cannot be loaded" in text
+
+
+def test_the_verdict_without_a_gpu_says_why(no_gpu: None) -> None:
+    verdict = doctor.collect()["verdict"]
+    assert re.match(
+        r"no GPU here \((this torch is built without CUDA|torch sees no GPU)\): ", verdict
+    )
+
+
+def test_the_verdict_on_a_gpu_says_what_the_kernels_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._UNMET, "cuda", lambda call: ["this GPU is an older one"])
+    data = doctor.collect() | {"gpu": {"devices": [{"name": "NVIDIA A100"}]}}
+    assert doctor._verdict(data)[1].startswith("this GPU is an older one: the ops run here on ")

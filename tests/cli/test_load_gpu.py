@@ -1,0 +1,19 @@
+"""Load on a GPU: `dsv4-plugin soak` for twenty seconds."""
+
+import pytest
+
+from dsv4_plugin.cli.soak.load import Shape, soak
+
+pytestmark = pytest.mark.gpu
+
+
+def test_replays_of_43_layers_on_two_streams():
+    result = soak(device="cuda", seconds=20)
+    assert result.faults == []
+    assert result.replays >= 100 and result.looks >= 3 and result.allocations >= 50
+    assert len(set(result.allocated)) == 1, f"memory is not flat: {result.allocated}"
+
+
+def test_small_chains_many_times():
+    result = soak(device="cuda", seconds=5, shape=Shape(layers=43, rows=1, columns=9000, tokens=8))
+    assert result.faults == [] and result.replays >= 200

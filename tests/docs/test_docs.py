@@ -1,0 +1,150 @@
+"""The documentation site: every page is in it, and the log lines it quotes are those of the code.
+
+`make docs` builds it, with warnings as errors; links that leave docs/ are checked by test_readme.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import re
+from types import ModuleType
+
+import pytest
+from kits.marked import between
+from kits.packaging_tools import ROOT
+
+from benchmarks.tables import readme as figures
+
+DOCS = ROOT / "docs"
+PAGES = sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md"))
+VARIES = "\0"
+
+
+def hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    assert sorted(re.findall(r": (\S+\.md)$", nav, re.M)) == PAGES
+
+
+def test_a_warning_ends_the_build() -> None:
+    recipe = re.search(r"^docs:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    assert recipe and "mkdocs build --strict" in recipe[1]
+    assert "-q" not in recipe[1]  # MkDocs 1.6 counts no warning that it does not show
+
+
+@pytest.mark.parametrize(
+    "page, markdown, want",
+    [
+        ("a.md", "[b](b.md) [c](https://c.d/../e)", "[b](b.md) [c](https://c.d/../e)"),
+        ("a.md", "[SECURITY.md](../SECURITY.md)", "`SECURITY.md`"),
+        ("a.md", "[`x.cuh`](../csrc/x.cuh#y)", "`csrc/x.cuh`"),
+        ("a.md", "[the results](../benchmarks/r.json)", "the results (`benchmarks/r.json`)"),
+        ("notes/a.md", "[b](../b.md) [c](../../c)", "[b](../b.md) `c`"),
+        ("notes/a.md", "![p](../../r/p.svg)", "![p](../outside/r/p.svg)"),
+        ("a.md", "```\n[x](../x)\n```\n", "```\n[x](../x)\n```\n"),
+    ],
+)
+def test_a_link_that_leaves_the_pages_becomes_its_path(page: str, markdown: str, want: str) -> None:
+    got, images = hooks().split(markdown, page)
+    assert got == want
+    assert images == ({"outside/r/p.svg": "r/p.svg"} if "![" in markdown else {})
+
+
+@functools.cache
+def texts() -> str:
+    """Every text of the package, with a mark where an f-string has a value."""
+    found = []
+    for path in (ROOT / "dsv4_plugin").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else VARIES for v in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found).replace("%s", VARIES)
+
+
+def quoted() -> list[str]:
+    """Lines in ```text blocks, and the first columns of the tables of reasons."""
+    page = (DOCS / "troubleshooting.md").read_text()
+    blocks = re.findall(r"^```text\n(.*?)^```", page, re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    tables = re.findall(r"^\| reason \|.*\n((?:\|.*\n)+)", page, re.M)
+    cells = [cell for table in tables for cell in re.findall(r"^\| (`[^|]*) \|", table, re.M)]
+    tables = re.findall(r"^\| what \| how the line looks \|\n\|.*\n((?:\|.*\n)+)", page, re.M)
+    cells += [cell for table in tables for cell in re.findall(r"\| ([^|]*) \|$", table, re.M)]
+    return lines + [span for cell in cells for span in re.findall(r"`([^`]+)`", cell)]
+
+
+def fixed_parts(line: str) -> list[str]:
+    parts = re.split(r"<[^>]*>|…", line)
+    return [p for p in (part.strip(" ().,;:%'") for part in parts) if len(p) > 3]
+
+
+def test_there_are_lines_to_check() -> None:
+    lines = quoted()
+    assert len(lines) > 25
+    assert all(fixed_parts(line) for line in lines)
+
+
+def missing(line: str) -> list[str]:
+    return [part for part in fixed_parts(line) if part not in texts()]
+
+
+@pytest.mark.parametrize("line", quoted())
+def test_every_quoted_line_is_in_the_code(line: str) -> None:
+    assert missing(line) == []
+
+
+def test_a_line_that_nobody_logs_is_noticed() -> None:
+    assert missing("dsv4 engaged in <vLLM 0.33.0> at <…>: nowhere at all") == [
+        "dsv4 engaged in",
+        "nowhere at all",
+    ]
+
+
+# What was measured has a unit of time or of a rate.
+MEASURED = re.compile(r"\d ?(?:µs|us|ms|ns|[GT]B/s|TFLOP/s|tokens/s)\b")
+
+
+def by_hand(text: str) -> list[str]:
+    """Return the lines with a measured figure that no script makes from a results file."""
+    text = re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", "", text, flags=re.S)
+    return [line for line in text.splitlines() if MEASURED.search(line)]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if not p.startswith("notes/")])
+def test_no_page_has_a_figure_that_was_written_by_hand(page: str) -> None:
+    assert by_hand((DOCS / page).read_text()) == []
+
+
+def test_a_figure_that_was_written_by_hand_is_noticed() -> None:
+    made = "<!-- x -->\n| 3 µs |\n<!-- /x -->\n"
+    assert by_hand(f"{made}It takes 4.5 µs.\n") == ["It takes 4.5 µs."]
+
+
+@pytest.mark.parametrize("mark", ["served", "reads"])
+def test_the_tables_are_those_of_the_results(mark: str) -> None:
+    assert between(DOCS / "results.md", mark).strip() == getattr(figures, mark)()
+
+
+def test_the_bars_are_those_of_the_results() -> None:
+    assert between(DOCS / "notes" / "topk.md", "bars").strip() == figures.bars()
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.startswith("notes/")])
+def test_the_notes_say_which_figures_have_no_file(page: str) -> None:
+    """They are a lab book: figures of a script are marked, others name their results file."""
+    text = (DOCS / page).read_text()
+    assert "(tool)" in text.split("\n## ")[0], "the head must say what is marked (tool)"
+    files = set(re.findall(r"benchmarks/results/[\w.]+\w", text))
+    assert files and all((ROOT / name).exists() for name in files)

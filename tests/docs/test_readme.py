@@ -1,0 +1,103 @@
+"""The README and the pages of docs/: their names exist, their example runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kits import marked
+from kits.packaging_tools import ROOT
+
+from dsv4_plugin import envs
+
+README = (ROOT / "README.md").read_text()
+PYTHON = (ROOT / "docs" / "python.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def between(mark: str) -> str:
+    return marked.between(ROOT / "README.md", mark)
+
+
+def test_the_settings_table_is_the_generated_one() -> None:
+    assert between("settings").strip() == envs.table()
+
+
+def test_there_is_a_place_for_the_figures() -> None:
+    between("figures")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_variable_that_is_named_exists(page: Path) -> None:
+    text = page.read_text()
+    known = {v.name for v in envs.VARIABLES} | set(envs.OTHER_VARIABLES)
+    known |= set(re.findall(r"nothing reads (DSV4_\w+) \(did you mean", text))  # shown as a mistake
+    assert set(re.findall(r"\bDSV4_[A-Z_]+[A-Z]\b", text)) <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_file_of_figures_exists() -> None:
+    """What stands between the marks is a claim, and a claim has its file."""
+    figures = between("figures")
+    files = re.findall(r"benchmarks/results/[\w./-]*\w", figures)
+    missing = [name for name in files if not (ROOT / name).exists()]
+    assert missing == []
+    assert files or not figures.strip(), "figures without a file in benchmarks/results"
+
+
+@pytest.fixture(scope="module")
+def example() -> dict[str, Any]:
+    blocks = re.findall(r"^```python\n(.*?)^```", PYTHON, re.M | re.S)
+    assert len(blocks) == 1 and "```python" not in README
+    names: dict[str, Any] = {}
+    exec(compile(blocks[0], "docs/python.md", "exec"), names)  # noqa: S102  # our own text
+    return names
+
+
+def test_the_example_gives_what_its_comments_say(example: dict[str, Any]) -> None:
+    assert example["keys"].shape == (3, 128) and example["keys"].dtype == torch.bfloat16
+    assert example["values"].shape == (130, 128)
+    assert example["values"].dtype == torch.float8_e4m3fn
+    assert example["scales"].shape == (130,) and example["scales"].dtype == torch.float32
+    indices = example["indices"]
+    assert indices.shape == (2, 512) and indices.dtype == torch.int32
+    assert indices[1].tolist() == [*range(300), *[-1] * 212]
+    assert example["scores"].shape == (2, 128) and example["scores"].dtype == torch.bfloat16
+    assert example["best"][1].tolist() == [*range(30), *[-1] * 482]
+    assert example["windows"].shape == (2, 130)
+    best = example["logits"][0, :4000].float().topk(512).values.sort().values
+    got = example["logits"][0].float()[indices[0].long()].sort().values
+    assert torch.equal(got, best)
+
+
+def test_the_figures_are_made_from_the_results():
+    from benchmarks.tables.readme import readme
+
+    assert between("figures").strip() == readme()
+
+
+def test_the_figures_of_the_server_are_made_from_the_results():
+    from benchmarks.tables.readme import server
+
+    assert between("server").strip() == server()
+
+
+def test_the_expected_gain_is_made_from_the_results():
+    from benchmarks.tables.readme import gain
+
+    assert between("gain").strip() == gain()
+
+
+def test_what_it_does_not_do_has_what_people_ask_for() -> None:
+    section = README.partition("## What it does not do\n")[2].partition("\n## ")[0]
+    for words in ("V3.2", "context parallelism", "Blackwell", "<!-- gain -->"):
+        assert words in section, words

@@ -1,0 +1,137 @@
+"""Runs inside a SGLang release; ``tests/engines/sglang/test_releases.py`` starts these cases.
+
+One process a release, because importing SGLang's indexer takes some seconds. The plugin is always
+loaded the way SGLang does it: ``load_plugins()``, by the installed entry point.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import pytest
+import torch
+from kits.told import forget
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+INDEXER = "sglang.srt.layers.attention.dsv4.indexer"
+
+
+class Start:
+    """What was true right after ``register()`` had been called, before SGLang applied anything."""
+
+    def __init__(self) -> None:
+        from kits.sglang_host import prepare
+
+        prepare()
+        import sglang.srt.plugins  # noqa: F401
+
+        from dsv4_plugin.engines.sglang import register, unregister
+
+        os.environ["DSV4_PLUGIN"] = "1"
+        before = set(sys.modules)
+        register()
+        self.imported = set(sys.modules) - before
+        self.indexer_loaded = INDEXER in sys.modules
+        unregister()
+        del os.environ["DSV4_PLUGIN"]
+
+
+@pytest.fixture(scope="session")
+def start() -> Start:
+    return Start()
+
+
+@pytest.fixture(scope="session")
+def _engine(start):
+    from kits.sglang_host import Engine
+
+    engine = Engine()
+    engine.pristine = places(engine)
+    return engine
+
+
+def places(engine):
+    """Every attribute that the plugin may replace, by owner and name, as it is now."""
+    from sglang.srt.server_args import ServerArgs
+
+    names = engine.topk_names()
+    owners = [(engine.indexer, name) for name in names]
+    owners += [(engine.topk_module(), name) for name in names]
+    owners += [(engine.indexer.C4IndexerBackendMixin, "forward_c4_indexer")]
+    owners += [(engine.dsa.DSATopKBackend, "topk_transform")]
+    owners += [(engine.deep_gemm, n) for n in ("fp8_paged_mqa_logits", "fp8_mqa_logits")]
+    owners += [(ServerArgs, "add_cli_args")]
+    return {(owner, name): _plain(vars(owner)[name]) for owner, name in owners}
+
+
+def _plain(value):
+    return value.__func__ if isinstance(value, staticmethod) else value
+
+
+@pytest.fixture
+def engine(_engine, monkeypatch, caplog):
+    """The engine with nothing registered, and every attribute as SGLang left it."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from dsv4_plugin.engines.sglang import registry, unregister
+
+    def clean():
+        unregister()
+        registry._hooks.clear()
+        HookRegistry.reset()
+        for (owner, name), value in _engine.pristine.items():
+            setattr(owner, name, staticmethod(value) if name == "add_cli_args" else value)
+
+    for name in [n for n in os.environ if n.startswith(("DSV4_", "SGLANG_PLUGINS"))]:
+        monkeypatch.delenv(name)
+    clean()
+    _engine.deep_gemm = next(o for o, n in _engine.pristine if n == "fp8_mqa_logits")
+    sys.modules["deep_gemm"] = _engine.deep_gemm
+    _engine.maths.fail_on_bf16 = False
+    _engine.calls.clear()
+    forget()
+    caplog.set_level(logging.DEBUG, logger="dsv4_plugin")
+    yield _engine
+    clean()
+    sys.modules["deep_gemm"] = _engine.deep_gemm
+
+
+@pytest.fixture
+def load(engine, monkeypatch):
+    """Load the plugins as a new scheduler process does, with these settings."""
+
+    def load_plugins(**settings: str) -> None:
+        import sglang.srt.plugins as plugins
+
+        for name, value in {"DSV4_PLUGIN": "1", **settings}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(plugins, "_plugins_loaded", False)
+        plugins.load_plugins()
+
+    return load_plugins
+
+
+@pytest.fixture
+def no_own(monkeypatch) -> None:
+    """Our logits kernels are not there, though the top-k is."""
+    from kits.host_parts import without_own_logits
+
+    from dsv4_plugin import backends
+
+    monkeypatch.setattr(backends, "unmet", without_own_logits(backends.unmet))
+
+
+def expected(engine, problem):
+    """The exact answer, from the logits that were written in this step."""
+    from kits.host_parts import oracle
+
+    logits = engine.logits_of().logits
+    rows = zip(logits, problem.lengths.tolist(), strict=True)
+    return torch.stack([oracle(row[:n].float(), problem.k) for row, n in rows])
+
+
+def names(engine):
+    return {call.name for call in engine.calls}

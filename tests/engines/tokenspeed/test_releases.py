@@ -1,0 +1,78 @@
+"""The adapter against real TokenSpeed code, one process a release.
+
+The cases are in ``host/``; they need an environment of their own (``make_hosts_cpu_env.py``), with
+torch for the CPU and the Python files of each release. Under ``DSV4_CI=1`` it is made when it is
+missing. ``DSV4_HOSTS_ENV`` names another folder, ``DSV4_TOKENSPEED_VERSIONS`` other releases.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from kits.release_runner import ROOT, environment, run_cases, run_driver
+
+CASES = Path(__file__).resolve().parent / "host"
+MAKE = ROOT / "examples" / "make_hosts_cpu_env.py"
+ENV = Path(os.environ.get("DSV4_HOSTS_ENV") or ROOT / ".venvs" / "hosts-cpu")
+VERSIONS = (os.environ.get("DSV4_TOKENSPEED_VERSIONS") or "0.1.1").split(",")
+FEWEST_CASES = 129
+
+
+@pytest.fixture(scope="session")
+def python() -> Path:
+    return environment(MAKE, ENV, "--sglang", "", "--tokenspeed", ",".join(VERSIONS))
+
+
+def find(python: Path, version: str) -> list[Path]:
+    release = ENV / "tokenspeed" / version
+    kernel, runtime = release / "kernel", release / "runtime"
+    if not (python.is_file() and (kernel / "tokenspeed_kernel" / "__init__.py").is_file()):
+        pytest.skip(f"no TokenSpeed {version} in {ENV}: python {MAKE.relative_to(ROOT)} makes it")
+    return [runtime, kernel]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_release(python: Path, version: str, tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    paths = find(python, version)
+    run_cases(f"TokenSpeed {version}", python, CASES, paths, report, FEWEST_CASES, ["TOKENSPEED_"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_driver_for_a_gpu(python: Path, version: str, tmp_path: Path) -> None:
+    """Without the plugin and with it, in one process; on a GPU the same with the kernels."""
+    paths = find(python, version)
+    found = run_driver("tokenspeed", python, paths, tmp_path / "found.json", ["TOKENSPEED_"])
+    assert found["version"].startswith(f"TokenSpeed {version} ")
+    rows = {(row["part"], row["variant"]): row for row in found["results"]}
+    calls = {part for part, variant in rows if variant == "bf16 own"}
+    assert len(calls) == 3 and len(rows) == 3 * 4 + 4  # the Triton kernels are for a GPU
+    for call in calls:
+        mode = "prefill" if call.startswith("prefill") else "decode"
+        for dtype in ("fp32", "bf16"):
+            row = rows[call, f"{dtype} own"]
+            assert row["kernel"] == f"dsv4_plugin_dsa_{mode}_topk" and row["recall"] > 0.95
+            assert row["counters"][f"topk.dsa_{mode}_topk.{dtype}.torch"] == 1
+            assert row["counters"][f"logits.own.{dtype}.torch"] == 1
+    (read,) = (row for row in found["results"] if row["variant"] == "on" and "read" in row["part"])
+    assert read["exact"] and read["counters"]["read.fp8"] == 1
+    assert {n for n, s in found["seams"].items() if s["engaged"]} == {
+        "topk.dsa_decode_topk", "topk.dsa_prefill_topk", "read.fp8"
+    }  # fmt: skip
+    # Every variant of a call before the next call: a run that is cut short has whole calls.
+    order = [row["part"] for row in found["results"] if row["part"] in calls]
+    assert order == [call for call in dict.fromkeys(order) for _ in range(4)]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cut_short_names_what_is_missing(python: Path, tmp_path: Path) -> None:
+    paths = find(python, VERSIONS[0])
+    found = run_driver(
+        "tokenspeed", python, paths, tmp_path / "found.json", ["TOKENSPEED_"], budget=0
+    )
+    assert not found["complete"] and not found["results"]
+    assert {"read on", "decode 2x700 k512 logical bf16 own"} <= set(found["not_run"])

@@ -1,0 +1,133 @@
+"""Runs inside a vLLM release: these cases are started by ``tests/engines/vllm/test_releases.py``.
+
+One process a release, because importing vLLM's indexer takes some ten seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+
+import pytest
+import torch
+from kits.told import forget
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
+
+
+class Start:
+    """What was true right after vLLM had loaded its plugins, before anything else."""
+
+    def __init__(self) -> None:
+        import vllm  # noqa: F401
+        from vllm.plugins import load_general_plugins
+
+        os.environ["VLLM_PLUGINS"] = "dsv4"  # vLLM brings some of its own, which import it
+        before = set(sys.modules)
+        load_general_plugins()
+        del os.environ["VLLM_PLUGINS"]
+        self.imported = set(sys.modules) - before
+        self.indexer_loaded = INDEXER in sys.modules
+
+
+@pytest.fixture(scope="session")
+def start() -> Start:
+    return Start()
+
+
+@pytest.fixture(scope="session")
+def _engine(start):
+    from kits.vllm_host import Engine
+
+    from dsv4_plugin.state import status
+
+    engine = Engine()
+    engine.after_import = status()
+    return engine
+
+
+@pytest.fixture
+def engine(_engine, monkeypatch, caplog):
+    """The engine with the plugin freshly registered and nobody having asked for it."""
+    from dsv4_plugin.engines.vllm import register, unregister
+
+    for name in [n for n in os.environ if n.startswith("DSV4_")]:
+        monkeypatch.delenv(name)
+    unregister()
+    _engine.install_deep_gemm()
+    _engine.deep_gemm.native = None
+    _engine.deep_gemm.fail_on_bf16 = False
+    _engine.calls.clear()
+    forget()
+    caplog.set_level(logging.DEBUG, logger="dsv4_plugin")
+    register()
+    yield _engine
+    unregister()
+
+
+@contextlib.contextmanager
+def another_reader():
+    """While it lasts somebody else's prefill top-k, which reads float32, is in place of ours."""
+    ops = sys.modules["vllm._custom_ops"]
+    ours = ops.top_k_per_row_prefill
+    plain = ours.__wrapped__
+    ops.top_k_per_row_prefill = lambda *args: plain(*args)
+    try:
+        yield
+    finally:
+        ops.top_k_per_row_prefill = ours
+
+
+def canonical(indices: torch.Tensor) -> torch.Tensor:
+    """Sort every row's columns, with -1 last: the order is unspecified."""
+    last = torch.iinfo(torch.int32).max
+    ordered = indices.masked_fill(indices < 0, last).sort(dim=1).values
+    return ordered.masked_fill(ordered == last, -1)
+
+
+class Run:
+    """Build a layer and run one step of it."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def __call__(
+        self, problem, *, gpu=90, model="deepseek_v4", config=None, direct=False, layer=None,
+        **parallel,
+    ):  # fmt: skip
+        with self.engine.gpu(gpu), self.engine.config(model, config, **parallel):
+            built = self.engine.layer(problem, **(layer or {}))
+            self.engine.calls.clear()
+            step = self.engine.step_direct if direct else self.engine.step
+            return canonical(step(built, problem))
+
+    def build(self, problem, *, gpu=90, model="deepseek_v4", config=None, layer=None, **parallel):
+        with self.engine.gpu(gpu), self.engine.config(model, config, **parallel):
+            return self.engine.layer(problem, **(layer or {}))
+
+
+@pytest.fixture
+def run(engine):
+    return Run(engine)
+
+
+@pytest.fixture
+def no_own(monkeypatch) -> None:
+    """Our logits kernels are not there, though the top-k is."""
+    from kits.host_parts import without_own_logits
+
+    from dsv4_plugin import backends
+
+    monkeypatch.setattr(backends, "unmet", without_own_logits(backends.unmet))
+
+
+@pytest.fixture
+def can_bf16(engine) -> bool:
+    """Whether this release's DeepGEMM can be asked for bfloat16."""
+    import inspect
+
+    return "logits_dtype" in inspect.signature(engine.deep_gemm.paged).parameters

@@ -1,0 +1,198 @@
+"""The fill with -1: left out where our top-k writes every row, and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+
+import pytest
+import torch
+from conftest import canonical
+from host_calls import BATCHES
+
+import dsv4_plugin
+from dsv4_plugin import ops
+from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.vllm import register, unregister, wrappers
+
+OP = "sparse_attn_indexer"
+
+
+@pytest.fixture
+def on(monkeypatch):
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+
+
+@contextlib.contextmanager
+def built(engine, problem, mode="NONE", **values):
+    """A layer of a model that is compiled in this mode."""
+    modes = sys.modules["vllm.config"].CompilationMode
+    with engine.gpu(90), engine.config() as config:
+        config.compilation_config.mode = modes[mode]
+        yield engine.layer(problem, **values)
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """What our top-k found in the rows it was to write."""
+    seen: list[set[int]] = []
+    real = ops.topk
+
+    def watched(*args, out=None, out_raw=None, **kwargs):
+        seen.append(set((out if out_raw is None else out_raw).unique().tolist()))
+        return real(*args, out=out, out_raw=out_raw, **kwargs)
+
+    monkeypatch.setattr(ops, "topk", watched)
+    return seen
+
+
+def counters():
+    return dsv4_plugin.status()["counters"]
+
+
+def seam():
+    return dsv4_plugin.status()["seams"]["topk.fill"]
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_only_where_every_row_is_a_decode_row(engine, on, found, batch):
+    problem = engine.problem(**batch)
+    with built(engine, problem) as layer:
+        got = canonical(engine.step(layer, problem))
+    assert torch.equal(got, engine.expected(problem.k))
+    unfilled = not batch.get("prefill") and not batch.get("wider_buffer")
+    assert counters().get("topk.unfilled", 0) == unfilled
+    assert all(({7} if unfilled else {-1}) == rows for rows in found) and found
+    assert bool((problem.buffer[len(problem.lengths) :] == 7).all())
+
+
+def ragged(problem, context):
+    problem.metadata.decode.requires_padding = True
+
+
+def padded(problem, context):
+    problem.hidden = torch.zeros(len(problem.hidden) + 2, 16)
+
+
+def pieces(problem, context):
+    context.cudagraph_runtime_mode = types.SimpleNamespace(name="PIECEWISE")
+
+
+def ranks(problem, context):
+    problem.metadata.decode.global_seq_lens = torch.ones(2)
+
+
+CHANGES = {"ragged": ragged, "padded": padded, "pieces": pieces, "context parallel": ranks}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_where_a_row_may_be_left_over_the_fill_stays(engine, on, change):
+    """Only the question is asked here: what vLLM does with such a batch needs Triton, or ranks."""
+    from dsv4_plugin.engines.vllm import fill
+
+    problem = engine.problem(decode=(700, 1500))
+    with built(engine, problem), engine.forward(problem):
+        context = sys.modules["vllm.forward_context"].get_forward_context()
+        prefix = next(iter(context.attn_metadata))
+
+        def asked():
+            return fill._every_row_is_selected(
+                {"hidden_states": problem.hidden, "k_cache_prefix": prefix, "topk_tokens": 512,
+                 "topk_indices_buffer": problem.buffer}
+            )  # fmt: skip
+
+        assert asked()
+        change(problem, context)
+        assert not asked()
+
+
+def test_a_full_graph_is_captured_without_it(engine, on, found):
+    problem = engine.problem(decode=(700, 1500))
+    modes = sys.modules["vllm.config"].CUDAGraphMode
+    with built(engine, problem) as layer, engine.forward(problem):
+        context = sys.modules["vllm.forward_context"].get_forward_context()
+        context.cudagraph_runtime_mode = modes.FULL
+        problem.buffer.fill_(7)
+        layer(problem.hidden, problem.query, None, problem.weights)
+    assert found == [{7}] and counters()["topk.unfilled"] == 1
+
+
+@pytest.mark.parametrize("part", ["top-k", "logits"])
+def test_what_fails_is_filled_before_vllm_selects(engine, on, monkeypatch, part):
+    """vLLM's kernels get the rows as they expect them, in the same call."""
+    monkeypatch.setenv("DSV4_TOPK", "fp32")
+    monkeypatch.setenv("DSV4_LOGITS", "own")
+    problem = engine.problem(decode=(700, 40, 1500))
+    rows: list[torch.Tensor] = []
+
+    def plain(scores):
+        rows.append(problem.buffer[:3].clone())
+        return widen(scores)
+
+    widen = wrappers.plain
+    monkeypatch.setattr(wrappers, "plain", plain)
+    name = "dsv4_plugin.ops.topk" if part == "top-k" else "dsv4_plugin.logits.paged_logits"
+    with built(engine, problem) as layer:
+        monkeypatch.setattr(name, lambda *a, **k: 1 / 0)
+        got = canonical(engine.step(layer, problem))
+    assert torch.equal(got, engine.expected(problem.k)) and plan.is_off("topk")
+    assert counters()["topk.unfilled"] == 1
+    assert len(rows) == 1 and bool((rows[0] == -1).all())
+    assert "switched off" in seam()["why"]
+
+
+def test_a_call_that_leaves_it_out_itself(engine, on, found):
+    """As V3.2's fused kernel does: the arguments go through as they are."""
+    from dsv4_plugin.engines.vllm import fill
+
+    heard = []
+    names = ("hidden_states", fill.ARGUMENT)
+    fill.left_out(lambda *a, **k: heard.append((a, k)), names, (1,), {fill.ARGUMENT: True})
+    fill.left_out(lambda *a, **k: heard.append((a, k)), names, (1, 2, 3), {})
+    assert heard == [((1,), {fill.ARGUMENT: True}), ((1, 2, 3), {})]
+
+
+def test_a_model_that_is_compiled_keeps_it(engine, on, found):
+    problem = engine.problem(decode=(700, 1500))
+    real = getattr(torch.ops.vllm, OP)
+    with built(engine, problem, "VLLM_COMPILE") as layer:
+        engine.step(layer, problem)
+    assert getattr(torch.ops.vllm, OP) is real and "compiled" in seam()["why"]
+    assert found == [{-1}] and "topk.unfilled" not in counters()
+
+
+def test_the_patch_comes_and_goes(engine, on):
+    problem = engine.problem(decode=(700, 1500))
+    real = getattr(torch.ops.vllm, OP)
+    with built(engine, problem):
+        ours = getattr(torch.ops.vllm, OP)
+        assert ours is not real and seam()["engaged"]
+        assert ours.default is real.default and ours.overloads() == real.overloads()
+        with built(engine, problem):
+            assert getattr(torch.ops.vllm, OP) is ours
+    unregister()
+    assert getattr(torch.ops.vllm, OP) is real
+    register()
+
+
+def test_a_compiler_sees_the_op(engine, on, monkeypatch):
+    problem = engine.problem(decode=(700, 1500))
+    with built(engine, problem) as layer:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        from dsv4_plugin.engines.vllm import fill
+
+        monkeypatch.setattr(fill, "left_out", lambda *a: 1 / 0)
+        ours = getattr(torch.ops.vllm, OP)
+        ours.resolved = lambda *a, **k: "the op"
+        assert ours(1) == "the op"
+    del layer
+
+
+def test_the_op_without_the_argument(engine, monkeypatch):
+    from dsv4_plugin.engines.vllm import fill
+
+    unregister()
+    monkeypatch.setattr(fill, "NEEDED", (*fill.NEEDED, "an_argument_of_tomorrow"))
+    register()
+    assert seam()["where"] is None and "an_argument_of_tomorrow" in seam()["why"]

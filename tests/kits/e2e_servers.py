@@ -1,0 +1,36 @@
+"""What the tests of commands over servers share: the model, and servers that have none."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from kits.packaging_tools import ROOT
+
+FAKE = f"{sys.executable} {ROOT / 'tests' / 'kits' / 'e2e_fake_vllm.py'}"
+
+
+def free_ports(count: int) -> int:
+    """The first of so many free ports in a row."""
+    for _ in range(200):
+        with contextlib.ExitStack() as stack:
+            first, *others = (stack.enter_context(socket.socket()) for _ in range(count))
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            try:
+                for i, other in enumerate(others, 1):
+                    other.bind(("127.0.0.1", port + i))
+            except (OSError, OverflowError):
+                continue
+            return port
+    raise AssertionError(f"no {count} free ports in a row")
+
+
+def tiny_model(folder: Path) -> Path:
+    """The model that is served, in this folder."""
+    maker = [sys.executable, ROOT / "examples" / "make_tiny_v4.py", folder]
+    subprocess.run([str(part) for part in maker], check=True)
+    return folder

@@ -1,0 +1,360 @@
+"""A case for each path of the top-k and of the logits, made for compute-sanitizer.
+
+    python tests/kits/sanitizer_driver.py [--only NAME ...] [--plant outside | uninitialised]
+
+Only kernels of this project are instrumented (test_sanitizer_gpu.py filters by name), so nothing
+that a kernel of torch wrote counts as initialised: all data is drawn on the CPU and copied. With
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is its own cudaMalloc, so that a read one element
+outside of it is seen. What lies outside of a row's window (of the scores, of the block table) is
+never written: a kernel that reads it is caught by initcheck. `--plant` makes a mistake on purpose,
+to see that the tool sees it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from dsv4_plugin import paged_logits, ragged_logits, select, topk
+from dsv4_plugin.cli.checks.inputs import scores
+from kits import logits_cases
+
+SIZES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
+         "narrow": torch.float32}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """One call. `lengths` are taken in turn by the rows; columns past them are uninitialised."""
+
+    name: str
+    rows: int
+    width: int
+    lengths: tuple[int, ...]
+    k: int = 512
+    dtype: str = "bfloat16"
+    kind: str = "normal"
+    offset: int = 0  # of the first row, in elements
+    start: int = 0  # row_starts, where not 0
+    next_n: int = 1
+    pages: bool = False
+    sort: bool = False
+
+
+# One entry for each path: a change of choose_topk (csrc) is a change here. CTAs a row grow with the
+# length and shrink with the rows; a row past what 16 CTAs hold goes to the wide kernel.
+PATHS = (
+    Path("short rows", 5, 700, (-1, 0, 1, 511, 512)),
+    Path("one CTA", 2, 8192, (513, 8192)),
+    Path("one CTA, float32", 2, 4096, (4096, 2049), dtype="float32", k=2048),
+    Path("one CTA, larger slice", 70, 16_384, (16_384, 9001)),
+    Path("cluster of 2", 2, 16_000, (16_000, 15_999)),
+    Path("cluster of 4", 2, 32_768, (32_767, 32_768), k=2048),
+    Path("cluster of 8", 1, 65_536, (65_535,), k=1024),
+    Path("cluster of 16", 1, 131_072, (131_072,)),
+    Path("cluster of 16, larger slice", 1, 262_144, (262_143,), k=2048),
+    Path("cluster of 16, float32", 1, 200_000, (200_000,), dtype="float32"),
+    Path("very long row", 1, 600_000, (600_000,), dtype="float32"),
+    Path("wide kernel", 1, 4_200_000, (4_199_999,)),
+    Path("short and long rows of one grid", 9, 100_000, (300, 513, 8192, 8193, 100_000)),
+    Path("more rows than clusters", 40, 65_536, (65_536, 100, 40_000)),
+    Path("cluster of 4, largest slice", 18, 140_000, (140_000, 8192, 8193, 100)),
+    Path("cluster of 6", 18, 60_000, (60_000, 8192, 8193, 100)),
+    Path("half of a cluster", 3, 140_000, (140_000, 65_536, 20_000)),
+    Path("two CTAs a multiprocessor", 100, 40_000, (40_000, 8192, 8193, 100), k=2048),
+    Path("more rows than SMs", 140, 9000, (9000, 513, 4097)),
+    Path("float16", 2, 40_000, (40_000, 39_999), dtype="float16"),
+    Path("narrow", 2, 40_000, (40_000, 39_999), dtype="narrow"),
+    Path("misaligned", 3, 20_001, (20_001, 19_990, 515), offset=3),
+    Path("misaligned float32", 3, 20_001, (20_001, 19_990, 515), dtype="float32", offset=1),
+    Path("row starts", 3, 50_000, (30_000, 8192, 600), start=7),
+    Path("row starts to the end", 2, 9000, (9000 - 13,), start=13, dtype="float32"),
+    Path("next_n", 4, 40_000, (40_000, 514), next_n=2),
+    Path("page table", 3, 40_000, (40_000, 513, 100), pages=True),
+    Path("page table, sorted", 2, 40_000, (40_000, 100), pages=True, sort=True, k=1000),
+    Path("sorted", 3, 40_000, (40_000, 2049, 100), sort=True, k=2048),
+    Path("sorted, one CTA", 3, 8192, (8192, 513, 100), sort=True),
+    Path("all equal", 2, 40_000, (40_000, 39_999), kind="all_equal"),
+    Path("all equal, one CTA", 2, 8192, (8192, 8000), kind="all_equal", k=2048),
+    Path("plateau, cluster", 1, 131_072, (131_071,), kind="relu_sum", k=2048),
+    Path("two values, float32", 2, 65_536, (65_536, 40_001), kind="two_values", dtype="float32"),
+    Path("one crowded bin, float32", 2, 40_000, (40_000,), kind="one_huge_bin", dtype="float32"),
+    Path("NaN and infinities", 2, 40_000, (40_000, 600), kind="special"),
+    Path("odd k", 2, 40_000, (40_000, 101), k=100),
+    Path("k of 1", 2, 40_000, (40_000, 1), k=1),
+)  # fmt: skip
+
+
+class Call:
+    """The tensors of a path, on the CPU whole and on the GPU initialised in the windows only."""
+
+    def __init__(self, path: Path, plant: str = "") -> None:
+        self.path = path
+        dtype = SIZES[path.dtype]
+        requests = path.rows // path.next_n
+        ends = [path.lengths[i % len(path.lengths)] for i in range(requests)]
+        self.lengths = torch.tensor(ends, dtype=torch.int32)
+        step = torch.arange(1 - path.next_n, 1)
+        windows = (self.lengths[:, None] + step).clamp(min=0).reshape(-1).tolist()
+        self.starts = torch.full((path.rows,), path.start, dtype=torch.int32)
+        self.logits = scores(path.kind, path.rows, path.width, dtype)
+        width = path.width
+        count = path.offset + path.rows * width
+        if plant == "outside":  # the allocation ends before the last row does
+            held = torch.empty(count - width // 2, dtype=dtype, device="cuda")
+            flat = beyond(held, count)
+            self.held = held
+        else:
+            flat = torch.empty(count, dtype=dtype, device="cuda")
+        self.gpu_logits = flat[path.offset :].view(path.rows, width)
+        room = flat.shape[0] - (width // 2 if plant == "outside" else 0)
+        for r, n in enumerate(windows):
+            n = max(0, min(n, width - path.start))
+            if plant == "uninitialised" and n:
+                n -= 1
+            begin = path.offset + r * width + path.start
+            end = min(begin + n, room)
+            part = self.logits[r, path.start : path.start + end - begin]
+            flat[begin:end].copy_(part)  # contiguous on both sides: a plain copy, no kernel
+        self.table = None
+        if path.pages:
+            pages = -(-width // 64)
+            self.table = torch.arange(requests * pages, dtype=torch.int32).view(requests, pages)
+            self.table[:, ::7] = -1
+
+    def arguments(self, device: str) -> dict[str, object]:
+        """The keywords of `topk`."""
+        path = self.path
+        more: dict[str, object] = {
+            "next_n": path.next_n, "sort": path.sort, "narrow": path.dtype == "narrow",
+        }  # fmt: skip
+        if path.start:
+            more["row_starts"] = self.starts.to(device)
+        if self.table is not None:
+            more["page_table"] = self.table.to(device)
+        return more
+
+    def run(self) -> torch.Tensor:
+        """Call the kernel twice, the second beginning while the first ends."""
+        path, lengths, more = self.path, self.lengths.cuda(), self.arguments("cuda")
+        outs = [torch.empty(path.rows, path.k, dtype=torch.int32, device="cuda") for _ in range(2)]
+        raws, counts = [None, None], None
+        if path.pages:
+            raws = [torch.empty_like(out) for out in outs]
+            counts = torch.empty(path.rows, dtype=torch.int32, device="cuda")
+        for out, raw in zip(outs, raws, strict=True):
+            topk(self.gpu_logits, lengths, path.k, out=out, out_raw=raw, out_counts=counts,
+                 backend="cuda", **more)  # fmt: skip
+        results = [out.cpu() for out in outs]
+        if not torch.equal(*results):
+            raise AssertionError(f"{path.name}: the second call differs from the first")
+        return results[0]
+
+    def want(self) -> torch.Tensor:
+        """The torch reference's answer, on the CPU."""
+        more = self.arguments("cpu")
+        return topk(self.logits, self.lengths, self.path.k, backend="torch", **more)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """One call of the logits. `lengths` are taken in turn by the rows, or are ends of windows."""
+
+    name: str
+    rows: int
+    lengths: tuple[int, ...]
+    op: str = "paged"  # or "ragged" or "select"
+    heads: int = 64
+    next_n: int = 1
+    dtype: str = "bfloat16"
+    columns: int = 0  # of `out`; 0: as many as the longest row
+    pad: int = 0  # bytes between pages
+    offset: int = 0  # of `out`, in elements
+    holes: bool = False  # pages that are none
+
+
+# One entry for each path: a change of the launch in csrc/bindings/logits.cu is a change here.
+LOGITS = (
+    Logits("paged, one page", 1, (64,)),
+    Logits("paged, short rows", 8, (0, 1, 63, 64, 65, -1, 127, 129)),
+    Logits("paged, 32 heads", 3, (200, 65, 500), heads=32),
+    Logits("paged, one long row", 1, (40_000,)),
+    Logits("paged, long and short rows", 9, (9000, 1, 300, 0, 4097)),
+    Logits("paged, more rows than SMs", 140, (700, 64, 1)),
+    Logits("paged, next_n 2", 6, (1000, 65), next_n=2),
+    Logits("paged, next_n 4, 32 heads", 8, (129, 1000), next_n=4, heads=32),
+    Logits("paged, next_n 6", 12, (700, 64, 63), next_n=6),
+    Logits("paged, float32", 3, (700, 65, 64), dtype="float32"),
+    Logits("paged, float16", 3, (700, 65, 64), dtype="float16"),
+    Logits("paged, pages apart", 3, (700, 65, 64), pad=448),
+    Logits("paged, pages that are none", 3, (700, 65, 640), holes=True),
+    Logits("paged, narrow out", 3, (700, 65, 640), columns=333),
+    Logits("paged, wide out", 3, (700, 65, 640), columns=1000),
+    Logits("paged, misaligned out", 4, (700, 65, 640, 3), offset=3, columns=701),
+    Logits("ragged", 70, (300, 1, 0, 64, 65, 129), op="ragged"),
+    Logits("ragged, one row", 1, (5000,), op="ragged"),
+    Logits("ragged, more rows than SMs, 32 heads", 150, (65, 700), op="ragged", heads=32),
+    Logits("ragged, larger tiles", 1408, (12_700, 64, 700, 1), op="ragged", heads=32),
+    Logits("ragged, float32, misaligned", 5, (700, 64), op="ragged", dtype="float32", offset=1),
+    Logits("select", 4, (3000, 513, 512, 0), op="select"),
+    Logits("select, next_n 2, float32", 4, (3000, 600), op="select", next_n=2, dtype="float32"),
+)  # fmt: skip
+CASES = (*PATHS, *LOGITS)
+
+
+class LogitsCall:
+    """The tensors of a case: on the GPU the table of several requests has nothing past a length."""
+
+    def __init__(self, path: Logits, plant: str = "") -> None:
+        self.path = path
+        ends = [path.lengths[i % len(path.lengths)] for i in range(path.rows)]
+        most = max(max(ends), 1)
+        self.columns = path.columns or most
+        self.width = self.columns + 5
+        self.case = logits_cases.paged(
+            ends, path.next_n, path.heads, columns=most, pad=path.pad, pages=200
+        )
+        if path.holes:
+            self.case.table[:, 1::3] = -1
+            self.case.table[0, 2] = 1 << 30
+        self.out = torch.full((path.rows, self.width), -77.0, dtype=SIZES[path.dtype])
+        self.plant = plant
+
+    def _cache(self) -> torch.Tensor:
+        cache = self.case.cache
+        arena = torch.empty(len(cache), cache.stride(0), dtype=torch.uint8, device="cuda")
+        for page, content in enumerate(cache):  # what lies between pages is never written
+            arena[page, : len(content)].copy_(content)
+        return arena[:, : cache.shape[1]]
+
+    def _table(self) -> torch.Tensor:
+        table = self.case.table
+        batch, width = table.shape
+        flat = torch.empty(batch * width, dtype=torch.int32, device="cuda")
+        if self.plant == "outside":  # the allocation ends before the table does
+            self.held = table.view(-1)[: batch * width // 2].cuda()
+            return beyond(self.held, batch * width).view(batch, width)
+        longest = self.case.lengths.view(batch, -1).amax(1).clamp(0, self.columns)
+        if batch == 1 and not self.plant:  # a single request's row is read ahead of its length
+            longest[0] = 64 * width
+        for b, n in enumerate(longest.tolist()):
+            pages = -(-n // 64) - (self.plant == "uninitialised")
+            if pages > 0:
+                flat[b * width : b * width + pages].copy_(table[b, :pages])
+        return flat.view(batch, width)
+
+    def run(self) -> torch.Tensor:
+        """Call the kernel twice, the second beginning while the first ends."""
+        path, case = self.path, self.case
+        wholes = [self.out.cuda() for _ in range(2)]
+        outs = [whole[:, path.offset : path.offset + self.columns] for whole in wholes]
+        q, weights, lengths = case.q.cuda(), case.weights.cuda(), case.lengths.cuda()
+        if path.op == "ragged":
+            k, scale = (x.cuda() for x in self._keys())
+            starts = self._starts().cuda()
+            for out in outs:
+                ragged_logits(q[:, 0], k, scale, weights, starts, lengths, out=out, backend="cuda")
+        else:
+            arguments = (q, self._cache(), weights, lengths, self._table())
+            for i, out in enumerate(outs):
+                if path.op == "select":
+                    chosen = select(*arguments, 512, logits=out, backend="cuda").cpu()
+                    logits = wholes[i].cpu()[:, path.offset : path.offset + self.columns]
+                    want = topk(logits, case.lengths, 512, next_n=path.next_n, backend="torch")
+                    if not torch.equal(chosen.sort(1).values, want.sort(1).values):
+                        raise AssertionError(f"{path.name}: not the top-k of the logits")
+                else:
+                    paged_logits(*arguments, out=out, backend="cuda")
+        results = [whole.cpu() for whole in wholes]
+        if not torch.equal(*results):
+            raise AssertionError(f"{path.name}: the second call differs from the first")
+        return results[0]
+
+    def _keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = self.case.cache
+        pages = -(-max(self.path.lengths) // 64)
+        split = 64 * logits_cases.D
+        scale = cache[:pages, split:].contiguous().view(torch.float32)
+        return cache[:pages, :split].reshape(-1, logits_cases.D), scale.reshape(-1)
+
+    def _starts(self) -> torch.Tensor:
+        return torch.arange(self.path.rows, dtype=torch.int32) % 7
+
+    def check(self, got: torch.Tensor) -> None:
+        """Compare with float64, and what lies outside of the rows with what was there."""
+        name = self.path.name
+        part = slice(self.path.offset, self.path.offset + self.columns)
+        tolerance = logits_cases.TOLERANCE["cuda", "normal"]
+        for rows, score, size, n in self._oracle():
+            logits_cases.check(got[rows, part], score, size, n, tolerance, name)
+            logits_cases.untouched(got[rows, part], n, self.out[rows, part], name)
+        got[:, part] = -77.0
+        if not torch.equal(got, self.out):
+            raise AssertionError(f"{name}: wrote outside of out")
+
+    def _oracle(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Rows, their scores in float64, the scores' sizes, and how many of them count."""
+        case = self.case
+        if self.path.op != "ragged":
+            score, size = logits_cases.oracle(case)
+            yield slice(None), score, size, case.lengths.clamp(max=score.shape[1])
+            return
+        keys, starts = self._keys(), self._starts()
+        for begin in range(0, self.path.rows, 64):  # of many rows at once it is gigabytes
+            rows = slice(begin, begin + 64)
+            yield (
+                rows,
+                *logits_cases.ragged_oracle(
+                    case.q[rows, 0], *keys, case.weights[rows], starts[rows], case.lengths[rows]
+                ),
+            )
+
+
+def beyond(held: torch.Tensor, count: int) -> torch.Tensor:
+    """A tensor that says it has `count` elements on memory that has fewer."""
+    words = {2: "<i2", 4: "<i4"}[held.dtype.itemsize]
+
+    class Claim:
+        __cuda_array_interface__ = {
+            "shape": (count,), "typestr": words, "data": (held.data_ptr(), False), "version": 3,
+        }  # fmt: skip
+
+    return torch.as_tensor(Claim(), device="cuda").view(held.dtype)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=[path.name for path in CASES])
+    parser.add_argument("--plant", choices=("outside", "uninitialised"), default="")
+    arguments = parser.parse_args()
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
+        print("sanitizer_driver: set PYTORCH_NO_CUDA_MEMORY_CACHING=1, else torch's allocator "
+              "hides what lies around a tensor", file=sys.stderr)  # fmt: skip
+        return 2
+    some = [path for path in CASES if not arguments.only or path.name in arguments.only]
+    for path in some:
+        if isinstance(path, Logits):
+            scored = LogitsCall(path, arguments.plant)
+            result = scored.run()
+            if not arguments.plant:
+                scored.check(result)
+            print(f"exact: {path.name}", flush=True)
+            continue
+        call = Call(path, arguments.plant)
+        got, want = call.run(), call.want()
+        if not path.sort:
+            got, want = got.sort(1).values, want.sort(1).values
+        if not torch.equal(got, want) and not arguments.plant:
+            raise AssertionError(f"{path.name}: not the reference's answer")
+        print(f"exact: {path.name}", flush=True)
+    print(f"{len(some)} cases done", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""What ``DSV4_LOG=debug`` has to say in every engine; used by ``host_debug.py`` of each."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+
+from dsv4_plugin import backends, envs, log
+
+# Each variable set to nothing, to blanks, and to what none of them can be.
+ODD_SETTINGS = [(v.name, text) for v in envs.VARIABLES for text in ("", "  ", "yes")]
+odd_settings = pytest.mark.parametrize(
+    ("variable", "value"), ODD_SETTINGS, ids=[f"{name}={text!r}" for name, text in ODD_SETTINGS]
+)
+empty_settings = pytest.mark.parametrize(
+    "variable", [v.name for v in envs.VARIABLES if v.name != "DSV4_PLUGIN"]
+)
+
+
+def forget() -> None:
+    """Let everything be said again, as in a new process."""
+    log._said.clear()
+    backends._load.cache_clear()  # the first use of an op is said when its form is loaded
+
+
+def told(caplog) -> list[str]:
+    """Return the lines of ours at DEBUG so far."""
+    ours = [r for r in caplog.records if r.name == "dsv4_plugin"]
+    return [r.getMessage() for r in ours if r.levelno == logging.DEBUG]
+
+
+def check_warned(caplog, variable: str, value: str) -> None:
+    """A wrong value that nothing depends on is one WARNING; an empty one is no line at all."""
+    loud = [r for r in caplog.records if r.name == "dsv4_plugin" and r.levelno >= logging.WARNING]
+    assert [r.levelno for r in loud] == [logging.WARNING] * bool(value.strip())
+    assert all(r.getMessage().startswith(f"{variable} is {value!r}") for r in loud)
+
+
+def check_process(lines: list[str], engine: str) -> None:
+    """The process, the versions, the library, and every setting with where it came from."""
+    text = "\n".join(lines)
+    assert f"process {os.getpid()} (parent {os.getppid()})" in text and f" in {engine}: " in text
+    assert "versions: dsv4-plugin" in text and "torch 2." in text
+    assert "library: " in text and "_C.so" in text
+    assert "setting DSV4_LOG = debug (the environment)" in lines
+    assert "setting DSV4_STRICT = 0 (the default)" in lines
+    for variable in envs.VARIABLES:
+        assert f"setting {variable.name} = " in text
+    assert len(lines) == len(set(lines))

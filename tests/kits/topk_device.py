@@ -1,0 +1,63 @@
+"""What the GPU tests of the top-k share: where they run, guarded buffers, draws of rows.
+
+They are made for a GPU. Where a test is run without one it uses the torch reference, which is how
+the tests themselves are tried out.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from dsv4_plugin import topk
+from dsv4_plugin.cli.bench.topk.cases import DTYPES
+from dsv4_plugin.cli.checks import canary
+from dsv4_plugin.cli.checks.inputs import scores
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+BACKEND = "cuda" if ON_GPU else "torch"
+
+Guarded = functools.partial(canary.Guarded, device=DEVICE)
+
+
+def run(logits, lengths, k, *, dtype="", **more):
+    """Call the implementation under test; `dtype` "narrow" sets `narrow`.
+
+    Without `out` every tensor of the call lies between canaries, which are looked at afterwards;
+    who brings an `out` (for a graph, a stream, guards of its own) gets the plain call.
+    """
+    more |= {"narrow": dtype == "narrow", "backend": BACKEND}
+    if more.get("out") is not None:
+        return topk(logits, lengths, k, **more)
+    canaries = canary.Canaries()
+    for name in ("row_starts", "page_table"):
+        if more.get(name) is not None:
+            more[name] = canaries.around(name, more[name])
+    out = canaries.output("out", len(logits), k, torch.int32, DEVICE)
+    logits, lengths = canaries.around("logits", logits), canaries.around("lengths", lengths)
+    topk(logits, lengths, k, out=out, **more)
+    canaries.check(f"{tuple(logits.shape)}, k {k}")
+    return out.clone()
+
+
+def seen(logits, dtype):
+    """The scores as the selection compares them."""
+    return logits.bfloat16() if dtype == "narrow" else logits
+
+
+def draw(kind, rows, columns, dtype, seed=0):
+    return scores(kind, rows, columns, DTYPES[dtype], seed=seed, device=DEVICE)
+
+
+def ints(values, dtype=torch.int32):
+    return torch.tensor(list(values), dtype=dtype, device=DEVICE)
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+
+
+def bits(x):
+    """The bits of a tensor, for comparisons that NaN does not spoil."""
+    return x.contiguous().view(_INTEGERS[x.dtype.itemsize])
