@@ -162,8 +162,7 @@ void paged(const char* name, const TensorView& q, const TensorView& pages,
   p.batch = static_cast<int32_t>(batch);
   if (batch * ceil_div(p.columns, kBlockKeys) > INT32_MAX) {
     TVM_FFI_THROW(ValueError) << "there are " << batch << " requests of " << p.columns
-                              << " columns: more than " << INT32_MAX << " blocks of "
-                              << kBlockKeys;
+                              << " columns: more than " << INT32_MAX << " blocks of " << kBlockKeys;
   }
   if (rows == 0) return;
   p.lengths = row_lengths(lengths, static_cast<int32_t>(rows), next_n, device);

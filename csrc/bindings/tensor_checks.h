@@ -84,8 +84,7 @@ inline void check_int32_rows(const char* name, const TensorView& t, DLDevice dev
 }
 
 // An output [size] of int32 with stride 1.
-inline int32_t* int32_vector(const char* name, const TensorView& t, int64_t size,
-                             DLDevice device) {
+inline int32_t* int32_vector(const char* name, const TensorView& t, int64_t size, DLDevice device) {
   if (!is_dtype(t, kDLInt, 32)) {
     TVM_FFI_THROW(TypeError) << name << " is " << dtype_name(t.dtype()) << "; it must be int32";
   }

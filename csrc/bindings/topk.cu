@@ -1,4 +1,5 @@
-// The forms of the top-k: validate -> params -> choose -> launch. dsv4_topk_with: the caller chooses.
+// The forms of the top-k: validate -> params -> choose -> launch. dsv4_topk_with: the caller
+// chooses.
 #include <cstdint>
 
 #include <cuda_runtime.h>
@@ -50,8 +51,8 @@ void set_logits(TopkParams& p, const char* name, const TensorView& logits) {
   // The last few values are left free so that no index computation near the end can overflow.
   constexpr int64_t kMost = INT32_MAX - 4096;
   if (logits.size(0) > kMost || logits.size(1) > kMost) {
-    TVM_FFI_THROW(ValueError) << name << " has shape " << shape_name(logits) << "; at most " << kMost
-                              << " rows and columns are allowed";
+    TVM_FFI_THROW(ValueError) << name << " has shape " << shape_name(logits) << "; at most "
+                              << kMost << " rows and columns are allowed";
   }
   p.logits = data(logits);
   p.logits_stride = logits.stride(0);
@@ -227,10 +228,10 @@ void select_blocks(TensorView maxima, TensorView lengths, TensorView out,
   launch.check(launch_topk<RowForm>(p, type, device.device_id, launch.stream()));
 }
 
-void select_candidates(TensorView logits, TensorView candidates, TensorView lengths,
-                       TensorView out, Optional<TensorView> out_slots,
-                       Optional<TensorView> out_counts, Optional<TensorView> block_table,
-                       int64_t k, int64_t next_n, int64_t page_size) {
+void select_candidates(TensorView logits, TensorView candidates, TensorView lengths, TensorView out,
+                       Optional<TensorView> out_slots, Optional<TensorView> out_counts,
+                       Optional<TensorView> block_table, int64_t k, int64_t next_n,
+                       int64_t page_size) {
   CandidateTopkParams p{};
   const ScoreType type = score_type("logits", logits, false);
   set_rows(p, "logits", logits, lengths, k, next_n);

@@ -6,9 +6,9 @@ stable sort on the scores of ``paged_logits``; nothing is compared with a tolera
 
 import pytest
 import torch
-from candidate_cases import DTYPES, EDGES, PAD, dense, draw, equal_bits, oracle, valid, written
-from logits_cases import D, codes
-from topk_device import BACKEND, DEVICE, Guarded, bits, ints
+from kits.candidate_cases import DTYPES, EDGES, PAD, dense, draw, equal_bits, oracle, valid, written
+from kits.logits_cases import D, codes
+from kits.topk_device import BACKEND, DEVICE, Guarded, bits, ints
 
 from dsv4_plugin import (
     block_maxima,

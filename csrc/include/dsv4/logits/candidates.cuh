@@ -1,11 +1,11 @@
-// Index logits of candidates: each row has a list of pieces of 8 keys, and column c of its output is
-// key candidates[c / 8] * 8 + c % 8. The keys are in pages (decode) or gathered (prefill).
+// Index logits of candidates: each row has a list of pieces of 8 keys, and column c of its output
+// is key candidates[c / 8] * 8 + c % 8. The keys are in pages (decode) or gathered (prefill).
 //
 // A CTA is one warpgroup, four fit a multiprocessor. The work is the rows' blocks of 64 columns
-// (eight pieces), laid end to end and shared out evenly; a row's length does not matter to it. Every
-// warp keeps the candidates of four blocks in its lanes with the places of their keys, those of the
-// next four with their pages on the way, and those of the four after that on their way: two dependent
-// loads that are waited for once.
+// (eight pieces), laid end to end and shared out evenly; a row's length does not matter to it.
+// Every warp keeps the candidates of four blocks in its lanes with the places of their keys, those
+// of the next four with their pages on the way, and those of the four after that on their way: two
+// dependent loads that are waited for once.
 //
 // Scores are those of paged.cuh and ragged.cuh bit for bit: a product's rows do not depend on each
 // other, and the heads are added in the same order.
@@ -26,14 +26,14 @@ struct CandidateConfig {
   static constexpr int kCtas = 4;    // a multiprocessor
 };
 
-// ---- Where the keys of a row's pieces are --------------------------------------------------------
+// ---- Where the keys of a row's pieces are
+// --------------------------------------------------------
 //
 // length      keys that the row sees
 // lookup      begins to find a piece that the row sees
 // place       where it is, by what lookup returned; below zero: nowhere
-// values,     addresses by a place; kWhole: all keys of a piece may be read, even those that the row
-// scales      does not see
-// kScaleAlign of a piece's scales, in bytes
+// values,     addresses by a place; kWhole: all keys of a piece may be read, even those that the
+// row scales      does not see kScaleAlign of a piece's scales, in bytes
 
 template <int kPageKeys>
 struct PagedPieces {
@@ -95,9 +95,10 @@ struct RaggedPieces {
   __device__ __forceinline__ const float* scales(int32_t key) const { return keys.k_scale + key; }
 };
 
-// ---- A row's list --------------------------------------------------------------------------------
-// The pieces of blocks `first` ... `last` - 1, as far as there are candidates: 32 at a time, four
-// blocks, in the lanes of a warp.
+// ---- A row's list
+// -------------------------------------------------------------------------------- The pieces of
+// blocks `first` ... `last` - 1, as far as there are candidates: 32 at a time, four blocks, in the
+// lanes of a warp.
 template <class Pieces>
 class CandidateList {
  public:
@@ -196,9 +197,9 @@ class CandidateList {
   int32_t end_;  // of the range
   int32_t row_;
   int32_t base_ = 0;
-  int32_t now_, next_, after_;     // candidates; -1 past the last
-  int32_t next_found_;             // what lookup returned for next_
-  int32_t place_, seen_ = 0;       // of now_
+  int32_t now_, next_, after_;  // candidates; -1 past the last
+  int32_t next_found_;          // what lookup returned for next_
+  int32_t place_, seen_ = 0;    // of now_
   int32_t before_seen_ = 0;
 };
 
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
     };
     BlockPipeline<Config, decltype(copy)> pipeline(shared, last - first, copy);
     Out* out = static_cast<Out*>(p.output.out) + row * p.output.stride;
-    pipeline.run([&](int32_t turn, const float(&score)[1]) {
+    pipeline.run([&](int32_t turn, const float (&score)[1]) {
       const int32_t seen = list.recall_seen(turn, own_key() / kPieceKeys);
       const int32_t column = (first + turn) * kBlockKeys + own_key();
       if (writes_score<1>() && column < p.output.columns) {

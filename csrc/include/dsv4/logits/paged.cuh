@@ -2,10 +2,10 @@
 // its block table. On request the largest score of every piece of 8 keys, with the scores or in
 // place of them.
 //
-// A CTA is one warpgroup, and two or four fit a multiprocessor. It takes its share of the blocks (64
-// keys: a page, or two of 32 keys) of all requests, request by request; as many rows of a request as
-// an instruction has columns for share one read of its keys. A single request's blocks are dealt to
-// the CTAs in turn, so that each knows its first page before it knows the length.
+// A CTA is one warpgroup, and two or four fit a multiprocessor. It takes its share of the blocks
+// (64 keys: a page, or two of 32 keys) of all requests, request by request; as many rows of a
+// request as an instruction has columns for share one read of its keys. A single request's blocks
+// are dealt to the CTAs in turn, so that each knows its first page before it knows the length.
 //
 // Scores are float32 until they are rounded once, and a key's score depends on the key and the
 // query alone.
@@ -66,8 +66,9 @@ __device__ __forceinline__ float larger_or_nan(float a, float b) {
 
 // The largest score of every piece of a row. `row`: its maxima.
 //
-// A piece's keys are the own_key()s of eight lanes of a warp that differ in bits 2, 3 and 4 of their
-// number, so all lanes of a warp call this. `key`: this lane's; `score`: -inf where it is not seen.
+// A piece's keys are the own_key()s of eight lanes of a warp that differ in bits 2, 3 and 4 of
+// their number, so all lanes of a warp call this. `key`: this lane's; `score`: -inf where it is not
+// seen.
 template <int kRows, class Out>
 __device__ __forceinline__ void write_maximum(Out* row, int32_t key, int32_t length, float score) {
 #pragma unroll
@@ -114,9 +115,9 @@ __device__ __forceinline__ void score_range(const PagedLogitsParams& p, const Bl
     maxima[o] = static_cast<Out*>(p.maxima.out) + row * p.maxima.stride;
   }
   const bool scores = !Config::kMaxima || p.output.out != nullptr;
-  pipeline.run([&](int32_t turn, const float(&score)[kOwn]) {
-    const bool there = p.keys.exists(
-        pages.recall(turn, Page::kOfBlock == 1 ? 0 : own_key() / Page::kKeys));
+  pipeline.run([&](int32_t turn, const float (&score)[kOwn]) {
+    const bool there =
+        p.keys.exists(pages.recall(turn, Page::kOfBlock == 1 ? 0 : own_key() / Page::kKeys));
     const int32_t key = (range.first + turn * range.step) * kBlockKeys;
 #pragma unroll
     for (int o = 0; o < kOwn; ++o) {

@@ -15,7 +15,7 @@ constexpr int kKeyBytes = 128;                        // e4m3 values of a key
 constexpr int kBlockKeys = 64;                        // keys scored together
 constexpr int kBlockValues = kBlockKeys * kKeyBytes;  // bytes of their values
 constexpr int kBlockBytes = kBlockValues + kBlockKeys * 4;
-constexpr int kPieceKeys = 8;  // keys of a piece: one candidate of a row
+constexpr int kPieceKeys = 8;                     // keys of a piece: one candidate of a row
 constexpr int kPieces = kBlockKeys / kPieceKeys;  // of a block
 
 // A page of the cache: the e4m3 values of its keys, then their float32 scales.

@@ -11,8 +11,8 @@
 
 namespace dsv4 {
 
-// The shared memory of a CTA, one warpgroup. Config: kHeads, kRows that are scored together, kStages
-// of the ring.
+// The shared memory of a CTA, one warpgroup. Config: kHeads, kRows that are scored together,
+// kStages of the ring.
 template <class Config>
 struct PipelineShared {
   using Rows = RowSet<Config::kHeads, Config::kRows>;

@@ -1,4 +1,5 @@
-// The work of a paged call, laid end to end: blocks of 64 keys of request 0, then those of request 1,
+// The work of a paged call, laid end to end: blocks of 64 keys of request 0, then those of request
+// 1,
 // ... The kernel's CTAs share them evenly by the lengths on the device; no schedule is
 // made on the host or by a kernel of its own.
 #pragma once
@@ -114,7 +115,8 @@ class PageNumbers {
     next_ = fetch();
   }
 
-  // Page `part` of the block `turn` steps from the first. Turns are asked for in ascending order ...
+  // Page `part` of the block `turn` steps from the first. Turns are asked for in ascending order
+  // ...
   __device__ __forceinline__ int32_t get(int32_t turn, int part) {
     if (turn - base_ >= kHeld) {
       base_ += kHeld;

@@ -1,6 +1,6 @@
 // The form of the top-k for candidates: the row's columns are the keys of a list of pieces of 8, as
-// the candidate logits write them. The columns that it sees follow from the list and from its number
-// of keys, and a chosen column is written as its key's position.
+// the candidate logits write them. The columns that it sees follow from the list and from its
+// number of keys, and a chosen column is written as its key's position.
 #pragma once
 
 #include <cstdint>
@@ -75,47 +75,60 @@ struct CandidateSource {
   }
 };
 
-// A column as its key's position. What is not a key that the row sees is written as -1, whatever the
-// list holds.
+// A column as its key's position. What is not a key that the row sees is written as -1, whatever
+// the list holds.
 struct CandidateOutput : RowOutput {
   const int32_t* list;
   int32_t keys;
 
   __device__ __forceinline__ CandidateOutput(const CandidateTopkParams& p, int32_t row,
                                              const CandidateWindow& window)
-      : RowOutput(p, row, window),
-        list(p.candidates + row * p.candidate_stride),
-        keys(window.keys) {}
+      : RowOutput(p, row), list(p.candidates + row * p.candidate_stride), keys(window.keys) {}
 
-  // The same by what start() has kept in shared memory, after the CTA has met.
-  __device__ __forceinline__ CandidateOutput(const CandidateTopkParams& p, int32_t row,
-                                             const int32_t* kept)
-      : RowOutput(p, row, kept), list(kept + 4), keys(*kept) {}
+  static __device__ __forceinline__ int32_t position(const int32_t* list, int32_t keys,
+                                                     int32_t column) {
+    constexpr uint32_t kMost = INT32_MAX / kCandidateKeys;
+    const auto piece = static_cast<uint32_t>(list[column / kCandidateKeys]);
+    const auto found = static_cast<int32_t>(piece * kCandidateKeys) + column % kCandidateKeys;
+    return piece <= kMost && found < keys ? found : -1;
+  }
 
-  // Begins to bring the list of a row of `length` columns to shared memory.
+  // ---- The list in shared memory: `kept` has the number of keys, then at kList the list
+  // ----------
+  static constexpr int kList = 4;
+
+  // Begins to bring there the list of a row of `window.length` columns.
   static __device__ __forceinline__ void start(const CandidateTopkParams& p, int32_t row,
                                                const CandidateWindow& window, int32_t* kept,
                                                uint32_t, uint32_t) {
     const int32_t* list = p.candidates + row * p.candidate_stride;
     if (threadIdx.x == 0) *kept = window.keys;
     const int32_t held = (window.length + kCandidateKeys - 1) / kCandidateKeys;
+    if (reinterpret_cast<uintptr_t>(list) % 16 == 0 && p.count % 4 == 0) {
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < held; i += blockDim.x) copy_word(kept + 4 + i, list + i);
+      for (int32_t i = 4 * threadIdx.x; i < held; i += 4 * blockDim.x) {
+        copy_piece_chunk(kept + kList + i, list + i);
+      }
+    } else {
+#pragma unroll 1
+      for (int32_t i = threadIdx.x; i < held; i += blockDim.x) {
+        copy_word(kept + kList + i, list + i);
+      }
+    }
     copies_commit();
   }
 
   static __device__ __forceinline__ void started() { copies_wait<0>(); }
 
-  __device__ __forceinline__ int32_t position(int32_t column) const {
-    if (column < 0) return -1;
-    constexpr uint32_t kMost = INT32_MAX / kCandidateKeys;
-    const int32_t piece = list[column / kCandidateKeys];
-    const int32_t found = piece * kCandidateKeys + column % kCandidateKeys;
-    return static_cast<uint32_t>(piece) <= kMost && found < keys ? found : -1;
+  // What is stored for a chosen column, after the CTA has met behind started().
+  static __device__ __forceinline__ int32_t placed(const int32_t* kept, int32_t column) {
+    return position(kept + kList, *kept, column);
   }
 
+  // ---- Rare rows, by the list in global memory
+  // ---------------------------------------------------
   __device__ __forceinline__ void write(int32_t at, int32_t column) const {
-    RowOutput::write(at, position(column));
+    RowOutput::write(at, column < 0 ? -1 : position(list, keys, column));
   }
 
   __device__ __forceinline__ void write_all(int32_t length, int32_t k) const {
@@ -129,11 +142,10 @@ struct CandidateForm {
   using Source = CandidateSource;
   using Window = CandidateWindow;
   using Output = CandidateOutput;
-  static constexpr bool kLooksUp = true;
   static constexpr bool kSorts = false;
 
   // Bytes of shared memory that Output::start fills.
-  static size_t kept_bytes(const Params& p) { return (4 + p.count) * sizeof(int32_t); }
+  static size_t kept_bytes(const Params& p) { return (Output::kList + p.count) * sizeof(int32_t); }
 };
 
 }  // namespace dsv4

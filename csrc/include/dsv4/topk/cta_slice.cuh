@@ -37,9 +37,9 @@ struct TopkSlice {
   int32_t depth;  // units a thread
   int32_t least;  // units of the shortest slice: the same in every CTA of the cluster
 
-  __device__ __forceinline__ TopkSlice(const Params& params, const TopkPlan& chosen,
-                                       Smem& memory, const RowUnits<Policy>& row_units,
-                                       int32_t of_row, ClusterShape shape)
+  __device__ __forceinline__ TopkSlice(const Params& params, const TopkPlan& chosen, Smem& memory,
+                                       const RowUnits<Policy>& row_units, int32_t of_row,
+                                       ClusterShape shape)
       : p(params),
         plan(chosen),
         smem(memory),
@@ -118,6 +118,7 @@ struct TopkSlice {
     const uint32_t upto = warp_inclusive_sum(own);
     const uint32_t chosen = __shfl_sync(kFullWarp, upto, kWarpSize - 1);
     if (lane_id() == 0) smem.warp_chosen[warp_id()] = chosen;
+    Output::started();
     __syncthreads();
     const uint32_t of_warp = lane_id() < kWarps ? smem.warp_chosen[lane_id()] : 0u;
     const uint32_t below = __reduce_add_sync(kFullWarp, lane_id() < warp_id() ? of_warp : 0u);
@@ -172,7 +173,7 @@ struct TopkSlice {
     int32_t* to = place() + chosen.position;
 #pragma unroll 1
     while (chosen.bits != 0) {
-      *to++ = first + __ffs(chosen.bits) - 1;
+      *to++ = Output::placed(kept(), first + __ffs(chosen.bits) - 1);
       chosen.bits &= chosen.bits - 1;
     }
   }
@@ -190,7 +191,8 @@ struct TopkSlice {
         const uint32_t position = __shfl_sync(kFullWarp, chosen.position, owner);
         const int32_t index = __shfl_sync(kFullWarp, first, owner);
         if ((bits >> lane_id()) & 1u) {
-          place()[position + __popc(bits & lanes_below())] = index + lane_id();
+          place()[position + __popc(bits & lanes_below())] =
+              Output::placed(kept(), index + lane_id());
         }
         if (lane_id() == owner) chosen.bits = 0;
       }
@@ -201,7 +203,6 @@ struct TopkSlice {
   // After the last write: what went through shared memory.
   __device__ __forceinline__ void finish(const Threshold& t) const {
     if (!plan.staged) return;
-    Output::started();
     __syncthreads();
     uint32_t first = 0;  // this CTA's positions are a run
     uint32_t last = p.k;
@@ -212,7 +213,7 @@ struct TopkSlice {
       first = t.lower_above + min(equal, t.need);
       last = t.lower_above + (all & kAboveMask) + min(equal + (all >> kEqualShift), t.need);
     }
-    const Output output(p, row, kept());
+    const RowOutput output(p, row);
     const int32_t* staged = staging();
     if constexpr (Config::Form::kSorts) {
       if (p.sort) {

@@ -45,8 +45,7 @@ inline size_t shared_bytes(const typename Config::Form::Params& p, int cluster, 
   bytes += align(size_t{Config::kThreads} * plan->list_steps * sizeof(uint16_t));
   plan->received = static_cast<uint32_t>(bytes);
   bytes += received_bytes(ThresholdSmem<Policy::kBits>::kRounds, cluster);
-  plan->staged = Config::Form::kLooksUp || p.sort || p.paged() || p.out_raw != nullptr ||
-                 p.k > kScattered;
+  plan->staged = p.sort || p.paged() || p.out_raw != nullptr || p.k > kScattered;
   plan->staging = static_cast<uint32_t>(bytes);
   if (plan->staged) bytes += align(p.k * sizeof(int32_t));
   plan->entries = static_cast<uint32_t>(bytes);

@@ -86,9 +86,10 @@ struct RowOutput {
   int32_t page_count;
   Divisor page_size;
 
-  // `window` is what the source read, or what start() kept of it: other forms need it.
-  template <class Any>
-  __device__ __forceinline__ RowOutput(const TopkParams& p, int32_t row, const Any& window)
+  __device__ __forceinline__ RowOutput(const TopkParams& p, int32_t row, const RowWindow&)
+      : RowOutput(p, row) {}
+
+  __device__ __forceinline__ RowOutput(const TopkParams& p, int32_t row)
       : out(p.out + row * p.out_stride),
         out_raw(p.out_raw == nullptr ? nullptr : p.out_raw + row * p.out_raw_stride),
         pages(p.page_table + p.page_group.divide(row) * p.page_table_stride),
@@ -100,7 +101,7 @@ struct RowOutput {
   static __device__ __forceinline__ void start(const TopkParams& p, int32_t row,
                                                const RowWindow& window, int32_t*, uint32_t rank,
                                                uint32_t ranks) {
-    const RowOutput output(p, row, window);
+    const RowOutput output(p, row);
     if (output.page_size.value == 0) return;
     const int32_t page = (rank + threadIdx.x * ranks) * 32;
     if (page < output.page_count && page <= output.page_size.divide(window.length - 1)) {
@@ -110,6 +111,9 @@ struct RowOutput {
 
   // What start() began has arrived, as far as this thread began it.
   static __device__ __forceinline__ void started() {}
+
+  // What is stored for a chosen index.
+  static __device__ __forceinline__ int32_t placed(const int32_t*, int32_t index) { return index; }
 
   // The pool slot of a row-local index: -1 for an index beyond the table (a length the caller's
   // table does not cover) and for one on a page that is none (a table padded with -1).
@@ -139,7 +143,6 @@ struct RowForm {
   using Source = WindowSource;
   using Window = RowWindow;
   using Output = RowOutput;
-  static constexpr bool kLooksUp = false;  // every chosen index, page table or not
   static constexpr bool kSorts = true;
 
   static size_t kept_bytes(const Params&) { return 0; }

@@ -32,8 +32,7 @@ struct TopkWideSmem {
 template <class Form, class Policy, int kThreads>
 __device__ __noinline__ void wide_select(const typename Form::Params& p, int32_t row,
                                          const typename Policy::Scalar* scores,
-                                         typename Form::Window window,
-                                         void* memory) {
+                                         typename Form::Window window, void* memory) {
   const RowUnits<Policy> units(scores, window);
   constexpr int kWarps = kThreads / kWarpSize;
   constexpr int kDigits = Policy::kBits / 8;
