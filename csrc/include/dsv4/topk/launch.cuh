@@ -223,7 +223,9 @@ inline cudaError_t launch_topk(const typename Form::Params& p, ScoreType type, i
   DeviceLimits limits{};
   const cudaError_t error = device_limits(device, &limits);
   if (error != cudaSuccess) return error;
-  return launch_choice<Form>(p, type, choose_topk(p, type, limits), device, limits, stream);
+  constexpr bool kCandidates = !std::is_same_v<Form, RowForm>;
+  const TopkChoice choice = choose_topk(p, type, limits, kCandidates);
+  return launch_choice<Form>(p, type, choice, device, limits, stream);
 }
 
 }  // namespace dsv4

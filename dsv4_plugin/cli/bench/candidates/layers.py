@@ -1,9 +1,8 @@
 """What ``bench candidates`` times: each op, and the chains of a layer and of a step.
 
-``dsv4`` is the plugin's ops. ``full width`` does what an engine does without them, with kernels
-that are no slower than the engine's: float32 logits of all keys (the plugin's), a mask over the
-whole buffer, block scores and ``torch.topk`` over the whole buffer, and the plugin's float32 top-k
-over the row.
+``dsv4`` is the plugin's ops. ``full width`` does what an engine does without them: float32 logits
+of all keys and a float32 top-k over the row, both the plugin's, and between them a mask over the
+whole buffer, or block scores and ``torch.topk`` over the whole buffer (:mod:`.full_width`).
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 import dsv4_plugin as ours
+from dsv4_plugin.cli.bench.candidates import full_width
 from dsv4_plugin.cli.bench.candidates.problem import PIECE, Group, Pool, Prefill, candidate_lists
 from dsv4_plugin.cli.checks import candidate_oracles as oracle
 from dsv4_plugin.cli.checks.oracles import same_bits
@@ -174,8 +174,8 @@ class FullWidth:
         rows, width = layers.rows, layers.pool.width
         self.dense = new_logits(rows, width, torch.float32, device)
         self.dense.zero_()
-        self.keep = torch.zeros(rows, width // PIECE + 1, dtype=torch.bool, device=device)
-        self.column = torch.arange(width, dtype=torch.int32, device=device)
+        self.keep = torch.zeros(rows, width // PIECE + 1, dtype=torch.uint8, device=device)
+        self.best = torch.empty(rows, width // PIECE, device=device)
         self.chosen = torch.empty_like(layers.chosen)
         self.out = torch.empty_like(layers.out)
         self.groups = layers.groups
@@ -200,20 +200,12 @@ class FullWidth:
 
     def mask(self, candidates: torch.Tensor) -> None:
         """-inf outside of the candidates, over the whole buffer."""
-        blocks = self.keep.shape[1] - 1
-        self.keep.zero_()
-        self.keep.scatter_(1, torch.where(candidates < 0, blocks, candidates).long(), True)
-        self.dense.unflatten(1, (blocks, PIECE)).masked_fill_(
-            ~self.keep[:, :blocks, None], -torch.inf
-        )
+        full_width.mask(self.dense, candidates, self.keep)
 
     def block_selection(self) -> None:
         """The best blocks, over the whole buffer."""
-        n = self.of.lengths
-        seen = self.dense.masked_fill(self.column >= n[:, None], -torch.inf)
-        best = seen.unflatten(1, (-1, PIECE)).amax(2)
-        best.scatter_(1, ((n - 1) // PIECE).long()[:, None], torch.inf)
-        value, index = best.topk(self.chosen.shape[1], dim=1)
+        full_width.block_scores(self.dense, self.of.lengths, self.best)
+        value, index = self.best.topk(self.chosen.shape[1], dim=1)
         self.chosen.copy_(torch.where(value == -torch.inf, -1, index))
 
     def _topk(self, lengths: torch.Tensor) -> None:
@@ -247,6 +239,17 @@ class FullWidth:
     def why_wrong(self) -> str:
         """Return what is wrong with the answers, or an empty string; ours must be of float32."""
         g = self.groups[0]
+        self.source(g)
+        self.of.source(g)
+        if not torch.equal(self.out, self.of.out):
+            return "source: other indices than those of the plugin in float32"
+        of = oracle.maxima(self.dense[:, : self.of.columns], self.of.lengths)
+        mine, theirs = (
+            of.gather(1, x.clamp(min=0).long()).masked_fill(x < 0, -torch.inf).sort(1).values
+            for x in (self.chosen, self.of.chosen)
+        )
+        if not torch.equal(mine, theirs):  # up to ties
+            return "source: other blocks than those of the plugin in float32"
         self.consumer(g, self.of.lists[id(g)])
         self.of.consumer(g)
         if not torch.equal(self.out, self.of.out):
@@ -304,7 +307,7 @@ class PrefillFullWidth:
         p = layers.p
         self.dense = new_logits(p.rows, p.columns, torch.float32, p.q.device)
         blocks = p.columns // PIECE + 1
-        self.keep = torch.zeros(p.rows, blocks, dtype=torch.bool, device=p.q.device)
+        self.keep = torch.zeros(p.rows, blocks, dtype=torch.uint8, device=p.q.device)
         self.out = torch.empty_like(layers.out)
 
     @property
@@ -321,12 +324,7 @@ class PrefillFullWidth:
     def consumer(self) -> None:
         """Scores, mask, top-k."""
         self.logits()
-        lists, blocks = self.of.lists, self.keep.shape[1] - 1
-        self.keep.zero_()
-        self.keep.scatter_(1, torch.where(lists < 0, blocks, lists).long(), True)
-        self.dense.unflatten(1, (blocks, PIECE)).masked_fill_(
-            ~self.keep[:, :blocks, None], -torch.inf
-        )
+        full_width.mask(self.dense, self.of.lists, self.keep)
         ours.topk(self.dense, self.of.p.ends, self.of.k, out=self.out, backend=self.of.backend)
 
     def why_wrong(self) -> str:
