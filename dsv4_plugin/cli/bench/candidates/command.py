@@ -38,8 +38,8 @@ DENSE_RATE, FEW_KEYS = 4e6, MOST_HELD * PIECE
 SHORT = ("select_blocks", "candidate_logits", "candidate_logits_ragged", "select_candidates")
 
 
-def run(arguments: argparse.Namespace, about: Row, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure the suites; returns the document of the results file, which is kept up to date."""
+def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]) -> None:
+    """Measure the suites, and keep the results file up to date."""
     suites = _suites(arguments)
     device = arguments.device
     rows, columns = arguments.rows or ROWS, arguments.columns or COLUMNS
@@ -52,10 +52,8 @@ def run(arguments: argparse.Namespace, about: Row, say: Callable[[str], None]) -
         raise UsageError(f"--dtype of bench candidates must be of {', '.join(DTYPES)}, got narrow")
     rate = floor.read_rate(device)
     say(f"roof: read {rate / 1e3:.0f} GB/s")
-    document: dict[str, Any] = {
-        "machine": about,
-        "what": "candidates",
-        "complete": False,
+    document = file.document
+    document |= {
         "suites": suites,
         "launches": arguments.launches,
         "replays": arguments.replays,
@@ -68,41 +66,37 @@ def run(arguments: argparse.Namespace, about: Row, say: Callable[[str], None]) -
         "bars": [],
         "results": [],
     }
-    with Results(document, arguments.json) as file:
-        bench = _Bench(arguments, document, say)
-        with interruptible() as work:
-            pool = Pool(width, max(64, 2 * max(rows)) if device == "cuda" else max(rows), device)
-            cells = [(r, n) for r in rows for n in columns]
-            chunks = PREFILL if device == "cuda" else ((4, width),)
-            for suite, some, measure in (
-                ("decode", cells, bench.decode), ("prefill", chunks, bench.prefill),
-            ):  # fmt: skip
-                if suite not in suites:
-                    continue
-                say(
-                    f"\n{suite}: us a call, keys from memory, buffers of {width:,} columns, ! wrong"
-                )
-                bench.progress.start(len(some) * len(dtypes))
-                for r, n in some:
-                    for dtype in dtypes:
-                        if not bench.progress.spent():
-                            measure(pool, r, n, dtype)
-                            file.save()
-        file.save(now=True)
-        results = document["results"]
-        work.must(results, "nothing was measured: no cell is left", file.said())
-        document["complete"] = work.whole and not bench.progress.out_of_time
-        goals = bars(results) if device == "cuda" else []
-        document["bars"] = [bar.as_dict() for bar in goals]
-        file.save(now=True)
-        end = ["", "Bars", *map(str, goals)] if device == "cuda" else dry.answers(results)
-        for line in report.table(results) + end:
-            say(line)
-        if arguments.plot:
-            report.draw(document, arguments.plot)
-            say(f"drawn to {arguments.plot}")
+    bench = _Bench(arguments, document, say)
+    with interruptible() as work:
+        pool = Pool(width, max(64, 2 * max(rows)) if device == "cuda" else max(rows), device)
+        cells = [(r, n) for r in rows for n in columns]
+        chunks = PREFILL if device == "cuda" else ((4, width),)
+        for suite, some, measure in (
+            ("decode", cells, bench.decode), ("prefill", chunks, bench.prefill),
+        ):  # fmt: skip
+            if suite not in suites:
+                continue
+            say(f"\n{suite}: us a call, keys from memory, buffers of {width:,} columns, ! wrong")
+            bench.progress.start(len(some) * len(dtypes))
+            for r, n in some:
+                for dtype in dtypes:
+                    if not bench.progress.spent():
+                        measure(pool, r, n, dtype)
+                        file.save()
+    file.save(now=True)
+    results = document["results"]
+    work.must(results, "nothing was measured: no cell is left", file.said())
+    document["complete"] = work.whole and not bench.progress.out_of_time
+    goals = bars(results) if device == "cuda" else []
+    document["bars"] = [bar.as_dict() for bar in goals]
+    file.save(now=True)
+    end = ["", "Bars", *map(str, goals)] if device == "cuda" else dry.answers(results)
+    for line in report.table(results) + end:
+        say(line)
+    if arguments.plot:
+        report.draw(document, arguments.plot)
+        say(f"drawn to {arguments.plot}")
     work.end(file.said())
-    return document
 
 
 def _suites(arguments: argparse.Namespace) -> list[str]:
