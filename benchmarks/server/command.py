@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.server import measure
+from benchmarks.server import measure, model
 from benchmarks.server.options import about, add_common, engine, make_server, number, parsed, place
 from benchmarks.server.server import ServerError
 
@@ -101,20 +101,15 @@ class Run:
             "profiles": [],
             "skipped": [],
         }
-        config = json.loads((arguments.model / "config.json").read_text())
-        self.layers = config.get("compress_ratios", []).count(4) or config["num_hidden_layers"]
-        self.results["model"] = {
-            k: config.get(k)
-            for k in ("num_hidden_layers", "n_routed_experts", "index_topk", "index_n_heads",
-                      "compress_ratios", "hidden_size", "expert_dtype")
-        }  # fmt: skip
+        served = model.read(arguments.model)
+        self.results["model"] = served.about
         wished = arguments.server or [
             ("off", {"DSV4_PLUGIN": "0"}),
             ("on", {"DSV4_PLUGIN": "1"}),
         ]
         share = 0.85 / len(wished)
         serve = [
-            *engine(arguments, max_num_seqs=arguments.max_num_seqs, memory_share=share),
+            *engine(arguments, served, max_num_seqs=arguments.max_num_seqs, memory_share=share),
             *(["--load-format", "auto"] if arguments.checkpoint else []),
             *arguments.serve,
         ]
@@ -126,7 +121,7 @@ class Run:
             make_server(arguments, folder, i, name, environment, [*serve, *own.get(name, [])])
             for i, (name, environment) in enumerate(wished)
         ]
-        self.traces = measure.Traces(self.layers)
+        self.traces = measure.Traces(served)
         self.copies = True
 
     def say(self, text: str) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import dsv4_plugin
+from benchmarks.server import model
 from benchmarks.server.client import at_once, random_prompt
 from benchmarks.server.measure import agreement
 from benchmarks.server.options import about, add_common, engine, make_server, parsed, place
@@ -63,6 +64,7 @@ class Drill:
         upstream: whether the answers must be those of :data:`BASE`, where it repeats its own.
         library: whether the plugin has its compiled library.
         act: done between two rounds of requests; the answers of both must be the same, likewise.
+        kind: the only kind of model that it is for, as :mod:`.model` calls it.
     """
 
     name: str
@@ -75,10 +77,20 @@ class Drill:
     upstream: bool = True
     library: bool = True
     act: Callable[[Server], None] | None = None
+    kind: str | None = None
 
 
 def _fault(name: str) -> dict[str, str]:
     return {"DSV4_PLUGIN": "1", "E2E_FAULT": name}
+
+
+def _candidates(op: str) -> Drill:
+    """Return the drill in which an op of two-level selection fails."""
+    return Drill(
+        op, f"{op} raises at its first call",
+        rf"failed at a call and was switched off \(RuntimeError: drill: {op}\)",
+        _fault(op), never=(), upstream=False, kind=model.V41,
+    )  # fmt: skip
 
 
 _ALL = ("topk.decode", "topk.prefill", "logits.own", "gather")
@@ -133,6 +145,12 @@ DRILLS = (
         r"top-k: bf16 by cuda", {"DSV4_PLUGIN": "1", "VLLM_SERVER_DEV_MODE": "1"},
         ("--enable-sleep-mode",), counts=_ALL, never=(), upstream=False, act=_sleep,
     ),
+    Drill(
+        "candidate_seam", "vLLM's selection of candidate blocks has other parameters",
+        r"upstream's.*select_candidate_blocks",
+        _fault("candidate_seam"), never=(), upstream=False, kind=model.V41,
+    ),
+    *map(_candidates, ("block_maxima", "select_blocks", "candidate_logits", "select_candidates")),
 )  # fmt: skip
 
 
@@ -258,7 +276,8 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     names = [drill.name for drill in DRILLS]
     add("--only", nargs="+", choices=names, default=names, metavar="DRILL",
-        help=f"these of {', '.join(names)}; {BASE} is always one")  # fmt: skip
+        help=f"these of {', '.join(names)}, as far as they are for the model (default: all); "
+        f"{BASE} is always one")  # fmt: skip
     add("--at-once", type=int, default=len(names), help="servers at a time (default: all)")
     add("--timeout", type=float, default=120, help="seconds for one request (default: 120)")
     return p
@@ -267,9 +286,11 @@ def parser() -> argparse.ArgumentParser:
 def drill(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Do the drills and return the results."""
     began = time.monotonic()
-    serve = [*engine(a, max_num_seqs=16, memory_share=0.05), "--plugin", "dsv4", *a.serve]
+    served = model.read(a.model)
+    serve = [*engine(a, served, max_num_seqs=16, memory_share=0.05), "--plugin", "dsv4", *a.serve]
+    chosen = [d for d in DRILLS if d.name == BASE or d.name in a.only]
     results = []
-    for i, each in enumerate(d for d in DRILLS if d.name == BASE or d.name in a.only):
+    for i, each in enumerate(d for d in chosen if d.kind in (None, served.kind)):
         arguments = [*serve, *each.arguments]
         server = make_server(a, folder, i, each.name, each.environment, arguments)
         results.append(Result(each, server))
@@ -305,7 +326,7 @@ def drill(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 "compared": compared,
             }
         )
-    return {"drills": found, "seconds": round(time.monotonic() - began, 1)}
+    return {"model": served.about, "drills": found, "seconds": round(time.monotonic() - began, 1)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

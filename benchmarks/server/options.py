@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.server import measure
+from benchmarks.server.model import Model
 from benchmarks.server.server import VLLM, Server
 
 __all__ = ["about", "add_common", "engine", "make_server", "number", "parsed", "place"]
@@ -35,7 +36,8 @@ def add_common(
 ) -> None:
     """Add the options of every command; the values are defaults."""
     add = p.add_argument
-    add("--model", type=Path, required=True, help="as examples/make_tiny_v4.py writes it")
+    add("--model", type=Path, required=True,
+        help="as examples/make_tiny_v4.py or make_tiny_v41.py writes it")  # fmt: skip
     add("--json", type=Path, required=True, help="the results")
     add("--ready", type=float, default=ready,
         help=f"seconds for the servers to start (default: {ready})")  # fmt: skip
@@ -66,10 +68,13 @@ def place(a: argparse.Namespace) -> Iterator[Path]:
         yield (a.folder or Path(temporary)).absolute()
 
 
-def engine(a: argparse.Namespace, *, max_num_seqs: int, memory_share: float) -> list[str]:
+def engine(
+    a: argparse.Namespace, model: Model, *, max_num_seqs: int, memory_share: float
+) -> list[str]:
     """Return the arguments of ``vllm serve`` that all servers of a run have."""
     sizes = [str(n) for n in GRAPHS if n <= max_num_seqs]
     return [
+        *model.arguments,
         "--max-model-len", str(a.max_model_len),
         "--max-num-seqs", str(max_num_seqs),
         "--max-num-batched-tokens", str(measure.CHUNK),
