@@ -184,7 +184,7 @@ def fill(name: str, tensor: Any, experts: int, seed: int) -> None:
 
 def _no_router_warmup(module: Any) -> None:
     if hasattr(module, "_warmup_ll_bf16_router_gemm"):
-        module._warmup_ll_bf16_router_gemm = lambda: None
+        module._warmup_ll_bf16_router_gemm = lambda *model: None  # 0.33 gives it one
 
 
 # --- the process with the model ----------------------------------------------------------------
