@@ -13,6 +13,7 @@ import json
 import shlex
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +84,9 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint", action="store_true",
         help="the model folder has weights: load them (default: random ones)")  # fmt: skip
     add("--max-num-seqs", type=int, default=16)
-    add("--budget", type=float, default=3600, help="begin no step after so many seconds")
+    add("--budget", type=float, default=3600,
+        help="be done after so many seconds: no step that is longer is begun, one that turns out "
+        "to be is broken off")  # fmt: skip
     return p
 
 
@@ -123,6 +126,7 @@ class Run:
         ]
         self.traces = measure.Traces(served)
         self.copies = True
+        self.over = threading.Event()
 
     def say(self, text: str) -> None:
         """Show progress."""
@@ -153,14 +157,26 @@ class Run:
             self.results["skipped"].append(f"{name}: {type(error).__name__}: {error}"[:1500])
             self.say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
             gone = [s for s in self.servers if not s.alive()]
+            if self.over.is_set():
+                raise ServerError(f"{name} was broken off: the budget was spent") from error
             if gone:
                 raise ServerError(
                     f"{gone[0].name} ended during {name}\n{gone[0].errors()}"
                 ) from error
         self.save()
 
+    def _break_off(self) -> None:
+        """End the servers under a step that goes on and on: its requests end with an error."""
+        self.over.set()
+        for server in self.servers:
+            server.stop()
+
     def run(self) -> None:
         """Start, measure, stop."""
+        left = self.a.budget - RESERVE_S / 2 - (time.monotonic() - self.began)
+        end = threading.Timer(max(left, 0), self._break_off)
+        end.daemon = True
+        end.start()
         try:
             for server in self.servers:
                 server.start(weights=not self.a.checkpoint)
@@ -176,6 +192,9 @@ class Run:
             self.results["error"] = str(error)[:4000]
             self.say(str(error)[:3000])
         finally:
+            end.cancel()
+            if self.over.is_set():
+                end.join()
             self.results["servers"] = {s.name: s.about() for s in self.servers}
             for server in self.servers:
                 server.stop()

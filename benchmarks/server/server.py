@@ -141,14 +141,14 @@ class Server:
 
     def stop(self, grace_s: float = 10) -> None:
         """End it and what it started."""
-        if self.process is None:
+        process, self.process = self.process, None
+        if process is None:
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
+                os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(grace_s)
-        self.process = None
+                process.wait(grace_s)
 
     def copy_contexts(self, on: bool) -> None:
         """Let long prompts be copied instead of computed, or no longer."""

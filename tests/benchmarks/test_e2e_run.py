@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,22 @@ def test_steps_for_which_no_time_is_left_are_named(model: Path, tmp_path: Path) 
     code, found = run(model, tmp_path, *arguments)
     assert code == 1 and found["tpot_ms"] == []
     assert [name.split(":")[0] for name in found["skipped"]] == ["warm-up", "context 4096"]
+
+
+def test_a_step_that_does_not_end_is_broken_off(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "TAIL", 16)
+    monkeypatch.setattr(command, "RESERVE_S", 2)
+    began = time.monotonic()
+    code, found = run(
+        model, tmp_path, "--server", "off:FAKE_HANGS=336", "--contexts", "64", "320",
+        "--tokens", "20", "--pairs", "1", "--budget", "25",
+    )  # fmt: skip
+    assert time.monotonic() - began < 45  # the request itself would take a minute
+    assert (code, len(found["tpot_ms"])) == (1, 1)
+    assert found["error"] == "context 320 was broken off: the budget was spent"
+    assert found["servers"]["off"]["ready_s"]
 
 
 @pytest.mark.parametrize("text", [":A=1", "on:A", "on:=1"])
