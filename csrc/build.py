@@ -1,4 +1,4 @@
-"""The two setuptools commands that compile ``csrc/bindings/*.cu`` into ``dsv4_plugin/_C.so``.
+"""The setuptools commands that compile ``csrc/*.cu`` into ``dsv4_plugin/_C.so`` and pack a wheel.
 
 One binary serves every Python, torch and CUDA 12/13 that an engine brings: it exports
 ``__tvm_ffi_*`` functions, links the CUDA runtime statically and nothing of torch, tvm-ffi or the
@@ -34,6 +34,7 @@ from pathlib import Path
 from setuptools import Extension
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, SetupError
 
 CSRC = Path("csrc")  # The build runs in the project's root, so that messages name short paths.
@@ -84,7 +85,7 @@ class Toolchain:
         temp.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
-        includes = [f"-I{CSRC / 'include'}"]
+        includes = [f"-I{CSRC / 'include'}", f"-I{CSRC}"]
         for path in _tvm_ffi():
             # Errors carry the file they come from: not one in a build environment that is gone.
             includes += [f"-isystem={path}", f"-Xcompiler=-ffile-prefix-map={path}=tvm_ffi"]
@@ -126,15 +127,38 @@ class BdistWheel(bdist_wheel):
         """Decide here: an editable build asks for the tag before it runs ``build``."""
         super().initialize_options()
         if toolchain() is not None:
-            sources = sorted(str(p) for p in (CSRC / "bindings").glob("*.cu"))
+            sources = sorted(str(p) for p in CSRC.glob("*.cu"))
             if not sources:
-                raise SetupError(f"no {CSRC}/bindings/*.cu: this source tree is not complete")
+                raise SetupError(f"no {CSRC}/*.cu: this source tree is not complete")
             self.distribution.ext_modules = [Extension(MODULE, sources)]
 
     def get_tag(self) -> tuple[str, str, str]:
         """Any Python 3, any ABI; the platform only where a binary is inside."""
         _, _, platform = super().get_tag()
         return "py3", "none", platform
+
+
+class BuildPy(build_py):
+    """Takes out of the build folder what an earlier build of another version has left there.
+
+    setuptools packs all that lies in it: a module that has been renamed since, or, in a wheel
+    without kernels, an older library.
+    """
+
+    def run(self) -> None:
+        """Copy the modules, and remove what this build has not made."""
+        super().run()
+        if self.editable_mode:
+            return
+        made = {Path(name).resolve() for name in self.get_outputs(include_bytecode=False)}
+        if self.distribution.ext_modules:
+            compiled = self.get_finalized_command("build_ext").get_outputs()
+            made |= {Path(name).resolve() for name in compiled}
+        root = Path(self.build_lib)
+        for package in {name.partition(".")[0] for name in self.packages or ()}:
+            for file in (root / package).rglob("*"):
+                if (file.is_file() or file.is_symlink()) and file.resolve() not in made:
+                    file.unlink()
 
 
 class BuildExt(build_ext):

@@ -1,4 +1,4 @@
-"""``python -m dsv4_plugin`` is the command ``dsv4-plugin``."""
+"""``python -m dsv4_plugin``: the command ``dsv4-plugin``."""
 
 import sys
 

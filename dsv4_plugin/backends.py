@@ -17,7 +17,7 @@ import torch
 
 from dsv4_plugin import log
 from dsv4_plugin.checks import MAX_K
-from dsv4_plugin.envs import settings
+from dsv4_plugin.envs import value
 from dsv4_plugin.errors import SettingError, UnmetError
 
 __all__ = ["ORDER", "Call", "capability", "choose", "resolve", "unmet"]
@@ -188,7 +188,7 @@ def choose(call: Call, backend: str = "auto") -> str:
 def _tell(call: Call, asked: str, chosen: str) -> None:
     """Say which implementation a form of call gets, and why not one that comes before it."""
     with contextlib.suppress(SettingError):  # that is an error where the setting counts
-        if settings().log == "debug":
+        if value("log") == "debug":
             log.configure("debug")  # outside of an engine nobody has
     if log.tells_everything():
         better = [b for b in ORDER[: ORDER.index(chosen)] if b in _FORMS[call.op]]
@@ -221,7 +221,7 @@ def resolve(call: Call, backend: str | None = None) -> Callable[..., Any]:
         UnmetError: an explicit choice cannot be met; the message has every reason.
     """
     if backend is None:
-        backend = settings().backend
+        backend = value("backend")
         if backend not in _FORMS[call.op]:
             backend = "auto"
     return _load(call, backend)

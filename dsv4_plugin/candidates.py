@@ -98,7 +98,7 @@ def block_maxima(
             q, cache, weights, lengths, block_table, out, logits, block_size, piece, backend
         )
         return out
-    checks.positive("piece", piece)
+    checks.size("piece", piece)
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
     batch, next_n, heads, head_dim = q.shape
     rows, columns = batch * next_n, block_table.shape[1] * block_size
@@ -106,7 +106,11 @@ def block_maxima(
         shape = (rows, logits.shape[-1]) if isinstance(logits, torch.Tensor) else (rows, 0)
         checks.out_matrix("logits", logits, shape, checks.LOGITS_DTYPES, q.device, "q")
         dtype = logits.dtype
+    inputs = (("q", q), ("cache", cache), ("weights", weights), ("lengths", lengths),
+              ("block_table", block_table))  # fmt: skip
+    given = out
     out = new_result(out, rows, -(-columns // piece), dtype, q.device)
+    checks.separate((("out", given), ("logits", logits)), inputs)
     if logits is not None and out.dtype != logits.dtype:
         raise ValueError(f"logits must be of the dtype of out ({out.dtype}), got {logits.dtype}")
     room = (out.shape[1], columns, 1 if logits is None else logits.shape[1])
@@ -173,16 +177,20 @@ def select_blocks(
         )
         return out
     rows = checks.scores("maxima", maxima).shape[0]
-    checks.positive("k", k, checks.MAX_K)
-    checks.positive("piece", piece)
-    checks.positive("next_n", next_n)
+    checks.size("k", k)
+    checks.size("piece", piece)
+    checks.size("next_n", next_n)
     checks.lengths_for(lengths, rows, next_n, maxima.device, "maxima")
+    given = out
     if out is None:
         out = _new_indices(maxima, k)
     else:
         checks.out_matrix("out", out, (rows, k), (torch.int32,), maxima.device, "maxima")
     if out_counts is not None:
         checks.out_vector("out_counts", out_counts, rows, maxima.device, "maxima")
+    checks.separate(
+        (("out", given), ("out_counts", out_counts)), (("maxima", maxima), ("lengths", lengths))
+    )
     if rows:
         run = resolve(Call("select_blocks", maxima.device, maxima.dtype, k, piece=piece), backend)
         run(maxima, lengths, out, out_counts, k, next_n, piece)
@@ -258,12 +266,14 @@ def candidate_logits(
             piece, backend,
         )  # fmt: skip
         return out
-    checks.positive("piece", piece)
+    checks.size("piece", piece)
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
     batch, next_n, heads, head_dim = q.shape
     rows = batch * next_n
     checks.candidates(candidates, rows, q.device, "q")
-    out = _scores_out(out, out_lengths, candidates, piece, dtype)
+    inputs = (("q", q), ("cache", cache), ("weights", weights), ("candidates", candidates),
+              ("lengths", lengths), ("block_table", block_table))  # fmt: skip
+    out = _scores_out(out, out_lengths, candidates, piece, dtype, inputs)
     if rows:
         call = Call(
             "candidate_logits", q.device, out.dtype, head_dim=head_dim, heads=heads,
@@ -298,9 +308,8 @@ def candidate_logits_ragged(
     """Score candidates among gathered keys: :func:`candidate_logits` for prefill.
 
     Key ``i`` of row ``r`` is ``k[row_starts[r] + i]``, and the row sees ``row_ends[r] -
-    row_starts[r]`` keys, clipped as in :func:`dsv4_plugin.ragged_logits`. Blocks count from the
-    row's first key. Scores are bit for bit those of that op; all else is as in
-    :func:`candidate_logits`.
+    row_starts[r]`` keys. Blocks count from the row's first key. Scores are bit for bit those of
+    :func:`dsv4_plugin.ragged_logits`; all else is as in :func:`candidate_logits`.
 
     Args:
         q: as in :func:`dsv4_plugin.ragged_logits`.
@@ -308,8 +317,9 @@ def candidate_logits_ragged(
         k_scale: as there.
         weights: as there.
         candidates: as in :func:`candidate_logits`.
-        row_starts: as in :func:`dsv4_plugin.ragged_logits`.
-        row_ends: as there; clipped to ``keys``.
+        row_starts: ``[rows]`` int32 or int64, the row's first key. Below zero: an empty row.
+        row_ends: ``[rows]`` int32 or int64, one past the row's last key. Clipped to ``keys``; at or
+            below the start: an empty row.
         piece: keys a block.
         dtype: bfloat16, float16 or float32; ignored when ``out`` is given.
         out: as in :func:`candidate_logits`.
@@ -338,11 +348,14 @@ def candidate_logits_ragged(
             backend,
         )  # fmt: skip
         return out
-    checks.positive("piece", piece)
+    checks.size("piece", piece)
     q, k = ragged_arguments(q, k, k_scale, weights, row_starts, row_ends)
     rows, heads, head_dim = q.shape
     checks.candidates(candidates, rows, q.device, "q")
-    out = _scores_out(out, out_lengths, candidates, piece, dtype)
+    inputs = (("q", q), ("k", k), ("k_scale", k_scale), ("weights", weights),
+              ("candidates", candidates), ("row_starts", row_starts),
+              ("row_ends", row_ends))  # fmt: skip
+    out = _scores_out(out, out_lengths, candidates, piece, dtype, inputs)
     if rows:
         call = Call(
             "candidate_logits_ragged", q.device, out.dtype, head_dim=head_dim, heads=heads,
@@ -398,7 +411,8 @@ def select_candidates(
         page_size: keys a page of ``block_table``.
         out_slots: ``[rows, k]`` int32 that gets pool slots, in the order of ``out``:
             ``block_table[r, i // page_size] · page_size + i % page_size`` of position ``i``; -1
-            where there is no index, or the page is below zero or not in the table.
+            where there is no index, the page is below zero or not in the table, or the slot is
+            more than int32 holds.
         out_counts: ``[rows]`` int32, contiguous, that gets how many indices each row has: the
             columns that it sees, at most ``k``.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
@@ -416,7 +430,7 @@ def select_candidates(
     if library.through_dispatcher(*tensors):
         if out is None and out_slots is None and out_counts is None:
             return library.functional("select_candidates")(
-                logits, candidates, lengths, k, piece, next_n, backend
+                logits, candidates, lengths, k, piece, next_n, block_table, page_size, backend
             )
         if out is None:
             out = _new_indices(logits, k)
@@ -427,10 +441,10 @@ def select_candidates(
         return out
     rows, columns = checks.scores("logits", logits).shape
     device = logits.device
-    checks.positive("k", k, checks.MAX_K)
-    checks.positive("piece", piece)
-    checks.positive("next_n", next_n)
-    checks.positive("page_size", page_size)
+    checks.size("k", k)
+    checks.size("piece", piece)
+    checks.size("next_n", next_n)
+    checks.size("page_size", page_size)
     checks.candidates(candidates, rows, device, "logits")
     if columns != candidates.shape[1] * piece:
         raise ValueError(
@@ -442,7 +456,7 @@ def select_candidates(
         checks.table("block_table", block_table, rows, next_n, device)
     elif out_slots is not None:
         raise ValueError("out_slots needs block_table, which has the pages of the slots")
-    shape = (rows, k)
+    shape, given = (rows, k), out
     if out is None:
         out = _new_indices(logits, k)
     else:
@@ -451,6 +465,11 @@ def select_candidates(
         checks.out_matrix("out_slots", out_slots, shape, (torch.int32,), device, "logits")
     if out_counts is not None:
         checks.out_vector("out_counts", out_counts, rows, device, "logits")
+    checks.separate(
+        (("out", given), ("out_slots", out_slots), ("out_counts", out_counts)),
+        (("logits", logits), ("candidates", candidates), ("lengths", lengths),
+         ("block_table", block_table)),
+    )  # fmt: skip
     if rows:
         held = candidates.shape[1]
         call = Call("select_candidates", device, logits.dtype, k, piece=piece, candidates=held)
@@ -467,6 +486,7 @@ def _scores_out(
     candidates: torch.Tensor,
     piece: int,
     dtype: torch.dtype,
+    inputs: tuple[tuple[str, torch.Tensor], ...],
 ) -> torch.Tensor:
     """Return ``out``, checked, or a new tensor; check ``out_lengths``."""
     rows, columns = candidates.shape[0], candidates.shape[1] * piece
@@ -475,6 +495,7 @@ def _scores_out(
         checks.out_matrix("out", out, (rows, columns), checks.LOGITS_DTYPES, device, "q")
     if out_lengths is not None:
         checks.out_vector("out_lengths", out_lengths, rows, device, "q")
+    checks.separate((("out", out), ("out_lengths", out_lengths)), inputs)
     return new_result(out, rows, columns, dtype, device)
 
 
@@ -489,18 +510,22 @@ def _new_maxima(
     dtype: torch.dtype = torch.bfloat16,
     **_: Any,
 ) -> torch.Tensor:
+    checks.size("block_size", block_size)
+    checks.size("piece", piece)
     rows = q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
     blocks = (block_table.shape[1] * block_size + piece - 1) // piece
     return new_logits(rows, blocks, dtype, q.device)
 
 
 def _new_indices(logits: torch.Tensor, k: int) -> torch.Tensor:
+    checks.size("k", k)
     return torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
 
 
 def _new_scores(
     candidates: torch.Tensor, piece: int = 8, dtype: torch.dtype = torch.bfloat16, **_: Any
 ) -> torch.Tensor:
+    checks.size("piece", piece)
     rows, held = candidates.shape
     return new_logits(rows, held * piece, dtype, candidates.device)
 
@@ -555,7 +580,7 @@ library.register(
 )
 library.register(
     "select_candidates(Tensor logits, Tensor candidates, Tensor lengths, int k, "
-    f"{_SELECTION}str? backend=None) -> Tensor",
+    f"{_SELECTION}Tensor? block_table=None, int page_size=64, str? backend=None) -> Tensor",
     select_candidates,
     lambda logits, k, **_: _new_indices(logits, k),
 )

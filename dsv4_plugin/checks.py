@@ -1,10 +1,13 @@
 """Validation of arguments: every message names the argument, what came and what is allowed.
 
-Nothing here looks at the data of a tensor on a GPU, so nothing synchronises.
+Nothing here looks at the data of a tensor on a GPU, so nothing synchronises; the one exception is
+:func:`sequence_ends`, which says so.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,10 +17,12 @@ __all__ = [
     "INDEX_DTYPES",
     "INTEGER_DTYPES",
     "LOGITS_DTYPES",
+    "MAX_INT32",
     "MAX_K",
     "OUT_DTYPES",
     "alignment",
     "as_pages",
+    "as_slots",
     "bounds",
     "candidates",
     "dtype_in",
@@ -30,6 +35,10 @@ __all__ = [
     "positive",
     "queries",
     "scores",
+    "separate",
+    "sequence_ends",
+    "sequences",
+    "size",
     "slots_within",
     "table",
     "tensor",
@@ -50,6 +59,7 @@ INTEGER_DTYPES = (
 OUT_DTYPES = (torch.float32, torch.bfloat16)
 E4M3_DTYPES = (torch.float8_e4m3fn, torch.uint8)
 MAX_K = 2048
+MAX_INT32 = (1 << 31) - 1  # what a page size, a row and a slot that is written can be at most
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -85,6 +95,11 @@ def positive(name: str, value: Any, most: int | None = None) -> None:
     if value < 1 or (most is not None and value > most):
         limit = f"1 to {most}" if most is not None else "at least 1"
         raise ValueError(f"{name} must be {limit}, got {value}")
+
+
+def size(name: str, value: Any) -> None:
+    """Check a size that an op takes, by its name: ``k``, ``next_n``, ``page_size``."""
+    positive(name, value, MAX_K if name == "k" else MAX_INT32)
 
 
 def on_device(name: str, value: torch.Tensor, device: torch.device, of: str) -> None:
@@ -146,6 +161,19 @@ def alignment(*matrices: torch.Tensor) -> int:
     return bits & -bits
 
 
+def as_slots(slots: torch.Tensor) -> torch.Tensor:
+    """Return the slots as contiguous int32 or int64, which is what the implementations read.
+
+    A slot of 2**63 or more, which only uint64 has, becomes the largest int64: past every end.
+    """
+    if slots.dtype == torch.uint64:
+        slots = slots.view(torch.int64)
+        slots = slots.masked_fill(slots < 0, torch.iinfo(torch.int64).max)
+    elif slots.dtype not in INDEX_DTYPES:
+        slots = slots.to(torch.int64)
+    return slots.contiguous()
+
+
 def slots_within(slots: torch.Tensor, total: int, block_size: int) -> None:
     """Check slots that are on the CPU against the end of the cache; costs no synchronisation."""
     if total and slots.device.type == "cpu" and slots.numel():
@@ -169,9 +197,10 @@ def out_matrix(
     tensor(name, value, dtypes, (2,))
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must have the shape {shape}, got {_show(value)}")
-    if shape[1] > 1 and value.stride(1) != 1:
+    step, inner = value.stride()
+    if shape[1] > 1 and inner != 1:
         raise ValueError(f"{name} must have unit stride along its rows, got {_show(value)}")
-    if shape[0] > 1 and value.stride(0) < shape[1]:
+    if shape[0] > 1 and step < shape[1]:
         raise ValueError(f"{name} must not have rows that overlap, got {_show(value)}")
     on_device(name, value, device, of)
 
@@ -186,6 +215,38 @@ def out_vector(name: str, value: Any, size: int, device: torch.device, of: str) 
     on_device(name, value, device, of)
 
 
+def sequences(block_table: Any, cu_seq_lens: Any, device: torch.device) -> None:
+    """Check the int32 table of a gather, and where its sequences end."""
+    tensor("block_table", block_table, (torch.int32,), (2,))
+    tensor("cu_seq_lens", cu_seq_lens, INDEX_DTYPES, (1,))
+    on_device("block_table", block_table, device, "cache")
+    on_device("cu_seq_lens", cu_seq_lens, device, "cache")
+    if cu_seq_lens.shape[0] != block_table.shape[0] + 1:
+        raise ValueError(
+            f"cu_seq_lens must have one entry more than block_table has rows "
+            f"({block_table.shape[0]} + 1), got {cu_seq_lens.shape[0]}"
+        )
+    if block_table.shape[1] > 1 and block_table.stride(1) != 1:
+        raise ValueError(
+            f"block_table must have unit stride along its rows, got {_show(block_table)}"
+        )
+
+
+def sequence_ends(cu_seq_lens: torch.Tensor) -> int:
+    """Check the values of ``cu_seq_lens`` and return the last; synchronises if it is on a GPU."""
+    ends = cu_seq_lens.tolist()
+    if ends[0] != 0:
+        raise ValueError(f"cu_seq_lens must start at 0, got {ends[0]}")
+    for at, (before, end) in enumerate(itertools.pairwise(ends), 1):
+        if end < before:
+            raise ValueError(
+                f"cu_seq_lens must not decrease, got {end} after {before} at entry {at}"
+            )
+    if ends[-1] > MAX_INT32:
+        raise ValueError(f"cu_seq_lens must end at most at {MAX_INT32}, got {ends[-1]}")
+    return int(ends[-1])
+
+
 def lengths_for(
     lengths: Any, rows: int, next_n: int, device: torch.device, of: str = "logits"
 ) -> None:
@@ -196,7 +257,7 @@ def lengths_for(
         raise ValueError(f"next_n must divide the number of rows, got next_n {next_n}, rows {rows}")
     batch = rows // next_n
     shape = tuple(lengths.shape)
-    if shape not in {(rows,), (batch,), (batch, next_n), (batch, 1), (rows, 1)}:
+    if shape != (rows,) and shape not in {(batch,), (batch, next_n), (batch, 1), (rows, 1)}:
         raise ValueError(
             f"lengths must be [{rows}] or [{batch}, {next_n}] (one a row) or [{batch}] or "
             f"[{batch}, 1] (one a request) for {rows} rows and next_n {next_n}, "
@@ -210,19 +271,20 @@ def table(
     """Check an int32 ``[rows or rows // next_n, pages]`` table with unit inner stride."""
     tensor(name, value, (torch.int32,), (2,))
     on_device(name, value, device, of)
-    if value.shape[0] not in (rows, rows // next_n):
+    held, width = value.shape
+    if held not in (rows, rows // next_n):
         a_row = f"{rows} rows (one a row) or " if next_n > 1 else ""
         raise ValueError(
             f"{name} must have {a_row}{rows // next_n} rows (one a request), got {_show(value)}"
         )
-    if value.shape[1] > 1 and value.stride(1) != 1:
+    if width > 1 and value.stride()[1] != 1:
         raise ValueError(f"{name} must have unit stride along its rows, got {_show(value)}")
 
 
 def scores(name: str, value: Any) -> torch.Tensor:
     """Check scores ``[rows, columns]`` that are selected among, and return them."""
     tensor(name, value, LOGITS_DTYPES, (2,))
-    if value.shape[1] > 1 and value.stride(1) != 1:
+    if value.shape[1] > 1 and value.stride()[1] != 1:
         raise ValueError(f"{name} must have unit stride along its rows, got {_show(value)}")
     return value
 
@@ -236,7 +298,7 @@ def candidates(value: Any, rows: int, device: torch.device, of: str) -> None:
             f"candidates must be [{rows}, K] (one row a row of {of}, K at least 1), "
             f"got {_show(value)}"
         )
-    if value.shape[1] > 1 and value.stride(1) != 1:
+    if value.shape[1] > 1 and value.stride()[1] != 1:
         raise ValueError(f"candidates must have unit stride along its rows, got {_show(value)}")
 
 
@@ -244,7 +306,8 @@ def queries(q: Any, dims: tuple[int, ...]) -> torch.Tensor:
     """Return the queries as a uint8 view ``[batch, next_n, heads, head_dim]``."""
     tensor("q", q, E4M3_DTYPES, dims)
     heads, head_dim = q.shape[-2:]
-    if (head_dim > 1 and q.stride(-1) != 1) or (heads > 1 and q.stride(-2) != head_dim):
+    row, inner = q.stride()[-2:]
+    if (head_dim > 1 and inner != 1) or (heads > 1 and row != head_dim):
         raise ValueError(
             f"q must be contiguous in its last two dimensions (heads, head_dim), got {_show(q)}"
         )
@@ -272,7 +335,7 @@ def head_weights(weights: Any, rows: int, heads: int, device: torch.device) -> N
     on_device("weights", weights, device, "q")
     if tuple(weights.shape) != (rows, heads):
         raise ValueError(f"weights must be [{rows}, {heads}] (rows, heads), got {_show(weights)}")
-    if heads > 1 and weights.stride(1) != 1:
+    if heads > 1 and weights.stride()[1] != 1:
         raise ValueError(f"weights must have unit stride along its rows, got {_show(weights)}")
 
 
@@ -282,3 +345,68 @@ def bounds(name: str, value: Any, rows: int, device: torch.device) -> None:
     on_device(name, value, device, "q")
     if value.shape[0] != rows or not value.is_contiguous():
         raise ValueError(f"{name} must be contiguous [{rows}], got {_show(value)}")
+
+
+_Named = Iterable[tuple[str, "torch.Tensor | None"]]
+
+
+def separate(outputs: _Named, inputs: _Named) -> None:
+    """Check that no output shares memory with another output or with an input.
+
+    Only addresses, shapes and strides are looked at. Slices of one buffer that lie between each
+    other, such as its left and its right columns, are separate.
+    """
+    written = [(name, t, *_span(t)) for name, t in outputs if t is not None]
+    if not written:
+        return
+    for at, (name, t, begin, end) in enumerate(written):
+        for other, u, first, last in written[:at]:
+            if begin < last and first < end and _meet(t, u):
+                raise _shared(other, u, name, t)
+    for name, read in inputs:
+        if read is not None:
+            begin, end = _span(read)
+            for other, u, first, last in written:
+                if begin < last and first < end and _meet(read, u):
+                    raise _shared(other, u, name, read)
+
+
+def _shared(output: str, written: torch.Tensor, name: str, t: torch.Tensor) -> ValueError:
+    return ValueError(
+        f"{output} must not share memory with {name}, got {_show(written)} and {_show(t)} whose "
+        f"first elements are {t.data_ptr() - written.data_ptr()} bytes apart"
+    )
+
+
+def _span(t: torch.Tensor) -> tuple[int, int]:
+    """Return the addresses of a tensor's first byte and of the one past its last."""
+    begin = t.data_ptr()
+    if t.is_contiguous():
+        return begin, begin + t.nbytes
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return begin, begin + (last + 1) * t.element_size()
+
+
+def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors whose spans overlap have a byte in common."""
+    if not a.numel() or not b.numel():
+        return False
+    (starts, length), (others, width) = _runs(a), _runs(b)
+    # The last run of `b` that begins before one of `a` ends is the one that reaches furthest.
+    before = torch.searchsorted(others, starts + length) - 1
+    return bool(((before >= 0) & (others[before.clamp(min=0)] + width > starts)).any())
+
+
+def _runs(t: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return the sorted addresses of a tensor's unbroken runs of bytes, and how long each is."""
+    size = t.element_size()
+    steps = sorted((s * size, n) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1 and s)
+    length = size
+    while steps and steps[0][0] <= length:
+        step, n = steps.pop(0)
+        length += step * (n - 1)
+    starts = torch.tensor([t.data_ptr()], dtype=torch.int64, device="cpu")
+    for step, n in steps:
+        along = torch.arange(0, step * n, step, dtype=torch.int64, device="cpu")
+        starts = (starts[:, None] + along).reshape(-1)
+    return starts.sort().values, length

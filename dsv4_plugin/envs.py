@@ -6,6 +6,9 @@ in the README is generated from it (``python -m dsv4_plugin.envs``) and a test c
 An engine may override the environment for one model through its own configuration
 (vLLM: ``--additional-config.dsv4.topk bf16``): see :func:`override`. The kill switch
 ``DSV4_PLUGIN=0`` cannot be overridden.
+
+A variable that is set to nothing is unset. A wrong value is an error where the setting counts: in
+an engine that is only where the plugin was switched on (:func:`asked`).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ __all__ = [
     "VARIABLES",
     "Settings",
     "Variable",
+    "asked",
     "choices",
     "killed",
     "origins",
@@ -32,6 +36,7 @@ __all__ = [
     "switch",
     "table",
     "unknown",
+    "value",
 ]
 
 
@@ -73,12 +78,12 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "DSV4_LOGITS",
         "logits",
-        ("auto", "host", "own"),
+        ("auto", "engine", "plugin"),
         "auto",
         "Who computes the index logits that the top-k selects on. `auto`: in bf16 and fp16 the "
         "plugin's own kernel where it can, else the engine's DeepGEMM if that writes this dtype; "
-        "in fp32 the engine's. `host`: the engine's. `own`: the plugin's, or an error when the "
-        "layer is built or first called.",
+        "in fp32 the engine's. `engine`: the engine's. `plugin`: the plugin's, or an error when "
+        "the layer is built or first called.",
     ),
     Variable(
         "DSV4_INDEXER_READ",
@@ -176,7 +181,7 @@ _FLAGS: dict[str, bool | None] = {"": None, "0": False, "1": True}
 def _convert(variable: Variable, value: str, source: str) -> Any:
     if variable.path and os.path.isabs(value.strip()):
         return value.strip()
-    text = value.strip().lower()
+    text = value.strip().lower() or variable.default
     if text not in variable.choices:
         allowed = ", ".join(repr(c) if c else "unset" for c in variable.choices)
         allowed += ", or an absolute path" if variable.path else ""
@@ -184,13 +189,24 @@ def _convert(variable: Variable, value: str, source: str) -> Any:
     return _FLAGS[text] if "1" in variable.choices else text
 
 
+def _of(variable: Variable, environ: Mapping[str, str]) -> Any:
+    return _convert(variable, environ.get(variable.name, ""), variable.name)
+
+
 def parse(environ: Mapping[str, str]) -> Settings:
     """Build :class:`Settings` from a mapping of environment variables.
 
     Raises:
-        SettingError: a variable has a value it cannot have.
+        SettingError: variables have values they cannot have; the message names each.
     """
-    values = {v.field: _convert(v, environ.get(v.name, v.default), v.name) for v in VARIABLES}
+    values, wrong = {}, []
+    for variable in VARIABLES:
+        try:
+            values[variable.field] = _of(variable, environ)
+        except SettingError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise SettingError("; ".join(wrong))
     return Settings(**values)
 
 
@@ -206,7 +222,7 @@ def settings() -> Settings:
     made before an engine starts its workers is seen by them and by this process alike.
 
     Raises:
-        SettingError: a value is not one of those allowed; the message names the variable.
+        SettingError: values are not of those allowed; the message names each variable.
     """
     global _cache
     raw = tuple(os.environ.get(v.name) for v in VARIABLES)
@@ -220,9 +236,26 @@ def settings() -> Settings:
     return result
 
 
+def value(field: str) -> Any:
+    """Return one setting in force, whatever the others hold.
+
+    Raises:
+        SettingError: this setting has a value it cannot have.
+    """
+    return _override[field] if field in _override else _of(_BY_FIELD[field], os.environ)
+
+
 def killed() -> bool:
     """Whether ``DSV4_PLUGIN=0`` is set; holds even where another setting is wrong."""
     return os.environ.get(_BY_FIELD["plugin"].name, "").strip() == "0"
+
+
+def asked() -> bool:
+    """Whether the plugin was switched on; a wrong ``DSV4_PLUGIN`` asks for nothing."""
+    try:
+        return bool(value("plugin")) and not killed()
+    except SettingError:
+        return False
 
 
 def switch(on: bool) -> bool:
@@ -255,32 +288,52 @@ def put(field: str, value: str) -> None:
     _put.add(field)
 
 
-def override(config: Mapping[str, Any] | None) -> None:
+def override(config: Mapping[str, Any] | None) -> list[str]:
     """Put an engine's own configuration over the environment; ``None`` takes it away again.
 
     ``config`` maps lower-case names (``plugin``, ``topk``, ``indexer_read`` …) to the values of
     the variables of that name; naming anything switches the plugin on unless ``plugin`` says
-    otherwise.
+    otherwise. An empty value names nothing. YAML reads the words ``off`` and ``no`` as False, so
+    False is ``off`` where a setting has this value.
+
+    Returns:
+        What is wrong in a configuration that leaves the plugin off, where nothing else counts.
 
     Raises:
-        SettingError: an unknown name, or a value that is not one of those allowed.
+        SettingError: unknown names, or values that are not one of those allowed.
     """
     global _override
-    if config is None:
-        _override = {}
-        return
     values: dict[str, Any] = {}
-    for key, value in config.items():
+    wrong: list[str] = []
+    for key, value in (config or {}).items():
         variable = _BY_FIELD.get(str(key))
         if variable is None:
-            raise SettingError(
+            wrong.append(
                 f"additional_config['dsv4'] has the unknown name {key!r}; "
                 f"it can have {', '.join(sorted(_BY_FIELD))}"
             )
-        text = str(int(value)) if isinstance(value, bool) else str(value)
-        values[variable.field] = _convert(variable, text, f"additional_config['dsv4'][{key!r}]")
-    values.setdefault("plugin", True)
+        elif text := _text(variable, value).strip():
+            try:
+                source = f"additional_config['dsv4'][{key!r}]"
+                values[variable.field] = _convert(variable, text, source)
+            except SettingError as error:
+                wrong.append(str(error))
+    if wrong and values.get("plugin") is not False:
+        raise SettingError("; ".join(wrong))
+    if values:
+        values.setdefault("plugin", True)
     _override = values
+    return wrong
+
+
+def _text(variable: Variable, value: Any) -> str:
+    """Return a value of an engine's configuration as the text of an environment variable."""
+    if isinstance(value, bool):
+        if "1" in variable.choices:
+            return str(int(value))
+        if not value and "off" in variable.choices:
+            return "off"
+    return str(value)
 
 
 def origins() -> dict[str, tuple[str, str]]:
@@ -290,21 +343,21 @@ def origins() -> dict[str, tuple[str, str]]:
     """
     found = {}
     for v in VARIABLES:
-        text, source = os.environ.get(v.name), "the environment"
+        text, source = os.environ.get(v.name, "").strip(), "the environment"
         if v.field in _put:
             source = "the command line"
         if v.field in _override and not (v.field == "plugin" and killed()):
             value = _override[v.field]
             text = next((t for t, flag in _FLAGS.items() if flag is value), str(value))
             source = "additional_config['dsv4']"
-        if text is None:
+        if not text:
             text, source = v.default, "the default"
         else:
             try:
                 _convert(v, text, v.name)
             except SettingError:
                 source += ", where it is wrong"
-        found[v.name] = (text.strip() or "unset", source)
+        found[v.name] = (text or "unset", source)
     return found
 
 
@@ -330,4 +383,8 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    import sys
+
+    from dsv4_plugin.cli.shared.tool import prints
+
+    sys.exit(prints("python -m dsv4_plugin.envs", {"table": table}))

@@ -7,10 +7,13 @@ compiler, a fake or functional tensor or an active dispatch mode goes through ``
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from dsv4_plugin import checks
 
 __all__ = ["functional", "mutating", "register", "registered", "through_dispatcher"]
 
@@ -65,7 +68,6 @@ _MUTATING = {
     "ragged_logits": "ragged_logits_out",
     "select": "select_out",
 }
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def functional(op: str) -> Callable[..., Any]:
@@ -79,22 +81,33 @@ def mutating(op: str) -> Callable[..., Any]:
 
 
 def through_dispatcher(*tensors: Any) -> bool:
-    """Return whether a call on these arguments has to be seen by torch's dispatcher."""
-    return (
+    """Return whether a call on these arguments has to be seen by torch's dispatcher.
+
+    Only the public functions ask. What runs behind the dispatcher does not, so that a subclass of
+    a tensor, which has no dispatch of its own, is served there and not sent round again.
+    """
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or any(
-            isinstance(t, torch.Tensor) and (type(t) not in _PLAIN or t.device.type == "meta")
-            for t in tensors
-        )
-    )
+    ):
+        return True
+    for t in tensors:
+        kind = type(t)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if t.is_meta:
+                return True
+        elif isinstance(t, torch.Tensor):
+            return True
+    return False
 
 
 def register(
     schema: str, function: Callable[..., Any], fake: Callable[..., Any] | None = None
 ) -> None:
     """Define ``torch.ops.dsv4.*``, whose arguments are parameters of a public function by name.
+
+    The function is called with plain tensors, and so does not come back here.
 
     Args:
         schema: of the op, its name first; a ``dtype`` of None leaves it to ``function``.
@@ -104,32 +117,66 @@ def register(
     parsed = torch._C.parse_schema(f"dsv4::{schema}")
     names = [argument.name for argument in parsed.arguments]
 
-    def by_name(run: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            named = dict(zip(names, args, strict=False)) | kwargs
-            if named.get("dtype", 0) is None:
-                del named["dtype"]
-            result = run(**named)
-            return result if parsed.returns else None
+    def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        named = dict(zip(names, args, strict=False)) | kwargs
+        return {name: x for name, x in named.items() if name != "dtype" or x is not None}
 
-        return call
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = function(**{name: _plain(x) for name, x in by_name(args, kwargs).items()})
+        return result if parsed.returns else None
 
-    _define(schema, by_name(function), by_name(fake) if fake else _fake_nothing)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        return fake(**by_name(args, kwargs)) if fake else None
+
+    _define(schema, run, make)
+
+
+def _plain(value: Any) -> Any:
+    """Return a tensor of a subclass, which has no dispatch of its own, as a plain one."""
+    if not isinstance(value, torch.Tensor) or type(value) in (torch.Tensor, torch.nn.Parameter):
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(torch.Tensor)
 
 
 def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    _LIBRARY._register_fake(name, fake)
+    _LIBRARY._register_fake(name, _checked(schema, fake))
     registered.append(name)
 
 
-# The implementations run below the dispatcher, on plain tensors; no mode is active there, so the
-# public functions take their direct road.
+def _checked(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``fake`` behind the checks that shapes alone allow: sizes, and one device for all.
+
+    A tensor on the meta device makes torch call the fake, whatever the others are on.
+    """
+    arguments = [(a.name, str(a.type)) for a in torch._C.parse_schema(f"dsv4::{schema}").arguments]
+    owner = arguments[0][0]
+    sizes = [name for name, kind in arguments if kind == "int"]
+
+    @functools.wraps(fake)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = {name: value for (name, _), value in zip(arguments, args, strict=False)} | kwargs
+        for name in sizes:
+            if name in given:
+                checks.size(name, given[name])
+        device = given[owner].device
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor) and value.device != device:
+                meta = device.type == "meta" or value.device.type == "meta"
+                if meta or name != "slot_mapping":  # slots are copied to the cache's device
+                    checks.on_device(name, value, device, owner)
+        return fake(*args, **kwargs)
+
+    return checked
 
 
-def _reads(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+# What runs behind the dispatcher.
+
+
+def _reads(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return what runs behind a read: the form that makes its output, and the one that fills it."""
 
     def functional(
@@ -137,23 +184,19 @@ def _reads(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     ) -> torch.Tensor:
         from dsv4_plugin import ops
 
-        return getattr(ops, name)(
-            cache, slot_mapping, block_size=block_size, head_dim=head_dim,
-            dtype=dtype or torch.float32, backend=backend,
-        )  # fmt: skip
+        dtype = dtype or torch.float32
+        return ops.run_read(op, cache, slot_mapping, block_size, head_dim, dtype, None, backend)
 
     def mutating(cache, slot_mapping, out, block_size=64, head_dim=128, backend=None) -> None:
         from dsv4_plugin import ops
 
-        getattr(ops, name)(
-            cache, slot_mapping, block_size=block_size, head_dim=head_dim, out=out, backend=backend
-        )
+        ops.run_read(op, cache, slot_mapping, block_size, head_dim, out.dtype, out, backend)
 
     return functional, mutating
 
 
-_read_indexer_cache, _read_indexer_cache_out = _reads("read_indexer_cache")
-_read_indexer_cache_mxfp4, _read_indexer_cache_mxfp4_out = _reads("read_indexer_cache_mxfp4")
+_read_indexer_cache, _read_indexer_cache_out = _reads("read")
+_read_indexer_cache_mxfp4, _read_indexer_cache_mxfp4_out = _reads("read_mxfp4")
 
 
 def _gather_indexer_cache_out(
@@ -161,7 +204,7 @@ def _gather_indexer_cache_out(
 ) -> None:
     from dsv4_plugin import ops
 
-    ops.gather_into(cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend)
+    ops.run_gather(cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend)
 
 
 def _topk(
@@ -170,9 +213,9 @@ def _topk(
 ):  # fmt: skip
     from dsv4_plugin import ops
 
-    return ops.topk(
-        logits, lengths, k, next_n=next_n, row_starts=row_starts, page_table=page_table,
-        page_size=page_size, sort=sort, narrow=narrow, backend=backend,
+    return ops.run_topk(
+        logits, lengths, k, next_n, row_starts, page_table, page_size, None, None, None, sort,
+        narrow, backend,
     )  # fmt: skip
 
 
@@ -182,20 +225,19 @@ def _topk_out(
 ) -> None:  # fmt: skip
     from dsv4_plugin import ops
 
-    ops.topk(
-        logits, lengths, k, next_n=next_n, row_starts=row_starts, page_table=page_table,
-        page_size=page_size, out=out, out_raw=out_raw, out_counts=out_counts, sort=sort,
-        narrow=narrow, backend=backend,
+    ops.run_topk(
+        logits, lengths, k, next_n, row_starts, page_table, page_size, out, out_raw, out_counts,
+        sort, narrow, backend,
     )  # fmt: skip
 
 
 def _paged_logits(q, cache, weights, lengths, block_table, block_size=64, dtype=None, backend=None):
     from dsv4_plugin import logits
 
-    return logits.paged_logits(
-        q, cache, weights, lengths, block_table,
-        block_size=block_size, dtype=dtype or torch.bfloat16, backend=backend,
-    )  # fmt: skip
+    dtype = dtype or torch.bfloat16
+    return logits.run_paged(
+        q, cache, weights, lengths, block_table, block_size, dtype, None, backend
+    )
 
 
 def _paged_logits_out(
@@ -203,24 +245,20 @@ def _paged_logits_out(
 ) -> None:
     from dsv4_plugin import logits
 
-    logits.paged_logits(
-        q, cache, weights, lengths, block_table, block_size=block_size, out=out, backend=backend
-    )
+    logits.run_paged(q, cache, weights, lengths, block_table, block_size, out.dtype, out, backend)
 
 
 def _ragged_logits(q, k, k_scale, weights, row_starts, row_ends, dtype=None, backend=None):
     from dsv4_plugin import logits
 
-    return logits.ragged_logits(
-        q, k, k_scale, weights, row_starts, row_ends,
-        dtype=dtype or torch.bfloat16, backend=backend,
-    )  # fmt: skip
+    dtype = dtype or torch.bfloat16
+    return logits.run_ragged(q, k, k_scale, weights, row_starts, row_ends, dtype, None, backend)
 
 
 def _ragged_logits_out(q, k, k_scale, weights, row_starts, row_ends, out, backend=None) -> None:
     from dsv4_plugin import logits
 
-    logits.ragged_logits(q, k, k_scale, weights, row_starts, row_ends, out=out, backend=backend)
+    logits.run_ragged(q, k, k_scale, weights, row_starts, row_ends, out.dtype, out, backend)
 
 
 def _select(
@@ -229,10 +267,9 @@ def _select(
 ):  # fmt: skip
     from dsv4_plugin import logits
 
-    return logits.select(
-        q, cache, weights, lengths, block_table, k, block_size=block_size,
-        dtype=dtype or torch.bfloat16, page_table=page_table, page_size=page_size, sort=sort,
-        backend=backend,
+    return logits.run_select(
+        q, cache, weights, lengths, block_table, k, block_size, dtype or torch.bfloat16,
+        page_table, page_size, None, None, sort, None, backend,
     )  # fmt: skip
 
 
@@ -240,12 +277,11 @@ def _select_out(
     q, cache, weights, lengths, block_table, out, out_raw, logits, page_table, k, block_size=64,
     dtype=None, page_size=64, sort=False, backend=None,
 ) -> None:  # fmt: skip
-    from dsv4_plugin.logits import select
+    from dsv4_plugin.logits import run_select
 
-    select(
-        q, cache, weights, lengths, block_table, k, block_size=block_size,
-        dtype=dtype or torch.bfloat16, page_table=page_table, page_size=page_size, out=out,
-        out_raw=out_raw, sort=sort, logits=logits, backend=backend,
+    run_select(
+        q, cache, weights, lengths, block_table, k, block_size, dtype or torch.bfloat16,
+        page_table, page_size, out, out_raw, sort, logits, backend,
     )  # fmt: skip
 
 

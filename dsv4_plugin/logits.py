@@ -7,6 +7,9 @@ and dispatch are as in :mod:`dsv4_plugin.ops`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from dsv4_plugin import checks, library, ops
@@ -35,11 +38,12 @@ def paged_logits(
     Column ``c`` of row ``b · next_n + j`` is key ``c % block_size`` of page
     ``block_table[b, c // block_size]``.
 
-    * **what is written**: the row's ``length`` first columns, clipped to the columns of ``out`` and
-      of ``block_table``. What lies past that is not written: in a new tensor it is uninitialised.
+    * **what is written**: the row's ``length`` first columns, clipped to those of ``out``. So
+      ``topk(out, lengths, k)`` looks at no column that was not written. What lies past that is not
+      written: in a new tensor it is uninitialised.
     * **what is read**: the pages and entries of ``block_table`` that those columns need; of a lone
-      request any entries of its row, since they are read ahead of its length. A page below zero or
-      past the end of the cache scores ``-inf``, and nothing is read for it.
+      request any entries of its row, since they are read ahead of its length. A page below zero,
+      past the end of the cache or not in the table scores ``-inf``, and nothing is read for it.
     * **NaN**: a NaN in a query, a key, a scale or a weight of a score makes that score NaN.
     * **independence**: a score depends on its query, weights and key alone, bit for bit; not on the
       batch, the key's place in the table, the row's length or the grid.
@@ -70,30 +74,72 @@ def paged_logits(
 
     Source: the contract of DeepGEMM's paged MQA logits, which the engines call.
     """
-    if library.through_dispatcher(q, cache, weights, lengths, block_table, out):
-        if out is None:
-            return library.functional("paged_logits")(
-                q, cache, weights, lengths, block_table, block_size, dtype, backend
-            )
-        library.mutating("paged_logits")(
-            q, cache, weights, lengths, block_table, out, block_size, backend
+    if not library.through_dispatcher(q, cache, weights, lengths, block_table, out):
+        return run_paged(q, cache, weights, lengths, block_table, block_size, dtype, out, backend)
+    if out is None:
+        return library.functional("paged_logits")(
+            q, cache, weights, lengths, block_table, block_size, dtype, backend
         )
-        return out
+    library.mutating("paged_logits")(
+        q, cache, weights, lengths, block_table, out, block_size, backend
+    )
+    return out
+
+
+def run_paged(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    out: torch.Tensor | None,
+    backend: str | None,
+) -> torch.Tensor:
+    """Serve paged logits: what is behind their public face and behind ``torch.ops``."""
+    out, run, arguments = _prepare_paged(
+        q, cache, weights, lengths, block_table, block_size, dtype, out, backend
+    )
+    run(*arguments)
+    return out
+
+
+def _prepare_paged(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    out: torch.Tensor | None,
+    backend: str | None,
+    table_only: bool = False,
+) -> tuple[torch.Tensor, Callable[..., None], tuple[Any, ...]]:
+    """Check paged logits and return their result, what fills it, and the arguments of that.
+
+    ``table_only``: the result is cut to the columns that the table has.
+    """
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
     batch, next_n, heads, head_dim = q.shape
     rows, device = batch * next_n, q.device
     columns = block_table.shape[1] * block_size
-    out = new_result(out, rows, columns, dtype, device)
-    if rows and out.shape[1] and columns:
-        call = Call(
-            "paged_logits", device, out.dtype, head_dim=head_dim, heads=heads,
-            block_size=block_size, alignment=checks.alignment(pages, q),
-        )  # fmt: skip
-        run = resolve(call, backend)
-        if pages.shape[0] == 0:  # no page that a kernel could be pointed at
-            run = reference_logits.paged_logits
-        run(q, pages, weights, lengths, block_table, out, next_n, block_size)
-    return out
+    inputs = (("q", q), ("cache", cache), ("weights", weights), ("lengths", lengths),
+              ("block_table", block_table))  # fmt: skip
+    out = new_result(out, rows, columns, dtype, device, inputs)
+    if table_only and out.shape[1] > columns:
+        out = out[:, :columns]
+    if not rows or not out.shape[1]:
+        return out, ops.nothing, ()
+    call = Call(
+        "paged_logits", device, out.dtype, head_dim=head_dim, heads=heads,
+        block_size=block_size, alignment=checks.alignment(pages, q),
+    )  # fmt: skip
+    run = resolve(call, backend)
+    if pages.shape[0] == 0:  # no page that a kernel could be pointed at
+        run = reference_logits.paged_logits
+    return out, run, (q, pages, weights, lengths, block_table, out, next_n, block_size)
 
 
 def ragged_logits(
@@ -110,8 +156,9 @@ def ragged_logits(
 ) -> torch.Tensor:
     """Score a window of gathered keys for every row: the logits of prefill.
 
-    Column ``j`` of row ``r`` is key ``row_starts[r] + j``: every row begins at column zero.
-    NaN and independence are as in :func:`paged_logits`.
+    Column ``j`` of row ``r`` is key ``row_starts[r] + j``: every row begins at column zero. A key
+    below zero or past the last one scores ``-inf``, and nothing is read for it. NaN and
+    independence are as in :func:`paged_logits`.
 
     Args:
         q: ``[rows, heads, head_dim]`` float8_e4m3fn, or uint8 with the same bytes. Each ``[heads,
@@ -119,9 +166,9 @@ def ragged_logits(
         k: ``[keys, head_dim]`` float8_e4m3fn, or uint8 with the same bytes; contiguous.
         k_scale: ``[keys]`` float32, contiguous.
         weights: float32 ``[rows, heads]``, unit inner stride; the queries' scales are part of it.
-        row_starts: ``[rows]`` int32 or int64, the row's first key. Below zero: an empty row.
-        row_ends: ``[rows]`` int32 or int64, one past the row's last key. Clipped to ``keys`` and to
-            what fits in the columns of ``out``; at or below the start: an empty row.
+        row_starts: ``[rows]`` int32 or int64, the row's first key.
+        row_ends: ``[rows]`` int32 or int64, one past the row's last key. Clipped to what fits in
+            the columns of ``out``; at or below the start: an empty row.
         dtype: bfloat16, float16 or float32; ignored when ``out`` is given.
         out: ``[rows, columns]`` to fill, of such a dtype, unit inner stride, any row stride. What
             lies past a row's window is not written.
@@ -129,7 +176,8 @@ def ragged_logits(
 
     Returns:
         ``out``, or a new ``[rows, keys]`` tensor whose rows start at multiples of 16 bytes,
-        uninitialised past a row's window. ``topk(logits, row_ends - row_starts, k)`` selects in it.
+        uninitialised past a row's window. ``topk(logits, row_ends - row_starts, k)`` selects in it
+        and looks at no column that was not written.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
@@ -137,25 +185,43 @@ def ragged_logits(
 
     Source: the contract of DeepGEMM's MQA logits, in its compressed form.
     """
-    if library.through_dispatcher(q, k, k_scale, weights, row_starts, row_ends, out):
-        if out is None:
-            return library.functional("ragged_logits")(
-                q, k, k_scale, weights, row_starts, row_ends, dtype, backend
-            )
-        library.mutating("ragged_logits")(
-            q, k, k_scale, weights, row_starts, row_ends, out, backend
+    if not library.through_dispatcher(q, k, k_scale, weights, row_starts, row_ends, out):
+        return run_ragged(q, k, k_scale, weights, row_starts, row_ends, dtype, out, backend)
+    if out is None:
+        return library.functional("ragged_logits")(
+            q, k, k_scale, weights, row_starts, row_ends, dtype, backend
         )
-        return out
+    library.mutating("ragged_logits")(q, k, k_scale, weights, row_starts, row_ends, out, backend)
+    return out
+
+
+def run_ragged(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    row_starts: torch.Tensor,
+    row_ends: torch.Tensor,
+    dtype: torch.dtype,
+    out: torch.Tensor | None,
+    backend: str | None,
+) -> torch.Tensor:
+    """Serve ragged logits: what is behind their public face and behind ``torch.ops``."""
     q, k = ragged_arguments(q, k, k_scale, weights, row_starts, row_ends)
     rows, heads, head_dim = q.shape
     device = q.device
-    out = new_result(out, rows, k.shape[0], dtype, device)
-    if rows and out.shape[1] and k.shape[0]:
+    inputs = (("q", q), ("k", k), ("k_scale", k_scale), ("weights", weights),
+              ("row_starts", row_starts), ("row_ends", row_ends))  # fmt: skip
+    out = new_result(out, rows, k.shape[0], dtype, device, inputs)
+    if rows and out.shape[1]:
         call = Call(
             "ragged_logits", device, out.dtype, head_dim=head_dim, heads=heads,
             alignment=checks.alignment(k, q),
         )  # fmt: skip
-        resolve(call, backend)(q, k, k_scale, weights, row_starts, row_ends, out)
+        run = resolve(call, backend)
+        if k.shape[0] == 0:  # no key that a kernel could be pointed at
+            run = reference_logits.ragged_logits
+        run(q, k, k_scale, weights, row_starts, row_ends, out)
     return out
 
 
@@ -180,7 +246,8 @@ def select(
     """Score the keys of every request's pages and select the ``k`` best: the chain of decode.
 
     The answer is that of :func:`dsv4_plugin.topk` on :func:`paged_logits`, with the promises of
-    both.
+    both: without ``sort`` the columns ascend. No column past ``block_table`` is selected. All
+    arguments are checked before anything is computed.
 
     Args:
         q: as in :func:`paged_logits`.
@@ -195,7 +262,7 @@ def select(
         page_size: columns a page of ``page_table``.
         out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
         out_raw: ``[rows, k]`` int32 that gets the indices themselves beside ``page_table``.
-        sort: sort by value.
+        sort: sort by value. A row no longer than ``k`` keeps the order of its columns.
         logits: scratch for the scores, as ``out`` of :func:`paged_logits`; its dtype is the one
             that is selected on, and rows are clipped to its columns. What it holds afterwards is
             unspecified.
@@ -209,30 +276,66 @@ def select(
         UnmetError: ``backend`` cannot serve the call.
     """
     tensors = (q, cache, weights, lengths, block_table, page_table, out, out_raw, logits)
-    if library.through_dispatcher(*tensors):
-        if out is None and out_raw is None and logits is None:
-            return library.functional("select")(
-                q, cache, weights, lengths, block_table, k, block_size, dtype, page_table,
-                page_size, sort, backend,
-            )  # fmt: skip
-        if out is None:
-            rows = q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
-            out = torch.empty(rows, k, dtype=torch.int32, device=q.device)
-        library.mutating("select")(
-            q, cache, weights, lengths, block_table, out, out_raw, logits, page_table, k,
-            block_size, dtype, page_size, sort, backend,
+    if not library.through_dispatcher(*tensors):
+        return run_select(
+            q, cache, weights, lengths, block_table, k, block_size, dtype, page_table, page_size,
+            out, out_raw, sort, logits, backend,
         )  # fmt: skip
-        return out
-    logits = paged_logits(
-        q, cache, weights, lengths, block_table,
-        block_size=block_size, dtype=dtype, out=logits, backend=backend,
+    if out is None and out_raw is None and logits is None:
+        return library.functional("select")(
+            q, cache, weights, lengths, block_table, k, block_size, dtype, page_table, page_size,
+            sort, backend,
+        )  # fmt: skip
+    if out is None:
+        checks.size("k", k)
+        rows = q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
+        out = torch.empty(rows, k, dtype=torch.int32, device=q.device)
+    library.mutating("select")(
+        q, cache, weights, lengths, block_table, out, out_raw, logits, page_table, k,
+        block_size, dtype, page_size, sort, backend,
     )  # fmt: skip
-    # Columns past the table were not written, so no length may reach them.
-    return ops.topk(
-        logits[:, : block_table.shape[1] * block_size], lengths, k,
-        next_n=q.shape[1] if q.dim() == 4 else 1, page_table=page_table, page_size=page_size,
-        out=out, out_raw=out_raw, sort=sort, backend=backend,
+    return out
+
+
+def run_select(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    k: int,
+    block_size: int,
+    dtype: torch.dtype,
+    page_table: torch.Tensor | None,
+    page_size: int,
+    out: torch.Tensor | None,
+    out_raw: torch.Tensor | None,
+    sort: bool,
+    logits: torch.Tensor | None,
+    backend: str | None,
+) -> torch.Tensor:
+    """Serve the chain: what is behind its public face and behind ``torch.ops``.
+
+    Everything is checked before anything is computed.
+    """
+    # No length may reach past the table: there is no key to be selected.
+    scores, score, scored = _prepare_paged(
+        q, cache, weights, lengths, block_table, block_size, dtype, logits, backend,
+        table_only=True,
     )  # fmt: skip
+    picked, pick, chosen = ops.prepare_topk(
+        scores, lengths, k, q.shape[1] if q.dim() == 4 else 1, None, page_table, page_size, out,
+        out_raw, None, sort, False, backend,
+    )  # fmt: skip
+    # What the two do not know of each other.
+    checks.separate((("logits", logits),), (("page_table", page_table),))
+    checks.separate(
+        (("out", out), ("out_raw", out_raw)),
+        (("q", q), ("cache", cache), ("weights", weights), ("block_table", block_table)),
+    )
+    score(*scored)
+    pick(*chosen)
+    return picked
 
 
 def paged_arguments(
@@ -288,7 +391,12 @@ def new_logits(rows: int, columns: int, dtype: torch.dtype, device: torch.device
 
 
 def new_result(
-    out: torch.Tensor | None, rows: int, columns: int, dtype: torch.dtype, device: torch.device
+    out: torch.Tensor | None,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    inputs: tuple[tuple[str, torch.Tensor], ...] = (),
 ) -> torch.Tensor:
     """Return ``out``, checked, or a new tensor."""
     if out is None:
@@ -296,4 +404,5 @@ def new_result(
         return new_logits(rows, columns, dtype, device)
     checks.tensor("out", out, checks.LOGITS_DTYPES, (2,))
     checks.out_matrix("out", out, (rows, out.shape[1]), checks.LOGITS_DTYPES, device, "q")
+    checks.separate((("out", out),), inputs)
     return out

@@ -71,9 +71,9 @@ def publish(report: dict[str, Any]) -> None:
 
 
 def wanted() -> bool:
-    """Whether ``DSV4_STATUS_DIR`` is set; False as well where a setting is wrong."""
+    """Whether ``DSV4_STATUS_DIR`` is set; False as well where it is wrong."""
     try:
-        return bool(envs.settings().status_dir)
+        return bool(envs.value("status_dir"))
     except SettingError:
         return False
 
@@ -86,7 +86,7 @@ def expose(module: Any) -> None:
     """
     global _collector
     if _collector is None and wanted():
-        folder = envs.settings().status_dir
+        folder = envs.value("status_dir")
         collector = _Files(Path(folder))
         module.REGISTRY.register(collector)
         _collector = collector

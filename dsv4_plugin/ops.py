@@ -15,9 +15,19 @@ nibble first, then ``block_size × head_dim / 32`` UE8M0 scales.
 a page past the end is an error of the caller: slots on the CPU raise ``IndexError``; on a GPU,
 where raising would cost a synchronisation, such a key reads as NaN, and memory outside the cache
 is never touched.
+
+**Memory.** An output shares memory with no other output and with no input: that is a ``ValueError``
+before anything is written. Slices of one buffer that do not overlap are separate. Inputs may share
+memory with each other.
+
+**Tensors.** A subclass of a tensor is served as the plain tensor. A tensor on the meta device among
+others is a ``ValueError``; with all tensors there an op gives the shape of its result.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -46,6 +56,7 @@ def read_indexer_cache(
         cache: uint8 indexer cache; see the module's documentation for its layout.
         slot_mapping: ``[tokens]``, any integer dtype, any device; slot ``s`` is key
             ``s % block_size`` of page ``s // block_size``. Below zero: padding, reads as zeros.
+            Dtypes other than int32 and int64 are converted first.
         block_size: keys a page.
         head_dim: values a key; a multiple of 4.
         dtype: float32 or bfloat16; ignored when ``out`` is given.
@@ -85,6 +96,8 @@ def read_indexer_cache_mxfp4(
     return _read("read_mxfp4", cache, slot_mapping, block_size, head_dim, dtype, out, backend)
 
 
+_GATHERED = (torch.float8_e4m3fn, torch.uint8, *checks.OUT_DTYPES)
+
 # op → (bytes a key, what head_dim must be a multiple of)
 _ROW_BYTES = {
     "read": (lambda head_dim: head_dim + 4, 4),
@@ -102,23 +115,39 @@ def _read(
     out: torch.Tensor | None,
     backend: str | None,
 ) -> torch.Tensor:
-    if library.through_dispatcher(cache, slot_mapping, out):
-        if out is None:
-            return library.functional(op)(cache, slot_mapping, block_size, head_dim, dtype, backend)
-        library.mutating(op)(cache, slot_mapping, out, block_size, head_dim, backend)
-        return out
+    if not library.through_dispatcher(cache, slot_mapping, out):
+        return run_read(op, cache, slot_mapping, block_size, head_dim, dtype, out, backend)
+    if out is None:
+        return library.functional(op)(cache, slot_mapping, block_size, head_dim, dtype, backend)
+    library.mutating(op)(cache, slot_mapping, out, block_size, head_dim, backend)
+    return out
+
+
+def run_read(
+    op: str,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    out: torch.Tensor | None,
+    backend: str | None,
+) -> torch.Tensor:
+    """Serve a read: what is behind its public face and behind ``torch.ops``."""
     row_bytes, multiple = _ROW_BYTES[op]
     checks.geometry(block_size, head_dim, multiple)
     pages = checks.as_pages(cache, block_size, row_bytes(head_dim))
     checks.tensor("slot_mapping", slot_mapping, checks.INTEGER_DTYPES, (1,))
-    checks.slots_within(slot_mapping, pages.shape[0] * block_size, block_size)
-    tokens = slot_mapping.shape[0]
+    slots = checks.as_slots(slot_mapping)
+    checks.slots_within(slots, pages.shape[0] * block_size, block_size)
+    tokens = slots.shape[0]
     if out is None:
         checks.dtype_in("dtype", dtype, checks.OUT_DTYPES)
         out = torch.empty(tokens, head_dim, dtype=dtype, device=cache.device)
     else:
         shape = (tokens, head_dim)
         checks.out_matrix("out", out, shape, checks.OUT_DTYPES, cache.device, "cache")
+        checks.separate((("out", out),), (("cache", cache), ("slot_mapping", slot_mapping)))
     if tokens:
         aligned = checks.alignment(pages, out)
         call = Call(op, cache.device, out.dtype, head_dim=head_dim, alignment=aligned)
@@ -126,7 +155,7 @@ def _read(
         if pages.shape[0] == 0:  # no page that padding could be read from
             out.zero_()
         else:
-            run(pages, slot_mapping.to(cache.device), out, block_size, head_dim)
+            run(pages, slots.to(cache.device), out, block_size, head_dim)
     return out
 
 
@@ -149,7 +178,8 @@ def gather_indexer_cache(
     Args:
         cache: uint8 indexer cache; see the module's documentation for its layout.
         block_table: ``[batch, pages]`` int32 page numbers, unit inner stride; below zero: padding.
-        cu_seq_lens: ``[batch + 1]`` int32 or int64, starting at 0, not decreasing.
+        cu_seq_lens: ``[batch + 1]`` int32 or int64, starting at 0, not decreasing. Its values are
+            looked at where that costs nothing more: on a CPU, and where there is no ``out``.
         block_size: keys a page.
         head_dim: values a key; a multiple of 4.
         dtype: None keeps the keys quantised: ``(values, scales)``. float32 or bfloat16
@@ -166,27 +196,14 @@ def gather_indexer_cache(
         scales float32 ``[T]``, or keys ``[T, head_dim]`` of ``dtype``.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device, or values
+            of ``cu_seq_lens`` that were looked at are wrong.
         UnmetError: ``backend`` cannot serve the call.
 
     Source: the contract of vLLM's ``cp_gather_indexer_k_quant_cache``.
     """
-    checks.geometry(block_size, head_dim, 4)
-    checks.tensor("block_table", block_table, (torch.int32,), (2,))
-    checks.tensor("cu_seq_lens", cu_seq_lens, checks.INDEX_DTYPES, (1,))
-    if cu_seq_lens.shape[0] != block_table.shape[0] + 1:
-        raise ValueError(
-            f"cu_seq_lens must have one entry more than block_table has rows "
-            f"({block_table.shape[0]} + 1), got {cu_seq_lens.shape[0]}"
-        )
     if out is None:
-        total = int(cu_seq_lens[-1])
-        if dtype is None:
-            values = torch.empty(total, head_dim, dtype=torch.float8_e4m3fn, device=cache.device)
-            out = (values, torch.empty(total, device=cache.device))
-        else:
-            checks.dtype_in("dtype", dtype, checks.OUT_DTYPES)
-            out = torch.empty(total, head_dim, dtype=dtype, device=cache.device)
+        out = _new_gathered(cache, block_table, cu_seq_lens, block_size, head_dim, dtype)
     if isinstance(out, torch.Tensor):
         if dtype is None or out.dtype != dtype:
             raise ValueError(
@@ -197,17 +214,44 @@ def gather_indexer_cache(
     else:
         if dtype is not None:
             raise ValueError(f"out must be a tensor of dtype {dtype}, got {type(out).__name__}")
+        if len(out) != 2:
+            raise ValueError(f"out must be (values, scales), got {len(out)} elements")
         values, scales = out
+        checks.tensor("out[1]", scales, (torch.float32, torch.uint8), (1, 2))
     if library.through_dispatcher(cache, block_table, cu_seq_lens, values, scales):
         library.mutating("gather")(
             cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend
         )
     else:
-        gather_into(cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend)
+        run_gather(cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend)
     return out
 
 
-def gather_into(
+def _new_gathered(
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    block_size: int,
+    head_dim: int,
+    dtype: torch.dtype | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Return new outputs of a gather, as many rows as ``cu_seq_lens`` says."""
+    checks.geometry(block_size, head_dim, 4)
+    if dtype is not None:
+        checks.dtype_in("dtype", dtype, checks.OUT_DTYPES)
+    checks.tensor("cache", cache, (torch.uint8,), (2, 3, 4))
+    device = cache.device
+    checks.sequences(block_table, cu_seq_lens, device)
+    if device.type == "meta":
+        raise ValueError("out must be given on the meta device: cu_seq_lens has no values there")
+    total = checks.sequence_ends(cu_seq_lens)
+    if dtype is not None:
+        return torch.empty(total, head_dim, dtype=dtype, device=device)
+    values = torch.empty(total, head_dim, dtype=torch.float8_e4m3fn, device=device)
+    return values, torch.empty(total, dtype=torch.float32, device=device)
+
+
+def run_gather(
     cache: torch.Tensor,
     block_table: torch.Tensor,
     cu_seq_lens: torch.Tensor,
@@ -217,15 +261,14 @@ def gather_into(
     head_dim: int,
     backend: str | None = None,
 ) -> None:
-    """Fill ``values`` and ``scales``: :func:`gather_indexer_cache` behind its public face."""
+    """Serve a gather: what is behind its public face and behind ``torch.ops``."""
+    checks.geometry(block_size, head_dim, 4)
     pages = checks.as_pages(cache, block_size, head_dim + 4)
     device = cache.device
-    checks.on_device("block_table", block_table, device, "cache")
-    checks.on_device("cu_seq_lens", cu_seq_lens, device, "cache")
-    if block_table.shape[1] > 1 and block_table.stride(1) != 1:
-        raise ValueError(
-            f"block_table must have unit stride along its rows, got strides {block_table.stride()}"
-        )
+    checks.sequences(block_table, cu_seq_lens, device)
+    if device.type == "cpu":
+        checks.sequence_ends(cu_seq_lens)
+    checks.tensor("out" if scales is None else "out[0]", values, _GATHERED, (2,))
     shape = (values.shape[0], head_dim)
     if scales is None:
         checks.out_matrix("out", values, shape, checks.OUT_DTYPES, device, "cache")
@@ -242,13 +285,22 @@ def gather_into(
                 f"[{tokens}, 4], got {scales.dtype} {tuple(scales.shape)} with strides "
                 f"{scales.stride()}"
             )
+        if scales.data_ptr() % 4:
+            raise ValueError("out[1] must start at a multiple of 4 bytes, the size of a scale")
+    names = ("out",) if scales is None else ("out[0]", "out[1]")
+    checks.separate(
+        zip(names, (values, scales), strict=False),
+        (("cache", cache), ("block_table", block_table), ("cu_seq_lens", cu_seq_lens)),
+    )
+    if scales is not None:
         values = values.view(torch.uint8)
-        scales = scales.view(torch.float32).reshape(tokens)
+        scales = scales.view(torch.float32).reshape(values.shape[0])
     if values.shape[0]:
         aligned = checks.alignment(pages, values)
         call = Call("gather", device, values.dtype, head_dim=head_dim, alignment=aligned)
         run = resolve(call, backend)
-        run(pages, block_table, cu_seq_lens, values, scales, block_size, head_dim)
+        ends = cu_seq_lens.contiguous()
+        run(pages, block_table, ends, values, scales, block_size, head_dim)
 
 
 def topk(
@@ -275,8 +327,8 @@ def topk(
       ``logits``. ``-inf`` and ``inf`` are numbers like any other, ``-0.0`` equals ``0.0``, and a
       NaN is chosen only when no number is left.
     * **ties**: the lowest column wins, among NaN too.
-    * **order**: unspecified (the implementations here write ascending columns). With ``sort`` the
-      largest comes first and the lower column first among equals.
+    * **order**: ascending columns, then -1. With ``sort`` the largest comes first and the lower
+      column first among equals.
     * **short rows**: ``length <= k`` gives ``0 … length - 1`` and then -1, in this order even with
       ``sort``, without the scores mattering: they may be uninitialised. ``length <= 0`` gives -1.
     * **independence**: nothing at or past a row's length matters, and a row's answer depends on
@@ -294,14 +346,14 @@ def topk(
             count from there. A start below zero gives an empty row.
         page_table: ``[rows, pages]`` or ``[batch, pages]`` int32 page numbers, unit inner stride.
             ``out`` then holds pool slots: ``page_table[r, i // page_size] · page_size +
-            i % page_size``; -1 where there is no index, or the page is below zero or not in the
-            table.
+            i % page_size``, in the order of the indices; -1 where there is no index, the page is
+            below zero or not in the table, or the slot is more than int32 holds.
         page_size: columns a page of ``page_table``.
         out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
         out_raw: ``[rows, k]`` int32 that gets the indices themselves beside ``page_table``.
         out_counts: ``[rows]`` int32, contiguous, that gets how many indices each row has: its
             clipped length, at most ``k``. They come first in the row, -1 after them.
-        sort: sort by value; see above.
+        sort: sort by value. A row no longer than ``k`` keeps the order of its columns.
         narrow: round float32 ``logits`` to bfloat16 while reading and select on that: the same
             result as ``topk(logits.bfloat16(), …)`` without the extra pass.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
@@ -316,22 +368,69 @@ def topk(
     Source: vLLM #40811 for the bfloat16 input; the engines' top-k kernels for the forms.
     """
     tensors = (logits, lengths, row_starts, page_table, out, out_raw, out_counts)
-    if library.through_dispatcher(*tensors):
-        if out is None and out_raw is None and out_counts is None:
-            return library.functional("topk")(
-                logits, lengths, k, next_n, row_starts, page_table, page_size, sort, narrow, backend
-            )
-        if out is None:
-            out = torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
-        library.mutating("topk")(
-            logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort,
-            narrow, backend, out_counts,
+    if not library.through_dispatcher(*tensors):
+        return run_topk(
+            logits, lengths, k, next_n, row_starts, page_table, page_size, out, out_raw,
+            out_counts, sort, narrow, backend,
         )  # fmt: skip
-        return out
+    if out is None and out_raw is None and out_counts is None:
+        return library.functional("topk")(
+            logits, lengths, k, next_n, row_starts, page_table, page_size, sort, narrow, backend
+        )
+    if out is None:
+        checks.size("k", k)
+        out = torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
+    library.mutating("topk")(
+        logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort,
+        narrow, backend, out_counts,
+    )  # fmt: skip
+    return out
+
+
+def run_topk(
+    logits: torch.Tensor,
+    lengths: torch.Tensor,
+    k: int,
+    next_n: int,
+    row_starts: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    page_size: int,
+    out: torch.Tensor | None,
+    out_raw: torch.Tensor | None,
+    out_counts: torch.Tensor | None,
+    sort: bool,
+    narrow: bool,
+    backend: str | None,
+) -> torch.Tensor:
+    """Serve a top-k: what is behind its public face and behind ``torch.ops``."""
+    out, run, arguments = prepare_topk(
+        logits, lengths, k, next_n, row_starts, page_table, page_size, out, out_raw, out_counts,
+        sort, narrow, backend,
+    )  # fmt: skip
+    run(*arguments)
+    return out
+
+
+def prepare_topk(
+    logits: torch.Tensor,
+    lengths: torch.Tensor,
+    k: int,
+    next_n: int,
+    row_starts: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    page_size: int,
+    out: torch.Tensor | None,
+    out_raw: torch.Tensor | None,
+    out_counts: torch.Tensor | None,
+    sort: bool,
+    narrow: bool,
+    backend: str | None,
+) -> tuple[torch.Tensor, Callable[..., None], tuple[Any, ...]]:
+    """Check a top-k and return its result, what computes it, and the arguments of that."""
     rows = checks.scores("logits", logits).shape[0]
-    checks.positive("k", k, checks.MAX_K)
-    checks.positive("next_n", next_n)
-    checks.positive("page_size", page_size)
+    checks.size("k", k)
+    checks.size("next_n", next_n)
+    checks.size("page_size", page_size)
     checks.lengths_for(lengths, rows, next_n, logits.device)
     if row_starts is not None:
         checks.tensor("row_starts", row_starts, checks.INDEX_DTYPES, (1,))
@@ -345,6 +444,7 @@ def topk(
     if narrow and logits.dtype != torch.float32:
         raise ValueError(f"narrow needs float32 logits, got {logits.dtype}")
     shape = (rows, k)
+    given = out
     if out is None:
         out = torch.empty(shape, dtype=torch.int32, device=logits.device)
     else:
@@ -353,10 +453,19 @@ def topk(
         checks.out_matrix("out_raw", out_raw, shape, (torch.int32,), logits.device, "logits")
     if out_counts is not None:
         checks.out_vector("out_counts", out_counts, rows, logits.device, "logits")
-    if rows:
-        run = resolve(Call("topk", logits.device, logits.dtype, k), backend)
-        run(
-            logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort,
-            narrow, out_counts,
-        )  # fmt: skip
-    return out
+    checks.separate(
+        (("out", given), ("out_raw", out_raw), ("out_counts", out_counts)),
+        (("logits", logits), ("lengths", lengths), ("row_starts", row_starts),
+         ("page_table", page_table)),
+    )  # fmt: skip
+    if not rows:
+        return out, nothing, ()
+    run = resolve(Call("topk", logits.device, logits.dtype, k), backend)
+    return out, run, (
+        logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort, narrow,
+        out_counts,
+    )  # fmt: skip
+
+
+def nothing(*_: object) -> None:
+    """Run in place of an implementation where no row or no column is asked for."""

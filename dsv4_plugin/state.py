@@ -39,7 +39,7 @@ class Seam:
 class State:
     """Per process; engines run one process a worker."""
 
-    host: str | None = None
+    engine: str | None = None
     seams: dict[str, Seam] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     peaks: dict[str, float] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class State:
         """Note what looking for a seam found."""
         self.seams[seam.name] = seam
         said = f"missing: {seam.why}" if seam.where is None else f"found: {seam.where}"
-        log.debug(f"{self.host}: seam {seam.name} {said}")
+        log.debug(f"{self.engine}: seam {seam.name} {said}")
 
     def count(self, name: str) -> None:
         """Add one to a counter (``topk.decode``, ``topk.decode.upstream`` …)."""
@@ -59,7 +59,7 @@ class State:
             self.counters[name] += 1
             number = self.counters[name]
         if number == 1:
-            log.debug(f"{self.host}: first call of {name}")
+            log.debug(f"{self.engine}: first call of {name}")
         if number & (number - 1) == 0:  # 1, 2, 4, 8 …: a file that is at most half behind
             status_file.publish(self.report)
 
@@ -84,7 +84,7 @@ class State:
     def reset(self) -> None:
         """Forget everything (``unregister()``, tests)."""
         with self._lock:
-            self.host = None
+            self.engine = None
             self.seams.clear()
             self.counters.clear()
             self.peaks.clear()
@@ -98,14 +98,14 @@ state = State()
 def status() -> dict[str, Any]:
     """Return what the plugin did in this process, as plain data.
 
-    ``host`` is the engine it was loaded by, ``seams`` maps each place it can change to where that
+    ``engine`` is the engine that loaded it, ``seams`` maps each place it can change to where that
     is, whether it is engaged and why not, ``counters`` says how often each ran (Python calls:
     under full CUDA graphs these happen at capture, not at replay). Where there is something to say,
     ``peaks`` has the largest value of each name (``logits.saved_mib``: by how much the logits of
     one call were smaller than in float32), and ``shadow`` how the selections agreed at each seam.
     """
     return {
-        "host": state.host,
+        "engine": state.engine,
         "seams": {
             name: {"where": seam.where, "engaged": seam.engaged, "why": seam.why}
             for name, seam in state.seams.items()

@@ -30,7 +30,7 @@ def publish(report: Callable[[], dict[str, Any]]) -> None:
     It runs on the way of a served call, also while a CUDA graph is captured: it touches no device.
     """
     try:
-        folder = envs.settings().status_dir
+        folder = envs.value("status_dir")
         if not folder:
             return
         with _lock:

@@ -140,7 +140,7 @@ def run_release() -> dict:
                 "plugin_ms": plugin["ms"],
             })  # fmt: skip
     return {
-        "version": engine.version, "host": dsv4_plugin.status()["host"],
+        "version": engine.version, "engine": dsv4_plugin.status()["engine"],
         "seams": {n: s["where"] for n, s in dsv4_plugin.status()["seams"].items()},
         "torch": torch.__version__, "stands_in": STANDS_IN, "rows": rows, "read": run_read(),
     }  # fmt: skip

@@ -5,7 +5,7 @@
 #   MODEL=... TP=4 examples/serve_vllm.sh [more options of vllm serve]
 #
 # DSV4_PLUGIN=0 serves with vLLM's own code: the other side of an A/B (docs/ab.md). What engaged is
-# one line of each worker: "dsv4 in vLLM ...".
+# one line of each worker: "dsv4 active in vLLM ...".
 set -euo pipefail
 
 dsv4-plugin doctor || true # says what is here and why not more; exit code 1 is not an error

@@ -87,6 +87,8 @@ class Client:
             connection.request(method, path, body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             return response.status, response.read()
+        except http.client.HTTPException as error:  # another protocol, or half of an answer
+            raise ConnectionError(f"{path}: no HTTP: {type(error).__name__}: {error}") from error
         finally:
             connection.close()
 
@@ -144,6 +146,10 @@ class Client:
                 if ids:
                     for choice in chunk["choices"]:
                         answer.tokens += choice["token_ids"] or ()
+        except http.client.HTTPException as error:
+            raise ConnectionError(f"completion: {type(error).__name__}: {error}") from error
+        except (LookupError, TypeError, ValueError) as error:  # JSON of another form
+            raise RuntimeError(f"completion: {type(error).__name__}: {error}") from error
         finally:
             connection.close()
         if answer.total != tokens or (ids and len(answer.tokens) != tokens):

@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import shlex
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.server import measure, model
-from benchmarks.server.options import about, add_common, engine, make_server, number, parsed, place
+from benchmarks.server.options import about, add_common, checked, engine, make_server, place, words
 from benchmarks.server.server import ServerError
+from dsv4_plugin.cli.shared import numbers, outputs
+from dsv4_plugin.cli.shared.run import Parser, UsageError, held, interruptible
+from dsv4_plugin.cli.shared.tool import tool
 
 __all__ = ["bases", "main", "parse_server", "summarise"]
 
@@ -35,27 +36,25 @@ def parse_server(text: str) -> tuple[str, dict[str, str]]:
     name, _, rest = text.partition(":")
     pairs = [p.partition("=") for p in rest.split(",") if p]
     if not name or any(not key or not equals for key, equals, _ in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME or NAME:VARIABLE=VALUE,…")
+        raise UsageError("must be NAME or NAME:VARIABLE=VALUE,…")  # not quoted: it may be a secret
     return name, {key: value for key, _, value in pairs}
 
 
 def _arguments(text: str) -> tuple[str, list[str]]:
     name, equals, rest = text.partition("=")
     if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=ARGUMENTS")
-    return name, shlex.split(rest)
+        raise UsageError("must be NAME=ARGUMENTS")
+    return name, words(rest)
 
 
 def _crowd(text: str) -> tuple[int, int]:
     context, _, count = text.partition(":")
-    return number(context), int(count)
+    return numbers.LENGTH(context), numbers.COUNT(count)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.server", description=__doc__.splitlines()[0]
-    )
+    p = Parser(prog="python -m benchmarks.server", description=__doc__.splitlines()[0])
     add_common(p, port=8100, ready=600, kv_gib=10.2, max_model_len=1 << 20)
     add = p.add_argument
     add(
@@ -68,23 +67,28 @@ def parser() -> argparse.ArgumentParser:
         help="further arguments of vllm serve for this server; it is compared with the first "
         "server that has the same",
     )  # fmt: skip
-    add("--contexts", type=number, nargs="*", default=[8 << 10, 64 << 10, 128 << 10],
+    add("--contexts", type=numbers.LENGTH, nargs="*", default=[8 << 10, 64 << 10, 128 << 10],
         help="time per token at batch 1 with so many tokens of context")  # fmt: skip
     add("--concurrent", type=_crowd, nargs="*", default=[], metavar="CONTEXT:REQUESTS",
         help="the same with several requests, each with a context of its own")  # fmt: skip
-    add("--ttft", type=number, nargs="*", default=[], help="time to the first token")
-    add("--profile", type=number, nargs="*", default=[],
+    add("--ttft", type=numbers.LENGTH, nargs="*", default=[], help="time to the first token")
+    add("--profile", type=numbers.LENGTH, nargs="*", default=[],
         help="kernel times at these of the contexts, of every number of requests")  # fmt: skip
-    add("--outputs", type=int, nargs="*", default=[], metavar="TOKENS",
+    add("--outputs", type=numbers.LENGTH, nargs="*", default=[], metavar="TOKENS",
         help="compare greedy answers to prompts of these lengths")  # fmt: skip
-    add("--pairs", type=int, default=5, help="measurements of each server (default: 5)")
-    add("--tokens", type=int, default=96, help="timed tokens of a measurement (96)")
+    add("--pairs", type=numbers.COUNT, default=5, help="measurements of each server (default: 5)")
+    add(
+        "--tokens",
+        type=numbers.whole(2, 1 << 20),
+        default=96,
+        help="timed tokens of a measurement (96)",
+    )
     add("--copy-contexts", action="store_true",
         help="make long contexts by copying cache pages instead of by prefill")  # fmt: skip
     add("--checkpoint", action="store_true",
         help="the model folder has weights: load them (default: random ones)")  # fmt: skip
-    add("--max-num-seqs", type=int, default=16)
-    add("--budget", type=float, default=3600,
+    add("--max-num-seqs", type=numbers.COUNT, default=16)
+    add("--budget", type=numbers.SECONDS, default=3600,
         help="be done after so many seconds: no step that is longer is begun, one that turns out "
         "to be is broken off")  # fmt: skip
     return p
@@ -96,9 +100,18 @@ class Run:
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.a = arguments
         self.began = time.monotonic()
+        wished = arguments.server or [
+            ("off", {"DSV4_PLUGIN": "0"}),
+            ("on", {"DSV4_PLUGIN": "1"}),
+        ]
+        self.secrets = checked(arguments, len(wished))
+        steps = (arguments.contexts, arguments.concurrent, arguments.ttft, arguments.outputs)
+        if not any(steps):
+            raise UsageError("nothing is to be measured: no --contexts, --concurrent, --ttft, "
+                             "--outputs")  # fmt: skip
         self.results: dict[str, Any] = {
             "complete": False,
-            "command": ["python", "-m", "benchmarks.server", *sys.argv[1:]],
+            "command": self.secrets.command(["python", "-m", "benchmarks.server", *arguments.argv]),
             "tpot_ms": [],
             "ttft_s": [],
             "profiles": [],
@@ -106,10 +119,6 @@ class Run:
         }
         served = model.read(arguments.model)
         self.results["model"] = served.about
-        wished = arguments.server or [
-            ("off", {"DSV4_PLUGIN": "0"}),
-            ("on", {"DSV4_PLUGIN": "1"}),
-        ]
         share = 0.85 / len(wished)
         serve = [
             *engine(arguments, served, max_num_seqs=arguments.max_num_seqs, memory_share=share),
@@ -118,7 +127,7 @@ class Run:
         ]
         own = dict(arguments.arguments)
         if unknown := sorted(set(own) - {name for name, _ in wished}):
-            parser().error(f"--arguments {unknown[0]}: no --server has this name")
+            raise UsageError(f"--arguments {unknown[0]}: no --server has this name")
         self.bases = bases([(name, own.get(name, [])) for name, _ in wished])
         self.servers = [
             make_server(arguments, folder, i, name, environment, [*serve, *own.get(name, [])])
@@ -130,7 +139,8 @@ class Run:
 
     def say(self, text: str) -> None:
         """Show progress."""
-        print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
+        line = f"[{time.monotonic() - self.began:6.1f} s] {self.secrets.text(text)}"
+        print(line, flush=True)
 
     def left(self) -> float:
         """Seconds of the budget."""
@@ -139,9 +149,7 @@ class Run:
     def save(self) -> None:
         """Write the results."""
         self.results["seconds"] = round(time.monotonic() - self.began, 1)
-        part = self.a.json.with_suffix(".part")
-        part.write_text(json.dumps(self.results, indent=1) + "\n")
-        part.replace(self.a.json)
+        outputs.write(self.a.json, outputs.text_of(self.secrets.data(self.results)))
 
     def step(self, name: str, work: Callable[[], None], needs: float = 5) -> None:
         """Do one step if there is time; an error is noted, and ends the run only with a server."""
@@ -153,6 +161,8 @@ class Run:
         try:
             work()
             self.say(f"{name}: {time.monotonic() - before:.1f} s")
+        except BrokenPipeError:  # of this command's own output
+            raise
         except Exception as error:
             self.results["skipped"].append(f"{name}: {type(error).__name__}: {error}"[:1500])
             self.say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
@@ -172,7 +182,8 @@ class Run:
             server.stop()
 
     def run(self) -> None:
-        """Start, measure, stop."""
+        """Start, measure, stop; the file has what there is, however it ends."""
+        self.save()
         left = self.a.budget - RESERVE_S / 2 - (time.monotonic() - self.began)
         end = threading.Timer(max(left, 0), self._break_off)
         end.daemon = True
@@ -189,22 +200,27 @@ class Run:
             self.measure()
             self.results["complete"] = not self.results["skipped"]
         except ServerError as error:
-            self.results["error"] = str(error)[:4000]
-            self.say(str(error)[:3000])
+            said = self.secrets.text(str(error))
+            self.results["error"] = said[:4000]
+            self.say(said[:3000])
         finally:
-            end.cancel()
-            if self.over.is_set():
-                end.join()
-            self.results["servers"] = {s.name: s.about() for s in self.servers}
-            for server in self.servers:
-                server.stop()
-            for case, by_server in self.traces.results().items():
-                context, count = map(int, case.split("x"))
-                self.results["profiles"].append(
-                    {"context": context, "concurrency": count, "servers": by_server}
-                )
-            self.results["summary"] = summarise(self.results, self.bases)
-            self.save()
+            with held():
+                end.cancel()
+                if self.over.is_set():
+                    end.join()
+                self._stop()
+
+    def _stop(self) -> None:
+        self.results["servers"] = {s.name: s.about() for s in self.servers}
+        for server in self.servers:
+            server.stop()
+        for case, by_server in self.traces.results().items():
+            context, count = map(int, case.split("x"))
+            self.results["profiles"].append(
+                {"context": context, "concurrency": count, "servers": by_server}
+            )
+        self.results["summary"] = summarise(self.results, self.bases)
+        self.save()
 
     def measure(self) -> None:
         """The steps, in the order of their worth."""
@@ -328,10 +344,15 @@ def summarise(results: dict[str, Any], bases: Mapping[str, str]) -> list[dict[st
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 if every step was done."""
-    arguments = parsed(parser(), argv)
+    return tool(parser(), _main, argv)
+
+
+def _main(arguments: argparse.Namespace) -> int:
     with place(arguments) as folder:
         run = Run(arguments, folder)
-        run.run()
-        for row in run.results["summary"]:
+        with interruptible() as work:
+            run.run()
+        for row in run.results.get("summary", []):
             print(json.dumps(row))
+    work.end(f"what there is was written to {arguments.json}")
     return 0 if run.results["complete"] else 1

@@ -27,8 +27,11 @@ import dsv4_plugin
 from benchmarks.server import model
 from benchmarks.server.client import at_once, random_prompt
 from benchmarks.server.measure import agreement
-from benchmarks.server.options import about, add_common, engine, make_server, parsed, place
+from benchmarks.server.options import about, add_common, checked, engine, make_server, place
 from benchmarks.server.server import Server, ServerError
+from dsv4_plugin.cli.shared import numbers, outputs
+from dsv4_plugin.cli.shared.run import Parser, held, interruptible
+from dsv4_plugin.cli.shared.tool import tool
 
 __all__ = ["BASE", "DRILLS", "Drill", "main"]
 
@@ -73,7 +76,7 @@ class Drill:
     environment: dict[str, str] = field(default_factory=lambda: {"DSV4_PLUGIN": "1"})
     arguments: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
-    never: tuple[str, ...] = ("topk.decode", "topk.prefill", "logits.own")
+    never: tuple[str, ...] = ("topk.decode", "topk.prefill", "logits.plugin")
     upstream: bool = True
     library: bool = True
     act: Callable[[Server], None] | None = None
@@ -93,7 +96,7 @@ def _candidates(op: str) -> Drill:
     )  # fmt: skip
 
 
-_ALL = ("topk.decode", "topk.prefill", "logits.own", "gather")
+_ALL = ("topk.decode", "topk.prefill", "logits.plugin", "gather")
 DRILLS = (
     Drill(
         BASE, "the kill switch, DSV4_PLUGIN=0, although --plugin dsv4 asks for the plugin",
@@ -105,16 +108,16 @@ DRILLS = (
     ),
     Drill(
         "capability", "the plugin sees a GPU of compute capability 7.5",
-        r"top-k: upstream's \(.*compute capability 7\.5", _fault("capability"),
+        r"top-k: the engine's \(.*compute capability 7\.5", _fault("capability"),
         never=(*_ALL,),
     ),
     Drill(
         "library", f"{LIBRARY} is not there",
-        rf"top-k: upstream's \(.*{re.escape(LIBRARY)}", library=False,
+        rf"top-k: the engine's \(.*{re.escape(LIBRARY)}", library=False,
     ),
     Drill(
         "seam", "a function of vLLM's that is patched has other parameters",
-        r"upstream's stays at topk\.prefill \(.*top_k_per_row_prefill", _fault("seam"),
+        r"the engine's own code stays at topk\.prefill \(.*top_k_per_row_prefill", _fault("seam"),
         counts=("gather",),
     ),
     Drill(
@@ -147,7 +150,7 @@ DRILLS = (
     ),
     Drill(
         "candidate_seam", "vLLM's selection of candidate blocks has other parameters",
-        r"upstream's.*select_candidate_blocks",
+        r"the engine's.*select_candidate_blocks",
         _fault("candidate_seam"), never=(), upstream=False, kind=model.V41,
     ),
     *map(_candidates, ("block_maxima", "select_blocks", "candidate_logits", "select_candidates")),
@@ -267,81 +270,110 @@ def _without_library(server: Server) -> None:
     )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.server.drills", description=__doc__.splitlines()[0]
-    )
+    p = Parser(prog="python -m benchmarks.server.drills", description=__doc__.splitlines()[0])
     add_common(p, port=8200, ready=300, kv_gib=2, max_model_len=32 << 10)
     add = p.add_argument
     names = [drill.name for drill in DRILLS]
     add("--only", nargs="+", choices=names, default=names, metavar="DRILL",
         help=f"these of {', '.join(names)}, as far as they are for the model (default: all); "
         f"{BASE} is always one")  # fmt: skip
-    add("--at-once", type=int, default=len(names), help="servers at a time (default: all)")
-    add("--timeout", type=float, default=120, help="seconds for one request (default: 120)")
+    about = "servers at a time (default: all)"
+    add("--at-once", type=numbers.COUNT, default=len(names), help=about)
+    about = "seconds for one request (default: 120)"
+    add("--timeout", type=numbers.SECONDS, default=120, help=about)
     return p
 
 
-def drill(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Do the drills and return the results."""
-    began = time.monotonic()
+def drill(
+    a: argparse.Namespace, folder: Path, found: list[dict[str, Any]], saved: Callable[[], None]
+) -> None:
+    """Do the drills; ``found`` grows as it goes, and ``saved`` is called after each group."""
     served = model.read(a.model)
     serve = [*engine(a, served, max_num_seqs=16, memory_share=0.05), "--plugin", "dsv4", *a.serve]
-    chosen = [d for d in DRILLS if d.name == BASE or d.name in a.only]
-    results = []
-    for i, each in enumerate(d for d in chosen if d.kind in (None, served.kind)):
+    results: list[Result] = []
+    for i, each in enumerate(_wanted(a)):
         arguments = [*serve, *each.arguments]
         server = make_server(a, folder, i, each.name, each.environment, arguments)
         results.append(Result(each, server))
     for i in range(0, len(results), a.at_once):
         some = results[i : i + a.at_once]
-        try:
-            for result in some:
-                if not result.drill.library:
-                    _without_library(result.server)
-                result.server.start()
-            deadline = time.monotonic() + a.ready
-            with ThreadPoolExecutor(len(some)) as pool:
-                list(pool.map(partial(_run, deadline=deadline, timeout=a.timeout), some))
-        finally:
+        _together(a, some)
+        for result in some:
+            found.append(_told(result, _compare(result, results[0])))
+            print(f"{result.drill.name}: {'; '.join(result.wrong) or 'passed'}", flush=True)
+        saved()
+
+
+def _wanted(a: argparse.Namespace) -> list[Drill]:
+    named = [each for each in DRILLS if each.name == BASE or each.name in a.only]
+    return [each for each in named if each.kind in (None, model.read(a.model).kind)]
+
+
+def _together(a: argparse.Namespace, some: list[Result]) -> None:
+    """Do some drills at the same time; their servers are stopped, however it ends."""
+    pool = ThreadPoolExecutor(len(some))
+    try:
+        for result in some:
+            if not result.drill.library:
+                _without_library(result.server)
+            result.server.start()
+        deadline = time.monotonic() + a.ready
+        list(pool.map(partial(_run, deadline=deadline, timeout=a.timeout), some))
+    finally:
+        with held():  # the servers first: what waits for their answers ends with them
             at_once(lambda r: r.server.stop(), some)
-    found = []
-    for result in results:
-        compared = _compare(result, results[0])
-        print(f"{result.drill.name}: {'; '.join(result.wrong) or 'passed'}", flush=True)
-        found.append(
-            {
-                "name": result.drill.name,
-                "what": result.drill.what,
-                "passed": not result.wrong,
-                "wrong": result.wrong,
-                "requests": {"sent": result.sent, "answered": result.answered},
-                "environment": result.drill.environment,
-                "arguments": list(result.drill.arguments),
-                "ready_s": result.server.ready_s,
-                "said": [line[:600] for line in result.lines],
-                "counters": result.counters,
-                "shadow": result.shadow,
-                "compared": compared,
-            }
-        )
-    return {"model": served.about, "drills": found, "seconds": round(time.monotonic() - began, 1)}
+            pool.shutdown(cancel_futures=True)
+
+
+def _told(result: Result, compared: dict[str, Any]) -> dict[str, Any]:
+    """Return what the results file has of a drill."""
+    return {
+        "name": result.drill.name,
+        "what": result.drill.what,
+        "passed": not result.wrong,
+        "wrong": result.wrong,
+        "requests": {"sent": result.sent, "answered": result.answered},
+        "environment": result.drill.environment,
+        "arguments": list(result.drill.arguments),
+        "ready_s": result.server.ready_s,
+        "said": [line[:600] for line in result.lines],
+        "counters": result.counters,
+        "shadow": result.shadow,
+        "compared": compared,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 if every drill passed."""
-    a = parsed(parser(), argv)
-    with place(a) as folder:
-        results = drill(a, folder)
-    results = {
-        "command": ["python", "-m", "benchmarks.server.drills", *sys.argv[1:]],
-        "complete": all(d["passed"] for d in results["drills"]),
-        **about(a.commit),
-        **results,
+    return tool(parser(), _main, argv)
+
+
+def _main(a: argparse.Namespace) -> int:
+    began = time.monotonic()
+    secrets = checked(a, len(_wanted(a)))
+    results: dict[str, Any] = {
+        "command": ["python", "-m", "benchmarks.server.drills", *a.argv],
+        "complete": False,
+        "drills": [],
     }
-    a.json.write_text(json.dumps(results, indent=1) + "\n")
-    return 0 if results["complete"] else 1
+    results["command"] = secrets.command(results["command"])
+
+    def save() -> None:
+        results["seconds"] = round(time.monotonic() - began, 1)
+        outputs.write(a.json, outputs.text_of(secrets.data(results)))
+
+    save()
+    with interruptible() as work, place(a) as folder:
+        results["model"] = model.read(a.model).about
+        results |= about(a.commit)
+        drill(a, folder, results["drills"], save)
+    passed = bool(results["drills"]) and all(d["passed"] for d in results["drills"])
+    results["complete"] = work.whole and passed
+    save()
+    work.end(f"what there is was written to {a.json}")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv4_plugin.cli.shared.run import UsageError, reading
+
 __all__ = ["V4", "V41", "Model", "read"]
 
 V4, V41 = "deepseek_v4", "deepseek_v41"
@@ -37,8 +39,19 @@ class Model:
 
 
 def read(folder: Path) -> Model:
-    """Return what ``config.json`` in a model's folder says."""
-    config = json.loads((folder / "config.json").read_text())
+    """Return what ``config.json`` in a model's folder says.
+
+    Raises:
+        UsageError: it is not there, or says nothing of a model.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UsageError(f"--model {folder}: no config.json there")
+    with reading(file, "configuration"):
+        return _model(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _model(config: dict[str, Any]) -> Model:
     kind = config["model_type"]
     text = config.get("text_config", config)  # V4.1 has its layers there
     about = {"model_type": kind, **{key: text[key] for key in _TOLD if key in text}}

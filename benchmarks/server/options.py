@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -18,17 +19,13 @@ from typing import Any
 from benchmarks.server import measure
 from benchmarks.server.model import Model
 from benchmarks.server.server import VLLM, Server
+from dsv4_plugin.cli.shared import numbers, outputs
+from dsv4_plugin.cli.shared.run import UsageError
+from dsv4_plugin.cli.shared.secrets import Secrets
 
-__all__ = ["about", "add_common", "engine", "make_server", "number", "parsed", "place"]
+__all__ = ["about", "add_common", "engine", "checked", "make_server", "place", "words"]
 
-UNITS = {"k": 1024, "m": 1024 * 1024}
 GRAPHS = (1, 2, 4, 8, 16, 32, 64)  # requests of a captured batch
-
-
-def number(text: str) -> int:
-    """Return ``64K`` as 65536."""
-    unit = UNITS.get(text[-1:].lower())
-    return int(text[:-1]) * unit if unit else int(text)
 
 
 def add_common(
@@ -38,27 +35,43 @@ def add_common(
     add = p.add_argument
     add("--model", type=Path, required=True,
         help="as examples/make_tiny_v4.py or make_tiny_v41.py writes it")  # fmt: skip
-    add("--json", type=Path, required=True, help="the results")
-    add("--ready", type=float, default=ready,
+    add("--json", type=outputs.file, required=True, help="the results")
+    add("--ready", type=numbers.SECONDS, default=ready,
         help=f"seconds for the servers to start (default: {ready})")  # fmt: skip
-    add("--kv-gib", type=float, default=kv_gib,
+    add("--kv-gib", type=numbers.POSITIVE, default=kv_gib,
         help=f"cache of each server (default: {kv_gib})")  # fmt: skip
-    add("--max-model-len", type=number, default=max_model_len)
-    add("--port", type=int, default=port, help="of the first server; the others follow")
-    add("--folder", type=Path, help="logs and traces (default: a temporary folder, removed)")
-    add("--vllm", type=shlex.split, metavar="COMMAND",
+    add("--max-model-len", type=numbers.LENGTH, default=max_model_len)
+    add("--port", type=numbers.PORT, default=port, help="of the first server; the others follow")
+    add(
+        "--folder",
+        type=outputs.folder,
+        help="logs and traces (default: a temporary folder, removed)",
+    )
+    add("--vllm", type=words, metavar="COMMAND",
         help="what to run as vllm (default: the vLLM of this Python)")  # fmt: skip
     add("--commit", help="of the plugin, where neither git nor the version says it")
     add("serve", nargs="*", help="after --: further arguments of vllm serve, for every server")
 
 
-def parsed(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and look whether its files can be used."""
-    a = p.parse_args(argv)
-    if not (a.model / "config.json").exists():
-        p.error(f"--model {a.model}: no config.json there")
-    a.json.parent.mkdir(parents=True, exist_ok=True)
-    return a
+def words(text: str) -> list[str]:
+    """Split a text as a shell would."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{text!r} cannot be split: {error}") from error
+
+
+def checked(a: argparse.Namespace, servers: int) -> Secrets:
+    """Look whether the files and ports of a command can be used; returns its secrets.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    if a.port + servers - 1 > 65_535:
+        raise UsageError(f"--port {a.port}: {servers} servers need as many ports up to 65535")
+    if a.folder is not None:
+        outputs.make_folder("--folder", a.folder)
+    return Secrets([os.environ], [a.argv, a.vllm or ()])
 
 
 @contextlib.contextmanager
@@ -106,7 +119,9 @@ def about(commit: str | None) -> dict[str, Any]:
         "import json; from dsv4_plugin.cli.checks.timing import machine; "
         "print(json.dumps(machine()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace"
+    )
     try:
         machine = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

@@ -31,11 +31,16 @@ import gzip
 import json
 import re
 import statistics
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dsv4_plugin.cli.shared import numbers, outputs
+from dsv4_plugin.cli.shared.run import Parser, reading
+from dsv4_plugin.cli.shared.tool import tool
 
 __all__ = ["PARTS", "Kernel", "TraceError", "classify", "kernels", "read", "reduce"]
 
@@ -242,26 +247,32 @@ def _logits_to_topk(
     return round(statistics.median(spans), 3) if spans else None
 
 
-def main() -> None:
-    """``python -m benchmarks.server.trace TRACE --layers N [--writers N] [--json FILE]``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("trace", type=Path)
-    parser.add_argument("--layers", type=int, required=True, help="layers with an indexer")
-    parser.add_argument("--writers", type=int, metavar="N",
-                        help="layers that write index keys (default: all of these)")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="write there, not to the terminal")
-    arguments = parser.parse_args()
-    try:
-        text = json.dumps(
-            reduce(read(arguments.trace), arguments.layers, arguments.writers), indent=1
-        )
-    except TraceError as error:
-        text = json.dumps({"error": str(error)})
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reduce one trace; returns the exit code, 0 also where the text says why it cannot be done."""
+    parser = Parser(prog="python -m benchmarks.server.trace", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("trace", type=Path)
+    add("--layers", type=numbers.COUNT, required=True, help="layers with an indexer")
+    add("--writers", type=numbers.COUNT, metavar="N",
+        help="layers that write index keys (default: all of these)")  # fmt: skip
+    add("--json", type=outputs.file, help="write there, not to the terminal")
+    return tool(parser, _main, argv)
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    with reading(arguments.trace, "trace"):
+        try:
+            text = json.dumps(
+                reduce(read(arguments.trace), arguments.layers, arguments.writers), indent=1
+            )
+        except TraceError as error:
+            text = json.dumps({"error": str(error)})
     if arguments.json:
-        arguments.json.write_text(text + "\n")
+        outputs.write(arguments.json, text + "\n")
     else:
         print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

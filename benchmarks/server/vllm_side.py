@@ -30,6 +30,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import logging
 import os
 import threading
 import time
@@ -197,7 +198,7 @@ def _runner(folder: Path, module: Any) -> None:
     elif hasattr(owner, "load_model") and hasattr(owner, "execute_model"):
         owner.load_model = _copying_model(folder / COPY, owner.load_model)
     else:
-        log.logger.warning("e2e: contexts cannot be copied in this vLLM; they are computed")
+        log.say(logging.WARNING, "e2e: contexts cannot be copied in this vLLM; they are computed")
     _once(folder)
 
 
@@ -217,7 +218,7 @@ def _report(folder: Path) -> None:
         for name, now in seen.items():
             if now is None or now == said.get(name):
                 continue
-            if name == "memory" or now["host"] is not None:
+            if name == "memory" or now["engine"] is not None:
                 file = folder / f"{name}-{os.getpid()}.json"
                 part = file.with_suffix(".part")
                 part.write_text(json.dumps(now, indent=1) + "\n")
@@ -267,7 +268,7 @@ def _copying(flag: Path, forward: Callable[..., Any]) -> Callable[..., Any]:
         try:
             copied = pages.chunk(self, positions)
         except Exception:
-            log.logger.exception("e2e: contexts are computed from now on, copying failed")
+            log.exception("e2e: contexts are computed from now on, copying failed")
             flag.unlink(missing_ok=True)
             copied = False
         if not copied:

@@ -7,19 +7,19 @@ stands between the markers of that name.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.engines.forward.parts import OFF, VARIANTS
-from benchmarks.engines.kernels import sglang as sglang_cells
-from benchmarks.engines.kernels import tokenspeed as tokenspeed_cells
+from benchmarks.engines.forward.variants import OFF, VARIANTS
 from benchmarks.tables import readme as figures
-from dsv4_plugin.cli.bench.cells import Row
+from dsv4_plugin.cli.shared.choices import SGLANG_CALLS, TOKENSPEED_CALLS
+from dsv4_plugin.cli.shared.tool import prints
 
 __all__ = ["hosts", "sglang", "tokenspeed"]
 
 ADAPTERS, SGLANG, TOKENSPEED = "h100_adapters.json", "h100_sglang.json", "h100_tokenspeed.json"
-CALLS = {"sglang": sglang_cells.CALLS, "tokenspeed": tuple(tokenspeed_cells.SHAPES)}
+CALLS = {"sglang": SGLANG_CALLS, "tokenspeed": TOKENSPEED_CALLS}
+Row = dict[str, Any]
 Cells = dict[str, dict[str, Row]]  # a row of a table → implementation or variant → its result
 
 
@@ -293,5 +293,11 @@ def _missing(document: Any, suite: str | None = None) -> str:
     return f" **Incomplete:** the run was stopped; missing: {', '.join(names)}."
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print one of the texts; returns the exit code."""
+    what = {"sglang": sglang, "tokenspeed": tokenspeed, "hosts": hosts}
+    return prints("python -m benchmarks.tables.engines", what, argv)
+
+
 if __name__ == "__main__":
-    print({"sglang": sglang, "tokenspeed": tokenspeed, "hosts": hosts}[sys.argv[1]]())
+    sys.exit(main())

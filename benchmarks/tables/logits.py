@@ -7,13 +7,15 @@ markers of a page.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.tables import readme as figures
-from dsv4_plugin.cli.bench.logits.chain import chain_name
+from dsv4_plugin.cli.bench.logits.bars import chain_name
 from dsv4_plugin.cli.bench.topk.bars import best_peers, geomean, sound
 from dsv4_plugin.cli.bench.topk.peers import OURS
+from dsv4_plugin.cli.shared.tool import prints
 
 __all__ = ["markdown"]
 
@@ -167,5 +169,11 @@ def _against(ratios: list[float], what: str, begin: str = "Against") -> str:
     )
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the text; returns the exit code."""
+    prog = "python -m benchmarks.tables.logits"
+    return prints(prog, {"logits-figures": markdown}, argv)
+
+
 if __name__ == "__main__":
-    print(markdown())
+    sys.exit(main())

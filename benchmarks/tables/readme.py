@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.server.measure import paired
 from dsv4_plugin.cli.bench.topk.bars import best_peers, geomean
 from dsv4_plugin.cli.recall.command import table
+from dsv4_plugin.cli.shared.run import reading
+from dsv4_plugin.cli.shared.tool import prints
 
 __all__ = ["RESULTS", "bars", "gain", "load", "readme", "reads", "recall", "served", "server"]
 
@@ -28,7 +31,8 @@ _COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)
 
 def load(name: str) -> Any:
     """Return a committed results file."""
-    return json.loads((RESULTS / name).read_text())
+    with reading(RESULTS / name):
+        return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def _decode(topk: Any) -> list[dict[str, Any]]:
@@ -272,6 +276,11 @@ def gain() -> str:
     )
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print one of the texts; returns the exit code."""
+    what = {f.__name__: f for f in (readme, bars, recall, server, gain, served, reads)}
+    return prints("python -m benchmarks.tables.readme", what, argv)
+
+
 if __name__ == "__main__":
-    what = {f.__name__: f for f in (bars, recall, server, gain, served, reads)}
-    print(what[sys.argv[1]]() if sys.argv[1:] else readme())
+    sys.exit(main())

@@ -9,10 +9,12 @@ from __future__ import annotations
 import itertools
 import statistics
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.server.measure import agreement
 from benchmarks.tables import readme as figures
+from dsv4_plugin.cli.shared.tool import prints
 
 __all__ = ["DRILLS", "MODES", "drills", "modes"]
 
@@ -95,5 +97,11 @@ def drills() -> str:
     return "\n".join(lines)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print one of the texts; returns the exit code."""
+    what = {"modes": modes, "drills": drills}
+    return prints("python -m benchmarks.tables.server", what, argv)
+
+
 if __name__ == "__main__":
-    print({"modes": modes, "drills": drills}[sys.argv[1]]())
+    sys.exit(main())

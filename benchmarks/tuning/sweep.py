@@ -1,10 +1,7 @@
-"""Every choice of threads and cluster in every cell: what the table of choices is made from.
+"""``python -m benchmarks.tuning.sweep --json FILE``: every choice of the top-k, on a GPU.
 
-``python -m benchmarks.tuning.sweep --json FILE`` on a GPU. For each cell it times the choice
-that ``choose_topk`` (csrc/include/dsv4/topk/tuning.cuh) makes and every other that holds the row,
-each checked first: replayed alone, and with ``--served`` as a server calls it
-(:mod:`dsv4_plugin.cli.bench.topk.served`), with ``--behind-logits`` as that runs behind the logits
-(:mod:`benchmarks.tuning.behind`). The choices never change the answer.
+:mod:`.choice_sweep` says what is timed: each choice replayed alone, with ``--served`` as a server
+calls it, with ``--behind-logits`` as that runs behind the logits.
 
 A server captures its graphs at the greatest width: ``--width 262144 --columns 2176 8192`` has short
 rows in wide buffers, where ``--solo`` (the longest row that one CTA of a cluster serves) matters,
@@ -14,206 +11,83 @@ too.
 from __future__ import annotations
 
 import argparse
-import functools
-import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from benchmarks.tuning.behind import Behind
-from dsv4_plugin import topk
-from dsv4_plugin.cli.bench.cells import DIRTY, Row
-from dsv4_plugin.cli.bench.topk.cases import COLUMNS, DTYPES, KS, ROWS, Case, Problem
-from dsv4_plugin.cli.bench.topk.check import Reference
-from dsv4_plugin.cli.bench.topk.served import Elsewhere
 from dsv4_plugin.cli.checks.progress import Progress
 from dsv4_plugin.cli.checks.results import Results
-from dsv4_plugin.cli.checks.timing import machine, time_graph
-from dsv4_plugin.kernels import cuda
-from dsv4_plugin.kernels.cuda import SOLO
+from dsv4_plugin.cli.shared import numbers, outputs
+from dsv4_plugin.cli.shared.choices import KS, TOPK_DTYPES
+from dsv4_plugin.cli.shared.run import Parser, UsageError, interruptible, need_torch
+from dsv4_plugin.cli.shared.tool import tool
 
-__all__ = ["CLUSTERS", "SOLO", "THREADS", "choices", "main", "summary"]
-
-THREADS = (256, 512)
-CLUSTERS = (1, 2, 3, 4, 6, 8, 12, 16)
-UNITS_A_THREAD = 64  # kTopkUnitSteps: of eight scores each
-TABLE = "table"  # the name of what choose_topk takes
-
-
-def choices(
-    rows: int, columns: int, sms: int, solos: Sequence[int] = ()
-) -> Iterator[tuple[int, int, int]]:
-    """Yield (threads, cluster, solo) that hold a row, of a small call those that run at once.
-
-    Twice as many CTAs as multiprocessors run at once; a row alone may have sixteen. ``columns`` is
-    the width of the buffer. ``solo`` is each of ``solos``, by default what the table has for so
-    many threads; to a CTA a row it means nothing.
-    """
-    for threads, cluster in itertools.product(THREADS, CLUSTERS):
-        holds = threads * UNITS_A_THREAD * 8 * cluster
-        if columns <= holds and (cluster == 1 or rows * cluster <= 2 * sms):
-            tried = solos or (SOLO[threads],)
-            for solo in tried[:1] if cluster == 1 else tried:
-                yield threads, cluster, solo
-
-
-class Sweep:
-    """Measures cells; ``results`` has a row for each choice in each."""
-
-    def __init__(
-        self,
-        *,
-        replays: int,
-        launches: int,
-        served: bool = False,
-        behind: bool = False,
-        solos: Sequence[int] = (),
-    ) -> None:
-        """Make what is between two calls, where it is wanted."""
-        self.replays, self.launches, self.solos = replays, launches, solos
-        self.elsewhere = Elsewhere("cuda") if served else None
-        self.behind = Behind() if behind else None
-        self.sms = torch.cuda.get_device_properties(0).multi_processor_count
-        self.results: list[Row] = []
-
-    def cell(self, case: Case) -> str:
-        """Measure every choice in one cell; returns the best, beside the table's."""
-        if self.behind is None:
-            problem = case.make("cuda")
-        else:
-            problem, score = self.behind.problem(case)
-        reference = Reference(problem, case.k, narrow=case.dtype == "narrow")
-        source = problem.logits.clone() if self.elsewhere else None
-        width = case.width or case.columns
-        every = [None, *choices(case.rows, width, self.sms, self.solos)]
-        calls = [self._call(case, problem, choice) for choice in every]
-        mine = [
-            self._row(case, reference, source, choice, *call)
-            for choice, call in zip(every, calls, strict=True)
-        ]
-        if self.behind is not None:
-            run = [call for call, _ in calls]
-            took = self.behind.us(case.dtype, score, run, replays=self.replays)
-            for row, us in zip(mine, took, strict=True):
-                row["behind_us"] = round(us, 3)
-        self.results += mine
-        return summary(mine)
-
-    def _call(
-        self, case: Case, problem: Problem, choice: tuple[int, int, int] | None
-    ) -> tuple[Callable[[], Any], torch.Tensor]:
-        narrow = case.dtype == "narrow"
-        out = torch.full((case.rows, case.k), DIRTY, dtype=torch.int32, device="cuda")
-        if choice is None:
-            return functools.partial(
-                topk, problem.logits, problem.lengths, case.k, page_table=problem.page_table,
-                out=out, narrow=narrow, backend="cuda",
-            ), out  # fmt: skip
-        return functools.partial(
-            cuda.topk_with, problem.logits, problem.lengths, out, threads=choice[0],
-            cluster=choice[1], solo=choice[2], narrow=narrow, page_table=problem.page_table,
-        ), out  # fmt: skip
-
-    def _row(
-        self,
-        case: Case,
-        reference: Reference,
-        source: torch.Tensor | None,
-        choice: tuple[int, int, int] | None,
-        call: Callable[[], Any],
-        out: torch.Tensor,
-    ) -> Row:
-        call()
-        judged = reference.judge(out, case.k, ties=True)
-        row: Row = {
-            "dtype": case.dtype, "k": case.k, "rows": case.rows, "columns": case.columns,
-            "width": case.width or case.columns, "threads": choice[0] if choice else TABLE,
-            "cluster": choice[1] if choice else TABLE, "solo": choice[2] if choice else TABLE,
-            "exact": judged.exact and judged.ties,
-            "warm_us": round(
-                time_graph([call], launches=self.launches, replays=self.replays), 3
-            ),
-        }  # fmt: skip
-        if self.elsewhere is not None and source is not None:
-            us = self.elsewhere.served_us(
-                case.dtype, call, reference.problem.logits, source, replays=self.replays
-            )
-            row["served_us"] = round(us, 3)
-        return row
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """Return the best choices of one cell and what the table's choice takes."""
-    table = next(row for row in rows if row["threads"] == TABLE)
-    text = []
-    for field, name in (("warm_us", "warm"), ("served_us", "served"), ("behind_us", "behind")):
-        if field not in table:
-            continue
-        best = sorted((r for r in rows if r["threads"] != TABLE), key=lambda r: r[field])[:3]
-        shown = ", ".join(f"{_name(r)} {r[field]:.2f}" for r in best)
-        text.append(f"{name}: table {table[field]:.2f}; {shown}")
-    wrong = [row for row in rows if not row["exact"]]
-    return "  |  ".join(text) + (f"  NOT EXACT: {len(wrong)}" if wrong else "")
-
-
-def _name(row: Row) -> str:
-    solo = "" if row["solo"] == SOLO[row["threads"]] else f" solo {row['solo']}"
-    return f"{row['cluster']} x {row['threads']}{solo}"
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Sweep the cells that the arguments name."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning.sweep", description=__doc__)
-    parser.add_argument("--k", type=int, nargs="+", default=KS)
-    parser.add_argument("--rows", type=int, nargs="+", default=(*ROWS, 16))
-    parser.add_argument("--columns", type=int, nargs="+", default=COLUMNS)
-    parser.add_argument("--width", type=int, default=0, help="of the buffer, wider than the rows")
-    parser.add_argument(
-        "--solo", type=int, nargs="+", default=(), metavar="SCORES",
-        help="longest row that one CTA of a cluster serves (what the table has)",
-    )  # fmt: skip
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=("bfloat16", "float32"))
-    parser.add_argument("--served", action="store_true", help="as a server calls it, too")
-    parser.add_argument("--behind-logits", action="store_true", help="behind its logits, too")
-    parser.add_argument("--launches", type=int, default=20, help="launches in a graph (20)")
-    parser.add_argument("--replays", type=int, default=5, help="whose median counts (5)")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no cell after it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
-    arguments = parser.parse_args(argv)
+    """Sweep the cells that the arguments name; returns the exit code."""
+    parser = Parser(prog="python -m benchmarks.tuning.sweep", description=__doc__)
+    add = parser.add_argument
+    add("--k", type=numbers.whole(1, max(KS)), nargs="+", default=KS)
+    add("--rows", type=numbers.COUNT, nargs="+", help="default: those of bench topk, and 16")
+    add("--columns", type=numbers.COUNT, nargs="+", help="default: those of bench topk")
+    add("--width", type=numbers.COUNT, default=0, help="of the buffer, wider than the rows")
+    about = "longest row that one CTA of a cluster serves (what the table has)"
+    add("--solo", type=numbers.COUNT, nargs="+", default=(), metavar="SCORES", help=about)
+    add("--dtype", nargs="+", choices=tuple(TOPK_DTYPES), default=("bfloat16", "float32"))
+    add("--served", action="store_true", help="as a server calls it, too")
+    add("--behind-logits", action="store_true", help="behind its logits, too")
+    add("--launches", type=numbers.COUNT, default=20, help="launches in a graph (20)")
+    add("--replays", type=numbers.COUNT, default=5, help="whose median counts (5)")
+    add("--budget", type=numbers.SECONDS, metavar="SECONDS", help="begin no cell after it")
+    add("--json", type=outputs.file, metavar="FILE", help="write the results there")
+    return tool(parser, _sweep, argv)
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    need_torch()
+    import torch
+
+    from benchmarks.tuning.choice_sweep import Sweep
+    from dsv4_plugin.cli.bench.topk.cases import COLUMNS, ROWS, Case
+    from dsv4_plugin.cli.checks.timing import machine
+    from dsv4_plugin.kernels import cuda
+
+    every_columns = arguments.columns or COLUMNS
     if not torch.cuda.is_available():
-        parser.error("a sweep needs a GPU: there are no choices elsewhere")
+        raise UsageError("there is no CUDA device here: a sweep needs one")
     if cuda.missing():
-        parser.error(f"the compiled kernels are missing: {cuda.missing()}")
-    if arguments.width and arguments.width < max(arguments.columns):
-        parser.error(f"--width is {arguments.width}, less than the columns")
+        raise UsageError(f"the compiled kernels are missing: {cuda.missing()}")
+    if arguments.width and arguments.width < max(every_columns):
+        raise UsageError(f"--width is {arguments.width}, less than the columns")
     sweep = Sweep(
         replays=arguments.replays, launches=arguments.launches, served=arguments.served,
         behind=arguments.behind_logits, solos=arguments.solo,
     )  # fmt: skip
-    document: Row = {
+    document: dict[str, Any] = {
         "machine": machine(), "what": "topk sweep", "complete": False, "bars": [],
         "results": sweep.results,
     }  # fmt: skip
-    file = Results(document, arguments.json)
     cells = [
         Case("decode", dtype, k, rows, columns, width=arguments.width)
         for dtype in arguments.dtype
-        for rows in arguments.rows
-        for columns in arguments.columns
+        for rows in arguments.rows or (*ROWS, 16)
+        for columns in every_columns
         for k in arguments.k
     ]
-    progress = Progress(print, arguments.budget)
+    progress = Progress(lambda line: print(line, flush=True), arguments.budget)
     progress.start(len(cells))
-    for case in cells:
-        if progress.spent():
-            break
-        progress.done(f"{case}  {sweep.cell(case)}")
-        file.save()
-    document["complete"] = not progress.out_of_time
-    file.save(now=True)
+    with Results(document, arguments.json) as file:
+        with interruptible() as work:
+            for case in cells:
+                if progress.spent():
+                    break
+                progress.done(f"{case}  {sweep.cell(case)}")
+                file.save()
+        document["complete"] = work.whole and not progress.out_of_time
+    work.must(sweep.results, "nothing was measured: no cell is left", file.said())
+    work.end(file.said())
     return 0 if all(row["exact"] for row in sweep.results) else 1
 
 

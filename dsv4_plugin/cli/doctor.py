@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_plugin import envs
+from dsv4_plugin.cli.shared.run import UsageError, interruptible
 from dsv4_plugin.errors import SettingError
 
 __all__ = ["collect", "render", "run", "run_hosts"]
@@ -55,17 +56,27 @@ def run_hosts(specs: Sequence[str], as_json: bool = False, folder: Path | None =
     """Print the seams of releases that are not installed; without ``specs`` the newest of each.
 
     Returns:
-        0 if every seam was found, 1 if one moved or a release cannot be had, 2 for a wrong spec.
+        0 if every seam was found, 1 if one moved or a release cannot be had.
+
+    Raises:
+        UsageError: a spec is wrong.
     """
     from dsv4_plugin.engines import releases
 
-    try:
-        found = releases.matrix(specs or list(releases.ENGINES), folder)
-    except releases.SpecError as error:
-        print(f"dsv4-plugin doctor: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(found, indent=2) if as_json else releases.render(found))
-    whole = all(not r["error"] and all(s["where"] for s in r["seams"].values()) for r in found)
+    found: list[Data] = []
+    with interruptible() as work:
+        try:
+            releases.matrix(specs or list(releases.ENGINES), folder, found)
+        except releases.SpecError as error:
+            raise UsageError(str(error)) from error
+    print(json.dumps(found, indent=2) if as_json else releases.render(found), flush=True)
+    work.end()
+    whole = all(
+        not release["error"]
+        and release["seams"]
+        and all(seam["where"] for seam in release["seams"].values())
+        for release in found
+    )
     return 0 if whole else 1
 
 
@@ -103,8 +114,20 @@ def collect() -> Data:
 def _guarded(part: Callable[[], Any]) -> Any:
     try:
         return part()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a broken package may raise anything
         return {"error": _said(error)}
+
+
+@functools.cache
+def _torch() -> tuple[Any, str]:
+    """Return torch, or None and why it cannot be imported; a second try would say another thing."""
+    try:
+        import torch
+
+        torch.cuda.is_available()  # a package that is not all there is imported, and has nothing
+    except (Exception, SystemExit) as error:
+        return None, f"torch cannot be imported ({_said(error)})"
+    return torch, ""
 
 
 def _said(error: BaseException) -> str:
@@ -130,10 +153,9 @@ def _installed(distribution: str) -> str | None:
 
 
 def _gpu() -> Data:
-    try:
-        import torch
-    except Exception as error:
-        return {"devices": [], "why": f"torch cannot be imported ({_said(error)})"}
+    torch, why = _torch()
+    if torch is None:
+        return {"devices": [], "why": why}
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         why = "torch sees no GPU" if built else "this torch is built without CUDA"
@@ -163,19 +185,22 @@ def _driver() -> str | None:
 def _library() -> Data:
     path = Path(__file__).parents[1] / "_C.so"
     present = path.is_file()
-    try:
-        from dsv4_plugin.kernels import cuda
+    torch, broken = _torch()
+    why: str | None = broken
+    if torch is not None:
+        try:
+            from dsv4_plugin.kernels import cuda
 
-        why = cuda.missing()
-    except Exception as error:
-        why = f"the loader cannot be imported ({_said(error)})"
+            why = cuda.missing()
+        except (Exception, SystemExit) as error:
+            why = f"the loader cannot be imported ({_said(error)})"
     return {"file": path.name, "present": present, "loads": why is None, "why": why}
 
 
 def _settings() -> dict[str, Data]:
     found = {}
     for variable in envs.VARIABLES:
-        value = os.environ.get(variable.name)
+        value = os.environ.get(variable.name, "").strip() or None
         error = None
         try:
             envs.parse({} if value is None else {variable.name: value})
@@ -193,14 +218,13 @@ def _unknown_variables() -> dict[str, str | None]:
     return envs.unknown()
 
 
-def _ops() -> dict[str, Data]:
+def _ops() -> Data:
     """Map every op to what a call on the first device would get, and why not what comes before."""
-    try:
-        import torch
+    torch, why = _torch()
+    if torch is None:
+        return {"error": why}
+    from dsv4_plugin import backends
 
-        from dsv4_plugin import backends
-    except Exception as error:
-        raise RuntimeError(f"torch cannot be imported ({_said(error)})") from error
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     calls = [
         backends.Call("topk", device, dtype, TOPK_K)
@@ -219,7 +243,7 @@ def _ops() -> dict[str, Data]:
     # The gather that keeps the keys quantised, which is what engines ask for.
     calls.append(backends.Call("gather", device, torch.uint8))
     try:
-        wish = envs.settings().backend
+        wish = envs.value("backend")
     except SettingError:
         wish = "auto"
     return {_call_name(call): _what_serves(backends, call, wish) for call in calls}
@@ -282,6 +306,8 @@ def _verdict(data: Data) -> tuple[int, str]:
         return 2, f"a setting is wrong: {wrong[0]}"
     if settings["DSV4_PLUGIN"]["value"].strip() == "0":
         return 1, "DSV4_PLUGIN=0: the plugin changes nothing, whatever else asks for it"
+    if "error" in data["ops"]:
+        return 1, f"no op can run here: {data['ops']['error']}"
     ops = [row for row in data["ops"].values() if isinstance(row, dict)]
     refused = [row["error"] for row in ops if row["error"]]
     if refused:

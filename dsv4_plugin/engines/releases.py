@@ -38,23 +38,35 @@ class SpecError(ValueError):
     """Not the name of a release."""
 
 
-def matrix(specs: Iterable[str], folder: Path | None = None) -> list[Data]:
+def matrix(
+    specs: Iterable[str], folder: Path | None = None, found: list[Data] | None = None
+) -> list[Data]:
     """Probe releases: ``engine``, ``engine==version`` or ``engine@folder of its packages``.
 
     Args:
         specs: the releases; without a version the newest one that pip finds for this Python.
         folder: where wheels and their Python files are kept; None: nowhere.
+        found: what is filled and returned, so that the caller of an interrupted run has it.
 
     Returns:
-        One entry a release: ``engine``, ``version``, ``seams`` (name -> where, why), ``error``.
+        One entry a release: ``engine``, ``version``, ``seams`` (name -> where, why), ``error``, and
+        ``complete``: false for one that was not looked at to its end.
 
     Raises:
         SpecError: a spec is none of the three, or its engine is not known.
     """
-    found = [_parsed(spec) for spec in specs]
+    found = [] if found is None else found
+    wanted = [_parsed(spec) for spec in specs]
+    found += [
+        {"engine": engine, "version": version or place, "seams": {}, "error": "interrupted",
+         "complete": False}
+        for engine, version, place in wanted
+    ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="dsv4-hosts-") as scratch:
         root = Path(scratch) if folder is None else folder
-        return [_release(*parts, root) for parts in found]
+        for number, parts in enumerate(wanted):
+            found[number] = _release(*parts, root) | {"complete": True}
+    return found
 
 
 def _parsed(spec: str) -> tuple[str, str | None, str | None]:
@@ -118,7 +130,7 @@ def _download(requirement: str, folder: Path) -> Path:
             "--only-binary", ":all:", "--ignore-requires-python", "--disable-pip-version-check",
             "--dest", str(folder), requirement,
         ],
-        capture_output=True, text=True, timeout=1800,
+        capture_output=True, encoding="utf-8", errors="replace", timeout=1800,
     )  # fmt: skip
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]

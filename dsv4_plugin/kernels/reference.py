@@ -11,6 +11,8 @@ import functools
 
 import torch
 
+from dsv4_plugin.checks import MAX_INT32
+
 __all__ = [
     "gather_indexer_cache",
     "ordered_key",
@@ -177,7 +179,7 @@ def gather_indexer_cache(
         scale = scales[page, offset].view(torch.float32).squeeze(1)
     else:  # nothing to read: every page is past the end
         codes = pages.new_zeros(tokens, head_dim)
-        scale = torch.zeros(tokens, device=pages.device)
+        scale = torch.zeros(tokens, dtype=torch.float32, device=pages.device)
     scale = scale.masked_fill(padding, 0.0).masked_fill(beyond, float("nan"))
     codes = codes.masked_fill(padding[:, None], 0).masked_fill(beyond[:, None], 0x7F)
     if scales_out is not None:
@@ -216,7 +218,7 @@ def row_lengths(lengths: torch.Tensor, rows: int, next_n: int) -> torch.Tensor:
 
     Row ``b * next_n + j`` of a request with length ``n`` sees ``n - next_n + 1 + j`` columns.
     """
-    flat = lengths.reshape(-1).to(torch.int64)
+    flat = lengths.reshape(-1).to(torch.int64).clamp(min=0)
     if flat.numel() == rows:
         return flat
     step = torch.arange(1 - next_n, 1, device=lengths.device)
@@ -295,5 +297,6 @@ def to_slots(index: torch.Tensor, page_table: torch.Tensor, page_size: int) -> t
         return torch.full_like(index, -1)
     page = torch.div(index.clamp(min=0), page_size, rounding_mode="floor")
     number = page_table.gather(1, page.clamp(max=page_table.shape[1] - 1)).to(torch.int64)
-    gone = (index < 0) | (number < 0) | (page >= page_table.shape[1])
-    return (number * page_size + index % page_size).masked_fill(gone, -1)
+    slot = number * page_size + index % page_size
+    gone = (index < 0) | (number < 0) | (page >= page_table.shape[1]) | (slot > MAX_INT32)
+    return slot.masked_fill(gone, -1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from dsv4_plugin.checks import MAX_INT32
 from dsv4_plugin.kernels import reference, reference_logits
 from dsv4_plugin.kernels.reference import SCALE_BYTES, planes, row_lengths
 
@@ -22,7 +23,6 @@ __all__ = [
 
 # Elements made at a time: of scores, or of float64 keys and dot products (64 MiB).
 _CHUNK = 1 << 23
-_MOST = (1 << 31) - 1  # the largest position that an int32 holds
 
 
 def block_maxima(
@@ -91,7 +91,7 @@ def select_blocks(
     piece: int,
 ) -> None:
     """Select the ``k`` best blocks of every row; see :func:`dsv4_plugin.select_blocks`."""
-    n = row_lengths(lengths, maxima.shape[0], next_n).clamp(0, _MOST)
+    n = row_lengths(lengths, maxima.shape[0], next_n).clamp(0, MAX_INT32)
     reference.topk(
         maxima, _blocks(n, piece), out, None, None, None, k, 1, 64, False, False, out_counts
     )
@@ -234,7 +234,7 @@ def select_candidates(
     See :func:`dsv4_plugin.select_candidates`.
     """
     rows = logits.shape[0]
-    n = row_lengths(lengths, rows, next_n).clamp(0, _MOST)
+    n = row_lengths(lengths, rows, next_n).clamp(0, MAX_INT32)
     visible = _visible(candidates, n, piece)
     column = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
     reference.topk(logits, visible, column, None, None, None, k, 1, 64, False, False, out_counts)

@@ -53,10 +53,13 @@ def paged_logits(
     All pages of the table are scored here, and what lies past a row's length is then left out.
     """
     batch, _, heads, head_dim = q.shape
-    rows, width = out.shape
-    blocks = min(block_table.shape[1], -(-width // block_size))
-    width = min(width, blocks * block_size)
-    n = row_lengths(lengths, rows, next_n).view(batch, next_n, 1)
+    rows, columns = out.shape
+    blocks = min(block_table.shape[1], -(-columns // block_size))
+    width = min(columns, blocks * block_size)
+    per_row = row_lengths(lengths, rows, next_n)
+    past = torch.arange(width, columns, device=q.device) < per_row[:, None]
+    out[:, width:].masked_fill_(past, -torch.inf)
+    n = per_row.view(batch, next_n, 1)
     weights = weights.unflatten(0, (batch, next_n))
     each = block_size * max(head_dim, next_n * heads)  # elements a page of a request
     step = max(1, min(blocks, _CHUNK // each))
@@ -78,7 +81,7 @@ def paged_logits(
                 scale = scales[page].flatten(1, 2).view(torch.float32)[:, : end - begin, 0]
                 score = scores(q[part], keys, scale, weights[part]).masked_fill(gone, -torch.inf)
             else:
-                score = torch.full(gone.shape, -torch.inf, device=q.device)
+                score = torch.full(gone.shape, -torch.inf, dtype=torch.float32, device=q.device)
             held = target[:, :, begin:end]
             held.copy_(torch.where(column < n[part], score.to(out.dtype), held))
 
@@ -99,8 +102,13 @@ def ragged_logits(
     rows, heads, _ = q.shape
     keys, width = k.shape[0], out.shape[1]
     start, end = row_starts.to(torch.int64), row_ends.to(torch.int64)
-    n = (end.clamp(max=keys) - start).masked_fill(start < 0, 0)[:, None]
+    n = (end - start).clamp(max=width)
+    n = n.masked_fill(n < 0, width).masked_fill(end <= start, 0)[:, None]  # a difference may wrap
+    start = start.clamp(-width, keys)[:, None]
     column = torch.arange(width, device=q.device)
+    if not keys:
+        out.masked_fill_(column < n, -torch.inf)
+        return
     step = max(1, min(keys, _CHUNK // heads))
     some = max(1, _CHUNK // (heads * step))
     for lo in range(0, rows, some):
@@ -113,5 +121,7 @@ def ragged_logits(
             ],
             dim=1,
         )  # fmt: skip
-        shifted = score.gather(1, (start[part, None] + column).clamp(0, keys - 1))
+        key = start[part] + column
+        gone = (key < 0) | (key >= keys)
+        shifted = score.gather(1, key.clamp_(0, keys - 1)).masked_fill_(gone, -torch.inf)
         out[part].copy_(torch.where(column < n[part], shifted.to(out.dtype), out[part]))

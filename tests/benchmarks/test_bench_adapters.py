@@ -16,7 +16,8 @@ from benchmarks.tables import engines as figures
 from benchmarks.tables.readme import RESULTS
 from dsv4_plugin.cli.bench.topk.peers import Peers
 from dsv4_plugin.cli.main import main
-from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.shared import adapter
+from dsv4_plugin.engines.shared.decision import INERT
 from dsv4_plugin.state import state
 
 PEERS = """
@@ -93,7 +94,7 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
     for words in ("absent is not compared: is not installed", "[  1/11 ", "wrong ", "!",
                   "rows x columns", "tokenspeed failed: ValueError"):  # fmt: skip
         assert words in said, words
-    assert plan.current() is plan.INERT and not state.counters
+    assert adapter.current().decision is INERT and not state.counters
 
 
 @pytest.mark.parametrize("wrong", ["slots", "an index twice", "a row's length"])

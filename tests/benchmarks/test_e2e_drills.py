@@ -14,7 +14,8 @@ import pytest
 from kits.e2e_servers import FAKE, free_ports, tiny_model
 
 from benchmarks.server import drills, vllm_side
-from dsv4_plugin.engines.shared import import_hooks, plan
+from dsv4_plugin.engines.shared import adapter, import_hooks
+from dsv4_plugin.engines.shared.decision import INERT
 
 ALL = [drill.name for drill in drills.DRILLS]
 NAMES = [drill.name for drill in drills.DRILLS if drill.kind is None]  # every model's
@@ -73,7 +74,7 @@ def test_a_v41_model_has_drills_of_its_own(tmp_path: Path) -> None:
     assert by_name["candidate_logits"]["environment"]["E2E_FAULT"] == "candidate_logits"
     assert by_name["candidate_logits"]["said"] == [
         "candidates failed at a call and was switched off (RuntimeError: drill: "
-        "candidate_logits); upstream serves"
+        "candidate_logits); the engine serves"
     ]
     assert len(own) == 5
 
@@ -148,9 +149,9 @@ def test_the_drills_look_for_what_the_plugin_says(
     (drill,) = (d for d in drills.DRILLS if d.name == name)
     try:
         with caplog.at_level(logging.INFO, "dsv4_plugin"):
-            plan.switch_off(name, RuntimeError(f"drill: {name}"))
+            adapter.current().switch_off(name, RuntimeError(f"drill: {name}"))
     finally:
-        plan.decide(plan.INERT)
+        adapter.current().decide(INERT)
     assert [bool(re.search(drill.says, record.message)) for record in caplog.records] == [True]
 
 

@@ -14,8 +14,10 @@ import pytest
 from kits.e2e_servers import FAKE, free_ports, tiny_model
 from kits.packaging_tools import ROOT
 
-from benchmarks.server import client, command, measure, options, server, vllm_side
+from benchmarks.server import client, command, measure, server, vllm_side
 from benchmarks.server.model import V4, V41, read
+from dsv4_plugin.cli.shared import numbers
+from dsv4_plugin.cli.shared.run import UsageError
 
 
 @pytest.fixture
@@ -30,6 +32,17 @@ def run(model: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict[str, An
          "--vllm", FAKE, "--port", str(free_ports(2)), *arguments]
     )  # fmt: skip
     return code, json.loads(out.read_text())
+
+
+def refused(model: Path, tmp_path: Path, *arguments: str) -> int | str | None:
+    """The exit code of a command line that is not begun."""
+    given = ["--model", str(model), "--json", str(tmp_path / "none.json"), *arguments]
+    try:
+        return command.main(given)
+    except SystemExit as end:
+        return end.code
+    finally:
+        assert not (tmp_path / "none.json").exists()
 
 
 def test_two_servers_are_measured_in_turn(
@@ -65,7 +78,7 @@ def test_two_servers_are_measured_in_turn(
         assert rows["chain_us_layer", count]["ratio"] == round((8 + 12) / (8 + 4), 4)
     about = found["servers"]["on"]
     assert about["environment"] == {"FAKE_MS": "12", "FAKE_OTHER": "3"}
-    assert [s["host"] for s in about["status"]] == ["fake"]
+    assert [s["engine"] for s in about["status"]] == ["fake"]
     assert any("dsv4 stands in" in line and server.SIDE in line for line in about["log"])
     assert found["machine"]["plugin"] and found["command"][2] == "benchmarks.server"
 
@@ -112,6 +125,17 @@ def test_what_a_model_needs_of_vllm(tmp_path: Path) -> None:
     assert (other.indexers, other.writers, other.arguments) == (5, 5, ())
 
 
+def test_a_folder_without_a_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="no config.json there"):
+        read(tmp_path)
+    for text, why in (("[]", "is no configuration"), ("{}", "it has no 'model_type'")):
+        (tmp_path / "config.json").write_text(text)
+        assert refused(tmp_path, tmp_path) == 2
+        assert why in capsys.readouterr().err
+
+
 def test_the_full_v41_has_the_layers_of_the_published_one(tmp_path: Path) -> None:
     maker = ROOT / "examples" / "make_tiny_v41.py"
     done = subprocess.run(
@@ -127,7 +151,7 @@ def test_the_full_v41_has_the_layers_of_the_published_one(tmp_path: Path) -> Non
 
 
 def test_servers_with_arguments_of_their_own_are_compared_among_themselves(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, found = run(
         model, tmp_path,
@@ -143,9 +167,10 @@ def test_servers_with_arguments_of_their_own_are_compared_among_themselves(
     assert set(found["outputs"]["as_baseline"]) == {"on", "e_on"}
     assert found["servers"]["e_on"]["arguments"][-1] == "--enforce-eager"
     assert "--enforce-eager" not in found["servers"]["on"]["arguments"]
-    for wrong in ("on=--enforce-eager", "off"):
-        with pytest.raises(SystemExit):
-            run(model, tmp_path, "--server", "off", "--arguments", wrong)
+    for wrong, why in (("on=--enforce-eager", "no --server has this name"), ("off", "NAME=ARGUM")):
+        capsys.readouterr()
+        assert refused(model, tmp_path, "--server", "off", "--arguments", wrong) == 2
+        assert why in capsys.readouterr().err
 
 
 def test_contexts_are_copied_or_else_computed_up_to_a_length(
@@ -217,7 +242,7 @@ def test_a_server_is_a_name_and_variables(text: str) -> None:
 
 
 def test_numbers_and_prompts() -> None:
-    assert [options.number(t) for t in ("512", "64K", "1m")] == [512, 65_536, 1_048_576]
+    assert [numbers.LENGTH(t) for t in ("512", "64K", "1m")] == [512, 65_536, 1_048_576]
     prompt = client.random_prompt(1000, 5)
     assert prompt == client.random_prompt(1000, 5) != client.random_prompt(1000, 6)
     assert min(prompt) >= client.FIRST_WORD and max(prompt) < client.WORDS
@@ -294,7 +319,7 @@ def test_weights_are_of_a_useful_size_and_the_same_every_time() -> None:
 
 
 def test_the_side_is_loaded_where_plugins_are_listed(model: Path, tmp_path: Path) -> None:
-    arguments = ("--server", "on:VLLM_PLUGINS=dsv4", "--contexts", "--budget", "60")
+    arguments = ("--server", "on:VLLM_PLUGINS=dsv4", "--contexts", "64", "--pairs", "1")
     code, found = run(model, tmp_path, *arguments)
     assert code == 0
     assert any("plugins allowed: dsv4,dsv4_e2e" in line for line in found["servers"]["on"]["log"])

@@ -22,10 +22,9 @@ from kits.oracles import check_selection, read_one_by_one
 from dsv4_plugin import ops, paged_logits
 from dsv4_plugin.cli.checks.inputs import poison_tail, scores
 from dsv4_plugin.engines.sglang import wrappers
-from dsv4_plugin.engines.shared import plan
-from dsv4_plugin.engines.shared.plan import Plan, Topk
+from dsv4_plugin.engines.shared import adapter
+from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection
 from dsv4_plugin.engines.tokenspeed import kernels
-from dsv4_plugin.engines.vllm import install as vllm_seams
 from dsv4_plugin.engines.vllm import wrappers as vllm_calls
 from dsv4_plugin.state import state
 
@@ -33,16 +32,16 @@ BACKENDS = ("torch", "cuda")
 K = 512
 WIDTHS = {"cpu": 2_112, "cuda": 40_000}  # columns of the logits; on a GPU past every path boundary
 names = pytest.mark.parametrize("name", ["bf16", "fp32"])
-whose = pytest.mark.parametrize("who", ["host", "own"])  # logits by DeepGEMM, or by us
+whose = pytest.mark.parametrize("who", ["engine", "plugin"])  # logits by DeepGEMM, or by us
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @pytest.fixture(autouse=True)
 def _active() -> Iterator[None]:
     """The adapters behave as in a process that switched the plugin on, strictly."""
-    plan.decide(Plan(True, strict=True))
+    adapter.current().decide(Decision(True, strict=True))
     yield
-    plan.decide(plan.INERT)
+    adapter.current().decide(INERT)
     state.reset()
     sys.modules.pop("deep_gemm", None)
 
@@ -81,14 +80,16 @@ def unreachable(*args: Any, **kwargs: Any) -> None:
 
 
 @pytest.fixture
-def in_forward() -> Iterator[Callable[[Topk], None]]:
+def in_forward() -> Iterator[Callable[[Selection], None]]:
     """What ``forward_c4_indexer``'s hook has decided for the calls below it."""
 
-    def enter(topk: Topk) -> None:
-        wrappers._scope.topk, wrappers._scope.inside = topk, True
+    def enter(topk: Selection) -> None:
+        scope = adapter.current().call
+        scope.kind, scope.selection = "v4", topk
 
     yield enter
-    wrappers._scope.topk, wrappers._scope.inside = None, False
+    scope = adapter.current().call
+    scope.kind, scope.selection = None, None
 
 
 @names
@@ -96,7 +97,7 @@ def in_forward() -> Iterator[Callable[[Topk], None]]:
 @pytest.mark.parametrize("raw", [False, True], ids=["slots", "slots and raw"])
 def test_sglang_paged(backend, device, name, form, raw, in_forward):
     width, rows = WIDTHS[device], 8
-    in_forward(Topk(name, backend))
+    in_forward(Selection(name, backend))
     logits = deep_gemm_buffer(rows, width, DTYPES[name], device)
     table = page_table(rows, width, device)
     lengths = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -130,8 +131,8 @@ def test_sglang_paged(backend, device, name, form, raw, in_forward):
 def test_sglang_dsa(backend, device, monkeypatch):
     width, rows = WIDTHS[device], 8
     monkeypatch.setattr(wrappers, "_fused", lambda: True)
-    monkeypatch.setattr(wrappers.install, "intact", lambda name: True)
-    monkeypatch.setattr(wrappers.policy, "for_dsa", lambda *a: Topk("fp32", backend))
+    monkeypatch.setattr(adapter.Adapter, "intact", lambda self, name: True)
+    monkeypatch.setattr(wrappers.policy, "for_dsa", lambda *a: Selection("fp32", backend))
     logits = deep_gemm_buffer(rows, width, torch.float32, device)
     table = page_table(rows, width, device)
     lengths = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -164,8 +165,8 @@ def test_sglang_dsa(backend, device, monkeypatch):
 @pytest.mark.parametrize("next_n", [1, 2])
 def test_vllm_own_decode(backend, device, name, next_n, monkeypatch):
     """Logits and top-k through vLLM's patched names, with the schedule that ours do not need."""
-    monkeypatch.setattr(vllm_seams, "intact", lambda seam: True)
-    plan.decide(Plan(True, True, Topk(name, backend, False, "own")))
+    monkeypatch.setattr(adapter.Adapter, "intact", lambda self, name: True)
+    adapter.current().decide(Decision(True, True, Selection(name, backend, False, "plugin")))
     batch, pages = 4, WIDTHS[device] // PAGE // 8
     width = pages * PAGE
     plane = plane_of(1 + batch * pages, 576 - (PAGE * 132) % 576, device)
@@ -202,8 +203,8 @@ def test_vllm_own_decode(backend, device, name, next_n, monkeypatch):
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["0.26", "0.33"])
 def test_vllm_own_prefill(backend, device, compressed, monkeypatch):
-    monkeypatch.setattr(vllm_seams, "intact", lambda seam: True)
-    plan.decide(Plan(True, True, Topk("bf16", backend, False, "own")))
+    monkeypatch.setattr(adapter.Adapter, "intact", lambda self, name: True)
+    adapter.current().decide(Decision(True, True, Selection("bf16", backend, False, "plugin")))
     rows, keys = 40, 2000
     g = torch.Generator().manual_seed(0)
     q = torch.randn(rows, 64, 128, generator=g).to(torch.float8_e4m3fn).to(device)
@@ -301,9 +302,9 @@ def test_tokenspeed_decode(backend, device, name, who, layout, pad, seen):
 
     def run() -> None:
         kernels.dsa_decode(
-            Topk(name, backend, name == "bf16", who), q, weights, lengths, table, page_size=PAGE,
-            topk=K, softmax_scale=0.1, index_k_cache=plane, topk_layout=layout, out=out,
-            lens_out=lens,
+            Selection(name, backend, name == "bf16", who), q, weights, lengths, table,
+            page_size=PAGE, topk=K, softmax_scale=0.1, index_k_cache=plane, topk_layout=layout,
+            out=out, lens_out=lens,
         )  # fmt: skip
 
     again = captured(device, run)
@@ -335,7 +336,7 @@ def test_tokenspeed_prefill(backend, device, name, who, seen):
     weights = torch.randn(sum(queries), 64, generator=g).to(device)
     limit = 4 * sum(keys) * DTYPES[name].itemsize
     out, lens = kernels.dsa_prefill(
-        Topk(name, backend, name == "bf16", who), q, weights, slots, starts, ends, topk=K,
+        Selection(name, backend, name == "bf16", who), q, weights, slots, starts, ends, topk=K,
         softmax_scale=0.1, index_k_cache=plane, page_size=PAGE, max_logits_bytes=limit,
     )  # fmt: skip
     assert [len(part) for part in seen] == [4, 4, 2]
@@ -344,7 +345,7 @@ def test_tokenspeed_prefill(backend, device, name, who, seen):
     logits = torch.cat([part.float() for part in seen]).nan_to_num(-1e30)
     for row, (a, n) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         local = torch.where(out[row] < 0, -1, out[row] - a)[None]
-        begin = 0 if who == "own" else a  # DeepGEMM's columns are those of all keys
+        begin = 0 if who == "plugin" else a  # DeepGEMM's columns are those of all keys
         window = logits[row : row + 1, begin : begin + max(n, 1)]
         check_selection(window, lengths[row, None], K, local)
 

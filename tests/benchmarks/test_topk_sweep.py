@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.server.trace import Kernel
-from benchmarks.tuning import sweep
+from benchmarks.tuning import choice_sweep as sweep
 from benchmarks.tuning.behind import after_logits, kernels
 
 

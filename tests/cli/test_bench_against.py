@@ -20,10 +20,11 @@ from kits.bench_command import bench
 
 from dsv4_plugin.cli.bench import upstream as installed
 from dsv4_plugin.cli.bench.logits import cases as logits_cases
-from dsv4_plugin.cli.bench.topk import UsageError, bars, cases
+from dsv4_plugin.cli.bench.topk import bars, cases
 from dsv4_plugin.cli.bench.topk.cases import Problem
 from dsv4_plugin.cli.bench.topk.check import Reference
 from dsv4_plugin.cli.bench.upstream import prepared, torch_peers
+from dsv4_plugin.cli.shared.run import UsageError
 
 FORMS = ("decode", "prefill", "paged", "logits", "ragged_logits", "gather")
 OTHERS = ("vllm", "sglang", "flashinfer")

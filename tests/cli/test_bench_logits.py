@@ -165,7 +165,7 @@ def test_a_spent_budget_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["logits", "--k", "512"], "--k is for bench topk and bench chain"),
         (["chain", "--against", "x.csv"], "--against FILE.csv is for bench topk, got x.csv"),
         (["chain", "--against", "torch,vlm"], "--against must be of .*torch.*got 'vlm'"),
-        (["logits", "--peers", "{root}/tests/oracles.py"], r"available_logits\(\)"),
+        (["logits", "--peers", "{root}/tests/kits/oracles.py"], r"available_logits\(\)"),
         (["logits", "--json", "{tmp}/no/x.json"], "--json cannot be written"),
     ],
 )

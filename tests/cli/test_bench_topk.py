@@ -18,10 +18,11 @@ from kits.packaging_tools import ROOT
 from kits.svg_curves import check_same
 
 from dsv4_plugin import topk
-from dsv4_plugin.cli.bench.topk import UsageError, bars, cases, peers, report
+from dsv4_plugin.cli.bench.topk import bars, cases, peers, report
 from dsv4_plugin.cli.bench.topk.cases import Case, Problem
 from dsv4_plugin.cli.bench.topk.check import Reference
 from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS
+from dsv4_plugin.cli.shared.run import UsageError
 
 RECORDED = ROOT / "benchmarks" / "peers" / "h200_topk_us.csv"
 RESULTS = ROOT / "benchmarks" / "results" / "h200_topk.json"
@@ -107,10 +108,10 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
 
 def test_a_killed_run_leaves_a_valid_file(tmp_path: Path) -> None:
     file = tmp_path / "topk.json"
-    command = [sys.executable, "-m", "dsv4_plugin", "bench", "topk", "--device", "cpu",
+    command = [sys.executable, "-m", "dsv4_plugin.cli", "bench", "topk", "--device", "cpu",
                "--json", str(file), "--k", "512", "1024", "2048", "--dtype", "float32", "bfloat16",
                "--rows", "32", "64", "96", "128", "--columns", "65536", "256000"]  # fmt: skip
-    program = f"from dsv4_plugin.cli import main; main({command[3:]!r})"
+    program = f"from dsv4_plugin.cli.main import main; main({command[3:]!r})"
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, "-c", program], env=env, cwd=ROOT,
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
@@ -143,7 +144,7 @@ def test_a_spent_budget_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["plot", "{root}/pyproject.toml", "--plot", "{tmp}/x.svg"], "is no results file"),
         (["plot", "{results}", "--plot", "{tmp}/x.svg", "--k", "7"], "--k.*512.*got 7"),
         (["topk", "--device", "cpu", "--peers", "{tmp}/none.py"], "--peers.*none.py"),
-        (["topk", "--device", "cpu", "--peers", "{root}/tests/oracles.py"], "available"),
+        (["topk", "--device", "cpu", "--peers", "{root}/tests/kits/oracles.py"], "available"),
         (["topk", "--device", "cpu", "--against", "{tmp}/none.csv"], "--against.*none.csv"),
         (["topk", "--device", "cpu", "--against", "{root}/README.md"], "--against.*columns"),
         (["topk", "--device", "cpu", "--against", "torch,vlm"], "--against must be.*got 'vlm'"),

@@ -11,17 +11,23 @@ import pytest
 import torch
 
 from dsv4_plugin import (
+    block_maxima,
+    candidate_logits,
+    candidate_logits_ragged,
     gather_indexer_cache,
     paged_logits,
     ragged_logits,
     read_indexer_cache,
     select,
+    select_blocks,
+    select_candidates,
     topk,
 )
 from dsv4_plugin.cli import main as cli
-from dsv4_plugin.cli.fuzz.case import CaseError, describe, parse
+from dsv4_plugin.cli.fuzz.case import CaseError, describe, function_of, parse
 from dsv4_plugin.cli.fuzz.engine import OPS, fuzz, run_case, shrink
 from dsv4_plugin.cli.fuzz.topk import TopkCase
+from dsv4_plugin.cli.shared.choices import FUZZED
 from dsv4_plugin.errors import UnmetError
 
 KINDS = {name: op.kind for name, op in OPS.items()}
@@ -80,6 +86,11 @@ def test_a_case_is_its_own_repetition():
         ("ragged_logits:keep=0/1", "keep must be two of 1"),
         ("ragged_logits:queries=2,starts=any,ends=5", "ends must have 2 entries"),
         ("ragged_logits:head=6", "multiple of 4"),
+        ("block_maxima:requests=2,lengths=1/2/3", "lengths must have 2 entries"),
+        ("candidate_logits:out=5", "out must be 0 or -1"),
+        ("candidate_logits_ragged:head=6", "multiple of 4"),
+        ("select_blocks:keep=3/4", "keep must be two of 1"),
+        ("select_candidates:chosen=none", "must be one of visible, all, any"),
     ],
 )
 def test_a_case_that_means_nothing_is_refused(text, words, capsys):
@@ -295,15 +306,110 @@ def test_mistakes_of_the_logits_are_found_and_shrunk(name):
     assert len(str(again)) < 100, str(again)
 
 
+def without_the_pin(q, cache, weights, lengths, table, **named):
+    """The newest block has the score of its keys."""
+    out = block_maxima(q, cache, weights, lengths, table, **named)
+    return out.copy_(out.where(out != torch.inf, 1.0))
+
+
+def a_block_too_many(q, cache, weights, lengths, table, **named):
+    out = block_maxima(q, cache, weights, lengths, table, **named)
+    per_row = lengths.reshape(-1).tolist()
+    if len(per_row) == len(out):
+        for row, n in zip(out, per_row, strict=True):
+            at = -(-n // named["piece"])
+            if 0 <= at < len(row):
+                row[at] = 0.0
+    return out
+
+
+def blocks_of_whole_keys(maxima, lengths, k, **named):
+    """A partial block is forgotten."""
+    return select_blocks(maxima, lengths // named["piece"] * named["piece"], k, **named)
+
+
+def unordered(found, k):
+    if k > 1:
+        turned = found[:, :2].flip(1)
+        found[:, :2] = turned.where((turned >= 0).all(1, keepdim=True), found[:, :2])
+    return found
+
+
+def blocks_in_no_order(maxima, lengths, k, **named):
+    return unordered(select_blocks(maxima, lengths, k, **named), k)
+
+
+def past_the_length(q, cache, weights, chosen, lengths, table, **named):
+    """Every key of a candidate is scored."""
+    return candidate_logits(q, cache, weights, chosen, lengths + 7, table, **named)
+
+
+def a_candidate_of_the_row_before(q, cache, weights, chosen, *more, **named):
+    chosen = chosen.clone()
+    chosen[1:, 0] = chosen[:-1, 0]
+    return candidate_logits(q, cache, weights, chosen, *more, **named)
+
+
+def from_the_first_key(q, k, scale, weights, chosen, starts, ends, **named):
+    """Blocks that count from the first key of all, not of the row."""
+    starts = torch.zeros_like(starts).where(starts >= 0, starts)
+    return candidate_logits_ragged(q, k, scale, weights, chosen, starts, ends, **named)
+
+
+def columns_in_place_of_positions(logits, chosen, lengths, k, **named):
+    every = torch.arange(chosen.shape[1]).int().expand_as(chosen).where(chosen >= 0, chosen)
+    return select_candidates(logits, every, lengths, k, **named)
+
+
+def holes_are_keys(logits, chosen, lengths, k, **named):
+    """Candidates that are none are taken for block 0."""
+    return select_candidates(logits, chosen.clamp(min=0), lengths, k, **named)
+
+
+CANDIDATE_MISTAKES = {  # op, function, what is said, rows that remain
+    "no pin": ("block_maxima", without_the_pin, "not its keys'", 1),
+    "a block too many": ("block_maxima", a_block_too_many, "past a row's blocks", 1),
+    "whole blocks": ("select_blocks", blocks_of_whole_keys, "stable sort|count", 1),
+    "no order": ("select_blocks", blocks_in_no_order, "stable sort", 1),
+    "past the length": ("candidate_logits", past_the_length, "all keys|row sees", 1),
+    "the row before": ("candidate_logits", a_candidate_of_the_row_before, "all keys|row sees", 2),
+    "the first key": ("candidate_logits_ragged", from_the_first_key, "all keys|row sees", 1),
+    "columns": ("select_candidates", columns_in_place_of_positions, "stable sort|does not see", 1),
+    "holes": ("select_candidates", holes_are_keys, "stable sort|count", 1),
+}
+
+
+@pytest.mark.parametrize("name", CANDIDATE_MISTAKES)
+def test_mistakes_of_the_candidate_ops_are_found_and_shrunk(name):
+    op, function, words, rows = CANDIDATE_MISTAKES[name]
+    for seed in range(100):
+        found = run_case(OPS[op].draw(seed, "cpu", ("torch",)), "cpu", function)
+        if found:
+            break
+    assert found, "not found in 100 cases"
+    small = shrink(found, "cpu", function, seconds=15)
+    again = parse(str(small.shrunk), KINDS)
+    assert run_case(again, "cpu", function).why == small.why
+    assert re.search(words, small.why), small.why
+    assert run_case(again, "cpu") is None, "the case is right without what was planted"
+    assert again.rows == rows and again.columns <= 64, str(again)
+    assert len(str(again)) < 130, str(again)
+
+
 def test_no_input_of_the_logits_may_be_written_to():
     """Nor anything around the result, whatever the op."""
     cases = {
         "paged_logits": ("q", "the cache", "weights", "lengths", "block_table"),
         "ragged_logits": ("q", "k", "k_scale", "weights", "row_starts", "row_ends"),
+        "block_maxima": ("q", "the cache", "weights", "lengths", "block_table"),
+        "select_blocks": ("the scores", "lengths"),
+        "candidate_logits": ("q", "the cache", "weights", "candidates", "lengths", "block_table"),
+        "candidate_logits_ragged": ("q", "k", "k_scale", "weights", "candidates", "row_starts"),
+        "select_candidates": ("the scores", "candidates", "lengths"),
     }
     for op, names in cases.items():
-        right = {"paged_logits": paged_logits, "ragged_logits": ragged_logits}[op]
-        case = parse(f"{op}:codes=1,heads=2", KINDS)
+        right = function_of(op)
+        case = parse(f"{op}:codes=1,heads=2" if "q" in names else f"{op}:k=8", KINDS)
         for at, name in enumerate(names):
 
             def wrong(*arguments, at=at, right=right, **named):
@@ -342,11 +448,36 @@ def test_the_content_of_a_request_does_not_depend_on_what_is_kept():
     assert torch.equal(a.k, b.k) and torch.equal(a.scale, b.scale)
 
 
+def test_the_candidates_of_a_request_do_not_depend_on_what_is_kept():
+    from dsv4_plugin.cli.fuzz.candidate_selections import SelectCandidatesCase, problem_of
+
+    whole = SelectCandidatesCase(
+        seed=3,
+        requests=5,
+        next_n=2,
+        lengths="any",
+        held=9,
+        keys=300,
+        pages=7,
+        k=5,
+        poison="low",
+    )
+    for per_row in (0, 1):
+        case = whole.but(per_row=per_row)
+        some, every = problem_of(case.but(keep="2/3"), "cpu"), problem_of(case, "cpu")
+        for name in ("scores", "chosen", "per_row"):
+            assert torch.equal(getattr(some, name), getattr(every, name)[4:8]), name
+        kept = slice(4, 8) if per_row else slice(2, 4)
+        assert torch.equal(some.table, every.table[kept])
+
+
 def test_a_case_that_names_cuda_is_one_that_the_kernels_take():
     """Alignment, heads, head_dim and block_size, by what the dispatch asks for."""
     from dsv4_plugin.cli.fuzz.logits_run import problem_of
 
-    for op in ("paged_logits", "ragged_logits", "select"):
+    ops = ("paged_logits", "ragged_logits", "select", "block_maxima", "candidate_logits",
+           "candidate_logits_ragged")  # fmt: skip
+    for op in ops:
         looked_at = 0
         for seed in range(60):
             case = OPS[op].draw(seed, "cuda", ("cuda", "torch"))
@@ -356,7 +487,10 @@ def test_a_case_that_names_cuda_is_one_that_the_kernels_take():
                 problem_of(case, "cpu").served()
             text = str(refused.value)
             assert "not on a CUDA device" in text, text
-            assert not re.search("heads|head_dim|block_size|multiples", text), (str(case), text)
+            assert not re.search("heads|head_dim|block_size|multiples|piece|candidates", text), (
+                str(case),
+                text,
+            )
             looked_at += 1
         assert looked_at > 5
 
@@ -372,6 +506,7 @@ def test_an_exception_is_a_finding():
 def test_every_op_has_a_public_function():
     from dsv4_plugin.cli.fuzz.engine import backends_here, function_of
 
+    assert tuple(OPS) == FUZZED  # what the command line offers without importing torch
     for name in OPS:
         assert callable(function_of(name))
         assert "torch" in backends_here(name, "cpu")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsv4_plugin.cli.soak import Shape, soak
+from dsv4_plugin.cli.soak.load import Shape, soak
 
 pytestmark = pytest.mark.gpu
 

@@ -77,6 +77,47 @@ def test_a_wrong_value_names_the_variable_the_value_and_the_choices(
     assert isinstance(caught.value, (Dsv4Error, ValueError))
 
 
+@pytest.mark.parametrize("variable", envs.VARIABLES, ids=lambda v: v.name)
+@pytest.mark.parametrize("text", ["", "  "])
+def test_empty_is_unset(
+    variable: envs.Variable, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable.name, text)
+    assert envs.settings() == envs.Settings()
+    assert envs.origins()[variable.name] == (variable.default or "unset", "the default")
+
+
+def test_every_wrong_variable_is_in_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in envs.VARIABLES:
+        monkeypatch.setenv(variable.name, "yes")
+    with pytest.raises(SettingError) as caught:
+        envs.settings()
+    assert all(f"{variable.name} is 'yes'" in str(caught.value) for variable in envs.VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"), [("1", True), (" 1 ", True), ("0", False), ("", False), ("yes", False)]
+)
+def test_a_wrong_variable_asks_for_nothing(
+    text: str, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSV4_PLUGIN", text)
+    monkeypatch.setenv("DSV4_TOPK", "bf17")
+    assert envs.asked() is asked
+
+
+@pytest.mark.parametrize("variable", envs.VARIABLES, ids=lambda v: v.name)
+def test_one_setting_is_wrong_by_its_own_variable_only(
+    variable: envs.Variable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in envs.VARIABLES:
+        monkeypatch.setenv(other.name, "" if other is variable else "yes")
+    assert envs.value(variable.field) == python_value(variable, variable.default)
+    monkeypatch.setenv(variable.name, "yes")
+    with pytest.raises(SettingError, match=f"^{variable.name} is 'yes'"):
+        envs.value(variable.field)
+
+
 def test_a_change_of_the_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     first = envs.settings()
     assert envs.settings() is first, "the same environment gives the same object"
@@ -121,6 +162,10 @@ def test_nothing_wins_over_the_kill_switch(monkeypatch: pytest.MonkeyPatch) -> N
         ({"topk": "bf17"}, "'bf17'"),
         ({"topk": None}, "'None'"),
         ({"strict": 2}, "'2'"),
+        ({"topk": True}, "'True'"),
+        ({"log": False}, "'False'"),
+        ({"backend": False}, "'False'"),
+        ({"status_dir": False}, "'False'"),
     ],
 )
 def test_a_wrong_configuration_is_an_error_and_changes_nothing(
@@ -131,6 +176,29 @@ def test_a_wrong_configuration_is_an_error_and_changes_nothing(
         envs.override(config)
     assert "additional_config['dsv4']" in str(caught.value)
     assert envs.settings().topk == "fp32"
+
+
+@pytest.mark.parametrize("variable", envs.VARIABLES, ids=lambda v: v.name)
+def test_off_read_as_a_boolean_by_yaml(variable: envs.Variable) -> None:
+    """YAML 1.1 makes False of ``off``: it means what the text means, wherever that is a value."""
+    for text in {"off", "0"} & set(variable.choices):
+        envs.override({variable.field: False})
+        assert getattr(envs.settings(), variable.field) == python_value(variable, text)
+
+
+def test_an_empty_value_in_the_engines_configuration_names_nothing() -> None:
+    envs.override({variable.field: " " for variable in envs.VARIABLES})
+    assert envs.settings() == envs.Settings() and not envs.asked()
+
+
+def test_what_is_wrong_counts_for_nothing_where_the_plugin_is_left_off() -> None:
+    assert envs.override({"topkk": "bf16", "log": "debug"} | {"plugin": "0", "topk": "bf17"}) == [
+        f"additional_config['dsv4'] has the unknown name 'topkk'; it can have "
+        f"{', '.join(sorted(v.field for v in envs.VARIABLES))}",
+        "additional_config['dsv4']['topk'] is 'bf17'; it can be 'auto', 'bf16', 'fp16', 'fp32', "
+        "'off'",
+    ]
+    assert envs.settings() == dataclasses.replace(envs.Settings(), plugin=False, log="debug")
 
 
 def test_the_table_has_every_variable_and_value() -> None:

@@ -14,9 +14,10 @@ from dsv4_plugin.engines import releases
 from dsv4_plugin.engines.sglang import probe as sglang_sites
 from dsv4_plugin.engines.shared import source
 
+PAGED = ("topk_transform_paged", "topk_transform_512")
 INDEXER = f"""
-from kernels import {", ".join(sglang_sites.TOPK)}
-from kernels import {", ".join(name + "_v2" for name in sglang_sites.TOPK)}
+from kernels import {", ".join(PAGED)}
+from kernels import {", ".join(name + "_v2" for name in PAGED)}
 raise SystemExit("an engine was imported")
 class C4IndexerBackendMixin:
     def forward_c4_indexer(self, x, c4_indexer, forward_batch): ...

@@ -7,11 +7,11 @@ import torch
 from kits.logits_cases import paged as draw
 
 from dsv4_plugin.engines.shared import logits
-from dsv4_plugin.engines.shared.plan import Topk
+from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.envs import Settings
 from dsv4_plugin.state import state
 
-TOPK = Topk("bf16", "torch", False, "own")
+TOPK = Selection("bf16", "torch", False, "plugin")
 
 
 def decide(setting: str, dtype: str, host: list[str], own: list[str]):
@@ -21,7 +21,7 @@ def decide(setting: str, dtype: str, host: list[str], own: list[str]):
         return lambda: (asked.append(who), why)[1]
 
     who, why = logits.choose(
-        Settings(logits=setting), dtype, reasons("host", host), reasons("own", own)
+        Settings(logits=setting), dtype, reasons("engine", host), reasons("plugin", own)
     )
     return who, why, asked
 
@@ -32,26 +32,28 @@ def test_auto_takes_the_first_of_the_table(dtype):
     no = {first: [f"{first} cannot"], second: [f"{second} cannot"]}
     assert decide("auto", dtype, [], []) == (first, [], [first])  # the other is not even asked
     reasons = {first: no[first], second: []}
-    assert decide("auto", dtype, reasons["host"], reasons["own"])[:2] == (second, [])
-    who, why, asked = decide("auto", dtype, no["host"], no["own"])
+    assert decide("auto", dtype, reasons["engine"], reasons["plugin"])[:2] == (second, [])
+    who, why, asked = decide("auto", dtype, no["engine"], no["plugin"])
     assert why == [*no[first], *no[second]] and asked == [first, second]
 
 
-@pytest.mark.parametrize("dtype,first", [("bf16", "own"), ("fp16", "own"), ("fp32", "host")])
+@pytest.mark.parametrize(
+    "dtype,first", [("bf16", "plugin"), ("fp16", "plugin"), ("fp32", "engine")]
+)
 def test_the_table_itself(dtype, first):
-    assert logits.AUTO[dtype] == (first, "host" if first == "own" else "own")
+    assert logits.AUTO[dtype] == (first, "engine" if first == "plugin" else "plugin")
 
 
-@pytest.mark.parametrize("wish,other", [("host", "own"), ("own", "host")])
+@pytest.mark.parametrize("wish,other", [("engine", "plugin"), ("plugin", "engine")])
 def test_a_wish_is_that_or_its_reasons(wish, other):
     assert decide(wish, "bf16", [], []) == (wish, [], [wish])
     no = {wish: ["no kernel", "no GPU"], other: []}
-    assert decide(wish, "bf16", no["host"], no["own"])[1:] == (["no kernel", "no GPU"], [wish])
+    assert decide(wish, "bf16", no["engine"], no["plugin"])[1:] == (["no kernel", "no GPU"], [wish])
 
 
 def test_everything_that_is_unmet_is_named():
     text = "; ".join(logits.unmet("bf16", "cuda", torch.device("cpu")))
-    assert "own logits by cuda: the tensors are on cpu, not on a CUDA device" in text
+    assert "plugin's logits by cuda: the tensors are on cpu, not on a CUDA device" in text
     assert logits.unmet("fp16", "torch", torch.device("cpu")) == []
     assert "has no triton implementation" in "; ".join(
         logits.unmet("bf16", "triton", torch.device("cpu"))

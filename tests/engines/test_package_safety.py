@@ -202,7 +202,8 @@ cache = torch.zeros(4, 64 * 132, dtype=torch.uint8)
 read_indexer_cache(cache, torch.tensor([1, -1]))
 gather_indexer_cache(cache, torch.zeros(1, 2, dtype=torch.int32), torch.tensor([0, 100]))
 topk(torch.randn(3, 1000), torch.tensor([1000, 3, 0]), 512)
-from dsv4_plugin import doctor, status
+from dsv4_plugin import status
+from dsv4_plugin.cli import doctor
 status()
 doctor.run(as_json=True)
 print("SEEN", seen)
@@ -218,7 +219,7 @@ def test_a_value_of_the_environment_is_never_run(tmp_path: Path) -> None:
     """A command in every variable: it is a wrong word, and nothing happens."""
     mark = tmp_path / "ran"
     code = (
-        "from dsv4_plugin import envs, doctor\n"
+        "from dsv4_plugin import envs\nfrom dsv4_plugin.cli import doctor\n"
         "import os, sys\n"
         "for v in envs.VARIABLES: os.environ[v.name] = sys.argv[1] if sys.argv[1:] else VALUE\n"
         "from dsv4_plugin.engines import sglang, tokenspeed, vllm\n"

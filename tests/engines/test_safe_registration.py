@@ -115,7 +115,7 @@ def test_before_and_after_the_import(tmp_path, first):
         register()
         import dsv4_plugin
         status = dsv4_plugin.status()
-        print(status['host'])
+        print(status['engine'])
         print(sorted(n for n, s in status['seams'].items() if s['where']))
         import vllm._custom_ops as ops
         print(hasattr(ops.top_k_per_row_prefill.__wrapped__, '__wrapped__'))
@@ -155,7 +155,7 @@ def test_unregister_before_the_import(tmp_path):
         tmp_path,
         HOST,
     )
-    assert out.splitlines()[-1] == "{'host': None, 'seams': {}, 'counters': {}} []"
+    assert out.splitlines()[-1] == "{'engine': None, 'seams': {}, 'counters': {}} []"
 
 
 def test_the_kill_switch(tmp_path):
@@ -182,6 +182,26 @@ def test_a_wrong_setting_does_not_raise_here(tmp_path, variables):
     (name, value) = next(iter(variables.items()))
     assert f"{name} is {value!r}" in out
     assert out.splitlines()[-1] == "alive"
+
+
+@pytest.mark.parametrize("name", ["PLUGIN", "TOPK", "LOG", "STATUS_DIR"])
+@pytest.mark.parametrize("value", ["", "yes"])
+def test_not_asked_a_layer_is_built_whatever_the_environment_holds(tmp_path, name, value):
+    """A server in which the plugin is only installed: at most one WARNING, and no more."""
+    out = run(
+        f"""
+        register(); register()
+        import {INDEXER} as module
+        module.SparseAttnIndexer(None); module.SparseAttnIndexer(None)
+        print('alive')
+        """,
+        tmp_path,
+        HOST,
+        **{f"DSV4_{name}": value},
+    )
+    assert out.splitlines()[-1] == "alive"
+    assert out.count("WARNING") == out.count(f"DSV4_{name} is 'yes'") == bool(value)
+    assert "ERROR" not in out
 
 
 BROKEN_HOSTS = {

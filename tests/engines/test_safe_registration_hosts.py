@@ -17,6 +17,7 @@ import pytest
 from kits.own_process import run_alone
 
 from dsv4_plugin.engines.shared import source
+from dsv4_plugin.engines.shared.seam import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = {
@@ -150,11 +151,21 @@ def test_source_is_read_and_not_imported(package):
     )
     module = source.find("an_engine.sub.ops")
     assert all(module.binds(n) for n in ("renamed", "other", "fast", "select", "Layer"))
-    assert not module.binds("topk") and module.mentions("topk")
+    assert not module.binds("topk")
+    assert module.text_of("Layer.forward").strip() == "def forward(self, x): return x.topk()"
+    assert "class Layer" in module.text_of("")
     assert module.parameters("select") == ("a", "b", "c")
-    module.require("Layer.forward", ("self",))
-    with pytest.raises(source.Missing, match=r"Layer.forward takes \(self, x\), not \(self, y\)"):
-        module.require("Layer.forward", ("self", "y"))
+    Place("an_engine.sub.ops", "Layer.forward", ("self",)).in_source()
+    Place("an_engine.sub.ops", "Layer.forward", ("x",), skip=1, exactly=True).in_source()
+    for wrong in (
+        Place("an_engine.sub.ops", "Layer.forward", ("self", "y")),
+        Place("an_engine.sub.ops", "Layer.forward", ("self",), exactly=True),
+        Place("an_engine.sub.ops", "Layer.forward", has=("y",)),
+        Place("an_engine.sub.ops", "Layer.forward", used=("an_engine.sub.ops", "", "x.sort(")),
+        Place("an_engine.sub.ops", "topk"),
+    ):
+        with pytest.raises(source.Missing, match=r"Layer.forward|topk|x.sort"):
+            wrong.in_source()
     with pytest.raises(source.Missing, match="Layer.backward is gone"):
         module.parameters("Layer.backward")
     assert "an_engine" not in sys.modules

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import dsv4_plugin
 from dsv4_plugin import log
-from dsv4_plugin.engines.shared import plan, shadow
+from dsv4_plugin.engines.shared import adapter, shadow
+from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection
 from dsv4_plugin.engines.shared.fallback import serve
-from dsv4_plugin.engines.shared.plan import Plan, Topk
 from dsv4_plugin.engines.shared.shadow import Field
 from dsv4_plugin.state import state
 
@@ -27,7 +27,7 @@ def _fresh(monkeypatch):
     shadow.forget()
     log._said.clear()
     yield
-    plan.decide(plan.INERT)
+    adapter.current().decide(INERT)
     shadow._kept.clear()
     shadow.forget()
     state.reset()
@@ -185,16 +185,17 @@ def test_a_failure_is_said_once_and_ends_the_shadow(on, caplog):
         calls.append(1)
         raise RuntimeError("no kernel")
 
-    plan.decide(Plan(True, strict=True, topk=Topk("fp32", "torch")))
+    adapter.current().decide(Decision(True, strict=True, selection=Selection("fp32", "torch")))
     served = []
     for _ in range(3):
         serve(
-            "decode", plan.current().topk, torch.float32, lambda topk: served.append("ours"),
+            "decode", adapter.current().decision.selection, torch.float32,
+            lambda selection: served.append("plugin"),
             lambda: served.append("upstream"),
             lambda: shadow.watch("decode", ints([[1]]), fails),
         )  # fmt: skip
-    assert served == ["ours"] * 3 and len(calls) == 1
-    assert plan.current().topk is not None
+    assert served == ["plugin"] * 3 and len(calls) == 1
+    assert adapter.current().decision.selection is not None
     errors = [r.message for r in caplog.records if r.levelno == logging.ERROR]
     assert len(errors) == 1 and "no kernel" in errors[0]
 

@@ -13,9 +13,10 @@ import torch
 
 from dsv4_plugin import log, topk
 from dsv4_plugin.cli.checks.inputs import poison_tail, scores
-from dsv4_plugin.engines.shared import plan, shadow
-from dsv4_plugin.engines.shared.plan import Plan, Topk
+from dsv4_plugin.engines.shared import adapter, shadow
+from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection
 from dsv4_plugin.engines.vllm import wrappers
+from dsv4_plugin.engines.vllm.context import LogitsTag, tag_logits
 from dsv4_plugin.state import state
 
 BACKENDS = ("torch", "cuda")
@@ -31,7 +32,7 @@ def _shadow(monkeypatch):
     shadow.forget()
     log._said.clear()
     yield
-    plan.decide(plan.INERT)
+    adapter.current().decide(INERT)
     shadow.forget()
     state.reset()
 
@@ -84,12 +85,12 @@ def test_the_default_device_is_the_engines(backend, device, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seam", ["decode", "prefill"])
 def test_replays_are_counted(backend, device, dtype, seam, monkeypatch):
-    plan.decide(Plan(True, strict=True, topk=Topk(dtype, backend)))
+    adapter.current().decide(Decision(True, strict=True, selection=Selection(dtype, backend)))
     shadow.prepare(torch.device(device), "decode", "prefill")
     monkeypatch.setattr(shadow, "_SCRATCH_BYTES", 4 * 2 * WIDTHS[device])  # prefill in three parts
     columns = WIDTHS[device]
     logits = torch.empty(ROWS, columns, dtype=DTYPES[dtype], device=device)
-    setattr(logits, wrappers._TAG, True)
+    tag_logits(logits, LogitsTag())
     lengths = torch.zeros(ROWS, dtype=torch.int32, device=device)
     starts = torch.zeros_like(lengths)
     out = torch.empty(ROWS, K, dtype=torch.int32, device=device)
@@ -143,10 +144,10 @@ def test_replays_are_counted(backend, device, dtype, seam, monkeypatch):
 
 
 def test_a_failing_upstream_leaves_the_capture_whole(backend, device):
-    plan.decide(Plan(True, strict=True, topk=Topk("fp32", backend)))
+    adapter.current().decide(Decision(True, strict=True, selection=Selection("fp32", backend)))
     shadow.prepare(torch.device(device), "decode")
     logits = scores("normal", ROWS, WIDTHS[device], torch.float32, device=device)
-    setattr(logits, wrappers._TAG, True)
+    tag_logits(logits, LogitsTag())
     lengths = torch.full((ROWS,), WIDTHS[device], dtype=torch.int32, device=device)
     out = torch.empty(ROWS, K, dtype=torch.int32, device=device)
     broken = [False]
@@ -169,10 +170,10 @@ def test_a_failing_upstream_leaves_the_capture_whole(backend, device):
 
 def test_reading_during_a_capture_disturbs_nothing(backend, device):
     """Another thread logs and asks for the status as fast as it can."""
-    plan.decide(Plan(True, strict=True, topk=Topk("fp32", backend)))
+    adapter.current().decide(Decision(True, strict=True, selection=Selection("fp32", backend)))
     shadow.prepare(torch.device(device), "decode")
     logits = scores("normal", ROWS, WIDTHS[device], torch.float32, device=device)
-    setattr(logits, wrappers._TAG, True)
+    tag_logits(logits, LogitsTag())
     lengths = torch.full((ROWS,), WIDTHS[device], dtype=torch.int32, device=device)
     out = torch.empty(ROWS, K, dtype=torch.int32, device=device)
     upstream = Upstream(backend, device)

@@ -13,7 +13,8 @@ import pytest
 
 import dsv4_plugin
 from dsv4_plugin import envs
-from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.shared import adapter
+from dsv4_plugin.engines.shared.decision import INERT
 from dsv4_plugin.state import Seam, state
 
 
@@ -22,7 +23,7 @@ def fresh() -> Iterator[None]:
     state.reset()
     yield
     state.reset()
-    plan.decide(plan.INERT)
+    adapter.current().decide(INERT)
     envs.override(None)
 
 
@@ -45,14 +46,14 @@ def test_the_file_has_status_process_and_version(
 ) -> None:
     folder = tmp_path / "not" / "there yet"
     monkeypatch.setenv("DSV4_STATUS_DIR", str(folder))
-    state.host = "vLLM 9.9"
+    state.engine = "vLLM 9.9"
     state.seams["topk.decode"] = Seam("topk.decode", "somewhere")
     assert not folder.exists(), "before a call there is nothing to say"
     state.count("topk.decode")
     data = written(folder)
     assert data["pid"] == os.getpid() and data["plugin"] == dsv4_plugin.__version__
     assert data["counters"] == {"topk.decode": 1} and data["failures"] == {}
-    assert {name: data[name] for name in ("host", "seams", "counters")} == dsv4_plugin.status()
+    assert {name: data[name] for name in ("engine", "seams", "counters")} == dsv4_plugin.status()
 
 
 def test_it_is_at_most_half_behind_and_seldom_written(
@@ -80,7 +81,7 @@ def test_a_part_that_was_switched_off_is_in_the_file(
     monkeypatch.setenv("DSV4_STATUS_DIR", str(tmp_path))
     for _ in range(3):
         state.count("topk.decode")
-    plan.switch_off("topk", RuntimeError("no kernel image"))
+    adapter.current().switch_off("topk", RuntimeError("no kernel image"))
     data = written(tmp_path)
     assert data["counters"] == {"topk.decode": 3}
     assert "no kernel image" in data["failures"]["topk"]

@@ -103,29 +103,31 @@ def drilled() -> tuple[str, dict[str, int]]:
     """What the plugin says and counts in a server in which something is broken."""
     import dsv4_plugin
 
-    all_of_it = {"topk.decode": 2, "topk.prefill": 2, "logits.own": 4, "gather": 1}
+    all_of_it = {"topk.decode": 2, "topk.prefill": 2, "logits.plugin": 4, "gather": 1}
     upstream = {"topk.decode.upstream": 2, "topk.prefill.upstream": 2}
     off = "failed at a call and was switched off (RuntimeError: drill:"
     fault = os.environ.get("E2E_FAULT", "")
     if os.environ.get("DSV4_PLUGIN") == "0":
         return "DSV4_PLUGIN=0: nothing is patched in vLLM", {}
     if Path(dsv4_plugin.__file__).is_relative_to(os.environ["E2E_DIR"]):
-        return "top-k: upstream's (bf16: /there/_C.so is not there)", upstream
+        return "top-k: the engine's (bf16: /there/_C.so is not there)", upstream
     if fault == "capability":
-        return "top-k: upstream's (the GPU has compute capability 7.5)", upstream
+        return "top-k: the engine's (the GPU has compute capability 7.5)", upstream
     if fault == "seam":
-        why = "upstream's stays at topk.prefill (vllm._custom_ops.top_k_per_row_prefill takes …)"
+        where = "topk.prefill (vllm._custom_ops.top_k_per_row_prefill takes …)"
+        why = f"the engine's own code stays at {where}"
         return why, {**upstream, "gather": 1}
     if fault == "candidate_seam":
-        return "candidates: upstream's (vllm.….select_candidate_blocks takes …)", all_of_it
+        return "candidates: the engine's (vllm.….select_candidate_blocks takes …)", all_of_it
     if fault in ("block_maxima", "select_blocks", "candidate_logits", "select_candidates"):
-        return f"candidates {off} {fault}); upstream serves", {**upstream, "gather": 1}
+        return f"candidates {off} {fault}); the engine serves", {**upstream, "gather": 1}
     if fault in ("topk", "logits"):
         return f"topk {off} {fault}); upstream serves", {**upstream, "gather": 1}
     if fault == "gather":
         return f"gather {off} gather); …", {**all_of_it, "gather": 0, "gather.upstream": 1}
     dtype = os.environ.get("DSV4_TOPK", "bf16")
-    return f"dsv4 in vLLM 0.26.0: top-k: {dtype} by cuda on own {dtype} logits", all_of_it
+    served = f"top-k: {dtype} by cuda on the plugin's {dtype} logits"
+    return f"dsv4 active in vLLM 0.26.0, DeepSeek-V4 layers: {served}", all_of_it
 
 
 STATE = {"sleeping": False, "slept": False}
@@ -153,5 +155,5 @@ if __name__ == "__main__":
     status = folder / f"status-{os.getpid()}.json"
     seen = {"rows": 9, "higher": int(os.environ.get("FAKE_HIGHER", "0"))}
     shadow = {"decode": seen, "prefill": seen} if "DSV4_SHADOW" in os.environ else None
-    status.write_text(json.dumps({"host": "fake", "counters": counters, "shadow": shadow}))
+    status.write_text(json.dumps({"engine": "fake", "counters": counters, "shadow": shadow}))
     Server(("127.0.0.1", int(option("--port"))), Handler).serve_forever()

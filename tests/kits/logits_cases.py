@@ -89,9 +89,11 @@ def _score(q, keys, scale, weights):
     return score[0, 0], size[0, 0]
 
 
-def oracle(case: Paged, block_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score and magnitude [rows, columns of the table], whatever the lengths."""
-    return exact.paged(case.q, case.cache, case.weights, case.table, block_size)
+def oracle(
+    case: Paged, block_size: int = 64, columns: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score and magnitude, a column for each of the table or more, whatever the lengths."""
+    return exact.paged(case.q, case.cache, case.weights, case.table, block_size, columns)
 
 
 def check(got, score, size, n, tolerance, context=""):

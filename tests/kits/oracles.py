@@ -57,3 +57,19 @@ def topk_row(row, length, k, sort=False):
         return list(range(n)) + [-1] * (k - n)
     best = select(row[:n], k)
     return best if sort else sorted(best)
+
+
+def candidate_row(row, length, blocks, k, piece=8):
+    """One row through the candidate ops by their contract, as Python numbers.
+
+    Returns the blocks' scores, the candidates, the columns that the row sees, and the positions.
+    """
+    n = max(0, min(length, len(row)))
+    parts = [row[at : min(at + piece, n)] for at in range(0, n, piece)]
+    best = [math.inf if any(map(math.isnan, part)) else max(part) for part in parts]
+    if best:
+        best[-1] = math.inf
+    chosen = topk_row(best, len(best), blocks)
+    columns = [b * piece + i for b in chosen if b >= 0 for i in range(piece) if b * piece + i < n]
+    picked = topk_row([row[c] for c in columns], len(columns), k)
+    return best, chosen, len(columns), [columns[i] if i >= 0 else -1 for i in picked]

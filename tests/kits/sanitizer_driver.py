@@ -71,6 +71,10 @@ PATHS = (
     Path("float16", 2, 40_000, (40_000, 39_999), dtype="float16"),
     Path("narrow", 2, 40_000, (40_000, 39_999), dtype="narrow"),
     Path("misaligned", 3, 20_001, (20_001, 19_990, 515), offset=3),
+    Path("aligned to 2 bytes, to the end", 1, 20_001, (20_001,), offset=7),
+    Path("aligned to 2 bytes, short, to the end", 1, 8191, (8191,), offset=1),
+    Path("aligned to 4 bytes, to the end", 1, 20_003, (20_003,), dtype="float32", offset=3),
+    Path("to the end of the allocation", 2, 131_075, (131_075,)),
     Path("misaligned float32", 3, 20_001, (20_001, 19_990, 515), dtype="float32", offset=1),
     Path("row starts", 3, 50_000, (30_000, 8192, 600), start=7),
     Path("row starts to the end", 2, 9000, (9000 - 13,), start=13, dtype="float32"),
@@ -176,6 +180,7 @@ class Logits:
     pad: int = 0  # bytes between pages
     offset: int = 0  # of `out`, in elements
     holes: bool = False  # pages that are none
+    keys: int = 0  # of the table or the windows; 0: as many as the longest row
 
 
 # One entry for each path: a change of the launch in csrc/bindings/logits.cu is a change here.
@@ -195,9 +200,11 @@ LOGITS = (
     Logits("paged, pages that are none", 3, (700, 65, 640), holes=True),
     Logits("paged, narrow out", 3, (700, 65, 640), columns=333),
     Logits("paged, wide out", 3, (700, 65, 640), columns=1000),
+    Logits("paged, lengths past the table", 3, (700, 65, 640), keys=320),
     Logits("paged, misaligned out", 4, (700, 65, 640, 3), offset=3, columns=701),
     Logits("ragged", 70, (300, 1, 0, 64, 65, 129), op="ragged"),
     Logits("ragged, one row", 1, (5000,), op="ragged"),
+    Logits("ragged, windows past the keys", 70, (300, 1, 0, 64, 65, 129), op="ragged", keys=64),
     Logits("ragged, more rows than SMs, 32 heads", 150, (65, 700), op="ragged", heads=32),
     Logits("ragged, larger tiles", 1408, (12_700, 64, 700, 1), op="ragged", heads=32),
     Logits("ragged, float32, misaligned", 5, (700, 64), op="ragged", dtype="float32", offset=1),
@@ -217,7 +224,7 @@ class LogitsCall:
         self.columns = path.columns or most
         self.width = self.columns + 5
         self.case = logits_cases.paged(
-            ends, path.next_n, path.heads, columns=most, pad=path.pad, pages=200
+            ends, path.next_n, path.heads, columns=path.keys or most, pad=path.pad, pages=200
         )
         if path.holes:
             self.case.table[:, 1::3] = -1
@@ -239,7 +246,8 @@ class LogitsCall:
         if self.plant == "outside":  # the allocation ends before the table does
             self.held = table.view(-1)[: batch * width // 2].cuda()
             return beyond(self.held, batch * width).view(batch, width)
-        longest = self.case.lengths.view(batch, -1).amax(1).clamp(0, self.columns)
+        longest = self.case.lengths.view(batch, -1).amax(1)
+        longest.clamp_(0, min(self.columns, 64 * width))
         if batch == 1 and not self.plant:  # a single request's row is read ahead of its length
             longest[0] = 64 * width
         for b, n in enumerate(longest.tolist()):
@@ -277,7 +285,7 @@ class LogitsCall:
 
     def _keys(self) -> tuple[torch.Tensor, torch.Tensor]:
         cache = self.case.cache
-        pages = -(-max(self.path.lengths) // 64)
+        pages = -(-(self.path.keys or max(self.path.lengths)) // 64)
         split = 64 * logits_cases.D
         scale = cache[:pages, split:].contiguous().view(torch.float32)
         return cache[:pages, :split].reshape(-1, logits_cases.D), scale.reshape(-1)
@@ -301,8 +309,8 @@ class LogitsCall:
         """Rows, their scores in float64, the scores' sizes, and how many of them count."""
         case = self.case
         if self.path.op != "ragged":
-            score, size = logits_cases.oracle(case)
-            yield slice(None), score, size, case.lengths.clamp(max=score.shape[1])
+            score, size = logits_cases.oracle(case, columns=self.columns)
+            yield slice(None), score, size, case.lengths
             return
         keys, starts = self._keys(), self._starts()
         for begin in range(0, self.path.rows, 64):  # of many rows at once it is gigabytes
@@ -310,7 +318,12 @@ class LogitsCall:
             yield (
                 rows,
                 *logits_cases.ragged_oracle(
-                    case.q[rows, 0], *keys, case.weights[rows], starts[rows], case.lengths[rows]
+                    case.q[rows, 0],
+                    *keys,
+                    case.weights[rows],
+                    starts[rows],
+                    case.lengths[rows],
+                    self.columns,
                 ),
             )
 

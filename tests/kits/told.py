@@ -5,7 +5,18 @@ from __future__ import annotations
 import logging
 import os
 
+import pytest
+
 from dsv4_plugin import backends, envs, log
+
+# Each variable set to nothing, to blanks, and to what none of them can be.
+ODD_SETTINGS = [(v.name, text) for v in envs.VARIABLES for text in ("", "  ", "yes")]
+odd_settings = pytest.mark.parametrize(
+    ("variable", "value"), ODD_SETTINGS, ids=[f"{name}={text!r}" for name, text in ODD_SETTINGS]
+)
+empty_settings = pytest.mark.parametrize(
+    "variable", [v.name for v in envs.VARIABLES if v.name != "DSV4_PLUGIN"]
+)
 
 
 def forget() -> None:
@@ -18,6 +29,13 @@ def told(caplog) -> list[str]:
     """Return the lines of ours at DEBUG so far."""
     ours = [r for r in caplog.records if r.name == "dsv4_plugin"]
     return [r.getMessage() for r in ours if r.levelno == logging.DEBUG]
+
+
+def check_warned(caplog, variable: str, value: str) -> None:
+    """A wrong value that nothing depends on is one WARNING; an empty one is no line at all."""
+    loud = [r for r in caplog.records if r.name == "dsv4_plugin" and r.levelno >= logging.WARNING]
+    assert [r.levelno for r in loud] == [logging.WARNING] * bool(value.strip())
+    assert all(r.getMessage().startswith(f"{variable} is {value!r}") for r in loud)
 
 
 def check_process(lines: list[str], engine: str) -> None:

@@ -32,6 +32,7 @@ from kits.host_parts import (
     spans_of,
     upstream_rows,
 )
+from kits.vllm_candidates import Candidates
 
 __all__ = ["STANDS_IN", "Call", "Engine", "Problem", "oracle"]
 
@@ -39,6 +40,7 @@ STANDS_IN = {
     "DeepGEMM's index logits": "the same formula in torch, row stride and unwritten columns alike",
     "vLLM's CUDA top-k (cooperative, persistent, per row)": "torch.topk row by row",
     "vLLM's CUDA gather of the FP8 keys": "a torch loop over requests and pages",
+    "vLLM's two Triton functions of candidate blocks": "the same rules in torch",
     "the platform, as the indexer sees it": "says 'CUDA, SM90' (or what a test asks for)",
 }
 
@@ -175,6 +177,8 @@ class Engine:
         self.deep_gemm_module = deep_gemm
         self.deep_gemm = DeepGemm(self.calls, takes)
         self.install_deep_gemm()
+        if hasattr(self.indexer, "_select_candidate_blocks"):  # from 0.30 on
+            vars(self.indexer).update(Candidates(self.calls).by_name)
         record_own_logits(self.calls)
         vars(self.indexer)["has_deep_gemm"] = lambda: True
         if not torch.accelerator.is_available():
@@ -331,6 +335,7 @@ class Engine:
         one_length_a_request: bool = False,
         heads: int = HEADS,
         max_model_len: int = 4096,
+        page_size: int = BLOCK,
         page_padding: int = 0,
         wider_buffer: int = 0,
         quantum: float | None = None,
@@ -346,6 +351,7 @@ class Engine:
             one_length_a_request: hand over ``[batch, 1]`` lengths although ``next_n > 1``.
             heads: index heads.
             max_model_len: columns of the decode logits.
+            page_size: keys a page.
             page_padding: bytes between pages.
             wider_buffer: columns of the index buffer past ``k``.
             quantum: round keys to multiples of this, which makes scores tie.
@@ -354,26 +360,26 @@ class Engine:
         metadata = importlib.import_module("vllm.v1.attention.backends.mla.indexer")
         g = torch.Generator().manual_seed(seed)
         requests = [(n, next_n) for n in decode] + list(prefill)
-        need = [(n + BLOCK - 1) // BLOCK for n, _ in requests]
+        need = [(n + page_size - 1) // page_size for n, _ in requests]
         # vLLM aligns pages to the main cache's; a page is longer than its content then.
-        arena = torch.zeros(sum(need) + 1, BLOCK * KEY_BYTES + page_padding, dtype=torch.uint8)
-        shape, strides = (arena.shape[0], BLOCK, KEY_BYTES), (arena.stride(0), KEY_BYTES, 1)
+        arena = torch.zeros(sum(need) + 1, page_size * KEY_BYTES + page_padding, dtype=torch.uint8)
+        shape, strides = (arena.shape[0], page_size, KEY_BYTES), (arena.stride(0), KEY_BYTES, 1)
         cache = arena.as_strided(shape, strides)
         numbers = (torch.randperm(sum(need), generator=g) + 1).tolist()
         table = torch.zeros(len(requests), max(need), dtype=torch.int32)
         for row, pages in enumerate(need):
             for column in range(pages):
                 table[row, column] = page = numbers.pop()
-                keys = torch.randn(BLOCK, HEAD_DIM, generator=g)
+                keys = torch.randn(page_size, HEAD_DIM, generator=g)
                 if quantum is not None:
                     keys = (keys / quantum).round() * quantum
-                    scale = torch.ones(BLOCK, 1)
+                    scale = torch.ones(page_size, 1)
                 else:
                     peak = keys.abs().amax(1, keepdim=True)
                     scale = torch.exp2(torch.ceil(torch.log2(peak / 448)))
                 values = (keys / scale).to(torch.float8_e4m3fn).view(torch.uint8)
-                arena[page, : BLOCK * HEAD_DIM] = values.reshape(-1)
-                content = slice(BLOCK * HEAD_DIM, BLOCK * KEY_BYTES)
+                arena[page, : page_size * HEAD_DIM] = values.reshape(-1)
+                content = slice(page_size * HEAD_DIM, page_size * KEY_BYTES)
                 arena[page, content] = scale.view(torch.uint8).reshape(-1)
         keys_of = [read_keys(cache, table[len(decode) + i], n) for i, (n, _) in enumerate(prefill)]
         tokens = sum(n for _, n in requests)

@@ -69,6 +69,16 @@ def test_auto_takes_the_best_form_an_op_has(machine: Machine) -> None:
         (Call("paged_logits", GPU, torch.bfloat16, heads=16), HOPPER, None, "torch"),
         (Call("paged_logits", GPU, torch.bfloat16, block_size=32), HOPPER, None, "torch"),
         (Call("paged_logits", GPU, torch.bfloat16, alignment=8), HOPPER, None, "torch"),
+        (Call("block_maxima", GPU, torch.bfloat16, block_size=32, heads=32), HOPPER, None, "cuda"),
+        (Call("block_maxima", GPU, torch.bfloat16, block_size=16), HOPPER, None, "torch"),
+        (Call("block_maxima", GPU, torch.bfloat16, alignment=8), HOPPER, None, "torch"),
+        (Call("select_blocks", GPU, torch.float16, 2048), HOPPER, None, "cuda"),
+        (Call("select_blocks", GPU, torch.float16, 2048, piece=4), HOPPER, None, "torch"),
+        (Call("candidate_logits", GPU, torch.float32, candidates=2048), HOPPER, None, "cuda"),
+        (Call("candidate_logits", GPU, torch.float32, candidates=2049), HOPPER, None, "torch"),
+        (Call("candidate_logits", GPU, torch.float32, heads=16), HOPPER, None, "torch"),
+        (Call("candidate_logits_ragged", GPU, torch.float32), AMPERE, None, "torch"),
+        (Call("select_candidates", GPU, torch.float32, 512, candidates=64), HOPPER, None, "cuda"),
         (Call("ragged_logits", GPU, torch.float16), HOPPER, None, "cuda"),
         (Call("ragged_logits", GPU, torch.float16), HOPPER, "no library", "torch"),
         (Call("read", GPU, torch.float32, block_size=32), HOPPER, None, "cuda"),
@@ -159,3 +169,7 @@ def test_a_wrong_setting_is_an_error_of_the_call(
     monkeypatch.setenv("DSV4_BACKEND", "cudnn")
     with pytest.raises(SettingError, match="DSV4_BACKEND"):
         backends.resolve(TOPK)
+    # What is wrong with a setting that an op does not read is not the op's to say.
+    monkeypatch.setenv("DSV4_BACKEND", "")
+    monkeypatch.setenv("DSV4_TOPK", "bf17")
+    assert backends.resolve(TOPK)

@@ -93,6 +93,32 @@ def test_engine_workspace(backend, device):
     assert bool((values[79:] == 0xAB).all()) and bool((scales[79:] == 0xCD).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_strided_sequence_ends(dtype, backend, device):
+    cache, table, cu, slots = problem((70, 0, 9))
+    apart = torch.full((2 * len(cu),), 55, dtype=dtype, device=device)
+    apart[::2] = cu.to(device)
+    got = gather_indexer_cache(
+        cache.to(device), table.to(device), apart[::2], dtype=torch.float32, backend=backend
+    )
+    assert torch.equal(got.cpu(), read_one_by_one(cache, slots))
+
+
+def test_results_below_the_normal_range(backend, device):
+    cache, table, cu, _ = problem((64, 100))
+    g = torch.Generator().manual_seed(0)
+    words = torch.randint(0, 0x01400000, (len(cache), 64), generator=g).int()
+    cache[:, 64 * 128 :] = words.view(torch.uint8).view(len(cache), 256)
+    want = gather_indexer_cache(cache, table, cu, dtype=torch.float32, backend="torch").bfloat16()
+    tiny = (want.abs() < torch.finfo(torch.bfloat16).tiny) & (want != 0)
+    assert int(tiny.sum()) > 1000, "nothing of what is to be tested"
+    got = gather_indexer_cache(cache.to(device), table.to(device), cu.to(device),
+                               dtype=torch.bfloat16, backend=backend).cpu()  # fmt: skip
+    assert torch.equal(got.isnan(), want.isnan())
+    got, want = got.nan_to_num(7.0), want.nan_to_num(7.0)
+    assert torch.equal(got.view(torch.int16), want.view(torch.int16))
+
+
 def test_padding_pages_and_pages_past_the_end(backend, device):
     cache, _, _, _ = problem((1,))
     table = torch.tensor([[0, -1, 40, 3]], dtype=torch.int32)

@@ -12,6 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4_plugin import (
+    block_maxima,
+    candidate_logits,
+    candidate_logits_ragged,
     gather_indexer_cache,
     library,
     paged_logits,
@@ -19,6 +22,8 @@ from dsv4_plugin import (
     read_indexer_cache,
     read_indexer_cache_mxfp4,
     select,
+    select_blocks,
+    select_candidates,
     topk,
 )
 from dsv4_plugin.cli.checks.inputs import fp8_cache, mxfp4_cache
@@ -71,6 +76,26 @@ def windows() -> tuple[torch.Tensor, ...]:
     return q[:, 0], keys, torch.ones(20), weights, start, start + 20
 
 
+def chosen_blocks() -> torch.Tensor:
+    """Candidates for rows of 64 keys: two blocks each, a third where there is one."""
+    return torch.tensor([[0, 3, 7], [1, 3, -1], [0, -1, -1], [0, 1, 2]], dtype=torch.int32)
+
+
+def with_candidates(next_n: int = 1) -> tuple[torch.Tensor, ...]:
+    q, cache, weights, n, table = scored(next_n)
+    return q, cache, weights, chosen_blocks(), n, table
+
+
+def windows_with_candidates() -> tuple[torch.Tensor, ...]:
+    q, keys, scale, weights, starts, ends = windows()
+    return q, keys, scale, weights, chosen_blocks(), starts, ends
+
+
+def of_candidates() -> tuple[torch.Tensor, ...]:
+    """Arguments of the selection among candidates, but for k."""
+    return logits(4, 24), chosen_blocks(), torch.tensor([64, 30, 5, 20], dtype=torch.int32)
+
+
 def op_calls() -> dict[str, list[tuple[Any, ...]]]:
     """Every op and arguments that between them use every optional tensor."""
     fp8, fp4 = fp8_cache(3), mxfp4_cache(3)
@@ -102,6 +127,40 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
         "select_out": [
             (*scored(), new(), None, None, None, K),
             (*scored(), new(), new(), torch.zeros(4, 64), pages(), K, 64, torch.float32, 16),
+        ],
+        "block_maxima": [(*full(),), (*full(2), 32, 4, torch.float32)],
+        "block_maxima_out": [
+            (*scored(), torch.zeros(4, 8), None),
+            (*scored(2), torch.zeros(4, 8), torch.zeros(4, 64)),
+        ],
+        "select_blocks": [(logits(), lengths(), K), (logits(), lengths()[:2], K, 4, 2)],
+        "select_blocks_out": [
+            (logits(), lengths(), new(), None, K),
+            (logits(), lengths(), new(), lengths(), K, 4),
+        ],
+        "candidate_logits": [
+            (*with_candidates(),),
+            (*with_candidates(2), 32, 4, torch.float32),
+        ],
+        "candidate_logits_out": [
+            (*with_candidates(), torch.zeros(4, 24), None),
+            (*with_candidates(), torch.zeros(4, 24), lengths()),
+        ],
+        "candidate_logits_ragged": [
+            windows_with_candidates(),
+            (*windows_with_candidates(), 4, torch.float16),
+        ],
+        "candidate_logits_ragged_out": [
+            (*windows_with_candidates(), torch.zeros(4, 24), None),
+            (*windows_with_candidates(), torch.zeros(4, 24), lengths()),
+        ],
+        "select_candidates": [
+            (*of_candidates(), K),
+            (logits(4, 12), *of_candidates()[1:], K, 4),
+        ],
+        "select_candidates_out": [
+            (*of_candidates(), new(), None, None, None, K),
+            (*of_candidates(), new(), new(), lengths(), pages(), K, 8, 1, 16),
         ],
     }
 
@@ -185,6 +244,56 @@ def chosen_slots(*arguments: torch.Tensor) -> torch.Tensor:
     return torch.cat([out, raw])
 
 
+def block_scores(*arguments: torch.Tensor) -> torch.Tensor:
+    return block_maxima(*arguments, dtype=torch.float32) + 1
+
+
+def block_scores_out(*arguments: torch.Tensor) -> torch.Tensor:
+    every = torch.zeros(4, 64, dtype=torch.bfloat16)
+    out = torch.zeros(4, 8, dtype=torch.bfloat16)
+    block_maxima(*arguments, out=out, logits=every)
+    return torch.cat([out, every], dim=1)
+
+
+def best_blocks(scores: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return select_blocks(scores, columns, K) + 1
+
+
+def best_blocks_out(scores: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    counts = torch.empty(4, dtype=torch.int32)
+    return select_blocks(scores, columns, K, out_counts=counts) + counts[:, None]
+
+
+def score_candidates(*arguments: torch.Tensor) -> torch.Tensor:
+    return candidate_logits(*arguments, dtype=torch.float32) + 1
+
+
+def score_candidates_out(*arguments: torch.Tensor) -> torch.Tensor:
+    count = torch.zeros(4, dtype=torch.int32)
+    return candidate_logits(*arguments, out_lengths=count) + count[:, None]
+
+
+def score_gathered(*arguments: torch.Tensor) -> torch.Tensor:
+    return candidate_logits_ragged(*arguments) + 1
+
+
+def score_gathered_out(*arguments: torch.Tensor) -> torch.Tensor:
+    count = torch.zeros(4, dtype=torch.int32)
+    return candidate_logits_ragged(*arguments, out_lengths=count) + count[:, None]
+
+
+def best_candidates(*arguments: torch.Tensor) -> torch.Tensor:
+    return select_candidates(*arguments, K) + 1
+
+
+def best_candidates_out(*arguments: torch.Tensor) -> torch.Tensor:
+    slots, counts = torch.empty(4, K, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
+    out = select_candidates(
+        *arguments, K, block_table=pages(), page_size=16, out_slots=slots, out_counts=counts
+    )
+    return torch.cat([out, slots, counts[:, None].expand(4, K)])
+
+
 FUNCTIONS: list[tuple[Callable[..., torch.Tensor], Callable[[], tuple[torch.Tensor, ...]]]] = [
     (read, lambda: (fp8_cache(3), slots())),
     (read_mxfp4, lambda: (mxfp4_cache(3), slots())),
@@ -198,6 +307,16 @@ FUNCTIONS: list[tuple[Callable[..., torch.Tensor], Callable[[], tuple[torch.Tens
     (score_ragged_out, windows),
     (chosen, scored),
     (chosen_slots, scored),
+    (block_scores, full),
+    (block_scores_out, scored),
+    (best_blocks, lambda: (logits(), lengths())),
+    (best_blocks_out, lambda: (logits(), lengths())),
+    (score_candidates, with_candidates),
+    (score_candidates_out, with_candidates),
+    (score_gathered, windows_with_candidates),
+    (score_gathered_out, windows_with_candidates),
+    (best_candidates, of_candidates),
+    (best_candidates_out, of_candidates),
 ]
 NAMES = [function.__name__ for function, _ in FUNCTIONS]
 
@@ -256,6 +375,50 @@ def test_fakes_of_the_logits(dtype: torch.dtype) -> None:
     assert (fake.shape, fake.dtype) == (indices.shape, indices.dtype) == ((4, K), torch.int32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fakes_of_the_candidate_ops(dtype: torch.dtype) -> None:
+    """Shape, dtype and strides: 9 blocks of bfloat16 have rows 16 apart."""
+    for function, inputs in (
+        (block_maxima, scored(1, (65, 30, 5, 9))),
+        (candidate_logits, with_candidates()),
+        (candidate_logits_ragged, windows_with_candidates()),
+    ):
+        real = function(*inputs, dtype=dtype, piece=7)
+        with FakeTensorMode() as mode:
+            fake = function(*map(mode.from_tensor, inputs), dtype=dtype, piece=7)
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, dtype, real.stride())
+        meta = function(*(x.to("meta") for x in inputs), dtype=dtype, piece=7)
+        assert (meta.shape, meta.dtype, meta.device.type) == (real.shape, dtype, "meta")
+    for function, inputs in (
+        (select_blocks, (logits().to(dtype), lengths())),
+        (select_candidates, (of_candidates()[0].to(dtype), *of_candidates()[1:])),
+    ):
+        with FakeTensorMode() as mode:
+            fake = function(*map(mode.from_tensor, inputs), K)
+        assert (fake.shape, fake.dtype) == ((4, K), torch.int32)
+    with FakeTensorMode() as mode:  # `out` is made where only the others are given
+        inputs = tuple(map(mode.from_tensor, scored()))
+        every = mode.from_tensor(torch.zeros(4, 64, dtype=dtype))
+        fake = block_maxima(*inputs, logits=every)
+    assert (fake.shape, fake.dtype) == ((4, 8), dtype)
+
+
+class Sub(torch.Tensor):
+    """A subclass without a dispatch of its own."""
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [pair for pair in FUNCTIONS if "block" in pair[0].__name__ or "candid" in pair[0].__name__],
+    ids=[n for n in NAMES if "block" in n or "candid" in n],
+)
+def test_a_subclass_of_a_tensor_is_served(
+    function: Callable[..., torch.Tensor], inputs: Callable[[], tuple[torch.Tensor, ...]]
+) -> None:
+    got = function(*(x.as_subclass(Sub) for x in inputs()))
+    assert torch.equal(got.as_subclass(torch.Tensor), function(*inputs()))
+
+
 class Seen(TorchDispatchMode):
     """Collects the ops that pass."""
 
@@ -305,6 +468,11 @@ def test_the_dispatcher_and_the_direct_road_agree() -> None:
         ("paged_logits", paged_logits, full()),
         ("ragged_logits", ragged_logits, windows()),
         ("select", select, (*scored(), K)),
+        ("block_maxima", block_maxima, full()),
+        ("select_blocks", select_blocks, (logits(), lengths(), K)),
+        ("candidate_logits", candidate_logits, with_candidates()),
+        ("candidate_logits_ragged", candidate_logits_ragged, windows_with_candidates()),
+        ("select_candidates", select_candidates, (*of_candidates(), K)),
     ):
         direct = function(*arguments)
         assert torch.equal(getattr(torch.ops.dsv4, name)(*arguments), direct)

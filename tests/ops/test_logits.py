@@ -33,9 +33,9 @@ def filled(rows, columns, dtype, device="cpu"):
 
 def verify(case, out, before, backend, n=None, block_size=64):
     n = case.lengths if n is None else n
-    score, size = oracle(case, block_size)
+    score, size = oracle(case, block_size, out.shape[1])
     check(out, score, size, n, TOLERANCE[backend, case.kind], f"{backend}, {case.kind}")
-    untouched(out, n.clamp(max=score.shape[1]), before)
+    untouched(out, n, before)
 
 
 @pytest.mark.parametrize("kind", ["normal", "bytes"])
@@ -77,7 +77,10 @@ def test_forms_of_lengths(form, dtype, backend, device):
 
 @pytest.mark.parametrize("columns", [1, 63, 64, 100, 192, 300])
 def test_columns_of_out(columns, backend, device):
-    """`out` narrower or wider than the table: both bound what is written; slices of a buffer."""
+    """`out` narrower or wider than the table; slices of a buffer.
+
+    `out` bounds what is written. Past the table there are no pages, so the scores are -inf.
+    """
     case = paged([10_000, 192, 150, 1, 0, 64], 2, columns=192, kind="bytes").to(device)
     for offset in (0, 1, 3, 8):
         buffer = filled(8, columns + 16, torch.bfloat16, device)
@@ -149,6 +152,107 @@ def test_forms_and_strides_of_the_queries(backend, device):
     assert torch.equal(flat[valid], want[valid])
 
 
+@pytest.mark.parametrize("columns", [100, 128, 300])
+@pytest.mark.parametrize("next_n", [1, 2])
+def test_lengths_past_the_table(columns, next_n, backend, device):
+    """Into a buffer wider than the table, then a selection with the lengths as they were."""
+    case = paged([250, 128, 130, 5], next_n, columns=128).to(device)
+    out = torch.full((4, columns), 1e30, device=device)
+    before = out.clone()
+    paged_logits(*case.arguments, out=out, backend=backend)
+    verify(case, out, before, backend)
+    chosen = topk(out, case.lengths, 32, next_n=next_n, backend=backend)
+    assert not bool((chosen >= 128).any())
+    assert bool((select(*case.arguments, 32, logits=out, backend=backend) < 128).all())
+    for batch in (1, 4 // next_n):  # a lone request is dealt out in another way
+        none = before[: batch * next_n].clone()
+        rows = slice(0, batch * next_n)
+        paged_logits(case.q[:batch], case.cache, case.weights[rows], case.lengths[rows],
+                     case.table[:batch, :0], out=none, backend=backend)  # fmt: skip
+        inside = torch.arange(columns, device=device) < case.lengths[rows, None]
+        assert bool((none[inside] == -torch.inf).all()) and bool((none[~inside] == 1e30).all())
+
+
+@pytest.mark.parametrize("next_n", [2, 3])
+def test_random_lengths_a_row_and_tables_with_a_stride(next_n, backend, device):
+    """`[batch, next_n]` lengths, 0 among them, on `block_table[::next_n]` of one row a token."""
+    g = torch.Generator().manual_seed(next_n)
+    n = torch.randint(0, 200, (5, next_n), generator=g)
+    n[1], n[2, 0] = 0, 0
+    case = paged(n.reshape(-1).tolist(), next_n, columns=200).to(device)
+    case.table = case.table.repeat_interleave(next_n, 0)[::next_n]
+    assert case.table.stride(0) == next_n * case.table.shape[1]
+    lengths = n.int().to(device)
+    out = filled(5 * next_n, 256, torch.bfloat16, device)
+    before = out.clone()
+    paged_logits(*case.arguments[:3], lengths, case.table, out=out, backend=backend)
+    verify(case, out, before, backend)
+
+
+@pytest.mark.parametrize("heads", [8, 16])
+def test_heads_padded_with_zeros_change_nothing(heads, backend, device):
+    """To 32, which the CUDA kernels have: zero weights on zero queries add nothing."""
+    case = paged([200, 64, 0, 131], heads=32, kind="normal")
+    case.q[:, :, heads:] = torch.zeros(1, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    case.weights[:, heads:] = 0.0
+    few = Paged(case.q[:, :, :heads].contiguous(), case.cache, case.weights[:, :heads].contiguous(),
+                case.lengths, case.table, case.kind)  # fmt: skip
+    case = case.to(device)
+    out = filled(4, 256, torch.float32, device)
+    before = out.clone()
+    paged_logits(*case.arguments, out=out, backend=backend)
+    verify(case, out, before, backend)
+    score, size = oracle(few)
+    check(out.cpu(), score, size, few.lengths, TOLERANCE[backend, "normal"])
+    if backend == "torch":
+        alone = paged_logits(*few.arguments, dtype=torch.float32, backend="torch")
+        valid = torch.arange(256) < few.lengths[:, None]
+        assert torch.equal(alone[valid], out.cpu()[valid])
+
+
+def test_identical_keys_through_the_chain(backend, device):
+    """All scores are ties: the first k columns, ascending, whatever the page order."""
+    case = paged([640, 513, 300, 64]).to(device)
+    case.cache[:] = case.cache[:1, :].clone()
+    values = case.cache[:, : 64 * D].unflatten(1, (64, D))
+    values[:] = values[:1, :1].clone()
+    scales = case.cache[:, 64 * D : 64 * D + 256].unflatten(1, (64, 4))
+    scales[:] = torch.ones(1, device=device).view(torch.uint8)
+    logits = paged_logits(*case.arguments, dtype=torch.float32, backend=backend)
+    for r, n in enumerate(case.lengths.tolist()):
+        assert len(logits[r, :n].unique()) == 1
+    for k in (64, 512):
+        got = select(*case.arguments, k, backend=backend).cpu().long()
+        rank = torch.arange(k)
+        assert torch.equal(got, torch.where(rank < case.lengths.cpu()[:, None], rank, -1))
+
+
+def test_small_pages_and_a_guarded_slice():
+    """Pages of 8 keys, bfloat16, into the middle of a buffer; only the torch form has them."""
+    case = paged([37, 8, 0, 64], 2, block_size=8, pad=-8 * 132 % 4, columns=64)
+    buffer = filled(6, 90, torch.bfloat16)
+    out = buffer[1:5, 13:77]
+    before = out.clone()
+    paged_logits(*case.arguments, block_size=8, out=out)
+    verify(case, out, before, "torch", block_size=8)
+    out.fill_(-77.0)
+    assert bool((buffer == -77.0).all()), "wrote outside of out"
+
+
+def test_a_table_and_scores_of_no_width(backend, device):
+    """Logits of width 0 and a table of width 0: no index, and nothing is written."""
+    case = paged([64, 5]).to(device)
+    table = case.table[:, :0]
+    scratch = torch.empty(2, 0, dtype=torch.bfloat16, device=device)
+    for logits in (None, scratch):
+        raw = torch.full((2, 32), 9, dtype=torch.int32, device=device)
+        got = select(*case.arguments[:4], table, 32, page_table=table, out_raw=raw, logits=logits,
+                     backend=backend)  # fmt: skip
+        assert bool((got == -1).all()) and bool((raw == -1).all())
+    assert bool((topk(scratch, case.lengths, 32, backend=backend) == -1).all())
+    assert paged_logits(*case.arguments, out=scratch, backend=backend) is scratch
+
+
 def test_nan(backend, device):
     """A NaN of a query, a key, a scale or a weight makes its scores NaN, and no others."""
     case = paged([128] * 4)
@@ -208,8 +312,8 @@ def test_ragged_scores(dtype, heads, kind, backend, device):
     inputs = ragged(rows, keys, heads, kind, device=device)
     for index in (torch.int32, torch.int64):
         starts, ends = torch.tensor(windows, dtype=index, device=device).T.contiguous()
-        score, size, n = ragged_oracle(*inputs, starts, ends)
-        for columns in (keys, 64, 333):
+        for columns in (64, 333, keys):
+            score, size, n = ragged_oracle(*inputs, starts, ends, columns)
             buffer = filled(rows, columns + 5, dtype, device)
             out = buffer[:, 3 : columns + 3]
             before = out.clone()
@@ -236,6 +340,47 @@ def test_ragged_selection(backend, device):
         want = torch.full((32,), -1)
         want[: len(best)] = best.sort().values if n[r] <= 32 else best
         assert set(got[r].tolist()) == set(want.tolist())
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("columns", [100, 64, 333])
+def test_windows_past_the_keys_are_written_whole(columns, index, backend, device):
+    """A key below zero or past the end scores -inf, so a selection by the windows finds no rest."""
+    windows = [(50, 130), (0, 100), (-5, 60), (-50, -10), (100, 120), (500, 900), (99, 101), (7, 3),
+               (-(1 << 31), (1 << 31) - 1)]  # fmt: skip
+    far = (1 << 63) - 1
+    if index == torch.int64:
+        windows += [(-far, far), (-far, 5), (0, far), (far - 9, far), (far, -far)]
+    rows = len(windows)
+    q, keys, scale, weights = ragged(rows, 100, device=device)
+    starts, ends = torch.tensor(windows, dtype=index, device=device).T.contiguous()
+    zero = torch.zeros_like(starts)
+    whole = ragged_logits(q, keys, scale, weights, zero, zero + 100, dtype=torch.float32,
+                          backend=backend).cpu()  # fmt: skip
+    out = torch.full((rows, columns), 1e30, device=device)
+    ragged_logits(q, keys, scale, weights, starts, ends, out=out, backend=backend)
+    want = torch.full((rows, columns), 1e30)
+    for r, (start, end) in enumerate(windows):
+        for c in range(max(0, min(columns, end - start))):
+            key = start + c
+            want[r, c] = whole[r, key] if 0 <= key < 100 else -torch.inf
+    assert torch.equal(out.cpu(), want)
+    sane = slice(0, 8)  # differences that the index dtype holds
+    chosen = topk(out[sane], (ends - starts)[sane], 32, backend=backend).cpu()
+    for r, (start, end) in enumerate(windows[sane]):
+        there = {c for c in range(min(columns, end - start)) if 0 <= start + c < 100}
+        written = set(range(max(0, min(columns, end - start))))
+        assert set(chosen[r].tolist()) - {-1} <= (there if len(there) >= 32 else written)
+
+
+def test_windows_on_no_keys_at_all(backend, device):
+    q, keys, scale, weights = ragged(4, 0, device=device)
+    starts = torch.tensor([0, 50, -3, 7], dtype=torch.int32, device=device)
+    ends = torch.tensor([60, 130, 9, 7], dtype=torch.int32, device=device)
+    out = filled(4, 90, torch.bfloat16, device)
+    ragged_logits(q, keys, scale, weights, starts, ends, out=out, backend=backend)
+    inside = torch.arange(90, device=device) < (ends - starts)[:, None]
+    assert bool((out[inside] == -torch.inf).all()) and bool((out[~inside] == -77.0).all())
 
 
 def test_paged_and_ragged_agree_bit_for_bit():

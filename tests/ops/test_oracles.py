@@ -42,10 +42,10 @@ def test_the_ranking_sees_every_mistake():
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, float("nan"), 9.0]])
     ranking = Ranking(logits, torch.tensor([5]))
     ranking.check(torch.tensor([[1, 2]], dtype=torch.int32), 2, sort=True)
-    ranking.check(torch.tensor([[2, 1]], dtype=torch.int32), 2)
-    for wrong in ([2, 1],):
+    ranking.check(torch.tensor([[1, 2]], dtype=torch.int32), 2)
+    for sort in (False, True):  # neither by value nor by column
         with pytest.raises(AssertionError, match="1 of 1 rows are wrong"):
-            ranking.check(torch.tensor([wrong], dtype=torch.int32), 2, sort=True)
+            ranking.check(torch.tensor([[2, 1]], dtype=torch.int32), 2, sort=sort)
     for wrong in ([1, 3], [1, 1], [1, 5], [1, -1], [1, 4], [0, 1]):
         with pytest.raises(AssertionError, match="1 missing|2 missing|1 of 1 rows"):
             ranking.check(torch.tensor([wrong], dtype=torch.int32), 2)
@@ -62,7 +62,10 @@ def test_a_short_row_keeps_its_order():
 def test_the_check_of_a_selection_sees_every_mistake():
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 9.0]])
     n = torch.tensor([4])
-    check_selection(logits, n, 2, torch.tensor([[2, 1]], dtype=torch.int32))
+    backwards = torch.tensor([[2, 1]], dtype=torch.int32)
+    check_selection(logits, n, 2, backwards)
+    with pytest.raises(AssertionError, match="do not ascend"):
+        check_selection(logits, n, 2, backwards, ascending=True)
     for wrong, words in (
         ([1, 3], "lowest index"), ([1, 0], "larger score"), ([1, 1], "twice"),
         ([1, 4], "outside of the row"), ([1, -1], "number of indices"),
@@ -84,7 +87,7 @@ def test_what_the_loop_selects_has_no_fault(kind, dtype, sort):
     logits.masked_fill_(outside, float("nan"))
     for k in (1, 40, 64):
         out = by_loop(logits, lengths, k, starts, sort)
-        assert not faults(logits, n, k, out, starts=at, sort=sort).any()
+        assert not faults(logits, n, k, out, starts=at, sort=sort, ascending=True).any()
 
 
 def test_each_rule_names_its_rows():

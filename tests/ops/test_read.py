@@ -130,6 +130,69 @@ def test_slot_past_the_end(form, backend, device):
         assert not got[0].isnan().any() and got[1:].isnan().all()
 
 
+INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16,
+            torch.uint32, torch.uint64]  # fmt: skip
+
+
+@both
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_every_dtype_of_slots(form, dtype, backend, device):
+    """Contiguous and strided; below zero is padding where the dtype goes below zero."""
+    read, make, loop = READS[form]
+    cache = make(2)
+    plain = torch.tensor([0, 5, 100, 7, 127])
+    there, want = cache.to(device), loop(cache, plain)
+    for slots in (plain.to(dtype), plain.to(dtype).repeat_interleave(2)[::2]):
+        for on in (slots, slots.to(device)):
+            got = serve(lambda b, on=on: read(there, on, backend=b), backend, NO_CUDA[form])
+            assert same(got.cpu(), want)
+    with pytest.raises(IndexError, match="slot_mapping holds slot 127"):
+        read(there[:1], plain.to(dtype), backend=backend)
+    if dtype.is_signed:
+        padding = torch.tensor([-1, -128], dtype=dtype, device=device)
+        got = serve(lambda b: read(there, padding, backend=b), backend, NO_CUDA[form])
+        assert same(got.cpu(), torch.zeros(2, 128))
+
+
+@both
+def test_the_largest_unsigned_slots_are_past_the_end(form, backend, device):
+    """Not padding, which they would be as int64."""
+    read, make, _ = READS[form]
+    cache = make(2).to(device)
+    slots = torch.tensor([0, 1 << 63, (1 << 64) - 1], dtype=torch.uint64)
+    with pytest.raises(IndexError, match="past the end"):
+        read(cache, slots, backend=backend)
+    if torch.device(device).type == "cuda":
+        there = slots.to(device)
+        got = serve(lambda b: read(cache, there, backend=b), backend, NO_CUDA[form])
+        assert not got[0].isnan().any() and got[1:].isnan().all()
+
+
+@both
+def test_results_below_the_normal_range(form, backend, device):
+    """Subnormal products, their ties and NaN, rounded to bfloat16 as torch rounds them."""
+    read, make, _ = READS[form]
+    cache = make(4)
+    if form == "fp8":
+        g = torch.Generator().manual_seed(0)
+        words = torch.randint(0, 0x01400000, (4, 64), generator=g).int()
+        words[0, :4] = torch.tensor([0x0060466D, 1, 0x00008000, 0x00018000]).int()
+        cache[:, 64 * 128 :] = words.view(torch.uint8).view(4, 256)
+    else:
+        cache[:, 64 * 64 :] = torch.arange(256).remainder(9).to(torch.uint8)
+    slots = torch.arange(256)
+    want = read(cache, slots, dtype=torch.float32, backend="torch").bfloat16()
+    tiny = (want.abs() < torch.finfo(torch.bfloat16).tiny) & (want != 0)
+    assert int(tiny.sum()) > 1000, "nothing of what is to be tested"
+    there = cache.to(device)
+    got = serve(lambda b: read(there, slots.to(device), dtype=torch.bfloat16, backend=b),
+                backend, NO_CUDA[form]).cpu()  # fmt: skip
+    assert torch.equal(got.isnan(), want.isnan())
+    assert same(got.nan_to_num(7.0), want.nan_to_num(7.0))
+    assert same(read(cache, slots, dtype=torch.bfloat16, backend="torch").nan_to_num(7.0),
+                want.nan_to_num(7.0))  # fmt: skip
+
+
 @both
 def test_out_is_filled_and_returned(form, backend, device):
     read, make, loop = READS[form]

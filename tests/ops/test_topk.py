@@ -33,7 +33,7 @@ def test_selects_exactly(kind, dtype, backend, device):
     poison_tail(logits, lengths)
     got = topk(logits.to(device), lengths.to(device), k, backend=backend).cpu()
     assert torch.equal(got.sort(1).values, want.sort(1).values)
-    check_selection(logits, lengths, k, got)
+    check_selection(logits, lengths, k, got, ascending=True)
 
 
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
@@ -138,6 +138,104 @@ def test_page_table(page_size, per_request, backend, device):
             assert slot == (page * page_size + i % page_size if page >= 0 else -1)
 
 
+@pytest.mark.parametrize("length", [8, 128, 5000])
+@pytest.mark.parametrize("page_size", [1, 3, 64, (1 << 31) - 1])
+def test_a_slot_that_int32_does_not_hold_is_none(page_size, length, backend, device):
+    """Page numbers of a table that was never written: -1, and never the slot of another page."""
+    most = (1 << 31) - 1
+    fits = most // page_size
+    numbers = sorted({max(0, n) for n in (fits - 1, fits, min(fits + 1, most), most, most // 2, 0)})
+    rows, k = len(numbers), 50
+    logits = scores("normal", rows, length, torch.float32).to(device)
+    table = torch.tensor(numbers).int()[:, None].expand(rows, -(-length // page_size)).contiguous()
+    raw = torch.empty(rows, k, dtype=torch.int32, device=device)
+    for sort in (False, True):
+        got = topk(logits, torch.full((rows,), length, device=device), k, sort=sort,
+                   page_table=table.to(device), page_size=page_size, out_raw=raw,
+                   backend=backend).cpu()  # fmt: skip
+        for r, number in enumerate(numbers):
+            slots = [number * page_size + i % page_size for i in raw[r].tolist()]
+            want = [
+                s if i >= 0 and s <= most else -1 for s, i in zip(slots, raw[r].tolist(),
+                                                                  strict=True)
+            ]  # fmt: skip
+            assert got[r].tolist() == want
+
+
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_columns_ascend_without_sort(kind, backend, device):
+    """A promise: the order is that of the columns, with -1 after them, at every call."""
+    lengths = torch.tensor([0, 1, 63, 64, 65, 500, 4096, 70_000])
+    logits = scores(kind, len(lengths), 70_000, torch.bfloat16)
+    got = topk(logits.to(device), lengths.to(device), 64, backend=backend).cpu()
+    assert torch.equal(got, expect(logits, lengths, 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sort_leaves_short_rows_in_column_order(dtype, backend, device):
+    """Rows no longer than k, whatever their scores."""
+    k = 100
+    lengths = torch.tensor([0, 1, 2, 50, 99, 100])
+    logits = torch.arange(300).to(dtype).expand(len(lengths), 300).contiguous()
+    logits[4] = float("nan")
+    got = topk(logits.to(device), lengths.to(device), k, sort=True, backend=backend).cpu()
+    rank = torch.arange(k)
+    assert torch.equal(got.long(), torch.where(rank < lengths[:, None], rank, -1))
+    longer = topk(logits[:1].to(device), torch.tensor([101], device=device), k, sort=True,
+                  backend=backend).cpu()  # fmt: skip
+    assert torch.equal(longer[0].long(), torch.arange(100, 0, -1))
+
+
+@pytest.mark.parametrize("nans", [1, 3, 4096])
+@pytest.mark.parametrize("columns", [131_072, 131_075])
+def test_some_nan_and_some_infinities(columns, nans, backend, device):
+    """NaN anywhere and in the last column, beside eight +inf."""
+    g = torch.Generator().manual_seed(nans)
+    logits = torch.randn(1, columns, generator=g)
+    at = torch.randperm(columns - 1, generator=g)
+    logits[0, at[: nans - 1]] = logits[0, -1] = float("nan")
+    logits[0, at[nans : nans + 8]] = float("inf")
+    lengths = torch.tensor([columns])
+    for dtype in DTYPES:
+        row = logits.to(dtype)
+        got = topk(row.to(device), lengths.to(device), 2048, backend=backend).cpu()
+        assert torch.equal(got, expect(row, lengths, 2048))
+        assert set(at[nans : nans + 8].tolist()) <= set(got[0].tolist())
+
+
+@pytest.mark.parametrize("head", [0, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eight_distinct_values(dtype, head, backend, device):
+    """Nearly all are ties: with and without a head of larger scores."""
+    g = torch.Generator().manual_seed(head)
+    logits = torch.randint(0, 8, (3, 30_000), generator=g).to(dtype)
+    logits[:, torch.randperm(30_000, generator=g)[:head]] = 100.0
+    lengths = torch.tensor([30_000, 29_999, 513])
+    for k in (512, 2048):
+        got = topk(logits.to(device), lengths.to(device), k, backend=backend).cpu()
+        assert torch.equal(got, expect(logits, lengths, k))
+
+
+@pytest.mark.parametrize("case", ["subnormal", "negative", "half -inf"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_one_sort_of_number(case, dtype, backend, device):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 20_000, generator=g).to(dtype)
+    if case == "subnormal":
+        words, most = (torch.int32, 1 << 23) if dtype == torch.float32 else (torch.int16, 1 << 7)
+        bits = torch.randint(1, most, logits.shape, generator=g).to(words)
+        bits[:, ::3] |= torch.iinfo(words).min
+        logits = bits.view(dtype)
+    elif case == "negative":
+        logits = -logits.abs() - 1
+    else:
+        logits[:, torch.randperm(20_000, generator=g)[:10_000]] = -float("inf")
+    lengths = torch.tensor([20_000, 19_999, 600])
+    for k in (512, 2048):
+        got = topk(logits.to(device), lengths.to(device), k, backend=backend).cpu()
+        assert torch.equal(got, expect(logits, lengths, k))
+
+
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("next_n", [1, 2])
 def test_counts(next_n, paged, backend, device):
@@ -198,7 +296,7 @@ def test_property(rows, columns, k, dtype, kind, sort, data):
     got = topk(logits, lengths, k, sort=sort, backend="torch")
     assert torch.equal(got, expect(logits, lengths, k, sort))
     if not sort:
-        check_selection(logits, lengths, k, got)
+        check_selection(logits, lengths, k, got, ascending=True)
 
 
 X = torch.zeros(4, 32)

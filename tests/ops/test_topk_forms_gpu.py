@@ -14,9 +14,13 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_row_starts(dtype, index_dtype):
-    """Windows that begin at any alignment, touch the end, are empty, or lie outside."""
+    """Windows that begin at any alignment, touch the end, are empty, or lie outside.
+
+    What lies outside would win (+inf, 1,000) or lose (NaN) if it were looked at.
+    """
     columns = 70_000
-    windows = [(s, n) for s in (0, 1, 2, 3, 5, 7, 8, 15, 33_333) for n in (511, 513, 8192, 36_667)]
+    begins = (*range(16), 33_333)  # every place in a unit of 16 bytes, of 2-byte scores twice
+    windows = [(s, n) for s in begins for n in (511, 513, 8192, 36_667)]
     windows += [(columns - 600, 600), (columns - 600, 900), (columns - 1, 1), (columns, 5), (-1, 9)]
     windows += [(10, n) for n in short_lengths(512)]
     starts = ints((s for s, _ in windows), index_dtype)
@@ -24,12 +28,14 @@ def test_row_starts(dtype, index_dtype):
     logits = draw("relu_sum", len(windows), columns, dtype)
     at = torch.arange(columns, device=DEVICE)
     outside = (at < starts[:, None]) | (at >= (starts + lengths)[:, None])
-    logits.masked_fill_(outside, float("nan"))
-    ranking = Ranking(seen(logits, dtype), lengths, starts=starts)
-    for k in (7, *KS):
-        for sort in (False, True):
-            got = run(logits, lengths, k, dtype=dtype, sort=sort, row_starts=starts)
-            ranking.check(got, k, sort=sort)
+    ranking = None
+    for poison in (float("nan"), 1e3, float("inf")):
+        logits.masked_fill_(outside, poison)
+        ranking = ranking or Ranking(seen(logits, dtype), lengths, starts=starts)
+        for k in (7, *KS):
+            for sort in (False, True):
+                got = run(logits, lengths, k, dtype=dtype, sort=sort, row_starts=starts)
+                ranking.check(got, k, sort=sort, context=f"{poison} outside")
 
 
 @pytest.mark.parametrize("columns", [3000, 20_000, 70_000])
@@ -103,6 +109,7 @@ def test_page_table(dtype, page_size, per_request, sort):
         number = table[owner[:, None], page.clamp(max=pages - 1)].long()
         gone = (index < 0) | (page >= pages) | (number < 0)
         slot = (number * page_size + index % page_size).masked_fill(gone, -1)
+        assert int(slot.max()) < 1 << 31
         assert torch.equal(got.long(), slot), f"a slot does not belong to its index, k {k}"
         if sort:
             assert torch.equal(raw, want_raw) and torch.equal(got, want)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 from kits.packaging_tools import check, compiled
 
-from benchmarks.tuning.sweep import SOLO, UNITS_A_THREAD
+from benchmarks.tuning.choice_sweep import SOLO, UNITS_A_THREAD
 
 
 class Choice(NamedTuple):

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 import dsv4_plugin
+from benchmarks.engines.forward.variants import VARIANTS
 from dsv4_plugin.cli.bench.logits.chain import shared
 from dsv4_plugin.cli.checks.timing import time_graph
 from dsv4_plugin.envs import VARIABLES
 from dsv4_plugin.state import state
 
 __all__ = [
-    "OFF",
-    "VARIANTS",
     "Part",
     "Row",
     "agreement",
@@ -31,15 +30,6 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
-OFF = "off"
-
-# With the plugin: what selects, and who writes the scores.
-VARIANTS: dict[str, dict[str, str]] = {
-    "fp32": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "host"},
-    "bf16": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "host"},
-    "fp32 own": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "own"},
-    "bf16 own": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "own"},
-}
 
 
 @dataclasses.dataclass

@@ -14,8 +14,6 @@ from kits.sglang_host import STANDS_IN, STANDS_IN_ON_GPU, Engine, Layer, Problem
 
 import dsv4_plugin
 from benchmarks.engines.forward.parts import (
-    OFF,
-    VARIANTS,
     Part,
     Row,
     agreement,
@@ -24,6 +22,7 @@ from benchmarks.engines.forward.parts import (
     stands_in,
     use,
 )
+from benchmarks.engines.forward.variants import OFF, VARIANTS
 from benchmarks.engines.kernels.cells import Scores
 from dsv4_plugin.cli.bench.cells import DIRTY
 from dsv4_plugin.cli.bench.topk.cases import Problem as Case
@@ -121,9 +120,9 @@ class Side:
         return [{"part": "load the plugin", "variant": "on", "right": found}]
 
     def _with(self, name: str, variant: str, make: Callable[[], Any]) -> list[Row]:
-        from dsv4_plugin.engines.sglang import policy
+        from dsv4_plugin.engines.shared import adapter
 
-        use(variant, policy.forget, self.device)
+        use(variant, adapter.current().forget_decisions, self.device)
         return self._one(name, variant, make)
 
     def _spy(self) -> None:

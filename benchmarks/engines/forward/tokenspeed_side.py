@@ -14,8 +14,6 @@ from kits.tokenspeed_host import STANDS_IN, STANDS_IN_ON_GPU, Engine
 
 import dsv4_plugin
 from benchmarks.engines.forward.parts import (
-    OFF,
-    VARIANTS,
     Part,
     Row,
     agreement,
@@ -24,6 +22,7 @@ from benchmarks.engines.forward.parts import (
     stands_in,
     use,
 )
+from benchmarks.engines.forward.variants import OFF, VARIANTS
 from benchmarks.engines.kernels.cells import Scores, recall
 from dsv4_plugin.cli.bench.cells import DIRTY
 from dsv4_plugin.cli.checks.inputs import slot_list
@@ -113,9 +112,9 @@ class Side:
         return [{"part": "take the plugin out", "variant": OFF, "right": not self._ours()}]
 
     def _with(self, variant: str, run: Callable[[str], list[Row]]) -> list[Row]:
-        from dsv4_plugin.engines.tokenspeed import policy
+        from dsv4_plugin.engines.shared import adapter
 
-        use(variant, policy.forget, self.device)
+        use(variant, adapter.current().forget_decisions, self.device)
         return run(variant)
 
     def _measured(

@@ -20,8 +20,8 @@ from dsv4_plugin import ops
 from dsv4_plugin.cli.bench.cells import Row
 from dsv4_plugin.cli.bench.topk.cases import Problem
 from dsv4_plugin.cli.bench.topk.check import Reference
-from dsv4_plugin.engines.shared import plan
-from dsv4_plugin.engines.shared.plan import Plan, Topk
+from dsv4_plugin.engines.shared import adapter
+from dsv4_plugin.engines.shared.decision import Decision, Selection
 from dsv4_plugin.state import state
 
 __all__ = [
@@ -95,21 +95,21 @@ def backend_for(device: str) -> str:
     return "cuda" if device == "cuda" else "torch"
 
 
-def named(topk: Topk) -> str:
+def named(topk: Selection) -> str:
     """Name one of ours: the dtype of the scores, and who writes them where that is a choice."""
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[topk.dtype]
-    return f"dsv4 {dtype}{' own logits' if topk.logits == 'own' else ''}"
+    return f"dsv4 {dtype}{' own logits' if topk.logits == 'plugin' else ''}"
 
 
 @contextlib.contextmanager
 def engaged() -> Iterator[None]:
     """The adapters behave as in a process that switched the plugin on, strictly."""
-    before = plan.current()
-    plan.decide(Plan(True, strict=True))
+    before = adapter.current().decision
+    adapter.current().decide(Decision(True, strict=True))
     try:
         yield
     finally:
-        plan.decide(before)
+        adapter.current().decide(before)
         state.reset()
 
 

@@ -13,14 +13,16 @@ import torch
 from benchmarks.engines.kernels import sglang, tokenspeed
 from benchmarks.engines.kernels.cells import Run, Task, by_rounds, engaged
 from dsv4_plugin.cli.bench.cells import Row, launches_for
-from dsv4_plugin.cli.bench.topk import UsageError, peers
+from dsv4_plugin.cli.bench.topk import peers
 from dsv4_plugin.cli.checks.progress import Progress
 from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.checks.timing import time_calls
+from dsv4_plugin.cli.shared.choices import ADAPTERS
+from dsv4_plugin.cli.shared.run import UsageError, interruptible
 
 __all__ = ["SUITES", "run"]
 
-SUITES = {"sglang": sglang.cells, "tokenspeed": tokenspeed.cells}
+SUITES = dict(zip(ADAPTERS, (sglang.cells, tokenspeed.cells), strict=True))
 FORMS = tuple(form for form in peers.FORMS if form.startswith(tuple(SUITES)))
 
 
@@ -55,29 +57,34 @@ def run(
         )
     ])  # fmt: skip
     document["not_run"] = [str(task) for task in todo]
-    file = Results(document, arguments.json)
     progress = Progress(say, arguments.budget)
     progress.start(len(todo))
     say(f"{len(todo)} cells; us in a CUDA graph (eager: call by call), ! not exact")
-    with engaged():
-        for task in todo:
-            if progress.spent():
-                break
-            runs = task.make()
-            rows = [_measured(task, one, arguments) for one in runs]
-            document["results"] += rows
-            document["not_run"].remove(str(task))
-            progress.done(f"{task}  " + "  ".join(map(_shown, rows)))
-            file.save(now=True)  # the next cell may compile for minutes
-            del runs
-    document["complete"] = not progress.out_of_time
-    file.save(now=True)
-    for line in _table(document["results"]):
-        say(line)
+    with Results(document, arguments.json) as file:
+        with interruptible() as work, engaged():
+            for task in todo:
+                if progress.spent():
+                    break
+                runs = task.make()
+                rows = [_measured(task, one, arguments) for one in runs]
+                document["results"] += rows
+                document["not_run"].remove(str(task))
+                progress.done(f"{task}  " + "  ".join(map(_shown, rows)))
+                file.save(now=True)  # the next cell may compile for minutes
+                del runs
+        work.must(document["results"], "nothing was measured: no cell is left", file.said())
+        document["complete"] = work.whole and not progress.out_of_time
+        file.save(now=True)
+        for line in _table(document["results"]):
+            say(line)
+    work.end(file.said())
     return document
 
 
 def _suites(arguments: argparse.Namespace) -> list[str]:
+    for option in ("dtype", "against", "plot"):
+        if getattr(arguments, option):
+            raise UsageError(f"--{option} is not for bench adapters")
     chosen = arguments.suite
     if chosen == ["decode"] or "all" in chosen:  # the default of the other benchmarks
         return list(SUITES)
@@ -86,9 +93,6 @@ def _suites(arguments: argparse.Namespace) -> list[str]:
         raise UsageError(
             f"--suite of bench adapters must be of {', '.join(SUITES)} or all, got {strange[0]}"
         )
-    for option in ("dtype", "against", "plot"):
-        if getattr(arguments, option):
-            raise UsageError(f"--{option} is not for bench adapters")
     return list(dict.fromkeys(chosen))
 
 

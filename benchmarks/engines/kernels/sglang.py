@@ -17,14 +17,15 @@ from dsv4_plugin.cli.bench.topk.cases import Problem
 from dsv4_plugin.cli.bench.topk.check import Reference
 from dsv4_plugin.cli.bench.topk.peers import Peers
 from dsv4_plugin.cli.checks.inputs import poison_tail, scores
+from dsv4_plugin.cli.shared.choices import SGLANG_CALLS
 from dsv4_plugin.engines.sglang import wrappers
-from dsv4_plugin.engines.shared.plan import Topk
+from dsv4_plugin.engines.shared import adapter
+from dsv4_plugin.engines.shared.decision import Selection
 
 __all__ = ["cells"]
 
 SHAPES = ((1, 8192), (1, 65_536), (8, 65_536), (32, 16_384), (32, 65_536), (8, 256_000))
 PREFILL = ((2048, 8192), (2048, 32_768))
-CALLS = ("paged", "paged_raw", "dsa", "prefill")
 Out = list[torch.Tensor]  # of one: some calls allocate what they return
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -33,7 +34,7 @@ def cells(
     device: str, peers: Peers, ks: Sequence[int], rows: Sequence[int], columns: Sequence[int]
 ) -> Iterator[Task]:
     """Give all cells."""
-    for call in CALLS:
+    for call in SGLANG_CALLS:
         for r, c in shapes_of(PREFILL if call == "prefill" else SHAPES, rows, columns):
             for k in ks:
                 about = {"suite": "sglang", "call": call, "k": k, "rows": r, "columns": c}
@@ -77,28 +78,28 @@ def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
 
         runs.append(Run(name, make(logits[dtype], out, raw), soil, judge, ours=ours))
 
-    def v4(topk: Topk, scores: torch.Tensor, out: Out, raw: torch.Tensor | None) -> Any:
+    def v4(topk: Selection, scores: torch.Tensor, out: Out, raw: torch.Tensor | None) -> Any:
         metadata = torch.zeros(rows + 1, 2, dtype=torch.int32, device=device)
 
         def run() -> None:
-            before = wrappers._scope.topk, wrappers._scope.inside
-            # As the hook of forward_c4_indexer leaves it.
-            wrappers._scope.topk, wrappers._scope.inside = topk, True
+            scope = adapter.current().call
+            before = scope.kind, scope.selection
+            scope.kind, scope.selection = "v4", topk  # as the hook of forward_c4_indexer leaves it
             try:
                 wrappers.topk_v2(_none, scores, lengths, table, out[0], PAGE, metadata, raw)
             finally:
-                wrappers._scope.topk, wrappers._scope.inside = before
+                scope.kind, scope.selection = before
 
         return run
 
-    def dsa(topk: Topk, scores: torch.Tensor, out: Out, raw: None) -> Any:
+    def dsa(topk: Selection, scores: torch.Tensor, out: Out, raw: None) -> Any:
         metadata = types.SimpleNamespace(real_page_table=table, page_size=PAGE)
         paged = types.SimpleNamespace(name="PAGED")
 
         def run() -> None:
             with (
                 mock.patch.object(wrappers, "_fused", lambda: True),
-                mock.patch.object(wrappers.install, "intact", lambda name: True),
+                mock.patch.object(adapter.Adapter, "intact", lambda self, name: True),
                 mock.patch.object(wrappers.policy, "for_dsa", lambda *a: topk),
             ):
                 out[0] = wrappers.topk_dsa(_none, None, scores, lengths, k, paged, metadata)
@@ -107,7 +108,7 @@ def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
 
     backend = backend_for(device)
     for name in ("fp32",) if call == "dsa" else ("bf16", "fp32"):
-        topk = Topk(name, backend)
+        topk = Selection(name, backend)
         add(named(topk), name, functools.partial(dsa if call == "dsa" else v4, topk), True)
 
     def theirs(peer: Any, scores: torch.Tensor, out: Out, raw: Any) -> Any:

@@ -25,7 +25,8 @@ from dsv4_plugin.cli.bench.cells import DIRTY, Row
 from dsv4_plugin.cli.bench.topk.peers import Peers
 from dsv4_plugin.cli.checks.inputs import mxfp4_cache, slot_list
 from dsv4_plugin.cli.checks.oracles import fp8_keys, mxfp4_keys
-from dsv4_plugin.engines.shared.plan import Topk
+from dsv4_plugin.cli.shared.choices import TOKENSPEED_CALLS
+from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.engines.tokenspeed import kernels, readers
 
 __all__ = ["cells", "has_deep_gemm"]
@@ -36,15 +37,7 @@ __all__ = ["cells", "has_deep_gemm"]
 DECODE = ((1, 8192), (1, 65_536), (8, 65_536), (8, 8192), (32, 65_536))
 PREFILL = ((512, 8192), (512, 65_536))
 READ = ((1024, 4096), (14_338, 16_384))  # tokens, pages
-SHAPES = {
-    "dsa_decode": DECODE,
-    "dsa_decode_slots": DECODE,
-    "dsv4_decode": DECODE,
-    "dsa_prefill": PREFILL,
-    "gather": READ,
-    "read_fp8": READ,
-    "read_mxfp4": READ,
-}
+SHAPES = dict(zip(TOKENSPEED_CALLS, (*[DECODE] * 3, PREFILL, *[READ] * 3), strict=True))
 SCALE = 0.1
 
 
@@ -80,11 +73,11 @@ class _Selection:
             self.lens.fill_(DIRTY)
 
 
-def _choices(device: str, dtypes: Sequence[str] = ("bf16", "fp32")) -> list[Topk]:
+def _choices(device: str, dtypes: Sequence[str] = ("bf16", "fp32")) -> list[Selection]:
     """Return ours: the dtypes of the scores, by DeepGEMM where it is there and by our kernel."""
-    who = ("host", "own") if has_deep_gemm() else ("own",)
+    who = ("engine", "plugin") if has_deep_gemm() else ("plugin",)
     backend = backend_for(device)
-    return [Topk(d, backend, d == "bf16" and w == "host", w) for w in who for d in dtypes]
+    return [Selection(d, backend, d == "bf16" and w == "engine", w) for w in who for d in dtypes]
 
 
 def _runs(
@@ -133,13 +126,13 @@ def _decode(about: Row, device: str, peers: Peers) -> list[Run]:
         if fp8:
             dsv4 = functools.partial(kernels.dsv4_decode, which)
             return functools.partial(
-                dsv4 if isinstance(which, Topk) else which, (q8, q8[:0]), t.weights.contiguous(),
-                t.cache, t.lengths.unsqueeze(1), t.table, page_size=PAGE, topk=k,
-                max_context_len=t.table.shape[1] * PAGE, plan=None, out=held.out,
+                dsv4 if isinstance(which, Selection) else which, (q8, q8[:0]),
+                t.weights.contiguous(), t.cache, t.lengths.unsqueeze(1), t.table, page_size=PAGE,
+                topk=k, max_context_len=t.table.shape[1] * PAGE, plan=None, out=held.out,
             )  # fmt: skip
         dsa = functools.partial(kernels.dsa_decode, which)
         return functools.partial(
-            dsa if isinstance(which, Topk) else which, t.q, t.weights, t.lengths, t.table,
+            dsa if isinstance(which, Selection) else which, t.q, t.weights, t.lengths, t.table,
             page_size=PAGE, topk=k, softmax_scale=SCALE, index_k_cache=t.cache,
             topk_layout="global_slots" if slots else "logical_offsets", out=held.out,
             lens_out=held.lens,
@@ -168,9 +161,9 @@ def _prefill(about: Row, device: str, peers: Peers) -> list[Run]:
     def make(which: Any, held: _Selection) -> Callable[[], Any]:
         ours = functools.partial(kernels.dsa_prefill, which)
         return functools.partial(
-            ours if isinstance(which, Topk) else which, t.q, t.weights, t.slots, t.starts, t.ends,
-            topk=k, softmax_scale=SCALE, index_k_cache=t.cache, page_size=PAGE, out=held.out,
-            lens_out=held.lens,
+            ours if isinstance(which, Selection) else which, t.q, t.weights, t.slots, t.starts,
+            t.ends, topk=k, softmax_scale=SCALE, index_k_cache=t.cache, page_size=PAGE,
+            out=held.out, lens_out=held.lens,
         )  # fmt: skip
 
     lengths = t.ends - t.starts

@@ -71,4 +71,5 @@ class Client:
         finally:
             process.stop()
         server.check()
-        return read(load_result(self._engine, result, what), load.prompts, what)
+        found = load_result(self._engine, result, what)
+        return read(found, load.prompts, what, self._console.secrets.text)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dsv4_plugin.cli.ab import AbError, Refused, plot, report
 from dsv4_plugin.cli.ab.clients import Client
@@ -19,18 +21,22 @@ from dsv4_plugin.cli.ab.environment import (
     client_environ,
     machine,
     parse,
+    secrets_of,
     server_environ,
     told,
     versions,
 )
-from dsv4_plugin.cli.ab.experiment import Design, Experiment, write
-from dsv4_plugin.cli.ab.processes import shown
+from dsv4_plugin.cli.ab.experiment import Design, Experiment
 from dsv4_plugin.cli.ab.servers import Server
-from dsv4_plugin.cli.bench.topk import UsageError
+from dsv4_plugin.cli.shared import numbers, outputs
+from dsv4_plugin.cli.shared.run import UsageError, reading
 
 __all__ = ["add_arguments", "run"]
 
 FEWEST_PAIRS = 3
+MOST_RUNS = 5000  # of a side and workload, which have so many seeds
+PAIRS = numbers.whole(FEWEST_PAIRS, MOST_RUNS)
+ROUNDS = numbers.whole(0, MOST_RUNS - 1)
 SIDES = ("A", "B")
 DESCRIPTION = (
     "Serve a model without the plugin (A) and with it (B), in alternation, and compare what the "
@@ -45,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--engine", choices=tuple(ENGINES), default="vllm", help="whose server (default: vllm)")
     add("--model", help="the model to serve, and its name for the client")
-    add("--out", type=Path, metavar="DIR", help="an empty or new folder for results and logs")
+    add(
+        "--out",
+        type=outputs.folder,
+        metavar="DIR",
+        help="an empty or new folder for results and logs",
+    )
     add("--plot", type=Path, metavar="FILE", help="draw there (.png or .svg); needs matplotlib")
     add(
         "--from", type=Path, dest="results", metavar="FILE.json",
@@ -80,8 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--serve-args", default="", metavar="'...'", help="for both servers, as what is after --")
     add("--client-args", default="", metavar="'...'", help="more options of the client")
     add("--host", default="127.0.0.1", help="where the servers listen (default: 127.0.0.1)")
-    add("--port", type=int, help="their port (default: the engine's, 8000 or 30000)")
-    add("--port-b", type=int, help="the port of B with --together (default: the next)")
+    add("--port", type=numbers.PORT, help="their port (default: the engine's, 8000 or 30000)")
+    add("--port-b", type=numbers.PORT, help="the port of B with --together (default: the next)")
 
     group = parser.add_argument_group("what is run")
     add = group.add_argument
@@ -90,16 +101,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens in and out, prompts, concurrency; may be given often "
         "(default: in=8192,out=128,n=16,c=4)",
     )  # fmt: skip
-    add("--pairs", type=int, default=3, help=f"A-B pairs, at least {FEWEST_PAIRS} (default: 3)")
-    add("--runs", type=int, default=1, help="runs of the client in half a pair (default: 1)")
+    add("--pairs", type=PAIRS, default=3, help=f"A-B pairs, at least {FEWEST_PAIRS} (default: 3)")
+    add(
+        "--runs",
+        type=numbers.whole(1, MOST_RUNS),
+        default=1,
+        help="runs of the client in half a pair (default: 1)",
+    )
     add("--order", choices=("abab", "abba"), default="abab", help="of the pairs (default: abab)")
-    add("--seed", type=int, default=0, help="where the seeds of the client begin (default: 0)")
-    add("--warmup-rounds", type=int, default=8, help="at most so many (default: 8)")
-    add("--warmup-prompts", type=int, help="of a round (default: twice the concurrency, min. 4)")
+    add(
+        "--seed",
+        type=numbers.SEED,
+        default=0,
+        help="where the seeds of the client begin (default: 0)",
+    )
+    add("--warmup-rounds", type=ROUNDS, default=8, help="at most so many (default: 8)")
+    add(
+        "--warmup-prompts",
+        type=numbers.COUNT,
+        help="of a round (default: twice the concurrency, min. 4)",
+    )
     about = "warm when two rounds in a row differ by at most this share (default: 0.1)"
-    add("--tolerance", type=float, default=0.1, help=about)
-    add("--start-timeout", type=float, default=1800.0, help="seconds to /health (default: 1800)")
-    add("--run-timeout", type=float, default=3600.0, help="seconds a client run (default: 3600)")
+    add("--tolerance", type=numbers.real(least=0, most=1000), default=0.1, help=about)
+    add(
+        "--start-timeout",
+        type=numbers.SECONDS,
+        default=1800.0,
+        help="seconds to /health (default: 1800)",
+    )
+    add(
+        "--run-timeout",
+        type=numbers.SECONDS,
+        default=3600.0,
+        help="seconds a client run (default: 3600)",
+    )
 
     group = parser.add_argument_group("servers")
     add = group.add_argument
@@ -114,37 +149,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--log-{side}", type=Path, metavar="FILE", help=about)
     add("--health", default="/health", metavar="PATH", help="answers 200 when a server is ready")
     about = "processes in which the plugin must be at work (default: 1; with TP, its size)"
-    add("--workers", type=int, default=1, help=about)
+    add("--workers", type=numbers.COUNT, default=1, help=about)
     about = "report although nothing shows whether the plugin is at work; the report says so"
     add("--trust-engagement", action="store_true", help=about)
 
 
-def run(arguments: argparse.Namespace, more: Sequence[str] = ()) -> int:
-    """Run ``dsv4-plugin ab``; ``more`` are options of both servers. Returns the exit code."""
-    try:
-        if arguments.results is not None:
-            _again(arguments)
-            return 0
-        return _run(arguments, [*split(arguments.serve_args, "--serve-args"), *more])
-    except UsageError as error:
-        print(f"dsv4-plugin ab: {error}", file=sys.stderr)
-        return 2
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``dsv4-plugin ab``; ``arguments.after`` are options of both servers.
+
+    Returns:
+        0, or the exit code of what went wrong (:class:`AbError`), which is said.
+
+    Raises:
+        UsageError: it cannot be run like this.
+    """
+    if arguments.results is not None:
+        _again(arguments)
+        return 0
+    more = split(arguments.serve_args, "--serve-args")
+    return _run(arguments, [*more, *arguments.after])
 
 
 def _again(arguments: argparse.Namespace) -> None:
     file = arguments.results
-    try:
-        document = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} is no results file: {error}") from error
-    if not isinstance(document, dict) or document.get("what") != "ab":
-        raise UsageError(f"{file} is no results file of dsv4-plugin ab")
-    if not document.get("complete"):
-        raise UsageError(f"{file} is not complete: {document.get('error') or 'it was cut off'}")
-    print("\n".join(report.lines(document)))
+    with reading(file):
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or document.get("what") != "ab":
+            raise UsageError(f"{file} is no results file of dsv4-plugin ab")
+        if not document.get("complete"):
+            raise UsageError(f"{file} is not complete: {document.get('error') or 'it was cut off'}")
+        if arguments.plot:
+            plot.check(arguments.plot)
+        lines = report.lines(document)
+    print("\n".join(lines), flush=True)
     if arguments.plot:
-        plot.check(arguments.plot)
-        plot.draw(document, arguments.plot)
+        with reading(file):
+            plot.draw(document, arguments.plot)
         print(f"drawn to {arguments.plot}")
 
 
@@ -160,7 +200,9 @@ class _Plan:
             side: parse(getattr(arguments, f"env_{side.lower()}"), f"--env-{side.lower()}")
             for side in SIDES
         }
-        self.urls = {"A": arguments.url_a, "B": arguments.url_b}
+        self.urls = {"A": _url(arguments, "url_a"), "B": _url(arguments, "url_b")}
+        if not arguments.health.startswith("/"):
+            raise UsageError(f"--health must begin with /, got {arguments.health!r}")
         running = self.design.mode == "running"
         if not running and not (arguments.model or arguments.server_command):
             raise UsageError("--model is missing (or --server-command, or --url-a and --url-b)")
@@ -187,7 +229,17 @@ class _Plan:
         self.ports["B"] = self.ports["A"]
         if self.design.mode == "together":
             self.ports["B"] = arguments.port_b or self.ports["A"] + 1
+            if self.ports["B"] > 65_535 or len(set(self.ports.values())) < 2:
+                raise UsageError(
+                    f"--port and --port-b must be two ports up to 65535, got {self.ports['A']} and "
+                    f"{self.ports['B']}"
+                )
         self.commands = {} if running else {side: self._server(side, more) for side in SIDES}
+        self.argv = ["dsv4-plugin", *arguments.argv]
+        self.secrets = secrets_of(
+            [self.common, *self.own.values()],
+            [self.argv, *self.commands.values(), self.client, self.client_args],
+        )
 
     def _server(self, side: str, more: list[str]) -> list[str]:
         a = self.arguments
@@ -244,14 +296,8 @@ def _design(arguments: argparse.Namespace) -> Design:
         raise UsageError(f"{' and '.join(modes)} exclude each other")
     if a.url_a and a.url_a.rstrip("/") == a.url_b.rstrip("/"):
         raise UsageError(f"--url-a and --url-b are the same server, {a.url_a}")
-    for name, least in (("pairs", FEWEST_PAIRS), ("runs", 1), ("warmup_rounds", 0), ("workers", 1)):
-        if getattr(a, name) < least:
-            option = "--" + name.replace("_", "-")
-            raise UsageError(f"{option} must be at least {least}, got {getattr(a, name)}")
-    if a.pairs * a.runs > 5000:
-        raise UsageError(f"--pairs x --runs must be at most 5000, got {a.pairs * a.runs}")
-    if a.warmup_prompts is not None and a.warmup_prompts < 1:
-        raise UsageError(f"--warmup-prompts must be at least 1, got {a.warmup_prompts}")
+    if a.pairs * a.runs > MOST_RUNS:
+        raise UsageError(f"--pairs x --runs must be at most {MOST_RUNS}, got {a.pairs * a.runs}")
     loads = tuple(Workload.parse(text) for text in a.workload) or (Workload.parse(""),)
     if len(set(loads)) < len(loads):
         raise UsageError("the same --workload was given twice")
@@ -260,6 +306,26 @@ def _design(arguments: argparse.Namespace) -> Design:
         a.order, a.seed, a.warmup_rounds, a.warmup_prompts, a.tolerance, a.start_timeout,
         a.workers, a.trust_engagement,
     )  # fmt: skip
+
+
+def _url(arguments: argparse.Namespace, name: str) -> str | None:
+    """Return the address of a running server.
+
+    Raises:
+        UsageError: it is none that can be asked.
+    """
+    text = getattr(arguments, name)
+    if text is None:
+        return None
+    try:
+        at = urlsplit(text)
+        sound = at.scheme in ("http", "https") and at.hostname and at.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
+        option = name.replace("_", "-")
+        raise UsageError(f"--{option} must be http://HOST:PORT or https://…, got {text!r}")
+    return text
 
 
 def _run(arguments: argparse.Namespace, more: list[str]) -> int:
@@ -273,11 +339,12 @@ def _run(arguments: argparse.Namespace, more: list[str]) -> int:
     folder = folder.absolute()
     if arguments.plot:  # now, not when all is measured
         plot.check(arguments.plot, folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"--out {folder} must be an empty or new folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    with reading(folder, "folder"):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"--out {folder} must be an empty or new folder")
+    outputs.make_folder("--out", folder)
     document = _document(plan)
-    with Console() as console:
+    with Console(plan.secrets) as console:
         client = Client(
             plan.engine, plan.client, plan.client_args, arguments.model,
             client_environ(plan.common), arguments.run_timeout, console,
@@ -288,21 +355,29 @@ def _run(arguments: argparse.Namespace, more: list[str]) -> int:
             return plan.server(side, where, console)
 
         experiment = Experiment(plan.design, make, client, expect, document, folder, console)
-        code = _guarded(experiment.run, document)
+        experiment.save()
+
+        def whole() -> None:
+            _ask_versions(plan, document)
+            experiment.run()
+            console.pause()
+
+        code = _guarded(whole, document, console)
         if code == 0:
             document["summary"] = report.summarise(document)
             document["complete"] = True
-        write(document, folder / "ab.json")
+        experiment.save()
     if code == 0:
-        print("\n".join(report.lines(document)))
+        told = plan.secrets.data(document)
+        print("\n".join(report.lines(told)))
         if arguments.plot:
-            plot.draw(document, arguments.plot)
+            plot.draw(told, arguments.plot)
             print(f"drawn to {arguments.plot}")
     print(f"{'written' if code == 0 else 'what there is was written'} to {folder / 'ab.json'}")
     return code
 
 
-def _guarded(action: Callable[[], None], document: dict[str, Any]) -> int:
+def _guarded(action: Callable[[], None], document: dict[str, Any], console: Console) -> int:
     """Run it; an error is printed and goes into the document."""
     try:
         action()
@@ -311,11 +386,24 @@ def _guarded(action: Callable[[], None], document: dict[str, Any]) -> int:
         first = error.__context__
         said = f"{first}\n{error}" if isinstance(first, AbError) else str(error)
         refused = isinstance(error, Refused)
-        document["error"] = said
+        document["error"] = console.secrets.text(said)
         document["refused"] = refused
-        print(f"dsv4-plugin ab: {'REFUSED: ' if refused else ''}{said}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(
+                f"dsv4-plugin ab: {'REFUSED: ' if refused else ''}{document['error']}",
+                file=sys.stderr,
+            )
         return error.exit_code
     return 0
+
+
+def _ask_versions(plan: _Plan, document: dict[str, Any]) -> None:
+    """Ask the Python of the servers that are started what it has."""
+    for side in SIDES if plan.design.mode != "running" else ():
+        environ = plan.environ(side, Path("OUT", "SERVER", "status"))
+        document["sides"][side]["versions"] = plan.secrets.data(
+            versions(plan.arguments.python, environ, "torch", "triton", plan.engine.distribution)
+        )
 
 
 def _document(plan: _Plan) -> dict[str, Any]:
@@ -325,14 +413,12 @@ def _document(plan: _Plan) -> dict[str, Any]:
         running = plan.design.mode == "running"
         environ = {} if running else plan.environ(side, Path("OUT", "SERVER", "status"))
         sides[side] = {
-            "command": shown(plan.commands.get(side, [])),
-            "url": plan.urls[side],
-            "asked_env": told(plan.asked(side), plan.asked(side)),
-            "env": told(environ, plan.asked(side)),
+            "command": plan.secrets.command(plan.commands.get(side, [])),
+            "url": plan.secrets.text(plan.urls[side] or "") or None,
+            "asked_env": told(plan.asked(side), plan.asked(side), plan.secrets),
+            "env": told(environ, plan.asked(side), plan.secrets),
             "expect": a.expect_a if side == "A" else a.expect_b,
-            "versions": None if running else versions(
-                a.python, environ, "torch", "triton", plan.engine.distribution
-            ),
+            "versions": None,
             "engagement": {"summary": "not looked at yet"},
         }  # fmt: skip
     example = Client(plan.engine, plan.client, plan.client_args, a.model, {}, 0, Console())
@@ -344,13 +430,13 @@ def _document(plan: _Plan) -> dict[str, Any]:
         "error": None,
         "machine": machine(),
         "engine": a.engine,
-        "argv": shown(sys.argv),
+        "argv": plan.secrets.command(plan.argv),
         "sides": sides,
         "client": {
-            "first_command": shown(
+            "first_command": plan.secrets.command(
                 example.command(plan.url("A"), load, plan.design.run_seed(1, 1, 1), Path("RESULT"))
             ),
-            "env": told(client_environ(plan.common), plan.common),
+            "env": told(client_environ(plan.common), plan.common, plan.secrets),
         },
         "summary": [],
     }
@@ -358,6 +444,7 @@ def _document(plan: _Plan) -> dict[str, Any]:
 
 def _show(plan: _Plan) -> None:
     document = _document(plan)
+    _ask_versions(plan, document)
     for side in SIDES:
         about = document["sides"][side]
         environ = " ".join(f"{n}={v}" for n, v in about["asked_env"].items())

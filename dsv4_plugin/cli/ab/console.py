@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 from dsv4_plugin.cli.ab import Interrupted
+from dsv4_plugin.cli.shared.secrets import Secrets
 
 __all__ = ["Console"]
 
@@ -20,10 +21,12 @@ class Console:
 
     A signal sets a mark, and :meth:`pause`, where every wait of a run is spent, raises
     :class:`Interrupted`. So no process is ever started without being remembered, and stopping is
-    not itself interrupted; a second signal makes :attr:`urgent` true: no more patience.
+    not itself interrupted; a second signal makes :attr:`urgent` true: no more patience. Where the
+    reader of the lines has gone (``| head``), the run ends as by a signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, secrets: Secrets | None = None) -> None:
+        self.secrets = secrets or Secrets()
         self.signals: list[int] = []
         self._began = time.monotonic()
         self._before: dict[int, Any] = {}
@@ -46,11 +49,15 @@ class Console:
     @property
     def urgent(self) -> bool:
         """Whether the wish to end came twice."""
-        return len(self.signals) > 1
+        return len([number for number in self.signals if number != signal.SIGPIPE]) > 1
 
     def say(self, text: str) -> None:
         """Print a line."""
-        print(f"[{time.monotonic() - self._began:7.1f} s] {text}", flush=True)
+        line = f"[{time.monotonic() - self._began:7.1f} s] {self.secrets.text(text)}"
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            self.signals.append(signal.SIGPIPE)
 
     def pause(self, seconds: float = 0.0) -> None:
         """Wait.

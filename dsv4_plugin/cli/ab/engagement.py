@@ -17,8 +17,8 @@ from dsv4_plugin.cli.ab.servers import Server
 
 __all__ = ["Evidence", "judge", "look"]
 
-# What the adapters log (engines/shared/decisions.py, vllm/policy.py, tokenspeed/readers.py).
-_ACTIVE = re.compile(r"dsv4 active in |dsv4 in [^:]+: .*(top-k|key gather): (?!upstream's)")
+# What the adapters log (engines/shared/adapter.py, tokenspeed/readers.py).
+_ACTIVE = re.compile(r"dsv4 active in ")
 _OURS = re.compile(r"\bdsv4\b", re.IGNORECASE)
 SHOWN = 5  # lines of the log in an error
 
@@ -67,7 +67,8 @@ class Evidence:
             for name in _served(p):
                 if counters.get(f"{name}.upstream", 0):
                     found.append(f"some calls of {name} went to the engine's own code")
-            if {"logits.own", "logits.bf16"} & set(_served(p)) and counters.get("logits.upstream"):
+            asked = {"logits.plugin", "logits.bf16"} & set(_served(p))
+            if asked and counters.get("logits.upstream"):
                 found.append("some logits were the engine's, in float32")
         return list(dict.fromkeys(found))
 
@@ -89,19 +90,32 @@ def look(server: Server) -> Evidence:
         for file in sorted(server.status.glob("*.json")):
             try:
                 data = json.loads(file.read_text())
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue
             if isinstance(data, dict) and isinstance(data.get("counters"), dict) and _alive(data):
-                evidence.processes.append(data)
+                evidence.processes.append(_sound(data))
     if server.log is not None and server.log.is_file():
         evidence.looked_at.append("log")
         with server.log.open(errors="replace") as lines:
             for line in lines:
-                if _ACTIVE.search(line):
-                    evidence.lines.append(line.strip()[:500])
-                elif _OURS.search(line):
-                    evidence.said.append(line.strip()[:500])
+                if not _OURS.search(line):
+                    continue
+                told = server.secrets.text(line.strip())[:500]
+                (evidence.lines if _ACTIVE.search(line) else evidence.said).append(told)
     return evidence
+
+
+def _sound(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a status with counters that are numbers and failures that have names."""
+    failures = data.get("failures") or {}
+    return {
+        **data,
+        "counters": {
+            str(name): n for name, n in data["counters"].items()
+            if isinstance(n, int) and not isinstance(n, bool)
+        },
+        "failures": failures if isinstance(failures, dict) else {"a part": str(failures)},
+    }  # fmt: skip
 
 
 def _alive(data: dict[str, Any]) -> bool:

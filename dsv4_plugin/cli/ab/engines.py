@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_plugin.cli.ab import AbError
-from dsv4_plugin.cli.bench.topk import UsageError
+from dsv4_plugin.cli.shared import numbers
+from dsv4_plugin.cli.shared.run import UsageError
 
 __all__ = [
     "ENGINES",
@@ -42,12 +43,16 @@ class Workload:
         values = {"in": 8192, "out": 128, "n": 16, "c": 4}
         for part in filter(None, text.split(",")):
             key, _, value = part.partition("=")
-            if key not in values or not value.isascii() or not value.isdigit() or int(value) < 1:
+            try:
+                number = numbers.LENGTH(value)
+            except UsageError:
+                number = 0
+            if key not in values or not number:
                 raise UsageError(
                     f"--workload {text!r}: {part!r} is not one of in=, out=, n=, c= with a "
                     "positive integer (as in in=8192,out=128,n=16,c=4)"
                 )
-            values[key] = int(value)
+            values[key] = number
         return cls(values["in"], values["out"], values["n"], values["c"])
 
     def __str__(self) -> str:
@@ -102,11 +107,11 @@ def _sglang_flags(
 
 
 def _one(file: Path) -> Any:
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _last_line(file: Path) -> Any:
-    return json.loads(file.read_text().splitlines()[-1])
+    return json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
 
 
 ENGINES: Mapping[str, Engine] = {
@@ -174,7 +179,7 @@ def load_result(engine: Engine, file: Path, what: str) -> Any:
     """
     try:
         document = engine.read(file)
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, RecursionError) as error:
         raise AbError(f"{what} wrote no result that can be read to {file}: {error}") from error
     if not isinstance(document, dict):
         raise AbError(f"{what} wrote no JSON object to {file}")

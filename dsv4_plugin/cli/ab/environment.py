@@ -7,18 +7,18 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk import UsageError
 from dsv4_plugin.cli.checks.provenance import commit, gpus
+from dsv4_plugin.cli.shared.run import UsageError
+from dsv4_plugin.cli.shared.secrets import Secrets
 
-__all__ = ["client_environ", "machine", "parse", "server_environ", "told", "versions"]
+__all__ = ["client_environ", "machine", "parse", "secrets_of", "server_environ", "told", "versions"]
 
 DEFAULTS = {"A": {"DSV4_PLUGIN": "0"}, "B": {"DSV4_PLUGIN": "1"}}
 # What a results file tells of an environment: never all of it, it may hold secrets.
 _TOLD = ("CUDA_", "DG_", "DSV4_", "NCCL_", "SGLANG_", "SGL_", "TORCH", "TRITON_", "VLLM_")
-_SECRET = ("KEY", "TOKEN", "PASSWORD", "SECRET")
 # Run by the Python of a server, so it must stand alone.
 _PROBE = """
 import json, platform, sys
@@ -50,10 +50,10 @@ def parse(entries: list[str], option: str) -> dict[str, str]:
     out = {}
     for entry in entries:
         name, equals, value = entry.partition("=")
-        if not equals or not name:
-            raise UsageError(f"{option} {entry!r} is not NAME=VALUE")
+        if not equals or not name:  # not quoted: it may be the value alone
+            raise UsageError(f"{option} must be NAME=VALUE, got one without a name or '='")
         if name == "DSV4_STATUS_DIR":
-            raise UsageError(f"{option} {entry!r}: ab sets it, to another folder for each server")
+            raise UsageError(f"{option}: ab sets DSV4_STATUS_DIR, another folder for each server")
         out[name] = value
     return out
 
@@ -72,13 +72,20 @@ def client_environ(common: Mapping[str, str]) -> dict[str, str]:
     return environ
 
 
-def told(environ: Mapping[str, str], asked: Mapping[str, str]) -> dict[str, str]:
+def secrets_of(environs: Iterable[Mapping[str, str]], commands: Iterable[Sequence[str]]) -> Secrets:
+    """Return the secrets of a run: of what was asked for, and of this process's environment."""
+    return Secrets([os.environ, *environs], commands)
+
+
+def told(environ: Mapping[str, str], asked: Mapping[str, str], secrets: Secrets) -> dict[str, str]:
     """Return what a results file says of an environment: what was asked for, and some prefixes."""
-    return {
-        name: "***" if any(word in name.upper() for word in _SECRET) else value
-        for name, value in sorted(environ.items())
-        if name in asked or name.startswith(_TOLD)
-    }
+    return secrets.environ(
+        {
+            name: value
+            for name, value in sorted(environ.items())
+            if name in asked or name.startswith(_TOLD)
+        }
+    )
 
 
 def versions(python: str, environ: Mapping[str, str], *distributions: str) -> dict[str, Any]:
@@ -86,8 +93,9 @@ def versions(python: str, environ: Mapping[str, str], *distributions: str) -> di
     command = [python, "-c", _PROBE, *distributions]
     try:
         done = subprocess.run(
-            command, env=dict(environ), capture_output=True, text=True, timeout=60, check=True
-        )
+            command, env=dict(environ), capture_output=True, encoding="utf-8", errors="replace",
+            timeout=60, check=True,
+        )  # fmt: skip
         return json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         return {"error": f"{python} could not be asked: {error}"}

@@ -8,8 +8,6 @@ their interval covers the runs on these two servers only.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +20,9 @@ from dsv4_plugin.cli.ab.engagement import judge
 from dsv4_plugin.cli.ab.engines import Workload
 from dsv4_plugin.cli.ab.metrics import Result
 from dsv4_plugin.cli.ab.servers import Server, version
+from dsv4_plugin.cli.shared import outputs
 
-__all__ = ["Design", "Experiment", "write"]
+__all__ = ["Design", "Experiment"]
 
 SETTLED_BY = ("TTFT mean", "TPOT mean")
 # Every prompt is sent once to a server, or the prefix cache would answer: each workload has its
@@ -159,6 +158,7 @@ class Experiment:
         self.document["sides"][side]["engagement"] = evidence.as_data()
         for warning in warnings:
             self._warn(warning)
+        self.save()
         self._console.say(f"{server.name}: plugin: {evidence.summary()}")
 
     def _warn(self, text: str) -> None:
@@ -244,11 +244,5 @@ class Experiment:
 
     def save(self) -> None:
         """Write the document."""
-        write(self.document, self._folder / "ab.json")
-
-
-def write(document: dict[str, Any], file: Path) -> None:
-    """Write the document so that the file is whole at any moment."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(document, indent=1, default=str) + "\n")
-    os.replace(part, file)
+        told = self._console.secrets.data(self.document)
+        outputs.write(self._folder / "ab.json", outputs.text_of(told))

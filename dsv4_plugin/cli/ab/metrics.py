@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,38 +45,60 @@ class Result:
     texts: tuple[str, ...] | None = None
 
 
-def read(document: Mapping[str, Any], prompts: int, what: str) -> Result:
-    """Take what is compared out of a client's result.
+def read(
+    document: Mapping[str, Any], prompts: int, what: str, hide: Callable[[str], str] = str
+) -> Result:
+    """Take what is compared out of a client's result; ``hide`` takes secrets out of its words.
 
     Raises:
         AbError: a request failed, or the file has not what it must have: that is no measurement.
     """
-    errors = [str(e) for e in document.get("errors") or () if e]
-    completed = document.get("completed")
-    expected = document.get("num_prompts", prompts)
-    failed = document.get("failed") or 0
+    errors = document.get("errors") or ()
+    errors = [e for e in errors if e] if isinstance(errors, (list, tuple)) else [errors]
+    completed, expected = document.get("completed"), document.get("num_prompts", prompts)
+    failed = _count(document.get("failed", 0), "failed", what)
     if failed or errors or completed != expected:
-        first = f"; the first error: {errors[0].strip().splitlines()[-1][:300]}" if errors else ""
+        lines = str(errors[0]).strip().splitlines() if errors else []
+        first = f"; the first error: {hide(lines[-1])[:300]}" if lines else ""
         raise AbError(
             f"{what}: {completed} of {expected} requests were completed, "
             f"{max(failed, len(errors))} failed{first}"
         )
+    if not _count(completed, "completed", what):
+        raise AbError(f"{what}: no request was sent")
     values: dict[str, float] = {}
     missing = []
     for metric in METRICS:
-        found = [document[key] for key in metric.keys if key in document]
-        if not found:
+        key = next((key for key in metric.keys if key in document), None)
+        if key is None:
             missing.append(metric.keys[0])
-        elif isinstance(found[0], (int, float)) and math.isfinite(found[0]) and found[0] > 0:
-            values[metric.name] = float(found[0])
-        # Zero and NaN: there is none, such as a time per output token after a single token.
+        elif value := _figure(document[key], key, what):
+            values[metric.name] = value
     if missing:
         raise AbError(f"{what}: the result has no {', '.join(missing)}")
     texts = document.get("generated_texts")
     return Result(
         values,
-        int(completed or 0),
-        int(document.get("total_input_tokens", 0)),
-        int(document.get("total_output_tokens", 0)),
+        _count(completed, "completed", what),
+        _count(document.get("total_input_tokens", 0), "total_input_tokens", what),
+        _count(document.get("total_output_tokens", 0), "total_output_tokens", what),
         tuple(map(str, texts)) if isinstance(texts, list) else None,
     )
+
+
+def _count(value: Any, key: str, what: str) -> int:
+    """Return a number of requests or tokens."""
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if not whole or isinstance(value, bool) or value < 0:
+        raise AbError(f"{what}: {key} of the result must be a whole number, got {value!r:.100}")
+    return int(value)
+
+
+def _figure(value: Any, key: str, what: str) -> float:
+    """Return a figure; 0 where there is none, such as a time per output token after one token."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return 0.0
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1e300:
+        raise AbError(f"{what}: {key} of the result must be a positive number, got {value!r:.100}")
+    return float(value)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk import UsageError
+from dsv4_plugin.cli.shared import outputs
+from dsv4_plugin.cli.shared.run import UsageError
 
 __all__ = ["check", "draw"]
 
 Row = dict[str, Any]
 SHOWN = ("TTFT mean", "TPOT mean", "ITL p99", "output throughput")
-SUFFIXES = (".png", ".svg", ".pdf")
 COLORS = {"better": "tab:green", "worse": "tab:red", "undecided": "0.4"}
 
 
@@ -21,14 +21,12 @@ def check(file: Path, *coming: Path) -> None:
     Raises:
         UsageError: its form, its folder or matplotlib is missing.
     """
-    from dsv4_plugin.cli.bench.topk.plot import require
-
-    if file.suffix not in SUFFIXES:
-        raise UsageError(f"--plot {file} must end in one of {', '.join(SUFFIXES)}")
-    folder = file.absolute().parent
-    if folder not in coming and not folder.is_dir():
-        raise UsageError(f"--plot {file}: there is no folder {folder}")
-    require()
+    try:
+        outputs.check_plot(file)
+        if file.absolute().parent not in coming:
+            outputs.file(str(file))
+    except UsageError as error:
+        raise UsageError(f"--plot {error}") from error
 
 
 def draw(document: Row, file: Path) -> None:
@@ -39,9 +37,7 @@ def draw(document: Row, file: Path) -> None:
     Raises:
         UsageError: matplotlib is not installed, or there is nothing to draw.
     """
-    from dsv4_plugin.cli.bench.topk.plot import require
-
-    require()
+    outputs.require()
     from matplotlib import pyplot
 
     rows = document.get("summary") or []

@@ -16,24 +16,11 @@ from pathlib import Path
 from dsv4_plugin.cli.ab import AbError
 from dsv4_plugin.cli.ab.console import Console
 
-__all__ = ["Process", "shown"]
+__all__ = ["Process", "tail"]
 
 LINES = 30  # of a log, in an error
 # How long each signal has to work. An engine that is told to end frees its GPU memory itself.
 PATIENCE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0))
-_SECRETS = ("key", "token", "password", "secret")
-
-
-def shown(command: Sequence[str]) -> list[str]:
-    """Return a command without the values of options that name a secret (``--api-key``)."""
-    out: list[str] = []
-    hide = False
-    for part in command:
-        name, equals, _ = part.partition("=")
-        secret = name.startswith("-") and name.lower().endswith(_SECRETS)
-        out.append("***" if hide else f"{name}=***" if secret and equals else part)
-        hide = secret and not equals
-    return out
 
 
 class Process:
@@ -59,8 +46,9 @@ class Process:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-        except OSError as error:
-            raise AbError(f"{name} cannot be started: {shown(command)}: {error}") from error
+        except (OSError, ValueError) as error:
+            told = console.secrets.command(command)
+            raise AbError(f"{name} cannot be started: {told}: {error}") from error
 
     @property
     def pid(self) -> int:
@@ -73,14 +61,18 @@ class Process:
 
     def last_line(self, width: int = 100) -> str:
         """Return the last line of the log that says something."""
-        lines = [line for line in tail(self.log) if line.strip()]
+        lines = [line for line in self._tail() if line.strip()]
         return lines[-1].strip()[:width] if lines else "no output yet"
+
+    def _tail(self) -> list[str]:
+        """Return the end of the log; secrets are hidden before a line is cut."""
+        return list(map(self._console.secrets.text, tail(self.log)))
 
     def died(self, when: str) -> AbError:
         """Return the error for an end that was not asked for."""
         code = self.ended()
         how = f"with exit code {code}" if code is None or code >= 0 else f"by signal {-code}"
-        text = "\n".join(f"    {line}" for line in tail(self.log))
+        text = "\n".join(f"    {line}" for line in self._tail())
         return AbError(f"{self.name} ended {how} {when}; the end of {self.log}:\n{text}")
 
     def living(self) -> list[int]:

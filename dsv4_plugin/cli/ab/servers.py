@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import http.client
 import json
 import socket
 import time
@@ -9,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from dsv4_plugin.cli.ab import AbError
 from dsv4_plugin.cli.ab.console import Console
@@ -19,6 +21,7 @@ __all__ = ["Server", "free_port", "version"]
 
 POLL_S = 0.5
 SAY_EVERY_S = 15.0
+ANSWER_S = 5.0  # how long a server may take for an answer
 PORT_S = 2.0  # how long a port may be held by what has just ended
 
 
@@ -35,38 +38,52 @@ def free_port(host: str, port: int, console: Console, patience: float = 0.0) -> 
             try:
                 probe.bind((host, port))
                 return
-            except OSError as error:
+            except (OSError, OverflowError, ValueError) as error:
                 if time.monotonic() >= end:
+                    why = getattr(error, "strerror", None) or error
                     raise AbError(
-                        f"port {port} of {host} cannot be used ({error.strerror or error}): "
+                        f"port {port} of {host} cannot be used ({why}): "
                         "stop what listens there, or choose another with --port"
                     ) from error
         console.pause(POLL_S)
 
 
-def _get(url: str, seconds: float = 5.0) -> tuple[int, bytes]:
-    """Return status and body; status 0 where nobody answered. Proxies are for other machines."""
+def _get(url: str, path: str, most: int = 0) -> tuple[int, str, bytes]:
+    """Ask for a path: the status, in words what came, and up to ``most`` bytes of the body.
+
+    The status is 0 where nothing came that is HTTP. Proxies are for other machines.
+    """
+    at = urlsplit(url)
+    user, _, place = at.netloc.rpartition("@")
+    whole = at._replace(netloc=place, path=at.path.rstrip("/") + path).geturl()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=seconds) as answer:
-            return answer.status, answer.read(1 << 20)
+        request = urllib.request.Request(whole)
+        if user:
+            word = base64.b64encode(unquote(user).encode()).decode()
+            request.add_header("Authorization", f"Basic {word}")
+        with opener.open(request, timeout=ANSWER_S) as answer:
+            return answer.status, f"HTTP {answer.status}", answer.read(most) if most else b""
     except urllib.error.HTTPError as error:
-        return error.code, b""
-    except (OSError, ValueError):
-        return 0, b""
+        return error.code, f"HTTP {error.code}", b""
+    except http.client.HTTPException as error:  # another protocol, or half of an answer
+        return 0, f"no answer that is HTTP: {type(error).__name__}: {str(error)!r:.100}", b""
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        return 0, f"no answer: {reason!s:.100}", b""
 
 
 def version(url: str) -> str | None:
     """Return the version that a server says it is of, or None."""
     for path in ("/version", "/server_info", "/get_server_info"):
-        status, body = _get(url + path)
+        status, _, body = _get(url, path, most=1 << 20)
         if status == 200:
             try:
                 found = json.loads(body).get("version")
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 continue
             if isinstance(found, str):
-                return found
+                return found[:100]
     return None
 
 
@@ -86,6 +103,7 @@ class Server:
         self.log = log
         self.status = status
         self.process: Process | None = None
+        self.secrets = console.secrets
         self._console = console
         self._health = health
         self._command = list(command)
@@ -109,13 +127,12 @@ class Server:
         said = began
         while True:
             self.check()
-            status, _ = _get(self.url + self._health)
+            status, answer, _ = _get(self.url, self._health)
             now = time.monotonic()
             if status == 200:
                 self.check()  # it is this one that answered
                 return now - began
             if now - began > timeout:
-                answer = f"HTTP {status}" if status else "no answer"
                 last = f"; its last line: {self.process.last_line()}" if self.process else ""
                 raise AbError(
                     f"server {self.name} is not healthy after {timeout:g} s "

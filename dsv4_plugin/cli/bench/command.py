@@ -1,115 +1,33 @@
 """``dsv4-plugin bench``: the ops against the peers that are installed, on the GPU at hand.
 
 A peer that is not there is named, not made up. Every figure is microseconds a call inside a CUDA
-graph (:mod:`dsv4_plugin.cli.checks.timing`).
+graph (:mod:`dsv4_plugin.cli.checks.timing`). This file has the options; what measures is
+imported when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.engines.kernels import command as adapters_command
-from dsv4_plugin import gather_indexer_cache, read_indexer_cache
 from dsv4_plugin.cli.bench import dry, read_plot
-from dsv4_plugin.cli.bench import upstream as installed
-from dsv4_plugin.cli.bench.logits import cases as logits_cases
-from dsv4_plugin.cli.bench.logits import command as logits_command
-from dsv4_plugin.cli.bench.topk import UsageError, command
-from dsv4_plugin.cli.bench.topk import cases as topk_cases
-from dsv4_plugin.cli.bench.topk.floor import copy_rate
-from dsv4_plugin.cli.bench.upstream import ENGINES
-from dsv4_plugin.cli.checks.inputs import fp8_cache
-from dsv4_plugin.cli.checks.timing import machine, time_graph
+from dsv4_plugin.cli.bench.topk import plot
+from dsv4_plugin.cli.bench.topk.bars import sound
+from dsv4_plugin.cli.bench.topk.peers import OURS
+from dsv4_plugin.cli.recall import plot as recall_plot
+from dsv4_plugin.cli.shared import numbers, outputs
+from dsv4_plugin.cli.shared.choices import ADAPTERS, ENGINES, KS, LOGITS_SUITES, TOPK_DTYPES
+from dsv4_plugin.cli.shared.choices import TOPK_SUITES as SUITES
+from dsv4_plugin.cli.shared.run import UsageError, need_torch, reading
 
 __all__ = ["add_arguments", "run"]
 
-TOKENS = 14_338  # the prefill batch of the first seed
-PAGES = 16_384
-HEAD_DIM = 128
-
+K = numbers.whole(1, max(KS))
 WHAT = ("read", "topk", "logits", "chain", "adapters", "plot")
-
-Row = dict[str, Any]
-
-
-def bench_read(progress: Callable[[str], None], engines: Sequence[str] = ("vllm",)) -> list[Row]:
-    """The read by slot and the paged gather, against the byte floor and the engines' gathers."""
-    peers = {name: call for e in engines for name, call in ENGINES[e].kernels("gather").items()}
-    for name, why in peers.items():
-        if isinstance(why, str):
-            progress(f"{name} is not compared: {why}")
-    rate = copy_rate("cuda")
-    progress(f"copy: {rate / 1e6:.2f} TB/s read + written")
-    cache = fp8_cache(PAGES, device="cuda")
-    g = torch.Generator().manual_seed(0)
-    lists = [torch.randint(0, PAGES * 64, (TOKENS,), generator=g).cuda() for _ in range(24)]
-    rows: list[Row] = []
-
-    def add(case: str, implementation: str, us: float, floor: float) -> None:
-        rows.append({"case": case, "implementation": implementation, "us": round(us, 3),
-                     "floor_us": round(floor, 3), "ratio": round(us / floor, 3)})  # fmt: skip
-        progress(f"{case:34s} {implementation:28s} {us:9.2f} us  {us / floor:6.2f}x floor")
-
-    for dtype in (torch.float32, torch.bfloat16):
-        floor = TOKENS * (8 + HEAD_DIM + 4 + HEAD_DIM * dtype.itemsize) / rate
-        name = str(dtype).removeprefix("torch.")
-        out = torch.empty(TOKENS, HEAD_DIM, dtype=dtype, device="cuda")
-
-        def read(slots: torch.Tensor, backend: str, out: torch.Tensor = out) -> None:
-            read_indexer_cache(cache, slots, out=out, backend=backend)
-
-        for backend in ("cuda", "triton", "torch"):
-            warm = [functools.partial(read, lists[0], backend)]
-            cold = [functools.partial(read, slots, backend) for slots in lists]
-            n = 24 if backend == "torch" else 96
-            add(f"read {name} warm", backend, time_graph(warm, launches=n), floor)
-            add(f"read {name} cold slots", backend, time_graph(cold, launches=n), floor)
-
-    # 16 requests of random pages, as a prefill chunk has them.
-    each = [TOKENS // 16 + (i < TOKENS % 16) for i in range(16)]
-    cu = torch.tensor([0, *each]).cumsum(0).int().cuda()
-    width = -(-max(each) // 64)
-    pages = torch.randperm(PAGES, generator=g)[: 16 * width].reshape(16, width).int().cuda()
-    values = torch.empty(TOKENS, HEAD_DIM, dtype=torch.float8_e4m3fn, device="cuda")
-    scales = torch.empty(TOKENS, 4, dtype=torch.uint8, device="cuda")
-    floor = TOKENS * 2 * (HEAD_DIM + 4) / rate
-
-    def gather(backend: str) -> None:
-        gather_indexer_cache(cache, pages, cu, out=(values, scales), backend=backend)
-
-    for backend in ("triton", "cuda"):
-        us = time_graph([functools.partial(gather, backend)])
-        add("gather quantised", backend, us, floor)
-    ours = values.clone(), scales.clone()
-    cache_3d = cache.view(PAGES, 64, HEAD_DIM + 4)
-    for name, theirs in peers.items():
-        if callable(theirs):
-            values.view(torch.uint8).zero_()
-            scales.zero_()
-            call = functools.partial(theirs, cache_3d, pages, cu, values, scales)
-            add("gather quantised", name, time_graph([call]), floor)
-            same = torch.equal(ours[0].view(torch.uint8), values.view(torch.uint8))
-            rows.append({"case": f"gather equals {name}'s bit for bit",
-                         "equal": same and torch.equal(ours[1], scales)})  # fmt: skip
-    for dtype in (torch.float32, torch.bfloat16):
-        keys = torch.empty(TOKENS, HEAD_DIM, dtype=dtype, device="cuda")
-        floor = TOKENS * (HEAD_DIM + 4 + HEAD_DIM * dtype.itemsize) / rate
-
-        def dequantise(backend: str, keys: torch.Tensor = keys) -> None:
-            gather_indexer_cache(cache, pages, cu, dtype=keys.dtype, out=keys, backend=backend)
-
-        for backend in ("cuda", "triton"):
-            us = time_graph([functools.partial(dequantise, backend)])
-            add(f"gather {str(dtype).removeprefix('torch.')}", backend, us, floor)
-    return rows
+MORE_SUITES = [name for name in (*LOGITS_SUITES, *ADAPTERS) if name not in SUITES]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,38 +36,98 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "results", type=Path, nargs="?", metavar="RESULTS.json", help="plot: the file to draw"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--json", type=outputs.file, metavar="FILE", help="write the results there")
     parser.add_argument(
         "--load-library", action="append", default=[], metavar="SO",
         help="torch op library of a peer (vLLM's _C*.so) where the engine itself is not installed",
     )  # fmt: skip
-    command.add_arguments(
-        parser,
-        [name for name in logits_cases.SUITES if name not in topk_cases.SUITES]
-        + list(adapters_command.SUITES),
+    _add_cells(parser)
+
+
+def _add_cells(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the benchmarks of cells: the top-k, the logits and the chain."""
+    group = parser.add_argument_group("topk, logits, chain")
+    add = group.add_argument
+    add(
+        "--suite", nargs="+", choices=(*SUITES, *MORE_SUITES, "all"), default=["decode"],
+        help="topk: decode: k x rows x columns (default); narrow: 8K rows in 256,000-wide buffers; "
+        "adversarial: scores that hurt; prefill: thousands of rows; paged: answers in pool slots; "
+        "seed: bfloat16 over float32 beside the figures of vLLM #40811. logits: decode: requests x "
+        "keys (default); next_n: several queries a request; varied: lengths that differ; prefill: "
+        "causal windows of gathered keys. chain: decode",
+    )  # fmt: skip
+    add("--k", type=K, nargs="+", help="only these k (plot: the k to draw; not logits)")
+    add(
+        "--rows",
+        type=numbers.COUNT,
+        nargs="+",
+        help="only these numbers of rows (logits, chain: of requests)",
     )
+    add("--columns", type=numbers.COUNT, nargs="+", help="only these numbers of columns")
+    add(
+        "--dtype", nargs="+", choices=tuple(TOPK_DTYPES),
+        help="what selects; narrow is float32 read as bfloat16 (default: bfloat16 float32)",
+    )  # fmt: skip
+    add(
+        "--peers", type=Path, metavar="FILE.py",
+        help="other kernels: available(), available_prefill(), available_paged(), "
+        "available_logits() and available_ragged_logits() return them",
+    )  # fmt: skip
+    add(
+        "--against", action="append", default=[], metavar="ENGINE[,ENGINE...]|FILE.csv",
+        help=f"the kernels of what is installed here of {', '.join(ENGINES)}; what is "
+        "not is named (also bench read). Or, topk: figures of another run, marked as recorded. May "
+        "be repeated",
+    )  # fmt: skip
+    add(
+        "--vllm-choice", metavar="NAME",
+        help="the top-k peer that stands for what vLLM 0.33 itself runs (default: vllm33, or where "
+        "that is not loaded, what --against vllm runs itself)",
+    )  # fmt: skip
+    add(
+        "--sglang-choice", metavar="NAME",
+        help="chain: the top-k peer that stands for SGLang 0.5.23's (default: sglang_v2, or what "
+        "--against sglang runs itself)",
+    )  # fmt: skip
+    add("--cold", action="store_true", help="cold for every peer, not only the best two of a cell")
+    add("--launches", type=numbers.COUNT, default=40, help="launches in a graph (default: 40)")
+    add(
+        "--replays", type=numbers.COUNT, default=7, help="replays, whose median counts (default: 7)"
+    )
+    add(
+        "--budget", type=numbers.SECONDS, metavar="SECONDS",
+        help="begin no cell after this time; what was measured is reported",
+    )  # fmt: skip
+    add(
+        "--plot", type=outputs.plot, metavar="FILE",
+        help="draw the decode suite, or the reads (.png or .svg); needs matplotlib",
+    )  # fmt: skip
+    add(
+        "--device", choices=("cuda", "cpu"), default="cuda",
+        help="cpu: a dry run of the harness on the torch reference, of a small grid where --k, "
+        "--rows, --columns are not given; its times mean nothing",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run ``dsv4-plugin bench``; returns the exit code."""
-    try:
-        return _run(arguments)
-    except UsageError as error:
-        print(f"dsv4-plugin bench: {error}", file=sys.stderr)
-        return 2
+    """Run ``dsv4-plugin bench``.
 
+    Returns:
+        0 if every answer of the plugin's was right, 1 if one was not.
 
-def _run(arguments: argparse.Namespace) -> int:
+    Raises:
+        UsageError: it cannot be run like this, or nothing was measured.
+    """
     if arguments.what == "plot":
-        command.run_plot(arguments)
-        print(f"drawn to {arguments.plot}")
+        _plot(arguments)
         return 0
-    if arguments.what == "read":
-        if arguments.device != "cuda":
-            raise UsageError("bench read has no dry run: --device must be cuda")
-        engines = installed.engines_only(arguments.against)
-        if arguments.plot:
-            read_plot.require()  # now, not when all is measured
+    if arguments.results is not None:
+        raise UsageError(f"RESULTS.json is for bench plot, got {arguments.results}")
+    if arguments.what == "read" and arguments.device != "cuda":
+        raise UsageError("bench read has no dry run: --device must be cuda")
+    need_torch()
+    import torch
+
     on_cpu = arguments.device == "cpu"
     if not on_cpu and not torch.cuda.is_available():
         raise UsageError(
@@ -157,7 +135,10 @@ def _run(arguments: argparse.Namespace) -> int:
             "but read)"
         )
     for library in arguments.load_library:
-        torch.ops.load_library(library)
+        with reading(library, "library"):
+            _load(torch, library)
+    from dsv4_plugin.cli.checks.timing import machine
+
     about = machine()
     gpu = (
         f"{about['gpu']} ({about['sms']} SMs), driver {about['driver']}"
@@ -167,33 +148,71 @@ def _run(arguments: argparse.Namespace) -> int:
     triton = f"triton {about['triton']}" if about["triton"] else "no triton"
     print(f"{gpu}, torch {about['torch']}, {triton}, dsv4-plugin {about['plugin']}")
 
-    def progress(line: str) -> None:
+    def say(line: str) -> None:
         print(line, flush=True)
 
     if on_cpu:
-        progress(dry.SAID)
+        say(dry.SAID)
         small = dry.shrink(arguments)
         if small:
-            progress(small)
-    if arguments.what == "topk":
-        command.run(arguments, about, progress)
-    elif arguments.what in ("logits", "chain"):
-        logits_command.run(arguments, about, progress)
-    elif arguments.what == "adapters":
-        adapters_command.run(arguments, about, progress)
-    else:
-        document = {
-            "machine": about,
-            "what": "read",
-            "results": bench_read(progress, engines or ["vllm"]),
-        }
-        if arguments.json:
-            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-        if arguments.plot:
-            read_plot.draw(document, arguments.plot)
-            progress(f"drawn to {arguments.plot}")
+            say(small)
+    document = _bench(arguments.what)(arguments, about, say)
+    wrong = [row for row in document["results"] if not _right(row)]
+    if wrong:
+        say(f"\n{len(wrong)} answers of dsv4-plugin are WRONG")
     if on_cpu:
-        progress(f"\n{dry.SAID}")
+        say(f"\n{dry.SAID}")
     if arguments.json:
         print(f"written to {arguments.json}")
-    return 0
+    return 1 if wrong else 0
+
+
+def _bench(
+    what: str,
+) -> Callable[[argparse.Namespace, dict[str, Any], Callable[[str], None]], dict[str, Any]]:
+    """Return what measures one of :data:`WHAT`."""
+    if what == "topk":
+        from dsv4_plugin.cli.bench.topk.command import run
+    elif what == "adapters":
+        from benchmarks.engines.kernels.command import run
+    elif what == "read":
+        from dsv4_plugin.cli.bench.read import run
+    else:
+        from dsv4_plugin.cli.bench.logits.command import run
+    return run
+
+
+def _load(torch: Any, library: str) -> None:
+    try:
+        torch.ops.load_library(library)
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def _right(row: dict[str, Any]) -> bool:
+    """Whether a result is no wrong answer of the plugin's; a peer's may be wrong."""
+    if "equal" in row:  # bench read: bit for bit beside an engine's
+        return bool(row["equal"])
+    if row.get("recorded") or not str(row["implementation"]).startswith(OURS):
+        return True
+    return sound(row) and bool(row.get("lowest_index", True))
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    """Draw a results file."""
+    if arguments.results is None or arguments.plot is None:
+        raise UsageError("bench plot needs a results file and --plot FILE")
+    with reading(arguments.results):
+        document = json.loads(arguments.results.read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or "results" not in document:
+            raise UsageError(f"{arguments.results} is no results file: it has no results")
+        what = document.get("what", "topk")
+        if what == "recall":
+            recall_plot.draw(document, arguments.plot)
+        elif what == "read":
+            read_plot.draw(document, arguments.plot)
+        elif isinstance(what, str) and what in plot.TITLE:
+            plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
+        else:
+            raise UsageError(f"{arguments.results} has results of {what!r}, which has no plot")
+    print(f"drawn to {arguments.plot}")

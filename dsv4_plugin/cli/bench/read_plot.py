@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk import UsageError
-from dsv4_plugin.cli.bench.topk.plot import require, save
+from dsv4_plugin.cli.bench.topk.plot import save
+from dsv4_plugin.cli.shared import outputs
+from dsv4_plugin.cli.shared.run import UsageError
 
-__all__ = ["draw", "require"]
+__all__ = ["draw"]
 
 COLORS = {"cuda": "tab:red", "triton": "tab:orange", "torch": "tab:gray"}
 
@@ -19,7 +20,7 @@ def draw(document: dict[str, Any], file: Path) -> None:
     Raises:
         UsageError: matplotlib is not installed, or there is nothing to draw.
     """
-    require()
+    outputs.require()
     from matplotlib import pyplot
 
     rows = [row for row in document["results"] if "us" in row]

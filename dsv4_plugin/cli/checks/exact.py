@@ -78,14 +78,15 @@ def paged(
     weights: torch.Tensor,
     table: torch.Tensor,
     block_size: int = 64,
+    columns: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return score and magnitude ``[rows, columns of the table]``, whatever the lengths.
+    """Return score and magnitude, a column for each of the table or more, whatever the lengths.
 
-    ``cache`` is ``[pages, bytes]``. The score of a page that is none is -inf.
+    ``cache`` is ``[pages, bytes]``. The score of a page that is none, or not in the table, is -inf.
     """
     batch, next_n, heads, head_dim = q.shape
     pages, split = len(cache), block_size * head_dim
-    columns = table.shape[1] * block_size
+    columns = max(columns, table.shape[1] * block_size)
     score = torch.full((batch, next_n, columns), -torch.inf, dtype=torch.float64, device=q.device)
     size = torch.zeros_like(score)
     weights = weights.unflatten(0, (batch, next_n))
@@ -114,23 +115,28 @@ def ragged(
     weights: torch.Tensor,
     starts: torch.Tensor,
     ends: torch.Tensor,
+    columns: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return score, magnitude ``[rows, keys]`` by the compressed form, and columns of each row."""
+    """Return score, magnitude ``[rows, columns]`` by the compressed form, and columns of each row.
+
+    ``columns`` -1: one a key. The score of a key that does not exist is -inf.
+    """
     rows, keys = len(q), len(k)
-    start = starts.long()
-    n = (ends.long().clamp(max=keys) - start).clamp(min=0).masked_fill(start < 0, 0)
-    score = torch.zeros(rows, keys, dtype=torch.float64, device=q.device)
+    columns = keys if columns < 0 else columns
+    key = starts.long()[:, None] + torch.arange(columns, device=q.device)
+    n = (ends.long() - starts.long()).clamp(0, columns)
+    gone = (key < 0) | (key >= keys)
+    past = torch.arange(columns, device=q.device) >= n[:, None]
+    score = torch.full(key.shape, -torch.inf, dtype=torch.float64, device=q.device)
     size = torch.zeros_like(score)
-    column = torch.arange(keys, device=q.device)
     step = max(1, _CHUNK // max(1, keys * q.shape[1]))
     for lo in range(0, rows if keys else 0, step):
         part = slice(lo, lo + step)
-        at = (start[part, None] + column).clamp(0, keys - 1)
-        past = column >= n[part, None]
+        at = key[part].clamp(0, keys - 1)
         found = scores(q[None, part], k[None], k_scale[None], weights[None, part])
-        for whole, some in zip((score, size), found, strict=True):
-            whole[part] = some[0].gather(1, at).masked_fill_(past, 0.0)
-    return score, size, n
+        for whole, some, none in zip((score, size), found, (-torch.inf, 0.0), strict=True):
+            whole[part] = some[0].gather(1, at).masked_fill_(gone[part], none)
+    return score.masked_fill_(past, 0.0), size.masked_fill_(past, 0.0), n
 
 
 def outside(

@@ -59,6 +59,7 @@ RULES = (
     "a tie did not go to the lowest index",
     "a row no longer than k is not 0 ... n - 1, then -1",
     "the order is not by value, then index",
+    "the columns do not ascend, with -1 after them",
 )
 
 
@@ -70,17 +71,19 @@ def faults(
     *,
     starts: torch.Tensor | None = None,
     sort: bool = False,
+    ascending: bool = False,
 ) -> torch.Tensor:
     """Return bool ``[rows, len(RULES)]``: which row breaks which promise of the top-k.
 
     ``lengths`` has one entry a row; ``out`` counts from each row's start. Nothing synchronises.
+    ``ascending``: without ``sort`` the order counts too, which engines' own kernels do not promise.
     """
     start, n = _windows(logits, lengths, starts)
     rows, columns = logits.shape
     step = max(1, _CHUNK // max(columns, 1))
     parts = [
         _faults(logits[at : at + step], start[at : at + step], n[at : at + step], k,
-                out[at : at + step].to(torch.int64), sort)
+                out[at : at + step].to(torch.int64), sort, ascending and not sort)
         for at in range(0, rows, step)
     ]  # fmt: skip
     return torch.cat(parts) if parts else torch.zeros(0, len(RULES), dtype=torch.bool)
@@ -88,7 +91,7 @@ def faults(
 
 def _faults(
     logits: torch.Tensor, start: torch.Tensor, n: torch.Tensor, k: int, index: torch.Tensor,
-    sort: bool,
+    sort: bool, ascending: bool,
 ) -> torch.Tensor:  # fmt: skip
     rows, columns = logits.shape
     column = torch.arange(columns, device=logits.device)
@@ -120,6 +123,8 @@ def _faults(
         unordered = ~ordered.all(1) & ~short
     else:
         unordered = torch.zeros_like(short)
+    climbs = (index[:, 1:] > index[:, :-1]) | (index[:, 1:] == -1)
+    fallen = ~climbs.all(1) if ascending else torch.zeros_like(short)
     return torch.stack(
         (
             used.sum(1) != n.clamp(max=k),
@@ -129,6 +134,7 @@ def _faults(
             (last_in >= first_out) & ~short,
             short & (index != want_short).any(1),
             unordered,
+            fallen,
         ),
         dim=1,
     )
@@ -148,9 +154,10 @@ def check_selection(
     *,
     starts: torch.Tensor | None = None,
     sort: bool = False,
+    ascending: bool = False,
 ) -> None:
     """Raise :class:`Wrong` for the first rule that a row breaks; see :func:`faults`."""
-    broken = faults(logits, lengths, k, out, starts=starts, sort=sort)
+    broken = faults(logits, lengths, k, out, starts=starts, sort=sort, ascending=ascending)
     if bool(broken.any()):
         rule = int(broken.any(0).int().argmax())
         rows = broken[:, rule].nonzero().reshape(-1).tolist()
@@ -160,7 +167,7 @@ def check_selection(
 def slots_of(
     index: torch.Tensor, page_table: torch.Tensor, page_size: int, next_n: int
 ) -> torch.Tensor:
-    """Return the pool slots of indices: int64, -1 for no index, no page or a page not there."""
+    """Return the pool slots of indices: int64, -1 for no index, no page or no slot of int32."""
     rows = index.shape[0]
     table = page_table.long()
     if len(table) != rows:
@@ -170,8 +177,9 @@ def slots_of(
         return torch.full_like(index, -1)
     page = index.clamp(min=0) // page_size
     number = table.gather(1, page.clamp(max=table.shape[1] - 1))
-    none = (index < 0) | (number < 0) | (page >= table.shape[1])
-    return (number * page_size + index % page_size).masked_fill(none, -1)
+    slot = number * page_size + index % page_size
+    none = (index < 0) | (number < 0) | (page >= table.shape[1]) | (slot >= 1 << 31)
+    return slot.masked_fill(none, -1)
 
 
 class Ranking:
@@ -218,7 +226,10 @@ class Ranking:
         return torch.where((self.n <= k)[:, None], short, wide).int()
 
     def check(self, out: torch.Tensor, k: int, sort: bool = False, context: str = "") -> None:
-        """Raise unless range, uniqueness, the exact set, ties, short rows and the order hold."""
+        """Raise unless range, uniqueness, the exact set, ties, short rows and the order hold.
+
+        Without ``sort`` the order is that of the columns.
+        """
         want, got = self.want(k), out
         short = (self.n <= k)[:, None]  # these have their order in both forms
         odd = (torch.where(short, out, 0) != torch.where(short, want, 0)).any(1)
@@ -228,7 +239,7 @@ class Ranking:
             )
             raise Wrong(why, odd.nonzero().reshape(-1).tolist())
         if not sort:
-            want, got = want.sort(1).values, got.sort(1).values
+            want = torch.where(short, want, want.sort(1).values)
         if not torch.equal(got, want):
             wrong = (got != want).any(1).nonzero().reshape(-1).tolist()
             r = wrong[0]

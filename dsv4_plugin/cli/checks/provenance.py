@@ -11,7 +11,9 @@ __all__ = ["commit", "gpus", "output"]
 def output(*command: str) -> str:
     """Return what a command printed, or ``unknown`` where it cannot be run."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()

@@ -1,7 +1,8 @@
 """``dsv4-plugin fuzz``: random calls of the ops, each checked without a reference and with one.
 
-:mod:`.case` is what a case is and how it is written, :mod:`.topk`, :mod:`.cache` and :mod:`.logits`
-(with :mod:`.logits_run`) draw, run, check and simplify the cases of their ops, :mod:`.engine` is
-the loop and the shrinking, :mod:`.command` the command line. A new op is a module with a
-:class:`.case.Case` and an entry in ``engine.OPS``.
+:mod:`.case` is what a case is and how it is written. :mod:`.topk`, :mod:`.cache`, :mod:`.logits`
+(with :mod:`.logits_run`), :mod:`.candidates` and :mod:`.candidate_selections` draw, run, check and
+simplify the cases of their ops; what they share is :mod:`.tensors`. :mod:`.engine` is the loop and
+the shrinking, :mod:`.command` the command line. A new op is a module with a :class:`.case.Case` and
+an entry in ``engine.OPS``.
 """

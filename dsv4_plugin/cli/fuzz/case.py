@@ -41,6 +41,11 @@ def function_of(name: str) -> Callable[..., Any]:
         "paged_logits": ours.paged_logits,
         "ragged_logits": ours.ragged_logits,
         "select": ours.select,
+        "block_maxima": ours.block_maxima,
+        "select_blocks": ours.select_blocks,
+        "candidate_logits": ours.candidate_logits,
+        "candidate_logits_ragged": ours.candidate_logits_ragged,
+        "select_candidates": ours.select_candidates,
     }
     return functions[name]
 

@@ -15,7 +15,14 @@ import torch
 
 from dsv4_plugin.backends import Call, unmet
 from dsv4_plugin.cli.checks.oracles import Wrong
-from dsv4_plugin.cli.fuzz import cache, logits, logits_run, topk
+from dsv4_plugin.cli.fuzz import (
+    cache,
+    candidate_selections,
+    candidates,
+    logits,
+    logits_run,
+    topk,
+)
 from dsv4_plugin.cli.fuzz.case import Case, CaseError, function_of
 from dsv4_plugin.errors import UnmetError
 
@@ -43,6 +50,25 @@ OPS: dict[str, Op] = {
     "paged_logits": Op(logits.PagedLogitsCase, logits.draw_paged, logits_run.run, 2),
     "ragged_logits": Op(logits.RaggedLogitsCase, logits.draw_ragged, logits_run.run, 1),
     "select": Op(logits.SelectCase, logits.draw_select, logits_run.run, 1),
+    "block_maxima": Op(candidates.BlockMaximaCase, candidates.draw_maxima, candidates.run, 1),
+    "select_blocks": Op(
+        candidate_selections.SelectBlocksCase,
+        candidate_selections.draw_blocks,
+        candidate_selections.run,
+        1,
+    ),
+    "candidate_logits": Op(
+        candidates.CandidateLogitsCase, candidates.draw_candidates, candidates.run, 1
+    ),
+    "candidate_logits_ragged": Op(
+        candidates.CandidateLogitsRaggedCase, candidates.draw_ragged, candidates.run, 1
+    ),
+    "select_candidates": Op(
+        candidate_selections.SelectCandidatesCase,
+        candidate_selections.draw_candidates,
+        candidate_selections.run,
+        1,
+    ),
 }
 
 
@@ -150,18 +176,20 @@ def fuzz(
     functions: dict[str, Callable[..., Any]] | None = None,
     progress: Callable[[Report], None] = lambda report: None,
     before: Callable[[Case], None] = lambda case: None,
+    report: Report | None = None,
     most_failures: int = 5,
     shrink_seconds: float = 60.0,
 ) -> Report:
     """Run random cases until the time, the number of cases or the patience is used up.
 
     Case number ``i`` depends on ``seed``, ``i`` and the device only. ``functions`` stand in for
-    the public functions of the ops. An op that none of ``backends`` serves is left out.
+    the public functions of the ops. An op that none of ``backends`` serves is left out. ``report``
+    is what is filled and returned, so that the caller of an interrupted run has it.
 
     Raises:
         UnmetError: no op is left.
     """
-    report, began = Report(), time.monotonic()
+    report, began = report or Report(), time.monotonic()
     here = {
         name: tuple(b for b in backends_here(name, device) if backends is None or b in backends)
         for name in dict.fromkeys(ops)
@@ -190,7 +218,8 @@ def fuzz(
             continue
         report.count(case)
         if failure is not None:
-            report.failures.append(shrink(failure, device, function, seconds=shrink_seconds))
+            report.failures.append(failure)  # now: shrinking may be interrupted
+            report.failures[-1] = shrink(failure, device, function, seconds=shrink_seconds)
             if failure.fatal:
                 break
         progress(report)

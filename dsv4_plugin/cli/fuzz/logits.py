@@ -17,12 +17,15 @@ from dsv4_plugin.cli.fuzz.topk import EACH_ROW, FORMS, smaller
 
 __all__ = [
     "DTYPES",
+    "LogitsCase",
     "PagedLogitsCase",
     "RaggedLogitsCase",
     "SelectCase",
     "draw_paged",
     "draw_ragged",
     "draw_select",
+    "paged_case",
+    "ragged_case",
 ]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -30,7 +33,9 @@ _EDGES = (0, 1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025)
 
 
 @dataclass(frozen=True)
-class _LogitsCase(Case):
+class LogitsCase(Case):
+    """What the calls that score keys have in common."""
+
     keep: str = numbers(("",), "first and last that are called with, of those drawn, a/b")
     heads: int = number(64, 1, 64, "heads of a query")
     head: int = number(128, 4, 1024, "values of a key, a multiple of 4")
@@ -59,6 +64,21 @@ class _LogitsCase(Case):
             return 0, self.units
         ends = [int(part) for part in self.keep.split("/")]
         return ends[0], ends[-1] - ends[0] + 1
+
+    @property
+    def columns(self) -> int:
+        """Keys that a row can see."""
+        raise NotImplementedError
+
+    @property
+    def out_columns(self) -> int:
+        """Columns of a result that is not given."""
+        return self.columns
+
+    @property
+    def limit(self) -> int:
+        """Keys that a row's length is clipped to."""
+        return self.out if self.out > 0 else self.columns
 
     def check(self) -> None:
         """Raise :class:`CaseError` unless the case means a call."""
@@ -90,7 +110,7 @@ class _LogitsCase(Case):
 
 
 @dataclass(frozen=True)
-class PagedLogitsCase(_LogitsCase):
+class PagedLogitsCase(LogitsCase):
     """One call of the paged logits. Requests are drawn, ``keep`` leaves some of them."""
 
     op: ClassVar[str] = "paged_logits"
@@ -222,7 +242,7 @@ class SelectCase(PagedLogitsCase):
 
 
 @dataclass(frozen=True)
-class RaggedLogitsCase(_LogitsCase):
+class RaggedLogitsCase(LogitsCase):
     """One call of the ragged logits. Rows are drawn, ``keep`` leaves some of them."""
 
     op: ClassVar[str] = "ragged_logits"
@@ -244,7 +264,7 @@ class RaggedLogitsCase(_LogitsCase):
 
     @property
     def columns(self) -> int:
-        """Columns of a result that is not given."""
+        """Keys that there are."""
         return self.keys
 
     def check(self) -> None:
@@ -302,11 +322,15 @@ class RaggedLogitsCase(_LogitsCase):
         if self.keep:
             yield self.but(keep="", queries=count)
         yield from self._plainer(k_offset=0)
-        if count <= 4 and any(starts):
-            none = "/".join("0" for _ in starts)
-            yield self.but(starts=none)
-            pairs = zip(starts, ends, strict=True)
-            yield self.but(starts=none, ends="/".join(str(end - start) for start, end in pairs))
+        if count <= 4:
+            for begin in (0, 1):
+                if all(start == begin for start in starts):
+                    break
+                near = "/".join(str(begin) for _ in starts)
+                yield self.but(starts=near)
+                pairs = zip(starts, ends, strict=True)
+                moved = "/".join(str(end - start + begin) for start, end in pairs)
+                yield self.but(starts=near, ends=moved)
         for keys in smaller(self.keys):
             yield self.but(keys=keys)
         if count <= 4:
@@ -336,10 +360,17 @@ def _common(r: random.Random, kind: type[Any], backends: tuple[str, ...]) -> tup
     return case, odd
 
 
-def _paged(r: random.Random, kind: type[Any], device: str, backends: tuple[str, ...]) -> Any:
+def paged_case(
+    r: random.Random,
+    kind: type[Any],
+    device: str,
+    backends: tuple[str, ...],
+    blocks: tuple[int, ...] = (64,),
+) -> Any:
+    """Draw a call on pages; ``blocks``: the keys a page that the CUDA kernel takes."""
     gpu = device == "cuda"
     case, odd = _common(r, kind, backends)
-    block = r.choice((64, 64, 64, 64, 1, 3, 32, 100)) if odd else 64
+    block = r.choice((64, 64, 64, 64, 1, 3, 32, 100)) if odd else r.choice(blocks)
     most = 400_000 if gpu else 2400  # scores
     width = r.choice((1, 2, 3, 5, 17, 33, 130, r.randint(1, 700))) if gpu else r.randint(1, 4)
     width = max(1, min(width, most // block))
@@ -367,13 +398,13 @@ def _paged(r: random.Random, kind: type[Any], device: str, backends: tuple[str, 
 
 def draw_paged(seed: int, device: str, backends: tuple[str, ...]) -> PagedLogitsCase:
     """Draw paged logits; on a GPU up to some 100 000 scores, elsewhere some thousand."""
-    return _paged(random.Random(f"paged_logits {seed}"), PagedLogitsCase, device, backends)
+    return paged_case(random.Random(f"paged_logits {seed}"), PagedLogitsCase, device, backends)
 
 
 def draw_select(seed: int, device: str, backends: tuple[str, ...]) -> SelectCase:
     """Draw a chain."""
     r = random.Random(f"select {seed}")
-    case = _paged(r, SelectCase, device, backends)
+    case = paged_case(r, SelectCase, device, backends)
     page = r.choice((0, 0, 0, -1, 1, 7, 64))
     return case.but(
         k=r.choice((512, 1024, 2048, 1, 3, 31, r.randint(1, 2048))), sort=int(r.random() < 0.4),
@@ -384,8 +415,13 @@ def draw_select(seed: int, device: str, backends: tuple[str, ...]) -> SelectCase
 def draw_ragged(seed: int, device: str, backends: tuple[str, ...]) -> RaggedLogitsCase:
     """Draw ragged logits; on a GPU up to some 100 000 scores, elsewhere some thousand."""
     r = random.Random(f"ragged_logits {seed}")
+    return ragged_case(r, RaggedLogitsCase, device, backends)
+
+
+def ragged_case(r: random.Random, kind: type[Any], device: str, backends: tuple[str, ...]) -> Any:
+    """Draw a call on gathered keys."""
     gpu = device == "cuda"
-    case, odd = _common(r, RaggedLogitsCase, backends)
+    case, odd = _common(r, kind, backends)
     most = 400_000 if gpu else 2400
     keys = r.choice((1, 64, 65, 300, 1500, 70_000, r.randint(0, 4000)) if gpu else (0, 1, 65, 200))
     rows = r.choice((1, 2, 7, 129, 300, 2000) if gpu else (1, 2, 7, 20))

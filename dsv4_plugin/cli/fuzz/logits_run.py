@@ -17,32 +17,27 @@ import torch
 from dsv4_plugin import checks
 from dsv4_plugin.backends import Call, choose
 from dsv4_plugin.cli.checks import exact
-from dsv4_plugin.cli.checks.canary import Guarded
 from dsv4_plugin.cli.checks.oracles import Wrong, check_selection, same_bits
-from dsv4_plugin.cli.checks.replay import captured
 from dsv4_plugin.cli.fuzz.logits import DTYPES, PagedLogitsCase, RaggedLogitsCase, SelectCase
+from dsv4_plugin.cli.fuzz.tensors import Parts, Tensors, bits, dirty, raise_wrong, run_parts
 from dsv4_plugin.cli.fuzz.topk import EACH_ROW, lengths_tensor
 
 __all__ = ["problem_of", "run"]
 
-_DIRT = 0xAB  # the bytes that outputs are filled with
 _NOWHERE = (-1, (1 << 31) - 1, -(1 << 31))  # no pages of any cache
 
 # ---- The tensors of a case -----------------------------------------------------------------------
 
 
-class _Problem:
-    """The tensors of a case; :meth:`fill` gives those in place the content of a step."""
+class _Problem(Tensors):
+    """The tensors of a case that scores keys."""
 
     batch: int
     next_n: int
 
     def __init__(self, case: Any, device: str) -> None:
-        self.case, self.device = case, device
+        super().__init__(case, device)
         self.index = torch.int64 if case.wide else torch.int32
-        self.guards: list[tuple[str, Guarded]] = []
-        self.inputs: dict[str, torch.Tensor] = {}
-        self._before: dict[str, torch.Tensor] = {}
         size = case.heads * case.head
         self.bytes = self.guarded("q", self.rows, size, torch.uint8, stride=size + case.q_gap)
         self.weights = self.guarded(
@@ -53,31 +48,16 @@ class _Problem:
     def rows(self) -> int:
         return self.batch * self.next_n
 
-    def guarded(
-        self,
-        name: str,
-        rows: int,
-        columns: int,
-        dtype: torch.dtype,
-        given: bool = True,
-        **more: int,
-    ) -> Any:
-        held = Guarded(rows, columns, dtype, device=self.device, **more)
-        self.guards.append((name, held))
-        if given:
-            self.inputs[name] = held.inside
-        return held.inside
-
     def scratch(self) -> torch.Tensor | None:
         """Make the tensor that scores are written to; None if none is given."""
         case = self.case
         if case.out < 0:
             return None
-        columns = case.out or case.columns
-        return dirty(self.guarded(
-            "out", self.rows, columns, DTYPES[case.dtype], given=False,
+        columns = case.out or case.out_columns
+        return self.output(
+            "out", self.rows, columns, DTYPES[case.dtype],
             stride=columns + case.gap, offset=case.offset,
-        ))  # fmt: skip
+        )  # fmt: skip
 
     def _begin(self, step: int, units: int) -> tuple[int, torch.Generator, random.Random]:
         """Draw the queries of a step; returns what the rest of it is drawn from."""
@@ -111,22 +91,7 @@ class _Problem:
         """Return bytes as they are handed over."""
         return codes if self.case.codes else codes.view(torch.float8_e4m3fn)
 
-    def remember(self) -> None:
-        """Keep the inputs, which a call must leave as they are."""
-        self._before = {name: x.clone() for name, x in self.inputs.items()}
-
-    def check_inputs(self) -> None:
-        """Raise :class:`Wrong` if an input was written to."""
-        for name, before in self._before.items():
-            now = self.inputs[name]
-            words = torch.int32 if now.is_floating_point() else now.dtype
-            if not torch.equal(before.view(words), now.view(words)):
-                raise Wrong(f"{name} was written to")
-
     # What the two kinds of calls differ in.
-
-    def fill(self, step: int) -> None:
-        raise NotImplementedError
 
     def arguments(self) -> tuple[Any, ...]:
         """Return the arguments of the call, its result left out."""
@@ -143,8 +108,8 @@ class _Problem:
         """Return the implementation that the case calls."""
         raise NotImplementedError
 
-    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores and magnitudes ``[rows, columns]``."""
+    def exact(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores and magnitudes ``[rows, columns]`` or of more columns."""
         raise NotImplementedError
 
     def counts(self, columns: int) -> torch.Tensor:
@@ -154,8 +119,9 @@ class _Problem:
     def _served(self, keys: torch.Tensor, **more: int) -> str:
         case = self.case
         call = Call(
-            "ragged_logits" if isinstance(case, RaggedLogitsCase) else "paged_logits",
+            "paged_logits" if case.op == "select" else case.op,
             self.bytes.device, DTYPES[case.dtype], head_dim=case.head, heads=case.heads,
+            piece=getattr(case, "piece", 8), candidates=getattr(case, "held", 0),
             alignment=checks.alignment(keys, self.bytes), **more,
         )  # fmt: skip
         return choose(call, case.backend)
@@ -212,7 +178,7 @@ class _PagedProblem(_Problem):
             shape = case.requests, self.page_table.shape[1]
             slots = torch.randint(-1, 10_000, shape, generator=torch.Generator().manual_seed(seed))
             self.page_table.copy_(slots[case.kept[0] :][: self.batch])
-        self.remember()
+        self.remember(step)
 
     def _draw_lengths(self, step: int) -> None:
         case, device = self.case, self.device
@@ -230,7 +196,7 @@ class _PagedProblem(_Problem):
     def _needed(self) -> torch.Tensor:
         """Return how many keys of each entry of the table some row sees."""
         case = self.case
-        n = self.counts(case.out if case.out > 0 else case.columns)
+        n = self.counts(case.limit)
         most = n.view(self.batch, self.next_n).amax(1)
         first = torch.arange(case.width, device=self.device) * case.block
         return (most[:, None] - first).clamp(0, case.block)
@@ -282,13 +248,13 @@ class _PagedProblem(_Problem):
     def served(self) -> str:
         return self._served(self.pages, block_size=self.case.block)
 
-    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def exact(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         case = self.case
         q = self.bytes.contiguous().view(self.batch, case.next_n, case.heads, case.head)
-        return exact.paged(q, self.pages, self.weights, self.table, case.block)
+        return exact.paged(q, self.pages, self.weights, self.table, case.block, columns)
 
     def counts(self, columns: int) -> torch.Tensor:
-        return self.per_row.clamp(0, min(columns, self.case.columns))
+        return self.per_row.clamp(0, columns)
 
 
 class _RaggedProblem(_Problem):
@@ -317,15 +283,16 @@ class _RaggedProblem(_Problem):
             self.k[r.randrange(case.keys), r.randrange(case.head)] = 0xFF
             self.scale[r.randrange(case.keys)] = torch.nan
         if case.poison and case.keys:
-            n = self.counts(case.out if case.out > 0 else case.columns)
+            n = self.counts(case.limit)
             edge = torch.zeros(case.keys + 1, dtype=torch.int64, device=self.device)
-            begin = self.starts.long().clamp(0, case.keys)
+            begin = self.starts.long()
+            end = (begin + n).clamp(0, case.keys)
             one = torch.ones_like(n)
-            edge.scatter_add_(0, begin, one).scatter_add_(0, (begin + n).clamp(max=case.keys), -one)
+            edge.scatter_add_(0, begin.clamp(0, case.keys), one).scatter_add_(0, end, -one)
             unseen = edge.cumsum(0)[:-1] == 0
             self.k.masked_fill_(unseen[:, None], 0x7F)
             self.scale.masked_fill_(unseen, torch.nan)
-        self.remember()
+        self.remember(step)
 
     def arguments(self) -> tuple[Any, ...]:
         return self._of(self.bytes, self.weights, self.starts, self.ends)
@@ -342,14 +309,13 @@ class _RaggedProblem(_Problem):
     def served(self) -> str:
         return self._served(self.k)
 
-    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def exact(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         q = self.bytes.contiguous().unflatten(1, (self.case.heads, self.case.head))
-        return exact.ragged(q, self.k, self.scale, self.weights, self.starts, self.ends)[:2]
+        windows = self.starts, self.ends
+        return exact.ragged(q, self.k, self.scale, self.weights, *windows, columns)[:2]
 
     def counts(self, columns: int) -> torch.Tensor:
-        start = self.starts.long()
-        n = (self.ends.long().clamp(max=self.case.keys) - start).masked_fill(start < 0, 0)
-        return n.clamp(0, min(columns, self.case.keys))
+        return (self.ends.long() - self.starts.long()).clamp(0, columns)
 
 
 # ---- Running and checking ------------------------------------------------------------------------
@@ -364,32 +330,10 @@ def problem_of(case: Any, device: str) -> Any:
 def run(case: Any, device: str, op: Callable[..., Any]) -> None:
     """Run a case with ``op`` and raise :class:`Wrong` for what is not as promised."""
     problem = problem_of(case, device)
-    prepare = _select if isinstance(case, SelectCase) else _logits
-    call, clean, check = prepare(problem, op)
-    if case.graph:
-        replay, answer = captured(call, device)
-        for step in range(case.graph):
-            problem.fill(step)
-            clean()
-            dirty(answer)
-            # Without a GPU a replay is a call, and may give another tensor.
-            again = replay()
-            problem.check_inputs()
-            check(answer if again is None else again, f"replay {step}: ")
-    else:
-        answer = call()
-        problem.check_inputs()
-        check(answer, "")
-    for name, held in problem.guards:
-        fault = held.fault()
-        if fault:
-            raise Wrong(f"around {name}: {fault}")
+    run_parts(problem, (_select if isinstance(case, SelectCase) else _logits)(problem, op))
 
 
-_Parts = tuple[Callable[[], torch.Tensor], Callable[[], Any], Callable[[torch.Tensor, str], None]]
-
-
-def _logits(problem: Any, op: Callable[..., Any]) -> _Parts:
+def _logits(problem: Any, op: Callable[..., Any]) -> Parts:
     case = problem.case
     dtype = DTYPES[case.dtype]
     out = problem.scratch()
@@ -407,8 +351,8 @@ def _logits(problem: Any, op: Callable[..., Any]) -> _Parts:
         inside = torch.arange(shape[1], device=got.device) < n[:, None]
         if out is not None:
             untouched = dirty(torch.empty_like(got, memory_format=torch.contiguous_format))
-            _raise(
-                ~inside & (_bits(got) != _bits(untouched)),
+            raise_wrong(
+                ~inside & (bits(got) != bits(untouched)),
                 f"{context}a score past a row's length was written",
             )
         _against_float64(problem, got, inside, context)
@@ -418,11 +362,11 @@ def _logits(problem: Any, op: Callable[..., Any]) -> _Parts:
 
 
 def _against_float64(problem: Any, got: torch.Tensor, inside: torch.Tensor, context: str) -> None:
-    score, size = problem.exact()
-    columns = min(got.shape[1], score.shape[1])
+    columns = got.shape[1]
+    score, size = problem.exact(columns)
     served = problem.served()
     wrong, low, high = exact.outside(
-        got[:, :columns], score[:, :columns], size[:, :columns],
+        got, score[:, :columns], size[:, :columns],
         exact.TOLERANCE[served, problem.case.kind],
     )  # fmt: skip
 
@@ -430,7 +374,7 @@ def _against_float64(problem: Any, got: torch.Tensor, inside: torch.Tensor, cont
         ends = float(low[row, column]), float(high[row, column])
         return f"{float(got[row, column])}, not {ends[0]} to {ends[1]}"
 
-    _raise(wrong & inside[:, :columns], f"{context}a score is not the one of float64", values)
+    raise_wrong(wrong & inside, f"{context}a score is not the one of float64", values)
 
 
 def _against_itself(
@@ -448,17 +392,17 @@ def _against_itself(
     if problem.batch > 1:
         order = every.view(-1, problem.next_n).flip(0).reshape(-1)
         turned = again(order, problem.next_n)[order]  # reversing twice is no change
-        _raise(inside & ~same_bits(turned, got), f"{context}another score in a reversed batch")
+        raise_wrong(inside & ~same_bits(turned, got), f"{context}another score in a reversed batch")
     if rows > 1:
         drawn = random.Random(f"alone {case.seed}").randrange(rows)
         some = sorted({0, drawn, rows - 1})
         alone = torch.cat([again(every[row : row + 1], 1) for row in some])
         different = torch.zeros_like(inside)
         different[some] = ~same_bits(alone, got[some])
-        _raise(inside & different, f"{context}another score where a row is alone")
+        raise_wrong(inside & different, f"{context}another score where a row is alone")
 
 
-def _select(problem: Any, op: Callable[..., Any]) -> _Parts:
+def _select(problem: Any, op: Callable[..., Any]) -> Parts:
     case = problem.case
     dtype = DTYPES[case.dtype]
     scratch = problem.scratch()
@@ -467,7 +411,7 @@ def _select(problem: Any, op: Callable[..., Any]) -> _Parts:
 
     def indices(name: str) -> torch.Tensor:
         stride = k + max(0, case.picked)
-        return dirty(problem.guarded(name, rows, k, torch.int32, given=False, stride=stride))
+        return problem.output(name, rows, k, torch.int32, stride=stride)
 
     out = indices("the indices") if case.picked >= 0 or case.graph else None
     raw = indices("out_raw") if case.raw else None
@@ -497,7 +441,9 @@ def _select(problem: Any, op: Callable[..., Any]) -> _Parts:
         index = got if problem.page_table is None else raw
         if index is not None:
             try:
-                check_selection(logits, problem.per_row, k, index, sort=bool(case.sort))
+                check_selection(
+                    logits, problem.per_row, k, index, sort=bool(case.sort), ascending=True
+                )
             except Wrong as wrong:
                 raise Wrong(f"{context}{wrong}", wrong.rows) from None
         want_raw = None if raw is None else torch.empty_like(raw)
@@ -505,34 +451,6 @@ def _select(problem: Any, op: Callable[..., Any]) -> _Parts:
         for name, a, b in (("an index", got, want), ("a raw index", raw, want_raw)):
             if a is None or b is None:
                 continue
-            if not case.sort:  # the order is nobody's promise
-                a, b = a.sort(1).values, b.sort(1).values
-            _raise(a != b, f"{context}{name} is not that of the two ops")
+            raise_wrong(a != b, f"{context}{name} is not that of the two ops")
 
     return call, clean, check
-
-
-def dirty(x: torch.Tensor) -> torch.Tensor:
-    """Fill a result, in place, with what no call would write."""
-    x.view(torch.uint8).fill_(_DIRT)
-    return x
-
-
-def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view({2: torch.int16, 4: torch.int32}[x.element_size()])
-
-
-def _raise(
-    wrong: torch.Tensor, why: str, values: Callable[[int, int], str] = lambda row, column: ""
-) -> None:
-    """Raise :class:`Wrong` if any element is."""
-    if not bool(wrong.any()):
-        return
-    rows = wrong.any(1).nonzero().reshape(-1).tolist()
-    column = int(wrong[rows[0]].nonzero()[0])
-    found = values(rows[0], column)
-    raise Wrong(
-        f"{why}, in {len(rows)} of {len(wrong)} rows, first {rows[0]}, column {column}"
-        + (f": {found}" if found else ""),
-        rows,
-    )

@@ -463,7 +463,10 @@ def _check(
     index = out if problem.table is None else raw
     if index is not None:
         try:
-            check_selection(seen, problem.per_row, case.k, index, starts=problem.starts, sort=sort)
+            check_selection(
+                seen, problem.per_row, case.k, index, starts=problem.starts, sort=sort,
+                ascending=True,
+            )  # fmt: skip
         except Wrong as wrong:
             raise Wrong(f"{context}{wrong}", wrong.rows) from None
     if raw is not None and problem.table is not None:
@@ -475,7 +478,7 @@ def _check(
     if problem.table is not None:
         want = slots_of(want, problem.table, case.pages, case.next_n)
     got = out
-    if not sort:  # the order is nobody's promise; short rows were looked at above
+    if not sort:  # what is wanted comes best first; the order was looked at above
         got, want = out.sort(1).values, want.sort(1).values
     _equal(got, want, f"{context}not what the reference selects")
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from dsv4_plugin.cli.checks.results import Results
+from dsv4_plugin.cli.recall import PAPER, plot
+from dsv4_plugin.cli.shared import numbers, outputs
+from dsv4_plugin.cli.shared.choices import KS
+from dsv4_plugin.cli.shared.choices import RECALL_DTYPES as DTYPES
+from dsv4_plugin.cli.shared.choices import RECALL_KINDS as KINDS
+from dsv4_plugin.cli.shared.run import UsageError, interruptible, need_torch
 
-from dsv4_plugin import ops
-from dsv4_plugin.cli.bench.topk import UsageError
-from dsv4_plugin.cli.bench.topk.cases import KS
-from dsv4_plugin.cli.checks.timing import machine
-from dsv4_plugin.cli.recall import PAPER, plot, sources
-from dsv4_plugin.cli.recall.measure import DTYPES, Statistics
+if TYPE_CHECKING:
+    from dsv4_plugin.cli.recall import sources
 
 __all__ = ["COLUMNS", "add_arguments", "run", "table"]
 
@@ -42,82 +42,105 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="captured scores in place of drawn ones: float32 [rows, columns] tensors, with "
         "optional lengths",
     )  # fmt: skip
-    add("--kind", nargs="+", choices=tuple(sources.KINDS), help="drawn scores (default: all)")
-    add("--k", type=int, nargs="+", default=list(KS), help="default: 512 1024 2048")
-    add("--columns", type=int, nargs="+", help="default: 8K … 256K; on a CPU 8K and 32K")
-    add("--rows", type=int, help="rows of each (default: 1024; on a CPU 32)")
+    add("--kind", nargs="+", choices=tuple(KINDS), help="drawn scores (default: all)")
+    add(
+        "--k",
+        type=numbers.whole(1, max(KS)),
+        nargs="+",
+        default=list(KS),
+        help="default: 512 1024 2048",
+    )
+    add("--columns", type=numbers.COUNT, nargs="+", help="default: 8K … 256K; on a CPU 8K and 32K")
+    add("--rows", type=numbers.COUNT, help="rows of each (default: 1024; on a CPU 32)")
     add("--dtype", nargs="+", choices=tuple(DTYPES), help="default: all")
-    add("--seed", type=int, default=0)
+    add("--seed", type=numbers.SEED, default=0)
     add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    add("--json", type=Path, metavar="FILE", help="write the results there")
-    add("--plot", type=Path, metavar="FILE", help="draw them (.png or .svg); needs matplotlib")
+    add("--json", type=outputs.file, metavar="FILE", help="write the results there")
+    add(
+        "--plot",
+        type=outputs.plot,
+        metavar="FILE",
+        help="draw them (.png or .svg); needs matplotlib",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run ``dsv4-plugin recall``; returns the exit code."""
-    try:
-        document = _measure(arguments, lambda text: print(text, flush=True))
-        if arguments.json:
-            arguments.json.write_text(_text(document))
-            print(f"written to {arguments.json}")
-        if arguments.plot:
-            plot.draw(document, arguments.plot)
-            print(f"drawn to {arguments.plot}")
-    except (UsageError, OSError) as error:
-        print(f"dsv4-plugin recall: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run ``dsv4-plugin recall``.
 
+    Returns:
+        0 if rounding explains whatever differs, 1 if it does not.
 
-def _measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> Row:
-    if arguments.plot:
-        plot.require()  # now, not when all is measured
+    Raises:
+        UsageError: it cannot be run like this, or nothing was compared.
+    """
+    if arguments.scores and (arguments.kind or arguments.columns or arguments.rows):
+        raise UsageError("--scores brings its own rows; --kind, --columns and --rows draw others")
+    need_torch()
+    import torch
+
+    from dsv4_plugin.cli.checks.timing import machine
+
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device here; --device cpu runs on the torch reference")
-    default: dict[str, Any] = _ON_GPU if device == "cuda" else _ON_CPU
-    rows = arguments.rows or default["rows"]
-    columns = arguments.columns or default["columns"]
-    for name, values in (("--k", arguments.k), ("--columns", columns), ("--rows", [rows])):
-        if min(values) < 1:
-            raise UsageError(f"{name} must be at least 1, got {min(values)}")
-    if max(arguments.k) > max(KS):
-        raise UsageError(f"--k must be at most {max(KS)}, got {max(arguments.k)}")
-    if arguments.scores and (arguments.kind or arguments.columns or arguments.rows):
-        raise UsageError("--scores brings its own rows; --kind, --columns and --rows draw others")
-    dtypes = arguments.dtype or list(DTYPES)
-    results: list[Row] = []
-    say(LEGEND)
-    say(_head())
-
-    def add(name: str, width: int, batches: Iterable[sources.Scores]) -> None:
-        for row in _cells(batches, arguments.k, dtypes):
-            results.append({"scores": name, "columns": width, **row})
-            say(_line(results[-1]))
-
-    for file in arguments.scores or ():
-        for name, width, batches in sources.captured(file, device=device):
-            add(f"{file.name}: {name}", width, batches)
-    if not arguments.scores:
-        for kind in arguments.kind or sources.KINDS:
-            for width in columns:
-                add(kind, width, sources.drawn(
-                    kind, rows, width, seed=arguments.seed, device=device
-                ))  # fmt: skip
-    say(f"\n{_beside(results)}")
-    return {
+    document: Row = {
         "machine": machine(),
         "what": "recall",
+        "complete": False,
         "device": device,
         "seed": arguments.seed,
         "paper": PAPER,
-        "results": results,
+        "results": [],
     }
+    results = document["results"]
+    with Results(document, arguments.json) as file:
+        print(f"{LEGEND}\n{_head()}", flush=True)
+        with interruptible() as work:
+            for row in _measured(arguments, device):
+                results.append(row)
+                print(_line(row), flush=True)
+                file.save()
+        document["complete"] = work.whole
+        file.save(now=True)
+        compared = any(row["rows"] for row in results)
+        work.must(compared, "nothing was compared: no row is longer than k", file.said())
+        print(f"\n{_beside(results)}")
+        if arguments.plot:
+            plot.draw(document, arguments.plot)
+            print(f"drawn to {arguments.plot}")
+    work.end(file.said())
+    if arguments.json:
+        print(f"written to {arguments.json}")
+    return 1 if any(row.get("beyond_ties") for row in results) else 0
+
+
+def _measured(arguments: argparse.Namespace, device: str) -> Iterator[Row]:
+    """Yield the results, as they are measured."""
+    from dsv4_plugin.cli.recall import sources
+
+    default: dict[str, Any] = _ON_GPU if device == "cuda" else _ON_CPU
+    dtypes = arguments.dtype or list(DTYPES)
+    for file in arguments.scores or ():
+        for name, width, batches in sources.captured(file, device=device):
+            for row in _cells(batches, arguments.k, dtypes):
+                yield {"scores": f"{file.name}: {name}", "columns": width, **row}
+    if arguments.scores:
+        return
+    for kind in arguments.kind or KINDS:
+        for width in arguments.columns or default["columns"]:
+            drawn = sources.drawn(
+                kind, arguments.rows or default["rows"], width, seed=arguments.seed, device=device
+            )
+            for row in _cells(drawn, arguments.k, dtypes):
+                yield {"scores": kind, "columns": width, **row}
 
 
 def _cells(
     batches: Iterable[sources.Scores], ks: Sequence[int], dtypes: Sequence[str]
 ) -> list[Row]:
+    from dsv4_plugin import ops
+    from dsv4_plugin.cli.recall.measure import Statistics
+
     cells = [Statistics(k, dtype) for k in ks for dtype in dtypes]
     for batch in batches:
         for k in ks:
@@ -153,12 +176,6 @@ def _beside(results: Sequence[Row]) -> str:
     if not ours:
         return text
     return f"bfloat16 here: {min(ours):.2f} … {max(ours):.2f} % (mean of a cell)\n{text}"
-
-
-def _text(document: Row) -> str:
-    head = {name: value for name, value in document.items() if name != "results"}
-    lines = ",\n  ".join(json.dumps(row) for row in document["results"])
-    return json.dumps(head, indent=1).removesuffix("\n}") + f',\n "results": [\n  {lines}\n ]\n}}\n'
 
 
 def table(document: Row) -> str:

@@ -26,15 +26,11 @@ from typing import Any
 import torch
 
 from dsv4_plugin import ops
+from dsv4_plugin.cli.shared.choices import RECALL_DTYPES
 
 __all__ = ["DTYPES", "Statistics", "percentile"]
 
-# The selections by name. "narrow": float32 scores, rounded to bfloat16 while they are read.
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "narrow": torch.bfloat16,
-}
+DTYPES = {name: getattr(torch, dtype) for name, dtype in RECALL_DTYPES.items()}
 
 
 def _select(scores: torch.Tensor, lengths: torch.Tensor, k: int, name: str) -> torch.Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk import UsageError
-from dsv4_plugin.cli.bench.topk.plot import require, save
+from dsv4_plugin.cli.bench.topk.plot import save
+from dsv4_plugin.cli.shared import outputs
+from dsv4_plugin.cli.shared.run import UsageError
 
-__all__ = ["draw", "require"]
+__all__ = ["draw"]
 
 Row = dict[str, Any]
 _LINES = {"mean": "-", "p1": "--", "worst": ":"}
@@ -20,7 +21,7 @@ def draw(document: Row, file: Path) -> None:
     Raises:
         UsageError: matplotlib is not installed, or there is nothing to draw.
     """
-    require()
+    outputs.require()
     from matplotlib import pyplot
     from matplotlib.ticker import NullLocator
 

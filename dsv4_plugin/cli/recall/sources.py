@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from dsv4_plugin.cli.bench.topk import UsageError
+from dsv4_plugin.cli.shared.choices import RECALL_KINDS as KINDS
+from dsv4_plugin.cli.shared.run import UsageError
 from dsv4_plugin.kernels.reference import read_indexer_cache
 
 __all__ = ["KINDS", "Scores", "captured", "drawn"]
@@ -16,11 +17,6 @@ __all__ = ["KINDS", "Scores", "captured", "drawn"]
 HEADS, HEAD_DIM, PAGE = 64, 128, 64
 E4M3_MAX = 448.0
 _ELEMENTS = 1 << 24  # scores at a time; a batch of rows has at most so many
-KINDS = {
-    "normal": "N(0, 1)",
-    "relu_sum": "weights in (0, 1)",
-    "relu_sum_signed": "weights N(0, 1)",
-}
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def register() -> None:
 
             install.install()
     except Exception:
-        log.logger.exception("dsv4 could not be registered; SGLang stays as it is")
+        log.exception("dsv4 could not be registered; SGLang stays as it is")
 
 
 def unregister() -> None:

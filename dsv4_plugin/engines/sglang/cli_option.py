@@ -7,11 +7,13 @@ May go when SGLang lets a plugin declare options; an option of that name of SGLa
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from dsv4_plugin import envs, log
 from dsv4_plugin.engines.sglang import probe
+from dsv4_plugin.engines.shared import seam
 
 __all__ = ["OPTION", "add_cli_args", "target"]
 
@@ -37,13 +39,19 @@ class TopkAction(argparse.Action):
         elif envs.switch(True):
             envs.put("topk", str(values))
         else:
-            log.logger.warning("%s has no effect: DSV4_PLUGIN=0 is set", OPTION)
+            log.say(logging.WARNING, f"{OPTION} has no effect: DSV4_PLUGIN=0 is set")
+
+
+def _word(text: str) -> str:
+    """Return ``off`` for what SGLang makes of the bare word in a YAML file (``--config``)."""
+    return "off" if text == "false" else text
 
 
 def target() -> str | None:
     """Return what to hook, or None where SGLang's parser looks different."""
-    site = probe.look()["flag"]
-    return site.targets[0] if site.targets else None
+    option = next(record for record in probe.SEAMS if record.name == "flag")
+    targets = seam.in_source(option).targets
+    return targets[0] if targets else None
 
 
 def add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser, *rest: Any) -> Any:
@@ -53,6 +61,7 @@ def add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser, 
         parser.add_argument(
             OPTION,
             action=TopkAction,
+            type=_word,
             choices=envs.choices("topk"),
             default=argparse.SUPPRESS,
             dest=argparse.SUPPRESS,

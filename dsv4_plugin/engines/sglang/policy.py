@@ -1,7 +1,7 @@
 """What a call gets: decided once for each kind of call, at its first real use.
 
-That is during SGLang's start (memory profiling, graph capture, warm-up), so an explicit wish that
-cannot be met ends the start with one error that lists every unmet condition.
+That is during SGLang's start (memory profiling, graph capture, warm-up), so an explicit setting
+that cannot be met ends the start with one error that lists every unmet condition.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ from typing import Any
 import torch
 
 from dsv4_plugin import backends, envs
-from dsv4_plugin.engines.sglang import install
+from dsv4_plugin.engines.sglang import deep_gemm
+from dsv4_plugin.engines.sglang.adapter import SglangAdapter, current
 from dsv4_plugin.engines.shared import decision, logits, shadow
-from dsv4_plugin.engines.shared.decisions import Decisions, announce
-from dsv4_plugin.engines.shared.plan import Topk
-from dsv4_plugin.state import state
+from dsv4_plugin.engines.shared.decision import Selection
 
-__all__ = ["forget", "for_dsa", "for_v4"]
+__all__ = ["KINDS", "LayerKind", "for_dsa", "for_v4"]
 
-_V4 = "DeepSeek-V4 indexer"
-_DSA = "DSA top-k"
 # SGLang's own switches that put another implementation in; absent names are ignored.
 _OTHER_TOPK = ("SGLANG_TOPK_TRANSFORM_512_TORCH",)
 _OTHER_LOGITS = (
@@ -32,119 +29,145 @@ _OTHER_LOGITS = (
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What a decision depends on; everything here is fixed for a model and a backend."""
+class LayerKind:
+    """A kind of layers. A new one is a new record in :data:`KINDS` and a hook that names it.
+
+    ``dtypes`` are what ``DSV4_TOPK=auto`` tries, best first. ``seams`` are those that the selection
+    needs. ``counter`` names its calls. ``float32_logits``: why SGLang's own logits are the only
+    ones that it can select on; empty where the plugin can write them, or ask for bfloat16.
+    """
 
     name: str
+    dtypes: tuple[str, ...]
+    seams: tuple[str, ...]
+    counter: str
+    float32_logits: str = ""
+
+
+KINDS = {
+    "v4": LayerKind("DeepSeek-V4 indexer", ("bf16", "fp32"), ("forward", "topk.paged"), "paged"),
+    "dsa": LayerKind(
+        "DSA top-k",
+        ("fp32",),
+        ("topk.dsa",),
+        "dsa",
+        "V3.2 and GLM select on float32 logits; they were not trained with bfloat16 ones",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a decision depends on; everything here is fixed for a model and a backend."""
+
+    kind: LayerKind
     k: int
     device: torch.device
     backend: Any  # SGLang's DSATopKBackend, or None before 0.5.17
     fp4: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}, k {self.k}, {self.device}"
+        return f"{self.kind.name}, k {self.k}, {self.device}"
 
 
-_decisions: Decisions[_Kind] = Decisions()
-forget = _decisions.forget
-
-
-def for_v4(backend_mixin: Any, c4_indexer: Any, device: torch.device) -> Topk | None:
-    """Return how the indexer of DeepSeek-V4 selects, or None: upstream."""
+def for_v4(backend_mixin: Any, c4_indexer: Any, device: torch.device) -> Selection | None:
+    """Return how the indexer of DeepSeek-V4 selects, or None: as SGLang does."""
     k = getattr(c4_indexer, "index_topk", 0)
     chosen = getattr(backend_mixin, "dsa_topk_backend", None)
     fp4 = bool(getattr(c4_indexer, "use_fp4_indexer", False))
-    return _get(_Kind(_V4, k, device, chosen, fp4))
+    return _get(_Call(KINDS["v4"], k, device, chosen, fp4))
 
 
-def for_dsa(dsa_backend: Any, k: int, device: torch.device) -> Topk | None:
-    """Return how a decode-shaped PAGED top-k of V3.2 or GLM selects, or None: upstream."""
-    return _get(_Kind(_DSA, k, device, dsa_backend))
+def for_dsa(dsa_backend: Any, k: int, device: torch.device) -> Selection | None:
+    """Return how a decode-shaped PAGED top-k of V3.2 or GLM selects, or None: as SGLang does."""
+    return _get(_Call(KINDS["dsa"], k, device, dsa_backend))
 
 
-def _get(kind: _Kind) -> Topk | None:
-    if not install.installed():
+def _get(call: _Call) -> Selection | None:
+    now = current()
+    if now is None:
         return None
-    names = ("forward", "topk.paged", "logits") if kind.name == _V4 else ("topk.dsa",)
+    kind = call.kind
+    names = kind.seams if kind.float32_logits else (*kind.seams, "logits")
 
-    def decided(topk: Topk | None, passed: decision.Passed) -> None:
-        announce(str(kind), names, topk, passed)
-        if topk is not None:
-            shadow.prepare(kind.device, "paged" if kind.name == _V4 else "dsa")
+    def report(selection: Selection | None, passed: decision.PassedOver) -> None:
+        now.report(str(call), names, selection, passed)
+        if selection is not None:
+            if selection.logits == "plugin" or selection.request_bf16:
+                deep_gemm.patch(now.ledger)
+            shadow.prepare(call.device, kind.counter)
 
-    return _decisions.get(
-        kind,
-        ("bf16", "fp32") if kind.name == _V4 else ("fp32",),
-        lambda settings, dtype: _possible(dtype, settings, kind),
-        decided,
+    return now.decide_once(
+        call, kind.dtypes, lambda settings, dtype: _possible(now, settings, call, dtype), report
     )
 
 
-def _possible(dtype: str, settings: envs.Settings, kind: _Kind) -> tuple[Topk | None, list[str]]:
-    reasons = decision.unfit_k(kind.k)
+def _possible(
+    now: SglangAdapter, settings: envs.Settings, call: _Call, dtype: str
+) -> tuple[Selection | None, list[str]]:
+    reasons = decision.unfit_k(call.k)
     if settings.indexer_read not in ("auto", "off"):
         reasons.append(
-            f"DSV4_INDEXER_READ={settings.indexer_read} has no seam: {state.host} gathers the "
+            f"DSV4_INDEXER_READ={settings.indexer_read} has no seam: {now.engine} gathers the "
             "indexer's keys with one kernel of its own"
         )
-    if kind.fp4:
+    if call.fp4:
         reasons.append("the indexer cache is MXFP4 (--enable-deepseek-v4-fp4-indexer)")
-    if kind.backend is not None and not kind.backend.is_sgl_kernel():
-        name = getattr(kind.backend, "value", kind.backend)
-        reasons.append(f"SGLang was told to use --dsa-topk-backend {name}")
-    reasons += [f"SGLang was told to use its own top-k by {n}" for n in _OTHER_TOPK if _set(n)]
-    for name in ("forward", "topk.paged") if kind.name == _V4 else ("topk.dsa",):
-        reasons += install.problems(name)
-    backend = decision.topk_backend(settings, kind.device.type != "cpu")
-    reasons += decision.unmet_topk(dtype, backend, kind.device, kind.k)
+    if call.backend is not None and not call.backend.is_sgl_kernel():
+        name = getattr(call.backend, "value", call.backend)
+        reasons.append(f"SGLang's option --dsa-topk-backend is {name}")
+    reasons += [f"SGLang's switch {n} chooses its own top-k" for n in _OTHER_TOPK if _set(n)]
+    for name in call.kind.seams:
+        reasons += now.problems(name)
+    backend = decision.backend_for_topk(settings, call.device.type != "cpu")
+    reasons += decision.unmet_topk(dtype, backend, call.device, call.k)
     who, why = logits.choose(
         settings,
         dtype,
-        lambda: _host_logits(dtype, kind),
-        lambda: _own_logits(dtype, backend, kind),
+        lambda: _engine_logits(now, call, dtype),
+        lambda: _plugin_logits(now, call, dtype, backend),
     )
     reasons = decision.unique([*reasons, *why])
-    ask = dtype == "bf16" and who == "host"
-    return (None, reasons) if reasons else (Topk(dtype, backend, ask, who), [])
+    request = dtype == "bf16" and who == "engine"
+    return (None, reasons) if reasons else (Selection(dtype, backend, request, who), [])
 
 
-def _elsewhere(kind: _Kind) -> list[str]:
+def _elsewhere(now: SglangAdapter, call: _Call) -> list[str]:
     """Return why the logits of this call do not come from the functions that can be wrapped."""
-    if kind.name != _V4:
-        return ["V3.2 and GLM select on float32 logits; they were not trained with bfloat16 ones"]
-    reasons = install.problems("logits")
-    return reasons + [
-        f"SGLang was told to compute its index logits elsewhere by {name}"
+    if call.kind.float32_logits:
+        return [call.kind.float32_logits]
+    return now.problems("logits") + [
+        f"SGLang's switch {name} has its index logits computed elsewhere"
         for name in _OTHER_LOGITS
         if _set(name)
     ]
 
 
-def _own_logits(dtype: str, backend: str, kind: _Kind) -> list[str]:
-    """Return why our kernel cannot write the logits here."""
-    if kind.name != _V4:
-        return ["own logits: V3.2 and GLM have no seam for them in SGLang"]
-    reasons = [] if kind.fp4 else _elsewhere(kind)
-    reasons += logits.unmet(dtype, backend, kind.device)
-    return reasons or ([] if kind.fp4 else install.wrap_deep_gemm())  # fp4: said already
+def _plugin_logits(now: SglangAdapter, call: _Call, dtype: str, backend: str) -> list[str]:
+    """Return why the plugin's kernel cannot write the logits here."""
+    if call.kind.float32_logits:
+        return ["plugin's logits: V3.2 and GLM have no seam for them in SGLang"]
+    reasons = [] if call.fp4 else _elsewhere(now, call)  # MXFP4 is a reason already
+    reasons += logits.unmet(dtype, backend, call.device)
+    return reasons or ([] if call.fp4 else deep_gemm.unmet(now.ledger))
 
 
-def _host_logits(dtype: str, kind: _Kind) -> list[str]:
+def _engine_logits(now: SglangAdapter, call: _Call, dtype: str) -> list[str]:
     """Return why DeepGEMM cannot write this dtype here."""
-    if dtype == "fp32" or kind.fp4:  # said already
+    if dtype == "fp32" or call.fp4:  # MXFP4 is a reason already
         return []
     if dtype == "fp16":
         return ["DeepGEMM writes index logits in float32 or bfloat16 only"]
-    reasons = _elsewhere(kind)
-    if kind.device.type == "cuda" and backends.capability(kind.device) < (9, 0):
+    reasons = _elsewhere(now, call)
+    if call.device.type == "cuda" and backends.capability(call.device) < (9, 0):
         reasons.append("DeepGEMM's index logits need a GPU of compute capability 9.0 or later")
-    return reasons or install.wrap_deep_gemm(asked=True)
+    return reasons or deep_gemm.unmet(now.ledger, request_bf16=True)
 
 
 def _set(name: str) -> bool:
-    from sglang.srt.environ import envs as theirs
+    from sglang.srt.environ import envs as switches
 
-    variable = getattr(theirs, name, None)
+    variable = getattr(switches, name, None)
     try:
         return bool(variable is not None and variable.get())
     except Exception:  # not a switch any more

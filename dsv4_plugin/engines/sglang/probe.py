@@ -1,75 +1,93 @@
-"""Where SGLang can be changed, found in its source by name and signature, never by version.
+"""The seams of SGLang, one record each. A release that moves one gets a further form here.
 
-Names move between releases: ``topk_transform_512`` became ``topk_transform_paged`` in 0.5.20. A
-seam that is not recognised has no target, so nothing is registered for it.
+Names move between releases: ``topk_transform_512`` became ``topk_transform_paged`` in 0.5.20.
+Nothing is registered for a seam that is not recognised.
 """
 
 from __future__ import annotations
 
-from dsv4_plugin.engines.shared import source
-from dsv4_plugin.engines.shared.source import Missing, Site
+from dsv4_plugin.engines.shared import seam
+from dsv4_plugin.engines.shared.seam import Place, Seam
+from dsv4_plugin.engines.shared.source import Site
 
-__all__ = ["DSA", "INDEXER", "SERVER_ARGS", "look"]
+__all__ = ["DSA", "INDEXER", "LOGITS", "PAGED", "SEAMS", "SERVER_ARGS", "look"]
 
 INDEXER = "sglang.srt.layers.attention.dsv4.indexer"
 DSA = "sglang.srt.layers.attention.dsa.dsa_topk_backend"
 SERVER_ARGS = "sglang.srt.server_args"
-
-TOPK = ("topk_transform_paged", "topk_transform_512")  # newest first; each has a sibling _v2
-FORWARD = "C4IndexerBackendMixin.forward_c4_indexer"
-DSA_TOPK = "DSATopKBackend.topk_transform"
-DSA_PARAMETERS = (
-    "self",
-    "logits",
-    "lengths",
-    "topk",
-    "topk_transform_method",
-    "attn_metadata",
-)
 LOGITS = ("fp8_paged_mqa_logits", "fp8_mqa_logits")
+PAGED = ("scores", "seq_lens", "page_tables", "out_page_indices", "page_size")
+
+
+def _paged(name: str) -> tuple[Place, ...]:
+    return Place(INDEXER, name), Place(INDEXER, f"{name}_v2")
+
+
+SEAMS = (
+    Seam(
+        "flag",
+        ((Place(SERVER_ARGS, "ServerArgs.add_cli_args", ("parser",)),),),
+        puts="the option `--dsv4-topk`, behind SGLang's own",
+        why="SGLang has no option that enables a plugin, and an unknown option ends the command",
+        until="SGLang lets a plugin declare options; an option of SGLang's of that name wins",
+    ),
+    Seam(
+        "forward",
+        (
+            (
+                Place(
+                    INDEXER, "C4IndexerBackendMixin.forward_c4_indexer",
+                    has=("self", "x", "c4_indexer", "forward_batch"),
+                ),
+            ),
+        ),
+        puts="the decision for this indexer, in force for the calls below it",
+        why="the logits and top-k functions are shared with other models; only here the plugin "
+        "knows whose scores come",
+        until="SGLang hands the backend choice to its top-k functions",
+    ),
+    Seam(
+        "topk.paged",
+        (_paged("topk_transform_paged"), _paged("topk_transform_512")),
+        puts="the plugin's top-k with the fused page table, raw indices too",
+        why="SGLang's kernels read float32 only, and leave the order of ties open",
+        until="SGLang's kernels read bfloat16, are exact, break ties by the lowest index and are "
+        "not slower",
+    ),
+    Seam(
+        "logits",
+        (
+            tuple(
+                Place("deep_gemm", name, used=(INDEXER, "", name), op=True,
+                      shown=f"deep_gemm.{name}")
+                for name in LOGITS
+            ),
+        ),
+        puts="below a forward that wants it, the plugin's logits, or bfloat16 asked of DeepGEMM "
+        "(`logits_dtype` of the `fp8_fp4_` siblings). Patched when the indexer's forward first "
+        "runs: DeepGEMM loads a CUDA extension, which a launcher must not",
+        why="SGLang calls the functions that write float32 only, though V4 was trained with "
+        "bfloat16 scores; half the bytes are written and read",
+        until="SGLang can be told to write bfloat16 logits",
+    ),
+    Seam(
+        "topk.dsa",
+        (
+            (
+                Place(
+                    DSA, "DSATopKBackend.topk_transform",
+                    ("self", "logits", "lengths", "topk", "topk_transform_method",
+                     "attn_metadata"),
+                ),
+            ),
+        ),
+        puts="the plugin's float32 top-k where the call is decode-shaped and PAGED",
+        why="for V3.2 and GLM as for V4: exact, with ties to the lowest index",
+        until="as topk.paged",
+    ),
+)  # fmt: skip
 
 
 def look() -> dict[str, Site]:
-    """Look for every seam."""
-    return {
-        "flag": source.guarded(_flag),
-        "forward": source.guarded(_forward),
-        "topk.paged": source.guarded(_paged),
-        "logits": source.guarded(_logits),
-        "topk.dsa": source.guarded(_dsa),
-    }
-
-
-def _flag() -> Site:
-    source.find(SERVER_ARGS).require("ServerArgs.add_cli_args", ("parser",))
-    return Site("ServerArgs.add_cli_args", None, (f"{SERVER_ARGS}.ServerArgs.add_cli_args",))
-
-
-def _forward() -> Site:
-    got = source.find(INDEXER).parameters(FORWARD)
-    if not {"self", "x", "c4_indexer", "forward_batch"} <= set(got):
-        raise Missing(f"{FORWARD} takes ({', '.join(got)})")
-    return Site(FORWARD, None, (f"{INDEXER}.{FORWARD}",))
-
-
-def _paged() -> Site:
-    module = source.find(INDEXER)
-    for name in TOPK:
-        pair = (name, f"{name}_v2")
-        if all(module.binds(n) for n in pair):
-            return Site("/".join(pair), None, tuple(f"{INDEXER}.{n}" for n in pair))
-    raise Missing(f"{INDEXER} has neither {' nor '.join(TOPK)}")
-
-
-def _logits() -> Site:
-    module = source.find(INDEXER)
-    missing = [name for name in LOGITS if not module.mentions(name)]
-    if missing:
-        raise Missing(f"{INDEXER} does not call deep_gemm.{' and '.join(missing)}")
-    # Not hooked by the registry: DeepGEMM loads a CUDA extension, which a launcher must not.
-    return Site("deep_gemm." + "/".join(LOGITS))
-
-
-def _dsa() -> Site:
-    source.find(DSA).require(DSA_TOPK, DSA_PARAMETERS)
-    return Site(DSA_TOPK, None, (f"{DSA}.{DSA_TOPK}",))
+    """Look for every seam in SGLang's source; imports nothing."""
+    return seam.look(SEAMS)

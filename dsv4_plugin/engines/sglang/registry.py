@@ -1,7 +1,7 @@
 """SGLang's ``HookRegistry``: register AROUND hooks, know them again, take them back.
 
-The registry has no way to take a hook away. Ours is known by the wrapper it made, which holds the
-hook in its closure; a wrapper around ours was made by another plugin.
+The registry has no way to take a hook away. The plugin's hook is known by the wrapper that the
+registry made: the hook is in its closure. A wrapper around that one was made by other code.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dsv4_plugin import log
+from dsv4_plugin.engines.shared.patches import called
 
 __all__ = ["around", "hooked", "intact", "other_hooks", "uninstall"]
 
@@ -22,7 +23,7 @@ _hooks: dict[str, Callable[..., Any]] = {}  # target -> our hook
 _owners: dict[str, Any] = {}  # what the path before the last dot is
 
 
-def _theirs() -> Any:
+def _registry_module() -> Any:
     """Return SGLang's module of the registry; it is there before a plugin is called.
 
     Raises:
@@ -38,21 +39,21 @@ def around(target: str | None, hook: Callable[..., Any]) -> None:
     if target in _hooks:
         log.debug(f"hook around {target}: already there")
         return
-    theirs = _theirs()
-    if target in getattr(theirs.HookRegistry, "_patched", ()):
+    module = _registry_module()
+    if target in getattr(module.HookRegistry, "_patched", ()):
         log.once(
             logging.WARNING,
             f"{target} was hooked and applied before dsv4 was registered; it is left as it is",
         )
         return
-    theirs.HookRegistry.register(target, hook, theirs.HookType.AROUND)
+    module.HookRegistry.register(target, hook, module.HookType.AROUND)
     _hooks[target] = hook
-    log.logger.debug("hook around %s: registered; SGLang applies it", target)
+    log.say(logging.DEBUG, f"hook around {target}: registered; SGLang applies it")
 
 
 def other_hooks(target: str) -> list[str]:
     """Return who else registered for ``target``: the names of their hooks."""
-    registered = getattr(_theirs().HookRegistry, "_hooks", {}).get(target, [])
+    registered = getattr(_registry_module().HookRegistry, "_hooks", {}).get(target, [])
     return [
         f"{getattr(hook, '__module__', '?')}.{getattr(hook, '__qualname__', repr(hook))}"
         for _, hook, *_ in registered
@@ -89,7 +90,7 @@ def hooked(target: str) -> Any:
 
 
 def intact(target: str) -> bool:
-    """Whether a call of ``target`` reaches our hook first, with nobody's wrapper around it."""
+    """Whether a call of ``target`` reaches the plugin's hook first, with no wrapper around it."""
     hook = _hooks.get(target)
     if hook is None:
         return False
@@ -104,7 +105,7 @@ def uninstall() -> None:
     _owners.clear()
     if not _hooks:
         return
-    registry = _theirs().HookRegistry
+    registry = _registry_module().HookRegistry
     spread: dict[int, tuple[Any, Any]] = {}
     for target, hook in list(_hooks.items()):
         del _hooks[target]
@@ -116,7 +117,7 @@ def uninstall() -> None:
         try:
             restored = _restore(target, hook)
         except (ImportError, AttributeError, ValueError) as error:
-            log.logger.warning("%s could not be restored (%s)", target, error)
+            log.say(logging.WARNING, f"{target} could not be restored ({error})")
             continue
         if restored is not None:
             spread[id(restored[0])] = restored
@@ -126,21 +127,19 @@ def uninstall() -> None:
 
 
 def _restore(target: str, hook: Any) -> tuple[Any, Any] | None:
-    """Put the original back; returns our wrapper and the original, or None if it is not ours."""
+    """Put the original back; returns the wrapper and the original, None if other code patched."""
     owner, name, raw = _place(target)
     wrapper = _function(raw)
     if not _made_for(wrapper, hook):
-        # Our hook may still be inside; it passes every call through from now on.
-        log.logger.warning(
-            "%s was patched by somebody else since (%s.%s); it is left as it is",
-            target,
-            getattr(wrapper, "__module__", type(wrapper).__module__),
-            getattr(wrapper, "__qualname__", type(wrapper).__qualname__),
+        # The plugin's hook may still be inside; it passes every call through from now on.
+        log.say(
+            logging.WARNING,
+            f"{target} was patched by other code since ({called(wrapper)}); it is left as it is",
         )
         return None
     original = wrapper.__wrapped__
     setattr(owner, name, type(raw)(original) if raw is not wrapper else original)
-    log.logger.debug("hook around %s: taken back", target)
+    log.say(logging.DEBUG, f"hook around {target}: taken back")
     return wrapper, original
 
 

@@ -9,32 +9,19 @@ they run while SGLang captures, and not while it replays.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dsv4_plugin import ops
-from dsv4_plugin.engines.sglang import install, policy
-from dsv4_plugin.engines.shared import logits as own
-from dsv4_plugin.engines.shared import plan, shadow
+from dsv4_plugin.engines.sglang import policy
+from dsv4_plugin.engines.shared import adapter, shadow
+from dsv4_plugin.engines.shared.decision import KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
-from dsv4_plugin.engines.shared.plan import KS, Topk
-from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
-from dsv4_plugin.state import state
+from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, widen
 
-__all__ = ["forward", "logits", "own_dense", "own_paged", "topk_dsa", "topk_v1", "topk_v2"]
-
-
-class _Scope(threading.local):
-    """What the indexer's forward below this frame shall do; None: it is not one of ours."""
-
-    topk: Topk | None = None
-    inside = False
-
-
-_scope = _Scope()
+__all__ = ["forward", "topk_dsa", "topk_v1", "topk_v2"]
 
 
 def forward(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -45,85 +32,19 @@ def forward(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any)
     """
     c4 = kwargs.get("c4_indexer", args[2] if len(args) > 2 else None)
     x = kwargs.get("x", args[0] if args else None)
-    topk = None
+    now = adapter.current()
+    selection = None
     if c4 is not None and isinstance(x, torch.Tensor):
-        topk = policy.for_v4(self, c4, x.device)
-        if topk is not None and not install.intact("topk.paged"):
-            topk = None  # their reader was replaced since: bfloat16 must not be written
-    before = _scope.topk, _scope.inside
-    _scope.topk, _scope.inside = topk, True
+        selection = policy.for_v4(self, c4, x.device)
+        if selection is not None and not now.intact("topk.paged"):
+            selection = None  # other code reads the logits: bfloat16 must not be written
+    call = now.call
+    before = call.kind, call.selection
+    call.kind, call.selection = "v4", selection
     try:
         original(self, *args, **kwargs)
     finally:
-        _scope.topk, _scope.inside = before
-
-
-_PAGED = ("cache", "weights", "lengths", "table", "schedule", "columns", "clean_logits")
-_DENSE = ("keys", "weights", "starts", "ends", "clean_logits", "max_seqlen_k")
-
-
-def own_paged(topk: Topk, q: Any, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Compute the logits of ``fp8_paged_mqa_logits`` ourselves; None: the call has another form."""
-    given = dict(zip(_PAGED, args, strict=False)) | kwargs
-    known = set(_PAGED[:6]) <= set(given) <= set(_PAGED) and len(args) <= len(_PAGED)
-    if not known or given.get("clean_logits"):
-        return None
-    rest = (given[name] for name in ("cache", "weights", "lengths", "table", "columns"))
-    return own.paged(topk, q, *rest)
-
-
-def own_dense(topk: Topk, q: Any, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Compute the logits of ``fp8_mqa_logits`` ourselves; None: the call has another form.
-
-    Only with ``max_seqlen_k``, as SGLang calls it: rows begin at column zero then.
-    """
-    given = dict(zip(_DENSE, args, strict=False)) | kwargs
-    known = set(given) == set(_DENSE) and len(args) <= len(_DENSE)
-    if not known or given["clean_logits"] or not given["max_seqlen_k"]:
-        return None
-    rest = (given[name] for name in ("keys", "weights", "starts", "ends", "max_seqlen_k"))
-    return own.dense(topk, q, *rest)
-
-
-def logits(
-    float32: Callable[..., Any],
-    asked: Callable[..., Any] | None,
-    ours: Callable[..., torch.Tensor | None],
-) -> Callable[..., Any]:
-    """Wrap a DeepGEMM function: below a forward that wants it bfloat16 or ours, else as it was."""
-
-    def with_dtype(q: Any, *args: Any, **kwargs: Any) -> Any:
-        topk = _scope.topk
-        if topk is None:
-            return float32(q, *args, **kwargs)
-        if topk.logits == "own" and not plan.is_off("topk"):
-            try:
-                out = ours(topk, q, *args, **kwargs)
-            except Exception as error:
-                own.failed(error)
-                out = None
-                if plan.is_off("topk"):
-                    _scope.topk = None
-            if out is not None:
-                return out
-        elif topk.ask and asked and not plan.is_off("topk") and isinstance(q, torch.Tensor):
-            try:
-                out = asked((q, None), *args, logits_dtype=torch.bfloat16, **kwargs)
-            except Exception as error:
-                if plan.current().strict:
-                    raise
-                plan.switch_off("topk", error)
-                _scope.topk = None
-            else:
-                state.count("logits.bf16")
-                state.peak("logits.saved_mib", saved_mib(out))
-                return out
-        state.count("logits.upstream")
-        return float32(q, *args, **kwargs)
-
-    with_dtype.__doc__ = float32.__doc__
-    with_dtype.__wrapped__ = float32  # type: ignore[attr-defined]
-    return with_dtype
+        call.kind, call.selection = before
 
 
 _V1 = ("seq_lens", "page_tables", "out_page_indices", "page_size", "out_raw_indices")
@@ -140,7 +61,7 @@ def topk_v1(original: Callable[..., None], scores: torch.Tensor, *args: Any, **k
 
 
 def topk_v2(original: Callable[..., None], scores: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    """Select by the fused page table, in the form with SGLang's plan, which ours does not need."""
+    """Select by the fused page table, in the form with SGLang's plan, which is not needed here."""
     _transform(_V2, original, scores, args, kwargs)
 
 
@@ -161,7 +82,7 @@ def _transform(
         placed = [into.pop(n, v) for n, v in zip(names, args, strict=False)]
         original(widen(scores), *placed, **{**kwargs, **into})
 
-    if not _scope.inside or not set(_V1[:-1]) <= set(given):
+    if adapter.current().call.kind is None or not set(_V1[:-1]) <= set(given):
         upstream()  # another model's call of the same names
         return
     _paged(
@@ -188,7 +109,7 @@ def _paged(
 ) -> None:
     rows = scores.shape[0]
     readable = (
-        not plan.is_off("topk")
+        "topk" not in adapter.current().off
         and is_matrix(scores)
         and is_output(out, rows, out.shape[1])
         and out.shape[1] in KS
@@ -202,7 +123,7 @@ def _paged(
         and (page_tables.stride(1) == 1 or page_tables.shape[1] == 1)
     )
 
-    def ours(topk: Topk) -> None:
+    def plugin(selection: Selection) -> None:
         ops.topk(
             scores,
             seq_lens.reshape(-1),
@@ -211,10 +132,10 @@ def _paged(
             page_size=page_size,
             out=out,
             out_raw=raw,
-            backend=topk.backend,
+            backend=selection.backend,
         )
 
-    def beside() -> None:
+    def watch() -> None:
         if raw is None:  # a page has one slot range: sets of slots are sets of columns
             shadow.watch("paged", out, lambda scratch: again(out_page_indices=scratch))
             return
@@ -226,7 +147,8 @@ def _paged(
             lambda: seq_lens.reshape(-1),
         )
 
-    serve("paged", _scope.topk if readable else None, scores.dtype, ours, upstream, beside)
+    selection = adapter.current().call.selection if readable else None
+    serve("paged", selection, scores.dtype, plugin, upstream, watch)
 
 
 _DSA_REST = (
@@ -256,21 +178,21 @@ def topk_dsa(
     given = {**dict(zip(_DSA_REST, args, strict=False)), **kwargs}
     result: list[torch.Tensor] = []
 
-    def theirs() -> torch.Tensor:
+    def engine() -> torch.Tensor:
         return original(
             self, logits, lengths, topk, topk_transform_method, attn_metadata, *args, **kwargs
         )
 
     def upstream() -> None:
-        result.append(theirs())
+        result.append(engine())
 
     decided = None
     if _decode_shaped(logits, lengths, topk, topk_transform_method, attn_metadata, given):
         decided = policy.for_dsa(self, topk, logits.device)
-        if decided is not None and not install.intact("topk.dsa"):
+        if decided is not None and not adapter.current().intact("topk.dsa"):
             decided = None
 
-    def ours(chosen: Topk) -> None:
+    def plugin(selection: Selection) -> None:
         result.append(
             ops.topk(
                 logits,
@@ -279,14 +201,14 @@ def topk_dsa(
                 page_table=attn_metadata.real_page_table,
                 page_size=attn_metadata.page_size,
                 out=logits.new_empty((logits.shape[0], topk), dtype=torch.int32),
-                backend=chosen.backend,
+                backend=selection.backend,
             )
         )
 
-    def beside() -> None:  # it allocates what it returns
-        shadow.watch("dsa", result[0], lambda _: theirs())
+    def watch() -> None:  # it allocates what it returns
+        shadow.watch("dsa", result[0], lambda _: engine())
 
-    serve("dsa", decided, logits.dtype, ours, upstream, beside)
+    serve("dsa", decided, logits.dtype, plugin, upstream, watch)
     return result[0]
 
 

@@ -8,36 +8,44 @@ import sys
 from dsv4_plugin import envs, facts, log
 from dsv4_plugin.errors import SettingError
 
-__all__ = ["asked", "may_patch", "uninstall"]
+__all__ = ["asked", "configure_log", "may_patch", "uninstall"]
 
 
 def may_patch(engine: str) -> bool:
-    """Set up logging; False where the kill switch ``DSV4_PLUGIN=0`` is set, with a log line.
-
-    A setting of a wrong value is logged here and raised at the first real use, where the user
-    sees it as an error: ``register()`` must not end an engine's process.
-    """
+    """Set up logging; False where the kill switch ``DSV4_PLUGIN=0`` is set, with a log line."""
     if envs.killed():
         log.configure("info")
         log.once(logging.INFO, f"DSV4_PLUGIN=0: nothing is patched in {engine}")
         return False
-    try:
-        log.configure(envs.settings().log)
-    except SettingError as error:
-        log.configure("info")
-        log.once(logging.WARNING, str(error))
+    configure_log()
     facts.process(engine)
     return True
 
 
-def asked() -> bool:
-    """Whether somebody switched the plugin on; True as well where a setting is wrong."""
+def configure_log() -> None:
+    """Set up logging, and say once what is wrong with the settings; never raises.
+
+    A wrong value is an error at the first real use, where the user sees it, and only in an engine
+    that was asked to use the plugin: ``register()`` must not end an engine's process.
+    """
     try:
-        enabled = envs.settings().enabled
+        log.configure(envs.value("log"))
     except SettingError:
-        return True
+        log.configure("info")
+    try:
+        envs.settings()
+    except SettingError as error:
+        log.once(
+            logging.WARNING,
+            f"{error}. This is an error where the plugin is switched on, else nothing",
+        )
+
+
+def asked() -> bool:
+    """Whether the plugin was switched on, with a log line where it was not."""
+    enabled = envs.asked()
     if not enabled:
-        log.debug("nobody switched the plugin on (DSV4_PLUGIN): nothing more is looked at here")
+        log.debug("the plugin is not switched on (DSV4_PLUGIN): nothing more is looked at here")
     return enabled
 
 

@@ -1,29 +1,73 @@
-"""How a setting becomes a top-k: the same rules in every engine."""
+"""What the plugin does for a kind of call, and the rules that make it of the settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from dsv4_plugin import backends, envs, log
-from dsv4_plugin.engines.shared.plan import KS, Topk
 from dsv4_plugin.envs import Settings
 from dsv4_plugin.errors import SettingError, UnmetError
 
 __all__ = [
     "DTYPES",
-    "Passed",
-    "choose_topk",
+    "INERT",
+    "KS",
+    "Decision",
+    "PassedOver",
+    "Selection",
+    "backend_for_topk",
+    "choose_selection",
     "explicit",
-    "topk_backend",
     "unfit_k",
     "unique",
     "unmet_topk",
 ]
 
+KS = (512, 1024, 2048)  # the k of the engines' own kernels; every other k stays with the engine
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-Passed = dict[str, list[str]]  # dtype -> why it was passed over
+PassedOver = dict[str, list[str]]  # dtype -> why it was passed over
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the plugin selects: in ``dtype`` (``bf16``, ``fp16`` or ``fp32``) with ``backend``.
+
+    ``logits`` is who writes the logits: ``"plugin"`` (with ``backend``), or ``"engine"`` (its
+    DeepGEMM). ``request_bf16``: DeepGEMM writes bfloat16 only where it is asked to. ``slots``: the
+    top-k writes pool slots beside the indices, for the engine's attention. ``skip_fill``: the
+    engine's fill with -1 is left out where the top-k writes every row.
+    """
+
+    dtype: str
+    backend: str
+    request_bf16: bool = False
+    logits: str = "engine"
+    slots: bool = False
+    skip_fill: bool = False
+
+    @property
+    def on(self) -> str:
+        """Name the logits for people."""
+        return f"the {self.logits}'s {'float32' if self.dtype == 'fp32' else self.dtype} logits"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the plugin does at a call. ``None`` leaves the part to the engine.
+
+    ``enabled`` False: every patched name passes straight through. ``gather`` is a backend.
+    """
+
+    enabled: bool = False
+    strict: bool = False
+    selection: Selection | None = None
+    gather: str | None = None
+
+
+INERT = Decision()
 
 
 def unique(reasons: Iterable[str]) -> list[str]:
@@ -32,16 +76,23 @@ def unique(reasons: Iterable[str]) -> list[str]:
 
 
 def explicit() -> bool:
-    """Whether the settings ask for something that has to be met or refused."""
+    """Whether a setting has to be met or refused; True as well where a setting is wrong."""
     try:
         now = envs.settings()
     except SettingError:
         return True
-    if now.topk == "off":
-        return False
-    return (
-        now.strict or now.topk != "auto" or now.logits == "own" or now.backend in ("cuda", "torch")
-    )
+    return now.topk != "off" and (now.topk != "auto" or _binding(now) is not None)
+
+
+def _binding(settings: Settings) -> str | None:
+    """Return the setting that makes ``DSV4_TOPK=auto`` an error where nothing can be had."""
+    if settings.logits == "plugin":
+        return "DSV4_LOGITS=plugin"
+    if settings.strict:
+        return "DSV4_STRICT=1: the top-k"
+    if settings.backend in ("cuda", "torch"):  # the top-k has no Triton form
+        return f"DSV4_BACKEND={settings.backend} for the top-k"
+    return None
 
 
 def unfit_k(k: object) -> list[str]:
@@ -49,9 +100,9 @@ def unfit_k(k: object) -> list[str]:
     return [] if k in KS else [f"index_topk is {k}, not one of {', '.join(map(str, KS))}"]
 
 
-def topk_backend(settings: Settings, on_gpu: bool) -> str:
+def backend_for_topk(settings: Settings, on_gpu: bool) -> str:
     """Return the implementation that ``DSV4_BACKEND`` means for the top-k inside an engine."""
-    if settings.backend in ("cuda", "torch"):  # top-k has no Triton form
+    if settings.backend in ("cuda", "torch"):
         return settings.backend
     # auto never puts torch ops in the place of the engine's CUDA kernel.
     return "cuda" if on_gpu else "torch"
@@ -63,24 +114,24 @@ def unmet_topk(dtype: str, backend: str, device: torch.device, k: int) -> list[s
     return [f"backend {backend}: {why}" for why in backends.unmet(call, backend)]
 
 
-def choose_topk(
+def choose_selection(
     settings: Settings,
-    candidates: Sequence[str],
-    possible: Callable[[str], tuple[Topk | None, list[str]]],
+    dtypes: Sequence[str],
+    possible: Callable[[str], tuple[Selection | None, list[str]]],
     what: str,
-) -> tuple[Topk | None, Passed]:
-    """Decide from ``DSV4_TOPK``; ``candidates`` are the dtypes of ``auto``, best first.
+) -> tuple[Selection | None, PassedOver]:
+    """Decide from ``DSV4_TOPK``; ``dtypes`` are those of ``auto``, best first.
 
     ``possible(dtype)`` returns how a dtype can be had, or every reason why it cannot. ``what`` the
-    decision is about is for the log alone.
+    decision is about is for the log.
 
     Raises:
         UnmetError: an explicit setting cannot be met (or, with ``DSV4_STRICT=1``,
-            ``DSV4_LOGITS=own`` or an explicit ``DSV4_BACKEND``, the default); the message has every
-            reason.
+            ``DSV4_LOGITS=plugin`` or an explicit ``DSV4_BACKEND``, the default); the message has
+            every reason.
     """
 
-    def ask(dtype: str) -> tuple[Topk | None, list[str]]:
+    def attempt(dtype: str) -> tuple[Selection | None, list[str]]:
         chosen, reasons = possible(dtype)
         if log.tells_everything():
             said = f"{chosen.backend} on {chosen.on}" if chosen else f"no: {'; '.join(reasons)}"
@@ -88,27 +139,24 @@ def choose_topk(
         return chosen, reasons
 
     if settings.topk == "off":
-        if settings.logits == "own":
-            raise UnmetError("DSV4_LOGITS=own", ["DSV4_TOPK=off leaves the logits to the engine"])
+        if settings.logits == "plugin":
+            raise UnmetError(
+                "DSV4_LOGITS=plugin", ["DSV4_TOPK=off leaves the logits to the engine"]
+            )
         return None, {"top-k": ["DSV4_TOPK=off"]}
     if settings.topk != "auto":
-        chosen, reasons = ask(settings.topk)
+        chosen, reasons = attempt(settings.topk)
         if chosen is None:
-            own = ", DSV4_LOGITS=own" if settings.logits == "own" else ""
-            raise UnmetError(f"DSV4_TOPK={settings.topk}{own}", reasons)
+            logits = ", DSV4_LOGITS=plugin" if settings.logits == "plugin" else ""
+            raise UnmetError(f"DSV4_TOPK={settings.topk}{logits}", reasons)
         return chosen, {}
-    passed: Passed = {}
-    for dtype in candidates:
-        chosen, reasons = ask(dtype)
+    passed: PassedOver = {}
+    for dtype in dtypes:
+        chosen, reasons = attempt(dtype)
         if chosen is not None:
             return chosen, passed
         passed[dtype] = reasons
-    everything = unique(reason for reasons in passed.values() for reason in reasons)
-    if settings.strict or settings.logits == "own" or settings.backend in ("cuda", "torch"):
-        wish = f"DSV4_BACKEND={settings.backend} for the top-k"
-        if settings.logits == "own":
-            wish = "DSV4_LOGITS=own"
-        elif settings.strict:
-            wish = "DSV4_STRICT=1: the top-k"
-        raise UnmetError(wish, everything)
+    setting = _binding(settings)
+    if setting is not None:
+        raise UnmetError(setting, unique(r for reasons in passed.values() for r in reasons))
     return None, passed

@@ -1,4 +1,4 @@
-"""One call of a top-k: ours, or the engine's own on the same arguments."""
+"""One call of a top-k: by the plugin, or by the engine's own code on the same arguments."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from dsv4_plugin.engines.shared import plan
-from dsv4_plugin.engines.shared.plan import Topk
+from dsv4_plugin.engines.shared import adapter
+from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.engines.shared.tensors import dtype_name
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.state import state
@@ -17,33 +17,33 @@ __all__ = ["serve"]
 
 def serve(
     kind: str,
-    topk: Topk | None,
+    selection: Selection | None,
     dtype: torch.dtype,
-    ours: Callable[[Topk], None],
-    upstream: Callable[[], None],
-    beside: Callable[[], None] | None = None,
+    plugin: Callable[[Selection], None],
+    engine: Callable[[], None],
+    watch: Callable[[], None] | None = None,
 ) -> None:
-    """Run ``ours`` where there is a ``topk`` for this call, else or if it raises ``upstream``.
+    """Run ``plugin`` where there is a ``selection`` for this call, else or if it raises ``engine``.
 
-    An error of ours is logged once and switches the top-k off for the process (one that is about
-    this call's form only, :class:`UnmetError`, does not); with ``DSV4_STRICT=1`` it is raised.
-    ``beside`` runs once ours has served: it watches (:mod:`.shadow`) and must not raise.
+    An error of the plugin is logged once and switches the top-k off for the process (one that is
+    about this call's form only, :class:`UnmetError`, does not); with ``DSV4_STRICT=1`` it is
+    raised. ``watch`` runs once the plugin has served: it is the shadow, and must not raise.
     """
-    now = plan.current()
-    if topk is not None:
+    now = adapter.current()
+    if selection is not None:
         try:
-            ours(topk)
+            plugin(selection)
         except Exception as error:
-            if now.strict:
+            if now.decision.strict:
                 raise
             if not isinstance(error, UnmetError):
-                plan.switch_off("topk", error)
+                now.switch_off("topk", error)
         else:
             state.count(f"topk.{kind}")
-            state.count(f"topk.{kind}.{dtype_name(dtype)}.{topk.backend}")
-            if beside is not None:
-                beside()
+            state.count(f"topk.{kind}.{dtype_name(dtype)}.{selection.backend}")
+            if watch is not None:
+                watch()
             return
-    if now.enabled:
+    if now.decision.enabled:
         state.count(f"topk.{kind}.upstream")
-    upstream()
+    engine()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -65,8 +66,9 @@ class _Finder(importlib.abc.MetaPathFinder):
         try:
             loader.exec_module = exec_module
         except AttributeError:
-            log.logger.warning(
-                "%s has a loader that cannot be followed; it stays as it is", spec.name
+            log.say(
+                logging.WARNING,
+                f"{spec.name} has a loader that cannot be followed; it stays as it is",
             )
 
     def leave(self) -> None:
@@ -81,7 +83,7 @@ def _call(callback: Callback, module: ModuleType) -> None:
     try:
         callback(module)
     except Exception:
-        log.logger.exception("%s could not be patched; it stays as it is", module.__name__)
+        log.exception(f"{module.__name__} could not be patched; it stays as it is")
 
 
 def after_import(name: str, callback: Callback) -> None:

@@ -1,21 +1,21 @@
-"""Who computes an engine's index logits: the kernels of this package, or its own DeepGEMM.
+"""Who computes an engine's index logits: the plugin's kernels, or the engine's DeepGEMM.
 
-One decision for all adapters (:func:`choose`), and the calls of our ops on what the engines hand
-their logits functions.
+One choice for all adapters (:func:`choose`), and the calls of the plugin's ops on the arguments
+that an engine hands its logits functions.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from dsv4_plugin import backends, envs, log
 from dsv4_plugin import logits as ops
-from dsv4_plugin.engines.shared import decision, plan
-from dsv4_plugin.engines.shared.plan import Topk
+from dsv4_plugin.engines.shared import adapter
+from dsv4_plugin.engines.shared.decision import DTYPES, Selection, unique
 from dsv4_plugin.engines.shared.tensors import LENGTHS, dtype_name, saved_mib
 from dsv4_plugin.envs import Settings
 from dsv4_plugin.errors import UnmetError
@@ -23,51 +23,57 @@ from dsv4_plugin.state import state
 
 __all__ = ["AUTO", "choose", "dense", "failed", "paged", "unmet"]
 
-# What DSV4_LOGITS=auto takes, the first that can write the dtype. In bfloat16 ours are faster for
-# one request and level with DeepGEMM's for many (benchmarks/results/h200_logits.json). In float32
-# the engine's come first all the same: then its scores stay what they are without the plugin.
+# Whose logits DSV4_LOGITS=auto takes: the first that can be had in the dtype. In bfloat16 the
+# plugin's kernel is faster for one request and level with DeepGEMM for many
+# (benchmarks/results/h200_logits.json). In float32 the engine comes first all the same: its scores
+# then stay what they are without the plugin.
 AUTO: dict[str, tuple[str, ...]] = {
-    "bf16": ("own", "host"),
-    "fp16": ("own", "host"),
-    "fp32": ("host", "own"),
+    "bf16": ("plugin", "engine"),
+    "fp16": ("plugin", "engine"),
+    "fp32": ("engine", "plugin"),
 }
 
 
 def choose(
-    settings: Settings, dtype: str, host: Callable[[], list[str]], own: Callable[[], list[str]]
+    settings: Settings, dtype: str, engine: Callable[[], list[str]], plugin: Callable[[], list[str]]
 ) -> tuple[str, list[str]]:
-    """Return who writes logits of ``dtype``, ``"host"`` or ``"own"``, and why it cannot be had.
+    """Return who writes logits of ``dtype``, ``"engine"`` or ``"plugin"``, and why neither can.
 
-    ``host`` and ``own`` return the reasons why either cannot; they are asked in order, and not
-    needlessly.
+    ``engine`` and ``plugin`` return the reasons why either cannot. They are called in the order of
+    preference, the second only if the first has reasons.
     """
     reasons: list[str] = []
     for who in AUTO[dtype] if settings.logits == "auto" else (settings.logits,):
-        why = host() if who == "host" else own()
+        why = engine() if who == "engine" else plugin()
         if log.tells_everything():
             said = f"no: {'; '.join(why)}" if why else "yes"
             log.debug(f"DSV4_LOGITS={settings.logits}, {dtype} logits by {who}: {said}")
         if not why:
             return who, []
         reasons += why
-    return "host", reasons
+    return "engine", reasons
 
 
-def unmet(dtype: str, backend: str, device: torch.device) -> list[str]:
-    """Return why our ops cannot write logits of ``dtype`` on ``device``, as far as is known yet.
+def unmet(
+    dtype: str,
+    backend: str,
+    device: torch.device,
+    which: Sequence[str] = ("paged_logits", "ragged_logits"),
+) -> list[str]:
+    """Return why the plugin cannot write logits of ``dtype`` on ``device``, as far as is known.
 
-    Heads and block size are known at the first call only.
+    ``which`` are the ops that have to write them. Heads and block size are known at the first call.
     """
     why = [
         reason
-        for op in ("paged_logits", "ragged_logits")
-        for reason in backends.unmet(backends.Call(op, device, decision.DTYPES[dtype]), backend)
+        for op in which
+        for reason in backends.unmet(backends.Call(op, device, DTYPES[dtype]), backend)
     ]
-    return [f"own logits by {backend}: {reason}" for reason in decision.unique(why)]
+    return [f"plugin's logits by {backend}: {reason}" for reason in unique(why)]
 
 
 def paged(
-    topk: Topk, q: Any, cache: Any, weights: Any, lengths: Any, table: Any, columns: int
+    selection: Selection, q: Any, cache: Any, weights: Any, lengths: Any, table: Any, columns: int
 ) -> torch.Tensor | None:
     """Return ``[rows, columns]`` logits of FP8 queries on FP8 pages; None: another form."""
     if not (
@@ -84,16 +90,16 @@ def paged(
         and weights.shape[0] == q.shape[0] * q.shape[1]
     ):
         return None
-    out = ops.new_logits(weights.shape[0], columns, decision.DTYPES[topk.dtype], q.device)
+    out = ops.new_logits(weights.shape[0], columns, DTYPES[selection.dtype], q.device)
     ops.paged_logits(
         q, cache, weights, lengths, table,
-        block_size=cache.shape[1], out=out, backend=topk.backend,
+        block_size=cache.shape[1], out=out, backend=selection.backend,
     )  # fmt: skip
-    return _counted(topk, out)
+    return _counted(selection, out)
 
 
 def dense(
-    topk: Topk, q: Any, keys: Any, weights: Any, starts: Any, ends: Any, columns: int
+    selection: Selection, q: Any, keys: Any, weights: Any, starts: Any, ends: Any, columns: int
 ) -> torch.Tensor | None:
     """Return ``[rows, columns]`` logits of gathered FP8 keys, each row from column zero.
 
@@ -120,28 +126,29 @@ def dense(
     ):
         return None
     columns = columns or keys[0].shape[0]
-    out = ops.new_logits(q.shape[0], columns, decision.DTYPES[topk.dtype], q.device)
+    out = ops.new_logits(q.shape[0], columns, DTYPES[selection.dtype], q.device)
     ops.ragged_logits(
-        q, keys[0], keys[1].reshape(-1), weights, starts, ends, out=out, backend=topk.backend
+        q, keys[0], keys[1].reshape(-1), weights, starts, ends, out=out, backend=selection.backend
     )
-    return _counted(topk, out)
+    return _counted(selection, out)
 
 
 def failed(error: Exception) -> None:
-    """Raise ``error`` where somebody asked for what failed, else leave the selection upstream.
+    """Raise ``error`` where a setting demands what failed, else leave the call to the engine.
 
-    One that is about the form of this call only (:class:`UnmetError`) changes nothing later: the
-    engine's logits serve this call, in float32 even where its DeepGEMM could write bfloat16, and
-    our top-k selects on these.
+    An error about the form of this call (:class:`UnmetError`) changes nothing later: the engine's
+    logits serve this call, in float32 even where its DeepGEMM could write bfloat16, and the
+    plugin's top-k selects on them. Any other error switches the top-k off.
     """
-    if plan.current().strict:
+    now = adapter.current()
+    if now.decision.strict:
         raise error
     if isinstance(error, UnmetError):
-        if envs.settings().logits == "own":
+        if envs.value("logits") == "plugin":
             raise error
         log.once(logging.INFO, f"{error}; the engine's own logits serve such calls, in float32")
     else:
-        plan.switch_off("topk", error)
+        now.switch_off("topk", error)
 
 
 def _is(value: Any, dims: int, dtype: torch.dtype, packed: int = 1) -> bool:
@@ -156,9 +163,9 @@ def _is(value: Any, dims: int, dtype: torch.dtype, packed: int = 1) -> bool:
     return True
 
 
-def _counted(topk: Topk, out: torch.Tensor) -> torch.Tensor:
-    state.count("logits.own")
-    state.count(f"logits.own.{dtype_name(out.dtype)}.{topk.backend}")
+def _counted(selection: Selection, out: torch.Tensor) -> torch.Tensor:
+    state.count("logits.plugin")
+    state.count(f"logits.plugin.{dtype_name(out.dtype)}.{selection.backend}")
     if out.dtype != torch.float32:
         state.peak("logits.saved_mib", saved_mib(out))
     return out

@@ -1,18 +1,19 @@
 """Replace an attribute, remember what was there, and put it back.
 
 A replacement is known by identity. Where, at the time of restoring or of use, the attribute holds
-something else, somebody patched after us: it is left alone and reported.
+something else, other code patched it later: it is left alone and reported.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from dsv4_plugin import log
 
-__all__ = ["Ledger", "Patch"]
+__all__ = ["Ledger", "Patch", "called"]
 
 _ABSENT = object()
 
@@ -40,14 +41,14 @@ class Ledger:
         self.patches: list[Patch] = []
 
     def replace(self, owner: Any, name: str, replacement: Any, where: str) -> Patch:
-        """Set ``owner.name``; a second patch of ours on the same attribute is refused."""
+        """Set ``owner.name``; a second patch of the plugin on one attribute is refused."""
         if any(p.owner is owner and p.name == name for p in self.patches):
             log.debug(f"patch {where}: already there")
             raise RuntimeError(f"{where} is patched already")
         patch = Patch(owner, name, vars(owner).get(name, _ABSENT), replacement, where)
         setattr(owner, name, replacement)
         self.patches.append(patch)
-        log.logger.debug("patch %s: applied, in place of %s", where, _called(patch.original))
+        log.say(logging.DEBUG, f"patch {where}: applied, in place of {called(patch.original)}")
         return patch
 
     def restore(self, resolve: Callable[[Patch], Any] | None = None) -> None:
@@ -55,11 +56,11 @@ class Ledger:
         while self.patches:
             patch = self.patches.pop()
             if not patch.ours:
-                current = vars(patch.owner).get(patch.name)
-                log.logger.warning(
-                    "%s was patched by somebody else since (%s); it is left as it is",
-                    patch.where,
-                    _called(current),
+                current = called(vars(patch.owner).get(patch.name))
+                log.say(
+                    logging.WARNING,
+                    f"{patch.where} was patched by other code since ({current}); it is left as it "
+                    "is",
                 )
                 continue
             original = patch.original
@@ -70,10 +71,10 @@ class Ledger:
                 delattr(patch.owner, patch.name)
             else:
                 setattr(patch.owner, patch.name, original)
-            log.logger.debug("patch %s: reverted to %s", patch.where, _called(original))
+            log.say(logging.DEBUG, f"patch {patch.where}: reverted to {called(original)}")
 
 
-def _called(value: Any) -> str:
+def called(value: Any) -> str:
     """Name what an attribute holds."""
     if value is _ABSENT:
         return "what the owner looks up itself"

@@ -164,8 +164,8 @@ def on() -> bool:
 
 def _asked() -> bool:
     try:
-        return envs.settings().shadow
-    except SettingError:  # somebody else's to raise
+        return bool(envs.value("shadow"))
+    except SettingError:  # an error elsewhere
         return False
 
 
@@ -357,7 +357,7 @@ def _log_what_changed() -> None:
         if values["rows"] and _said.get(seam) != now:
             _said[seam] = now
             level = logging.WARNING if values["higher"] else logging.INFO
-            log.logger.log(level, line(seam, values))
+            log.say(level, line(seam, values))
 
 
 def _loop(every_s: float) -> None:

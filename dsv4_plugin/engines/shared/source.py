@@ -11,13 +11,13 @@ import contextlib
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Missing", "Module", "Site", "find", "guarded", "packages_in", "shown"]
+__all__ = ["Missing", "Module", "Site", "find", "packages_in", "shown"]
 
 _FOLDER: ContextVar[Path | None] = ContextVar("dsv4_packages_in", default=None)
 
@@ -28,7 +28,7 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Site:
-    """One seam: what it is called for people, why it is not there, the attributes to patch."""
+    """Where a seam is, as shown to people; why it is not there; the attributes it consists of."""
 
     where: str | None
     why: str | None = None
@@ -38,14 +38,6 @@ class Site:
 def shown(sites: dict[str, Site]) -> dict[str, dict[str, str | None]]:
     """Return what ``dsv4-plugin doctor`` shows of the seams."""
     return {name: {"where": site.where, "why": site.why} for name, site in sites.items()}
-
-
-def guarded(site: Callable[[], Site]) -> Site:
-    """Return ``site()``, or why it is missing."""
-    try:
-        return site()
-    except Missing as error:
-        return Site(None, str(error))
 
 
 @functools.lru_cache(maxsize=32)
@@ -133,23 +125,7 @@ class Module:
                 return True
         return False
 
-    def mentions(self, name: str) -> bool:
-        """Whether the code uses ``name``: as a name, an attribute or an import."""
-        for node in ast.walk(self._tree):
-            if isinstance(node, ast.Attribute) and node.attr == name:
-                return True
-            if isinstance(node, ast.Name) and node.id == name:
-                return True
-            if isinstance(node, ast.alias) and node.name == name:
-                return True
-        return False
-
-    def parameters(self, path: str) -> tuple[str, ...]:
-        """Return the parameters of ``function`` or ``Class.method``.
-
-        Raises:
-            Missing: it is not defined here.
-        """
+    def _function(self, path: str) -> ast.FunctionDef:
         *owner, name = path.split(".")
         body: Any = list(self._top())
         for cls in owner:
@@ -160,15 +136,25 @@ class Module:
         found = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == name]
         if not found:
             raise Missing(f"{self.name}.{path} is gone")
-        args = found[-1].args
-        return tuple(a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs))
+        return found[-1]
 
-    def require(self, path: str, first: tuple[str, ...]) -> None:
-        """Check that the parameters of ``path`` begin with ``first``.
+    def parameters(self, path: str) -> tuple[str, ...]:
+        """Return the parameters of ``function`` or ``Class.method``.
 
         Raises:
-            Missing: it is not defined here, or takes something else.
+            Missing: it is not defined here.
         """
-        got = self.parameters(path)
-        if got[: len(first)] != first:
-            raise Missing(f"{path} takes ({', '.join(got)}), not ({', '.join(first)})")
+        args = self._function(path).args
+        return tuple(a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs))
+
+    def text_of(self, path: str) -> str:
+        """Return the source of ``function`` or ``Class.method``, or with ``""`` the module's.
+
+        Raises:
+            Missing: it is not defined here.
+        """
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        if not path:
+            return text
+        node = self._function(path)
+        return "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])

@@ -18,14 +18,14 @@ __all__ = ["register", "register_kernels", "unregister"]
 
 
 def register_kernels() -> None:
-    """Register our kernels in this process; never raises."""
+    """Register the plugin's kernels in this process; never raises."""
     try:
         if activation.may_patch("TokenSpeed") and activation.asked():
             from dsv4_plugin.engines.tokenspeed import registration
 
             registration.install()
     except Exception:
-        log.logger.exception("dsv4's kernels could not be registered; TokenSpeed's own run")
+        log.exception("dsv4's kernels could not be registered; TokenSpeed's own run")
 
 
 def register() -> None:
@@ -37,7 +37,7 @@ def register() -> None:
             readers.look()
             import_hooks.after_import(probe.OPS, readers.install)
     except Exception:
-        log.logger.exception("dsv4 could not be registered; TokenSpeed stays as it is")
+        log.exception("dsv4 could not be registered; TokenSpeed stays as it is")
 
 
 def unregister() -> None:
@@ -45,4 +45,4 @@ def unregister() -> None:
     from dsv4_plugin.engines.tokenspeed import probe
 
     import_hooks.forget(probe.OPS)
-    activation.uninstall(__name__, "readers", "registration")
+    activation.uninstall(__name__, "registration")

@@ -1,4 +1,4 @@
-"""The kernels that TokenSpeed's registry gets: logits by us or by DeepGEMM, then our top-k.
+"""The kernels that TokenSpeed's registry gets: logits by the plugin or DeepGEMM, then its top-k.
 
 On Hopper the indexer of DeepSeek-V4 goes through ``dsa_decode_topk`` and ``dsa_prefill_topk`` with
 a page-planar FP8 plane and bfloat16 queries; ``dsv4_*`` come with FP8 queries. A plane is
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from dsv4_plugin import ops
-from dsv4_plugin.engines.shared import logits as own
+from dsv4_plugin.engines.shared import logits as shared_logits
+from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
-from dsv4_plugin.engines.shared.plan import Topk
 from dsv4_plugin.errors import UnmetError
 
 __all__ = ["dsa_decode", "dsa_prefill", "dsv4_decode", "dsv4_prefill", "gather_slots", "quantise"]
@@ -79,19 +79,21 @@ def _deep_gemm() -> Any:
 
 
 def _paged_logits(
-    topk: Topk, q: torch.Tensor, weights: torch.Tensor, plane: torch.Tensor, ctx: torch.Tensor,
-    table: torch.Tensor, page_size: int, plan: Any, width: int,
+    selection: Selection, q: torch.Tensor, weights: torch.Tensor, plane: torch.Tensor,
+    ctx: torch.Tensor, table: torch.Tensor, page_size: int, plan: Any, width: int,
 ) -> torch.Tensor:  # fmt: skip
-    if topk.logits == "own":
+    if selection.logits == "plugin":
         pages = _pages(plane, page_size)
-        return _read(own.paged(topk, q.unsqueeze(1), pages, weights, ctx, table, width))
+        return _read(
+            shared_logits.paged(selection, q.unsqueeze(1), pages, weights, ctx, table, width)
+        )
     deep_gemm = _deep_gemm()
     if not isinstance(plan, torch.Tensor):
         plan = deep_gemm.get_paged_mqa_logits_metadata(ctx, page_size, deep_gemm.get_num_sms())
     args = (_pages(plane, page_size), weights.contiguous(), ctx, table, plan, width)
     query = q.contiguous().unsqueeze(1)
     if has_logits_dtype(getattr(deep_gemm, "fp8_fp4_paged_mqa_logits", None)):
-        dtype = torch.bfloat16 if topk.dtype == "bf16" else torch.float32
+        dtype = torch.bfloat16 if selection.dtype == "bf16" else torch.float32
         return deep_gemm.fp8_fp4_paged_mqa_logits(
             (query, None), *args, clean_logits=False, logits_dtype=dtype
         )
@@ -99,17 +101,18 @@ def _paged_logits(
 
 
 def _dense_logits(
-    topk: Topk, q: torch.Tensor, weights: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor],
-    starts: torch.Tensor, ends: torch.Tensor, max_seqlen_k: int,
+    selection: Selection, q: torch.Tensor, weights: torch.Tensor,
+    keys: tuple[torch.Tensor, torch.Tensor], starts: torch.Tensor, ends: torch.Tensor,
+    max_seqlen_k: int,
 ) -> torch.Tensor:  # fmt: skip
-    """With ``max_seqlen_k`` every row begins at column zero, and ours begin there always."""
-    if topk.logits == "own":
-        return _read(own.dense(topk, q, keys, weights, starts, ends, max_seqlen_k))
+    """With ``max_seqlen_k`` rows begin at column zero; the plugin's begin there always."""
+    if selection.logits == "plugin":
+        return _read(shared_logits.dense(selection, q, keys, weights, starts, ends, max_seqlen_k))
     deep_gemm = _deep_gemm()
     args = (keys, weights.contiguous(), starts, ends)
     kwargs = {"clean_logits": False, "max_seqlen_k": max_seqlen_k}
     if has_logits_dtype(getattr(deep_gemm, "fp8_fp4_mqa_logits", None)):
-        dtype = torch.bfloat16 if topk.dtype == "bf16" else torch.float32
+        dtype = torch.bfloat16 if selection.dtype == "bf16" else torch.float32
         return deep_gemm.fp8_fp4_mqa_logits(
             (q.contiguous(), None), *args, **kwargs, logits_dtype=dtype
         )
@@ -118,7 +121,9 @@ def _dense_logits(
 
 def _read(logits: torch.Tensor | None) -> torch.Tensor:
     if logits is None:
-        raise UnmetError("own logits", ["the call has dtypes, shapes or strides of another form"])
+        raise UnmetError(
+            "the plugin's logits", ["the call has dtypes, shapes or strides of another form"]
+        )
     return logits
 
 
@@ -129,7 +134,7 @@ def _buffer(out: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor
 
 
 def dsa_decode(
-    chosen: Topk,
+    chosen: Selection,
     q: torch.Tensor,
     weights: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -162,7 +167,7 @@ def dsa_decode(
     table = block_table[:tokens]
     query, folded = quantise(q, weights, softmax_scale)
     ctx, pages = lengths.unsqueeze(1), table
-    if chosen.logits != "own":
+    if chosen.logits != "plugin":
         # DeepGEMM's scheduler wants work: an empty row scores one key of a page that exists.
         ctx, pages = ctx.clamp_min(1), table.clamp_min(0)
     logits = _paged_logits(
@@ -184,7 +189,7 @@ def dsa_decode(
 
 
 def dsa_prefill(
-    chosen: Topk,
+    chosen: Selection,
     q: torch.Tensor,
     weights: torch.Tensor,
     kv_workspace_slots: torch.Tensor,
@@ -203,8 +208,8 @@ def dsa_prefill(
     """Select at prefill among the keys at ``kv_workspace_slots``; returns workspace rows.
 
     Query ``i`` sees the workspace rows ``row_starts[i] … row_ends[i]``. The logits have a column
-    for every key (DeepGEMM's in its place, ours from column zero), so no length has to be read back
-    from the device; they come in blocks of queries that stay below ``max_logits_bytes``.
+    for every key (DeepGEMM's in its place, the plugin's from column zero), so no length has to be
+    read back from the device; they come in blocks of queries below ``max_logits_bytes``.
     """
     tokens, columns = q.shape[0], kv_workspace_slots.shape[0]
     out = _buffer(out, (tokens, topk), q)
@@ -226,14 +231,14 @@ def dsa_prefill(
         logits = _dense_logits(chosen, query[rows], folded[rows], keys, starts[rows], ends[rows], 0)
         ops.topk(
             logits, lengths[rows], topk, out=out[rows], backend=chosen.backend,
-            row_starts=None if chosen.logits == "own" else starts[rows],
+            row_starts=None if chosen.logits == "plugin" else starts[rows],
         )  # fmt: skip
     out.copy_(torch.where(out < 0, out, out + starts.unsqueeze(1)))
     return out, lens_out
 
 
 def dsv4_decode(
-    chosen: Topk,
+    chosen: Selection,
     index_q: tuple[torch.Tensor, torch.Tensor],
     weights: torch.Tensor,
     index_k_cache: torch.Tensor,
@@ -264,7 +269,7 @@ def dsv4_decode(
 
 
 def dsv4_prefill(
-    chosen: Topk,
+    chosen: Selection,
     index_q: tuple[torch.Tensor, torch.Tensor],
     weights: torch.Tensor,
     index_k_cache: torch.Tensor,
@@ -284,8 +289,8 @@ def dsv4_prefill(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
     """Select at prefill with FP8 queries; offsets in the request, and the gathered keys.
 
-    Every row begins at column zero: ours always do, and DeepGEMM shifts them (``max_seqlen_k``), as
-    TokenSpeed's own kernel asks.
+    Every row begins at column zero: the plugin's always do, and DeepGEMM shifts them
+    (``max_seqlen_k``), as TokenSpeed's own kernel asks.
     """
     q = index_q[0]
     tokens = q.shape[0]

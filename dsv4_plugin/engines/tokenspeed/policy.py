@@ -1,7 +1,7 @@
-"""What a kernel of ours does when TokenSpeed has chosen it: decided at its first real call.
+"""What a kernel of the plugin does when TokenSpeed has chosen it: decided at its first real call.
 
 TokenSpeed's registry has already looked at dtypes, shapes and the architecture. What is left are
-the settings and DeepGEMM; an explicit wish that cannot be met is one error with every reason.
+the settings and DeepGEMM; an explicit setting that cannot be met is one error with every reason.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from dsv4_plugin import envs
-from dsv4_plugin.engines.shared import decision, logits, shadow
-from dsv4_plugin.engines.shared.decisions import Decisions, announce
+from dsv4_plugin.engines.shared import adapter, decision, logits, shadow
+from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
-from dsv4_plugin.engines.shared.plan import Topk
 
-__all__ = ["decide", "forget"]
+__all__ = ["decide"]
 
 
 @dataclass(frozen=True)
@@ -29,43 +28,36 @@ class _Kind:
         return f"{self.mode}, k {self.k}, {self.device}"
 
 
-_decisions: Decisions[_Kind] = Decisions()
-forget = _decisions.forget
-
-
-def decide(mode: str, k: int, device: torch.device) -> Topk | None:
+def decide(mode: str, k: int, device: torch.device) -> Selection | None:
     """Return how a call of ``mode`` selects, or None: TokenSpeed's own kernel."""
-    kind = _Kind(mode, k, device)
+    kind, now = _Kind(mode, k, device), adapter.current()
 
-    def decided(topk: Topk | None, passed: decision.Passed) -> None:
-        announce(str(kind), (f"topk.{mode}",), topk, passed)
-        if topk is not None:
+    def report(selection: Selection | None, passed: decision.PassedOver) -> None:
+        now.report(str(kind), (f"topk.{mode}",), selection, passed)
+        if selection is not None:
             why = "TokenSpeed's kernels compute the scores and select in one call"
             shadow.unavailable(mode, why)
 
-    return _decisions.get(
-        kind,
-        ("bf16", "fp32"),
-        lambda settings, dtype: _possible(settings, dtype, mode, k, device),
-        decided,
+    return now.decide_once(
+        kind, ("bf16", "fp32"), lambda settings, dtype: _possible(settings, kind, dtype), report
     )
 
 
 def _possible(
-    settings: envs.Settings, dtype: str, mode: str, k: int, device: torch.device
-) -> tuple[Topk | None, list[str]]:
-    reasons = decision.unfit_k(k)
-    backend = decision.topk_backend(settings, device.type != "cpu")
-    reasons += decision.unmet_topk(dtype, backend, device, k)
+    settings: envs.Settings, kind: _Kind, dtype: str
+) -> tuple[Selection | None, list[str]]:
+    reasons = decision.unfit_k(kind.k)
+    backend = decision.backend_for_topk(settings, kind.device.type != "cpu")
+    reasons += decision.unmet_topk(dtype, backend, kind.device, kind.k)
     who, why = logits.choose(
         settings,
         dtype,
-        lambda: _deep_gemm(dtype, "prefill" if "prefill" in mode else "decode"),
-        lambda: logits.unmet(dtype, backend, device),
+        lambda: _deep_gemm(dtype, "prefill" if "prefill" in kind.mode else "decode"),
+        lambda: logits.unmet(dtype, backend, kind.device),
     )
     reasons = decision.unique([*reasons, *why])
-    ask = dtype == "bf16" and who == "host"
-    return (None, reasons) if reasons else (Topk(dtype, backend, ask, who), [])
+    request = dtype == "bf16" and who == "engine"
+    return (None, reasons) if reasons else (Selection(dtype, backend, request, who), [])
 
 
 _WIDE = {"decode": "fp8_fp4_paged_mqa_logits", "prefill": "fp8_fp4_mqa_logits"}

@@ -1,50 +1,84 @@
-"""Where TokenSpeed can be changed, found in its source by name and signature, never by version."""
+"""The seams of TokenSpeed, one record each: modes of its kernel registry, readers of the cache."""
 
 from __future__ import annotations
 
-from functools import partial
+from dsv4_plugin.engines.shared import seam
+from dsv4_plugin.engines.shared.seam import Place, Seam
+from dsv4_plugin.engines.shared.source import Site
 
-from dsv4_plugin.engines.shared import source
-from dsv4_plugin.engines.shared.source import Missing, Site
-
-__all__ = ["MODES", "OPS", "READERS", "look"]
+__all__ = ["MODES", "OPS", "READERS", "SEAMS", "look"]
 
 OPS = "tokenspeed.runtime.layers.attention.deepseek_v4_ops"
 REGISTRY = "tokenspeed_kernel.registry"
-FACADES = {
-    "dsa": "tokenspeed_kernel.ops.attention.dsa",
-    "dsv4": "tokenspeed_kernel.ops.attention.dsv4",
-}
-# mode → what its facade hands a kernel, of which the first are looked for.
+FACADES = "tokenspeed_kernel.ops.attention"
+# mode -> what its facade hands a kernel, of which the first are looked for.
 MODES: dict[str, tuple[str, ...]] = {
     "dsa_decode_topk": ("q", "weights", "seq_lens", "block_table"),
     "dsa_prefill_topk": ("q", "weights", "kv_workspace_slots", "row_starts", "row_ends"),
     "dsv4_decode_topk": ("index_q", "weights", "index_k_cache", "context_lens", "block_table"),
     "dsv4_prefill_topk": ("index_q", "weights", "index_k_cache", "block_table", "cu_seq_lens"),
 }
-READERS = {
-    "read.fp8": "read_deepseek_v4_indexer_fp8_cache",
-    "read.mxfp4": "read_deepseek_v4_indexer_mxfp4_cache",
+_HOPPER = "on Hopper DeepSeek-V4 takes this way, with portable Triton logits, radix launches, a "
+_HOPPER += "scatter and a sort"
+_DSV4 = "costs nothing, and serves an engine that routes there"
+_PUTS = {
+    "dsa_decode_topk": "logits by the plugin or DeepGEMM, and the plugin's top-k: q bfloat16, "
+    "weights float32 or bfloat16, `q_len` 1, 32 or 64 heads, head_dim 128, pages of 64, k 512, "
+    "1024, 2048, `fp8_scaled`, `page_planar`; logical offsets or pool slots; `batch_invariant`",
+    "dsa_prefill_topk": "the same for the rows of a workspace, in blocks below "
+    "`max_logits_bytes`; the keys by one vectorised gather by slot, from strided arenas too",
+    "dsv4_decode_topk": "the same for FP8 queries",
+    "dsv4_prefill_topk": "the same for FP8 queries",
 }
 
 
+def _mode(mode: str) -> Seam:
+    registry = (Place(REGISTRY, n) for n in ("register_kernel", "KernelRegistry", "Priority"))
+    facade = Place(f"{FACADES}.{mode.partition('_')[0]}", mode, MODES[mode])
+    return Seam(
+        f"topk.{mode}",
+        ((facade, *registry),),
+        puts=_PUTS[mode],
+        why=_HOPPER if mode.startswith("dsa") else _DSV4,
+        until="TokenSpeed has a kernel for these traits that reads bfloat16 logits, is exact and "
+        "is not slower",
+    )
+
+
+def _reader(name: str, attribute: str, why: str, upstream: str = "") -> Seam:
+    takes = ("cache_2d", "slot_mapping", "block_size")
+    return Seam(
+        name,
+        ((Place(OPS, attribute, takes, exactly=True, shown=f"{OPS}.{attribute}"),),),
+        puts="the plugin's vectorised read, with the same bits",
+        why=why,
+        until="TokenSpeed's is vectorised, or gone",
+        upstream=upstream,
+    )
+
+
+READERS = {
+    "read.fp8": _reader(
+        "read.fp8",
+        "read_deepseek_v4_indexer_fp8_cache",
+        "a loop over `slot_mapping.tolist()`, several GPU ops a token, a synchronisation, so that "
+        "it cannot be captured",
+        "#242 took its callers away",
+    ),
+    "read.mxfp4": _reader(
+        "read.mxfp4",
+        "read_deepseek_v4_indexer_mxfp4_cache",
+        "its padding reads row 0 of an empty cache; not every release has it",
+    ),
+}
+SEAMS = (*map(_mode, MODES), *READERS.values())
+
+
 def look() -> dict[str, Site]:
-    """Look for every seam."""
-    found = {f"topk.{mode}": source.guarded(partial(_kernel, mode)) for mode in MODES}
-    found |= {name: source.guarded(partial(_reader, name)) for name in READERS}
+    """Look for every seam in TokenSpeed's source; imports nothing."""
+    found = seam.look(SEAMS)
+    for mode in MODES:
+        site = found[f"topk.{mode}"]
+        if site.where is not None:
+            found[f"topk.{mode}"] = Site(f"the kernel registry: attention, {mode}")
     return found
-
-
-def _kernel(mode: str) -> Site:
-    registry = source.find(REGISTRY)
-    for name in ("register_kernel", "KernelRegistry", "Priority"):
-        if not registry.binds(name):
-            raise Missing(f"{REGISTRY} has no {name}")
-    family = mode.partition("_")[0]
-    source.find(FACADES[family]).require(mode, MODES[mode])
-    return Site(f"the kernel registry: attention, {mode}")
-
-
-def _reader(name: str) -> Site:
-    source.find(OPS).require(READERS[name], ("cache_2d", "slot_mapping", "block_size"))
-    return Site(f"{OPS}.{READERS[name]}")

@@ -1,4 +1,4 @@
-"""Put our kernels into TokenSpeed's registry, and find its own kernel where ours does not serve.
+"""Put the plugin's kernels into TokenSpeed's registry, and find TokenSpeed's own for a fallback.
 
 Why: on Hopper TokenSpeed computes the indexer's logits in float32 with portable Triton kernels and
 selects with radix launches, a scatter and a sort. May go when its registry has an in-tree kernel
@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from typing import Any
 
 import torch
 
 from dsv4_plugin import envs, log
-from dsv4_plugin.engines.shared import decision, plan
+from dsv4_plugin.engines.shared import decision
+from dsv4_plugin.engines.shared.adapter import end
+from dsv4_plugin.engines.shared.decision import DTYPES, KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
-from dsv4_plugin.engines.shared.plan import KS, Topk
-from dsv4_plugin.engines.tokenspeed import kernels, policy, probe
-from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.engines.tokenspeed import adapter, kernels, policy, probe
+from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.kernels import cuda
-from dsv4_plugin.state import Seam, state
+from dsv4_plugin.state import state
 
-__all__ = ["SOLUTION", "host", "install", "uninstall"]
+__all__ = ["SOLUTION", "install", "uninstall"]
 
 SOLUTION = "dsv4_plugin"
 FAMILY = "attention"
-_OURS: dict[str, Callable[..., Any]] = {
+_PLUGIN: dict[str, Callable[..., Any]] = {
     "dsa_decode_topk": kernels.dsa_decode,
     "dsa_prefill_topk": kernels.dsa_prefill,
     "dsv4_decode_topk": kernels.dsv4_decode,
@@ -38,39 +38,27 @@ _FEATURES = {
     "dsa_decode_topk": {"logical_offsets", "batch_invariant"},
     "dsa_prefill_topk": {"batch_invariant"},
 }
-_registered: list[str] = []
-
-
-def host() -> str:
-    """Return what to call the engine in logs."""
-    try:
-        return f"TokenSpeed {metadata.version('tokenspeed')}"
-    except metadata.PackageNotFoundError:
-        return "TokenSpeed of unknown version"
 
 
 def install() -> None:
     """Register a kernel for every mode that is there, unless all of them would be idle."""
-    if _registered:
-        log.debug(f"{state.host}: our kernels are registered already")
+    now = adapter.ensure()
+    if now.kernels:
+        log.debug(f"{now.engine}: the plugin's kernels are registered already")
         return
-    state.host = host()
     found = {name: site for name, site in probe.look().items() if name.startswith("topk.")}
     for name, site in found.items():
-        state.found(Seam(name, site.where, site.why or "no call came yet"))
-    missing = [f"{name} ({site.why})" for name, site in found.items() if site.where is None]
-    if missing:
-        level = logging.ERROR if decision.explicit() else logging.INFO
-        log.once(level, f"{state.host}: upstream's stays at {'; '.join(missing)}")
+        now.found(name, site.where, site.why or "no call came yet")
+    explicit = decision.explicit()
+    missing = now.missing(logging.ERROR if explicit else logging.INFO, "topk.")
     if len(missing) == len(found):
         return
-    explicit = decision.explicit()
     idle = _idle(explicit)
     if idle:
         for name, site in found.items():
             if site.where is not None:
                 state.seams[name].why = idle
-        log.once(logging.INFO, f"dsv4 inactive in {state.host}: upstream's top-k ({idle})")
+        log.once(logging.INFO, f"dsv4 inactive in {now.engine}: top-k: the engine's ({idle})")
         return
     keeps_reader = _setting("indexer_read") == "off"
     for mode in probe.MODES:
@@ -81,23 +69,23 @@ def install() -> None:
             seam.why = "DSV4_INDEXER_READ=off: it reads the keys itself"
             continue
         try:
-            _register(mode, explicit)
-        except Exception as error:  # a registry of a shape nobody thought of
+            now.kernels.append(_register(mode, explicit))
+        except Exception as error:  # a registry of an unknown shape
             seam.why = f"could not be registered ({type(error).__name__}: {error})"
-            log.once(logging.WARNING, f"{state.host}: {mode} {seam.why}; upstream's stays")
+            log.once(logging.WARNING, f"{now.engine}: {mode} {seam.why}; the engine's own stays")
 
 
 def _setting(name: str) -> Any:
     try:
-        return getattr(envs.settings(), name)
-    except Exception:  # raised again, as an error, at the first call
+        return envs.value(name)
+    except SettingError:  # raised again, as an error, at the first call
         return None
 
 
 def _idle(explicit: bool) -> str | None:
-    """Return why no kernel of ours would ever serve here, or None.
+    """Return why no kernel of the plugin would ever serve here, or None.
 
-    After an explicit wish the kernels are registered all the same: the error with every unmet
+    After an explicit setting the kernels are registered all the same: the error with every unmet
     condition belongs to their first call.
     """
     if _setting("topk") == "off":
@@ -145,7 +133,8 @@ def _traits(mode: str) -> dict[str, frozenset[Any]]:
     return traits
 
 
-def _register(mode: str, explicit: bool) -> None:
+def _register(mode: str, explicit: bool) -> str:
+    """Register the kernel of a mode, and return its name."""
     from tokenspeed_kernel.platform import ArchVersion, CapabilityRequirement
     from tokenspeed_kernel.registry import Priority, register_kernel
 
@@ -163,14 +152,14 @@ def _register(mode: str, explicit: bool) -> None:
         traits=_traits(mode),
         priority=Priority.PLUGIN,
     )(_kernel(mode))
-    _registered.append(name)
-    log.logger.debug("kernel %s: registered for %s", name, mode)
+    log.say(logging.DEBUG, f"kernel {name}: registered for {mode}")
+    return name
 
 
 def _kernel(mode: str) -> Callable[..., Any]:
-    """Make the function that the registry calls: ours, or on an error TokenSpeed's own."""
+    """Make the function that the registry calls: the plugin's, or on an error TokenSpeed's own."""
     first = probe.MODES[mode]
-    ours = _OURS[mode]
+    plugin = _PLUGIN[mode]
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(first, args, strict=False)), **kwargs}
@@ -180,23 +169,23 @@ def _kernel(mode: str) -> Callable[..., Any]:
         chosen = policy.decide(mode, kwargs["topk"], q.device)
         result: list[Any] = []
 
-        def run(topk: Topk) -> None:
-            result.append(ours(topk, **kwargs))
+        def by_plugin(selection: Selection) -> None:
+            result.append(plugin(selection, **kwargs))
 
-        def upstream() -> None:
+        def by_engine() -> None:
             result.append(_next(mode, q, kwargs)(**kwargs))
 
-        dtype = decision.DTYPES[chosen.dtype] if chosen is not None else torch.float32
-        serve(mode, chosen, dtype, run, upstream)
+        dtype = DTYPES[chosen.dtype] if chosen is not None else torch.float32
+        serve(mode, chosen, dtype, by_plugin, by_engine)
         return result[0]
 
     kernel.__name__ = f"{SOLUTION}_{mode}"
-    kernel.__doc__ = ours.__doc__
+    kernel.__doc__ = plugin.__doc__
     return kernel
 
 
 def _next(mode: str, q: torch.Tensor, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the kernel that TokenSpeed would have chosen without ours."""
+    """Return the kernel that TokenSpeed would have chosen without the plugin."""
     from tokenspeed_kernel.platform import current_platform
     from tokenspeed_kernel.registry import KernelRegistry
     from tokenspeed_kernel.selection import spec_matches_traits
@@ -239,17 +228,16 @@ def _next(mode: str, q: torch.Tensor, kwargs: Mapping[str, Any]) -> Callable[...
 
 
 def uninstall() -> None:
-    """Take our kernels out of the registry again and forget what was decided."""
-    if _registered:
+    """Take the plugin's kernels out of the registry, and end the adapter."""
+    now = adapter.current()
+    if now is None:
+        return
+    if now.kernels:
         from tokenspeed_kernel.registry import KernelRegistry
 
-        registry = KernelRegistry.get()
-        take_out = getattr(registry, "_unregister", None)
-        for name in _registered:
-            if take_out is not None:
+        take_out = getattr(KernelRegistry.get(), "_unregister", None)
+        if take_out is not None:
+            for name in now.kernels:
                 take_out(name)
-                log.logger.debug("kernel %s: taken out", name)
-        _registered.clear()
-    policy.forget()
-    plan.decide(plan.INERT)
-    state.reset()
+                log.say(logging.DEBUG, f"kernel {name}: taken out")
+    end()

@@ -40,7 +40,7 @@ def register() -> None:
             if metrics.wanted():
                 import_hooks.after_import(PROMETHEUS, _on_prometheus)
     except Exception:
-        log.logger.exception("dsv4 could not be registered; vLLM stays as it is")
+        log.exception("dsv4 could not be registered; vLLM stays as it is")
 
 
 def unregister() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
 from typing import Any
 
@@ -44,7 +45,7 @@ class PluginAction(argparse.Action):
             envs.switch(False)
             return
         if not envs.switch(True):
-            log.logger.warning("--plugin dsv4 has no effect: DSV4_PLUGIN=0 is set")
+            log.say(logging.WARNING, "--plugin dsv4 has no effect: DSV4_PLUGIN=0 is set")
             return
         # Ray copies the variables it knows by prefix; ours is not among them.
         prefixes = [p for p in os.environ.get(_RAY, "").split(",") if p]

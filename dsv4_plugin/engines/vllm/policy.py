@@ -1,106 +1,251 @@
-"""Which layers may be changed, and what the settings mean for them.
+"""From the layers, the settings and the engine's configuration to what the plugin does.
 
-Called when vLLM builds an indexer layer: the only moment at which its configuration can be read,
-and the one at which an explicit wish that cannot be met is an error a user sees.
+vLLM's configuration can be read only while it builds a layer, and an explicit setting that cannot
+be met is an error there, where a user sees it. Each kind of layer (:mod:`.layers`) has a decision.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import re
-import weakref
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from dsv4_plugin import backends, envs, facts, log
-from dsv4_plugin.engines.shared import decision, logits, plan, shadow
-from dsv4_plugin.engines.shared.decision import unique
-from dsv4_plugin.engines.shared.plan import Plan, Topk
-from dsv4_plugin.engines.vllm import slots
+from dsv4_plugin.engines.shared import activation, decision, logits, shadow
+from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection, unique
+from dsv4_plugin.engines.vllm import late_patches
+from dsv4_plugin.engines.vllm.adapter import VllmAdapter, current
+from dsv4_plugin.engines.vllm.layers import Layer, LayerKind, kind_of, see
 from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.state import state
 
-__all__ = ["built", "forget"]
-
-_V4 = re.compile(r"deepseek_?v4(?![0-9])")  # not V4.1, which is deepseek_v41
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """What was seen of a layer. ``unfit``: why upstream keeps it."""
-
-    k: int
-    device: torch.device
-    is_v4: bool
-    unfit: tuple[str, ...]
-    no_gather: tuple[str, ...]
-
-
-# vLLM may build a second model in a process (drafts; tests): a layer that is gone has no say.
-_layers: weakref.WeakKeyDictionary[Any, _Layer] = weakref.WeakKeyDictionary()
-
-
-def forget() -> None:
-    """Forget the layers and the engine's configuration."""
-    _layers.clear()
-    envs.override(None)
+__all__ = ["built"]
 
 
 def built(layer: Any) -> None:
-    """Look at a layer that has just been built and decide what this process does from now on.
+    """Look at a layer that has just been built, and decide what this process does from now on.
 
     Raises:
         SettingError: a setting has a value it cannot have.
         UnmetError: an explicit setting cannot be met (or, with ``DSV4_STRICT=1``, the default);
             the message has every reason.
     """
-    config = _config()
-    envs.override(_own(config))
-    settings = envs.settings()
-    log.configure(settings.log)
-    facts.process(state.host or "vLLM")
-    if not settings.enabled:
-        log.debug(f"{_name(layer)}: nobody switched the plugin on; vLLM's own code runs")
-        plan.decide(plan.INERT)
+    now, config = current(), _config()
+    for wrong in envs.override(None if envs.killed() else _own_settings(config)):
+        log.once(logging.WARNING, f"{wrong}. The plugin is not switched on, so nothing follows")
+    activation.configure_log()
+    facts.process(now.engine)
+    seen = see(layer, config, now.platform)
+    if not envs.asked():
+        log.debug(f"{seen.name}: the plugin is not switched on; vLLM's own code runs")
+        now.decide(INERT)
         return
-    _layers[layer] = seen = _seen(layer, config)
+    settings = envs.settings()
+    now.layers[layer] = seen
     facts.device(seen.device)
-    _tell(layer, seen)
-    layers = list(_layers.values())
-    # Until all is decided nothing is changed: an error leaves upstream behind.
-    plan.decide(Plan(enabled=True, strict=settings.strict))
-    topk, topk_why = _decide_topk(settings, layers)
-    gather, gather_why = _decide_gather(settings, layers)
-    beside = {} if topk is None else _beside(layer, layers, config)
-    if topk is not None:
-        slotted, unfilled = (not beside[name] for name in ("topk.slots", "topk.fill"))
-        topk = replace(topk, slots=slotted, unfilled=unfilled)
-    plan.decide(Plan(True, settings.strict, topk, gather))
-    if topk is not None:
-        shadow.prepare(layers[0].device, "decode", "prefill")
-    _report(topk, topk_why, gather, gather_why, beside)
+    _say(seen)
+    # Until all is decided nothing is changed: after an error the engine's own code runs.
+    now.decide(Decision(True, settings.strict))
+    _decide(now, settings, config)
 
 
-def _beside(layer: Any, layers: list[_Layer], config: Any) -> dict[str, str | None]:
-    """Return why each of what goes with the decode top-k does not; prepare what does."""
-    from dsv4_plugin.engines.vllm import install
+@dataclass
+class _Group:
+    """Layers that get one decision, and what was decided: why is for the log."""
 
-    why = _unlike(layer, layers)
+    kinds: tuple[LayerKind, ...]
+    layers: list[tuple[Any, Layer]]
+    selection: Selection | None = None
+    passed: decision.PassedOver | None = None
+    gather: str | None = None
+    gather_why: list[str] | None = None
+    also: dict[str, str | None] | None = None
+
+    def __str__(self) -> str:
+        """Name the kinds for the log."""
+        return f"{' and '.join(map(str, self.kinds))} layers"
+
+    @property
+    def seen(self) -> list[Layer]:
+        """What is known of the layers."""
+        return [seen for _, seen in self.layers]
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes that every kind has as a default, best first."""
+        first, *rest = (kind.dtypes for kind in self.kinds)
+        return tuple(dtype for dtype in first if all(dtype in other for other in rest))
+
+
+def _groups(now: VllmAdapter, config: Any) -> list[_Group]:
+    """Group the layers by kind, or into one group where calls of several kinds look the same."""
+    of: dict[LayerKind, list[tuple[Any, Layer]]] = {}
+    for layer, seen in now.layers.items():
+        of.setdefault(kind_of(seen), []).append((layer, seen))
+    if len(of) > 1 and late_patches.unmet_op(now, config):
+        return [_Group(tuple(of), [pair for pairs in of.values() for pair in pairs])]
+    return [_Group((kind,), pairs) for kind, pairs in of.items()]
+
+
+def _decide(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
+    groups = _groups(now, config)
+    for group in groups:
+        so_far = len(group.layers)
+        group.selection, group.passed = decision.choose_selection(
+            settings,
+            group.dtypes,
+            functools.partial(_possible, now, settings, group),
+            f"{so_far} {group} so far" if so_far > 1 else f"the first of the {group}",
+        )
+        group.gather, group.gather_why = _choose_gather(settings, group, now)
+        group.also = {"guard": None, **_beside_topk(group, now, config)}
+    _act(now, groups, config)
+    decisions: dict[Hashable, Decision] = {
+        kind.name: Decision(True, settings.strict, group.selection, group.gather)
+        for group in groups
+        for kind in group.kinds
+    }
+    common, *others = decisions.values()
+    if any(other != common for other in others):
+        alike = all(other.gather == common.gather for other in others)
+        common = Decision(True, settings.strict, None, common.gather if alike else None)
+        now.kinds = _kinds(list(now.layers.values()))
+    now.decisions, now.decision = decisions, common
+    now.begin_reports()
+    for group in groups:
+        _report(now, group)
+
+
+def _kinds(layers: list[Layer]) -> dict[Hashable, Hashable]:
+    """Map what a call says of its layer to the kind; nothing where two kinds say the same."""
+    kinds: dict[Hashable, set[str]] = {}
+    for seen in layers:
+        kinds.setdefault(seen.key, set()).add(kind_of(seen).name)
+    return {key: found.pop() for key, found in kinds.items() if len(found) == 1}
+
+
+def _act(now: VllmAdapter, groups: list[_Group], config: Any) -> None:
+    """Make the patches that the decisions need."""
+    chosen = [group.selection for group in groups if group.selection is not None]
+    if any(selection.request_bf16 for selection in chosen):
+        late_patches.patch_logits_dtype(now.ledger)
+    if any(selection.slots for selection in chosen):
+        late_patches.patch_slots(now)
+    if any(selection.skip_fill for selection in chosen) or len(groups) > 1:
+        late_patches.patch_op(now)
+    for group in groups:
+        if group.selection is not None:
+            shadow.prepare(group.seen[0].device, "decode", "prefill")
+            if group.selection.slots:
+                for layer, _ in group.layers:
+                    buffer = layer.topk_indices_buffer
+                    now.slots.prepare(buffer, _decode_rows(config, buffer.shape[0]))
+
+
+def _possible(
+    now: VllmAdapter, settings: envs.Settings, group: _Group, dtype: str
+) -> tuple[Selection | None, list[str]]:
+    """Return how top-k in ``dtype`` can be done for every layer, or every reason why it cannot."""
+    reasons = [reason for layer in group.seen for reason in layer.unfit]
+    reasons += [kind.kept for kind in group.kinds if kind.kept]
+    for name in ("guard", "topk.decode", "topk.prefill", "logits"):
+        reasons += now.problems(name)
+    on_gpu = any(layer.device.type == "cuda" for layer in group.seen)
+    backend = decision.backend_for_topk(settings, on_gpu)
+    for layer in group.seen:
+        reasons += decision.unmet_topk(dtype, backend, layer.device, layer.k)
+    request = False
+
+    def engine() -> list[str]:
+        nonlocal request
+        request, why = _engine_logits(dtype, now)
+        return why
+
+    def plugin() -> list[str]:
+        return [
+            why
+            for kind in group.kinds
+            for layer in group.seen
+            for why in logits.unmet(dtype, backend, layer.device, kind.logits_ops)
+        ]
+
+    who, why = logits.choose(settings, dtype, engine, plugin)
+    reasons = unique([*reasons, *why])
+    return (None, reasons) if reasons else (Selection(dtype, backend, request, who), [])
+
+
+def _engine_logits(dtype: str, now: VllmAdapter) -> tuple[bool, list[str]]:
+    """Return whether DeepGEMM has to be asked for this dtype, and why it cannot write it."""
+    if dtype == "fp32":
+        return False, []
+    if dtype == "fp16":
+        return False, ["vLLM's DeepGEMM writes index logits in float32 or bfloat16 only"]
+    platform = now.platform
+    if platform is None or not platform.has_device_capability(90):
+        return False, ["DeepGEMM's index logits need a GPU of compute capability 9.0 or later"]
+    if late_patches.takes_logits_dtype():
+        return True, []
+    # From 0.33 DeepGEMM writes bfloat16 on 10.x, unasked, and vLLM widens it afterwards.
+    if hasattr(now.indexer, "as_fp32_logits"):
+        if platform.is_device_capability_family(100):
+            return False, []
+        return False, [
+            f"{now.engine}'s DeepGEMM takes no logits_dtype and writes float32 on this GPU"
+        ]
+    return False, [f"{now.engine}'s DeepGEMM takes no logits_dtype"]
+
+
+def _choose_gather(
+    settings: envs.Settings, group: _Group, now: VllmAdapter
+) -> tuple[str | None, list[str]]:
+    mode = settings.indexer_read
+    if mode == "off":
+        return None, ["DSV4_INDEXER_READ=off"]
+    binding = "DSV4_STRICT=1: the key gather" if settings.strict else None
+    device = group.seen[0].device
+    # auto never puts torch ops in the place of the engine's CUDA kernel.
+    candidates = ["cuda", "triton"] if device.type == "cuda" else ["torch"]
+    if mode != "auto":
+        binding, candidates = f"DSV4_INDEXER_READ={mode}", [mode]
+    elif settings.backend != "auto":
+        binding = f"DSV4_BACKEND={settings.backend} for the key gather"
+        candidates = [settings.backend]
+    reasons = [why for layer in group.seen for why in layer.no_gather]
+    reasons += [kind.kept for kind in group.kinds if kind.kept] + now.problems("gather")
+    possible = not reasons
+    call = backends.Call("gather", device, torch.uint8)
+    for backend in candidates:
+        unmet = backends.unmet(call, backend)
+        if log.tells_everything():
+            said = f"no: {'; '.join(unmet or reasons)}" if unmet or not possible else "yes"
+            log.debug(f"DSV4_INDEXER_READ={mode}, key gather by {backend}: {said}")
+        if possible and not unmet:
+            return backend, []
+        reasons += [f"backend {backend}: {why}" for why in unmet]
+    if binding is not None:
+        raise UnmetError(binding, unique(reasons))
+    return None, unique(reasons)
+
+
+def _beside_topk(group: _Group, now: VllmAdapter, config: Any) -> dict[str, str | None]:
+    """Decide what goes with the decode top-k; returns why each part does not."""
+    if group.selection is None:
+        return {}
+    why = "; ".join(unique(filter(None, (_without_slots(*pair) for pair in group.layers))))
     if why:
-        return dict.fromkeys(("topk.slots", "topk.fill"), why)
-    no_slots, no_fill = install.reach_slots(), install.reach_fill(config)
-    if not no_slots:
-        buffer = layer.topk_indices_buffer
-        slots.prepare(buffer, _decode_rows(config, buffer.shape[0]))
+        return {"topk.slots": why, "topk.fill": why}
+    no_slots, no_fill = late_patches.unmet_slots(now), late_patches.unmet_op(now, config)
+    group.selection = replace(group.selection, slots=not no_slots, skip_fill=not no_fill)
     return {"topk.slots": "; ".join(no_slots) or None, "topk.fill": "; ".join(no_fill) or None}
 
 
-def _unlike(layer: Any, layers: list[_Layer]) -> str:
-    """Return in what a layer, or one before it, is not as DeepSeek-V4's are."""
-    if not all(seen.is_v4 for seen in layers):
+def _without_slots(layer: Any, seen: Layer) -> str:
+    """Return why the top-k of a layer neither writes slots nor skips the fill; empty if it may."""
+    if not kind_of(seen).with_slots:
         return "a layer is not DeepSeek-V4's"
     if getattr(layer, "use_pcp", False):
         return "prefill context parallelism"
@@ -126,224 +271,50 @@ def _decode_rows(config: Any, most: int) -> int:
     return min(most, requests * (1 + (drafts or 0)))
 
 
-def _name(layer: Any) -> str:
-    """Name a layer as its cache does, where it has a name."""
-    return f"layer {getattr(getattr(layer, 'k_cache', None), 'prefix', '') or 'of no name'}"
-
-
-def _tell(layer: Any, seen: _Layer) -> None:
-    if log.tells_everything():
-        kept = f"vLLM keeps it: {'; '.join(seen.unfit)}" if seen.unfit else "eligible"
-        family = "DeepSeek-V4" if seen.is_v4 else "not DeepSeek-V4, so float32 scores"
-        log.debug(f"{_name(layer)}: k {seen.k}, {seen.device}, {family}; {kept}")
-
-
 def _config() -> Any:
     """Return the configuration of the engine that builds this layer."""
-    from vllm.config import get_current_vllm_config
-
     try:
+        from vllm.config import get_current_vllm_config
+
         return get_current_vllm_config()
     except Exception:  # none is set: a layer built by hand
         return None
 
 
-def _own(config: Any) -> Mapping[str, Any] | None:
+def _own_settings(config: Any) -> Mapping[str, Any] | None:
+    """Return the plugin's settings in vLLM's configuration."""
     additional = getattr(config, "additional_config", None)
     own = additional.get("dsv4") if isinstance(additional, Mapping) else None
-    if own is None or isinstance(own, Mapping):
-        return own
+    if isinstance(own, bool):  # YAML has `dsv4: off` so
+        return {"plugin": own}
+    if own is None or own == "" or isinstance(own, Mapping):
+        return own or None
     raise SettingError(
         f"additional_config['dsv4'] is {own!r}; it must map names to values, as "
         "--additional-config.dsv4.topk bf16 does"
     )
 
 
-def _platform() -> Any:
-    """Return the platform as the indexer itself sees it."""
-    from dsv4_plugin.engines.vllm import install
-
-    return getattr(install.indexer(), "current_platform", None)
-
-
-def _seen(layer: Any, config: Any) -> _Layer:
-    platform = _platform()
-    unfit: list[str] = []
-    if platform is None or not platform.is_cuda():
-        unfit.append(
-            f"vLLM runs on {getattr(platform, 'device_type', 'an unknown platform')!r}; its "
-            "indexer takes another way there"
-        )
-    k = getattr(layer, "topk_tokens", None)
-    unfit += decision.unfit_k(k)
-    chosen = getattr(layer, "topk_backend", "auto")
-    if chosen != "auto":
-        unfit.append(f"vLLM was told to use sparse_indexer_topk_backend={chosen!r}")
-    no_gather: list[str] = []
-    ranks = getattr(layer, "dcp_world_size", 1)
-    if ranks != 1:
-        no_gather.append(f"decode context parallelism over {ranks} ranks needs float32 logits")
-    if getattr(layer, "candidate_blocks", None) is not None:
-        no_gather.append("the layer masks its scores with candidate blocks (DeepSeek-V4.1)")
-    if getattr(layer, "use_fp4_cache", False):
-        no_gather.append("the indexer cache is MXFP4")
-    buffer = getattr(layer, "topk_indices_buffer", None)
-    if isinstance(buffer, torch.Tensor) and buffer.device.type != "meta":
-        device = buffer.device
-    else:
-        device = torch.device(getattr(platform, "device_type", "") or "cpu")
-    number = k if isinstance(k, int) else 0
-    return _Layer(number, device, _is_v4(config), (*unfit, *no_gather), tuple(no_gather))
+def _say(seen: Layer) -> None:
+    if log.tells_everything():
+        kind = kind_of(seen)
+        kept = [*seen.unfit, *filter(None, [kind.kept])]
+        said = f"vLLM keeps it: {'; '.join(kept)}" if kept else "eligible"
+        log.debug(f"{seen.name}: k {seen.k}, {seen.device}, {kind}; {said}")
 
 
-def _is_v4(config: Any) -> bool:
-    model = getattr(config, "model_config", None)
-    names: list[str] = []
-    for attribute in ("hf_config", "hf_text_config"):
-        hf = getattr(model, attribute, None)
-        names.append(getattr(hf, "model_type", None) or "")
-        names.extend(getattr(hf, "architectures", None) or ())
-    return any(_V4.search(str(name).lower()) for name in names)
-
-
-def _decide_topk(
-    settings: envs.Settings, layers: list[_Layer]
-) -> tuple[Topk | None, decision.Passed]:
-    """Return the choice, and for each dtype that was passed over why."""
-    dtypes = ("bf16", "fp32") if all(layer.is_v4 for layer in layers) else ("fp32",)
-    return decision.choose_topk(
-        settings,
-        dtypes,
-        lambda dtype: _possible(dtype, settings, layers),
-        f"{len(layers)} layers so far" if len(layers) > 1 else "the first layer",
-    )
-
-
-def _possible(
-    dtype: str, settings: envs.Settings, layers: list[_Layer]
-) -> tuple[Topk | None, list[str]]:
-    """Return how top-k in ``dtype`` can be done for every layer, or every reason why it cannot."""
-    from dsv4_plugin.engines.vllm import install
-
-    reasons = [reason for layer in layers for reason in layer.unfit]
-    for name in ("guard", "topk.decode", "topk.prefill", "logits"):
-        reasons += install.problems(name)
-    on_gpu = any(layer.device.type == "cuda" for layer in layers)
-    backend = decision.topk_backend(settings, on_gpu)
-    for layer in layers:
-        reasons += decision.unmet_topk(dtype, backend, layer.device, layer.k)
-    ask = False
-
-    def host() -> list[str]:
-        nonlocal ask
-        ask, why = _host_logits(dtype)
-        return why
-
-    def own() -> list[str]:
-        return [why for layer in layers for why in logits.unmet(dtype, backend, layer.device)]
-
-    who, why = logits.choose(settings, dtype, host, own)
-    reasons = unique([*reasons, *why])
-    return (None, reasons) if reasons else (Topk(dtype, backend, ask, who), [])
-
-
-def _host_logits(dtype: str) -> tuple[bool, list[str]]:
-    """Return whether DeepGEMM has to be asked for this dtype, and why it cannot be had from it."""
-    from dsv4_plugin.engines.vllm import install
-
-    if dtype == "fp32":
-        return False, []
-    if dtype == "fp16":
-        return False, ["vLLM's DeepGEMM writes index logits in float32 or bfloat16 only"]
-    platform = _platform()
-    if platform is None or not platform.has_device_capability(90):
-        return False, ["DeepGEMM's index logits need a GPU of compute capability 9.0 or later"]
-    if install.takes_logits_dtype():
-        return True, []
-    # From 0.33 DeepGEMM writes bfloat16 on 10.x, unasked, and vLLM widens it afterwards.
-    if hasattr(install.indexer(), "as_fp32_logits"):
-        if platform.is_device_capability_family(100):
-            return False, []
-        return False, [
-            f"{state.host}'s DeepGEMM takes no logits_dtype and writes float32 on this GPU"
-        ]
-    return False, [f"{state.host}'s DeepGEMM takes no logits_dtype"]
-
-
-def _decide_gather(settings: envs.Settings, layers: list[_Layer]) -> tuple[str | None, list[str]]:
-    from dsv4_plugin.engines.vllm import install
-
-    mode = settings.indexer_read
-    if mode == "off":
-        return None, ["DSV4_INDEXER_READ=off"]
-    wish = "DSV4_STRICT=1: the key gather" if settings.strict else None
-    device = layers[0].device
-    # auto never puts torch ops in the place of the engine's CUDA kernel.
-    candidates = ["cuda", "triton"] if device.type == "cuda" else ["torch"]
-    if mode != "auto":
-        wish, candidates = f"DSV4_INDEXER_READ={mode}", [mode]
-    elif settings.backend != "auto":
-        wish, candidates = f"DSV4_BACKEND={settings.backend} for the key gather", [settings.backend]
-    reasons = [why for layer in layers for why in layer.no_gather] + install.problems("gather")
-    possible = not reasons
-    call = backends.Call("gather", device, torch.uint8)
-    for backend in candidates:
-        unmet = backends.unmet(call, backend)
-        if log.tells_everything():
-            said = f"no: {'; '.join(unmet or reasons)}" if unmet or not possible else "yes"
-            log.debug(f"DSV4_INDEXER_READ={mode}, key gather by {backend}: {said}")
-        if possible and not unmet:
-            return backend, []
-        reasons += [f"backend {backend}: {why}" for why in unmet]
-    if wish is not None:
-        raise UnmetError(wish, unique(reasons))
-    return None, unique(reasons)
-
-
-def _report(
-    topk: Topk | None,
-    topk_why: dict[str, list[str]],
-    gather: str | None,
-    gather_why: list[str],
-    beside: dict[str, str | None],
-) -> None:
-    """Say in one line what engaged, where, and why not; again only when it changes."""
-    if topk is None:  # what keeps float32 away keeps everything away
-        not_topk = "; ".join(list(topk_why.values())[-1])
-    else:
-        not_topk = "; ".join(f"not {name}: {'; '.join(why)}" for name, why in topk_why.items())
-    theirs = topk is None or (topk.dtype == "fp32" and topk.logits == "host")
-    not_bf16 = "logits stay as vLLM has them" if theirs else None
-    wide = topk is None or topk.dtype == "fp32"
-    whys = {
-        "guard": None,
-        "topk.decode": None if topk else not_topk,
-        "topk.prefill": None if topk else not_topk,
-        "topk.slots": not_topk,
-        "topk.fill": not_topk,
-        "logits": not_topk or not_bf16 if not_bf16 else None,
-        "gather": None if gather else "; ".join(gather_why),
-        "budget": not_topk or "logits are float32" if wide else None,
-        **beside,
-    }
-    for name, why in whys.items():
-        seam = state.seams.get(name)
-        if seam is not None and seam.where is not None:
-            seam.why = why
-    parts = []
-    if topk is None:
-        parts.append(f"top-k: upstream's ({not_topk})")
-    else:
-        where = ", ".join(
-            state.seams[name].where or "?" for name in ("topk.decode", "topk.prefill")
-        )
-        passed = f" ({not_topk})" if not_topk else ""
-        on = topk.on
-        if topk.dtype != "fp32" and state.seams["budget"].where is not None:
-            on += " (half the bytes, so twice the rows in a prefill chunk's budget)"
-        parts.append(f"top-k: {topk.dtype} by {topk.backend} on {on} at {where}{passed}")
-    if gather is None:
-        parts.append(f"key gather: upstream's ({'; '.join(gather_why)})")
-    else:
-        parts.append(f"key gather: {gather} at {state.seams['gather'].where}")
-    log.once(logging.INFO, f"dsv4 in {state.host}: {'. '.join(parts)}.")
+def _report(now: VllmAdapter, group: _Group) -> None:
+    """Say in one line what engaged for these layers."""
+    selection, note = group.selection, ""
+    also = dict(group.also or {})
+    also["budget"] = None
+    if selection is None or selection.dtype == "fp32":
+        also["budget"] = "logits are float32"
+    elif state.seams["budget"].where is not None:
+        note = " (half the bytes, so twice the rows in a prefill chunk's budget)"
+    topks = ("topk.decode", "topk.prefill")
+    names = (*topks, "logits") if selection else (*topks, "topk.slots", "topk.fill", "logits")
+    now.report(
+        str(group), names, selection, group.passed or {}, also,
+        (group.gather, group.gather_why or []), note,
+    )  # fmt: skip

@@ -1,108 +1,174 @@
-"""Where vLLM can be changed, found in its source: what ``dsv4-plugin doctor`` shows.
+"""The seams of vLLM, one record each. A release that moves one gets a further form here.
 
-The patches look at the imported modules (:mod:`.install`); this module asks the same question
-without importing an engine.
+``dsv4-plugin doctor`` shows what :func:`look` finds in vLLM's source, :mod:`.install` patches what
+the same records find in the imported modules, and the table in ``docs/vllm.md`` is made of them.
 """
 
 from __future__ import annotations
 
-from dsv4_plugin.engines.shared import source
-from dsv4_plugin.engines.shared.source import Missing, Site
+from dsv4_plugin.engines.shared import seam
+from dsv4_plugin.engines.shared.seam import Place, Seam
+from dsv4_plugin.engines.shared.source import Site
 
-__all__ = ["ATTENTION", "TO_SLOTS", "TO_SLOTS_TAKES", "look", "slots"]
+__all__ = ["ATTENTION", "DEEP_GEMM", "INDEXER", "OP", "SEAMS", "SKIP_FILL", "TO_SLOTS", "look"]
 
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 TOPK = "vllm.model_executor.layers.indexer_topk"
 OPS = "vllm._custom_ops"
 PLANNER = "vllm.v1.attention.backends.mla.indexer"
+DEEP_GEMM = "vllm.utils.deep_gemm"
 ATTENTION = "vllm.models.deepseek_v4.nvidia.flashmla"
-TO_SLOTS = "compute_global_topk_indices_and_lens"
-TO_SLOTS_TAKES = (
-    "topk_indices",
-    "token_to_req_indices",
-    "block_table",
-    "block_size",
-    "is_valid_token",
-)
-_DEFINES_TO_SLOTS = "vllm.models.deepseek_v4.common.ops.cache_utils"
+OP = "torch.ops.vllm.sparse_attn_indexer"
+
+_OP_CALLED = (INDEXER, "sparse_attn_indexer")
+_CHUNKS = ("workspace_size", "max_logits_bytes", "request_offset")
+SKIP_FILL = "skip_topk_buffer_clear"
+TO_SLOTS = Place(
+    ATTENTION, "compute_global_topk_indices_and_lens",
+    ("topk_indices", "token_to_req_indices", "block_table", "block_size", "is_valid_token"),
+    exactly=True,
+    source="vllm.models.deepseek_v4.common.ops.cache_utils",
+    shown=f"{ATTENTION}.compute_global_topk_indices_and_lens",
+)  # fmt: skip
+
+
+def _chunks(method: str) -> Place:
+    return Place(
+        PLANNER, method, _CHUNKS, exactly=True, skip=2,
+        used=(PLANNER, method, "max_logits_bytes // 4"),
+    )  # fmt: skip
+
+
+def _compiled(name: str, optional: bool = False) -> Place:
+    return Place(
+        "torch.ops._C", name, used=(*_OP_CALLED, f"torch.ops._C.{name}("), op=True,
+        optional=optional, shown=f"torch.ops._C.{name}",
+    )  # fmt: skip
+
+
+SEAMS = (
+    Seam(
+        "guard",
+        ((Place(INDEXER, "SparseAttnIndexer.__init__", ("self", "k_cache")),),),
+        puts="a look at every indexer layer after its own `__init__`",
+        why="what the plugin can do depends on the layer and on the engine's configuration, both "
+        "readable only while layers are built; an explicit setting that cannot be met fails here",
+        until="vLLM shows plugins the layers that it builds",
+    ),
+    Seam(
+        "topk.decode",
+        (
+            (
+                Place(
+                    TOPK, "SparseIndexerTopk.forward",
+                    ("self", "logits", "seq_lens", "next_n", "topk_indices", "topk_tokens",
+                     "max_seq_len"),
+                    exactly=True,
+                ),
+            ),
+            (_compiled("persistent_topk"), _compiled("cooperative_topk", optional=True)),
+        ),
+        puts="the plugin's top-k, for logits that carry its tag. Before 0.30 vLLM has no class "
+        "between: the plugin stands in for the compiled ops, if their schemas are known",
+        why="vLLM's kernels read float32 only, and drop or reorder candidates in ties",
+        until="vLLM's own top-k reads bfloat16, is exact, breaks ties by the lowest index and is "
+        "not slower; or vLLM has a registry for top-k backends",
+    ),
+    Seam(
+        "topk.prefill",
+        (
+            (
+                Place(
+                    OPS, "top_k_per_row_prefill",
+                    ("logits", "cu_seqlen_ks", "cu_seqlen_ke", "raw_topk_indices", "num_rows",
+                     "stride0", "stride1", "topk_tokens"),
+                    exactly=True,
+                    used=(*_OP_CALLED, "ops.top_k_per_row_prefill("),
+                    shown=f"{OPS}.top_k_per_row_prefill",
+                ),
+            ),
+        ),
+        puts="the plugin's top-k, for absolute columns (to 0.32) and compressed ones (from 0.33) "
+        "by one rule, since the caller passes where each row starts",
+        why="as at decode; vLLM's prefill kernel has no bfloat16 form at all",
+        until="vLLM's prefill top-k reads bfloat16, is exact and is not slower",
+    ),
+    Seam(
+        "topk.slots",
+        ((TO_SLOTS,),),
+        puts="the slots and counts that the plugin's decode top-k wrote beside its indices, where "
+        "the attention asks about the same call; else vLLM's function runs. Patched when a layer "
+        "is built, because the attention's module imports the indexer's",
+        why="after every top-k vLLM runs a kernel that turns its indices into slots",
+        until="vLLM's top-k writes slots, or its attention reads indices",
+        late=True,
+    ),
+    Seam(
+        "topk.fill",
+        (
+            (
+                Place(
+                    INDEXER, "sparse_attn_indexer",
+                    has=("hidden_states", "k_cache_prefix", "topk_tokens", "topk_indices_buffer",
+                         SKIP_FILL),
+                    shown=OP,
+                ),
+            ),
+        ),
+        puts="the same op, with that argument in batches of nothing but decode rows; the op's "
+        "arguments also say which kind of layer calls. Only where the model is not compiled, so "
+        "that no compiler traces the call",
+        why="vLLM fills every row with -1 before every selection, in a kernel of its own, and the "
+        "layer never passes the argument",
+        until="the layer passes it, or vLLM's top-k is known to write every row",
+    ),
+    Seam(
+        "logits",
+        (
+            (
+                Place(INDEXER, "fp8_fp4_paged_mqa_logits", ("q", "kv_cache", "weights"),
+                      source=DEEP_GEMM),
+                Place(INDEXER, "fp8_fp4_mqa_logits", ("q", "kv", "weights"), source=DEEP_GEMM),
+                Place(INDEXER, "as_fp32_logits", ("logits",), optional=True),
+            ),
+        ),
+        puts="tags the logits on their way to the top-k; computes them, or asks DeepGEMM for "
+        "bfloat16 (`logits_dtype`); keeps them from being widened",
+        why="V4 was trained with bfloat16 scores, and half the bytes are written and read, but "
+        "vLLM never asks for bfloat16, and 0.33's DeepGEMM cannot write it on Hopper",
+        until="vLLM can be configured to write bfloat16 logits and its top-k reads them",
+    ),
+    Seam(
+        "gather",
+        (
+            (
+                Place(
+                    OPS, "cp_gather_indexer_k_quant_cache",
+                    ("kv_cache", "dst_k", "dst_scale", "block_table", "cu_seq_lens"),
+                    exactly=True,
+                    shown=f"{OPS}.cp_gather_indexer_k_quant_cache",
+                ),
+            ),
+        ),
+        puts="the plugin's gather of the quantised keys of a prefill chunk, FP8 pages only",
+        why="the same bytes with fewer instructions; a platform without vLLM's compiled op has one",
+        until="vLLM's kernel reaches the byte floor",
+    ),
+    Seam(
+        "budget",
+        # A method from 0.27 on, a function before.
+        (
+            (_chunks("DeepseekV32IndexerMetadataBuilder._split_indexer_prefill_chunks"),),
+            (_chunks("split_indexer_prefill_chunks"),),
+        ),
+        puts="a budget that counts twice where the logits are bfloat16",
+        why="vLLM keeps a prefill chunk's logits below `VLLM_SPARSE_INDEXER_MAX_LOGITS_MB` and "
+        "counts four bytes each; in bfloat16 the same bytes hold twice the rows",
+        until="vLLM's planner asks for the logits' dtype",
+    ),
+)  # fmt: skip
 
 
 def look() -> dict[str, Site]:
-    """Look for every seam."""
-    return {
-        "guard": source.guarded(_guard),
-        "topk.decode": source.guarded(_decode),
-        "topk.prefill": source.guarded(_prefill),
-        "topk.slots": source.guarded(slots),
-        "topk.fill": source.guarded(_fill),
-        "logits": source.guarded(_logits),
-        "gather": source.guarded(_gather),
-        "budget": source.guarded(_budget),
-    }
-
-
-def _guard() -> Site:
-    source.find(INDEXER).require("SparseAttnIndexer.__init__", ("self", "k_cache"))
-    return Site("SparseAttnIndexer.__init__")
-
-
-def _decode() -> Site:
-    try:
-        wanted = ("self", "logits", "seq_lens", "next_n", "topk_indices", "topk_tokens")
-        source.find(TOPK).require("SparseIndexerTopk.forward", wanted)
-    except Missing as error:
-        if not source.find(INDEXER).mentions("persistent_topk"):
-            raise error
-        return Site("torch.ops._C.persistent_topk")
-    return Site("SparseIndexerTopk.forward")
-
-
-def _prefill() -> Site:
-    wanted = ("logits", "cu_seqlen_ks", "cu_seqlen_ke", "raw_topk_indices")
-    source.find(OPS).require("top_k_per_row_prefill", wanted)
-    return Site(f"{OPS}.top_k_per_row_prefill")
-
-
-def slots() -> Site:
-    """Look for the function by which the attention turns indices into slots."""
-    attention = source.find(ATTENTION)
-    if not attention.binds(TO_SLOTS):
-        raise Missing(f"{ATTENTION} has no {TO_SLOTS}")
-    source.find(_DEFINES_TO_SLOTS).require(TO_SLOTS, TO_SLOTS_TAKES)
-    return Site(f"{ATTENTION}.{TO_SLOTS}")
-
-
-def _fill() -> Site:
-    got = source.find(INDEXER).parameters("sparse_attn_indexer")
-    if "skip_topk_buffer_clear" not in got:
-        raise Missing("sparse_attn_indexer takes no skip_topk_buffer_clear")
-    return Site("torch.ops.vllm.sparse_attn_indexer")
-
-
-def _logits() -> Site:
-    names = ("fp8_fp4_paged_mqa_logits", "fp8_fp4_mqa_logits")
-    missing = [name for name in names if not source.find(INDEXER).binds(name)]
-    if missing:
-        raise Missing(f"{INDEXER} has no {' and no '.join(missing)}")
-    return Site("/".join(names))
-
-
-def _gather() -> Site:
-    wanted = ("kv_cache", "dst_k", "dst_scale", "block_table", "cu_seq_lens")
-    source.find(OPS).require("cp_gather_indexer_k_quant_cache", wanted)
-    return Site(f"{OPS}.cp_gather_indexer_k_quant_cache")
-
-
-def _budget() -> Site:
-    planner = source.find(PLANNER)
-    method = "DeepseekV32IndexerMetadataBuilder._split_indexer_prefill_chunks"
-    names = (method, "split_indexer_prefill_chunks")  # a function to 0.26, a method later
-    for name in names:
-        try:
-            got = planner.parameters(name)
-        except Missing:
-            continue
-        if got[2:] == ("workspace_size", "max_logits_bytes", "request_offset"):
-            return Site(name)
-        raise Missing(f"{name} takes ({', '.join(got)})")
-    raise Missing(f"{PLANNER} has neither {' nor '.join(names)}")
+    """Look for every seam in vLLM's source; imports nothing."""
+    return seam.look(SEAMS)

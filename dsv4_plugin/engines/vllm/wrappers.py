@@ -7,60 +7,37 @@ that the kernel is in the graphs, and it stands still while the server decodes.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dsv4_plugin import ops
-from dsv4_plugin.engines.shared import logits, plan, shadow
+from dsv4_plugin.engines.shared import adapter, logits, shadow
+from dsv4_plugin.engines.shared.adapter import Adapter
+from dsv4_plugin.engines.shared.decision import KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
-from dsv4_plugin.engines.shared.plan import Topk
 from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
-from dsv4_plugin.engines.vllm import fill, slots
-from dsv4_plugin.engines.vllm.engine_calls import by_name
+from dsv4_plugin.engines.vllm import adapter as vllm_adapter
+from dsv4_plugin.engines.vllm import fill
+from dsv4_plugin.engines.vllm.context import LogitsTag, by_name, tag_logits, tag_of
+from dsv4_plugin.engines.vllm.probe import TO_SLOTS
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.state import state
 
 __all__ = [
     "as_fp32_logits",
-    "asking",
     "decode_topk",
     "dense_logits",
     "gather",
     "paged_logits",
-    "plain",
     "prefill_chunks",
     "prefill_topk",
+    "take_slots",
+    "topk_op_by_engine",
+    "with_logits_dtype",
 ]
-
-# Set on the very tensor that the indexer's logits function returned. Top-k calls of other callers
-# (GLM's pooled indexer, V4.1's specialised decode) reach the same patched names without it.
-_TAG = "_dsv4_index_logits"
-# Set beside it on prefill logits whose rows begin at column zero though the caller passes where
-# they begin among all keys: ours, in the releases to 0.32.
-_SHIFTED = "_dsv4_shifted_rows"
-
-
-class _Request(threading.local):
-    """Whether the DeepGEMM call below this frame shall write bfloat16; vLLM may use threads."""
-
-    bf16 = False
-
-
-asking = _Request()
-
-
-def _tagged(tensor: Any) -> bool:
-    return getattr(tensor, _TAG, False)
-
-
-def plain(value: Any) -> Any:
-    """Return what upstream's float32 kernels can read: our logits widened, all else as is."""
-    return widen(value) if _tagged(value) else value
-
 
 _PAGED = (
     "q", "kv_cache", "weights", "context_lens", "block_tables", "schedule_metadata",
@@ -69,43 +46,61 @@ _PAGED = (
 _DENSE = ("q", "kv", "weights", "cu_seqlen_ks", "cu_seqlen_ke", "max_seqlen_k")
 
 
-def paged_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Compute the logits of decode: ours where that is the plan, else DeepGEMM's.
+# --- logits ----------------------------------------------------------------------------------
 
-    Ours need no schedule. Columns past a row's length are left as they are, as by DeepGEMM in the
-    form in which vLLM calls it.
+
+def paged_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Compute the logits of decode: by the plugin where that is decided, else by DeepGEMM.
+
+    The plugin's kernel needs no schedule. Columns past a row's length are not written, as by
+    DeepGEMM in the form in which vLLM calls it.
     """
-    topk, given, out = _own(), by_name(_PAGED, args, kwargs), None
-    if topk is not None and _plain_form(given, {"clean_logits", "indices"}, _PAGED):
-        values = tuple(given[name] for name in _PAGED if name != "schedule_metadata")
-        out = _ours(logits.paged, topk, *values)
+    now = adapter.current()
+    selection = now.in_force().selection
+    if selection is None:
+        return original(*args, **kwargs)
+    given, out = by_name(_PAGED, args, kwargs), None
+    if _by_plugin(now, selection) and _plain_form(given, {"clean_logits", "indices"}, _PAGED):
+        values = (given[name] for name in _PAGED if name != "schedule_metadata")
+        out = _computed(logits.paged, selection, *values)
     if out is None:
-        out = _theirs(original, *args, **kwargs)
-    now = plan.current().topk
-    if now is not None and now.slots and given.get("indices") is None:
-        slots.mark(out, given.get("block_tables"), given.get("kv_cache"))
+        out = _by_engine(now, original, args, kwargs)
+    tag = tag_of(out)
+    if tag is not None and selection.slots and given.get("indices") is None:
+        table, cache = given.get("block_tables"), given.get("kv_cache")
+        if isinstance(table, torch.Tensor) and isinstance(cache, torch.Tensor) and cache.dim() >= 3:
+            tag.table, tag.page_size = table, cache.shape[1]
     return out
 
 
 def dense_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Compute the logits of prefill: ours where that is the plan, else DeepGEMM's.
+    """Compute the logits of prefill: by the plugin where that is decided, else by DeepGEMM.
 
-    In ours every row begins at column zero, as vLLM has it from 0.33 on (``max_seqlen_k``). To 0.32
-    columns are those of all keys, so ours carry a second mark, for :func:`prefill_topk`.
+    In the plugin's logits every row begins at column zero, as vLLM has it from 0.33 on
+    (``max_seqlen_k``). To 0.32 columns are those of all keys; the tag says that the rows are
+    shifted, for :func:`prefill_topk`.
     """
-    topk, given = _own(), by_name(_DENSE, args, kwargs)
-    width = given.get("max_seqlen_k", 0)  # a bool there would be the clean_logits of old
+    now = adapter.current()
+    selection = now.in_force().selection
+    if selection is None:
+        return original(*args, **kwargs)
+    given = by_name(_DENSE, args, kwargs)
+    width = given.get("max_seqlen_k", 0)  # a bool here is the clean_logits of older releases
     known = {"clean_logits", "max_seqlen_k"}
-    if topk is not None and type(width) is int and _plain_form(given, known, _DENSE[:-1]):
-        out = _ours(logits.dense, topk, *(given[name] for name in _DENSE[:-1]), width)
+    if _by_plugin(now, selection) and type(width) is int and _plain_form(given, known, _DENSE[:-1]):
+        values = (given[name] for name in _DENSE[:-1])
+        out = _computed(logits.dense, selection, *values, width, shifted=not width)
         if out is not None:
-            setattr(out, _SHIFTED, not width)
             return out
-    return _theirs(original, *args, **kwargs)
+    return _by_engine(now, original, args, kwargs)
+
+
+def _by_plugin(now: Adapter, selection: Selection) -> bool:
+    return selection.logits == "plugin" and _readers_in_place(now)
 
 
 def _plain_form(given: dict[str, Any], known: set[str], required: tuple[str, ...]) -> bool:
-    """Whether a call has every argument ours need, none of an unknown meaning, and FP8 queries."""
+    """Whether a call has the arguments that the plugin needs, no unknown ones, and FP8 queries."""
     q = given.get("q")
     return (
         set(required) <= set(given) <= {*required, *known}
@@ -117,77 +112,86 @@ def _plain_form(given: dict[str, Any], known: set[str], required: tuple[str, ...
     )
 
 
-def _own() -> Topk | None:
-    topk = plan.current().topk
-    if topk is None or topk.logits != "own" or not _readers_in_place():
-        return None
-    return topk
-
-
-def _ours(compute: Callable[..., torch.Tensor | None], topk: Topk, q: Any, *rest: Any) -> Any:
-    """Return marked logits of ours, or None where the call has another form or they failed."""
+def _computed(
+    compute: Callable[..., torch.Tensor | None],
+    selection: Selection,
+    q: Any,
+    *rest: Any,
+    shifted: bool = False,
+) -> torch.Tensor | None:
+    """Return the plugin's logits, tagged; None: the call has another form, or they failed."""
     try:
-        out = compute(topk, q[0], *rest)
+        out = compute(selection, q[0], *rest)
     except Exception as error:
         logits.failed(error)
         return None
-    if out is not None:
-        setattr(out, _TAG, True)
-    return out
+    return None if out is None else tag_logits(out, LogitsTag(shifted))
 
 
-def _theirs(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Compute index logits by upstream's function, in bfloat16 where that is the plan."""
-    now = plan.current()
-    if now.topk is None:
+def _by_engine(
+    now: Adapter, original: Callable[..., torch.Tensor], args: Any, kwargs: Any
+) -> torch.Tensor:
+    """Compute index logits by vLLM's function, in bfloat16 where that is decided."""
+    selection = now.in_force().selection
+    if selection is None:
         return original(*args, **kwargs)
-    if now.topk.ask and _readers_in_place():
-        asking.bf16 = True
+    if selection.request_bf16 and _readers_in_place(now):
+        now.call.request_bf16 = True
         try:
             out = original(*args, **kwargs)
         except Exception as error:
-            if now.strict:
+            if now.decision.strict:
                 raise
-            plan.switch_off("topk", error)
-            asking.bf16 = False
+            now.switch_off("topk", error)
+            now.call.request_bf16 = False
             return original(*args, **kwargs)
         finally:
-            asking.bf16 = False
+            now.call.request_bf16 = False
     else:
         out = original(*args, **kwargs)
-    setattr(out, _TAG, True)
     if out.dtype == torch.bfloat16:
         state.count("logits.bf16")
         state.peak("logits.saved_mib", saved_mib(out))
     else:
         state.count("logits.upstream")
-    return out
+    return tag_logits(out, LogitsTag())
 
 
-def _readers_in_place() -> bool:
+def with_logits_dtype(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Ask DeepGEMM for bfloat16 on the calls that come from the indexer; all others as they are."""
+    if adapter.current().call.request_bf16:
+        kwargs["logits_dtype"] = torch.bfloat16
+    return original(*args, **kwargs)
+
+
+def _readers_in_place(now: Adapter) -> bool:
     """Whether both top-k patches are still what vLLM will call.
 
-    Upstream's kernels cannot read bfloat16, so logits in bfloat16 must not be written once
-    somebody else has replaced their reader.
+    vLLM's kernels cannot read bfloat16, so logits in bfloat16 must not be written once other code
+    has replaced their reader.
     """
-    from dsv4_plugin.engines.vllm import install
-
-    return install.intact("topk.decode") and install.intact("topk.prefill")
+    return now.intact("topk.decode") and now.intact("topk.prefill")
 
 
 def as_fp32_logits(
     original: Callable[..., torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Keep bfloat16 logits that our top-k reads; let upstream widen all others."""
-    if not _tagged(tensor):
+    """Keep bfloat16 logits that the plugin's top-k reads; let vLLM widen all others."""
+    tag = tag_of(tensor)
+    if tag is None:
         return original(tensor, *args, **kwargs)
-    topk = plan.current().topk
-    if topk is not None and topk.dtype != "fp32":
+    selection = adapter.current().in_force().selection
+    if selection is not None and selection.dtype != "fp32":
         return tensor
-    out = original(tensor, *args, **kwargs)
-    setattr(out, _TAG, True)
-    slots.passed_on(tensor, out)
-    return out
+    return tag_logits(original(tensor, *args, **kwargs), tag)
+
+
+# --- top-k -----------------------------------------------------------------------------------
+
+
+def plain(scores: Any) -> Any:
+    """Return what vLLM's float32 kernels can read: tagged logits widened, all else as it is."""
+    return scores if tag_of(scores) is None else widen(scores)
 
 
 def _select(
@@ -198,50 +202,57 @@ def _select(
     out: torch.Tensor,
     k: int,
     next_n: int,
-    upstream: Callable[[torch.Tensor, torch.Tensor], None],
+    engine: Callable[[torch.Tensor, torch.Tensor], None],
     readable: bool,
     again: Callable[[torch.Tensor], None] | None = None,
 ) -> None:
-    """Run our top-k on logits we know, or ``upstream`` on the same arguments.
+    """Run the plugin's top-k on tagged logits, or ``engine`` on the same arguments.
 
-    ``upstream(scores, out)`` reads float32. ``again(out)`` is the same for the shadow, where a call
+    ``engine(scores, out)`` reads float32. ``again(out)`` is the same for the shadow, where a call
     can be cut into parts.
     """
-    slots.void()
-    topk = plan.current().topk
-    if not (_tagged(scores) and readable and k in plan.KS):
-        topk = None
+    now = adapter.current()
+    now.call.slots = None  # an earlier note does not describe the indices any more
+    tag = tag_of(scores)
+    selection = now.in_force().selection
+    if tag is None or not readable or k not in KS:
+        selection = None
 
-    def ours(topk: Topk) -> None:
-        paged = slots.beside(scores, out, next_n) if kind == "decode" and topk.slots else None
+    def by_plugin(selection: Selection) -> None:
+        paged = None
+        if selection.slots and kind == "decode" and tag is not None:
+            store = vllm_adapter.current().slots
+            paged = store.places(tag, out, next_n)
         if paged is None:
             ops.topk(
                 scores, lengths(), k, next_n=next_n, row_starts=starts, out=out,
-                backend=topk.backend,
+                backend=selection.backend,
             )  # fmt: skip
             return
         ops.topk(
             scores, lengths(), k, next_n=next_n, page_table=paged.table,
             page_size=paged.page_size, out=paged.slots, out_raw=out, out_counts=paged.counts,
-            backend=topk.backend,
+            backend=selection.backend,
         )  # fmt: skip
-        slots.wrote(paged, out)
+        now.call.slots = store.note(paged, out)
+        if now.call.slots is not None:
+            state.count("topk.slots")
 
-    def beside() -> None:
+    def watch() -> None:
         shadow.watch(
             kind,
             out,
-            again or (lambda scratch: upstream(plain(scores), scratch)),
+            again or (lambda scratch: engine(plain(scores), scratch)),
             scores,
             lambda: row_lengths(lengths(), scores.shape[0], next_n),
             starts,
         )
 
-    def theirs() -> None:
-        fill.make_up(out)
-        upstream(plain(scores), out)
+    def by_engine() -> None:
+        fill.fill_skipped_rows(out)
+        engine(plain(scores), out)
 
-    serve(kind, topk, scores.dtype, ours, theirs, beside)
+    serve(kind, selection, scores.dtype, by_plugin, by_engine, watch)
 
 
 def decode_topk(
@@ -250,11 +261,11 @@ def decode_topk(
     next_n: int,
     out: torch.Tensor,
     k: int,
-    upstream: Callable[[torch.Tensor, torch.Tensor], None],
+    engine: Callable[[torch.Tensor, torch.Tensor], None],
 ) -> None:
     """Select at decode: rows = batch · next_n, ``seq_lens`` one a row or one a request.
 
-    ``upstream(scores, out)`` is vLLM's own selection of float32 scores into ``out``.
+    ``engine(scores, out)`` is vLLM's own selection of float32 scores into ``out``.
     """
     readable = (
         is_matrix(scores)
@@ -266,7 +277,19 @@ def decode_topk(
         and seq_lens.numel() in (scores.shape[0], scores.shape[0] // next_n)
         and scores.shape[0] % next_n == 0
     )
-    _select("decode", scores, lambda: seq_lens, None, out, k, next_n, upstream, readable)
+    _select("decode", scores, lambda: seq_lens, None, out, k, next_n, engine, readable)
+
+
+def topk_op_by_engine(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run one of vLLM's compiled top-k ops on a call of a form that the plugin does not know."""
+    now = adapter.current()
+    now.call.slots = None
+    fill.fill_skipped_rows(args[2] if len(args) > 2 else kwargs.get("output"))
+    if args:
+        args = (plain(args[0]), *args[1:])
+    if now.decision.enabled:
+        state.count("topk.decode.upstream")
+    return op(*args, **kwargs)
 
 
 def prefill_topk(
@@ -283,10 +306,11 @@ def prefill_topk(
     """Select at prefill: row ``i`` has the columns ``starts[i] … ends[i]``, indices from there.
 
     One rule for both forms of the logits: absolute columns (to 0.32), and rows shifted to column
-    zero (from 0.33), where the caller passes zeros as ``starts``. Our own logits are always
-    shifted; to 0.32 they say so themselves.
+    zero (from 0.33), where the caller passes zeros as ``starts``. The plugin's logits are always
+    shifted; to 0.32 their tag says so.
     """
-    shifted = getattr(scores, _SHIFTED, False)
+    tag = tag_of(scores)
+    shifted = tag is not None and tag.shifted
     readable = (
         is_matrix(scores)
         and is_output(out, scores.shape[0], k)
@@ -297,14 +321,14 @@ def prefill_topk(
         and starts.dim() == ends.dim() == 1
     )
 
-    def upstream(plain: torch.Tensor, into: torch.Tensor) -> None:
-        _prefill(plain, starts, ends, into)
+    def engine(plain: torch.Tensor, into: torch.Tensor) -> None:
+        part(plain, starts, ends, into)
 
     def again(scratch: torch.Tensor) -> None:
-        for part in shadow.parts(scores):
-            _prefill(widen(scores[part]), starts[part], ends[part], scratch[part])
+        for rows in shadow.parts(scores):
+            part(widen(scores[rows]), starts[rows], ends[rows], scratch[rows])
 
-    def _prefill(
+    def part(
         plain: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, into: torch.Tensor
     ) -> None:
         if shifted:
@@ -312,7 +336,7 @@ def prefill_topk(
         original(plain, starts, ends, into, len(plain), plain.stride(0), plain.stride(1), k)
 
     begin = None if shifted else starts
-    _select("prefill", scores, lambda: ends - starts, begin, out, k, 1, upstream, readable, again)
+    _select("prefill", scores, lambda: ends - starts, begin, out, k, 1, engine, readable, again)
 
 
 def _unshifted(scores: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -321,22 +345,44 @@ def _unshifted(scores: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     return scores.gather(1, column.clamp_min(0))
 
 
+def take_slots(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return slots and counts: those of the top-k just before, else those of ``original``."""
+    now = adapter.current()
+    note, now.call.slots = now.call.slots, None
+    if now.decision.enabled:
+        store = vllm_adapter.current().slots
+        store.asked()
+        if note is not None:
+            given = by_name(TO_SLOTS.takes, args, kwargs)
+            if set(given) == set(TO_SLOTS.takes) and store.fits(
+                note, given["topk_indices"], given["block_table"], given["block_size"]
+            ):
+                state.count("topk.slots.taken")
+                return note.paged.slots, note.paged.counts
+        state.count("topk.slots.upstream")
+    return original(*args, **kwargs)
+
+
+# --- prefill's chunks and keys ---------------------------------------------------------------
+
+
 def prefill_chunks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Plan the prefill chunks of a step: a budget of bytes holds twice as many bfloat16 logits.
 
     vLLM counts four bytes each, so twice the bytes are the rows that fit. Where the bfloat16 logits
     fail at a later call, the chunks of that one step are float32 and take twice the budget; so does
-    a chunk whose call has a form that our kernel does not take.
+    a chunk whose call has a form that the plugin's kernel does not take.
     """
-    topk = plan.current().topk
-    if topk is not None and topk.dtype != "fp32":
-        unasked = not topk.ask and topk.logits == "host"
-        if unasked or _readers_in_place():
+    now = adapter.current()
+    selection = now.decision.selection
+    if selection is not None and selection.dtype != "fp32":
+        unasked = not selection.request_bf16 and selection.logits == "engine"
+        if unasked or _readers_in_place(now):
             if "max_logits_bytes" in kwargs:
                 kwargs = {**kwargs, "max_logits_bytes": 2 * kwargs["max_logits_bytes"]}
             else:
                 args = (*args[:3], 2 * args[3], *args[4:])
-            state.count(f"budget.{topk.dtype}")
+            state.count(f"budget.{selection.dtype}")
     return original(*args, **kwargs)
 
 
@@ -348,9 +394,10 @@ def gather(
     block_table: torch.Tensor,
     cu_seq_lens: torch.Tensor,
 ) -> None:
-    """Gather the quantised keys of a prefill chunk; anything but FP8 pages goes upstream."""
-    now = plan.current()
-    if now.gather is not None and _is_fp8_cache(kv_cache, dst_k, dst_scale):
+    """Gather the quantised keys of a prefill chunk; anything but FP8 pages is vLLM's."""
+    now = adapter.current()
+    decision = now.in_force()
+    if decision.gather is not None and _is_fp8_cache(kv_cache, dst_k, dst_scale):
         try:
             ops.gather_indexer_cache(
                 kv_cache,
@@ -359,18 +406,18 @@ def gather(
                 block_size=kv_cache.shape[1],
                 head_dim=dst_k.shape[1],
                 out=(dst_k, dst_scale),
-                backend=now.gather,
+                backend=decision.gather,
             )
         except Exception as error:
-            if now.strict:
+            if decision.strict:
                 raise
             if not isinstance(error, UnmetError):  # that one is about this call's form only
-                plan.switch_off("gather", error)
+                now.switch_off("gather", error)
         else:
             state.count("gather")
-            state.count(f"gather.{now.gather}")
+            state.count(f"gather.{decision.gather}")
             return
-    if now.enabled:
+    if decision.enabled:
         state.count("gather.upstream")
     original(kv_cache, dst_k, dst_scale, block_table, cu_seq_lens)
 

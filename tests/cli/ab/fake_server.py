@@ -49,13 +49,13 @@ def say(text: str) -> None:
 
 def engage() -> None:
     """What a worker does at its first calls."""
-    from dsv4_plugin.engines.shared import plan
+    from dsv4_plugin.engines.shared import adapter
     from dsv4_plugin.state import state
 
     if arguments.engage != "log":
         state.count("topk.decode")
     if arguments.engage == "failure" and requests == 3:
-        plan.switch_off("topk", RuntimeError("no kernel image"))
+        adapter.current().switch_off("topk", RuntimeError("no kernel image"))
 
 
 class Handler(BaseHTTPRequestHandler):

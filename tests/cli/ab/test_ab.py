@@ -348,7 +348,7 @@ def test_a_signal_ends_it_and_leaves_nothing(
     more = ["--client-args=--mode hang"] if when == "measuring" else []
     more += ["--", "--children"] + ([] if more else ["--never-healthy"])
     process = subprocess.Popen(
-        [sys.executable, "-m", "dsv4_plugin.cli", *command(tmp_path, port, *more)],
+        [sys.executable, "-m", "dsv4_plugin", *command(tmp_path, port, *more)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
@@ -440,7 +440,7 @@ def test_a_dry_run_shows_the_engines_commands(
 def test_the_example(engine: str, tmp_path: Path) -> None:
     shim = tmp_path / "bin" / "dsv4-plugin"
     shim.parent.mkdir()
-    shim.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dsv4_plugin.cli "$@"\n')
+    shim.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dsv4_plugin "$@"\n')
     shim.chmod(0o755)
     environ = {**os.environ, "PATH": f"{shim.parent}:{os.environ['PATH']}", "TP": "2",
                "MODEL": "org/model", "PAIRS": "4", "OUT": "x"}  # fmt: skip

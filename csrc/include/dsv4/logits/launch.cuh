@@ -51,10 +51,7 @@ inline cudaError_t launch_paged_logits(const PagedLogitsParams& p, LogitsType ty
   int sms = 0;
   const cudaError_t error = multiprocessors(device, &sms);
   if (error != cudaSuccess) return error;
-  const int64_t columns = p.output.columns < int64_t{p.table_width} * kBlockKeys
-                              ? p.output.columns
-                              : int64_t{p.table_width} * kBlockKeys;
-  const int64_t blocks = p.batch * ceil_div(columns, kBlockKeys);
+  const int64_t blocks = p.batch * ceil_div(int64_t{p.output.columns}, kBlockKeys);
   if (blocks == 0) return cudaSuccess;
   return with_types(type, heads, [&](auto* out, auto head_count) {
     using Out = std::remove_pointer_t<decltype(out)>;

@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
     if (!single) {
       range = list.find(block, end);
       if (range.first >= range.last) break;
-      pages =
-          PageNumbers(p.block_table + range.request * p.table_stride, range.last, range.first, 1);
+      const int32_t last = range.last < p.table_width ? range.last : p.table_width;
+      pages = PageNumbers(p.block_table + range.request * p.table_stride, last, range.first, 1);
     }
     for (int32_t first = 0; first < next_n; first += Config::kRows) {
       const RequestRows rows(p.queries, range.request, first, Config::kRows);

@@ -1,5 +1,5 @@
 // Index logits over gathered keys (prefill): row r scores keys row_starts[r] ... row_ends[r] - 1,
-// and column j of its output is key row_starts[r] + j.
+// and column j of its output is key row_starts[r] + j. A key that does not exist scores -inf.
 //
 // A CTA keeps a tile of keys in shared memory and a chunk of rows comes by: each of its warpgroups
 // takes a few rows at a time, as many as an instruction has columns for, with their weights in
@@ -54,32 +54,54 @@ __device__ __forceinline__ void group_sync(int32_t group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
 }
 
-// Keys [start, end) of a row.
+// The window of a row: column j is key start + j. Of keys [start, end) those from 0 on exist, and
+// the others of the row's columns have none.
 struct KeyWindow {
   int32_t start = 0;
   int32_t end = 0;
+  int32_t columns = 0;
 
   KeyWindow() = default;
 
   __device__ __forceinline__ KeyWindow(const RaggedLogitsParams& p, int32_t row) {
     const int64_t from = p.row_starts[row * p.row_start_stride];
-    int64_t to = p.row_ends[row * p.row_end_stride];
-    to = to > p.keys ? p.keys : to;
-    int64_t count = from < 0 ? 0 : to - from;
-    count = count < 0 ? 0 : count > p.output.columns ? p.output.columns : count;
-    if (count == 0) return;
+    const int64_t to = p.row_ends[row * p.row_end_stride];
+    if (to <= from) return;
+    const uint64_t count = static_cast<uint64_t>(to) - static_cast<uint64_t>(from);
+    const int32_t room = p.output.columns;
+    columns = count < static_cast<uint64_t>(room) ? static_cast<int32_t>(count) : room;
+    if (from >= p.keys || from <= -columns) return;  // none exists
     start = static_cast<int32_t>(from);
-    end = static_cast<int32_t>(from + count);
+    end = static_cast<int32_t>(from + columns < p.keys ? from + columns : p.keys);
   }
 
-  // That of a row of the warp's.
+  // The keys of a row of the warp's.
   __device__ __forceinline__ KeyWindow of(int lane) const {
     KeyWindow other;
     other.start = __shfl_sync(kFullWarp, start, lane);
     other.end = __shfl_sync(kFullWarp, end, lane);
     return other;
   }
+
+  __device__ __forceinline__ bool whole() const { return start >= 0 && end - start == columns; }
 };
+
+// Writes -inf where a column of the chunk's rows has no key. A lane has a row's window.
+template <class Out>
+__device__ __forceinline__ void write_missing(const RaggedLogitsParams& p, const KeyWindow& window,
+                                              int32_t row0) {
+  uint32_t rows = __ballot_sync(kFullWarp, !window.whole());
+  for (int32_t n = 0; rows != 0; rows &= rows - 1, ++n) {
+    const int lane = __ffs(rows) - 1;
+    const KeyWindow row = window.of(lane);
+    const int32_t columns = __shfl_sync(kFullWarp, window.columns, lane);
+    if (n % (blockDim.x / kWarpSize) != warp_id()) continue;
+    Out* out = static_cast<Out*>(p.output.out) + (row0 + lane) * p.output.stride;
+    for (int32_t j = lane_id(); j < columns; j += kWarpSize) {
+      if (j < -row.start || j >= row.end - row.start) round_to(-INFINITY, out + j);
+    }
+  }
+}
 
 // grid: for each tile of keys, the chunks of `chunk` rows: CTAs that run side by side have the same
 // keys.
@@ -100,6 +122,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   // Every warp finds out for itself which rows want keys of this tile; a lane has a row's window.
   KeyWindow window;
   if (lane_id() < chunk && row0 + lane_id() < p.rows) window = KeyWindow(p, row0 + lane_id());
+  if (tile == 0) write_missing<Out>(p, window, row0);
   const bool wants =
       window.start < window.end && window.start < key0 + Config::kKeys && window.end > key0;
   const uint32_t wanted = __ballot_sync(kFullWarp, wants);
@@ -168,7 +191,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
       sum_heads<Config::kHeads, kRows>(sums.v, weights, score);
 #pragma unroll
       for (int o = 0; o < kOwn; ++o) {
-        if (static_cast<uint32_t>(key - start[o]) < length[o]) {
+        if (static_cast<uint32_t>(key) - static_cast<uint32_t>(start[o]) < length[o]) {
           round_to(score[o] * scale, out[o] + key);
         }
       }

@@ -18,11 +18,11 @@ struct BlockRange {
   int32_t step;
 };
 
-// Columns that a row of this length has: what the output and the block table have room for.
+// Columns that a row of this length has: what the output has room for. Those past the block table
+// are of pages that do not exist.
 __device__ __forceinline__ int32_t clip_length(const PagedLogitsParams& p, int64_t length) {
-  const int64_t table = int64_t{p.table_width} * kBlockKeys;
-  const int64_t room = table < p.output.columns ? table : p.output.columns;
-  return static_cast<int32_t>(length < 0 ? 0 : length > room ? room : length);
+  const int32_t room = p.output.columns;
+  return length < 0 ? 0 : length > room ? room : static_cast<int32_t>(length);
 }
 
 // Blocks that the longest row of a request needs.

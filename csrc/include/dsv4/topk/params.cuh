@@ -101,13 +101,16 @@ struct RowOutput {
   }
 
   // The pool slot of a row-local index: -1 for an index beyond the table (a length the caller's
-  // table does not cover) and for one on a page that is none (a table padded with -1).
+  // table does not cover), for one on a page that is none (a table padded with -1), and for a slot
+  // that int32 does not hold.
   __device__ __forceinline__ int32_t slot(int32_t index) const {
     if (page_size.value == 0 || index < 0) return index;
     const int32_t page = page_size.divide(index);
     if (page >= page_count) return -1;
     const int32_t number = pages[page];
-    return number < 0 ? -1 : number * page_size.value + (index - page * page_size.value);
+    if (number < 0) return -1;
+    const int64_t slot = int64_t{number} * page_size.value + (index - page * page_size.value);
+    return slot > INT32_MAX ? -1 : static_cast<int32_t>(slot);
   }
 
   __device__ __forceinline__ void write(int32_t position, int32_t index) const {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsv4_plugin.cli.bench.logits.chain import chain_name
 from dsv4_plugin.cli.bench.topk.bars import Bar, best_peers, sound
 from dsv4_plugin.cli.bench.topk.peers import OURS
 
@@ -25,6 +24,11 @@ SPEEDUP = {
     (32, 65_536): (1.2, 1.1),
 }
 H200 = "the bar is for an H200"
+
+
+def chain_name(logits: str, topk: str) -> str:
+    """Return the name of a peers' chain."""
+    return f"{logits} + {topk}"
 
 
 def logits_bars(results: list[Row]) -> list[Bar]:

@@ -11,6 +11,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from dsv4_plugin.cli.shared.choices import KS
+from dsv4_plugin.cli.shared.choices import LOGITS_SUITES as SUITES
+
 __all__ = [
     "CHAIN_SHAPES",
     "DTYPES",
@@ -41,7 +44,6 @@ NEXT_N_SHAPES = ((1, 65_536), (8, 65_536), (32, 16_384), (128, 8192))
 VARIED_SHAPES = ((8, 65_536), (32, 65_536), (32, 256_000), (128, 16_384))
 PREFILL_SHAPES = ((2048, 8192), (2048, 32_768), (8192, 8192))  # queries, keys
 
-KS = (512, 1024, 2048)
 CHAIN_SHAPES = (
     *((batch, columns) for batch in (1, 8, 32) for columns in (8192, 65_536, 256_000)),
     *((batch, columns) for batch in (64, 128) for columns in (8192, 65_536)),
@@ -222,8 +224,6 @@ def _cache(pages: int, g: torch.Generator) -> torch.Tensor:
 
 
 # ---- The suites ----------------------------------------------------------------------------------
-
-SUITES = ("decode", "next_n", "varied", "prefill")
 
 
 def suite(

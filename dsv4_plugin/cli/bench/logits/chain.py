@@ -16,6 +16,7 @@ import torch
 
 from dsv4_plugin import paged_logits, select
 from dsv4_plugin.cli.bench.cells import DIRTY, Cell, Row
+from dsv4_plugin.cli.bench.logits.bars import chain_name
 from dsv4_plugin.cli.bench.logits.cases import DTYPES, Case, Paged
 from dsv4_plugin.cli.bench.logits.check import Sample
 from dsv4_plugin.cli.bench.logits.measure import KeyBench, Problem, peer_logits
@@ -25,15 +26,10 @@ from dsv4_plugin.cli.bench.topk.check import Reference
 from dsv4_plugin.cli.bench.topk.peers import OURS
 from dsv4_plugin.logits import new_logits
 
-__all__ = ["ChainBench", "chain_name", "shared"]
+__all__ = ["ChainBench", "shared"]
 
 Call = Callable[[Paged, torch.Tensor], None]
 Answers = dict[int, dict[tuple[str, str], torch.Tensor]]  # k -> (implementation, dtype) -> indices
-
-
-def chain_name(logits: str, topk: str) -> str:
-    """Return the name of a peers' chain."""
-    return f"{logits} + {topk}"
 
 
 def shared(a: torch.Tensor, b: torch.Tensor, columns: int) -> tuple[float, float]:

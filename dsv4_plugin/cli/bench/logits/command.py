@@ -12,9 +12,10 @@ from dsv4_plugin.cli.bench.logits import bars, cases, report
 from dsv4_plugin.cli.bench.logits.chain import ChainBench
 from dsv4_plugin.cli.bench.logits.check import TOLERANCE
 from dsv4_plugin.cli.bench.logits.measure import Bench, KeyBench
-from dsv4_plugin.cli.bench.topk import UsageError, floor, plot
+from dsv4_plugin.cli.bench.topk import floor, plot
 from dsv4_plugin.cli.bench.topk.command import named
 from dsv4_plugin.cli.checks.results import Results
+from dsv4_plugin.cli.shared.run import UsageError, interruptible
 
 __all__ = ["run"]
 
@@ -25,8 +26,6 @@ def run(
     """Measure the logits or the chain; returns the document of the results file."""
     what, device = arguments.what, arguments.device
     lists = _cases(arguments)
-    if arguments.plot:
-        plot.require()  # now, not when all is measured
     engines = installed.engines_only(arguments.against)
     others = installed.load(engines, _forms(what, list(lists)), arguments.peers, of=what)
     named(others, say)
@@ -56,36 +55,37 @@ def run(
         document |= {"vllm_choice": choices[0], "sglang_choice": choices[1]}
     else:
         document["tolerance"] = TOLERANCE[device]
-    file = Results(document, arguments.json)
     kind: type[KeyBench] = Bench if what == "logits" else ChainBench
-    bench = kind(
-        others, say, file.save, device=device, cold_all=arguments.cold,
-        launches=arguments.launches, replays=arguments.replays, budget_s=arguments.budget,
-        results=document["results"],
-    )  # fmt: skip
-    bench.read_rate = rate
-    if isinstance(bench, ChainBench):
-        bench.choices = choices
-    try:
-        for name, some in lists.items():
-            say(f"\n{name}: {len(some)} cells; us warm/cold, ! wrong")
-            bench.run(some)
-        document["complete"] = not bench.progress.out_of_time
-    except KeyboardInterrupt:
-        say("interrupted: what was measured is reported")
-    finally:
+    with Results(document, arguments.json) as file:
+        bench = kind(
+            others, say, file.save, device=device, cold_all=arguments.cold,
+            launches=arguments.launches, replays=arguments.replays, budget_s=arguments.budget,
+            results=document["results"],
+        )  # fmt: skip
+        bench.read_rate = rate
+        if isinstance(bench, ChainBench):
+            bench.choices = choices
+        with interruptible() as work:
+            for name, some in lists.items():
+                say(f"\n{name}: {len(some)} cells; us warm/cold, ! wrong")
+                bench.run(some)
         file.save(now=True)
-    results = document["results"]
-    found = bars.logits_bars(results) if what == "logits" else bars.chain_bars(results, *choices)
-    held = found if device == "cuda" else []
-    document["bars"] = [bar.as_dict() for bar in held]
-    file.save(now=True)
-    end = ["", "Bars", *map(str, held)] if device == "cuda" else dry.answers(results)
-    for line in report.lines(results) + end:
-        say(line)
-    if arguments.plot:
-        plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
-        say(f"drawn to {arguments.plot}")
+        results = document["results"]
+        work.must(results, "nothing was measured: no cell is left", file.said())
+        document["complete"] = work.whole and not bench.progress.out_of_time
+        found = (
+            bars.logits_bars(results) if what == "logits" else bars.chain_bars(results, *choices)
+        )
+        held = found if device == "cuda" else []
+        document["bars"] = [bar.as_dict() for bar in held]
+        file.save(now=True)
+        end = ["", "Bars", *map(str, held)] if device == "cuda" else dry.answers(results)
+        for line in report.lines(results) + end:
+            say(line)
+        if arguments.plot:
+            plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
+            say(f"drawn to {arguments.plot}")
+    work.end(file.said())
     return document
 
 

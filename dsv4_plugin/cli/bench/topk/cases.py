@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dsv4_plugin.cli.checks.inputs import scores
+from dsv4_plugin.cli.shared.choices import KS, TOPK_DTYPES
+from dsv4_plugin.cli.shared.choices import TOPK_SUITES as SUITES
 
 __all__ = [
     "ADVERSARIAL",
@@ -35,19 +37,11 @@ __all__ = [
     "suite",
 ]
 
-KS = (512, 1024, 2048)
 ROWS = (1, 8, 32, 64, 128)
 COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)
 SEED_ROWS = (1, 8, 32)
 
-# What selects, by the name that tables and options use. "narrow": float32 scores that are read as
-# bfloat16 (``narrow=True``).
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "narrow": torch.float32,
-}
+DTYPES = {name: getattr(torch, dtype) for name, dtype in TOPK_DTYPES.items()}
 
 NARROW_LENGTH, NARROW_WIDTH = 8192, 256_000
 
@@ -275,9 +269,6 @@ def _prefill(
                 for windows in ("full", "causal"):
                     for k in ks:
                         yield Case("prefill", dtype, k, r, c, windows=windows)
-
-
-SUITES = ("decode", "served", "narrow", "adversarial", "prefill", "paged", "seed")
 
 
 def suite(

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk import UsageError
+from dsv4_plugin.cli.shared.run import UsageError, reading
 
 __all__ = [
     "FORMS",
@@ -128,7 +128,12 @@ def _module(file: Path) -> ModuleType:
     if spec is None or spec.loader is None or not file.is_file():
         raise UsageError(f"--peers must be a Python file, got {file}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's file does
+        raise UsageError(
+            f"--peers {file} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
     return module
 
 
@@ -137,11 +142,13 @@ def recorded(file: Path) -> list[Row]:
 
     Columns: k, rows, columns, package, kernel, dtype, warm_us, cold_us (may be empty).
     """
+    with reading(file, "file of recorded figures"):
+        return _recorded(file)
+
+
+def _recorded(file: Path) -> list[Row]:
     need = {"k", "rows", "columns", "package", "kernel", "dtype", "warm_us", "cold_us"}
-    try:
-        text = file.read_text()
-    except OSError as error:
-        raise UsageError(f"--against cannot be read: {error}") from error
+    text = file.read_text(encoding="utf-8")
     reader = csv.DictReader(text.splitlines())
     missing = need - set(reader.fieldnames or ())
     if missing:

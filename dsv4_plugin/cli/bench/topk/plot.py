@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk import UsageError, bars
+from dsv4_plugin.cli.bench.topk import bars
 from dsv4_plugin.cli.bench.topk.peers import OURS
+from dsv4_plugin.cli.shared import outputs
+from dsv4_plugin.cli.shared.run import UsageError
 
-__all__ = ["draw", "require", "save"]
+__all__ = ["draw", "save"]
 
 Row = dict[str, Any]
 Line = list[tuple[int, float]]
@@ -19,21 +21,6 @@ FLOOR = {  # what is drawn as the floor, by what was measured
     "chain": "bytes of the keys",
 }
 TITLE = {"topk": "Exact top-k", "logits": "Index logits", "chain": "Index logits and exact top-k"}
-
-
-def require() -> None:
-    """Load matplotlib for drawing into files.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            "--plot needs matplotlib, which is not installed: pip install 'dsv4-plugin[bench]'"
-        ) from error
-    matplotlib.use("Agg")
 
 
 def save(figure: Any, file: Path) -> None:
@@ -56,7 +43,7 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     Raises:
         UsageError: matplotlib is not installed, or the document has no such cells.
     """
-    require()
+    outputs.require()
     from matplotlib import pyplot
     from matplotlib.ticker import NullLocator
 

@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dsv4_plugin.cli.bench.topk import UsageError, peers
+from dsv4_plugin.cli.bench.topk import peers
 from dsv4_plugin.cli.bench.topk.peers import Call, Peers
 from dsv4_plugin.cli.bench.upstream import flashinfer_peers, sglang_peers, torch_peers, vllm_peers
+from dsv4_plugin.cli.shared import choices
+from dsv4_plugin.cli.shared.run import UsageError
 
 __all__ = ["ENGINES", "engines_only", "load", "split"]
 
-ENGINES = {
-    "vllm": vllm_peers,
-    "sglang": sglang_peers,
-    "flashinfer": flashinfer_peers,
-    "torch": torch_peers,
-}
+ENGINES = dict(
+    zip(choices.ENGINES, (vllm_peers, sglang_peers, flashinfer_peers, torch_peers), strict=True)
+)
 
 
 def split(words: Iterable[str]) -> tuple[list[str], list[Path]]:

@@ -26,8 +26,8 @@ BATCHES = {
 }
 batches = pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 v2 = pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
-whose = pytest.mark.parametrize("whose", ["auto", "host"])  # logits by us, or by DeepGEMM
-WROTE = {"auto": {"logits.own": 1, "logits.own.bf16.torch": 1}, "host": {"logits.bf16": 1}}
+whose = pytest.mark.parametrize("whose", ["auto", "engine"])  # logits by us, or by DeepGEMM
+WROTE = {"auto": {"logits.plugin": 1, "logits.plugin.bf16.torch": 1}, "engine": {"logits.bf16": 1}}
 
 
 def counters():
@@ -43,7 +43,7 @@ def test_nobody_asked_nothing_changes(engine, load, batch, v2):
     assert names(engine) & UPSTREAM
     assert {c.dtype for c in engine.calls} == {torch.float32}
     assert counters() == {}
-    assert dsv4_plugin.status()["host"] is None
+    assert dsv4_plugin.status()["engine"] is None
 
 
 @batches
@@ -103,7 +103,7 @@ def test_rows_up_to_k_need_no_scores(engine, load, monkeypatch, poison, topk, pr
 
     monkeypatch.setattr(engine.maths, "_new", lambda *a: real(*a).fill_(poison))
     monkeypatch.setattr(engine.maths, "_record", poisoned)
-    load(DSV4_TOPK=topk, DSV4_LOGITS="host")
+    load(DSV4_TOPK=topk, DSV4_LOGITS="engine")
     problem = engine.problem(lengths, raw=True, prefill=prefill)
     engine.step(problem)
     for row, n in enumerate(lengths):

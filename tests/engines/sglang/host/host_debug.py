@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import INDEXER
+from kits.seams import moved
 from kits.told import check_process, told
 
 
@@ -21,10 +22,11 @@ def test_everything_is_told(engine, load, caplog):
     engine.step(engine.problem())
     text = "\n".join(told(caplog))
     assert (
-        "DeepSeek-V4 indexer, k 512, cpu: DSV4_TOPK=auto, top-k in bf16: torch on own bf16" in text
+        "DeepSeek-V4 indexer, k 512, cpu: DSV4_TOPK=auto, top-k in bf16: torch on the plugin's bf16"
+        in text
     )
-    assert "DSV4_LOGITS=auto, bf16 logits by own: yes" in text
-    assert "bf16 logits by host" not in text  # not asked for needlessly
+    assert "DSV4_LOGITS=auto, bf16 logits by plugin: yes" in text
+    assert "bf16 logits by engine" not in text  # not asked for needlessly
     assert "patch deep_gemm.fp8_mqa_logits: applied, in place of " in text
     assert "device cpu: no GPU" in text
     assert "topk on cpu (bfloat16, k 512): torch, as torch was asked for (not cuda: " in text
@@ -42,16 +44,20 @@ def test_each_kind_of_call_is_told_with_its_reasons(engine, load, caplog, no_own
     engine.install_deep_gemm(has_logits_dtype=can_bf16)
     engine.step(engine.problem())
     text = "\n".join(told(caplog))
-    assert "DSA top-k, k 512, cpu: DSV4_TOPK=auto, top-k in fp32: torch on float32 logits" in text
-    own = text.index("bf16 logits by own: no: own logits by torch: the library is not there")
-    host = f"bf16 logits by host: {'yes' if can_bf16 else 'no: deep_gemm.'}"
+    assert (
+        "DSA top-k, k 512, cpu: DSV4_TOPK=auto, top-k in fp32: torch on the engine's float32"
+        in text
+    )
+    own = text.index("bf16 logits by plugin: no: plugin's logits by torch: the library")
+    host = f"bf16 logits by engine: {'yes' if can_bf16 else 'no: deep_gemm.'}"
     assert own < text.index(host)
 
 
 def test_a_seam_that_is_missing_is_told_with_its_reason(engine, load, monkeypatch, caplog):
     from dsv4_plugin.engines.sglang import probe
 
-    monkeypatch.setattr(probe, "TOPK", ("topk_of_tomorrow",))
+    other = moved(probe.SEAMS, "topk.paged", attribute="topk_of_tomorrow")
+    monkeypatch.setattr(probe, "SEAMS", other)
     load(DSV4_LOG="debug")
     assert any("seam topk.paged missing: " in m and "tomorrow" in m for m in told(caplog))
 
@@ -97,4 +103,4 @@ def test_info_tells_none_of_it(engine, load, caplog):
 
 def test_nobody_asked_is_told(engine, load, caplog):
     load(DSV4_PLUGIN="", DSV4_LOG="debug")
-    assert any(m.startswith("nobody switched the plugin on") for m in told(caplog))
+    assert any(m.startswith("the plugin is not switched on") for m in told(caplog))

@@ -17,6 +17,14 @@ from dsv4_plugin import settings
 ROOT = Path(__file__).resolve().parents[4]
 
 
+def merged(parser, arguments):
+    try:
+        from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+    except ImportError:  # 0.5.16
+        from sglang.srt.server_args_config_parser import ConfigArgumentMerger
+    return ConfigArgumentMerger(parser).merge_config_with_args(list(arguments))
+
+
 @pytest.fixture
 def parse(engine, load):
     """Parse a command line as ``sglang serve`` does, after the plugins were loaded."""
@@ -27,6 +35,8 @@ def parse(engine, load):
         load(**{"DSV4_PLUGIN": "", **environ})
         parser = argparse.ArgumentParser()
         ServerArgs.add_cli_args(parser)
+        if "--config" in arguments:
+            arguments = merged(parser, arguments)
         return parser.parse_args(["--model-path", "nowhere", *arguments])
 
     return run
@@ -44,6 +54,14 @@ def test_a_dtype_switches_the_plugin_on(parse, value):
 def test_off_keeps_upstreams(parse):
     parse("--dsv4-topk", "off", DSV4_PLUGIN="1")
     assert settings().topk == "off"
+
+
+@pytest.mark.parametrize("word", ["off", "bf16"])
+def test_in_a_configuration_file(parse, tmp_path, word):
+    """SGLang's reader of ``--config`` hands the bare word ``off`` on as ``false``."""
+    (tmp_path / "server.yaml").write_text(f"dsv4-topk: {word}\n")
+    parse("--config", f"{tmp_path}/server.yaml", DSV4_PLUGIN="1")
+    assert settings().topk == word
 
 
 def test_without_the_flag_nothing_is_set(parse):

@@ -10,6 +10,7 @@ import torch
 from conftest import expected, names
 from host_calls import whose
 from kits.host_parts import canonical
+from kits.told import check_warned, empty_settings, odd_settings
 
 import dsv4_plugin
 from dsv4_plugin.errors import SettingError, UnmetError
@@ -37,7 +38,7 @@ def test_one_active_line(engine, load, caplog, whose):
     engine.step(problem)
     (line,) = [line for line in lines(caplog) if "active" in line]
     assert line.startswith(f"dsv4 active in SGLang {engine.version}, DeepSeek-V4 indexer, k 512")
-    assert f"bf16 by torch on {'own ' if whose == 'auto' else ''}bf16 logits" in line
+    assert f"bf16 by torch on the {'plugin' if whose == 'auto' else 'engine'}'s bf16 logits" in line
     seams = dsv4_plugin.status()["seams"]
     assert {name for name, seam in seams.items() if seam["engaged"]} == {
         "flag", "forward", "topk.paged", "logits",
@@ -50,8 +51,26 @@ def test_nothing_is_said_when_nobody_asked(engine, load, caplog):
     assert lines(caplog) == []
 
 
+@odd_settings
+def test_not_asked_for_is_inert_whatever_a_variable_holds(engine, load, caplog, variable, value):
+    load(**{"DSV4_PLUGIN": "", variable: value})
+    problem = engine.problem()
+    out = engine.step(problem)
+    assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
+    assert names(engine) & {"topk_v1", "topk_v2"}  # SGLang's own selected
+    assert dsv4_plugin.status() == {"engine": None, "seams": {}, "counters": {}}
+    check_warned(caplog, variable, value)
+
+
+@empty_settings
+def test_an_empty_variable_is_unset(engine, load, variable):
+    load(**{variable: ""})
+    engine.step(engine.problem())
+    assert dsv4_plugin.status()["counters"]["topk.paged"] == 1
+
+
 def test_without_bfloat16_in_deepgemm_the_host_means_float32(engine, load, caplog):
-    load(DSV4_LOGITS="host")
+    load(DSV4_LOGITS="engine")
     engine.install_deep_gemm(has_logits_dtype=False)
     problem = engine.problem()
     out = engine.step(problem)
@@ -62,7 +81,7 @@ def test_without_bfloat16_in_deepgemm_the_host_means_float32(engine, load, caplo
 
 
 def test_without_bfloat16_in_deepgemm_bf16_is_one_error(engine, load):
-    load(DSV4_TOPK="bf16", DSV4_LOGITS="host")
+    load(DSV4_TOPK="bf16", DSV4_LOGITS="engine")
     engine.install_deep_gemm(has_logits_dtype=False)
     with pytest.raises(UnmetError) as caught:
         engine.step(engine.problem(k=256))
@@ -74,7 +93,7 @@ def test_without_bfloat16_in_deepgemm_bf16_is_one_error(engine, load):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"DSV4_TOPK": "fp16", "DSV4_LOGITS": "host"}, ["float32 or bfloat16 only"]),
+        ({"DSV4_TOPK": "fp16", "DSV4_LOGITS": "engine"}, ["float32 or bfloat16 only"]),
         ({"DSV4_TOPK": "bf16", "DSV4_INDEXER_READ": "triton"}, ["DSV4_INDEXER_READ=triton"]),
         ({"DSV4_BACKEND": "cuda"}, ["backend cuda", "not on a CUDA device"]),
         ({"DSV4_BACKEND": "cuda", "DSV4_STRICT": "1"}, ["DSV4_STRICT=1", "backend cuda"]),
@@ -112,13 +131,13 @@ def test_another_dsa_backend_keeps_its_hands(engine, load, caplog):
     assert engine.logits_of().dtype == torch.float32
     assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
     counters = dsv4_plugin.status()["counters"]
-    assert not {"topk.paged", "logits.bf16", "logits.own"} & set(counters)
-    assert any("--dsa-topk-backend torch" in line for line in lines(caplog))
+    assert not {"topk.paged", "logits.bf16", "logits.plugin"} & set(counters)
+    assert any("--dsa-topk-backend is torch" in line for line in lines(caplog))
 
 
 def test_another_dsa_backend_and_an_explicit_wish_are_an_error(engine, load):
     load(DSV4_TOPK="bf16")
-    with pytest.raises(UnmetError, match="--dsa-topk-backend flashinfer"):
+    with pytest.raises(UnmetError, match="--dsa-topk-backend is flashinfer"):
         decide(engine, backend=engine.dsa.DSATopKBackend.FLASHINFER)
 
 
@@ -178,10 +197,10 @@ def on_gpu(monkeypatch):
 @pytest.mark.parametrize(
     "whose,missing,want",
     [
-        ("auto", {}, (False, "own")),
-        ("host", {}, (True, "host")),
-        ("auto", {"paged_logits": ["no such kernel"]}, (True, "host")),
-        ("auto", {"ragged_logits": ["no such kernel"]}, (True, "host")),
+        ("auto", {}, (False, "plugin")),
+        ("engine", {}, (True, "engine")),
+        ("auto", {"paged_logits": ["no such kernel"]}, (True, "engine")),
+        ("auto", {"ragged_logits": ["no such kernel"]}, (True, "engine")),
     ],
 )
 def test_on_hopper_with_kernels(engine, load, on_gpu, whose, missing, want):
@@ -189,7 +208,11 @@ def test_on_hopper_with_kernels(engine, load, on_gpu, whose, missing, want):
     on_gpu["unmet"] = missing
     load(DSV4_LOGITS=whose)
     topk = decide(engine, device="cuda:0")
-    assert (topk.dtype, topk.backend, topk.ask, topk.logits) == ("bf16", "cuda", *want)
+    assert (topk.dtype, topk.backend, topk.request_bf16, topk.logits) == (
+        "bf16",
+        "cuda",
+        *want,
+    )
 
 
 def test_on_hopper_without_kernels_auto_never_takes_torch(engine, load, on_gpu, caplog):
@@ -211,14 +234,14 @@ def test_on_another_gpu_every_reason_is_listed(engine, load, on_gpu):
     with pytest.raises(UnmetError) as caught:
         decide(engine, k=256, device="cuda:0")
     assert len(caught.value.unmet) == 4
-    assert "own logits by cuda: compute capability 8.0" in caught.value.unmet
+    assert "plugin's logits by cuda: compute capability 8.0" in caught.value.unmet
 
 
 # --- our own op or DeepGEMM fails ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
-@pytest.mark.parametrize("topk,logits", [("bf16", "auto"), ("bf16", "host"), ("fp32", "auto")])
+@pytest.mark.parametrize("topk,logits", [("bf16", "auto"), ("bf16", "engine"), ("fp32", "auto")])
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 def test_an_op_that_raises(engine, load, monkeypatch, caplog, topk, logits, v2, prefill):
     """The same call is upstream's, on the logits there are; the next one has float32 again."""
@@ -270,14 +293,14 @@ def test_a_deepgemm_that_fails_on_bfloat16(engine, load, caplog, whose):
     problem = engine.problem()
     out = engine.step(problem)
     assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
-    asked = whose == "host"  # `auto` is ours from the start
+    asked = whose == "engine"  # `auto` is ours from the start
     assert engine.logits_of().dtype == (torch.float32 if asked else torch.bfloat16)
     assert ("topk_v2" in names(engine)) is asked
     assert len(lines(caplog, logging.ERROR)) == asked
 
 
 def test_a_deepgemm_that_fails_on_bfloat16_strictly(engine, load):
-    load(DSV4_STRICT="1", DSV4_LOGITS="host")
+    load(DSV4_STRICT="1", DSV4_LOGITS="engine")
     engine.maths.fail_on_bf16 = True
     with pytest.raises(RuntimeError, match="cannot compile"):
         engine.step(engine.problem())

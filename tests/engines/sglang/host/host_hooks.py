@@ -10,6 +10,7 @@ import torch
 from conftest import INDEXER, expected, names, places
 from host_calls import whose
 from kits.host_parts import canonical
+from kits.seams import moved
 
 import dsv4_plugin
 from dsv4_plugin.errors import UnmetError
@@ -60,7 +61,7 @@ def test_not_asked_for_nothing_is_patched(engine, load, caplog, value):
     load(DSV4_PLUGIN=value, DSV4_TOPK="bf16")
     engine.step(engine.problem())
     assert changed(engine) == {"add_cli_args"}
-    assert dsv4_plugin.status() == {"host": None, "seams": {}, "counters": {}}
+    assert dsv4_plugin.status() == {"engine": None, "seams": {}, "counters": {}}
     said = any("DSV4_PLUGIN=0" in m for m in messages(caplog, logging.INFO))
     assert said is (value == "0")
 
@@ -91,7 +92,7 @@ def test_unregister_restores_every_attribute(engine, load):
     assert changed(engine)
     unregister()
     assert changed(engine) == set()
-    assert dsv4_plugin.status() == {"host": None, "seams": {}, "counters": {}}
+    assert dsv4_plugin.status() == {"engine": None, "seams": {}, "counters": {}}
     engine.calls.clear()
     engine.step(engine.problem())
     assert names(engine) == {"paged_logits", "topk_v2"}
@@ -136,7 +137,7 @@ def test_a_second_plugin_around_ours_keeps_float32(engine, load, monkeypatch, ca
     assert seen == [torch.float32]
     assert names(engine) == {"paged_logits", "topk_v2"}
     assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
-    assert any("hooked by somebody else" in m for m in messages(caplog, logging.INFO))
+    assert any("hooked by other code" in m for m in messages(caplog, logging.INFO))
 
 
 def test_a_second_plugin_around_ours_and_an_explicit_wish(engine, load, monkeypatch):
@@ -187,7 +188,7 @@ def test_an_attribute_replaced_later_is_noticed(engine, load, caplog, whose):
     assert seen == [torch.float32]
     unregister()
     assert vars(engine.indexer)[name] is theirs
-    assert any("patched by somebody else" in m for m in messages(caplog, logging.WARNING))
+    assert any("patched by other code" in m for m in messages(caplog, logging.WARNING))
 
 
 def test_a_deepgemm_patched_later_is_left_alone(engine, load, caplog):
@@ -211,7 +212,8 @@ def test_a_deepgemm_patched_later_is_left_alone(engine, load, caplog):
 def test_topk_functions_of_another_name(engine, load, monkeypatch, caplog):
     from dsv4_plugin.engines.sglang import probe
 
-    monkeypatch.setattr(probe, "TOPK", ("topk_of_tomorrow",))
+    other = moved(probe.SEAMS, "topk.paged", attribute="topk_of_tomorrow")
+    monkeypatch.setattr(probe, "SEAMS", other)
     load()
     problem = engine.problem()
     out = engine.step(problem)
@@ -224,7 +226,8 @@ def test_topk_functions_of_another_name(engine, load, monkeypatch, caplog):
 def test_topk_functions_of_another_name_and_a_wish(engine, load, monkeypatch, caplog):
     from dsv4_plugin.engines.sglang import probe
 
-    monkeypatch.setattr(probe, "TOPK", ("topk_of_tomorrow",))
+    other = moved(probe.SEAMS, "topk.paged", attribute="topk_of_tomorrow")
+    monkeypatch.setattr(probe, "SEAMS", other)
     load(DSV4_TOPK="bf16")
     assert any("topk_of_tomorrow" in m for m in messages(caplog, logging.ERROR))
     with pytest.raises(UnmetError, match="topk.paged was not found"):
@@ -234,7 +237,8 @@ def test_topk_functions_of_another_name_and_a_wish(engine, load, monkeypatch, ca
 def test_a_forward_of_another_shape(engine, load, monkeypatch, caplog):
     from dsv4_plugin.engines.sglang import probe
 
-    monkeypatch.setattr(probe, "FORWARD", "C4IndexerBackendMixin.forward_c5_indexer")
+    attribute = "C4IndexerBackendMixin.forward_c5_indexer"
+    monkeypatch.setattr(probe, "SEAMS", moved(probe.SEAMS, "forward", attribute=attribute))
     load()
     engine.step(engine.problem())
     assert names(engine) == {"paged_logits", "topk_v2"}

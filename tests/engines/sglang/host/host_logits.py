@@ -31,17 +31,18 @@ def test_own_logits_are_deepgemms_rounded(engine, load, batch, v2):
     engine.step(problem, v2=v2)
     theirs = engine.logits_of()
     assert not theirs.own
-    load(DSV4_LOGITS="own", DSV4_TOPK="auto")
-    from dsv4_plugin.engines.sglang import policy
+    load(DSV4_LOGITS="plugin", DSV4_TOPK="auto")
+    from dsv4_plugin.engines.shared import adapter
 
-    policy.forget()
+    adapter.current().forget_decisions()
     dsv4_plugin.state.state.counters.clear()
     engine.calls.clear()
     out = engine.step(problem, v2=v2)
     check(engine, problem, out, torch.bfloat16, True)
     assert not names(engine) & UPSTREAM
     assert counters() == {
-        "logits.own": 1, "logits.own.bf16.torch": 1, "topk.paged": 1, "topk.paged.bf16.torch": 1,
+        "logits.plugin": 1, "logits.plugin.bf16.torch": 1, "topk.paged": 1,
+        "topk.paged.bf16.torch": 1,
     }  # fmt: skip
     ours = engine.logits_of()
     assert ours.spans == theirs.spans
@@ -59,7 +60,7 @@ def test_auto_is_ours(engine, load, caplog, prefill, can_bf16):
     problem = engine.problem((600, 1100, 1500), prefill=prefill)
     check(engine, problem, engine.step(problem), torch.bfloat16, True)
     (line,) = [line for line in lines(caplog) if "active" in line]
-    assert "bf16 by torch on own bf16 logits" in line
+    assert "bf16 by torch on the plugin's bf16 logits" in line
     assert dsv4_plugin.status()["seams"]["logits"]["engaged"]
 
 
@@ -73,13 +74,13 @@ def test_auto_is_deepgemms_where_ours_cannot(engine, load, caplog, no_own, prefi
     dtype = torch.bfloat16 if can_bf16 else torch.float32
     check(engine, problem, engine.step(problem), dtype, False)
     assert not names(engine) & UPSTREAM
-    assert "logits.own" not in counters() and (counters().get("logits.bf16") == 1) is can_bf16
+    assert "logits.plugin" not in counters() and (counters().get("logits.bf16") == 1) is can_bf16
     (line,) = [line for line in lines(caplog) if "active" in line]
     assert dsv4_plugin.status()["seams"]["logits"]["engaged"] is can_bf16
     if can_bf16:
-        assert "bf16 by torch on bf16 logits" in line
+        assert "bf16 by torch on the engine's bf16 logits" in line
         return
-    for part in ("takes no logits_dtype", "own logits by torch: the library is not there"):
+    for part in ("takes no logits_dtype", "plugin's logits by torch: the library is not there"):
         assert part in line
 
 
@@ -88,12 +89,12 @@ def test_bf16_that_nobody_can_write_is_one_error(engine, load, no_own):
     engine.install_deep_gemm(has_logits_dtype=False)
     with pytest.raises(UnmetError, match="takes no logits_dtype") as caught:
         engine.step(engine.problem())
-    assert "own logits by torch: the library is not there" in caught.value.unmet
+    assert "plugin's logits by torch: the library is not there" in caught.value.unmet
 
 
 @pytest.mark.parametrize("topk,dtype", [("fp32", torch.float32), ("fp16", torch.float16)])
 def test_other_dtypes(engine, load, topk, dtype):
-    load(DSV4_TOPK=topk, DSV4_LOGITS="own")
+    load(DSV4_TOPK=topk, DSV4_LOGITS="plugin")
     problem = engine.problem()
     check(engine, problem, engine.step(problem), dtype, True)
 
@@ -106,7 +107,7 @@ def broken(*args, **kwargs):
 def test_logits_that_fail_cost_no_request(engine, load, monkeypatch, caplog, prefill):
     import logging
 
-    load(DSV4_LOGITS="own")
+    load(DSV4_LOGITS="plugin")
     monkeypatch.setattr("dsv4_plugin.logits.paged_logits", broken)
     monkeypatch.setattr("dsv4_plugin.logits.ragged_logits", broken)
     problem = engine.problem((600, 1100, 1500), prefill=prefill)
@@ -118,14 +119,14 @@ def test_logits_that_fail_cost_no_request(engine, load, monkeypatch, caplog, pre
 
 
 def test_logits_that_fail_strictly(engine, load, monkeypatch):
-    load(DSV4_LOGITS="own", DSV4_STRICT="1")
+    load(DSV4_LOGITS="plugin", DSV4_STRICT="1")
     monkeypatch.setattr("dsv4_plugin.logits.paged_logits", broken)
     with pytest.raises(RuntimeError, match="no such kernel image"):
         engine.step(engine.problem())
 
 
 def test_a_topk_that_fails_leaves_logits_that_upstream_reads(engine, load, monkeypatch):
-    load(DSV4_LOGITS="own")
+    load(DSV4_LOGITS="plugin")
     monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
     problem = engine.problem((600, 1100, 1500), raw=True)
     engine.step(problem)
@@ -136,13 +137,13 @@ def test_a_topk_that_fails_leaves_logits_that_upstream_reads(engine, load, monke
     assert [c.dtype for c in engine.calls if c.name.startswith("topk")] == [torch.float32]
 
 
-@pytest.mark.parametrize("asked_for", [False, True], ids=["auto", "own"])
+@pytest.mark.parametrize("asked_for", [False, True], ids=["auto", "plugin"])
 @can_bf16
 def test_a_call_ours_does_not_take(engine, load, monkeypatch, asked_for, can_bf16):
     """Nobody asked: DeepGEMM's for this call, in float32 in any case. Somebody asked: an error."""
     from dsv4_plugin import logits
 
-    load(DSV4_LOGITS="own" if asked_for else "auto")
+    load(DSV4_LOGITS="plugin" if asked_for else "auto")
     engine.install_deep_gemm(has_logits_dtype=can_bf16)
     real, answers = logits.paged_logits, [UnmetError("backend 'cuda'", ["q has 8 heads"])]
     monkeypatch.setattr(
@@ -163,12 +164,12 @@ def test_own_that_cannot_be_met_lists_everything(engine, load, monkeypatch):
     from dsv4_plugin.kernels import cuda
 
     monkeypatch.setattr(cuda, "missing", lambda: "the library is not there")
-    load(DSV4_LOGITS="own", DSV4_BACKEND="cuda")
+    load(DSV4_LOGITS="plugin", DSV4_BACKEND="cuda")
     with pytest.raises(UnmetError) as caught:
         engine.step(engine.problem(k=256))
-    assert caught.value.wish == "DSV4_LOGITS=own"
-    for part in ("index_topk is 256", "own logits by cuda: the tensors are on cpu",
-                 "own logits by cuda: the library is not there"):  # fmt: skip
+    assert caught.value.wish == "DSV4_LOGITS=plugin"
+    for part in ("index_topk is 256", "plugin's logits by cuda: the tensors are on cpu",
+                 "plugin's logits by cuda: the library is not there"):  # fmt: skip
         assert part in str(caught.value)
 
 
@@ -176,7 +177,7 @@ def test_own_logits_elsewhere(engine, load):
     """Logits that SGLang was told to compute by torch do not come past our wrapper."""
     engine.envs.SGLANG_FP8_PAGED_MQA_LOGITS_TORCH.set(True)
     try:
-        load(DSV4_LOGITS="own")
+        load(DSV4_LOGITS="plugin")
         with pytest.raises(UnmetError, match="SGLANG_FP8_PAGED_MQA_LOGITS_TORCH"):
             engine.step(engine.problem())
     finally:
@@ -184,6 +185,6 @@ def test_own_logits_elsewhere(engine, load):
 
 
 def test_own_has_no_seam_in_dsa(engine, load):
-    load(DSV4_LOGITS="own")
+    load(DSV4_LOGITS="plugin")
     with pytest.raises(UnmetError, match="V3.2 and GLM have no seam"):
         engine.dsa_step(torch.randn(2, 1536), engine.problem((1500, 3)))

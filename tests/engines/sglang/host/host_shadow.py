@@ -9,7 +9,7 @@ from host_calls import UPSTREAM, batches, dsa_scores
 from kits.host_parts import canonical, oracle
 
 import dsv4_plugin
-from dsv4_plugin.engines.shared import plan, shadow
+from dsv4_plugin.engines.shared import adapter, shadow
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def entries(problem):
 @batches
 @pytest.mark.parametrize(
     ("v2", "raw", "logits"),
-    [(False, True, "auto"), (False, True, "host"), (True, False, "auto")],
+    [(False, True, "auto"), (False, True, "engine"), (True, False, "auto")],
     ids=["v1, slots and raw", "v1, slots and raw, DeepGEMM's logits", "v2, slots"],
 )
 def test_the_output_stays_and_the_counters_are_right(engine, load, batch, v2, raw, logits):
@@ -85,11 +85,11 @@ def test_a_shadow_that_fails_disturbs_nothing(engine, load, monkeypatch, caplog)
         out = engine.step(problem)
         want = canonical(problem.slots(expected(engine, problem)))
         assert torch.equal(canonical(out), want)
-    assert plan.current().topk is not None
+    assert adapter.current().decision.selection is not None
     assert sum("no such kernel" in r.message for r in caplog.records) == 1
 
 
-@pytest.mark.parametrize("logits,row", [("auto", 16), ("host", 1024)], ids=["auto", "host"])
+@pytest.mark.parametrize("logits,row", [("auto", 16), ("engine", 1024)], ids=["auto", "engine"])
 def test_what_bf16_saves_is_in_the_status(engine, load, logits, row):
     load(DSV4_LOGITS=logits)
     problem = engine.problem((1500, 3))

@@ -18,7 +18,7 @@ BATCHES = {
 batches = pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
 # In 16 bits `auto` is ours, in float32 DeepGEMM's.
 dtypes = pytest.mark.parametrize(
-    "topk,logits", [("bf16", "auto"), ("bf16", "host"), ("fp32", "auto")]
+    "topk,logits", [("bf16", "auto"), ("bf16", "engine"), ("fp32", "auto")]
 )
 
 
@@ -60,7 +60,7 @@ def test_dsa_decode_logical_offsets(engine, load, lengths, topk, logits, pad):
     assert torch.equal(canonical(got), best(engine, lengths, 512))
     assert lens.tolist() == [min(n, 512) for n in lengths]
     assert counters() == {
-        **({"logits.own": 1, "logits.own.bf16.torch": 1} if own else {}),
+        **({"logits.plugin": 1, "logits.plugin.bf16.torch": 1} if own else {}),
         "topk.dsa_decode_topk": 1, f"topk.dsa_decode_topk.{topk}.torch": 1,
     }  # fmt: skip
 
@@ -193,7 +193,7 @@ def test_dsa_prefill(engine, load, requests, topk, logits, pad):
     assert lens.tolist() == [min(n, 512) for n in lengths]
 
 
-@pytest.mark.parametrize("logits", ["auto", "host"])
+@pytest.mark.parametrize("logits", ["auto", "engine"])
 def test_prefill_in_blocks_is_the_same(engine, load, logits):
     """``max_logits_bytes`` splits the queries, never the answer."""
     load(DSV4_LOGITS=logits)
@@ -242,7 +242,7 @@ def test_dsv4_decode(engine, load, lengths, topk, logits):
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["gathers", "reuses what was gathered"])
-@pytest.mark.parametrize("logits", ["auto", "host"])
+@pytest.mark.parametrize("logits", ["auto", "engine"])
 def test_dsv4_prefill(engine, load, given, logits):
     load(DSV4_LOGITS=logits)
     lengths = (1536, 700, 512, 3)

@@ -24,9 +24,12 @@ def test_everything_is_told(engine, load, caplog):
     assert f".{NAME}: applied, in place of " in text
     decode(engine, engine.batch((1500, 3)))
     text = "\n".join(told(caplog))
-    assert "dsa_decode_topk, k 512, cpu: DSV4_TOPK=auto, top-k in bf16: torch on own bf16" in text
-    assert "DSV4_LOGITS=auto, bf16 logits by own: yes" in text
-    assert "bf16 logits by host" not in text  # not asked for needlessly
+    assert (
+        "dsa_decode_topk, k 512, cpu: DSV4_TOPK=auto, top-k in bf16: torch on the plugin's bf16"
+        in text
+    )
+    assert "DSV4_LOGITS=auto, bf16 logits by plugin: yes" in text
+    assert "bf16 logits by engine" not in text  # not asked for needlessly
     assert "device cpu: no GPU" in text
     assert "topk on cpu (bfloat16, k 512): torch, as torch was asked for (not cuda: " in text
     assert "first call of topk.dsa_decode_topk" in text
@@ -42,8 +45,8 @@ def test_the_reasons_against_logits_are_told(engine, load, caplog, no_own, can_b
     engine.install_deep_gemm(has_logits_dtype=can_bf16)
     decode(engine, engine.batch((1500, 3)))
     text = "\n".join(told(caplog))
-    own = text.index("bf16 logits by own: no: own logits by torch: the library is not there")
-    host = f"bf16 logits by host: {'yes' if can_bf16 else 'no: deep_gemm.'}"
+    own = text.index("bf16 logits by plugin: no: plugin's logits by torch: the library")
+    host = f"bf16 logits by engine: {'yes' if can_bf16 else 'no: deep_gemm.'}"
     assert own < text.index(host)
 
 
@@ -64,7 +67,7 @@ def test_a_second_time_is_told(engine, load, caplog):
 
     load(DSV4_LOG="debug")
     register_kernels()
-    assert any(m.endswith("our kernels are registered already") for m in told(caplog))
+    assert any(m.endswith("the plugin's kernels are registered already") for m in told(caplog))
 
 
 def test_steps_add_no_line(engine, load, caplog):

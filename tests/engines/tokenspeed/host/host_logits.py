@@ -26,7 +26,7 @@ def whose(engine):
 @pytest.mark.parametrize("topk", DTYPES)
 @pytest.mark.parametrize("layout", ["logical_offsets", "global_slots"])
 def test_decode(engine, load, lengths, topk, layout):
-    load(DSV4_TOPK=topk, DSV4_LOGITS="own")
+    load(DSV4_TOPK=topk, DSV4_LOGITS="plugin")
     batch = engine.batch(lengths)
     got, lens = decode(engine, batch, layout=layout)
     assert whose(engine) == {(DTYPES[topk], True)}
@@ -35,7 +35,7 @@ def test_decode(engine, load, lengths, topk, layout):
         want = through(batch["table"], want)
     assert torch.equal(canonical(got), canonical(want))
     assert lens.tolist() == [min(n, 512) for n in lengths]
-    assert counters()[f"logits.own.{topk}.torch"] == 1
+    assert counters()[f"logits.plugin.{topk}.torch"] == 1
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_decode(engine, load, lengths, topk, layout):
 )
 @pytest.mark.parametrize("blocks", [False, True])
 def test_dsa_prefill(engine, load, requests, blocks):
-    load(DSV4_LOGITS="own")
+    load(DSV4_LOGITS="plugin")
     more = {"max_logits_bytes": 2300 * 2 * 4} if blocks else {}
     got, lens, starts, ends, _ = prefill(engine, requests, **more)
     assert whose(engine) == {(torch.bfloat16, True)}
@@ -61,7 +61,7 @@ def test_dsa_prefill(engine, load, requests, blocks):
 
 @pytest.mark.parametrize("topk", ["bf16", "fp32"])
 def test_dsv4_modes(engine, load, topk):
-    load(DSV4_TOPK=topk, DSV4_LOGITS="own")
+    load(DSV4_TOPK=topk, DSV4_LOGITS="plugin")
     lengths = (1536, 700, 512, 3)
     batch = engine.batch(lengths)
     q = (batch["q"].to(torch.float8_e4m3fn), torch.empty(0))
@@ -78,7 +78,7 @@ def test_dsv4_modes(engine, load, topk):
         batch["lengths"], page_size=64, topk=512, max_seqlen_k=1536, index_k_format="fp8_scaled",
     )  # fmt: skip
     assert torch.equal(canonical(got), best(engine, lengths, 512))
-    assert whose(engine) == {(DTYPES[topk], True)} and counters()["logits.own"] == 2
+    assert whose(engine) == {(DTYPES[topk], True)} and counters()["logits.plugin"] == 2
 
 
 def test_own_logits_are_deepgemms_rounded(engine, load):
@@ -86,10 +86,10 @@ def test_own_logits_are_deepgemms_rounded(engine, load):
     batch = engine.batch((1500, 40))
     decode(engine, batch)
     theirs = engine.calls[-1]
-    load(DSV4_TOPK="bf16", DSV4_LOGITS="own")
-    from dsv4_plugin.engines.tokenspeed import policy
+    load(DSV4_TOPK="bf16", DSV4_LOGITS="plugin")
+    from dsv4_plugin.engines.shared import adapter
 
-    policy.forget()
+    adapter.current().forget_decisions()
     decode(engine, batch)
     ours = engine.calls[-1]
     assert (theirs.own, ours.own) == (False, True)
@@ -118,13 +118,13 @@ def test_auto_is_deepgemms_where_ours_cannot(engine, load, caplog, no_own, can_b
     assert torch.equal(canonical(got), best(engine, lengths, 512))
     prefill(engine, [(700, 3)])
     assert whose(engine) == {(torch.bfloat16 if can_bf16 else torch.float32, False)}
-    assert "logits.own" not in counters()
+    assert "logits.plugin" not in counters()
     dtype = "bf16" if can_bf16 else "fp32"
     assert counters()[f"topk.dsa_decode_topk.{dtype}.torch"] == 1
     active = [line for line in lines(caplog) if "active" in line]
     assert len(active) == 2  # one a mode
     for line in active:
-        for part in ("takes no logits_dtype", "own logits by torch: the library is not there"):
+        for part in ("takes no logits_dtype", "plugin's logits by torch: the library is not there"):
             assert (part in line) is not can_bf16
 
 
@@ -133,7 +133,7 @@ def test_bf16_that_nobody_can_write_is_one_error(engine, load, no_own):
     engine.install_deep_gemm(has_logits_dtype=False)
     with pytest.raises(UnmetError, match="takes no logits_dtype") as caught:
         decode(engine, engine.batch((1500,)))
-    assert "own logits by torch: the library is not there" in caught.value.unmet
+    assert "plugin's logits by torch: the library is not there" in caught.value.unmet
 
 
 def of_another_form(engine):
@@ -159,13 +159,13 @@ def test_a_call_ours_does_not_take_is_tokenspeeds(engine, load, caplog, upstream
 
 def test_a_call_ours_does_not_take_strictly(engine, load, upstream):
     load(DSV4_STRICT="1")
-    with pytest.raises(UnmetError, match="own logits.*another form"):
+    with pytest.raises(UnmetError, match="the plugin's logits.*another form"):
         of_another_form(engine)
     assert not upstream
 
 
 def test_logits_that_fail_are_tokenspeeds_call(engine, load, monkeypatch, upstream):
-    load(DSV4_LOGITS="own")
+    load(DSV4_LOGITS="plugin")
     monkeypatch.setattr("dsv4_plugin.logits.paged_logits", broken)
     assert decode(engine, engine.batch((1500, 3))) == ("upstream", engine.own["dsa_decode_topk"])
 
@@ -174,10 +174,10 @@ def test_own_that_cannot_be_met_lists_everything(engine, load, monkeypatch):
     from dsv4_plugin.kernels import cuda
 
     monkeypatch.setattr(cuda, "missing", lambda: "the library is not there")
-    load(DSV4_LOGITS="own", DSV4_BACKEND="cuda")
+    load(DSV4_LOGITS="plugin", DSV4_BACKEND="cuda")
     with pytest.raises(UnmetError) as caught:
         decode(engine, engine.batch((1500,)))
-    assert caught.value.wish == "DSV4_LOGITS=own"
-    for part in ("own logits by cuda: the tensors are on cpu",
-                 "own logits by cuda: the library is not there"):  # fmt: skip
+    assert caught.value.wish == "DSV4_LOGITS=plugin"
+    for part in ("plugin's logits by cuda: the tensors are on cpu",
+                 "plugin's logits by cuda: the library is not there"):  # fmt: skip
         assert part in str(caught.value)

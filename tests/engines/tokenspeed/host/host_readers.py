@@ -127,7 +127,7 @@ def test_a_patch_of_somebody_else_is_left(engine, load, caplog):
     setattr(engine.runtime(), NAME, theirs)
     unregister()
     assert vars(engine.runtime())[NAME] is theirs
-    assert "patched by somebody else" in caplog.text
+    assert "patched by other code" in caplog.text
 
 
 def test_off_leaves_the_loop(engine, load, loop):
@@ -163,7 +163,7 @@ def test_the_mxfp4_sibling_is_gone_here_and_said_so(engine, load):
     if "read_deepseek_v4_indexer_mxfp4_cache" in engine.readers:
         assert seam["engaged"]
     else:
-        assert not seam["engaged"] and "gone" in seam["why"]
+        assert not seam["engaged"] and "has no read_deepseek_v4_indexer_mxfp4_cache" in seam["why"]
 
 
 def test_the_mxfp4_sibling_of_another_release(engine, load):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import MODES
 from host_calls import decode, prefill
+from kits.seams import moved
+from kits.told import check_warned, empty_settings, odd_settings
 
 import dsv4_plugin
 from dsv4_plugin.errors import SettingError, UnmetError
@@ -31,7 +33,7 @@ def test_ours_are_selected_on_hopper(engine, load, caplog):
     assert chosen(engine) == dict(zip(MODES, OURS, strict=True))
     seams = dsv4_plugin.status()["seams"]
     assert {f"topk.{mode}" for mode in MODES} <= set(seams)
-    assert dsv4_plugin.status()["host"].startswith("TokenSpeed 0.1")
+    assert dsv4_plugin.status()["engine"].startswith("TokenSpeed 0.1")
 
 
 def test_the_doctor_shows_the_seams(engine):
@@ -47,10 +49,28 @@ def test_the_doctor_shows_the_seams(engine):
 def test_not_asked_for_nothing_is_registered(engine, load, value, caplog):
     assert load(DSV4_PLUGIN=value) == []
     assert chosen(engine) == engine.own
-    assert dsv4_plugin.status() == {"host": None, "seams": {}, "counters": {}}
+    assert dsv4_plugin.status() == {"engine": None, "seams": {}, "counters": {}}
     runtime = vars(engine.runtime())
     assert all(runtime[name] is function for name, function in engine.readers.items())
     assert any("DSV4_PLUGIN=0" in line for line in lines(caplog)) is (value == "0")
+
+
+@odd_settings
+def test_not_asked_for_is_inert_whatever_a_variable_holds(engine, load, caplog, variable, value):
+    assert load(**{"DSV4_PLUGIN": "", "DSV4_BACKEND": "", variable: value}) == []
+    assert chosen(engine) == engine.own
+    assert dsv4_plugin.status() == {"engine": None, "seams": {}, "counters": {}}
+    runtime = vars(engine.runtime())
+    assert all(runtime[name] is function for name, function in engine.readers.items())
+    check_warned(caplog, variable, value)
+
+
+@empty_settings
+def test_an_empty_variable_is_unset(engine, load, variable):
+    load(**{variable: ""})
+    if variable != "DSV4_BACKEND":  # nothing is compiled here
+        decode(engine, engine.batch((1500,)))
+        assert dsv4_plugin.status()["counters"]["topk.dsa_decode_topk"] == 1
 
 
 def test_the_kernel_plugins_can_be_disabled(engine, load, monkeypatch):
@@ -131,7 +151,7 @@ def test_without_our_read_the_prefill_is_tokenspeeds(engine, load):
     assert engine.chosen("dsa_decode_topk") in OURS
 
 
-@pytest.mark.parametrize("logits,own", [("auto", "own "), ("host", "")])
+@pytest.mark.parametrize("logits,own", [("auto", "the plugin's"), ("engine", "the engine's")])
 def test_one_active_line_a_mode(engine, load, caplog, logits, own):
     load(DSV4_LOGITS=logits)
     batch = engine.batch((1500, 3))
@@ -139,7 +159,7 @@ def test_one_active_line_a_mode(engine, load, caplog, logits, own):
     decode(engine, batch)
     (line,) = [line for line in lines(caplog) if "active" in line]
     assert line.startswith("dsv4 active in TokenSpeed 0.1")
-    assert "dsa_decode_topk, k 512" in line and f"bf16 by torch on {own}bf16 logits" in line
+    assert "dsa_decode_topk, k 512" in line and f"bf16 by torch on {own} bf16 logits" in line
     assert dsv4_plugin.status()["seams"]["topk.dsa_decode_topk"]["engaged"]
 
 
@@ -159,7 +179,7 @@ def test_unregister_gives_the_registry_back(engine, load):
     unregister()
     assert set(engine.registry._by_name) == before
     assert chosen(engine) == engine.own
-    assert dsv4_plugin.status() == {"host": None, "seams": {}, "counters": {}}
+    assert dsv4_plugin.status() == {"engine": None, "seams": {}, "counters": {}}
     assert load() == OURS  # and again
 
 
@@ -167,7 +187,7 @@ def test_unregister_gives_the_registry_back(engine, load):
 
 
 def test_without_bfloat16_in_deepgemm_the_host_means_float32(engine, load, caplog):
-    load(DSV4_LOGITS="host")
+    load(DSV4_LOGITS="engine")
     engine.install_deep_gemm(has_logits_dtype=False)
     batch = engine.batch((1500, 3))
     decode(engine, batch)
@@ -178,7 +198,7 @@ def test_without_bfloat16_in_deepgemm_the_host_means_float32(engine, load, caplo
 
 
 def test_a_wish_that_cannot_be_met_is_one_error(engine, load):
-    load(DSV4_TOPK="bf16", DSV4_BACKEND="auto", DSV4_LOGITS="host")  # nothing is compiled here
+    load(DSV4_TOPK="bf16", DSV4_BACKEND="auto", DSV4_LOGITS="engine")  # nothing is compiled here
     engine.install_deep_gemm(has_logits_dtype=False)
     with pytest.raises(UnmetError, match="DSV4_TOPK=bf16") as caught:
         decode(engine, engine.batch((1500,)))
@@ -253,7 +273,7 @@ def test_every_mode_falls_back(engine, load, monkeypatch, upstream):
 
 
 def test_deepgemm_that_raises(engine, load, upstream, caplog):
-    load(DSV4_LOGITS="host")
+    load(DSV4_LOGITS="engine")
     engine.maths.fail_on_bf16 = True
     assert decode(engine, engine.batch((1500,)))[0] == "upstream"
     assert len(lines(caplog, logging.ERROR)) == 1
@@ -282,8 +302,8 @@ def test_strict_raises_instead(engine, load, monkeypatch, upstream):
 def test_a_facade_of_another_shape(engine, load, monkeypatch, caplog):
     from dsv4_plugin.engines.tokenspeed import probe
 
-    modes = {**probe.MODES, "dsa_decode_topk": ("queries", "weights")}
-    monkeypatch.setattr(probe, "MODES", modes)
+    other = moved(probe.SEAMS, "topk.dsa_decode_topk", takes=("queries", "weights"))
+    monkeypatch.setattr(probe, "SEAMS", other)
     assert "dsv4_plugin_dsa_decode_topk" not in load()
     assert engine.chosen("dsa_decode_topk") == engine.own["dsa_decode_topk"]
     assert dsv4_plugin.status()["seams"]["topk.dsa_decode_topk"]["where"] is None

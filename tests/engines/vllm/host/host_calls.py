@@ -92,7 +92,7 @@ def test_float32_is_exact_and_the_same_as_upstream(engine, run, batch, monkeypat
 
 
 @batches
-@pytest.mark.parametrize("whose", ["auto", "host"])
+@pytest.mark.parametrize("whose", ["auto", "engine"])
 def test_v4_selects_in_bf16(engine, run, batch, monkeypatch, can_bf16, whose):
     """On logits of our own; on DeepGEMM's where these are asked for and it writes bfloat16."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
@@ -108,7 +108,7 @@ def test_v4_selects_in_bf16(engine, run, batch, monkeypatch, can_bf16, whose):
     assert torch.equal(got, engine.expected(problem.k))  # on the very logits it was given
     assert not names(engine) & UPSTREAM_TOPK
     counters = dsv4_plugin.status()["counters"]
-    by = {"own": own, "bf16": not own and can_bf16, "upstream": not own and not can_bf16}
+    by = {"plugin": own, "bf16": not own and can_bf16, "upstream": not own and not can_bf16}
     for name, there in by.items():
         assert bool(counters.get(f"logits.{name}")) is there, name
     kind = "decode" if batch.get("decode") else "prefill"
@@ -133,11 +133,11 @@ def test_a_served_call_is_evidence_for_an_ab(engine, run, monkeypatch, tmp_path)
     evidence, warnings = judge(server, "on")
     assert warnings == []
     assert evidence.processes[0]["counters"]["topk.decode"] == 1
-    assert evidence.processes[0]["host"].startswith("vLLM ")
+    assert evidence.processes[0]["engine"].startswith("vLLM ")
 
 
 @pytest.mark.parametrize(
-    "topk,whose", [("fp32", "host"), ("fp32", "own"), ("auto", "host"), ("bf16", "auto")]
+    "topk,whose", [("fp32", "engine"), ("fp32", "plugin"), ("auto", "engine"), ("bf16", "auto")]
 )
 def test_ties_go_to_the_lowest_index(engine, run, monkeypatch, topk, whose):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
@@ -169,7 +169,7 @@ def test_the_direct_call_of_v32_is_covered(engine, run, monkeypatch):
 def test_the_gather_brings_the_very_bytes(engine, run, monkeypatch):
     """The keys that reach DeepGEMM, against the cache as the problem laid it out."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
-    monkeypatch.setenv("DSV4_LOGITS", "host")
+    monkeypatch.setenv("DSV4_LOGITS", "engine")
     problem = engine.problem(prefill=((700, 3), (65, 2), (64, 1)), page_padding=64)
     seen = []
     dense = engine.deep_gemm._dense

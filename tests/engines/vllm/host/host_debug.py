@@ -44,9 +44,9 @@ def test_everything_is_told(engine, run, anew, said):
     run(engine.problem(**MIXED))
     text = "\n".join(said())
     assert "k 512, cpu, DeepSeek-V4; eligible" in text
-    assert "the first layer: DSV4_TOPK=auto, top-k in bf16: torch on " in text
-    assert "DSV4_LOGITS=auto, bf16 logits by own: yes" in text
-    assert "bf16 logits by host" not in text  # not asked for needlessly
+    assert "the first of the DeepSeek-V4 layers: DSV4_TOPK=auto, top-k in bf16: torch on " in text
+    assert "DSV4_LOGITS=auto, bf16 logits by plugin: yes" in text
+    assert "bf16 logits by engine" not in text  # not asked for needlessly
     assert "DSV4_INDEXER_READ=auto, key gather by torch: yes" in text
     assert "device cpu: no GPU" in text
     assert "topk on cpu (bfloat16, k 512): torch, as torch was asked for (not cuda: " in text
@@ -61,12 +61,12 @@ def test_the_reasons_against_a_dtype_are_told(engine, run, anew, said):
     run.build(engine.problem(**MIXED), model="deepseek_v32")
     run.build(engine.problem(decode=(700, 40), prefill=((600, 4),), k=256))
     text = "\n".join(said())
-    assert "not DeepSeek-V4, so float32 scores; eligible" in text
+    assert "k 512, cpu, DeepSeek-V3.2-like; eligible" in text
     assert "vLLM keeps it: index_topk is 256" in text
     assert "top-k in fp32: no: index_topk is 256" in text
 
 
-@pytest.mark.parametrize("whose", ["auto", "host"])
+@pytest.mark.parametrize("whose", ["auto", "engine"])
 def test_who_was_asked_for_logits_is_told_in_order(
     engine, run, anew, said, no_own, can_bf16, whose
 ):
@@ -74,9 +74,11 @@ def test_who_was_asked_for_logits_is_told_in_order(
     run.build(engine.problem(**MIXED))
     told = [line for line in said() if f"DSV4_LOGITS={whose}, bf16 logits by" in line]
     if whose == "auto":
-        assert "bf16 logits by own: no: own logits by torch: the library is not" in told.pop(0)
+        assert (
+            "bf16 logits by plugin: no: plugin's logits by torch: the library is not" in told.pop(0)
+        )
     (line,) = told
-    assert f"bf16 logits by host: {'yes' if can_bf16 else 'no: vLLM'}" in line
+    assert f"bf16 logits by engine: {'yes' if can_bf16 else 'no: vLLM'}" in line
 
 
 def test_a_seam_that_is_missing_is_told_with_its_reason(engine, anew, said, monkeypatch):

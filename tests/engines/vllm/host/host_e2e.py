@@ -124,17 +124,18 @@ def test_the_warm_up_that_is_left_out_takes_what_it_is_given() -> None:
 
 def test_the_runners_have_the_seams_for_copied_contexts() -> None:
     first, second = map(source.find, vllm_side.RUNNERS)
-    first.require("GPUModelRunner._model_forward", ("self", "input_ids", "positions"))
-    second.require("GPUModelRunner.load_model", ("self",))
-    second.require("GPUModelRunner.execute_model", ("self",))
-    text = second.path.read_text()
+    takes = first.parameters("GPUModelRunner._model_forward")
+    assert takes[:3] == ("self", "input_ids", "positions")
+    for name in ("load_model", "execute_model"):
+        assert second.parameters(f"GPUModelRunner.{name}")[0] == "self"
+    text = second.text_of("")
     assert "def _model_forward" not in text, "it is told from the first one by that"
     assert "self.model(**model_inputs)" in text
     assert '"input_ids": input_ids' in text and '"positions": input_batch.positions' in text
     for runner in (first, second):
         for name in ("kv_cache_config", "slot_mappings_by_layer", "model_config"):
-            assert runner.mentions(name), name
-    context = source.find("vllm.forward_context").path.read_text()
+            assert name in runner.text_of(""), name
+    context = source.find("vllm.forward_context").text_of("")
     assert "slot_mapping: dict[str, torch.Tensor]" in context
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import canonical
 from host_calls import BATCHES
+from kits.seams import moved
 
 import dsv4_plugin
 from dsv4_plugin import ops
-from dsv4_plugin.engines.shared import plan
+from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.vllm import register, unregister, wrappers
 
 OP = "sparse_attn_indexer"
@@ -97,10 +98,9 @@ def test_where_a_row_may_be_left_over_the_fill_stays(engine, on, change):
         prefix = next(iter(context.attn_metadata))
 
         def asked():
-            return fill._every_row_is_selected(
-                {"hidden_states": problem.hidden, "k_cache_prefix": prefix, "topk_tokens": 512,
-                 "topk_indices_buffer": problem.buffer}
-            )  # fmt: skip
+            given = {"hidden_states": problem.hidden, "k_cache_prefix": prefix,
+                     "topk_tokens": 512, "topk_indices_buffer": problem.buffer}  # fmt: skip
+            return fill._every_row_is_selected(adapter.current(), given.get)
 
         assert asked()
         change(problem, context)
@@ -122,7 +122,7 @@ def test_a_full_graph_is_captured_without_it(engine, on, found):
 def test_what_fails_is_filled_before_vllm_selects(engine, on, monkeypatch, part):
     """vLLM's kernels get the rows as they expect them, in the same call."""
     monkeypatch.setenv("DSV4_TOPK", "fp32")
-    monkeypatch.setenv("DSV4_LOGITS", "own")
+    monkeypatch.setenv("DSV4_LOGITS", "plugin")
     problem = engine.problem(decode=(700, 40, 1500))
     rows: list[torch.Tensor] = []
 
@@ -136,7 +136,7 @@ def test_what_fails_is_filled_before_vllm_selects(engine, on, monkeypatch, part)
     with built(engine, problem) as layer:
         monkeypatch.setattr(name, lambda *a, **k: 1 / 0)
         got = canonical(engine.step(layer, problem))
-    assert torch.equal(got, engine.expected(problem.k)) and plan.is_off("topk")
+    assert torch.equal(got, engine.expected(problem.k)) and "topk" in adapter.current().off
     assert counters()["topk.unfilled"] == 1
     assert len(rows) == 1 and bool((rows[0] == -1).all())
     assert "switched off" in seam()["why"]
@@ -147,10 +147,10 @@ def test_a_call_that_leaves_it_out_itself(engine, on, found):
     from dsv4_plugin.engines.vllm import fill
 
     heard = []
-    names = ("hidden_states", fill.ARGUMENT)
-    fill.left_out(lambda *a, **k: heard.append((a, k)), names, (1,), {fill.ARGUMENT: True})
-    fill.left_out(lambda *a, **k: heard.append((a, k)), names, (1, 2, 3), {})
-    assert heard == [((1,), {fill.ARGUMENT: True}), ((1, 2, 3), {})]
+    at = {"hidden_states": 0, fill.SKIP_FILL: 1}
+    fill.run_op(lambda *a, **k: heard.append((a, k)), at, (1,), {fill.SKIP_FILL: True})
+    fill.run_op(lambda *a, **k: heard.append((a, k)), at, (1, 2, 3), {})
+    assert heard == [((1,), {fill.SKIP_FILL: True}), ((1, 2, 3), {})]
 
 
 def test_a_model_that_is_compiled_keeps_it(engine, on, found):
@@ -182,7 +182,7 @@ def test_a_compiler_sees_the_op(engine, on, monkeypatch):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         from dsv4_plugin.engines.vllm import fill
 
-        monkeypatch.setattr(fill, "left_out", lambda *a: 1 / 0)
+        monkeypatch.setattr(fill, "run_op", lambda *a: 1 / 0)
         ours = getattr(torch.ops.vllm, OP)
         ours.resolved = lambda *a, **k: "the op"
         assert ours(1) == "the op"
@@ -190,9 +190,10 @@ def test_a_compiler_sees_the_op(engine, on, monkeypatch):
 
 
 def test_the_op_without_the_argument(engine, monkeypatch):
-    from dsv4_plugin.engines.vllm import fill
+    from dsv4_plugin.engines.vllm import install, probe
 
     unregister()
-    monkeypatch.setattr(fill, "NEEDED", (*fill.NEEDED, "an_argument_of_tomorrow"))
+    other = moved(probe.SEAMS, "topk.fill", has=("an_argument_of_tomorrow",))
+    monkeypatch.setattr(install, "SEAMS", other)
     register()
     assert seam()["where"] is None and "an_argument_of_tomorrow" in seam()["why"]

@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from host_calls import BATCHES, UPSTREAM_TOPK, names
+from kits.told import check_warned, empty_settings, odd_settings
 
 import dsv4_plugin
 from dsv4_plugin.errors import SettingError, UnmetError
@@ -20,7 +21,7 @@ def stayed_upstream(engine, problem, got):
     assert names(engine) & UPSTREAM_TOPK
     assert all(c.dtype in (None, torch.float32) for c in engine.calls)
     counters = dsv4_plugin.status()["counters"]
-    assert not {"topk.decode", "topk.prefill", "logits.bf16", "logits.own"} & set(counters)
+    assert not {"topk.decode", "topk.prefill", "logits.bf16", "logits.plugin"} & set(counters)
 
 
 def why(seam="topk.decode"):
@@ -107,7 +108,7 @@ def test_a_topk_backend_the_user_chose_in_vllm(engine, run, monkeypatch):
             from conftest import canonical
 
             stayed_upstream(engine, problem, canonical(engine.step(built, problem)))
-            assert "sparse_indexer_topk_backend='persistent'" in why()
+            assert "sparse_indexer_topk_backend is 'persistent'" in why()
         else:  # nothing to choose there
             engine.layer(problem)
             assert why() is None
@@ -156,7 +157,7 @@ def refused(run, problem, **kwargs):
 def test_fp16_is_refused_where_the_host_shall_write_it(engine, run, monkeypatch):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_TOPK", "fp16")
-    monkeypatch.setenv("DSV4_LOGITS", "host")
+    monkeypatch.setenv("DSV4_LOGITS", "engine")
     error = refused(run, engine.problem(**MIXED))
     assert error.wish == "DSV4_TOPK=fp16"
     assert any("float32 or bfloat16 only" in reason for reason in error.unmet)
@@ -165,7 +166,7 @@ def test_fp16_is_refused_where_the_host_shall_write_it(engine, run, monkeypatch)
 def test_bf16_is_met_or_refused(engine, run, monkeypatch, can_bf16):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_TOPK", "bf16")
-    monkeypatch.setenv("DSV4_LOGITS", "host")
+    monkeypatch.setenv("DSV4_LOGITS", "engine")
     problem = engine.problem(**MIXED)
     if can_bf16:  # explicit: for V3.2 as well
         got = run(problem, model="deepseek_v32")
@@ -206,7 +207,7 @@ def test_bf16_on_an_a100_names_every_reason_at_once(engine, run, monkeypatch):
 def test_after_a_refusal_nothing_is_changed(engine, run, monkeypatch):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_TOPK", "fp16")
-    monkeypatch.setenv("DSV4_LOGITS", "host")
+    monkeypatch.setenv("DSV4_LOGITS", "engine")
     problem = engine.problem(**MIXED)
     refused(run, problem)
     with engine.gpu(), engine.config():
@@ -277,6 +278,8 @@ def test_the_kill_switch_is_strongest(engine, run, monkeypatch):
     [
         ({"topk": "int8"}, "additional_config['dsv4']['topk'] is 'int8'"),
         ({"top_k": "bf16"}, "unknown name 'top_k'"),
+        ({"topk": "int8", "log": True}, "['topk'] is 'int8'; it can be"),
+        ({"topk": "int8", "log": True}, "additional_config['dsv4']['log'] is 'True'"),
         ("bf16", "must map names to values"),
     ],
 )
@@ -293,6 +296,55 @@ def test_a_bad_variable_is_an_error_at_the_layer_and_none_in_register(engine, ru
     register()
     with pytest.raises(SettingError, match="DSV4_TOPK is 'half'"):
         run.build(engine.problem(**MIXED))
+
+
+@odd_settings
+def test_not_asked_for_is_inert_whatever_a_variable_holds(
+    engine, run, monkeypatch, caplog, variable, value
+):
+    from dsv4_plugin.engines.vllm import register
+
+    monkeypatch.setenv(variable, value)
+    register()
+    problem = engine.problem(**MIXED)
+    stayed_upstream(engine, problem, run(problem))
+    assert not dsv4_plugin.status()["counters"]
+    check_warned(caplog, variable, value)
+
+
+@empty_settings
+def test_an_empty_variable_is_unset(engine, run, monkeypatch, variable):
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv(variable, "")
+    run(engine.problem(**MIXED))
+    assert dsv4_plugin.status()["counters"]["topk.decode"] == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "warned"),
+    [
+        (None, ""),
+        ("", ""),
+        ({}, ""),
+        ({"topk": "", "plugin": " "}, ""),
+        (False, ""),  # YAML: `dsv4: off`
+        ({"plugin": "0", "topk": "int8"}, "['topk'] is 'int8'"),
+    ],
+)
+def test_a_configuration_that_asks_for_nothing(engine, run, caplog, own, warned):
+    problem = engine.problem(**MIXED)
+    stayed_upstream(engine, problem, run(problem, config={"dsv4": own}))
+    plugin = [r for r in caplog.records if r.name == "dsv4_plugin"]
+    loud = [r.getMessage() for r in plugin if r.levelno >= logging.WARNING]
+    assert len(loud) == bool(warned) and warned in "".join(loud)
+
+
+def test_the_words_that_yaml_reads_as_booleans(engine, run):
+    """``additional-config: {dsv4: {topk: off, indexer_read: no}}`` arrives as two times False."""
+    problem = engine.problem(**MIXED)
+    own = {"topk": False, "indexer_read": False}
+    stayed_upstream(engine, problem, run(problem, config={"dsv4": own}))
+    assert why() == "DSV4_TOPK=off" and why("gather") == "DSV4_INDEXER_READ=off"
 
 
 # --- what is said ----------------------------------------------------------------------------
@@ -338,26 +390,28 @@ class Cuda:
         from dsv4_plugin.engines.vllm import policy
 
         self.asked = []
-        real = policy._seen
+        real = policy.see
 
-        def seen(layer, config):
+        def seen(layer, config, platform):
             import dataclasses
 
-            return dataclasses.replace(real(layer, config), device=torch.device("cuda", 0))
+            return dataclasses.replace(
+                real(layer, config, platform), device=torch.device("cuda", 0)
+            )
 
         def answer(call, backend):
             self.asked.append((call.op, backend))
             return unmet.get((call.op, backend), [])
 
-        monkeypatch.setattr(policy, "_seen", seen)
+        monkeypatch.setattr(policy, "see", seen)
         monkeypatch.setattr(policy.backends, "unmet", answer)
 
 
 def decided():
-    from dsv4_plugin.engines.shared import plan
+    from dsv4_plugin.engines.shared import adapter
 
-    now = plan.current()
-    return now.topk and now.topk.backend, now.gather
+    now = adapter.current().decision
+    return now.selection and now.selection.backend, now.gather
 
 
 def test_on_cuda_auto_takes_kernels_only(engine, run, monkeypatch):
@@ -373,18 +427,18 @@ def test_on_cuda_auto_takes_its_own_logits_and_else_deepgemms(
     engine, run, monkeypatch, can_bf16, op
 ):
     """Both of ours have to be there: what decode and prefill select on is of one dtype."""
-    from dsv4_plugin.engines.shared import plan
+    from dsv4_plugin.engines.shared import adapter
 
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     Cuda(monkeypatch, {(op, "cuda"): ["no such kernel"]})
     run.build(engine.problem(**MIXED))
-    topk = plan.current().topk
+    topk = adapter.current().decision.selection
     if op is None:
-        want = ("bf16", "cuda", False, "own")
+        want = ("bf16", "cuda", False, "plugin")
     else:
-        want = ("bf16", "cuda", True, "host") if can_bf16 else ("fp32", "cuda", False, "host")
-        assert can_bf16 or "own logits by cuda: no such kernel" in why("logits")
-    assert (topk.dtype, topk.backend, topk.ask, topk.logits) == want
+        want = ("bf16", "cuda", True, "engine") if can_bf16 else ("fp32", "cuda", False, "engine")
+        assert can_bf16 or "plugin's logits by cuda: no such kernel" in why("logits")
+    assert (topk.dtype, topk.backend, topk.request_bf16, topk.logits) == want
 
 
 def test_on_cuda_without_the_library_upstream_is_before_torch(engine, run, monkeypatch):

@@ -16,7 +16,7 @@ from dsv4_plugin.engines.vllm import register, unregister
 from dsv4_plugin.errors import UnmetError
 
 MIXED = BATCHES["mixed"]
-whose = pytest.mark.parametrize("whose", ["auto", "host"])
+whose = pytest.mark.parametrize("whose", ["auto", "engine"])
 
 
 def places(engine):
@@ -51,14 +51,14 @@ def test_the_import_hook_found_every_seam(_engine):
     topk = {"topk.decode", "topk.prefill", "topk.slots", "topk.fill"}
     assert set(seams) == topk | {"guard", "logits", "gather", "budget"}
     assert all(seam["where"] for seam in seams.values()), seams
-    assert _engine.after_import["host"] == f"vLLM {_engine.version}"
+    assert _engine.after_import["engine"] == f"vLLM {_engine.version}"
 
 
 def test_the_probe_of_the_source_finds_the_same(_engine):
     """What ``dsv4-plugin doctor`` shows, without importing vLLM, is what is patched."""
     from dsv4_plugin.engines.vllm import probe
 
-    found = probe()
+    found = {name: vars(site) for name, site in probe.look().items()}
     assert set(found) == set(_engine.after_import["seams"])
     assert all(seam["where"] and not seam["why"] for seam in found.values()), found
 
@@ -94,7 +94,7 @@ def test_unregister_restores_every_attribute(engine, run, monkeypatch):
     assert all(after[name] is before[name] for name in before), after
     problem = engine.problem(**MIXED)
     assert torch.equal(run(problem), engine.expected(problem.k))
-    assert dsv4_plugin.status() == {"host": None, "seams": {}, "counters": {}}
+    assert dsv4_plugin.status() == {"engine": None, "seams": {}, "counters": {}}
 
 
 def test_the_kill_switch_installs_nothing(engine, monkeypatch):
@@ -191,7 +191,7 @@ def broken(*args, **kwargs):
 @pytest.mark.parametrize("model", ["deepseek_v4", "deepseek_v32"])
 def test_a_topk_that_fails_costs_no_request(engine, run, monkeypatch, caplog, model):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
-    monkeypatch.setenv("DSV4_LOGITS", "host")
+    monkeypatch.setenv("DSV4_LOGITS", "engine")
     monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
     problem = engine.problem(**MIXED)
     got = run(problem, model=model)
@@ -291,7 +291,7 @@ def test_a_later_patch_of_somebody_else_stays(engine, monkeypatch, caplog):
     try:
         unregister()
         assert ops.top_k_per_row_prefill is theirs
-        assert "patched by somebody else" in caplog.text
+        assert "patched by other code" in caplog.text
     finally:
         ops.top_k_per_row_prefill = original
 
@@ -312,12 +312,12 @@ def test_bf16_is_not_written_once_its_reader_was_replaced(engine, run, monkeypat
             # and the next layer says so
             engine.layer(problem)
             why = dsv4_plugin.status()["seams"]["topk.prefill"]["why"]
-            assert "patched by somebody else" in why
+            assert "patched by other code" in why
 
 
 def test_a_deepgemm_that_vllm_resolved_anew_is_asked_again(engine, run, monkeypatch, can_bf16):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
-    monkeypatch.setenv("DSV4_LOGITS", "host")
+    monkeypatch.setenv("DSV4_LOGITS", "engine")
     run(engine.problem(**MIXED))
     engine.install_deep_gemm()
     run(engine.problem(**MIXED))

@@ -35,7 +35,7 @@ def scores(engine):
 @pytest.fixture
 def own(monkeypatch):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
-    monkeypatch.setenv("DSV4_LOGITS", "own")
+    monkeypatch.setenv("DSV4_LOGITS", "plugin")
 
 
 @batches
@@ -47,7 +47,7 @@ def test_own_logits_are_deepgemms_rounded(engine, run, batch, monkeypatch):
     assert not any(c.own for c in logits(engine))
     theirs = scores(engine)
     monkeypatch.delenv("DSV4_TOPK")
-    monkeypatch.setenv("DSV4_LOGITS", "own")
+    monkeypatch.setenv("DSV4_LOGITS", "plugin")
     got = run(problem)
     assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.bfloat16, True)}
     assert torch.equal(got, engine.expected(problem.k))
@@ -58,7 +58,7 @@ def test_own_logits_are_deepgemms_rounded(engine, run, batch, monkeypatch):
             assert bool(((a - b).abs() <= 2**-8 * b.abs() + 1e-5 * b.abs().max()).all())
     counters = dsv4_plugin.status()["counters"]
     parts = bool(batch.get("decode")) + bool(batch.get("prefill"))
-    assert counters["logits.own"] == counters["logits.own.bf16.torch"] == parts
+    assert counters["logits.plugin"] == counters["logits.plugin.bf16.torch"] == parts
     assert counters["logits.upstream"] == parts  # of the first run
     assert "logits.bf16" not in counters
 
@@ -109,13 +109,13 @@ def test_v32_calls_past_the_layer(engine, run, own):
 def test_the_line_says_whose_logits(engine, run, own, caplog):
     run.build(engine.problem(**MIXED))
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
-    assert "bf16 by torch on own bf16 logits" in line
+    assert "bf16 by torch on the plugin's bf16 logits" in line
     assert dsv4_plugin.status()["seams"]["logits"]["engaged"]
 
 
 def test_host_on_this_release(engine, run, monkeypatch, can_bf16):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
-    monkeypatch.setenv("DSV4_LOGITS", "host")
+    monkeypatch.setenv("DSV4_LOGITS", "engine")
     problem = engine.problem(**MIXED)
     got = run(problem)
     dtype = torch.bfloat16 if can_bf16 else torch.float32
@@ -254,12 +254,12 @@ def test_own_that_cannot_be_met_lists_everything(engine, run, own, monkeypatch):
     monkeypatch.setattr(cuda, "missing", lambda: "the library is not there")
     with pytest.raises(UnmetError) as caught:
         run.build(engine.problem(decode=(700,), k=256), layer={"use_fp4_cache": True})
-    assert caught.value.wish == "DSV4_LOGITS=own"
-    for part in ("index_topk is 256", "MXFP4", "own logits by cuda: the tensors are on cpu",
-                 "own logits by cuda: the library is not there"):  # fmt: skip
+    assert caught.value.wish == "DSV4_LOGITS=plugin"
+    for part in ("index_topk is 256", "MXFP4", "plugin's logits by cuda: the tensors are on cpu",
+                 "plugin's logits by cuda: the library is not there"):  # fmt: skip
         assert part in str(caught.value)
     monkeypatch.setenv("DSV4_TOPK", "bf16")
-    with pytest.raises(UnmetError, match="DSV4_TOPK=bf16, DSV4_LOGITS=own"):
+    with pytest.raises(UnmetError, match="DSV4_TOPK=bf16, DSV4_LOGITS=plugin"):
         run.build(engine.problem(**MIXED))
 
 
@@ -282,14 +282,14 @@ def test_auto_is_deepgemms_where_ours_cannot(
     assert torch.equal(got, engine.expected(problem.k))
     assert not names(engine) & UPSTREAM_TOPK
     counters = dsv4_plugin.status()["counters"]
-    assert "logits.own" not in counters and bool(counters.get("logits.bf16")) is can_bf16
+    assert "logits.plugin" not in counters and bool(counters.get("logits.bf16")) is can_bf16
     seam = dsv4_plugin.status()["seams"]["logits"]
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
     assert seam["engaged"] is can_bf16
     if can_bf16:
-        assert "bf16 by torch on bf16 logits" in line
+        assert "bf16 by torch on the engine's bf16 logits" in line
         return
-    for part in ("takes no logits_dtype", "own logits by torch: the library is not there"):
+    for part in ("takes no logits_dtype", "plugin's logits by torch: the library is not there"):
         assert part in seam["why"] and part in line
 
 
@@ -304,10 +304,10 @@ def test_bf16_where_ours_cannot(engine, run, monkeypatch, can_bf16, no_own):
         return
     with pytest.raises(UnmetError, match="takes no logits_dtype") as caught:
         run.build(problem)
-    assert "own logits by torch: the library is not there" in caught.value.unmet
+    assert "plugin's logits by torch: the library is not there" in caught.value.unmet
 
 
 def test_additional_config(engine, run):
     problem = engine.problem(**MIXED)
-    run(problem, config={"dsv4": {"logits": "own"}})
+    run(problem, config={"dsv4": {"logits": "plugin"}})
     assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.bfloat16, True)}

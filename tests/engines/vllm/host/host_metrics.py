@@ -119,7 +119,7 @@ WORKER = """
 import sys
 from dsv4_plugin.state import Seam, state
 assert "prometheus_client" not in sys.modules
-state.host = "vLLM 9.9"
+state.engine = "vLLM 9.9"
 state.seams["gather"] = Seam("gather", "somewhere")
 for _ in range(5):
     state.count("gather")

@@ -11,7 +11,7 @@ from host_calls import BATCHES, UPSTREAM_TOPK, batches, names
 from kits import host_parts, vllm_host
 
 import dsv4_plugin
-from dsv4_plugin.engines.shared import plan, shadow
+from dsv4_plugin.engines.shared import adapter, shadow
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +44,8 @@ def test_the_output_is_the_same_without(engine, run, monkeypatch):
 @batches
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"DSV4_LOGITS": "host"}, {"DSV4_TOPK": "fp32"}],
-    ids=["own bf16", "host", "fp32"],
+    [{}, {"DSV4_LOGITS": "engine"}, {"DSV4_TOPK": "fp32"}],
+    ids=["own bf16", "engine", "fp32"],
 )
 def test_the_output_stays_and_the_counters_are_right(engine, run, batch, monkeypatch, settings):
     """In bfloat16, ours and (on 0.26) DeepGEMM's, and in float32."""
@@ -121,12 +121,12 @@ def test_a_shadow_that_fails_disturbs_nothing(engine, run, monkeypatch, caplog):
     problem = engine.problem(decode=(1500, 2000), prefill=((1800, 4),))
     for _ in range(2):
         assert torch.equal(run(problem), engine.expected(problem.k))
-    assert plan.current().topk is not None
+    assert adapter.current().decision.selection is not None
     assert sum("no such kernel" in r.message for r in caplog.records) == 1
     assert {r.levelno for r in caplog.records if "no such kernel" in r.message} == {logging.ERROR}
 
 
-@pytest.mark.parametrize("logits", ["auto", "host"])
+@pytest.mark.parametrize("logits", ["auto", "engine"])
 def test_prefill_in_parts_counts_the_same(engine, run, monkeypatch, logits, can_bf16):
     enable(monkeypatch)
     monkeypatch.setenv("DSV4_LOGITS", logits)
@@ -151,7 +151,7 @@ def split(seq_lens, query_lens, workspace, budget):
     return function(torch.tensor(seq_lens), torch.tensor(query_lens), workspace, budget)
 
 
-@pytest.mark.parametrize("logits", ["auto", "host"])
+@pytest.mark.parametrize("logits", ["auto", "engine"])
 def test_the_prefill_budget_counts_two_bytes_for_bf16(engine, run, monkeypatch, can_bf16, logits):
     """``VLLM_SPARSE_INDEXER_MAX_LOGITS_MB`` holds twice the rows."""
     lens, queries, budget = [4096, 1024], [300, 100], 4096 * 100 * 4
@@ -170,7 +170,7 @@ def test_the_prefill_budget_counts_two_bytes_for_bf16(engine, run, monkeypatch, 
     monkeypatch.setenv("DSV4_LOGITS", logits)
     run(problem)
     chunks = split(lens, queries, 1 << 20, budget)
-    if logits == "host" and not can_bf16:
+    if logits == "engine" and not can_bf16:
         assert chunks == upstream and not dsv4_plugin.status()["seams"]["budget"]["engaged"]
         return
     assert dsv4_plugin.status()["seams"]["budget"]["engaged"]
@@ -199,10 +199,10 @@ def test_a_planner_that_counts_otherwise_is_left_alone(engine, monkeypatch):
         )  # fmt: skip
     register()
     seam = dsv4_plugin.status()["seams"]["budget"]
-    assert seam["where"] is None and "four bytes" in seam["why"]
+    assert seam["where"] is None and "max_logits_bytes // 4" in seam["why"]
 
 
-@pytest.mark.parametrize("logits", ["auto", "host"])
+@pytest.mark.parametrize("logits", ["auto", "engine"])
 def test_what_bf16_saves_is_in_the_status(engine, run, monkeypatch, can_bf16, logits):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_LOGITS", logits)

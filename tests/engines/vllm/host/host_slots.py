@@ -11,10 +11,12 @@ import torch
 from attention import TO_SLOTS, Attention
 from conftest import canonical
 from host_calls import BATCHES
+from kits.seams import moved
 
 import dsv4_plugin
-from dsv4_plugin.engines.shared import plan
-from dsv4_plugin.engines.vllm import register, slots, unregister
+from dsv4_plugin.engines.shared import adapter
+from dsv4_plugin.engines.shared.decision import Decision
+from dsv4_plugin.engines.vllm import register, slots, unregister, wrappers
 
 DECODES = {name: batch for name, batch in BATCHES.items() if batch.get("decode")}
 
@@ -61,7 +63,7 @@ def test_the_attention_gets_what_it_got(engine, run, attention, monkeypatch, bat
     assert attention.transforms == 1 and counters() == {}
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_TOPK", dtype)
-    monkeypatch.setenv("DSV4_LOGITS", "own" if dtype == "bf16" else "host")
+    monkeypatch.setenv("DSV4_LOGITS", "plugin" if dtype == "bf16" else "engine")
     got, counts = through(engine, run, attention, problem, next_n)
     served = not batch.get("wider_buffer")  # no buffer of DeepSeek-V4's
     assert seam()["engaged"] is served
@@ -152,17 +154,18 @@ def test_a_call_of_another_form_has_its_arguments(engine, run, attention, on, mo
         ):
             select(built, problem)
             heard: list = []
-            slots.taken(lambda *a, heard=heard, **k: heard.extend((a, k)), *args, **kwargs)
+            wrappers.take_slots(lambda *a, heard=heard, **k: heard.extend((a, k)), *args, **kwargs)
             assert len(heard[0]) == len(args) and heard[1] == kwargs
             assert all(a is b for a, b in zip(heard[0], args, strict=True))
 
 
 def upstream_topk(engine, built, problem):
     """vLLM's own wrote the indices after ours, in the same pass."""
-    now = plan.current()
-    plan.decide(plan.Plan(enabled=True))
+    current = adapter.current()
+    now, current.decision = current.decision, Decision(enabled=True)
+    decisions, current.decisions = current.decisions, {}
     select(built, problem)
-    plan.decide(now)
+    current.decision, current.decisions = now, decisions
 
 
 def prefill_topk(engine, built, problem):
@@ -251,10 +254,10 @@ def test_nobody_asks(engine, run, attention, on):
     problem = engine.problem(decode=(700,))
     with engine.gpu(90):
         built = run.build(problem)
-        for _ in range(slots._PATIENCE + 3):
+        for _ in range(slots.PATIENCE + 3):
             with engine.forward(problem):
                 select(built, problem)
-    assert counters()["topk.slots"] == slots._PATIENCE
+    assert counters()["topk.slots"] == slots.PATIENCE
 
 
 def test_more_rows_than_a_batch_has(engine, run, attention, on, monkeypatch):
@@ -271,9 +274,9 @@ def test_a_failure_leaves_nothing_to_take(engine, run, attention, on, monkeypatc
     problem = engine.problem(decode=(700, 1500))
     want, want_counts = through(engine, run, attention, problem)
     monkeypatch.setattr("dsv4_plugin.ops.topk", lambda *a, **k: 1 / 0)
-    monkeypatch.setenv("DSV4_LOGITS", "host")
+    monkeypatch.setenv("DSV4_LOGITS", "engine")
     got, counts = through(engine, run, attention, problem)
-    assert attention.transforms == 1 and plan.is_off("topk")
+    assert attention.transforms == 1 and "topk" in adapter.current().off
     assert torch.equal(counts, want_counts) and got.shape == want.shape
     assert "switched off" in seam()["why"]
 
@@ -403,13 +406,14 @@ def test_a_seam_that_is_missing_or_other(engine, run, attention, on, monkeypatch
 
 
 def test_a_source_without_it_is_one_line(engine, monkeypatch, caplog):
-    from dsv4_plugin.engines.vllm import probe
+    from dsv4_plugin.engines.vllm import install, probe
 
     unregister()
-    monkeypatch.setattr(probe, "TO_SLOTS", "slots_of_tomorrow")
+    other = moved(probe.SEAMS, "topk.slots", attribute="slots_of_tomorrow")
+    monkeypatch.setattr(install, "SEAMS", other)
     caplog.clear()
     register()
-    lines = [r.message for r in caplog.records if "upstream's stays at" in r.message]
+    lines = [r.message for r in caplog.records if "the engine's own code stays at" in r.message]
     assert len(lines) == 1 and "topk.slots" in lines[0] and "slots_of_tomorrow" in lines[0]
     assert seam()["where"] is None
     monkeypatch.undo()
@@ -422,7 +426,7 @@ def test_somebody_else_patched_it(engine, run, attention, on, monkeypatch):
     theirs = lambda *a, **k: ours(*a, **k)  # noqa: E731
     monkeypatch.setattr(attention.module, TO_SLOTS, theirs)
     run.build(problem)
-    assert "somebody else" in seam()["why"] and not plan.current().topk.slots
+    assert "other code" in seam()["why"] and not adapter.current().decision.selection.slots
     unregister()
     assert vars(attention.module)[TO_SLOTS] is theirs
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""``dsv4-plugin soak``: what a server does to the ops, for as long as one likes.
+"""What a server does to the ops, for as long as one likes.
 
 A chain of 43 layers, each a gather and a read of its FP8 cache, the index logits of its keys
 and their selection, and a top-k of much wider scores, is captured in one CUDA graph. Two such
@@ -10,14 +10,10 @@ by the oracles. Without a GPU a replay is a run of the calls.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,9 +21,8 @@ from dsv4_plugin import gather_indexer_cache, read_indexer_cache, select, topk
 from dsv4_plugin.cli.checks.inputs import fp8_cache, scores
 from dsv4_plugin.cli.checks.oracles import check_selection, fp8_keys, same_bits
 from dsv4_plugin.cli.checks.replay import captured
-from dsv4_plugin.cli.checks.timing import machine
 
-__all__ = ["Result", "Shape", "add_arguments", "run", "soak"]
+__all__ = ["SMALL", "Result", "Shape", "shape_on", "soak"]
 
 HEADS = 64
 OUTPUTS = ("keys", "values", "scales", "indices", "index logits", "selected indices")
@@ -47,6 +42,11 @@ class Shape:
 
 
 SMALL = Shape(layers=3, rows=4, columns=3000, tokens=60, pages=12)  # for a CPU
+
+
+def shape_on(device: str) -> Shape:
+    """Return the shape that a device gets by default."""
+    return Shape() if device == "cuda" else SMALL
 
 
 @dataclass
@@ -148,8 +148,10 @@ class Chain:
         """Raise if what the outputs hold now is not right."""
         for i in range(self.shape.layers):
             logits, cache = self.logits[i % len(self.logits)], self.caches[i % len(self.caches)]
-            check_selection(logits, self.lengths, self.shape.k, self.indices[i])
-            check_selection(self.scores[i], self.seen, self.shape.k, self.selected[i])
+            check_selection(logits, self.lengths, self.shape.k, self.indices[i], ascending=True)
+            check_selection(
+                self.scores[i], self.seen, self.shape.k, self.selected[i], ascending=True
+            )
             at = self.slots.clamp(min=0)
             want = fp8_keys(cache, at // 64, at % 64, 64, 128)[2].masked_fill(
                 (self.slots < 0)[:, None], 0.0
@@ -181,10 +183,14 @@ def soak(
     look_every: float = 5.0,
     progress: Callable[[Result], None] = lambda result: None,
     function: Callable[..., torch.Tensor] = topk,
+    result: Result | None = None,
 ) -> Result:
-    """Replay until the time is up; returns what was seen. ``function`` stands in for the top-k."""
-    shape = shape or (Shape() if device == "cuda" else SMALL)
-    result = Result(device, shape)
+    """Replay until the time is up; returns what was seen. ``function`` stands in for the top-k.
+
+    ``result`` is what is filled and returned, so that the caller of an interrupted run has it.
+    """
+    shape = shape or shape_on(device)
+    result = result or Result(device, shape)
     chains = [Chain(shape, device, seed + 1000 * i, function) for i in range(2)]
     streams = [torch.cuda.Stream() for _ in chains] if device == "cuda" else []
     known = []
@@ -231,6 +237,7 @@ def soak(
         result.allocations += 1
         if len(churn) > 8:
             churn.pop(r.randrange(len(churn))).fill_(0xFF)
+        result.seconds = now - began
         if now - looked >= look_every:
             look()
             looked = time.monotonic()
@@ -249,39 +256,3 @@ def _guarded(result: Result, judge: Callable[[], None]) -> None:
         judge()
     except AssertionError as wrong:
         result.faults.append(f"after {result.replays} replays: {wrong}")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``dsv4-plugin soak``."""
-    parser.add_argument("--minutes", type=float, default=1.0, help="how long (1)")
-    parser.add_argument("--seed", type=int, default=0, help="other scores, lengths and pages (0)")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``dsv4-plugin soak``; returns 0 if all was as it should be, 1 if not, 2 for no GPU."""
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        print("dsv4-plugin soak: there is no CUDA device here", file=sys.stderr)
-        return 2
-
-    def show(result: Result) -> None:
-        memory = f", {result.used[-1] >> 20} MiB used" if result.used else ""
-        print(
-            f"{result.replays:,} replays of {result.shape.layers} layers, "
-            f"{result.allocations:,} allocations{memory}, {len(result.faults)} faults",
-            flush=True,
-        )
-
-    result = soak(
-        device=device, seconds=arguments.minutes * 60, seed=arguments.seed, progress=show
-    )  # fmt: skip
-    for fault in result.faults:
-        print(f"FAULT: {fault}")
-    if arguments.json:
-        document = {"machine": machine(), "what": "soak", **asdict(result)}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    return 1 if result.faults else 0

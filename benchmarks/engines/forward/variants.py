@@ -1,0 +1,15 @@
+"""The settings of a run of an engine's code: without the plugin, and in four ways with it."""
+
+from __future__ import annotations
+
+__all__ = ["OFF", "VARIANTS"]
+
+OFF = "off"
+
+# With the plugin: what selects, and who writes the scores.
+VARIANTS: dict[str, dict[str, str]] = {
+    "fp32": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "engine"},
+    "bf16": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "engine"},
+    "fp32 own": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "plugin"},
+    "bf16 own": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "plugin"},
+}

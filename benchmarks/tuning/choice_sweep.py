@@ -1,0 +1,154 @@
+"""Every choice of threads and cluster in every cell: what the table of choices is made from.
+
+For each cell it times the choice that ``choose_topk`` (csrc/include/dsv4/topk_choice.cuh) makes and
+every other that holds the row, each checked first: replayed alone, or as a server calls it
+(:mod:`dsv4_plugin.cli.bench.topk.served`), or as that runs behind the logits
+(:mod:`benchmarks.tuning.behind`). The choices never change the answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.tuning.behind import Behind
+from dsv4_plugin import topk
+from dsv4_plugin.cli.bench.cells import DIRTY, Row
+from dsv4_plugin.cli.bench.topk.cases import Case, Problem
+from dsv4_plugin.cli.bench.topk.check import Reference
+from dsv4_plugin.cli.bench.topk.served import Elsewhere
+from dsv4_plugin.cli.checks.timing import time_graph
+from dsv4_plugin.kernels import cuda
+from dsv4_plugin.kernels.cuda import SOLO
+
+__all__ = ["CLUSTERS", "SOLO", "THREADS", "Sweep", "choices", "summary"]
+
+THREADS = (256, 512)
+CLUSTERS = (1, 2, 3, 4, 6, 8, 12, 16)
+UNITS_A_THREAD = 64  # kTopkUnitSteps: of eight scores each
+TABLE = "table"  # the name of what choose_topk takes
+
+
+def choices(
+    rows: int, columns: int, sms: int, solos: Sequence[int] = ()
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (threads, cluster, solo) that hold a row, of a small call those that run at once.
+
+    Twice as many CTAs as multiprocessors run at once; a row alone may have sixteen. ``columns`` is
+    the width of the buffer. ``solo`` is each of ``solos``, by default what the table has for so
+    many threads; to a CTA a row it means nothing.
+    """
+    for threads, cluster in itertools.product(THREADS, CLUSTERS):
+        holds = threads * UNITS_A_THREAD * 8 * cluster
+        if columns <= holds and (cluster == 1 or rows * cluster <= 2 * sms):
+            tried = solos or (SOLO[threads],)
+            for solo in tried[:1] if cluster == 1 else tried:
+                yield threads, cluster, solo
+
+
+class Sweep:
+    """Measures cells; ``results`` has a row for each choice in each."""
+
+    def __init__(
+        self,
+        *,
+        replays: int,
+        launches: int,
+        served: bool = False,
+        behind: bool = False,
+        solos: Sequence[int] = (),
+    ) -> None:
+        """Make what is between two calls, where it is wanted."""
+        self.replays, self.launches, self.solos = replays, launches, solos
+        self.elsewhere = Elsewhere("cuda") if served else None
+        self.behind = Behind() if behind else None
+        self.sms = torch.cuda.get_device_properties(0).multi_processor_count
+        self.results: list[Row] = []
+
+    def cell(self, case: Case) -> str:
+        """Measure every choice in one cell; returns the best, beside the table's."""
+        if self.behind is None:
+            problem = case.make("cuda")
+        else:
+            problem, score = self.behind.problem(case)
+        reference = Reference(problem, case.k, narrow=case.dtype == "narrow")
+        source = problem.logits.clone() if self.elsewhere else None
+        width = case.width or case.columns
+        every = [None, *choices(case.rows, width, self.sms, self.solos)]
+        calls = [self._call(case, problem, choice) for choice in every]
+        mine = [
+            self._row(case, reference, source, choice, *call)
+            for choice, call in zip(every, calls, strict=True)
+        ]
+        if self.behind is not None:
+            run = [call for call, _ in calls]
+            took = self.behind.us(case.dtype, score, run, replays=self.replays)
+            for row, us in zip(mine, took, strict=True):
+                row["behind_us"] = round(us, 3)
+        self.results += mine
+        return summary(mine)
+
+    def _call(
+        self, case: Case, problem: Problem, choice: tuple[int, int, int] | None
+    ) -> tuple[Callable[[], Any], torch.Tensor]:
+        narrow = case.dtype == "narrow"
+        out = torch.full((case.rows, case.k), DIRTY, dtype=torch.int32, device="cuda")
+        if choice is None:
+            return functools.partial(
+                topk, problem.logits, problem.lengths, case.k, page_table=problem.page_table,
+                out=out, narrow=narrow, backend="cuda",
+            ), out  # fmt: skip
+        return functools.partial(
+            cuda.topk_with, problem.logits, problem.lengths, out, threads=choice[0],
+            cluster=choice[1], solo=choice[2], narrow=narrow, page_table=problem.page_table,
+        ), out  # fmt: skip
+
+    def _row(
+        self,
+        case: Case,
+        reference: Reference,
+        source: torch.Tensor | None,
+        choice: tuple[int, int, int] | None,
+        call: Callable[[], Any],
+        out: torch.Tensor,
+    ) -> Row:
+        call()
+        judged = reference.judge(out, case.k, ties=True)
+        row: Row = {
+            "dtype": case.dtype, "k": case.k, "rows": case.rows, "columns": case.columns,
+            "width": case.width or case.columns, "threads": choice[0] if choice else TABLE,
+            "cluster": choice[1] if choice else TABLE, "solo": choice[2] if choice else TABLE,
+            "exact": judged.exact and judged.ties,
+            "warm_us": round(
+                time_graph([call], launches=self.launches, replays=self.replays), 3
+            ),
+        }  # fmt: skip
+        if self.elsewhere is not None and source is not None:
+            us = self.elsewhere.served_us(
+                case.dtype, call, reference.problem.logits, source, replays=self.replays
+            )
+            row["served_us"] = round(us, 3)
+        return row
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Return the best choices of one cell and what the table's choice takes."""
+    table = next(row for row in rows if row["threads"] == TABLE)
+    text = []
+    for field, name in (("warm_us", "warm"), ("served_us", "served"), ("behind_us", "behind")):
+        if field not in table:
+            continue
+        best = sorted((r for r in rows if r["threads"] != TABLE), key=lambda r: r[field])[:3]
+        shown = ", ".join(f"{_name(r)} {r[field]:.2f}" for r in best)
+        text.append(f"{name}: table {table[field]:.2f}; {shown}")
+    wrong = [row for row in rows if not row["exact"]]
+    return "  |  ".join(text) + (f"  NOT EXACT: {len(wrong)}" if wrong else "")
+
+
+def _name(row: Row) -> str:
+    solo = "" if row["solo"] == SOLO[row["threads"]] else f" solo {row['solo']}"
+    return f"{row['cluster']} x {row['threads']}{solo}"

@@ -1,0 +1,314 @@
+"""Random calls of the ops that score blocks of keys, and the keys of candidate blocks.
+
+Their tensors are those of :mod:`.logits_run`. What must come out is made of the scores of all keys,
+as the dense op of the same implementation gives them (which :mod:`.logits` holds against float64),
+by :mod:`~dsv4_plugin.cli.checks.candidate_oracles`: the same bits, without a tolerance.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from dsv4_plugin.cli.checks import candidate_oracles as oracle
+from dsv4_plugin.cli.checks.oracles import Wrong, same_bits
+from dsv4_plugin.cli.fuzz.case import CaseError, flag, number, one_of
+from dsv4_plugin.cli.fuzz.logits import (
+    DTYPES,
+    LogitsCase,
+    PagedLogitsCase,
+    RaggedLogitsCase,
+    paged_case,
+    ragged_case,
+)
+from dsv4_plugin.cli.fuzz.logits_run import problem_of
+from dsv4_plugin.cli.fuzz.tensors import Parts, bits, dirty, raise_wrong, run_parts
+from dsv4_plugin.cli.fuzz.topk import smaller
+
+__all__ = [
+    "CHOSEN",
+    "BlockMaximaCase",
+    "CandidateLogitsCase",
+    "CandidateLogitsRaggedCase",
+    "candidates_of",
+    "draw_candidates",
+    "draw_maxima",
+    "draw_ragged",
+    "run",
+]
+
+CHOSEN = ("visible", "all", "any")
+_WILD = (-1, -7, -(1 << 31), (1 << 31) - 1, 1 << 28, 1 << 29)  # blocks of no row
+_PAGES = (64, 64, 32)
+
+
+@dataclass(frozen=True)
+class BlockMaximaCase(PagedLogitsCase):
+    """One call of the block maxima, in which ``out`` counts blocks."""
+
+    op: ClassVar[str] = "block_maxima"
+    piece: int = number(8, 1, 64, "keys a block")
+    scored: int = number(-1, -1, 1 << 24, "columns of logits; 0: all; -1: none is given")
+
+    @property
+    def out_columns(self) -> int:
+        """Blocks of the table."""
+        return -(-self.columns // self.piece)
+
+    @property
+    def limit(self) -> int:
+        """Keys that a row's length is clipped to."""
+        room = [self.columns]
+        if self.out > 0:
+            room.append(self.out * self.piece)
+        if self.scored > 0:
+            room.append(self.scored)
+        return min(room)
+
+    def _plainer(self, **more: Any) -> Iterator[Any]:
+        yield from super()._plainer(**more, scored=-1, piece=8)
+
+
+@dataclass(frozen=True)
+class _Candidates(LogitsCase):
+    piece: int = number(8, 1, 64, "keys a block")
+    held: int = number(8, 1, 4096, "candidates a row")
+    chosen: str = one_of(
+        CHOSEN, "some of the blocks that a row sees, its first ones, or any numbers"
+    )
+    counted: int = flag("out_lengths is given")
+    c_gap: int = number(0, 0, 4096, "elements between the candidates of two rows")
+
+    @property
+    def out_columns(self) -> int:
+        """Columns of the candidates."""
+        return self.held * self.piece
+
+    @property
+    def limit(self) -> int:
+        """Keys that a row's length is clipped to."""
+        return self.columns
+
+    def check(self) -> None:
+        """Raise :class:`CaseError` unless the case means a call."""
+        super().check()
+        if self.out > 0:
+            raise CaseError(f"out must be 0 or -1, as wide as the candidates, got {self.out}")
+
+    def _plainer(self, **more: Any) -> Iterator[Any]:
+        yield from super()._plainer(**more, counted=0, c_gap=0, piece=8, chosen="visible")
+        for held in smaller(self.held):
+            yield self.but(held=held)
+
+
+@dataclass(frozen=True)
+class CandidateLogitsCase(_Candidates, PagedLogitsCase):
+    """One call of the candidates' logits on pages."""
+
+    op: ClassVar[str] = "candidate_logits"
+
+
+@dataclass(frozen=True)
+class CandidateLogitsRaggedCase(_Candidates, RaggedLogitsCase):
+    """One call of the candidates' logits on gathered keys."""
+
+    op: ClassVar[str] = "candidate_logits_ragged"
+
+
+# ---- Drawing -------------------------------------------------------------------------------------
+
+
+def _any_form(case: Any, backends: tuple[str, ...]) -> bool:
+    """Return whether the case may be one that only the torch form takes."""
+    return case.backend == "torch" or "cuda" not in backends
+
+
+def draw_maxima(seed: int, device: str, backends: tuple[str, ...]) -> BlockMaximaCase:
+    """Draw block maxima; on a GPU up to some 100 000 scores, elsewhere some thousand."""
+    r = random.Random(f"block_maxima {seed}")
+    case = paged_case(r, BlockMaximaCase, device, backends, _PAGES)
+    case = case.but(piece=r.choice((8, 8, 1, 3, 16)) if _any_form(case, backends) else 8)
+    blocks, columns = case.out_columns, case.columns
+    return case.but(
+        out=r.choice((-1, 0, 0, 0, blocks + r.choice((1, 9)), r.randint(1, blocks))),
+        scored=r.choice((-1, -1, 0, 0, columns + r.choice((1, 64)), r.randint(1, columns))),
+    )
+
+
+def _with_candidates(r: random.Random, case: Any, device: str, backends: tuple[str, ...]) -> Any:
+    piece = r.choice((8, 8, 1, 3, 16)) if _any_form(case, backends) else 8
+    most = 400_000 if device == "cuda" else 4000
+    held = r.choice((1, 2, 9, 64, 512, 2048) if device == "cuda" else (1, 2, 5, 9, 33))
+    held = max(1, min(held, most // (case.rows * piece)))
+    return case.but(
+        piece=piece, held=held, chosen=r.choice(("visible", "visible", "all", "any")),
+        counted=r.randint(0, 1), c_gap=r.choice((0, 0, 1, 3, 60)), out=r.choice((-1, 0, 0)),
+    )  # fmt: skip
+
+
+def draw_candidates(seed: int, device: str, backends: tuple[str, ...]) -> CandidateLogitsCase:
+    """Draw candidates' logits; on a GPU up to some 100 000 scores, elsewhere some thousand."""
+    r = random.Random(f"candidate_logits {seed}")
+    case = paged_case(r, CandidateLogitsCase, device, backends, _PAGES)
+    return _with_candidates(r, case, device, backends)
+
+
+def draw_ragged(seed: int, device: str, backends: tuple[str, ...]) -> CandidateLogitsRaggedCase:
+    """Draw candidates' logits on gathered keys, as many."""
+    r = random.Random(f"candidate_logits_ragged {seed}")
+    case = ragged_case(r, CandidateLogitsRaggedCase, device, backends)
+    return _with_candidates(r, case, device, backends)
+
+
+def candidates_of(case: Any, n: list[int], first: int, step: int) -> torch.Tensor:
+    """Draw the candidates of rows from ``first`` on, which see ``n`` keys: int32 on the CPU."""
+    rows = torch.full((len(n), case.held), -1, dtype=torch.int64)
+    for row, keys in enumerate(n):
+        r = random.Random(f"candidates {case.seed} {step} {first + row}")
+        blocks = -(-keys // case.piece)
+        most = min(blocks, case.held)
+        if case.chosen == "any":
+            drawn = [
+                r.choice(_WILD) if r.random() < 0.3 else r.randint(-2, blocks + 2)
+                for _ in range(case.held)
+            ]
+        elif case.chosen == "all":
+            drawn = list(range(most))
+        else:
+            drawn = sorted(r.sample(range(blocks), r.choice((most, most, r.randint(0, most)))))
+        rows[row, : len(drawn)] = torch.tensor(drawn, dtype=torch.int64)
+    return rows.int()
+
+
+# ---- Running and checking ------------------------------------------------------------------------
+
+
+def run(case: Any, device: str, op: Callable[..., Any]) -> None:
+    """Run a case with ``op`` and raise :class:`Wrong` for what is not as promised."""
+    problem = problem_of(case, device)
+    run_parts(problem, (_maxima if isinstance(case, BlockMaximaCase) else _scored)(problem, op))
+
+
+def _dense(problem: Any) -> torch.Tensor:
+    """Return the scores of all keys, -inf past what a row sees."""
+    from dsv4_plugin import paged_logits, ragged_logits
+
+    case = problem.case
+    dense = ragged_logits if isinstance(case, RaggedLogitsCase) else paged_logits
+    shape, dtype = (problem.rows, case.columns), DTYPES[case.dtype]
+    out = torch.full(shape, -torch.inf, dtype=dtype, device=problem.device)
+    if out.numel():
+        dense(*problem.arguments(), out=out, backend=problem.served(), **problem.keywords())
+    return out
+
+
+def _keys_seen(problem: Any) -> torch.Tensor:
+    """Return how many keys each row sees: of gathered ones those of a window that exist."""
+    case = problem.case
+    if not isinstance(case, RaggedLogitsCase):
+        return problem.counts(case.limit)
+    start = problem.starts.long()
+    n = problem.ends.long().clamp(max=case.keys) - start
+    return n.clamp(min=0).masked_fill(start < 0, 0)
+
+
+def _past(got: torch.Tensor, inside: torch.Tensor, why: str) -> None:
+    """Raise :class:`Wrong` if anything was written outside."""
+    clean = dirty(torch.empty_like(got, memory_format=torch.contiguous_format))
+    raise_wrong(~inside & (bits(got) != bits(clean)), why)
+
+
+def _first(n: torch.Tensor, columns: int) -> torch.Tensor:
+    return torch.arange(columns, device=n.device) < n[:, None]
+
+
+def _maxima(problem: Any, op: Callable[..., Any]) -> Parts:
+    case, rows = problem.case, problem.rows
+    dtype = DTYPES[case.dtype]
+    out = problem.scratch()
+    blocks = case.out_columns if out is None else out.shape[1]
+    logits = None
+    if case.scored >= 0:
+        columns = case.scored or case.columns
+        logits = problem.output("logits", rows, columns, dtype, stride=columns + case.gap)
+
+    def call() -> torch.Tensor:
+        return op(
+            *problem.arguments(), piece=case.piece, dtype=dtype, out=out, logits=logits,
+            backend=case.backend, **problem.keywords(),
+        )  # fmt: skip
+
+    def clean() -> None:
+        if logits is not None:
+            dirty(logits)
+
+    def check(got: torch.Tensor, context: str) -> None:
+        if (tuple(got.shape), got.dtype) != ((rows, blocks), dtype):
+            raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
+        n = _keys_seen(problem)
+        dense = _dense(problem)
+        want = oracle.maxima(dense, n, case.piece)
+        some = min(blocks, want.shape[1])
+        inside = _first(-(-n // case.piece), blocks)
+        wrong = inside[:, :some] & ~same_bits(got[:, :some], want[:, :some])
+        raise_wrong(wrong, f"{context}the score of a block is not its keys'")
+        if out is not None:
+            _past(got, inside, f"{context}a score past a row's blocks was written")
+        if logits is not None:
+            some = min(logits.shape[1], case.columns)
+            inside = _first(n, logits.shape[1])
+            wrong = inside[:, :some] & ~same_bits(logits[:, :some], dense[:, :some])
+            raise_wrong(wrong, f"{context}a score is not that of all keys")
+            _past(logits, inside, f"{context}a score past a row's length was written")
+
+    return call, clean, check
+
+
+def _scored(problem: Any, op: Callable[..., Any]) -> Parts:
+    case, rows = problem.case, problem.rows
+    dtype, columns = DTYPES[case.dtype], case.out_columns
+    out = problem.scratch()
+    chosen = problem.guarded(
+        "candidates", rows, case.held, torch.int32, stride=case.held + case.c_gap
+    )
+    count = problem.vector("out_lengths", rows) if case.counted else None
+    at = 4 if isinstance(case, RaggedLogitsCase) else 3  # where candidates stand
+
+    def draw(step: int) -> None:
+        n = _keys_seen(problem).tolist()
+        chosen.copy_(candidates_of(case, n, case.kept[0] * problem.next_n, step))
+
+    problem.more = draw
+    problem.fill(0)
+
+    def call() -> torch.Tensor:
+        given = problem.arguments()
+        return op(
+            *given[:at], chosen, *given[at:], piece=case.piece, dtype=dtype, out=out,
+            out_lengths=count, backend=case.backend, **problem.keywords(),
+        )  # fmt: skip
+
+    def clean() -> None:
+        if count is not None:
+            dirty(count)
+
+    def check(got: torch.Tensor, context: str) -> None:
+        if (tuple(got.shape), got.dtype) != ((rows, columns), dtype):
+            raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
+        n = _keys_seen(problem)
+        wrong = ~same_bits(got, oracle.scores(_dense(problem), chosen, n, case.piece))
+        if count is not None:
+            if case.chosen == "any":  # no order, so no count: a number that fits is all
+                fits = (count >= 0) & (count <= columns)
+                raise_wrong(~fits[:, None], f"{context}out_lengths is no number of columns")
+                return
+            right = count.long() == oracle.visible(chosen, n, case.piece)
+            raise_wrong(~right[:, None], f"{context}out_lengths is not what the row sees")
+            wrong &= _first(count, columns)
+        raise_wrong(wrong, f"{context}a score is not that of all keys")
+
+    return call, clean, check

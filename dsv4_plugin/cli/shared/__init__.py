@@ -1,0 +1,1 @@
+"""What every command does alike: options, outputs, interrupts, secrets."""

@@ -1,0 +1,52 @@
+"""What options choose among. Here because a mistyped option is told without importing torch."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ADAPTERS",
+    "ENGINES",
+    "FUZZED",
+    "KS",
+    "LOGITS_SUITES",
+    "RECALL_DTYPES",
+    "RECALL_KINDS",
+    "SGLANG_CALLS",
+    "TOKENSPEED_CALLS",
+    "TOPK_DTYPES",
+    "TOPK_SUITES",
+]
+
+KS = (512, 1024, 2048)  # of the models; the last is the most that the top-k takes
+
+# What selects, by the name that tables and options use -> torch's dtype of the scores. "narrow":
+# float32 scores that are read as bfloat16 (``narrow=True``).
+TOPK_DTYPES = {
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float32": "float32",
+    "narrow": "float32",
+}
+TOPK_SUITES = ("decode", "served", "narrow", "adversarial", "prefill", "paged", "seed")
+LOGITS_SUITES = ("decode", "next_n", "varied", "prefill")
+ADAPTERS = ("sglang", "tokenspeed")
+SGLANG_CALLS = ("paged", "paged_raw", "dsa", "prefill")  # of bench adapters
+TOKENSPEED_CALLS = (
+    "dsa_decode", "dsa_decode_slots", "dsv4_decode", "dsa_prefill", "gather", "read_fp8",
+    "read_mxfp4",
+)  # fmt: skip
+ENGINES = ("vllm", "sglang", "flashinfer", "torch")  # whose kernels --against loads
+
+# The ops that `fuzz` draws cases of.
+FUZZED = ("topk", "read", "read_mxfp4", "gather", "paged_logits", "ragged_logits", "select",
+          "block_maxima", "select_blocks", "candidate_logits", "candidate_logits_ragged",
+          "select_candidates")  # fmt: skip
+
+# Drawn scores -> what they are.
+RECALL_KINDS = {
+    "normal": "N(0, 1)",
+    "relu_sum": "weights in (0, 1)",
+    "relu_sum_signed": "weights N(0, 1)",
+}
+# The selections by name -> the dtype that is selected in. "narrow": float32 scores, rounded to
+# bfloat16 while they are read.
+RECALL_DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "narrow": "bfloat16"}

@@ -1,0 +1,248 @@
+"""What all commands share: how options are read, and the one end of every run.
+
+:func:`ended` runs a command. What its user can repair is one line and exit code 2, a reader of its
+output that has gone ends it without a word, and a signal ends it with one line and the exit code
+130 (Ctrl-C), 143 or 129. A long run is done in :func:`interruptible`: an interrupted run still
+says, and writes, what there is. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from dsv4_plugin.cli.shared import secrets
+from dsv4_plugin.errors import SettingError, UnmetError
+
+__all__ = [
+    "Interrupted",
+    "Parser",
+    "Run",
+    "UsageError",
+    "ended",
+    "held",
+    "interruptible",
+    "need_torch",
+    "reading",
+]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What stands for a character that a stream cannot encode; "?" for the others.
+PLAIN = {
+    "±": "+-", "…": "...", "–": "-", "—": "-", "·": "*", "×": "x", "µ": "u", "≥": ">=", "≤": "<=",
+    "→": "->", "Σ": "sum", "√": "sqrt", "“": '"', "”": '"', "‘": "'", "’": "'", "█": "#",
+}  # fmt: skip
+
+
+class UsageError(ValueError, argparse.ArgumentTypeError):
+    """What a user of a command can repair: an option or a file of theirs."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to end; ``said`` is what the command adds to the last line."""
+
+    def __init__(self, number: int = signal.SIGINT, said: str = "") -> None:
+        super().__init__(number)
+        self.exit_code, self.said = 128 + int(number), said
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose error is one line, without a secret that stands on the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end with exit code 2."""
+        said = secrets.Secrets(commands=[sys.argv]).text(_line(message))
+        self.exit(2, f"{self.prog}: {said} (see {self.prog} --help)\n")
+
+
+def ended(prog: str, body: Callable[[], int], argv: Sequence[str] = ()) -> int:
+    """Run a command to its end; returns its exit code.
+
+    Args:
+        prog: how its errors begin.
+        body: does the work and returns an exit code.
+        argv: its arguments, whose secrets no error may show.
+    """
+    known = secrets.Secrets(commands=[argv, sys.argv])
+
+    def say(error: object, code: int) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{prog}: {known.text(_line(str(error)))}", file=sys.stderr, flush=True)
+        return code
+
+    with _streams(), _signals():
+        try:
+            try:
+                return body()
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+        except (UsageError, SettingError, UnmetError) as error:
+            return say(error, 2)
+        except KeyboardInterrupt as error:
+            said = getattr(error, "said", "")
+            return say(f"interrupted{'; ' if said else ''}{said}", getattr(error, "exit_code", 130))
+        except BrokenPipeError:
+            _let_go()
+            return 128 + int(signal.SIGPIPE)
+        except OSError as error:
+            if error.filename is None:  # most likely the stream that the report goes to
+                _let_go()
+            return say(error, 1)
+        except MemoryError as error:
+            return say(f"there is not enough memory {error}".rstrip(), 1)
+        except RuntimeError as error:
+            if "out of memory" in str(error) or "can't allocate memory" in str(error):
+                return say(f"there is not enough memory ({error})", 1)
+            raise
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Run]:
+    """Do the long part of a command: a signal ends it, and the command goes on with its report.
+
+    The command ends with :meth:`Run.end`, which passes the signal on.
+    """
+    run = Run()
+    try:
+        yield run
+    except KeyboardInterrupt as error:
+        run.interrupt = error
+
+
+class Run:
+    """Whether the long part of a command came to its planned end."""
+
+    def __init__(self) -> None:
+        self.interrupt: KeyboardInterrupt | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether no signal ended it."""
+        return self.interrupt is None
+
+    def must(self, done: object, nothing: str, said: str = "") -> None:
+        """End it here where nothing was ``done``: as the signal wants it, else as a mistake.
+
+        Raises:
+            UsageError: no signal came; a run that did ``nothing`` is not a good one.
+        """
+        if not done:
+            self.end(said)
+            raise UsageError(nothing)
+
+    def end(self, said: str = "") -> None:
+        """Raise the interruption again, if there was one; ``said`` is for the last line."""
+        if self.interrupt is not None:
+            number = getattr(self.interrupt, "exit_code", 128 + signal.SIGINT) - 128
+            raise Interrupted(number, said) from None
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Let signals wait until the block is done: what was started is being stopped, or written."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    with _signals(note):
+        yield
+    if came:
+        raise Interrupted(came[0])
+
+
+def need_torch() -> None:
+    """Import torch.
+
+    Raises:
+        UsageError: it cannot be imported, with the reason.
+    """
+    # torch's own warning where there is no NumPy; nothing here needs it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    try:
+        import torch
+
+        torch.cuda.is_available()
+    except (Exception, SystemExit) as error:  # whatever a broken installation raises
+        raise UsageError(f"torch cannot be imported ({type(error).__name__}: {error})") from error
+
+
+@contextlib.contextmanager
+def reading(file: object, what: str = "results file") -> Iterator[None]:
+    """Read a file of the user's: what is odd in it is a :class:`UsageError`, whatever it raises."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+            ValueError) as error:  # fmt: skip
+        said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UsageError(f"{file} is no {what} that can be read: {said}") from error
+
+
+def _line(text: str) -> str:
+    """Return a text as one line."""
+    return " ".join(text.split())
+
+
+def _let_go() -> None:
+    """Take the stream away that cannot be written, or Python complains once more at its exit."""
+    with contextlib.suppress(Exception):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    some = error.object[error.start : error.end]
+    return "".join(PLAIN.get(c, "?") for c in some), error.end
+
+
+codecs.register_error("dsv4-plain", _plain)
+
+
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """Let every text be printed: what a stream cannot encode is printed by a stand-in."""
+    changed: list[tuple[Any, str]] = []
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            before = stream.errors
+            stream.reconfigure(errors="dsv4-plain")  # type: ignore[union-attr]
+            changed.append((stream, before or "strict"))
+    try:
+        yield
+    finally:
+        for stream, before in changed:
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors=before)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+@contextlib.contextmanager
+def _signals(handler: Callable[[int, FrameType | None], None] = _raise) -> Iterator[None]:
+    """Put a handler to the signals that end a run, but for those that the caller ignores."""
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for each, old in before.items():
+            signal.signal(each, old)

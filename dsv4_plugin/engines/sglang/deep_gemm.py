@@ -1,0 +1,125 @@
+"""DeepGEMM's logits functions below SGLang's indexer: the plugin's, in bfloat16, or as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsv4_plugin.engines.sglang.probe import LOGITS
+from dsv4_plugin.engines.shared import adapter, logits
+from dsv4_plugin.engines.shared.decision import Selection
+from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
+from dsv4_plugin.engines.shared.tensors import saved_mib
+from dsv4_plugin.state import state
+
+__all__ = ["patch", "unmet"]
+
+_PAGED = ("cache", "weights", "lengths", "table", "schedule", "columns", "clean_logits")
+_DENSE = ("keys", "weights", "starts", "ends", "clean_logits", "max_seqlen_k")
+_PAIRS = {name: name.replace("fp8_", "fp8_fp4_", 1) for name in LOGITS}
+
+
+def unmet(ledger: Any, request_bf16: bool = False) -> list[str]:
+    """Return why DeepGEMM's logits functions cannot be wrapped; changes nothing.
+
+    With ``request_bf16`` they also have to write bfloat16 when they are asked to.
+    """
+    try:
+        import deep_gemm
+    except Exception as error:
+        return [f"deep_gemm cannot be imported ({type(error).__name__}: {error})"]
+    for name, wide in _PAIRS.items():
+        if not callable(vars(deep_gemm).get(name)):
+            return [f"deep_gemm has no {name}"]
+        if request_bf16 and not has_logits_dtype(vars(deep_gemm).get(wide)):
+            return [f"deep_gemm.{wide} is missing or takes no logits_dtype"]
+    if not all(patch.ours for patch in ledger.patches):
+        return ["deep_gemm was patched by other code since"]
+    return []
+
+
+def patch(ledger: Any) -> None:
+    """Wrap DeepGEMM's logits functions, once."""
+    import deep_gemm
+
+    if ledger.patches:
+        return
+    for (name, wide), plugin in zip(_PAIRS.items(), (_plugin_paged, _plugin_dense), strict=True):
+        wrapper = _wrapper(vars(deep_gemm)[name], vars(deep_gemm).get(wide), plugin)
+        ledger.replace(deep_gemm, name, wrapper, f"deep_gemm.{name}")
+
+
+def _wrapper(
+    float32: Callable[..., Any],
+    with_dtype: Callable[..., Any] | None,
+    plugin: Callable[..., torch.Tensor | None],
+) -> Callable[..., Any]:
+    def patched(q: Any, *args: Any, **kwargs: Any) -> Any:
+        now = adapter.current()
+        selection = now.call.selection
+        if selection is None:
+            return float32(q, *args, **kwargs)
+        out = None
+        if "topk" not in now.off:
+            if selection.logits == "plugin":
+                out = _by_plugin(plugin, selection, q, args, kwargs)
+            elif selection.request_bf16 and with_dtype and isinstance(q, torch.Tensor):
+                out = _in_bf16(now, with_dtype, q, args, kwargs)
+            if "topk" in now.off:
+                now.call.selection = None
+        if out is None:
+            state.count("logits.upstream")
+            out = float32(q, *args, **kwargs)
+        return out
+
+    patched.__doc__ = float32.__doc__
+    patched.__wrapped__ = float32  # type: ignore[attr-defined]
+    return patched
+
+
+def _by_plugin(plugin: Any, selection: Selection, q: Any, args: Any, kwargs: Any) -> Any:
+    """Return the plugin's logits; None: the call has another form, or they failed."""
+    try:
+        return plugin(selection, q, *args, **kwargs)
+    except Exception as error:
+        logits.failed(error)
+        return None
+
+
+def _in_bf16(now: adapter.Adapter, with_dtype: Any, q: Any, args: Any, kwargs: Any) -> Any:
+    """Return DeepGEMM's logits in bfloat16; None: they failed."""
+    try:
+        out = with_dtype((q, None), *args, logits_dtype=torch.bfloat16, **kwargs)
+    except Exception as error:
+        if now.decision.strict:
+            raise
+        now.switch_off("topk", error)
+        return None
+    state.count("logits.bf16")
+    state.peak("logits.saved_mib", saved_mib(out))
+    return out
+
+
+def _plugin_paged(selection: Selection, q: Any, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Compute the logits of ``fp8_paged_mqa_logits``; None: the call has another form."""
+    given = dict(zip(_PAGED, args, strict=False)) | kwargs
+    known = set(_PAGED[:6]) <= set(given) <= set(_PAGED) and len(args) <= len(_PAGED)
+    if not known or given.get("clean_logits"):
+        return None
+    rest = (given[name] for name in ("cache", "weights", "lengths", "table", "columns"))
+    return logits.paged(selection, q, *rest)
+
+
+def _plugin_dense(selection: Selection, q: Any, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Compute the logits of ``fp8_mqa_logits``; None: the call has another form.
+
+    Only with ``max_seqlen_k``, as SGLang calls it: rows begin at column zero then.
+    """
+    given = dict(zip(_DENSE, args, strict=False)) | kwargs
+    known = set(given) == set(_DENSE) and len(args) <= len(_DENSE)
+    if not known or given["clean_logits"] or not given["max_seqlen_k"]:
+        return None
+    rest = (given[name] for name in ("keys", "weights", "starts", "ends", "max_seqlen_k"))
+    return logits.dense(selection, q, *rest)

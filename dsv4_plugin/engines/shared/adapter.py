@@ -1,0 +1,269 @@
+"""Everything that an engine's adapter holds in a process, in one object.
+
+One process runs one engine. ``register()`` starts the adapter, and ``unregister()`` ends it: with
+the object go its patches, decisions, layers and whatever its calls have left.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dsv4_plugin import envs, facts, log
+from dsv4_plugin.engines.shared import activation, shadow
+from dsv4_plugin.engines.shared.decision import (
+    INERT,
+    Decision,
+    PassedOver,
+    Selection,
+    choose_selection,
+)
+from dsv4_plugin.engines.shared.patches import Ledger, Patch
+from dsv4_plugin.state import Seam, state
+
+__all__ = ["Adapter", "CallContext", "current", "end", "start"]
+
+
+_UNTOUCHED = ("fp32", "engine")  # what the engine writes without the plugin
+
+
+class CallContext(threading.local):
+    """What the engine's call on this thread has settled for the calls below it.
+
+    ``kind``: the kind of layer whose indexer runs; None outside of one that the plugin can tell.
+    ``selection``: how that indexer selects (SGLang). ``request_bf16``: the DeepGEMM call below
+    writes bfloat16. ``fill_skipped``: the call of the op leaves out the fill with -1. ``slots``:
+    what the last top-k wrote for the attention.
+    """
+
+    kind: Hashable | None = None
+    selection: Selection | None = None
+    request_bf16 = False
+    fill_skipped = False
+    slots: Any = None
+
+
+class Adapter:
+    """``engine`` names the engine with its version. ``patches`` are those of each seam.
+
+    ``decisions`` has what was decided for each kind of layer or call, ``decision`` what holds where
+    the plugin cannot tell the kind. ``layers`` are the layers that are alive, with what the policy
+    knows of each. ``kinds`` maps a layer, as a call names it, to its kind; it is empty where one
+    decision holds for every layer. ``off`` are the parts that failed and were switched off.
+    """
+
+    def __init__(self, engine: str) -> None:
+        self.engine = engine
+        self.ledger = Ledger()
+        self.patches: dict[str, list[Patch]] = {}
+        self.decision = INERT
+        self.decisions: dict[Hashable, Decision] = {}
+        self.kinds: dict[Hashable, Hashable] = {}
+        self.layers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self.off: set[str] = set()
+        self.call = CallContext()
+        self._reasons: dict[str, dict[str, str | None]] = {}  # seam -> kind -> why not
+
+    # --- seams -------------------------------------------------------------------------------
+
+    def found(self, name: str, where: str | None, why: str | None = None) -> None:
+        """Note what looking for a seam found."""
+        state.found(Seam(name, where, why))
+
+    def missing(self, level: int = logging.INFO, prefix: str = "") -> list[str]:
+        """Return the seams that are not there, of names with ``prefix``, and log them in a line."""
+        seams = [seam for seam in state.seams.values() if seam.name.startswith(prefix)]
+        missing = [f"{seam.name} ({seam.why})" for seam in seams if seam.where is None]
+        if missing:
+            log.once(level, f"{self.engine}: the engine's own code stays at {'; '.join(missing)}")
+        return missing
+
+    def intact(self, name: str) -> bool:
+        """Whether the patches of a seam are there and nothing has replaced them since."""
+        patches = self.patches.get(name)
+        return bool(patches) and all(patch.ours for patch in patches or ())
+
+    def problems(self, name: str) -> list[str]:
+        """Return why a seam cannot be used; an empty list if it can."""
+        seam = state.seams.get(name)
+        if seam is None or seam.where is None:
+            why = seam.why if seam else "not looked"
+            return [f"seam {name} was not found in {self.engine}: {why}"]
+        if not self.intact(name):
+            return [f"seam {name} ({seam.where}) was patched by other code since"]
+        questions = (getattr(type(p.replacement), "problem", None) for p in self.patches[name])
+        answers = [
+            question(patch.replacement)
+            for question, patch in zip(questions, self.patches[name], strict=True)
+            if question is not None
+        ]
+        return [f"seam {name}: {why}" for why in answers if why]
+
+    # --- decisions ---------------------------------------------------------------------------
+
+    def in_force(self) -> Decision:
+        """Return the decision for the call that runs on this thread."""
+        kind = self.call.kind
+        return self.decision if kind is None else self.decisions.get(kind, self.decision)
+
+    def decide(self, decision: Decision) -> None:
+        """Put one decision into force, whatever the kind of layer."""
+        self.kinds.clear()
+        self.decisions.clear()
+        self.decision = decision
+        if decision is INERT:
+            self.off.clear()
+
+    def forget_decisions(self) -> None:
+        """Let the next call of each kind be decided anew."""
+        self.decisions.clear()
+
+    def decide_once(
+        self,
+        kind: Any,
+        dtypes: Sequence[str],
+        possible: Callable[[envs.Settings, str], tuple[Selection | None, list[str]]],
+        report: Callable[[Selection | None, PassedOver], None],
+    ) -> Selection | None:
+        """Return how calls of ``kind`` select, or None: the engine's own. Decides at the first.
+
+        ``kind`` is hashable, has a ``device``, and its text names it in the log. ``dtypes`` are
+        those of ``auto``, best first. ``possible`` and ``report`` run only if nothing is decided.
+
+        Raises:
+            SettingError: a setting has a value it cannot have.
+            UnmetError: an explicit setting cannot be met; the message has every reason.
+        """
+        if "topk" in self.off:
+            return None
+        known = self.decisions.get(kind)
+        if known is not None:
+            return known.selection
+        activation.configure_log()
+        if not envs.asked():
+            return None
+        settings = envs.settings()
+        facts.process(self.engine)
+        facts.device(kind.device)
+        self.decision = Decision(True, settings.strict)
+        selection, passed = choose_selection(
+            settings, dtypes, lambda dtype: possible(settings, dtype), str(kind)
+        )
+        self.decisions[kind] = self.decision = Decision(True, settings.strict, selection)
+        report(selection, passed)
+        return selection
+
+    def switch_off(self, part: str, error: Exception) -> None:
+        """Leave a part (``topk``, ``gather``, ``read``) to the engine from now on: it has failed.
+
+        The logits go with the top-k: nothing in the engine reads bfloat16 logits.
+        """
+        self.off.add(part)
+        without = {"topk": "selection", "gather": "gather"}.get(part)
+        if without is not None:
+            self.decision = replace(self.decision, **{without: None})  # type: ignore[arg-type]
+            self.decisions = {
+                kind: replace(decision, **{without: None})  # type: ignore[arg-type]
+                for kind, decision in self.decisions.items()
+            }
+        why = f"failed at a call and was switched off ({type(error).__name__}: {error})"
+        for name, seam in state.seams.items():
+            if name.startswith(part) or (part == "topk" and name == "logits"):
+                seam.why = why
+        state.fail(part, why)
+        log.once(
+            logging.ERROR,
+            f"{part} {why}; the own code of {self.engine} serves this and every later call",
+        )
+
+    # --- what is said ------------------------------------------------------------------------
+
+    def begin_reports(self) -> None:
+        """Forget the reasons of earlier reports: every kind of layer is decided anew."""
+        self._reasons.clear()
+
+    def report(
+        self,
+        what: str,
+        names: Sequence[str],
+        selection: Selection | None,
+        passed: PassedOver,
+        also: Mapping[str, str | None] | None = None,
+        gather: tuple[str | None, Sequence[str]] | None = None,
+        note: str = "",
+    ) -> None:
+        """Log in one line what engaged for ``what``, where, and why not; note it at the seams.
+
+        ``names`` are the seams of the selection. ``also`` gives the reasons of further seams (None:
+        engaged). ``gather`` is the backend of the key gather, or None and why.
+        """
+        why = "; ".join(f"not {name}: {'; '.join(reasons)}" for name, reasons in passed.items())
+        if selection is None:  # what keeps the last dtype away keeps everything away
+            why = "; ".join(list(passed.values())[-1])
+        reasons: dict[str, str | None] = dict.fromkeys(names, why if selection is None else None)
+        if "logits" in names and selection and (selection.dtype, selection.logits) == _UNTOUCHED:
+            reasons["logits"] = why or "logits stay as the engine has them"
+        parts = []
+        if selection is None:
+            parts.append(f"top-k: the engine's ({why})")
+        else:
+            where = ", ".join(
+                state.seams[name].where or "?" for name in names if name.startswith("topk")
+            )
+            parts.append(
+                f"top-k: {selection.dtype} by {selection.backend} on {selection.on}{note} at "
+                f"{where}" + (f" ({why})" if why else "")
+            )
+        active = selection is not None
+        if gather is not None:
+            backend, whys = gather
+            reasons["gather"] = None if backend else "; ".join(whys)
+            active = active or backend is not None
+            parts.append(
+                f"key gather: {backend} at {state.seams['gather'].where}"
+                if backend
+                else f"key gather: the engine's ({'; '.join(whys)})"
+            )
+        for name, reason in {**reasons, **(also or {})}.items():
+            seam = state.seams.get(name)
+            if seam is not None and seam.where is not None:
+                kinds = self._reasons.setdefault(name, {})
+                kinds[what] = reason
+                engaged = None in kinds.values()
+                seam.why = None if engaged else "; ".join(dict.fromkeys(map(str, kinds.values())))
+        word = "active" if active else "inactive"
+        log.once(logging.INFO, f"dsv4 {word} in {self.engine}, {what}: {'. '.join(parts)}")
+
+
+_current = Adapter("an engine")
+
+
+def current() -> Adapter:
+    """Return the adapter of this process; before ``register()`` one that changes nothing."""
+    return _current
+
+
+def start(adapter: Adapter) -> None:
+    """Make ``adapter`` that of this process, in place of an earlier one."""
+    global _current
+    end()
+    _current = adapter
+    state.engine = adapter.engine
+
+
+def end() -> None:
+    """End the adapter of this process: its patches are taken back, and its state goes with it.
+
+    A wrapper that is left, because other code has patched over it, finds an adapter that changes
+    nothing.
+    """
+    global _current
+    _current.ledger.restore(lambda patch: getattr(patch.replacement, "resolved", None))
+    _current = Adapter("an engine")
+    envs.override(None)
+    shadow.forget()
+    state.reset()

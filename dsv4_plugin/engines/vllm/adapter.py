@@ -1,0 +1,32 @@
+"""What the vLLM adapter holds beyond what every adapter does."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from dsv4_plugin.engines.shared import adapter
+from dsv4_plugin.engines.vllm.slots import SlotStore
+
+__all__ = ["VllmAdapter", "current"]
+
+
+class VllmAdapter(adapter.Adapter):
+    """``indexer`` is vLLM's indexer module, ``slots`` what the top-k writes for the attention."""
+
+    def __init__(self, indexer: Any = None) -> None:
+        version = getattr(sys.modules.get("vllm"), "__version__", "of unknown version")
+        super().__init__(f"vLLM {version}")
+        self.indexer = indexer
+        self.slots = SlotStore()
+
+    @property
+    def platform(self) -> Any:
+        """The platform as the indexer itself sees it."""
+        return getattr(self.indexer, "current_platform", None)
+
+
+def current() -> VllmAdapter:
+    """Return the adapter of this process if it is vLLM's, else one that changes nothing."""
+    found = adapter.current()
+    return found if isinstance(found, VllmAdapter) else VllmAdapter()

@@ -1,0 +1,54 @@
+"""What the wrappers know of a call: its arguments, the forward pass, and the tag of its logits."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["LogitsTag", "by_name", "forward_pass", "tag_logits", "tag_of"]
+
+_ATTRIBUTE = "_dsv4_logits"
+
+
+@dataclass(slots=True)
+class LogitsTag:
+    """Marks the very tensor that the indexer's logits function returned, and says what it holds.
+
+    Other callers of the same top-k (GLM's pooled indexer, V4.1's specialised decode) bring logits
+    without a tag. ``shifted``: every row begins at column zero, though the caller passes where it
+    begins among all keys (the plugin's prefill logits in the releases to 0.32). ``table`` and
+    ``page_size``: the pages that the logits were computed on, where the top-k needs them.
+    """
+
+    shifted: bool = False
+    table: torch.Tensor | None = None
+    page_size: int = 0
+
+
+def tag_logits(logits: torch.Tensor, tag: LogitsTag) -> torch.Tensor:
+    """Set the tag of ``logits``, and return them."""
+    setattr(logits, _ATTRIBUTE, tag)
+    return logits
+
+
+def tag_of(logits: Any) -> LogitsTag | None:
+    """Return the tag of index logits; None for any other value."""
+    return getattr(logits, _ATTRIBUTE, None)
+
+
+def by_name(names: tuple[str, ...], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments by name; none where there are more by position than have a name."""
+    if len(args) > len(names):
+        return {}
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def forward_pass() -> Any:
+    """Return what vLLM made for this forward pass, a new object each time; None outside of one."""
+    module: Any = sys.modules.get("vllm.forward_context")
+    if module is None or not module.is_forward_context_available():
+        return None
+    return module.get_forward_context()

@@ -1,0 +1,157 @@
+"""Patches that can only be made once a layer is built. Each has a question and an act.
+
+A question (``unmet_…``, :func:`takes_logits_dtype`) changes nothing and returns why the patch
+cannot be used, an empty list if it can. An act (``patch_…``) makes the patch, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+
+from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
+from dsv4_plugin.engines.shared.patches import Ledger
+from dsv4_plugin.engines.shared.source import Missing
+from dsv4_plugin.engines.vllm import fill, wrappers
+from dsv4_plugin.engines.vllm.adapter import VllmAdapter
+from dsv4_plugin.engines.vllm.probe import ATTENTION, DEEP_GEMM, OP, TO_SLOTS
+from dsv4_plugin.state import state
+
+__all__ = [
+    "around",
+    "patch_logits_dtype",
+    "patch_op",
+    "patch_slots",
+    "takes_logits_dtype",
+    "unmet_op",
+    "unmet_slots",
+]
+
+_IMPLEMENTATIONS = ("_fp8_fp4_paged_mqa_logits_impl", "_fp8_fp4_mqa_logits_impl")
+
+
+def around(original: Any, wrapper: Any) -> Any:
+    """Return a function in the form of ``original`` that calls ``wrapper(original, …)``."""
+
+    @functools.wraps(original)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    return patched
+
+
+def _problems(now: VllmAdapter, name: str) -> list[str] | None:
+    """Return the answer of a seam that was not found or is patched already; None otherwise."""
+    seam = state.seams.get(name)
+    if seam is None or seam.where is None or now.patches.get(name):
+        return now.problems(name)
+    return None
+
+
+# --- the slots that the attention takes ------------------------------------------------------
+
+
+def unmet_slots(now: VllmAdapter) -> list[str]:
+    """Return why the attention cannot take slots from the top-k."""
+    known = _problems(now, "topk.slots")
+    if known is not None:
+        return known
+    if ATTENTION not in sys.modules:
+        return [f"{ATTENTION} is not this model's attention"]
+    try:
+        TO_SLOTS.in_process()
+    except Missing as error:
+        return [str(error)]
+    return []
+
+
+def patch_slots(now: VllmAdapter) -> None:
+    """Let the attention take the slots of the top-k."""
+    if not now.patches.get("topk.slots"):
+        found = TO_SLOTS.in_process()
+        wrapper = around(found.original, wrappers.take_slots)
+        patch = now.ledger.replace(found.owner, found.name, wrapper, str(TO_SLOTS))
+        now.patches["topk.slots"] = [patch]
+
+
+# --- the indexer's op ------------------------------------------------------------------------
+
+
+class IndexerOp:
+    """In place of ``torch.ops.vllm.sparse_attn_indexer``: the same op, by :func:`.fill.run_op`."""
+
+    def __init__(self) -> None:
+        self.resolved: Any = torch.ops.vllm.sparse_attn_indexer
+        arguments = self.resolved.default._schema.arguments
+        self.at = {argument.name: place for place, argument in enumerate(arguments)}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.resolved, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the op."""
+        if torch.compiler.is_compiling():
+            return self.resolved(*args, **kwargs)
+        return fill.run_op(self.resolved, self.at, args, kwargs)
+
+
+def unmet_op(now: VllmAdapter, config: Any) -> list[str]:
+    """Return why the plugin cannot stand in for the indexer's op in this model."""
+    known = _problems(now, "topk.fill")
+    mode = getattr(getattr(config, "compilation_config", None), "mode", None)
+    if not known and getattr(mode, "name", None) != "NONE":
+        return ["the model is compiled, so the call of the op is traced"]
+    return known or []
+
+
+def patch_op(now: VllmAdapter) -> None:
+    """Stand in for the indexer's op."""
+    if not now.patches.get("topk.fill"):
+        patch = now.ledger.replace(torch.ops.vllm, "sparse_attn_indexer", IndexerOp(), OP)
+        now.patches["topk.fill"] = [patch]
+
+
+# --- DeepGEMM's bfloat16 ---------------------------------------------------------------------
+
+
+def _deep_gemm() -> Any:
+    """Return vLLM's module of DeepGEMM, with DeepGEMM resolved as vLLM does at its first use."""
+    module = sys.modules.get(DEEP_GEMM)
+    resolve = getattr(module, "_lazy_init", None)
+    if resolve is None:
+        return None
+    resolve()
+    return module
+
+
+def takes_logits_dtype() -> bool:
+    """Whether vLLM's DeepGEMM can be asked for bfloat16 logits."""
+    module = _deep_gemm()
+    return all(has_logits_dtype(getattr(module, name, None)) for name in _IMPLEMENTATIONS)
+
+
+def patch_logits_dtype(ledger: Ledger) -> None:
+    """Let the calls of the indexer ask DeepGEMM for bfloat16."""
+    module = _deep_gemm()
+    for name in _IMPLEMENTATIONS:
+        earlier = [p for p in ledger.patches if p.owner is module and p.name == name]
+        if earlier and earlier[0].ours:
+            continue
+        if earlier:  # vLLM resolved DeepGEMM anew
+            ledger.patches.remove(earlier[0])
+        original = getattr(module, name)
+        wrapper = _with_logits_dtype(original)
+        ledger.replace(module, name, wrapper, f"{DEEP_GEMM}.{name}")
+
+
+def _with_logits_dtype(original: Any) -> Any:
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return wrappers.with_logits_dtype(original, *args, **kwargs)
+
+    # Not functools.wraps: the function may be pybind11's, whose signature is in its docstring.
+    patched.__doc__ = original.__doc__
+    patched.__wrapped__ = original  # type: ignore[attr-defined]
+    return patched

@@ -1,0 +1,166 @@
+"""The kinds of indexer layers, one record each, and what is known of a layer.
+
+A model may have layers of several kinds, and each kind has its own decision. A new kind is a new
+record in :data:`KINDS`: how a layer of that kind is recognised, which ops it needs, which dtype is
+its default, or why the engine keeps it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsv4_plugin.engines.shared import decision
+
+__all__ = ["KINDS", "Layer", "LayerKind", "key", "key_of_call", "kind_of", "plain_name", "see"]
+
+# Of a model's type and architectures, in lower case. V4.1 is deepseek_v41.
+_FAMILIES = {
+    "DeepSeek-V4.1": re.compile(r"deepseek_?v41(?![0-9])"),
+    "DeepSeek-V4": re.compile(r"deepseek_?v4(?![0-9])"),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the policy knows of a layer.
+
+    ``key`` names it as a call of the indexer's op does. ``family`` is that of its model, ``""``
+    where that is neither DeepSeek-V4 nor V4.1. ``candidates``: ``""``, ``"source"`` (it selects the
+    candidate blocks) or ``"consumer"`` (it masks its scores with them). ``unfit``: why the engine
+    keeps its top-k. ``no_gather``: why the engine keeps its key gather.
+    """
+
+    key: Hashable
+    name: str
+    k: int
+    device: torch.device
+    family: str
+    candidates: str
+    unfit: tuple[str, ...]
+    no_gather: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """A kind of layers: ``matches`` recognises one; the first record that does is taken.
+
+    ``dtypes`` are what ``DSV4_TOPK=auto`` tries, best first. ``logits_ops`` are the ops that have
+    to write a dtype before the plugin's logits serve this kind. ``with_slots``: the decode top-k
+    writes slots and skips the fill where it can. ``kept``: why the engine keeps the layers of this
+    kind; empty where the plugin serves them.
+    """
+
+    name: str
+    matches: Callable[[Layer], bool]
+    dtypes: tuple[str, ...]
+    logits_ops: tuple[str, ...] = ("paged_logits", "ragged_logits")
+    with_slots: bool = False
+    kept: str = ""
+
+    def __str__(self) -> str:
+        """Return the name, for the log."""
+        return self.name
+
+
+KINDS = (
+    LayerKind(
+        "DeepSeek-V4.1 source",
+        lambda layer: layer.candidates == "source",
+        ("fp32",),
+        kept="the layer selects the candidate blocks of other layers (DeepSeek-V4.1)",
+    ),
+    LayerKind(
+        "DeepSeek-V4.1 consumer",
+        lambda layer: layer.candidates == "consumer",
+        ("fp32",),
+        kept="the layer masks its scores with candidate blocks (DeepSeek-V4.1)",
+    ),
+    LayerKind("DeepSeek-V4.1 plain", lambda layer: layer.family == "DeepSeek-V4.1", ("fp32",)),
+    # Trained with bfloat16 scores.
+    LayerKind(
+        "DeepSeek-V4",
+        lambda layer: layer.family == "DeepSeek-V4",
+        ("bf16", "fp32"),
+        with_slots=True,
+    ),
+    # DeepSeek-V3.2 and GLM, trained with float32 scores, and models that are not known.
+    LayerKind("DeepSeek-V3.2-like", lambda layer: True, ("fp32",)),
+)
+
+
+def kind_of(layer: Layer) -> LayerKind:
+    """Return the kind of a layer."""
+    return next(kind for kind in KINDS if kind.matches(layer))
+
+
+def plain_name(name: Any) -> Any:
+    """Return a layer's name as the metadata has it; vLLM may wrap it for the compiler."""
+    return getattr(name, "value", name)
+
+
+def key(prefix: Any, candidates: Any, writes: Any) -> Hashable:
+    """Return what tells a layer from layers of other kinds, at a call and when it is built.
+
+    V4.1's source and consumers share one cache and therefore one ``prefix``.
+    """
+    return plain_name(prefix), candidates is not None, bool(writes)
+
+
+def key_of_call(given: Callable[[str], Any]) -> Hashable:
+    """Return the key of the layer that calls the indexer's op; ``given`` has its arguments."""
+    return key(given("k_cache_prefix"), given("candidate_blocks"), given("candidate_write"))
+
+
+def see(layer: Any, config: Any, platform: Any) -> Layer:
+    """Look at a layer that has just been built."""
+    unfit: list[str] = []
+    if platform is None or not platform.is_cuda():
+        unfit.append(
+            f"vLLM runs on {getattr(platform, 'device_type', 'an unknown platform')!r}; its "
+            "indexer takes another way there"
+        )
+    k = getattr(layer, "topk_tokens", None)
+    unfit += decision.unfit_k(k)
+    chosen = getattr(layer, "topk_backend", "auto")
+    if chosen != "auto":
+        unfit.append(f"vLLM's setting sparse_indexer_topk_backend is {chosen!r}")
+    no_gather: list[str] = []
+    ranks = getattr(layer, "dcp_world_size", 1)
+    if ranks != 1:
+        no_gather.append(f"decode context parallelism over {ranks} ranks needs float32 logits")
+    if getattr(layer, "use_fp4_cache", False):
+        no_gather.append("the indexer cache is MXFP4")
+    buffer = getattr(layer, "topk_indices_buffer", None)
+    if isinstance(buffer, torch.Tensor) and buffer.device.type != "meta":
+        device = buffer.device
+    else:
+        device = torch.device(getattr(platform, "device_type", "") or "cpu")
+    blocks = getattr(layer, "candidate_blocks", None)
+    writes = bool(getattr(layer, "candidate_write", False))
+    prefix = getattr(getattr(layer, "k_cache", None), "prefix", "") or "of no name"
+    return Layer(
+        key(prefix, blocks, writes),
+        f"layer {prefix}",
+        k if isinstance(k, int) else 0,
+        device,
+        _family(config),
+        "" if blocks is None else "source" if writes else "consumer",
+        (*unfit, *no_gather),
+        tuple(no_gather),
+    )
+
+
+def _family(config: Any) -> str:
+    model = getattr(config, "model_config", None)
+    names: list[str] = []
+    for attribute in ("hf_config", "hf_text_config"):
+        hf = getattr(model, attribute, None)
+        names.append(getattr(hf, "model_type", None) or "")
+        names.extend(getattr(hf, "architectures", None) or ())
+    said = " ".join(map(str, names)).lower()
+    return next((family for family, known in _FAMILIES.items() if known.search(said)), "")

@@ -1,0 +1,111 @@
+"""Which room imports which: one direction, no circle. Imports inside functions count as well."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kits.packaging_tools import ROOT
+
+PACKAGE = ROOT / "dsv4_plugin"
+
+# A room may import the rooms before it in this list, and itself; what is not listed is an error.
+# The longest name that fits a module is its room.
+ROOMS = [
+    "dsv4_plugin._version",
+    "dsv4_plugin.errors",
+    "dsv4_plugin.envs",
+    "dsv4_plugin.log",
+    "dsv4_plugin.state",
+    "dsv4_plugin.status_file",
+    "dsv4_plugin.metrics",
+    "dsv4_plugin.kernels",
+    "dsv4_plugin.ops",
+    "dsv4_plugin",  # the public names
+    "dsv4_plugin.facts",
+    "dsv4_plugin.engines.shared",
+    "dsv4_plugin.engines.vllm",
+    "dsv4_plugin.engines.sglang",
+    "dsv4_plugin.engines.tokenspeed",
+    "dsv4_plugin.engines",  # what looks at the three from outside
+    "dsv4_plugin.cli.checks",
+    "dsv4_plugin.cli.bench",
+    "dsv4_plugin.cli",
+    "dsv4_plugin.__main__",
+]
+APART = {"dsv4_plugin.engines.vllm", "dsv4_plugin.engines.sglang", "dsv4_plugin.engines.tokenspeed"}
+# Heavy modules that a command loads only when it runs.
+HEAVY = {"torch", "triton", "numpy", "matplotlib", "tvm_ffi", "vllm", "sglang", "tokenspeed"}
+
+
+def module_of(file: Path) -> str:
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+MODULES = {module_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room_of(module: str) -> str:
+    fitting = [r for r in ROOMS if module == r or module.startswith(r + ".")]
+    room = max(fitting, key=len)
+    # The package's own room is its __init__ alone.
+    assert room != "dsv4_plugin" or module == room, f"{module} has no room"
+    return room
+
+
+def imports(module: str) -> Iterator[tuple[int, str]]:
+    """The modules of the package that a module imports, with the line."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: a relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                names.append(inner if inner in MODULES else str(node.module))
+        for name in names:
+            if name.split(".")[0] in ("dsv4_plugin", "benchmarks", "kits", "tests"):
+                yield node.lineno, name
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_imports_only_what_comes_before_it(module: str) -> None:
+    room, wrong = room_of(module), []
+    for line, name in imports(module):
+        if name not in MODULES and name != "dsv4_plugin._version":
+            wrong.append(f"line {line}: {name} is not of the package")
+            continue
+        other = room_of(name)
+        later = ROOMS.index(other) > ROOMS.index(room)
+        if later or (other != room and {other, room} <= APART):
+            wrong.append(f"line {line}: {name} belongs to {other}")
+    assert wrong == []
+
+
+def test_no_circle() -> None:
+    graph = {m: {name for _, name in imports(m) if name in MODULES and name != m} for m in MODULES}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["no-such-command"], []])
+def test_the_command_line_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from dsv4_plugin.cli.main import main\n"
+        "try:\n"
+        f"    main({arguments!r})\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr
