@@ -31,13 +31,13 @@ FORBIDDEN_CALLS = {
     "getstatusoutput", "load_inline", "popen", "posix_spawn", "spawnl", "spawnv", "system",
 }  # fmt: skip
 FORBIDDEN_DOTTED = {"torch.load", "torch.hub", "torch.compile", "torch.utils.cpp_extension"}
-PROGRAMS = {"engines/releases.py": {"pip"}, "cli/checks/provenance.py": {"git", "nvidia-smi"}}
+PROGRAMS = {"cli/releases.py": {"pip"}, "cli/checks/provenance.py": {"git", "nvidia-smi"}}
 # `ab` starts servers that the user names and asks them over HTTP: this folder alone may do that.
 SERVERS = ("cli/ab/",)
 SERVER_NETWORK = {"http", "socket", "urllib"}
 # Where files are written, and who names them.
 WRITES = {
-    "engines/releases.py": {"TemporaryDirectory", "mkdir", "extract", "touch"},  # --folder
+    "cli/releases.py": {"TemporaryDirectory", "mkdir", "extract", "touch"},  # --folder
     "status_file.py": {"mkdir", "write_text", "replace"},  # DSV4_STATUS_DIR
     "cli/ab/command.py": {"mkdir"},  # --out
     "cli/ab/experiment.py": {"write_text", "replace"},  # --out

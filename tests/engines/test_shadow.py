@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import dsv4_plugin
 from dsv4_plugin import log
-from dsv4_plugin.engines.shared import adapter, shadow
+from dsv4_plugin.engines.shared import adapter, shadow, shadow_report
 from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection
 from dsv4_plugin.engines.shared.fallback import serve
-from dsv4_plugin.engines.shared.shadow import Field
+from dsv4_plugin.engines.shared.shadow_report import Field
 from dsv4_plugin.state import state
 
 CPU = torch.device("cpu")
@@ -22,13 +22,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(shadow, "_start", lambda: None)  # no thread a test
-    shadow._kept.clear()
+    monkeypatch.setattr(shadow_report, "start", lambda failed: None)  # no thread a test
+    shadow.kept.clear()
     shadow.forget()
     log._said.clear()
     yield
     adapter.current().decide(INERT)
-    shadow._kept.clear()
+    shadow.kept.clear()
     shadow.forget()
     state.reset()
 
@@ -149,7 +149,7 @@ def test_nothing_happens_unless_it_is_asked_for():
         raise AssertionError("ran")
 
     shadow.watch("decode", ints([[1]]), never)
-    assert "shadow" not in dsv4_plugin.status() and not shadow._kept
+    assert "shadow" not in dsv4_plugin.status() and not shadow.kept
 
 
 def test_counters_add_up_and_status_has_them(on):
@@ -162,7 +162,7 @@ def test_counters_add_up_and_status_has_them(on):
         "worst": 0.5,
     }  # fmt: skip
     assert got["prefill"]["agree"] == 1
-    said = shadow.line("decode", got["decode"])
+    said = shadow_report.line("decode", got["decode"])
     assert "decode 75.00 % of entries agree over 2 rows (worst row 50.00 %, 1 rows equal)" in said
 
 
@@ -230,13 +230,13 @@ def test_no_counters_are_made_while_a_graph_is_captured(on, monkeypatch, caplog)
     caplog.set_level(logging.DEBUG, logger="dsv4_plugin")
     monkeypatch.setattr(shadow, "_capturing", lambda device: True)
     shadow.watch("decode", ints([[0]]), lambda s: pytest.fail("ran"))
-    assert not shadow._kept and "not watched" in caplog.text
+    assert not shadow.kept and "not watched" in caplog.text
     monkeypatch.setattr(shadow, "_capturing", lambda device: False)
     shadow.prepare(CPU, "decode")
-    kept = shadow._kept["decode", CPU]
+    kept = shadow.kept["decode", CPU]
     shadow.forget()
     assert not shadow.on()
-    assert shadow._kept["decode", CPU] is kept, "a graph may still write there"
+    assert shadow.kept["decode", CPU] is kept, "a graph may still write there"
 
 
 def test_the_log_says_what_changed_and_warns_of_ours(on, caplog):
@@ -244,13 +244,13 @@ def test_the_log_says_what_changed_and_warns_of_ours(on, caplog):
     scores = torch.tensor([[3.0, 2.0, 1.0]])
     args = (scores, lambda: torch.tensor([3]))
     shadow.watch("decode", ints([[0]]), lambda s: ints([[0]]), *args)
-    shadow._log_what_changed()
-    shadow._log_what_changed()
+    shadow_report.log_what_changed()
+    shadow_report.log_what_changed()
     assert [r.levelno for r in caplog.records] == [logging.INFO]
     shadow.watch("decode", ints([[2]]), lambda s: ints([[0]]), *args)
-    shadow._log_what_changed()
+    shadow_report.log_what_changed()
     assert caplog.records[-1].levelno == logging.WARNING
-    assert "ours is not exact" in caplog.records[-1].message
+    assert "so the plugin's is not exact" in caplog.records[-1].message
 
 
 def test_widened_scores_come_in_parts():

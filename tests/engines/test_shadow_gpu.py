@@ -13,7 +13,7 @@ import torch
 
 from dsv4_plugin import log, topk
 from dsv4_plugin.cli.checks.inputs import poison_tail, scores
-from dsv4_plugin.engines.shared import adapter, shadow
+from dsv4_plugin.engines.shared import adapter, shadow, shadow_report
 from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection
 from dsv4_plugin.engines.vllm import wrappers
 from dsv4_plugin.engines.vllm.context import LogitsTag, tag_logits
@@ -28,7 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 @pytest.fixture(autouse=True)
 def _shadow(monkeypatch):
     monkeypatch.setenv("DSV4_SHADOW", "1")
-    monkeypatch.setattr(shadow, "_start", lambda: None)
+    monkeypatch.setattr(shadow_report, "start", lambda failed: None)
     shadow.forget()
     log._said.clear()
     yield
@@ -66,10 +66,10 @@ def repeated(device: str, step: Callable[[], None]) -> Callable[[], None]:
 def settled(device: str) -> dict[str, dict[str, float]]:
     if device == "cuda":
         torch.cuda.synchronize()
-    for (_, at), kept in shadow._kept.items():
+    for (_, at), kept in shadow.kept.items():
         if at.type == device:
             assert kept.mirror.tolist() == kept.counters.tolist()
-    return shadow.report()
+    return shadow_report.report()
 
 
 def test_the_default_device_is_the_engines(backend, device, monkeypatch):
@@ -78,7 +78,7 @@ def test_the_default_device_is_the_engines(backend, device, monkeypatch):
     with torch.device("cuda" if device == "cuda" else "meta"):
         shadow.prepare(torch.device(device), "decode")
     assert shadow.on()
-    (kept,) = shadow._kept.values()
+    (kept,) = shadow.kept.values()
     assert kept.mirror.device.type == "cpu" and kept.counters.device.type == device
 
 
@@ -112,7 +112,7 @@ def test_replays_are_counted(backend, device, dtype, seam, monkeypatch):
     again = repeated(device, step)
     step()  # not captured: counting begins with this one
     settled(device)
-    for kept in shadow._kept.values():  # from here on by replays alone
+    for kept in shadow.kept.values():  # from here on by replays alone
         kept.counters.zero_()
     want = dict.fromkeys(("rows", "equal", "entries", "agree"), 0)
     g = torch.Generator().manual_seed(0)
@@ -181,7 +181,7 @@ def test_reading_during_a_capture_disturbs_nothing(backend, device):
 
     def read() -> None:
         while not stop.is_set():
-            shadow._log_what_changed()
+            shadow_report.log_what_changed()
             looks[0] += 1
 
     def step() -> None:
@@ -196,7 +196,7 @@ def test_reading_during_a_capture_disturbs_nothing(backend, device):
         again = repeated(device, step)
         step()
         settled(device)
-        before = shadow.report()["decode"]["rows"]
+        before = shadow_report.report()["decode"]["rows"]
         for _ in range(5):
             again()
     finally:

@@ -46,5 +46,5 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Take every hook back; what somebody else has hooked since stays theirs, with a log line."""
+    """Take every hook back; what other code has hooked since stays, with a log line."""
     activation.uninstall(__name__, "install", "registry")

@@ -1,8 +1,4 @@
-"""``--dsv4-topk`` on SGLang's command line (``sglang serve``, ``sglang.launch_server``).
-
-Why: SGLang has no option that enables a plugin, and an unknown option ends the command.
-May go when SGLang lets a plugin declare options; an option of that name of SGLang's own wins.
-"""
+"""``--dsv4-topk`` on SGLang's command line (``sglang serve``, ``sglang.launch_server``)."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ OPTION = "--dsv4-topk"
 class TopkAction(argparse.Action):
     """Put the answer into the environment, which the scheduler processes inherit.
 
-    Nothing goes to the namespace: ``ServerArgs`` knows no field of ours.
+    Nothing goes to the namespace: ``ServerArgs`` knows no such field.
     """
 
     def __call__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,7 @@ def _wrapper(
     with_dtype: Callable[..., Any] | None,
     plugin: Callable[..., torch.Tensor | None],
 ) -> Callable[..., Any]:
+    @functools.wraps(float32)
     def patched(q: Any, *args: Any, **kwargs: Any) -> Any:
         now = adapter.current()
         selection = now.call.selection
@@ -74,8 +76,6 @@ def _wrapper(
             out = float32(q, *args, **kwargs)
         return out
 
-    patched.__doc__ = float32.__doc__
-    patched.__wrapped__ = float32  # type: ignore[attr-defined]
     return patched
 
 

@@ -119,17 +119,14 @@ def _possible(
     reasons += [f"SGLang's switch {n} chooses its own top-k" for n in _OTHER_TOPK if _set(n)]
     for name in call.kind.seams:
         reasons += now.problems(name)
-    backend = decision.backend_for_topk(settings, call.device.type != "cpu")
-    reasons += decision.unmet_topk(dtype, backend, call.device, call.k)
-    who, why = logits.choose(
+    return logits.select(
         settings,
         dtype,
+        reasons,
+        [(call.device, call.k)],
         lambda: _engine_logits(now, call, dtype),
-        lambda: _plugin_logits(now, call, dtype, backend),
+        lambda backend: _plugin_logits(now, call, dtype, backend),
     )
-    reasons = decision.unique([*reasons, *why])
-    request = dtype == "bf16" and who == "engine"
-    return (None, reasons) if reasons else (Selection(dtype, backend, request, who), [])
 
 
 def _elsewhere(now: SglangAdapter, call: _Call) -> list[str]:

@@ -19,7 +19,7 @@ from dsv4_plugin.engines.shared.patches import called
 
 __all__ = ["around", "hooked", "intact", "other_hooks", "uninstall"]
 
-_hooks: dict[str, Callable[..., Any]] = {}  # target -> our hook
+_hooks: dict[str, Callable[..., Any]] = {}  # target -> the plugin's hook
 _owners: dict[str, Any] = {}  # what the path before the last dot is
 
 
@@ -101,7 +101,7 @@ def intact(target: str) -> bool:
 
 
 def uninstall() -> None:
-    """Take our hooks back."""
+    """Take the plugin's hooks back."""
     _owners.clear()
     if not _hooks:
         return
@@ -144,7 +144,7 @@ def _restore(target: str, hook: Any) -> tuple[Any, Any] | None:
 
 
 def _gather_in(spread: dict[int, tuple[Any, Any]]) -> None:
-    """Put originals back into every module to which the registry had spread our wrappers."""
+    """Put originals back into every module to which the registry had spread its wrappers."""
     if not spread:
         return
     for module in list(sys.modules.values()):

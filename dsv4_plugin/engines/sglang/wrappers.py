@@ -25,11 +25,7 @@ __all__ = ["forward", "topk_dsa", "topk_v1", "topk_v2"]
 
 
 def forward(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """Run ``forward_c4_indexer`` with the decision for this indexer in force.
-
-    Why: its logits and top-k functions are shared with other models, and only here it is known
-    whose scores come. May go when SGLang hands the backend choice to its top-k functions.
-    """
+    """Run ``forward_c4_indexer`` with the decision for this indexer in force."""
     c4 = kwargs.get("c4_indexer", args[2] if len(args) > 2 else None)
     x = kwargs.get("x", args[0] if args else None)
     now = adapter.current()
@@ -52,11 +48,7 @@ _V2 = (*_V1[:-1], "metadata", _V1[-1])
 
 
 def topk_v1(original: Callable[..., None], scores: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    """Select by the fused page table, in the form without a plan.
-
-    Why: SGLang's kernels read float32 only, and ties are not theirs to order. May go when they
-    read bfloat16, are exact, break ties by the lowest index and are not slower.
-    """
+    """Select by the fused page table, in the form without a plan."""
     _transform(_V1, original, scores, args, kwargs)
 
 
@@ -66,50 +58,23 @@ def topk_v2(original: Callable[..., None], scores: torch.Tensor, *args: Any, **k
 
 
 def _transform(
-    names: tuple[str, ...],
-    original: Callable[..., None],
-    scores: torch.Tensor,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    names: tuple[str, ...], original: Callable[..., None], scores: Any, args: Any, kwargs: Any
 ) -> None:
-    def upstream() -> None:  # with what came, and nothing that the caller did not pass
-        plain = widen(scores) if isinstance(scores, torch.Tensor) else scores
-        original(plain, *args, **kwargs)
-
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-
-    def again(**into: torch.Tensor) -> None:  # the same call with other outputs
+    def engine(**into: torch.Tensor) -> None:
+        """Make the call as it came, and with nothing that it did not pass but other outputs."""
         placed = [into.pop(n, v) for n, v in zip(names, args, strict=False)]
-        original(widen(scores), *placed, **{**kwargs, **into})
+        plain = widen(scores) if isinstance(scores, torch.Tensor) else scores
+        original(plain, *placed, *args[len(names) :], **{**kwargs, **into})
 
-    if adapter.current().call.kind is None or not set(_V1[:-1]) <= set(given):
-        upstream()  # another model's call of the same names
+    now = adapter.current()
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if now.call.kind is None or not set(_V1[:-1]) <= set(given):
+        engine()  # another model's call of the same names
         return
-    _paged(
-        scores,
-        given["seq_lens"],
-        given["page_tables"],
-        given["out_page_indices"],
-        given["page_size"],
-        given.get("out_raw_indices"),
-        upstream,
-        again,
-    )
-
-
-def _paged(
-    scores: torch.Tensor,
-    seq_lens: torch.Tensor,
-    page_tables: torch.Tensor,
-    out: torch.Tensor,
-    page_size: int,
-    raw: torch.Tensor | None,
-    upstream: Callable[[], None],
-    again: Callable[..., None],
-) -> None:
-    rows = scores.shape[0]
+    seq_lens, page_tables, out, page_size = (given[name] for name in _V1[:-1])
+    raw, rows = given.get("out_raw_indices"), scores.shape[0]
     readable = (
-        "topk" not in adapter.current().off
+        "topk" not in now.off
         and is_matrix(scores)
         and is_output(out, rows, out.shape[1])
         and out.shape[1] in KS
@@ -137,18 +102,18 @@ def _paged(
 
     def watch() -> None:
         if raw is None:  # a page has one slot range: sets of slots are sets of columns
-            shadow.watch("paged", out, lambda scratch: again(out_page_indices=scratch))
+            shadow.watch("paged", out, lambda scratch: engine(out_page_indices=scratch))
             return
         shadow.watch(
             "paged",
             raw,
-            lambda scratch: again(out_page_indices=torch.empty_like(out), out_raw_indices=scratch),
+            lambda scratch: engine(out_page_indices=torch.empty_like(out), out_raw_indices=scratch),
             scores,
             lambda: seq_lens.reshape(-1),
         )
 
-    selection = adapter.current().call.selection if readable else None
-    serve("paged", selection, scores.dtype, plugin, upstream, watch)
+    selection = now.call.selection if readable else None
+    serve("paged", selection, scores.dtype, plugin, engine, watch)
 
 
 _DSA_REST = (
@@ -171,10 +136,7 @@ def topk_dsa(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Select for V3.2 and GLM where the call is decode-shaped and PAGED; all else is SGLang's.
-
-    Why: as for V4, exact float32 with ties to the lowest index. May go for the same reasons.
-    """
+    """Select for V3.2 and GLM where the call is decode-shaped and PAGED; all else is SGLang's."""
     given = {**dict(zip(_DSA_REST, args, strict=False)), **kwargs}
     result: list[torch.Tensor] = []
 

@@ -95,13 +95,10 @@ class Adapter:
             return [f"seam {name} was not found in {self.engine}: {why}"]
         if not self.intact(name):
             return [f"seam {name} ({seam.where}) was patched by other code since"]
-        questions = (getattr(type(p.replacement), "problem", None) for p in self.patches[name])
-        answers = [
-            question(patch.replacement)
-            for question, patch in zip(questions, self.patches[name], strict=True)
-            if question is not None
+        shims = [
+            p.replacement for p in self.patches[name] if hasattr(type(p.replacement), "problem")
         ]
-        return [f"seam {name}: {why}" for why in answers if why]
+        return [f"seam {name}: {why}" for why in (shim.problem() for shim in shims) if why]
 
     # --- decisions ---------------------------------------------------------------------------
 
@@ -114,6 +111,7 @@ class Adapter:
         """Put one decision into force, whatever the kind of layer."""
         self.kinds.clear()
         self.decisions.clear()
+        self._reasons.clear()
         self.decision = decision
         if decision is INERT:
             self.off.clear()
@@ -181,10 +179,6 @@ class Adapter:
         )
 
     # --- what is said ------------------------------------------------------------------------
-
-    def begin_reports(self) -> None:
-        """Forget the reasons of earlier reports: every kind of layer is decided anew."""
-        self._reasons.clear()
 
     def report(
         self,

@@ -12,19 +12,9 @@ from dsv4_plugin.envs import Settings
 from dsv4_plugin.errors import SettingError, UnmetError
 
 __all__ = [
-    "DTYPES",
-    "INERT",
-    "KS",
-    "Decision",
-    "PassedOver",
-    "Selection",
-    "backend_for_topk",
-    "choose_selection",
-    "explicit",
-    "unfit_k",
-    "unique",
-    "unmet_topk",
-]
+    "DTYPES", "INERT", "KS", "Decision", "PassedOver", "Selection", "backend_for_topk",
+    "choose_selection", "explicit", "unfit_k", "unique", "unmet_topk",
+]  # fmt: skip
 
 KS = (512, 1024, 2048)  # the k of the engines' own kernels; every other k stays with the engine
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -15,13 +15,19 @@ import torch
 from dsv4_plugin import backends, envs, log
 from dsv4_plugin import logits as ops
 from dsv4_plugin.engines.shared import adapter
-from dsv4_plugin.engines.shared.decision import DTYPES, Selection, unique
+from dsv4_plugin.engines.shared.decision import (
+    DTYPES,
+    Selection,
+    backend_for_topk,
+    unique,
+    unmet_topk,
+)
 from dsv4_plugin.engines.shared.tensors import LENGTHS, dtype_name, saved_mib
 from dsv4_plugin.envs import Settings
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.state import state
 
-__all__ = ["AUTO", "choose", "dense", "failed", "paged", "unmet"]
+__all__ = ["AUTO", "choose", "dense", "failed", "paged", "select", "unmet"]
 
 # Whose logits DSV4_LOGITS=auto takes: the first that can be had in the dtype. In bfloat16 the
 # plugin's kernel is faster for one request and level with DeepGEMM for many
@@ -52,6 +58,30 @@ def choose(
             return who, []
         reasons += why
     return "engine", reasons
+
+
+def select(
+    settings: Settings,
+    dtype: str,
+    reasons: Sequence[str],
+    calls: Sequence[tuple[torch.device, int]],
+    engine: Callable[[], list[str]],
+    plugin: Callable[[str], list[str]],
+    asks: Callable[[], bool] = lambda: True,
+) -> tuple[Selection | None, list[str]]:
+    """Return how ``dtype`` can be selected, or every reason why it cannot.
+
+    ``reasons`` are known already. ``calls`` are the devices and k. ``engine`` and ``plugin`` (with
+    its backend) return why either cannot write the logits; ``asks`` whether the engine's DeepGEMM
+    has to be asked for bfloat16.
+    """
+    backend = backend_for_topk(settings, any(device.type != "cpu" for device, _ in calls))
+    unmet = [why for device, k in calls for why in unmet_topk(dtype, backend, device, k)]
+    who, why = choose(settings, dtype, engine, lambda: plugin(backend))
+    found = unique([*reasons, *unmet, *why])
+    if found:
+        return None, found
+    return Selection(dtype, backend, dtype == "bf16" and who == "engine" and asks(), who), []
 
 
 def unmet(

@@ -33,7 +33,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_matrix(scores: Any) -> bool:
-    """Whether ``scores`` are index logits that our top-k reads as they are."""
+    """Whether ``scores`` are index logits that the plugin's top-k reads as they are."""
     return (
         isinstance(scores, torch.Tensor)
         and scores.dim() == 2
@@ -45,7 +45,7 @@ def is_matrix(scores: Any) -> bool:
 
 
 def is_output(out: Any, rows: int, k: int) -> bool:
-    """Whether ``out`` is an index buffer that our top-k fills as it is."""
+    """Whether ``out`` is an index buffer that the plugin's top-k fills as it is."""
     return (
         isinstance(out, torch.Tensor)
         and out.dtype == torch.int32

@@ -46,18 +46,14 @@ def decide(mode: str, k: int, device: torch.device) -> Selection | None:
 def _possible(
     settings: envs.Settings, kind: _Kind, dtype: str
 ) -> tuple[Selection | None, list[str]]:
-    reasons = decision.unfit_k(kind.k)
-    backend = decision.backend_for_topk(settings, kind.device.type != "cpu")
-    reasons += decision.unmet_topk(dtype, backend, kind.device, kind.k)
-    who, why = logits.choose(
+    return logits.select(
         settings,
         dtype,
+        decision.unfit_k(kind.k),
+        [(kind.device, kind.k)],
         lambda: _deep_gemm(dtype, "prefill" if "prefill" in kind.mode else "decode"),
-        lambda: logits.unmet(dtype, backend, kind.device),
+        lambda backend: logits.unmet(dtype, backend, kind.device),
     )
-    reasons = decision.unique([*reasons, *why])
-    request = dtype == "bf16" and who == "engine"
-    return (None, reasons) if reasons else (Selection(dtype, backend, request, who), [])
 
 
 _WIDE = {"decode": "fp8_fp4_paged_mqa_logits", "prefill": "fp8_fp4_mqa_logits"}

@@ -1,10 +1,7 @@
-"""Replace the per-token loops that read the indexer cache.
+"""Replace the readers of the indexer cache, which walk their slots one by one.
 
-Why: ``read_deepseek_v4_indexer_fp8_cache`` walks ``slot_mapping.tolist()`` with several GPU ops a
-token and synchronises, so it cannot be captured. TokenSpeed's runtime itself has not called it
-since May 2026 (#242); it lives on as the oracle of its tests and for callers outside of it.
-Its MXFP4 sibling, where a release has one, reads row 0 of an empty cache for padding.
-May go when TokenSpeed's own are vectorised, or gone.
+TokenSpeed's runtime has not called the FP8 reader since May 2026 (#242); it lives on as the oracle
+of its tests and for callers outside of it.
 """
 
 from __future__ import annotations

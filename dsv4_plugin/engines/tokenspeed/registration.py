@@ -1,9 +1,6 @@
 """Put the plugin's kernels into TokenSpeed's registry, and find TokenSpeed's own for a fallback.
 
-Why: on Hopper TokenSpeed computes the indexer's logits in float32 with portable Triton kernels and
-selects with radix launches, a scatter and a sort. May go when its registry has an in-tree kernel
-for these traits that reads bfloat16 logits, is exact and is not slower. The registry is the way in
-that TokenSpeed offers; nothing is patched here.
+The registry is the way in that TokenSpeed offers; nothing is patched here.
 """
 
 from __future__ import annotations

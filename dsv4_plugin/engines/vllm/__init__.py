@@ -11,9 +11,9 @@ It leaves three notes with Python's import system (:mod:`..shared.import_hooks`)
   ``/metrics`` (:mod:`dsv4_plugin.metrics`).
 
 Whether the plugin is switched on is asked when a layer is built, not here: in the parent process
-``register()`` runs before the command line is parsed. A process in which nobody asked runs the
-patched names straight through to vLLM's own. ``DSV4_PLUGIN=0`` patches nothing;
-only the option stays known, so that a command line with ``--plugin dsv4`` still starts the server.
+``register()`` runs before the command line is parsed. In a process where it is
+not switched on the patched names pass straight through. ``DSV4_PLUGIN=0`` patches nothing; only
+the option stays known, so that a command line with ``--plugin dsv4`` still starts the server.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Take every patch back; what somebody else has patched since stays theirs, with a log line."""
+    """Take every patch back; what other code has patched since stays, with a log line."""
     import_hooks.forget(ARG_UTILS, INDEXER, PROMETHEUS)
     activation.uninstall(__name__, "install", "cli_option")
     if PROMETHEUS in sys.modules:

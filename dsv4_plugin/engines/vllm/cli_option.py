@@ -22,7 +22,7 @@ class PluginAction(argparse.Action):
     """Switch the plugin on, or with ``none`` off, for this process and those it starts.
 
     The answer goes to the environment, which engine core and workers inherit, and nothing to the
-    namespace: vLLM hands every key there on, and knows none of ours.
+    namespace: vLLM hands on every key there, and knows none of the plugin's.
     """
 
     def __call__(
@@ -47,7 +47,7 @@ class PluginAction(argparse.Action):
         if not envs.switch(True):
             log.say(logging.WARNING, "--plugin dsv4 has no effect: DSV4_PLUGIN=0 is set")
             return
-        # Ray copies the variables it knows by prefix; ours is not among them.
+        # Ray copies variables by prefix, and not by the plugin's unless it is told.
         prefixes = [p for p in os.environ.get(_RAY, "").split(",") if p]
         if "DSV4_" not in prefixes:
             os.environ[_RAY] = ",".join([*prefixes, "DSV4_"])

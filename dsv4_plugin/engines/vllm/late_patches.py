@@ -21,14 +21,9 @@ from dsv4_plugin.engines.vllm.probe import ATTENTION, DEEP_GEMM, OP, TO_SLOTS
 from dsv4_plugin.state import state
 
 __all__ = [
-    "around",
-    "patch_logits_dtype",
-    "patch_op",
-    "patch_slots",
-    "takes_logits_dtype",
-    "unmet_op",
+    "around", "patch_logits_dtype", "patch_op", "patch_slots", "takes_logits_dtype", "unmet_op",
     "unmet_slots",
-]
+]  # fmt: skip
 
 _IMPLEMENTATIONS = ("_fp8_fp4_paged_mqa_logits_impl", "_fp8_fp4_mqa_logits_impl")
 
@@ -142,16 +137,5 @@ def patch_logits_dtype(ledger: Ledger) -> None:
             continue
         if earlier:  # vLLM resolved DeepGEMM anew
             ledger.patches.remove(earlier[0])
-        original = getattr(module, name)
-        wrapper = _with_logits_dtype(original)
+        wrapper = around(getattr(module, name), wrappers.with_logits_dtype)
         ledger.replace(module, name, wrapper, f"{DEEP_GEMM}.{name}")
-
-
-def _with_logits_dtype(original: Any) -> Any:
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        return wrappers.with_logits_dtype(original, *args, **kwargs)
-
-    # Not functools.wraps: the function may be pybind11's, whose signature is in its docstring.
-    patched.__doc__ = original.__doc__
-    patched.__wrapped__ = original  # type: ignore[attr-defined]
-    return patched

@@ -55,10 +55,14 @@ def built(layer: Any) -> None:
 
 @dataclass
 class _Group:
-    """Layers that get one decision, and what was decided: why is for the log."""
+    """Layers that get one decision, and what was decided.
+
+    ``alike``: why the plugin cannot tell calls of these kinds apart.
+    """
 
     kinds: tuple[LayerKind, ...]
     layers: list[tuple[Any, Layer]]
+    alike: str = ""
     selection: Selection | None = None
     passed: decision.PassedOver | None = None
     gather: str | None = None
@@ -86,8 +90,10 @@ def _groups(now: VllmAdapter, config: Any) -> list[_Group]:
     of: dict[LayerKind, list[tuple[Any, Layer]]] = {}
     for layer, seen in now.layers.items():
         of.setdefault(kind_of(seen), []).append((layer, seen))
-    if len(of) > 1 and late_patches.unmet_op(now, config):
-        return [_Group(tuple(of), [pair for pairs in of.values() for pair in pairs])]
+    alike = late_patches.unmet_op(now, config) if len(of) > 1 else []
+    if alike:
+        together = [pair for pairs in of.values() for pair in pairs]
+        return [_Group(tuple(of), together, "; ".join(alike))]
     return [_Group((kind,), pairs) for kind, pairs in of.items()]
 
 
@@ -115,7 +121,6 @@ def _decide(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
         common = Decision(True, settings.strict, None, common.gather if alike else None)
         now.kinds = _kinds(list(now.layers.values()))
     now.decisions, now.decision = decisions, common
-    now.begin_reports()
     for group in groups:
         _report(now, group)
 
@@ -152,20 +157,12 @@ def _possible(
     """Return how top-k in ``dtype`` can be done for every layer, or every reason why it cannot."""
     reasons = [reason for layer in group.seen for reason in layer.unfit]
     reasons += [kind.kept for kind in group.kinds if kind.kept]
+    if reasons and group.alike:
+        reasons.append(f"calls of these kinds look the same: {group.alike}")
     for name in ("guard", "topk.decode", "topk.prefill", "logits"):
         reasons += now.problems(name)
-    on_gpu = any(layer.device.type == "cuda" for layer in group.seen)
-    backend = decision.backend_for_topk(settings, on_gpu)
-    for layer in group.seen:
-        reasons += decision.unmet_topk(dtype, backend, layer.device, layer.k)
-    request = False
 
-    def engine() -> list[str]:
-        nonlocal request
-        request, why = _engine_logits(dtype, now)
-        return why
-
-    def plugin() -> list[str]:
+    def plugin(backend: str) -> list[str]:
         return [
             why
             for kind in group.kinds
@@ -173,30 +170,29 @@ def _possible(
             for why in logits.unmet(dtype, backend, layer.device, kind.logits_ops)
         ]
 
-    who, why = logits.choose(settings, dtype, engine, plugin)
-    reasons = unique([*reasons, *why])
-    return (None, reasons) if reasons else (Selection(dtype, backend, request, who), [])
+    calls = [(layer.device, layer.k) for layer in group.seen]
+    engine = functools.partial(_engine_logits, now, dtype)
+    asks = late_patches.takes_logits_dtype
+    return logits.select(settings, dtype, reasons, calls, engine, plugin, asks)
 
 
-def _engine_logits(dtype: str, now: VllmAdapter) -> tuple[bool, list[str]]:
-    """Return whether DeepGEMM has to be asked for this dtype, and why it cannot write it."""
+def _engine_logits(now: VllmAdapter, dtype: str) -> list[str]:
+    """Return why DeepGEMM cannot write this dtype."""
     if dtype == "fp32":
-        return False, []
+        return []
     if dtype == "fp16":
-        return False, ["vLLM's DeepGEMM writes index logits in float32 or bfloat16 only"]
+        return ["vLLM's DeepGEMM writes index logits in float32 or bfloat16 only"]
     platform = now.platform
     if platform is None or not platform.has_device_capability(90):
-        return False, ["DeepGEMM's index logits need a GPU of compute capability 9.0 or later"]
+        return ["DeepGEMM's index logits need a GPU of compute capability 9.0 or later"]
     if late_patches.takes_logits_dtype():
-        return True, []
+        return []
+    if not hasattr(now.indexer, "as_fp32_logits"):
+        return [f"{now.engine}'s DeepGEMM takes no logits_dtype"]
     # From 0.33 DeepGEMM writes bfloat16 on 10.x, unasked, and vLLM widens it afterwards.
-    if hasattr(now.indexer, "as_fp32_logits"):
-        if platform.is_device_capability_family(100):
-            return False, []
-        return False, [
-            f"{now.engine}'s DeepGEMM takes no logits_dtype and writes float32 on this GPU"
-        ]
-    return False, [f"{now.engine}'s DeepGEMM takes no logits_dtype"]
+    if platform.is_device_capability_family(100):
+        return []
+    return [f"{now.engine}'s DeepGEMM takes no logits_dtype and writes float32 on this GPU"]
 
 
 def _choose_gather(

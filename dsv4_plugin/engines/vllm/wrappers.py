@@ -27,17 +27,9 @@ from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.state import state
 
 __all__ = [
-    "as_fp32_logits",
-    "decode_topk",
-    "dense_logits",
-    "gather",
-    "paged_logits",
-    "prefill_chunks",
-    "prefill_topk",
-    "take_slots",
-    "topk_op_by_engine",
-    "with_logits_dtype",
-]
+    "as_fp32_logits", "decode_topk", "dense_logits", "gather", "paged_logits", "prefill_chunks",
+    "prefill_topk", "take_slots", "topk_op_by_engine", "with_logits_dtype",
+]  # fmt: skip
 
 _PAGED = (
     "q", "kv_cache", "weights", "context_lens", "block_tables", "schedule_metadata",

@@ -11,13 +11,13 @@ from host_calls import BATCHES, UPSTREAM_TOPK, batches, names
 from kits import host_parts, vllm_host
 
 import dsv4_plugin
-from dsv4_plugin.engines.shared import adapter, shadow
+from dsv4_plugin.engines.shared import adapter, shadow, shadow_report
 
 
 @pytest.fixture(autouse=True)
 def _no_thread(monkeypatch):
-    monkeypatch.setattr(shadow, "_start", lambda: None)
-    shadow._kept.clear()
+    monkeypatch.setattr(shadow_report, "start", lambda failed: None)
+    shadow.kept.clear()
 
 
 def enable(monkeypatch, **settings):

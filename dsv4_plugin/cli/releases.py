@@ -1,7 +1,7 @@
 """``dsv4-plugin doctor --hosts``: the seams in releases that are not installed.
 
 pip brings the wheels (nothing they depend on, nothing is built or run), their Python files are
-unpacked, and the probes of :mod:`.shared.source` read them: no engine is imported or installed.
+unpacked, and the probes of the adapters read them: no engine is imported or installed.
 """
 
 from __future__ import annotations

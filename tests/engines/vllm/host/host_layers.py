@@ -1,0 +1,256 @@
+"""Several kinds of layers in one process: each has its own decision and its own line in the log."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import types
+
+import pytest
+import torch
+from conftest import canonical
+from host_calls import BATCHES, UPSTREAM_TOPK, names
+
+import dsv4_plugin
+from dsv4_plugin.engines.shared import adapter
+from dsv4_plugin.engines.vllm import layers
+from dsv4_plugin.errors import UnmetError
+
+MIXED = BATCHES["mixed"]
+PLAIN, SOURCE, CONSUMER = (f"DeepSeek-V4.1 {kind}" for kind in ("plain", "source", "consumer"))
+
+
+@pytest.fixture
+def on(monkeypatch):
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+
+
+@contextlib.contextmanager
+def model(engine, family, mode="NONE"):
+    """The configuration of a model that is compiled in this mode."""
+    with engine.gpu(90), engine.config(family) as config:
+        config.compilation_config.mode = sys.modules["vllm.config"].CompilationMode[mode]
+        yield
+
+
+def layer(engine, problem, name, candidates=None, writes=False, **values):
+    """A layer of this name. A release without candidates gets them as attributes."""
+    built = None
+    cls = engine.indexer.SparseAttnIndexer
+    original = cls.__init__
+
+    def init(self, *args, **kwargs):
+        self.candidate_blocks, self.candidate_write = candidates, writes
+        original(self, *args, **kwargs)
+
+    cache = types.SimpleNamespace(prefix=name, kv_cache=problem.cache)
+    if "candidate_write" in layers_take(engine):
+        if candidates is not None:
+            values |= {"candidate_blocks": candidates, "candidate_block_size": 8}
+            values["candidate_write"] = writes
+        return engine.layer(problem, k_cache=cache, **values)
+    cls.__init__ = init
+    try:
+        built = engine.layer(problem, k_cache=cache, **values)
+    finally:
+        cls.__init__ = original
+    return built
+
+
+def layers_take(engine):
+    import inspect
+
+    return inspect.signature(inspect.unwrap(engine.indexer.SparseAttnIndexer.__init__)).parameters
+
+
+def step(engine, built, problem):
+    """Run one layer in a forward pass that knows it by its name."""
+    problem.buffer.fill_(7)
+    engine.calls.clear()
+    with engine.forward(problem):
+        context = sys.modules["vllm.forward_context"].get_forward_context()
+        context.attn_metadata = {built.k_cache.prefix: problem.metadata}
+        built(problem.hidden, problem.query, None, problem.weights)
+    return canonical(problem.buffer[: len(problem.lengths), : problem.k].clone())
+
+
+def served(engine):
+    return not names(engine) & UPSTREAM_TOPK
+
+
+def dtypes(engine):
+    return {call.dtype for call in engine.calls if call.logits is not None}
+
+
+def active_lines(caplog):
+    said = [r.getMessage() for r in caplog.records if r.name == "dsv4_plugin"]
+    return [line for line in said if line.startswith(("dsv4 active in", "dsv4 inactive in"))]
+
+
+def v41(engine, problem, monkeypatch):
+    """The three kinds of DeepSeek-V4.1; source and consumer share one cache and its name."""
+    for name in ("_select_candidate_blocks", "_apply_candidate_mask"):
+        if hasattr(engine.indexer, name):  # Triton kernels; here only who calls them matters
+            note = lambda *a, name=name: engine.calls.append(types.SimpleNamespace(  # noqa: E731
+                name=name, dtype=None, logits=None, rows=0, own=False))  # fmt: skip
+            monkeypatch.setattr(engine.indexer, name, note)
+    blocks = torch.full((len(problem.lengths), 64), -1, dtype=torch.int32)
+    return (
+        layer(engine, problem, "model.layers.2.indexer"),
+        layer(engine, problem, "model.layers.20.indexer", blocks, True),
+        layer(engine, problem, "model.layers.20.indexer", blocks, False),
+    )
+
+
+def test_v41_is_decided_by_kind(engine, on, monkeypatch, caplog):
+    """The plain layers are served; the source and the consumers are vLLM's, and the log says so."""
+    problem = engine.problem(**MIXED)
+    with model(engine, "deepseek_v41"):
+        plain, source, consumer = v41(engine, problem, monkeypatch)
+        assert [layers.kind_of(seen).name for seen in adapter.current().layers.values()] == [
+            PLAIN, SOURCE, CONSUMER,
+        ]  # fmt: skip
+        for built, kind in ((plain, PLAIN), (source, SOURCE), (consumer, CONSUMER), (plain, PLAIN)):
+            got = step(engine, built, problem)
+            assert torch.equal(got, engine.expected(problem.k))
+            assert served(engine) is (kind == PLAIN), kind
+            assert dtypes(engine) == {torch.float32}
+            assert ("cp_gather_indexer_k_quant_cache" not in names(engine)) is (kind == PLAIN)
+    counters = dsv4_plugin.status()["counters"]
+    assert counters["topk.decode"] == counters["topk.prefill"] == 2
+    assert counters["topk.decode.upstream"] == counters["topk.prefill.upstream"] == 2
+    told = active_lines(caplog)
+    assert len(told) == 3, told
+    version = f"vLLM {engine.version}"
+    assert told[0].startswith(f"dsv4 active in {version}, {PLAIN} layers: top-k: fp32 by torch on ")
+    assert told[1].startswith(f"dsv4 inactive in {version}, {SOURCE} layers: top-k: the engine's (")
+    assert "selects the candidate blocks" in told[1]
+    assert told[2].startswith(f"dsv4 inactive in {version}, {CONSUMER} layers: top-k: the engine's")
+    assert "masks its scores with candidate blocks" in told[2]
+    seams = dsv4_plugin.status()["seams"]
+    assert seams["topk.decode"]["engaged"] and seams["gather"]["engaged"]
+
+
+def test_calls_that_look_the_same_have_one_decision(engine, on, monkeypatch, caplog):
+    """A compiled model: nothing says which layer calls, so no kind is served."""
+    problem = engine.problem(**MIXED)
+    with model(engine, "deepseek_v41", "VLLM_COMPILE"):
+        three = v41(engine, problem, monkeypatch)
+        for built in three:
+            assert torch.equal(step(engine, built, problem), engine.expected(problem.k))
+            assert not served(engine) and dtypes(engine) == {torch.float32}
+    line = active_lines(caplog)[-1]
+    assert line.startswith("dsv4 inactive in ") and "candidate blocks" in line
+    assert all(kind in line for kind in (PLAIN, SOURCE, CONSUMER))
+    assert "the model is compiled" in line
+    assert not dsv4_plugin.status()["seams"]["topk.decode"]["engaged"]
+
+
+@pytest.mark.parametrize("setting", ["DSV4_TOPK=fp32", "DSV4_STRICT=1", "DSV4_LOGITS=plugin"])
+def test_an_explicit_setting_is_for_every_kind(engine, on, monkeypatch, setting):
+    monkeypatch.setenv(*setting.split("="))
+    problem = engine.problem(**MIXED)
+    with model(engine, "deepseek_v41"):
+        with pytest.raises(UnmetError, match="candidate blocks"):
+            v41(engine, problem, monkeypatch)
+        adapter.current().layers.clear()
+        alone = layer(engine, problem, "model.layers.2.indexer")
+        step(engine, alone, problem)
+        assert served(engine)
+
+
+def two_kinds(engine, problem, names=("model.layers.0.indexer", "draft.layers.0.indexer")):
+    """A DeepSeek-V4 and a layer of another family in one process."""
+    with model(engine, "deepseek_v4"):
+        first = layer(engine, problem, names[0])
+    with model(engine, "deepseek_v32"):
+        return first, layer(engine, problem, names[1])
+
+
+def test_each_kind_has_its_dtype(engine, on, caplog):
+    problem = engine.problem(**MIXED)
+    first, second = two_kinds(engine, problem)
+    for _ in range(2):
+        for built, dtype in ((first, torch.bfloat16), (second, torch.float32)):
+            with engine.gpu(90):
+                got = step(engine, built, problem)
+            assert torch.equal(got, engine.expected(problem.k))
+            assert served(engine) and dtypes(engine) == {dtype}
+    assert len(active_lines(caplog)) == 2
+
+
+def test_two_kinds_that_a_call_cannot_tell_are_the_engines(engine, on):
+    """Of one name: a call says nothing that tells the two, so neither dtype is right for both."""
+    problem = engine.problem(**MIXED)
+    for built in two_kinds(engine, problem, ("model.layers.0.indexer",) * 2):
+        with engine.gpu(90):
+            got = step(engine, built, problem)
+        assert torch.equal(got, engine.expected(problem.k))
+        assert not served(engine) and dtypes(engine) == {torch.float32}
+
+
+def test_a_call_past_the_op_is_the_engines_where_kinds_differ(engine, on):
+    """As V3.2 calls the Python function; with one kind in the process it is served."""
+    problem = engine.problem(**MIXED)
+    both = two_kinds(engine, problem)
+    with engine.gpu(90):
+        engine.calls.clear()
+        got = canonical(engine.step_direct(both[0], problem))
+    assert torch.equal(got, engine.expected(problem.k)) and not served(engine)
+
+
+def test_a_failure_ends_every_kind(engine, on, monkeypatch):
+    problem = engine.problem(**MIXED)
+    both = two_kinds(engine, problem)
+    monkeypatch.setattr("dsv4_plugin.ops.topk", lambda *a, **k: 1 / 0)
+    with engine.gpu(90):
+        for built in both:
+            step(engine, built, problem)
+            assert not served(engine)
+    now = adapter.current()
+    assert "topk" in now.off and len(now.decisions) == 2
+    assert all(decision.selection is None for decision in now.decisions.values())
+
+
+def test_the_call_leaves_no_kind_behind(engine, on, monkeypatch):
+    problem = engine.problem(**MIXED)
+    first, _ = two_kinds(engine, problem)
+    monkeypatch.setattr("dsv4_plugin.state.state.count", lambda name: 1 / 0)
+    with engine.gpu(90), pytest.raises(ZeroDivisionError):
+        step(engine, first, problem)
+    assert adapter.current().call.kind is None
+    assert adapter.current().call.fill_skipped is False
+
+
+@pytest.mark.parametrize(
+    "name,family",
+    [
+        ("deepseek_v4", "DeepSeek-V4"), ("DeepseekV4ForCausalLM", "DeepSeek-V4"),
+        ("deepseek_v41", "DeepSeek-V4.1"), ("DeepseekV41ForCausalLM", "DeepSeek-V4.1"),
+        ("deepseek_v32", ""), ("glm_moe_dsa", ""), ("deepseek_v42", ""), ("", ""),
+    ],
+)  # fmt: skip
+def test_families(name, family):
+    hf = types.SimpleNamespace(model_type=name, architectures=None)
+    config = types.SimpleNamespace(model_config=types.SimpleNamespace(hf_config=hf))
+    assert layers._family(config) == family
+    architecture = types.SimpleNamespace(model_type=None, architectures=[name])
+    config.model_config.hf_config = architecture
+    assert layers._family(config) == family
+
+
+def test_every_kind_is_reached_and_the_last_takes_all():
+    assert len({kind.name for kind in layers.KINDS}) == len(layers.KINDS)
+    last = layers.KINDS[-1]
+    unknown = layers.Layer((), "layer", 512, torch.device("cpu"), "", "", (), ())
+    assert layers.kind_of(unknown) is last and not last.kept
+    assert all(kind.dtypes[-1] == "fp32" for kind in layers.KINDS)
+
+
+def test_the_lines_are_said_once(engine, on, monkeypatch, caplog):
+    problem = engine.problem(**MIXED)
+    with model(engine, "deepseek_v41"):
+        keep = [v41(engine, problem, monkeypatch) for _ in range(3)]
+    assert len(active_lines(caplog)) == 3 and len(keep) == 3
+    assert not [r for r in caplog.records if r.name == "dsv4_plugin" and r.levelno > logging.INFO]
