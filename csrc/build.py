@@ -127,9 +127,9 @@ class BdistWheel(bdist_wheel):
         """Decide here: an editable build asks for the tag before it runs ``build``."""
         super().initialize_options()
         if toolchain() is not None:
-            sources = sorted(str(p) for p in CSRC.glob("*.cu"))
+            sources = sorted(str(p) for p in (CSRC / "bindings").glob("*.cu"))
             if not sources:
-                raise SetupError(f"no {CSRC}/*.cu: this source tree is not complete")
+                raise SetupError(f"no {CSRC}/bindings/*.cu: this source tree is not complete")
             self.distribution.ext_modules = [Extension(MODULE, sources)]
 
     def get_tag(self) -> tuple[str, str, str]:

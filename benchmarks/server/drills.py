@@ -91,8 +91,9 @@ def _candidates(op: str) -> Drill:
     """Return the drill in which an op of two-level selection fails."""
     return Drill(
         op, f"{op} raises at its first call",
-        rf"failed at a call and was switched off \(RuntimeError: drill: {op}\)",
-        _fault(op), never=(), upstream=False, kind=model.V41,
+        rf"topk failed at a call and was switched off \(RuntimeError: drill: {op}\)",
+        _fault(op), counts=("topk.decode.upstream",), never=("candidates.consumer",),
+        kind=model.V41,
     )  # fmt: skip
 
 
@@ -149,9 +150,15 @@ DRILLS = (
         ("--enable-sleep-mode",), counts=_ALL, never=(), upstream=False, act=_sleep,
     ),
     Drill(
+        "candidates", "nothing: the plugin serves the source of the candidates and its consumers",
+        r"top-k: bf16 by cuda", counts=(*_ALL, "candidates.source", "candidates.consumer"),
+        never=("candidates.source.engine",), upstream=False, kind=model.V41,
+    ),
+    Drill(
         "candidate_seam", "vLLM's selection of candidate blocks has other parameters",
-        r"the engine's.*select_candidate_blocks",
-        _fault("candidate_seam"), never=(), upstream=False, kind=model.V41,
+        r"the engine's own code stays at candidates \(.*select_candidate_blocks",
+        _fault("candidate_seam"), never=("candidates.source", "candidates.consumer"),
+        upstream=False, kind=model.V41,
     ),
     *map(_candidates, ("block_maxima", "select_blocks", "candidate_logits", "select_candidates")),
 )  # fmt: skip

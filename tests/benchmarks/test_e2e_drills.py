@@ -73,10 +73,10 @@ def test_a_v41_model_has_drills_of_its_own(tmp_path: Path) -> None:
     assert list(by_name) == ["off", *own]
     assert by_name["candidate_logits"]["environment"]["E2E_FAULT"] == "candidate_logits"
     assert by_name["candidate_logits"]["said"] == [
-        "candidates failed at a call and was switched off (RuntimeError: drill: "
+        "topk failed at a call and was switched off (RuntimeError: drill: "
         "candidate_logits); the engine serves"
     ]
-    assert len(own) == 5
+    assert len(own) == 6
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,14 @@ def test_calls_of_the_wrong_one_are_an_error() -> None:
     drills._look(served)
     assert "no call was counted as topk.decode.upstream" in served.wrong
     assert "calls were counted as topk.decode" in served.wrong
+
+
+def test_a_consumer_that_was_served_by_the_engine_is_an_error() -> None:
+    calls = dict.fromkeys(("topk.decode", "topk.prefill", "logits.plugin", "gather"), 1)
+    served = result("candidates", [], **calls, **{"candidates.source.engine": 1})
+    drills._look(served)
+    assert "no call was counted as candidates.source, candidates.consumer" in served.wrong
+    assert "calls were counted as candidates.source.engine" in served.wrong
 
 
 def test_answers_other_than_upstreams_are_an_error_where_upstream_repeats_itself() -> None:

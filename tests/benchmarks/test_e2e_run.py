@@ -78,7 +78,7 @@ def test_two_servers_are_measured_in_turn(
         assert rows["chain_us_layer", count]["ratio"] == round((8 + 12) / (8 + 4), 4)
     about = found["servers"]["on"]
     assert about["environment"] == {"FAKE_MS": "12", "FAKE_OTHER": "3"}
-    assert [s["engine"] for s in about["status"]] == ["fake"]
+    assert [s["host"] for s in about["status"]] == ["fake"]
     assert any("dsv4 stands in" in line and server.SIDE in line for line in about["log"])
     assert found["machine"]["plugin"] and found["command"][2] == "benchmarks.server"
 
@@ -237,7 +237,7 @@ def test_a_step_that_does_not_end_is_broken_off(
 
 @pytest.mark.parametrize("text", [":A=1", "on:A", "on:=1"])
 def test_a_server_is_a_name_and_variables(text: str) -> None:
-    with pytest.raises(command.argparse.ArgumentTypeError, match="NAME:VARIABLE=VALUE"):
+    with pytest.raises(UsageError, match="NAME:VARIABLE=VALUE"):
         command.parse_server(text)
 
 
@@ -319,7 +319,7 @@ def test_weights_are_of_a_useful_size_and_the_same_every_time() -> None:
 
 
 def test_the_side_is_loaded_where_plugins_are_listed(model: Path, tmp_path: Path) -> None:
-    arguments = ("--server", "on:VLLM_PLUGINS=dsv4", "--contexts", "64", "--pairs", "1")
+    arguments = ("--server", "on:VLLM_PLUGINS=dsv4", "--contexts", "64", "--budget", "60")
     code, found = run(model, tmp_path, *arguments)
     assert code == 0
     assert any("plugins allowed: dsv4,dsv4_e2e" in line for line in found["servers"]["on"]["log"])

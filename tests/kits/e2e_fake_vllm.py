@@ -38,10 +38,14 @@ def option(name: str) -> str:
     return sys.argv[sys.argv.index(name) + 1]
 
 
+def is_v41() -> bool:
+    config = json.loads((Path(sys.argv[2]) / "config.json").read_text())
+    return config["model_type"] == "deepseek_v41"
+
+
 def trace(topk: float) -> dict[str, Any]:
     events, now = [], 0.0
-    config = json.loads((Path(sys.argv[2]) / "config.json").read_text())
-    layers = V41_KERNELS if config["model_type"] == "deepseek_v41" else [KERNELS] * 3
+    layers = V41_KERNELS if is_v41() else [KERNELS] * 3
     for layer in layers * 9:
         for name, dur in [*layer, ("dsv4::topk_kernel", topk)]:
             events.append({"cat": "kernel", "name": name, "ts": now, "dur": dur, "args": {}})
@@ -118,13 +122,16 @@ def drilled() -> tuple[str, dict[str, int]]:
         why = f"the engine's own code stays at {where}"
         return why, {**upstream, "gather": 1}
     if fault == "candidate_seam":
-        return "candidates: the engine's (vllm.….select_candidate_blocks takes …)", all_of_it
+        why = "the engine's own code stays at candidates (vllm.….select_candidate_blocks takes …)"
+        return why, all_of_it
     if fault in ("block_maxima", "select_blocks", "candidate_logits", "select_candidates"):
-        return f"candidates {off} {fault}); the engine serves", {**upstream, "gather": 1}
+        return f"topk {off} {fault}); the engine serves", {**upstream, "gather": 1}
     if fault in ("topk", "logits"):
         return f"topk {off} {fault}); upstream serves", {**upstream, "gather": 1}
     if fault == "gather":
         return f"gather {off} gather); …", {**all_of_it, "gather": 0, "gather.upstream": 1}
+    if is_v41():
+        all_of_it |= {"candidates.source": 2, "candidates.consumer": 8}
     dtype = os.environ.get("DSV4_TOPK", "bf16")
     served = f"top-k: {dtype} by cuda on the plugin's {dtype} logits"
     return f"dsv4 active in vLLM 0.26.0, DeepSeek-V4 layers: {served}", all_of_it

@@ -7,6 +7,7 @@ that the kernel is in the graphs, and it stands still while the server decodes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,13 @@ import torch
 from dsv4_plugin import ops
 from dsv4_plugin.engines.shared import adapter, logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
-from dsv4_plugin.engines.shared.decision import KS, Selection
+from dsv4_plugin.engines.shared.decision import DTYPES, KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
 from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, saved_mib, widen
 from dsv4_plugin.engines.vllm import adapter as vllm_adapter
-from dsv4_plugin.engines.vllm import fill
+from dsv4_plugin.engines.vllm import candidates, fill
 from dsv4_plugin.engines.vllm.context import LogitsTag, by_name, tag_logits, tag_of
-from dsv4_plugin.engines.vllm.probe import TO_SLOTS
+from dsv4_plugin.engines.vllm.probe import TO_SLOTS_TAKES
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.state import state
@@ -53,8 +54,12 @@ def paged_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
         return original(*args, **kwargs)
     given, out = by_name(_PAGED, args, kwargs), None
     if _by_plugin(now, selection) and _plain_form(given, {"clean_logits", "indices"}, _PAGED):
-        values = (given[name] for name in _PAGED if name != "schedule_metadata")
-        out = _computed(logits.paged, selection, *values)
+        values = tuple(given[name] for name in _PAGED if name != "schedule_metadata")
+        if selection.candidates:
+            engine = functools.partial(_by_engine, now, original, args, kwargs)
+            out = candidates.defer_paged(selection, engine, *values)
+        else:
+            out = _computed(logits.paged, selection, *values)
     if out is None:
         out = _by_engine(now, original, args, kwargs)
     tag = tag_of(out)
@@ -80,14 +85,20 @@ def dense_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
     width = given.get("max_seqlen_k", 0)  # a bool here is the clean_logits of older releases
     known = {"clean_logits", "max_seqlen_k"}
     if _by_plugin(now, selection) and type(width) is int and _plain_form(given, known, _DENSE[:-1]):
-        values = (given[name] for name in _DENSE[:-1])
-        out = _computed(logits.dense, selection, *values, width, shifted=not width)
+        values = tuple(given[name] for name in _DENSE[:-1])
+        if selection.candidates:
+            engine = functools.partial(_by_engine, now, original, args, kwargs)
+            out = candidates.defer_gathered(selection, engine, width, *values)
+        else:
+            out = _computed(logits.dense, selection, *values, width, shifted=not width)
         if out is not None:
             return out
     return _by_engine(now, original, args, kwargs)
 
 
 def _by_plugin(now: Adapter, selection: Selection) -> bool:
+    if selection.candidates:
+        return candidates.readers_in_place(now)
     return selection.logits == "plugin" and _readers_in_place(now)
 
 
@@ -172,6 +183,8 @@ def as_fp32_logits(
     tag = tag_of(tensor)
     if tag is None:
         return original(tensor, *args, **kwargs)
+    if tag.deferred is not None:
+        return tensor
     selection = adapter.current().in_force().selection
     if selection is not None and selection.dtype != "fp32":
         return tensor
@@ -206,29 +219,32 @@ def _select(
     now = adapter.current()
     now.call.slots = None  # an earlier note does not describe the indices any more
     tag = tag_of(scores)
+    deferred = None if tag is None else tag.deferred
     selection = now.in_force().selection
-    if tag is None or not readable or k not in KS:
+    if tag is None or not readable or k not in KS or (deferred and not deferred.ready):
         selection = None
 
     def by_plugin(selection: Selection) -> None:
-        paged = None
+        paged, store = None, vllm_adapter.current().slots
         if selection.slots and kind == "decode" and tag is not None:
-            store = vllm_adapter.current().slots
             paged = store.places(tag, out, next_n)
-        if paged is None:
+        if deferred is not None:
+            candidates.select(deferred, k, out, paged)
+        elif paged is None:
             ops.topk(
                 scores, lengths(), k, next_n=next_n, row_starts=starts, out=out,
                 backend=selection.backend,
             )  # fmt: skip
-            return
-        ops.topk(
-            scores, lengths(), k, next_n=next_n, page_table=paged.table,
-            page_size=paged.page_size, out=paged.slots, out_raw=out, out_counts=paged.counts,
-            backend=selection.backend,
-        )  # fmt: skip
-        now.call.slots = store.note(paged, out)
-        if now.call.slots is not None:
-            state.count("topk.slots")
+        else:
+            ops.topk(
+                scores, lengths(), k, next_n=next_n, page_table=paged.table,
+                page_size=paged.page_size, out=paged.slots, out_raw=out, out_counts=paged.counts,
+                backend=selection.backend,
+            )  # fmt: skip
+        if paged is not None:
+            now.call.slots = store.note(paged, out, selection.followers)
+            if now.call.slots is not None:
+                state.count("topk.slots")
 
     def watch() -> None:
         shadow.watch(
@@ -242,9 +258,12 @@ def _select(
 
     def by_engine() -> None:
         fill.fill_skipped_rows(out)
-        engine(plain(scores), out)
+        engine(plain(scores if deferred is None else deferred.engine_logits()), out)
 
-    serve(kind, selection, scores.dtype, by_plugin, by_engine, watch)
+    if deferred is None:
+        serve(kind, selection, scores.dtype, by_plugin, by_engine, watch)
+    else:  # the engine's selection would have to score every key: the shadow does not watch
+        serve(kind, selection, DTYPES[deferred.selection.dtype], by_plugin, by_engine)
 
 
 def decode_topk(
@@ -260,7 +279,7 @@ def decode_topk(
     ``engine(scores, out)`` is vLLM's own selection of float32 scores into ``out``.
     """
     readable = (
-        is_matrix(scores)
+        (is_matrix(scores) or candidates.deferred_of(scores) is not None)
         and is_output(out, scores.shape[0], k)
         and isinstance(seq_lens, torch.Tensor)
         and seq_lens.dtype in LENGTHS
@@ -303,11 +322,11 @@ def prefill_topk(
     """
     tag = tag_of(scores)
     shifted = tag is not None and tag.shifted
+    deferred = tag is not None and tag.deferred is not None
     readable = (
-        is_matrix(scores)
+        (deferred or (is_matrix(scores) and (scores.stride(0), stride1) == (stride0, 1)))
         and is_output(out, scores.shape[0], k)
         and scores.shape[0] == rows == starts.numel() == ends.numel()
-        and (scores.stride(0), stride1) == (stride0, 1)
         and starts.dtype in LENGTHS
         and ends.dtype in LENGTHS
         and starts.dim() == ends.dim() == 1
@@ -340,13 +359,15 @@ def _unshifted(scores: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
 def take_slots(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return slots and counts: those of the top-k just before, else those of ``original``."""
     now = adapter.current()
-    note, now.call.slots = now.call.slots, None
+    note = now.call.slots
+    if note is None or not note.followers:
+        now.call.slots = None
     if now.decision.enabled:
         store = vllm_adapter.current().slots
         store.asked()
         if note is not None:
-            given = by_name(TO_SLOTS.takes, args, kwargs)
-            if set(given) == set(TO_SLOTS.takes) and store.fits(
+            given = by_name(TO_SLOTS_TAKES, args, kwargs)
+            if set(given) == set(TO_SLOTS_TAKES) and store.fits(
                 note, given["topk_indices"], given["block_table"], given["block_size"]
             ):
                 state.count("topk.slots.taken")
@@ -366,15 +387,15 @@ def prefill_chunks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     a chunk whose call has a form that the plugin's kernel does not take.
     """
     now = adapter.current()
-    selection = now.decision.selection
-    if selection is not None and selection.dtype != "fp32":
-        unasked = not selection.request_bf16 and selection.logits == "engine"
+    chosen = now.narrow_selections()
+    if chosen:
+        unasked = all(not s.request_bf16 and s.logits == "engine" for s in chosen)
         if unasked or _readers_in_place(now):
             if "max_logits_bytes" in kwargs:
                 kwargs = {**kwargs, "max_logits_bytes": 2 * kwargs["max_logits_bytes"]}
             else:
                 args = (*args[:3], 2 * args[3], *args[4:])
-            state.count(f"budget.{selection.dtype}")
+            state.count(f"budget.{chosen[0].dtype}")
     return original(*args, **kwargs)
 
 
