@@ -93,6 +93,7 @@ def test_a_signal_ends_a_long_run(name: str, number: signal.Signals, tmp_path: P
 def test_an_interrupted_look_at_releases_prints_whole_json(tmp_path: Path) -> None:
     """pip hangs in place of downloading; what was looked at is there, the other is marked."""
     (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()
     (tmp_path / "pip" / "__main__.py").write_text(
         f"open({str(tmp_path / 'mark')!r}, 'w').close()\nimport time\ntime.sleep(100)\n"
     )
@@ -128,7 +129,8 @@ def test_interrupted_servers_are_stopped(module: str, tmp_path: Path) -> None:
         run.kill()
     assert run.returncode == 130 and one_line(said), said
     assert json.loads(file.read_text())["complete"] is False
-    assert [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in text(p)] == []
+    commands = map(text, Path("/proc").glob("[0-9]*/cmdline"))
+    assert [command for command in commands if str(tmp_path) in command] == []
 
 
 def text(file: Path) -> str:
