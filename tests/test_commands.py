@@ -68,11 +68,11 @@ def one_line(said: str) -> bool:
     return said.count("\n") == 1 and "Traceback" not in said and "Exception" not in said
 
 
-@pytest.mark.parametrize("name", LONG)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [*((name, signal.SIGINT) for name in LONG), ("fuzz", signal.SIGTERM), ("soak", signal.SIGHUP)],
+)
 def test_a_signal_ends_a_long_run(name: str, number: signal.Signals, tmp_path: Path) -> None:
-    if number == signal.SIGTERM and name not in ("fuzz", "bench topk"):
-        pytest.skip("one end for all: two commands are enough")
     command, lines = LONG[name]
     file = tmp_path / "results.json"
     run = start([*command, "--json", str(file)])
