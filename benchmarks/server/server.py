@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.server.client import Client
 from benchmarks.server.vllm_side import COPY, OPTIONS
+from dsv4_plugin.cli.shared.run import held
 
 __all__ = ["MODEL", "VLLM", "Server", "ServerError"]
 
@@ -107,7 +108,7 @@ class Server:
         if allowed := environment.get("VLLM_PLUGINS"):
             environment["VLLM_PLUGINS"] = f"{allowed},dsv4_e2e"
         self.started = time.monotonic()
-        with self.log.open("wb") as out:
+        with self.log.open("wb") as out, held():  # no server is started and not remembered
             self.process = subprocess.Popen(
                 self.command,
                 env=environment,
