@@ -1,5 +1,4 @@
-"""The setuptools commands that compile ``csrc/bindings/*.cu`` into ``dsv4_plugin/_C.so`` and pack a
-wheel.
+"""The setuptools commands that compile ``csrc`` into ``dsv4_plugin/_C.so`` and pack a wheel.
 
 One binary serves every Python, torch and CUDA 12/13 that an engine brings: it exports
 ``__tvm_ffi_*`` functions, links the CUDA runtime statically and nothing of torch, tvm-ffi or the
