@@ -269,7 +269,7 @@ class Run:
             }
         )
         shown = ", ".join(f"{n} {statistics.median(v):.3f}" for n, v in figures.items())
-        self.say(f"{context} x {count} ({how} in {made:.1f} s): ms a token: {shown}")
+        self.say(f"{context} x {count} ({how} in {made:.1f} s): {shown} ms a token")
         self.save()
         if context in a.profile:
             for server in self.servers:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from kits.e2e_servers import FAKE, free_ports, tiny_model
 
-from benchmarks.server import client, command, measure, options, server, vllm_side
+from benchmarks.server import client, command, measure, server, vllm_side
+from dsv4_plugin.cli.shared import numbers
+from dsv4_plugin.cli.shared.run import UsageError
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_two_servers_are_measured_in_turn(
         assert rows["chain_us_layer", count]["ratio"] == round((8 + 12) / (8 + 4), 4)
     about = found["servers"]["on"]
     assert about["environment"] == {"FAKE_MS": "12", "FAKE_OTHER": "3"}
-    assert [s["engine"] for s in about["status"]] == ["fake"]
+    assert [s["host"] for s in about["status"]] == ["fake"]
     assert any("dsv4 stands in" in line and server.SIDE in line for line in about["log"])
     assert found["machine"]["plugin"] and found["command"][2] == "benchmarks.server"
 
@@ -83,8 +85,7 @@ def test_servers_with_arguments_of_their_own_are_compared_among_themselves(
     assert found["servers"]["e_on"]["arguments"][-1] == "--enforce-eager"
     assert "--enforce-eager" not in found["servers"]["on"]["arguments"]
     for wrong in ("on=--enforce-eager", "off"):
-        with pytest.raises(SystemExit):
-            run(model, tmp_path, "--server", "off", "--arguments", wrong)
+        assert run(model, tmp_path, "--server", "off", "--arguments", wrong)[0] == 2
 
 
 def test_contexts_are_copied_or_else_computed_up_to_a_length(
@@ -135,12 +136,12 @@ def test_steps_for_which_no_time_is_left_are_named(model: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("text", [":A=1", "on:A", "on:=1"])
 def test_a_server_is_a_name_and_variables(text: str) -> None:
-    with pytest.raises(command.argparse.ArgumentTypeError, match="NAME:VARIABLE=VALUE"):
+    with pytest.raises(UsageError, match="NAME:VARIABLE=VALUE"):
         command.parse_server(text)
 
 
 def test_numbers_and_prompts() -> None:
-    assert [options.number(t) for t in ("512", "64K", "1m")] == [512, 65_536, 1_048_576]
+    assert [numbers.LENGTH(t) for t in ("512", "64K", "1m")] == [512, 65_536, 1_048_576]
     prompt = client.random_prompt(1000, 5)
     assert prompt == client.random_prompt(1000, 5) != client.random_prompt(1000, 6)
     assert min(prompt) >= client.FIRST_WORD and max(prompt) < client.WORDS
@@ -217,7 +218,7 @@ def test_weights_are_of_a_useful_size_and_the_same_every_time() -> None:
 
 
 def test_the_side_is_loaded_where_plugins_are_listed(model: Path, tmp_path: Path) -> None:
-    arguments = ("--server", "on:VLLM_PLUGINS=dsv4", "--contexts", "--budget", "60")
+    arguments = ("--server", "on:VLLM_PLUGINS=dsv4", "--contexts", "64", "--budget", "60")
     code, found = run(model, tmp_path, *arguments)
     assert code == 0
     assert any("plugins allowed: dsv4,dsv4_e2e" in line for line in found["servers"]["on"]["log"])

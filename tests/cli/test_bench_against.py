@@ -18,6 +18,7 @@ import pytest
 import torch
 from kits.bench_command import bench
 
+from dsv4_plugin.cli.bench import against
 from dsv4_plugin.cli.bench import upstream as installed
 from dsv4_plugin.cli.bench.logits import cases as logits_cases
 from dsv4_plugin.cli.bench.topk import bars, cases
@@ -106,11 +107,11 @@ def test_engines_and_files_are_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a,b").touch()
     words = ["torch,vllm", "x.csv", "torch", "./y,torch", "a,b"]
-    assert installed.split(words) == (
+    assert against.split(words) == (
         ["torch", "vllm"], [Path("x.csv"), Path("./y"), Path("a,b")],
     )  # fmt: skip
     with pytest.raises(UsageError, match="vllm, sglang, flashinfer, torch.*CSV.*got 'tensorflow'"):
-        installed.split(["torch,tensorflow"])
+        against.split(["torch,tensorflow"])
 
 
 # ---- Stand-ins -----------------------------------------------------------------------------------

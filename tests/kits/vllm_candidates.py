@@ -1,8 +1,8 @@
 """vLLM's two functions of DeepSeek-V4.1's candidate blocks, in torch: its own are Triton for CUDA.
 
 Both follow the functions of ``vllm.model_executor.kernels.attention.dsa.candidate_blocks`` in
-releases 0.31 and later. They take float32 logits and nothing else. Candidates come in the order of
-``torch.topk``, the best block first, as in vLLM.
+releases 0.31 and later. Candidates come in the order of ``torch.topk``, the best block first, as in
+vLLM. Only the mask takes logits that are not float32.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ class Candidates:
             row_repeat: int = 1,
         ) -> None:
             calls.append(Call("apply_candidate_mask", logits.dtype, len(logits)))
-            _float32(logits)
             for row, (begin, end) in enumerate(_windows(logits, row_ks, row_ke, row_repeat)):
                 blocks = candidate_blocks[row]
                 first = begin + blocks[blocks >= 0].long()[:, None] * block_size

@@ -236,6 +236,8 @@ class Engine:
         config = module.VllmConfig(device_config=device, additional_config=additional_config or {})
         for name, value in parallel.items():
             setattr(config.parallel_config, name, value)
+        if model_type == "deepseek_v41":  # vLLM never compiles it
+            config.compilation_config.mode = type(config.compilation_config.mode).NONE
         if model_type is not None:
             hf = types.SimpleNamespace(model_type=model_type, architectures=[])
             model = types.SimpleNamespace(hf_config=hf, hf_text_config=hf)

@@ -15,7 +15,7 @@ import torch
 from kits.logits_cases import D, paged
 
 import dsv4_plugin
-from dsv4_plugin import gather_indexer_cache, ragged_logits, select, topk
+from dsv4_plugin import gather_indexer_cache, library, ragged_logits, select, topk
 from dsv4_plugin.cli.checks.inputs import fp8_cache, mxfp4_cache
 
 I32 = torch.int32
@@ -109,6 +109,12 @@ OPS = ("topk", "read_indexer_cache", "read_indexer_cache_mxfp4", "gather_indexer
        "candidate_logits", "candidate_logits_ragged", "select_candidates")  # fmt: skip
 OUTPUTS = ("out", "out_raw", "out_counts", "out_lengths", "out_slots", "logits")
 SIZES = ("k", "next_n", "page_size", "block_size", "head_dim", "piece")
+
+
+def test_every_op_is_here() -> None:
+    for op in OPS:
+        public(op)  # some are registered when they are first asked for
+    assert {name.removesuffix("_out") for name in library.registered} == set(OPS)
 
 
 def is_output(op: str, name: str) -> bool:

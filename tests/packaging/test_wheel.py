@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -29,6 +30,22 @@ def test_a_stale_library_does_not_leak_into_a_pure_wheel(
     wheel = Wheel(build(source, out, "--wheel", env={"DSV4_BUILD_CUDA": "0"}))
     assert wheel.tag == "py3-none-any"
     assert set(wheel.names) == set(pure_wheel.names)
+
+
+def test_what_an_earlier_build_left_is_not_packed(tree: Path, tmp_path: Path) -> None:
+    """Modules that were renamed since, and a library of a build with kernels."""
+    source = tmp_path / "source"
+    shutil.copytree(tree, source)
+    for folder in ("lib", "lib.linux-x86_64-cpython-311"):
+        old = source / "build" / folder / "dsv4_plugin"
+        (old / "gone").mkdir(parents=True)
+        for name in ("old.py", "gone/older.py", "_C.so"):
+            (old / name).write_text("X = 1\n")
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    check([*pip, "-w", tmp_path / "out", source], source, {"DSV4_BUILD_CUDA": "0"})
+    (made,) = (tmp_path / "out").iterdir()
+    wheel = Wheel(made)
+    assert set(wheel.names) == expected_names(wheel, tree)
 
 
 def test_sdist_holds_all_that_a_build_needs(sdist: Path, tree: Path) -> None:

@@ -26,18 +26,14 @@ SUITES = dict(zip(ADAPTERS, (sglang.cells, tokenspeed.cells), strict=True))
 FORMS = tuple(form for form in peers.FORMS if form.startswith(tuple(SUITES)))
 
 
-def run(
-    arguments: argparse.Namespace, about: dict[str, Any], say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Measure the adapters; returns the document of the results file, which is kept up to date."""
+def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]) -> None:
+    """Measure the adapters, and keep the results file up to date."""
     names = _suites(arguments)
     others = peers.load(arguments.peers, FORMS)
     for name, why in others.missing.items():
         say(f"{name} is not compared: {why}")
-    document: dict[str, Any] = {
-        "machine": about,
-        "what": "adapters",
-        "complete": False,
+    document = file.document
+    document |= {
         "suites": names,
         "launches": arguments.launches,
         "replays": arguments.replays,
@@ -60,25 +56,24 @@ def run(
     progress = Progress(say, arguments.budget)
     progress.start(len(todo))
     say(f"{len(todo)} cells; us in a CUDA graph (eager: call by call), ! not exact")
-    with Results(document, arguments.json) as file:
-        with interruptible() as work, engaged():
-            for task in todo:
-                if progress.spent():
-                    break
-                runs = task.make()
-                rows = [_measured(task, one, arguments) for one in runs]
-                document["results"] += rows
-                document["not_run"].remove(str(task))
-                progress.done(f"{task}  " + "  ".join(map(_shown, rows)))
-                file.save(now=True)  # the next cell may compile for minutes
-                del runs
-        work.must(document["results"], "nothing was measured: no cell is left", file.said())
-        document["complete"] = work.whole and not progress.out_of_time
-        file.save(now=True)
-        for line in _table(document["results"]):
-            say(line)
+    with interruptible() as work, engaged():
+        for task in todo:
+            if progress.spent():
+                break
+            runs = task.make()
+            rows = [_measured(task, one, arguments) for one in runs]
+            document["results"] += rows
+            document["not_run"].remove(str(task))
+            progress.done(f"{task}  " + "  ".join(map(_shown, rows)))
+            file.save(now=True)  # the next cell may compile for minutes
+            del runs
+    done = document["results"] or progress.out_of_time
+    work.must(done, "nothing was measured: no cell is left", file.said())
+    document["complete"] = work.whole and not progress.out_of_time
+    file.save(now=True)
+    for line in _table(document["results"]):
+        say(line)
     work.end(file.said())
-    return document
 
 
 def _suites(arguments: argparse.Namespace) -> list[str]:

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.cli.bench import dry, read_plot
+from dsv4_plugin.cli.bench import against, dry, read_plot
 from dsv4_plugin.cli.bench.topk import plot
 from dsv4_plugin.cli.bench.topk.bars import sound
 from dsv4_plugin.cli.bench.topk.peers import OURS
+from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.recall import plot as recall_plot
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.choices import ADAPTERS, ENGINES, KS, LOGITS_SUITES, TOPK_DTYPES
@@ -95,7 +96,7 @@ def _add_cells(parser: argparse.ArgumentParser) -> None:
         "--replays", type=numbers.COUNT, default=7, help="replays, whose median counts (default: 7)"
     )
     add(
-        "--budget", type=numbers.SECONDS, metavar="SECONDS",
+        "--budget", type=numbers.BUDGET, metavar="SECONDS",
         help="begin no cell after this time; what was measured is reported",
     )  # fmt: skip
     add(
@@ -125,6 +126,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"RESULTS.json is for bench plot, got {arguments.results}")
     if arguments.what == "read" and arguments.device != "cuda":
         raise UsageError("bench read has no dry run: --device must be cuda")
+    if arguments.what == "topk":
+        against.split(arguments.against)
+    elif arguments.what != "adapters":
+        against.engines_only(arguments.against)
     need_torch()
     import torch
 
@@ -146,20 +151,24 @@ def run(arguments: argparse.Namespace) -> int:
         else "CPU"
     )
     triton = f"triton {about['triton']}" if about["triton"] else "no triton"
-    print(f"{gpu}, torch {about['torch']}, {triton}, dsv4-plugin {about['plugin']}")
 
     def say(line: str) -> None:
         print(line, flush=True)
 
-    if on_cpu:
-        say(dry.SAID)
-        small = dry.shrink(arguments)
-        if small:
-            say(small)
-    document = _bench(arguments.what)(arguments, about, say)
+    document: dict[str, Any] = {
+        "machine": about, "what": arguments.what, "complete": False, "results": []
+    }  # fmt: skip
+    with Results(document, arguments.json) as file:
+        say(f"{gpu}, torch {about['torch']}, {triton}, dsv4-plugin {about['plugin']}")
+        if on_cpu:
+            say(dry.SAID)
+            small = dry.shrink(arguments)
+            if small:
+                say(small)
+        _bench(arguments.what)(arguments, file, say)
     wrong = [row for row in document["results"] if not _right(row)]
     if wrong:
-        say(f"\n{len(wrong)} answers of dsv4-plugin are WRONG")
+        say(f"\n{len(wrong)} results of dsv4-plugin are WRONG, or failed")
     if on_cpu:
         say(f"\n{dry.SAID}")
     if arguments.json:
@@ -167,10 +176,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _bench(
-    what: str,
-) -> Callable[[argparse.Namespace, dict[str, Any], Callable[[str], None]], dict[str, Any]]:
-    """Return what measures one of :data:`WHAT`."""
+def _bench(what: str) -> Callable[[argparse.Namespace, Results, Callable[[str], None]], None]:
+    """Return what measures one of :data:`WHAT` and fills the results file."""
     if what == "topk":
         from dsv4_plugin.cli.bench.topk.command import run
     elif what == "adapters":

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache
-from dsv4_plugin.cli.bench import read_plot
-from dsv4_plugin.cli.bench import upstream as installed
+from dsv4_plugin.cli.bench import against, read_plot
 from dsv4_plugin.cli.bench.topk.floor import copy_rate
 from dsv4_plugin.cli.bench.upstream import ENGINES
 from dsv4_plugin.cli.checks.inputs import fp8_cache
@@ -28,23 +27,19 @@ HEAD_DIM = 128
 Row = dict[str, Any]
 
 
-def run(
-    arguments: argparse.Namespace, about: dict[str, Any], say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Measure the reads; returns the document of the results file, which is kept up to date."""
-    engines = installed.engines_only(arguments.against) or ["vllm"]
-    document: dict[str, Any] = {"machine": about, "what": "read", "complete": False, "results": []}
-    with Results(document, arguments.json) as file:
-        with interruptible() as work:
-            bench_read(say, engines, document["results"], file.save)
-        document["complete"] = work.whole
-        file.save(now=True)
-        work.must(document["results"], "nothing was measured", file.said())
-        if arguments.plot:
-            read_plot.draw(document, arguments.plot)
-            say(f"drawn to {arguments.plot}")
+def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]) -> None:
+    """Measure the reads, and keep the results file up to date."""
+    engines = against.engines_only(arguments.against) or ["vllm"]
+    document = file.document
+    with interruptible() as work:
+        bench_read(say, engines, document["results"], file.save)
+    document["complete"] = work.whole
+    work.must(document["results"], "nothing was measured", file.said())
+    file.save(now=True)
+    if arguments.plot:
+        read_plot.draw(document, arguments.plot)
+        say(f"drawn to {arguments.plot}")
     work.end(file.said())
-    return document
 
 
 def bench_read(

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Any
 
 from dsv4_plugin.cli.shared import outputs
-from dsv4_plugin.cli.shared.run import UsageError
+from dsv4_plugin.cli.shared.run import UsageError, lost_signals
+from dsv4_plugin.errors import SettingError, UnmetError
 
 __all__ = ["Results"]
 
@@ -19,35 +20,35 @@ class Results:
     """A results document and the file that it is kept in, if any.
 
     The file is written at once, with ``complete`` false, so what cannot be written is refused
-    before the work begins. ``with`` it, the file has what there is however the block ends.
+    before the work begins. ``with`` it, the file has what there is however the block ends; where
+    the run is refused before it saved anything, the file is what it was.
 
     Raises:
         UsageError: the file cannot be written.
     """
 
     def __init__(self, document: dict[str, Any], file: Path | None) -> None:
-        self.document, self.file, self._saved = document, file, 0.0
+        self.document, self.file, self._saved, self._began = document, file, 0.0, False
         document.setdefault("complete", False)
         try:
+            self._before = file.read_bytes() if file and file.is_file() else None
             self.save(now=True)
+            self._began = False
         except OSError as error:
             raise UsageError(f"--json cannot be written: {error}") from error
 
     def save(self, *, now: bool = False) -> None:
         """Write the file, unless it was written a moment ago; ``now``: in any case.
 
-        A pipe or a device takes one document only: :meth:`close` writes it.
+        A pipe or a device takes one document only: it is written at the end.
         """
+        lost_signals()
+        self._began = True
         if not self.file or outputs.is_stream(self.file):
             return
         if now or time.monotonic() - self._saved > SAVE_EVERY_S:
             outputs.write(self.file, outputs.text_of(self.document))
             self._saved = time.monotonic()
-
-    def close(self) -> None:
-        """Write the file for the last time."""
-        if self.file:
-            outputs.write(self.file, outputs.text_of(self.document))
 
     def said(self) -> str:
         """Return where it was written, for the last line of a run that was interrupted."""
@@ -62,4 +63,13 @@ class Results:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        if self.file is None:
+            return
+        refused = isinstance(error, (UsageError, SettingError, UnmetError)) and not self._began
+        if not refused:
+            outputs.write(self.file, outputs.text_of(self.document))
+        elif not outputs.is_stream(self.file):
+            if self._before is None:
+                self.file.unlink(missing_ok=True)
+            else:
+                self.file.write_bytes(self._before)

@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
                 backends=tuple(arguments.backend) if arguments.backend else None,
                 before=lambda case: print(case, file=trace, flush=True) if trace else None,
             )  # fmt: skip
-        results.update(found(device, report), complete=work.whole)
+        results.update(found(device, report), complete=work.whole and report.cases.total() > 0)
         file.save(now=True)
         print(_summary(report))
         for failure in report.failures:

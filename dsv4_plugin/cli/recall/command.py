@@ -100,10 +100,10 @@ def run(arguments: argparse.Namespace) -> int:
                 results.append(row)
                 print(_line(row), flush=True)
                 file.save()
-        document["complete"] = work.whole
-        file.save(now=True)
         compared = any(row["rows"] for row in results)
         work.must(compared, "nothing was compared: no row is longer than k", file.said())
+        document["complete"] = work.whole
+        file.save(now=True)
         print(f"\n{_beside(results)}")
         if arguments.plot:
             plot.draw(document, arguments.plot)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dsv4_plugin.cli.shared.run import UsageError
 
 __all__ = [
+    "BUDGET",
     "COUNT",
     "LENGTH",
     "MINUTES",
@@ -75,4 +76,5 @@ SEED = whole(0, 2**31 - 1)
 PORT = whole(1, 65_535)
 MINUTES = real(most=1e6)  # two years
 SECONDS = real(most=6e7)
+BUDGET = real(least=0, most=6e7)  # in seconds; with 0 nothing is measured, and that is said
 POSITIVE = real(most=1e9)

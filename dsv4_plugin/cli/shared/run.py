@@ -12,6 +12,7 @@ import argparse
 import codecs
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ __all__ = [
     "ended",
     "held",
     "interruptible",
+    "lost_signals",
     "need_torch",
     "reading",
 ]
@@ -56,12 +58,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose error is one line, without a secret that stands on the command line."""
+    """A parser whose error is a :class:`UsageError`: one line, where :func:`ended` says it."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and end with exit code 2."""
-        said = secrets.Secrets(commands=[sys.argv]).text(_line(message))
-        self.exit(2, f"{self.prog}: {said} (see {self.prog} --help)\n")
+        """Raise what is wrong."""
+        said = re.sub(r"^argument (-[^:]*): (?=must |cannot |needs )", r"\1 ", message)
+        raise UsageError(f"{said} (see {self.prog} --help)")
 
 
 def ended(prog: str, body: Callable[[], int], argv: Sequence[str] = ()) -> int:
@@ -79,16 +81,20 @@ def ended(prog: str, body: Callable[[], int], argv: Sequence[str] = ()) -> int:
             print(f"{prog}: {known.text(_line(str(error)))}", file=sys.stderr, flush=True)
         return code
 
+    _came.clear()
     with _streams(), _signals():
         try:
             try:
-                return body()
+                code = body()
+                lost_signals()
+                return code
             finally:
                 if sys.stdout is not None:
                     sys.stdout.flush()
         except (UsageError, SettingError, UnmetError) as error:
             return say(error, 2)
         except KeyboardInterrupt as error:
+            _came.clear()
             said = getattr(error, "said", "")
             return say(f"interrupted{'; ' if said else ''}{said}", getattr(error, "exit_code", 130))
         except BrokenPipeError:
@@ -116,6 +122,7 @@ def interruptible() -> Iterator[Run]:
     try:
         yield run
     except KeyboardInterrupt as error:
+        _came.clear()
         run.interrupt = error
 
 
@@ -174,7 +181,9 @@ def need_torch() -> None:
 
         torch.cuda.is_available()
     except (Exception, SystemExit) as error:  # whatever a broken installation raises
+        lost_signals()
         raise UsageError(f"torch cannot be imported ({type(error).__name__}: {error})") from error
+    lost_signals()
 
 
 @contextlib.contextmanager
@@ -229,8 +238,22 @@ def _streams() -> Iterator[None]:
                 stream.reconfigure(errors=before)
 
 
+_came: list[int] = []  # signals whose exception nothing has caught yet
+
+
 def _raise(number: int, frame: FrameType | None) -> None:
+    _came.append(number)
     raise Interrupted(number)
+
+
+def lost_signals() -> None:
+    """Raise a signal again whose exception was lost: in an import, say, or a destructor.
+
+    Raises:
+        Interrupted: a signal came that has ended nothing.
+    """
+    if _came:
+        raise Interrupted(_came[0])
 
 
 @contextlib.contextmanager

@@ -193,12 +193,21 @@ def _named(text: str, pattern: re.Pattern[str], found: list[str]) -> str:
             value = _REST.match(text, match.end())
         if value is None or value[0].strip() in ("", HIDDEN):
             continue
+        if _prose(match[0], match["name"], value[0]):
+            continue
         groups = value.groupdict()
         found.append(groups["quoted"] if groups.get("open") else value[0])
         mark = groups.get("open") or ""
         out.append(f"{text[at : match.end()]}{mark}{HIDDEN}{mark}")
         at = value.end()
     return "".join([*out, text[at:]])
+
+
+def _prose(whole: str, name: str, value: str) -> bool:
+    """Whether a name and what follows are more likely words: "ms a token: 2.5"."""
+    bare = re.fullmatch(r"[a-z]+", name) and not name.endswith(_ANYWHERE)
+    return bool(bare and re.search(r"[:\s]\s+$", whole) and '"' not in whole and "'" not in whole
+                and "--" not in whole and len(value) < 8)  # fmt: skip
 
 
 class Secrets:

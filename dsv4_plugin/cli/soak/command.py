@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
                 device=device, seconds=arguments.minutes * 60, seed=arguments.seed,
                 progress=progress, result=result,
             )  # fmt: skip
-        document.update(asdict(result), complete=work.whole)
+        document.update(asdict(result), complete=work.whole and result.replays > 0)
         file.save(now=True)
         if not work.whole:
             print(_line(result))

@@ -74,9 +74,18 @@ class Adapter:
         """Note what looking for a seam found."""
         state.found(Seam(name, where, why))
 
-    def missing(self, level: int = logging.INFO, prefix: str = "") -> list[str]:
-        """Return the seams that are not there, of names with ``prefix``, and log them in a line."""
-        seams = [seam for seam in state.seams.values() if seam.name.startswith(prefix)]
+    def missing(
+        self, level: int = logging.INFO, prefix: str = "", without: Sequence[str] = ()
+    ) -> list[str]:
+        """Return the seams that are not there, and log them in a line.
+
+        Those of names with ``prefix``, but for the names ``without``.
+        """
+        seams = [
+            seam
+            for seam in state.seams.values()
+            if seam.name.startswith(prefix) and seam.name not in without
+        ]
         missing = [f"{seam.name} ({seam.why})" for seam in seams if seam.where is None]
         if missing:
             log.once(level, f"{self.engine}: the engine's own code stays at {'; '.join(missing)}")
@@ -109,6 +118,12 @@ class Adapter:
         """Return the decision for the call that runs on this thread."""
         kind = self.call.kind
         return self.decision if kind is None else self.decisions.get(kind, self.decision)
+
+    def narrow_selections(self) -> list[Selection]:
+        """Return how each kind of layer selects if all select on logits of two bytes, else none."""
+        every = [decision.selection for decision in self.decisions.values()]
+        chosen = [s for s in every if s is not None and s.dtype != "fp32"]
+        return chosen if len(chosen) == len(every) else []
 
     def decide(self, decision: Decision) -> None:
         """Put one decision into force, whatever the kind of layer."""

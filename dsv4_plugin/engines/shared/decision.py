@@ -28,7 +28,9 @@ class Selection:
     ``logits`` is who writes the logits: ``"plugin"`` (with ``backend``), or ``"engine"`` (its
     DeepGEMM). ``request_bf16``: DeepGEMM writes bfloat16 only where it is asked to. ``slots``: the
     top-k writes pool slots beside the indices, for the engine's attention. ``skip_fill``: the
-    engine's fill with -1 is left out where the top-k writes every row.
+    engine's fill with -1 is left out where the top-k writes every row. ``followers``: later
+    layers attend to the same indices. ``candidates``: the layer chooses or uses candidate blocks,
+    and its logits are computed once it is known which.
     """
 
     dtype: str
@@ -37,6 +39,8 @@ class Selection:
     logits: str = "engine"
     slots: bool = False
     skip_fill: bool = False
+    followers: bool = False
+    candidates: bool = False
 
     @property
     def on(self) -> str:

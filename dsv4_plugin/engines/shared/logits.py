@@ -27,7 +27,17 @@ from dsv4_plugin.envs import Settings
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.state import state
 
-__all__ = ["AUTO", "choose", "dense", "failed", "paged", "select", "unmet"]
+__all__ = [
+    "AUTO",
+    "choose",
+    "dense",
+    "failed",
+    "is_gathered",
+    "is_paged",
+    "paged",
+    "select",
+    "unmet",
+]
 
 # Whose logits DSV4_LOGITS=auto takes: the first that can be had in the dtype. In bfloat16 the
 # plugin's kernel is faster for one request and level with DeepGEMM for many
@@ -106,7 +116,19 @@ def paged(
     selection: Selection, q: Any, cache: Any, weights: Any, lengths: Any, table: Any, columns: int
 ) -> torch.Tensor | None:
     """Return ``[rows, columns]`` logits of FP8 queries on FP8 pages; None: another form."""
-    if not (
+    if not is_paged(q, cache, weights, lengths, table):
+        return None
+    out = ops.new_logits(weights.shape[0], columns, DTYPES[selection.dtype], q.device)
+    ops.paged_logits(
+        q, cache, weights, lengths, table,
+        block_size=cache.shape[1], out=out, backend=selection.backend,
+    )  # fmt: skip
+    return _counted(selection, out)
+
+
+def is_paged(q: Any, cache: Any, weights: Any, lengths: Any, table: Any) -> bool:
+    """Whether a call for logits has the form of the plugin's ops on pages."""
+    return (
         _is(q, 4, torch.float8_e4m3fn, packed=2)
         and isinstance(cache, torch.Tensor)
         and cache.dtype == torch.uint8
@@ -118,14 +140,7 @@ def paged(
         and _is(table, 2, torch.int32)
         and table.shape[0] == q.shape[0]
         and weights.shape[0] == q.shape[0] * q.shape[1]
-    ):
-        return None
-    out = ops.new_logits(weights.shape[0], columns, DTYPES[selection.dtype], q.device)
-    ops.paged_logits(
-        q, cache, weights, lengths, table,
-        block_size=cache.shape[1], out=out, backend=selection.backend,
-    )  # fmt: skip
-    return _counted(selection, out)
+    )
 
 
 def dense(
@@ -135,7 +150,19 @@ def dense(
 
     ``columns`` 0: as many as there are keys. None: the arguments have another form.
     """
-    if not (
+    if not is_gathered(q, keys, weights, starts, ends):
+        return None
+    columns = columns or keys[0].shape[0]
+    out = ops.new_logits(q.shape[0], columns, DTYPES[selection.dtype], q.device)
+    ops.ragged_logits(
+        q, keys[0], keys[1].reshape(-1), weights, starts, ends, out=out, backend=selection.backend
+    )
+    return _counted(selection, out)
+
+
+def is_gathered(q: Any, keys: Any, weights: Any, starts: Any, ends: Any) -> bool:
+    """Whether a call for logits has the form of the plugin's ops on gathered keys."""
+    return (
         _is(q, 3, torch.float8_e4m3fn, packed=2)
         and isinstance(keys, tuple)
         and len(keys) == 2
@@ -153,14 +180,7 @@ def dense(
             and x.is_contiguous()
             for x in (starts, ends)
         )
-    ):
-        return None
-    columns = columns or keys[0].shape[0]
-    out = ops.new_logits(q.shape[0], columns, DTYPES[selection.dtype], q.device)
-    ops.ragged_logits(
-        q, keys[0], keys[1].reshape(-1), weights, starts, ends, out=out, backend=selection.backend
     )
-    return _counted(selection, out)
 
 
 def failed(error: Exception) -> None:

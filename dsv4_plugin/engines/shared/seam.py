@@ -40,10 +40,10 @@ class Place:
 
     ``takes``: its first parameters from position ``skip`` on; with ``exactly`` it has no others.
     ``has``: parameters that it has anywhere. ``source``: the module that defines it, where
-    ``module`` only imports it. ``used``: (module, function, text): the source of that function, or
-    of the whole module for the function ``""``, contains the text. ``op``: it is an operator of
-    torch, which has no source. ``optional``: the seam is there without it. ``shown``: its name for
-    people.
+    ``module`` only imports it, and ``defined`` its name there. ``used``: (module, function, text):
+    the source of that function, or of the whole module for the function ``""``, contains the text.
+    ``op``: it is an operator of torch, which has no source. ``optional``: the seam is there without
+    it. ``shown``: its name for people.
     """
 
     module: str
@@ -53,6 +53,7 @@ class Place:
     skip: int = 0
     has: tuple[str, ...] = ()
     source: str = ""
+    defined: str = ""
     used: tuple[str, str, str] | None = None
     op: bool = False
     optional: bool = False
@@ -75,7 +76,7 @@ class Place:
                 raise Missing(f"{self.module} has no {name}")
             if self.takes or self.has:
                 defined = source.find(self.source) if self.source else module
-                _check(defined.parameters(self.attribute), self)
+                _check(defined.parameters(self.defined or self.attribute), self)
         if self.used is not None:
             _contains(source.find(self.used[0]).text_of(self.used[1]), self.used)
 
@@ -134,7 +135,8 @@ class Seam:
     belong together, and the first form that is complete is taken. ``puts``: what the plugin does
     there. ``until``: when the seam can go. ``upstream``: the engine's issue or pull request about
     it, empty where none is known. ``late``: its module is imported after the adapter is installed,
-    so that the installer looks at its source, and it is patched when it is needed.
+    so that the installer looks at its source, and it is patched when it is needed. ``optional``: a
+    release may be without it, and the log does not mention that.
     """
 
     name: str
@@ -144,6 +146,7 @@ class Seam:
     until: str
     upstream: str = ""
     late: bool = False
+    optional: bool = False
 
     def first(self, there: Callable[[Place], Any]) -> list[tuple[Place, Any]]:
         """Return the places of the first complete form, each with what ``there`` returns for it.

@@ -12,13 +12,17 @@ __all__ = ["VllmAdapter", "current"]
 
 
 class VllmAdapter(adapter.Adapter):
-    """``indexer`` is vLLM's indexer module, ``slots`` what the top-k writes for the attention."""
+    """``indexer`` is vLLM's indexer module, ``slots`` what the top-k writes for the attention.
+
+    ``published``: the forward pass and the buffer in which the plugin wrote candidate blocks last.
+    """
 
     def __init__(self, indexer: Any = None) -> None:
         version = getattr(sys.modules.get("vllm"), "__version__", "of unknown version")
         super().__init__(f"vLLM {version}")
         self.indexer = indexer
         self.slots = SlotStore()
+        self.published: tuple[Any, int] | None = None
 
     @property
     def platform(self) -> Any:

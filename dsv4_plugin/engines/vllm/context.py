@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dsv4_plugin.engines.vllm.deferred import Deferred
+
 __all__ = ["LogitsTag", "by_name", "forward_pass", "tag_logits", "tag_of"]
 
 _ATTRIBUTE = "_dsv4_logits"
@@ -21,11 +23,13 @@ class LogitsTag:
     without a tag. ``shifted``: every row begins at column zero, though the caller passes where it
     begins among all keys (the plugin's prefill logits in the releases to 0.32). ``table`` and
     ``page_size``: the pages that the logits were computed on, where the top-k needs them.
+    ``deferred``: the logits are not computed yet, and the tensor holds none.
     """
 
     shifted: bool = False
     table: torch.Tensor | None = None
     page_size: int = 0
+    deferred: Deferred | None = None
 
 
 def tag_logits(logits: torch.Tensor, tag: LogitsTag) -> torch.Tensor:

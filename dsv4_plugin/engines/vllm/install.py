@@ -16,7 +16,7 @@ from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.patches import Patch
 from dsv4_plugin.engines.shared.seam import Found, Place, shown
 from dsv4_plugin.engines.shared.source import Missing
-from dsv4_plugin.engines.vllm import policy, wrappers
+from dsv4_plugin.engines.vllm import candidates, policy, wrappers
 from dsv4_plugin.engines.vllm.adapter import VllmAdapter
 from dsv4_plugin.engines.vllm.late_patches import around
 from dsv4_plugin.engines.vllm.probe import SEAMS
@@ -47,7 +47,7 @@ def install(module: Any) -> None:
         except Exception as error:  # an engine of an unknown shape is one without the seam
             why = f"could not be patched ({type(error).__name__}: {error})"
             now.found(seam.name, None, why)
-    now.missing()
+    now.missing(without=[seam.name for seam in SEAMS if seam.optional])
 
 
 def uninstall() -> None:
@@ -165,6 +165,10 @@ _LOGITS = {
     "fp8_fp4_mqa_logits": wrappers.dense_logits,
     "as_fp32_logits": wrappers.as_fp32_logits,
 }
+_CANDIDATES = {
+    "_select_candidate_blocks": candidates.select_blocks,
+    "_apply_candidate_mask": candidates.apply_mask,
+}
 # What is put at each seam. Those without an entry are patched once a layer needs it
 # (:mod:`.late_patches`).
 _REPLACEMENTS: dict[str, Make] = {
@@ -172,6 +176,7 @@ _REPLACEMENTS: dict[str, Make] = {
     "topk.decode": _decode_topk,
     "topk.prefill": _around(wrappers.prefill_topk),
     "logits": lambda place, found: around(found.function, _LOGITS[place.attribute]),
+    "candidates": lambda place, found: around(found.function, _CANDIDATES[place.attribute]),
     "gather": _around(wrappers.gather),
     "budget": _around(wrappers.prefill_chunks),
 }

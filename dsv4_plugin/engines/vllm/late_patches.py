@@ -14,10 +14,11 @@ import torch
 
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 from dsv4_plugin.engines.shared.patches import Ledger
+from dsv4_plugin.engines.shared.seam import Place
 from dsv4_plugin.engines.shared.source import Missing
 from dsv4_plugin.engines.vllm import fill, wrappers
 from dsv4_plugin.engines.vllm.adapter import VllmAdapter
-from dsv4_plugin.engines.vllm.probe import ATTENTION, DEEP_GEMM, OP, TO_SLOTS
+from dsv4_plugin.engines.vllm.probe import DEEP_GEMM, OP, TO_SLOTS
 from dsv4_plugin.state import state
 
 __all__ = [
@@ -54,22 +55,31 @@ def unmet_slots(now: VllmAdapter) -> list[str]:
     known = _problems(now, "topk.slots")
     if known is not None:
         return known
-    if ATTENTION not in sys.modules:
-        return [f"{ATTENTION} is not this model's attention"]
+    places = _attentions()
+    if not places:
+        names = " and ".join(place.module for place in TO_SLOTS)
+        return [f"neither of {names} is this model's attention"]
     try:
-        TO_SLOTS.in_process()
+        for place in places:
+            place.in_process()
     except Missing as error:
         return [str(error)]
     return []
 
 
+def _attentions() -> list[Place]:
+    return [place for place in TO_SLOTS if place.module in sys.modules]
+
+
 def patch_slots(now: VllmAdapter) -> None:
     """Let the attention take the slots of the top-k."""
     if not now.patches.get("topk.slots"):
-        found = TO_SLOTS.in_process()
-        wrapper = around(found.original, wrappers.take_slots)
-        patch = now.ledger.replace(found.owner, found.name, wrapper, str(TO_SLOTS))
-        now.patches["topk.slots"] = [patch]
+        patches = []
+        for place in _attentions():
+            found = place.in_process()
+            wrapper = around(found.original, wrappers.take_slots)
+            patches.append(now.ledger.replace(found.owner, found.name, wrapper, str(place)))
+        now.patches["topk.slots"] = patches
 
 
 # --- the indexer's op ------------------------------------------------------------------------

@@ -14,10 +14,22 @@ from typing import Any
 
 import torch
 
+from dsv4_plugin.checks import MAX_K
 from dsv4_plugin.engines.shared import decision
 
-__all__ = ["KINDS", "Layer", "LayerKind", "key", "key_of_call", "kind_of", "plain_name", "see"]
+__all__ = [
+    "KINDS",
+    "PIECE",
+    "Layer",
+    "LayerKind",
+    "key",
+    "key_of_call",
+    "kind_of",
+    "plain_name",
+    "see",
+]
 
+PIECE = 8  # keys of a candidate block, as the kernels have it
 # The version in a model's type or architecture. V4.1 is deepseek_v41, deepseek_v4_1 and the like.
 _VERSION = re.compile(r"deepseek[_-]?v([0-9]+(?:[._p-]?[0-9]+)*)")
 
@@ -48,8 +60,9 @@ class LayerKind:
 
     ``dtypes`` are what ``DSV4_TOPK=auto`` tries, best first. ``logits_ops`` are the ops that have
     to write a dtype before the plugin's logits serve this kind. ``with_slots``: the decode top-k
-    writes slots and skips the fill where it can. ``kept``: why the engine keeps the layers of this
-    kind; empty where the plugin serves them.
+    writes slots and skips the fill where it can. ``followers``: later layers attend to the indices
+    of a layer of this kind, too. ``candidates``: the layer chooses or uses candidate blocks, so
+    that the plugin computes its logits, and no more of them than are needed.
     """
 
     name: str
@@ -57,7 +70,8 @@ class LayerKind:
     dtypes: tuple[str, ...]
     logits_ops: tuple[str, ...] = ("paged_logits", "ragged_logits")
     with_slots: bool = False
-    kept: str = ""
+    followers: bool = False
+    candidates: bool = False
 
     def __str__(self) -> str:
         """Return the name, for the log."""
@@ -65,19 +79,32 @@ class LayerKind:
 
 
 KINDS = (
+    # V4.1's kernels for compute capability 10.0 write bfloat16 logits, in vLLM itself.
     LayerKind(
         "DeepSeek-V4.1 source",
         lambda layer: layer.candidates == "source",
-        ("fp32",),
-        kept="the layer selects the candidate blocks of other layers (DeepSeek-V4.1)",
+        ("bf16", "fp32"),
+        ("block_maxima", "select_blocks", "candidate_logits", "ragged_logits", "select_candidates"),
+        with_slots=True,
+        followers=True,
+        candidates=True,
     ),
     LayerKind(
         "DeepSeek-V4.1 consumer",
         lambda layer: layer.candidates == "consumer",
-        ("fp32",),
-        kept="the layer masks its scores with candidate blocks (DeepSeek-V4.1)",
+        ("bf16", "fp32"),
+        ("candidate_logits", "candidate_logits_ragged", "ragged_logits", "select_candidates"),
+        with_slots=True,
+        followers=True,
+        candidates=True,
     ),
-    LayerKind("DeepSeek-V4.1 plain", lambda layer: layer.family == "DeepSeek-V4.1", ("fp32",)),
+    LayerKind(
+        "DeepSeek-V4.1 plain",
+        lambda layer: layer.family == "DeepSeek-V4.1",
+        ("bf16", "fp32"),
+        with_slots=True,
+        followers=True,
+    ),
     # Trained with bfloat16 scores.
     LayerKind(
         "DeepSeek-V4",
@@ -139,6 +166,8 @@ def see(layer: Any, config: Any, platform: Any) -> Layer:
         device = torch.device(getattr(platform, "device_type", "") or "cpu")
     blocks = getattr(layer, "candidate_blocks", None)
     writes = bool(getattr(layer, "candidate_write", False))
+    if blocks is not None:
+        unfit += _unfit_candidates(layer, blocks, k)
     prefix = getattr(getattr(layer, "k_cache", None), "prefix", "") or "of no name"
     return Layer(
         key(prefix, blocks, writes),
@@ -150,6 +179,20 @@ def see(layer: Any, config: Any, platform: Any) -> Layer:
         (*unfit, *no_gather),
         tuple(no_gather),
     )
+
+
+def _unfit_candidates(layer: Any, blocks: Any, k: Any) -> list[str]:
+    """Return why the plugin does not serve a layer with these candidate blocks."""
+    why = []
+    size = getattr(layer, "candidate_block_size", 0)
+    if size != PIECE:
+        why.append(f"candidate blocks have {size} keys, not {PIECE}")
+    held = blocks.shape[-1] if isinstance(blocks, torch.Tensor) and blocks.dim() == 2 else 0
+    if not 1 <= held <= MAX_K or (isinstance(k, int) and held * PIECE < k):
+        why.append(f"{held} candidate blocks a row, not {k} keys' worth and at most {MAX_K}")
+    if getattr(layer, "use_pcp", False):
+        why.append("prefill context parallelism")
+    return why
 
 
 def _family(config: Any) -> str:

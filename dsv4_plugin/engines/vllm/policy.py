@@ -79,6 +79,11 @@ class _Group:
         return [seen for _, seen in self.layers]
 
     @property
+    def candidates(self) -> bool:
+        """Whether some of the layers choose or use candidate blocks."""
+        return any(kind.candidates for kind in self.kinds)
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
         """The dtypes that every kind has as a default, best first."""
         first, *rest = (kind.dtypes for kind in self.kinds)
@@ -104,7 +109,7 @@ def _decide(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
         group.selection, group.passed = decision.choose_selection(
             settings,
             group.dtypes,
-            functools.partial(_possible, now, settings, group),
+            functools.partial(_possible, now, settings, config, group),
             f"{so_far} {group} so far" if so_far > 1 else f"the first of the {group}",
         )
         group.gather, group.gather_why = _choose_gather(settings, group, now)
@@ -140,7 +145,8 @@ def _act(now: VllmAdapter, groups: list[_Group], config: Any) -> None:
         late_patches.patch_logits_dtype(now.ledger)
     if any(selection.slots for selection in chosen):
         late_patches.patch_slots(now)
-    if any(selection.skip_fill for selection in chosen) or len(groups) > 1:
+    stands_in = any(selection.skip_fill or selection.candidates for selection in chosen)
+    if stands_in or len(groups) > 1:
         late_patches.patch_op(now)
     for group in groups:
         if group.selection is not None:
@@ -152,15 +158,16 @@ def _act(now: VllmAdapter, groups: list[_Group], config: Any) -> None:
 
 
 def _possible(
-    now: VllmAdapter, settings: envs.Settings, group: _Group, dtype: str
+    now: VllmAdapter, settings: envs.Settings, config: Any, group: _Group, dtype: str
 ) -> tuple[Selection | None, list[str]]:
     """Return how top-k in ``dtype`` can be done for every layer, or every reason why it cannot."""
     reasons = [reason for layer in group.seen for reason in layer.unfit]
-    reasons += [kind.kept for kind in group.kinds if kind.kept]
     if reasons and group.alike:
         reasons.append(f"calls of these kinds look the same: {group.alike}")
     for name in ("guard", "topk.decode", "topk.prefill", "logits"):
         reasons += now.problems(name)
+    if group.candidates:
+        reasons += now.problems("candidates") + late_patches.unmet_op(now, config)
 
     def plugin(backend: str) -> list[str]:
         return [
@@ -170,10 +177,17 @@ def _possible(
             for why in logits.unmet(dtype, backend, layer.device, kind.logits_ops)
         ]
 
+    def engine() -> list[str]:
+        if group.candidates:
+            return ["candidates are selected from the plugin's own logits"]
+        return _engine_logits(now, dtype)
+
     calls = [(layer.device, layer.k) for layer in group.seen]
-    engine = functools.partial(_engine_logits, now, dtype)
     asks = late_patches.takes_logits_dtype
-    return logits.select(settings, dtype, reasons, calls, engine, plugin, asks)
+    chosen, why = logits.select(settings, dtype, reasons, calls, engine, plugin, asks)
+    if chosen is not None:
+        chosen = replace(chosen, candidates=group.candidates)
+    return chosen, why
 
 
 def _engine_logits(now: VllmAdapter, dtype: str) -> list[str]:
@@ -211,7 +225,7 @@ def _choose_gather(
         binding = f"DSV4_BACKEND={settings.backend} for the key gather"
         candidates = [settings.backend]
     reasons = [why for layer in group.seen for why in layer.no_gather]
-    reasons += [kind.kept for kind in group.kinds if kind.kept] + now.problems("gather")
+    reasons += now.problems("gather")
     possible = not reasons
     call = backends.Call("gather", device, torch.uint8)
     for backend in candidates:
@@ -235,14 +249,17 @@ def _beside_topk(group: _Group, now: VllmAdapter, config: Any) -> dict[str, str 
     if why:
         return {"topk.slots": why, "topk.fill": why}
     no_slots, no_fill = late_patches.unmet_slots(now), late_patches.unmet_op(now, config)
-    group.selection = replace(group.selection, slots=not no_slots, skip_fill=not no_fill)
+    followers = all(kind.followers for kind in group.kinds)
+    group.selection = replace(
+        group.selection, slots=not no_slots, skip_fill=not no_fill, followers=followers
+    )
     return {"topk.slots": "; ".join(no_slots) or None, "topk.fill": "; ".join(no_fill) or None}
 
 
 def _without_slots(layer: Any, seen: Layer) -> str:
     """Return why the top-k of a layer neither writes slots nor skips the fill; empty if it may."""
     if not kind_of(seen).with_slots:
-        return "a layer is not DeepSeek-V4's"
+        return "a layer is neither DeepSeek-V4's nor V4.1's"
     if getattr(layer, "use_pcp", False):
         return "prefill context parallelism"
     buffer = getattr(layer, "topk_indices_buffer", None)
@@ -294,8 +311,7 @@ def _own_settings(config: Any) -> Mapping[str, Any] | None:
 def _say(seen: Layer) -> None:
     if log.tells_everything():
         kind = kind_of(seen)
-        kept = [*seen.unfit, *filter(None, [kind.kept])]
-        said = f"vLLM keeps it: {'; '.join(kept)}" if kept else "eligible"
+        said = f"vLLM keeps it: {'; '.join(seen.unfit)}" if seen.unfit else "eligible"
         log.debug(f"{seen.name}: k {seen.k}, {seen.device}, {kind}; {said}")
 
 
@@ -304,12 +320,14 @@ def _report(now: VllmAdapter, group: _Group) -> None:
     selection, note = group.selection, ""
     also = dict(group.also or {})
     also["budget"] = None
-    if selection is None or selection.dtype == "fp32":
+    if not now.narrow_selections():
         also["budget"] = "logits are float32"
     elif state.seams["budget"].where is not None:
         note = " (half the bytes, so twice the rows in a prefill chunk's budget)"
     topks = ("topk.decode", "topk.prefill")
     names = (*topks, "logits") if selection else (*topks, "topk.slots", "topk.fill", "logits")
+    if group.candidates:
+        names = (*names, "candidates")
     now.report(
         str(group), names, selection, group.passed or {}, also,
         (group.gather, group.gather_why or []), note,

@@ -11,14 +11,16 @@ from dsv4_plugin.engines.shared.seam import Place, Seam
 from dsv4_plugin.engines.shared.source import Site
 
 __all__ = [
-    "ATTENTION",
+    "APPLY_MASK",
     "DEEP_GEMM",
     "INDEXER",
     "NEIGHBOURS",
     "OP",
     "SEAMS",
+    "SELECT_BLOCKS",
     "SKIP_FILL",
     "TO_SLOTS",
+    "TO_SLOTS_TAKES",
     "look",
 ]
 
@@ -27,21 +29,40 @@ TOPK = "vllm.model_executor.layers.indexer_topk"
 OPS = "vllm._custom_ops"
 PLANNER = "vllm.v1.attention.backends.mla.indexer"
 DEEP_GEMM = "vllm.utils.deep_gemm"
-ATTENTION = "vllm.models.deepseek_v4.nvidia.flashmla"
 # Patched when the indexer's module is imported.
 NEIGHBOURS = (TOPK, OPS, PLANNER, DEEP_GEMM)
 OP = "torch.ops.vllm.sparse_attn_indexer"
 
+BLOCKS = "vllm.model_executor.kernels.attention.dsa.candidate_blocks"
+SELECT_BLOCKS = Place(
+    INDEXER, "_select_candidate_blocks",
+    ("logits", "row_ks", "row_ke", "topk_blocks", "block_size", "out", "row_repeat"),
+    exactly=True, source=BLOCKS, defined="select_candidate_blocks",
+)  # fmt: skip
+APPLY_MASK = Place(
+    INDEXER, "_apply_candidate_mask",
+    ("logits", "row_ks", "row_ke", "candidate_blocks", "block_size", "row_repeat"),
+    exactly=True, source=BLOCKS, defined="apply_candidate_mask",
+)  # fmt: skip
+
 _OP_CALLED = (INDEXER, "sparse_attn_indexer")
 _CHUNKS = ("workspace_size", "max_logits_bytes", "request_offset")
 SKIP_FILL = "skip_topk_buffer_clear"
-TO_SLOTS = Place(
-    ATTENTION, "compute_global_topk_indices_and_lens",
-    ("topk_indices", "token_to_req_indices", "block_table", "block_size", "is_valid_token"),
-    exactly=True,
-    source="vllm.models.deepseek_v4.common.ops.cache_utils",
-    shown=f"{ATTENTION}.compute_global_topk_indices_and_lens",
+TO_SLOTS_TAKES = (
+    "topk_indices", "token_to_req_indices", "block_table", "block_size", "is_valid_token"
 )  # fmt: skip
+
+
+def _to_slots(model: str) -> Place:
+    attention, name = f"vllm.models.{model}.nvidia.flashmla", "compute_global_topk_indices_and_lens"
+    return Place(
+        attention, name, TO_SLOTS_TAKES, exactly=True,
+        source=f"vllm.models.{model}.common.ops.cache_utils", shown=f"{attention}.{name}",
+    )  # fmt: skip
+
+
+# In the attention of each model; the model that is served has imported its own.
+TO_SLOTS = (_to_slots("deepseek_v4"), _to_slots("deepseek_v41"))
 
 
 def _chunks(method: str) -> Place:
@@ -107,7 +128,7 @@ SEAMS = (
     ),
     Seam(
         "topk.slots",
-        ((TO_SLOTS,),),
+        tuple((place,) for place in TO_SLOTS),
         puts="the slots and counts that the plugin's decode top-k wrote beside its indices, where "
         "the attention asks about the same call; else vLLM's function runs. Patched when a layer "
         "is built, because the attention's module imports the indexer's",
@@ -149,6 +170,19 @@ SEAMS = (
         why="V4 was trained with bfloat16 scores, and half the bytes are written and read, but "
         "vLLM never asks for bfloat16, and 0.33's DeepGEMM cannot write it on Hopper",
         until="vLLM can be configured to write bfloat16 logits and its top-k reads them",
+    ),
+    Seam(
+        "candidates",
+        ((SELECT_BLOCKS, APPLY_MASK),),
+        puts="computes what a layer of DeepSeek-V4.1 needs of its logits: maxima of the blocks for "
+        "the source, the scores of its candidates for a consumer. Logits of such layers are "
+        "deferred until vLLM calls one of the two; both get vLLM's own logits where the plugin "
+        "does not serve",
+        why="on Hopper vLLM scores the whole context in every consumer, writes -inf over rows as "
+        "wide as `max_model_len`, and selects the blocks with `torch.topk`",
+        until="vLLM scores candidates only on compute capability 9.0 and selects blocks exactly",
+        upstream="vLLM #56254 does it for compute capability 10.0",
+        optional=True,
     ),
     Seam(
         "gather",

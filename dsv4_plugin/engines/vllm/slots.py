@@ -61,6 +61,7 @@ class Note:
     indices: tuple[Any, ...]
     table: tuple[Any, ...]
     paged: Paged
+    followers: bool
 
 
 class SlotStore:
@@ -105,13 +106,16 @@ class SlotStore:
             return None
         return Paged(table, tag.page_size, found.slots[:rows], found.counts[:rows])
 
-    def note(self, paged: Paged, out: torch.Tensor) -> Note | None:
-        """Return a note that slots and counts of ``out`` are written; None outside of a pass."""
+    def note(self, paged: Paged, out: torch.Tensor, followers: bool) -> Note | None:
+        """Return a note that slots and counts of ``out`` are written; None outside of a pass.
+
+        ``followers``: the attention of several layers asks for them.
+        """
         context = forward_pass()
         if context is None:
             return None
         self._unread += 1
-        return Note(weakref.ref(context), _place(out), _place(paged.table), paged)
+        return Note(weakref.ref(context), _place(out), _place(paged.table), paged, followers)
 
     def asked(self) -> None:
         """Note that the attention reads slots."""

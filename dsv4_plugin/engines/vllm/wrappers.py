@@ -7,6 +7,7 @@ that the kernel is in the graphs, and it stands still while the server decodes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from dsv4_plugin import ops
 from dsv4_plugin.engines.shared import adapter, logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
-from dsv4_plugin.engines.shared.decision import KS, Selection
+from dsv4_plugin.engines.shared.decision import DTYPES, KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
 from dsv4_plugin.engines.shared.tensors import (
     LENGTHS,
@@ -26,9 +27,9 @@ from dsv4_plugin.engines.shared.tensors import (
     widen,
 )  # fmt: skip
 from dsv4_plugin.engines.vllm import adapter as vllm_adapter
-from dsv4_plugin.engines.vllm import fill
+from dsv4_plugin.engines.vllm import candidates, fill
 from dsv4_plugin.engines.vllm.context import LogitsTag, by_name, tag_logits, tag_of
-from dsv4_plugin.engines.vllm.probe import TO_SLOTS
+from dsv4_plugin.engines.vllm.probe import TO_SLOTS_TAKES
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.state import state
@@ -46,7 +47,7 @@ _DENSE = ("q", "kv", "weights", "cu_seqlen_ks", "cu_seqlen_ke", "max_seqlen_k")
 _PAGED_NEEDS, _DENSE_NEEDS = frozenset(_PAGED), frozenset(_DENSE[:-1])
 _PAGED_KNOWS = _PAGED_NEEDS | {"clean_logits", "indices"}
 _DENSE_KNOWS = frozenset(_DENSE) | {"clean_logits"}
-_SLOTS = frozenset(TO_SLOTS.takes)
+_SLOTS = frozenset(TO_SLOTS_TAKES)
 
 
 # --- logits ----------------------------------------------------------------------------------
@@ -64,8 +65,12 @@ def paged_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
         return original(*args, **kwargs)
     given, out = by_name(_PAGED, args, kwargs), None
     if _by_plugin(now, selection) and _plain_form(given, _PAGED_NEEDS, _PAGED_KNOWS):
-        values = (given[name] for name in _PAGED if name != "schedule_metadata")
-        out = _computed(logits.paged, selection, *values)
+        values = tuple(given[name] for name in _PAGED if name != "schedule_metadata")
+        if selection.candidates:
+            engine = functools.partial(_by_engine, now, original, args, kwargs)
+            out = candidates.defer_paged(selection, engine, *values)
+        else:
+            out = _computed(logits.paged, selection, *values)
     if out is None:
         out = _by_engine(now, original, args, kwargs)
     tag = tag_of(out)
@@ -94,14 +99,20 @@ def dense_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
         and type(width) is int
         and _plain_form(given, _DENSE_NEEDS, _DENSE_KNOWS)
     ):
-        values = (given[name] for name in _DENSE[:-1])
-        out = _computed(logits.dense, selection, *values, width, shifted=not width)
+        values = tuple(given[name] for name in _DENSE[:-1])
+        if selection.candidates:
+            engine = functools.partial(_by_engine, now, original, args, kwargs)
+            out = candidates.defer_gathered(selection, engine, width, *values)
+        else:
+            out = _computed(logits.dense, selection, *values, width, shifted=not width)
         if out is not None:
             return out
     return _by_engine(now, original, args, kwargs)
 
 
 def _by_plugin(now: Adapter, selection: Selection) -> bool:
+    if selection.candidates:
+        return candidates.readers_in_place(now)
     return selection.logits == "plugin" and _readers_in_place(now)
 
 
@@ -186,6 +197,8 @@ def as_fp32_logits(
     tag = tag_of(tensor)
     if tag is None:
         return original(tensor, *args, **kwargs)
+    if tag.deferred is not None:
+        return tensor
     selection = adapter.current().in_force().selection
     if selection is not None and selection.dtype != "fp32":
         return tensor
@@ -220,29 +233,32 @@ def _select(
     now = adapter.current()
     now.call.slots = None  # an earlier note does not describe the indices any more
     tag = tag_of(scores)
+    deferred = None if tag is None else tag.deferred
     selection = now.in_force().selection
-    if tag is None or not readable or k not in KS:
+    if tag is None or not readable or k not in KS or (deferred and not deferred.ready):
         selection = None
 
     def by_plugin(selection: Selection) -> None:
-        paged = None
+        paged, store = None, vllm_adapter.current().slots
         if selection.slots and kind == "decode" and tag is not None:
-            store = vllm_adapter.current().slots
             paged = store.places(tag, out, next_n)
-        if paged is None:
+        if deferred is not None:
+            candidates.select(deferred, k, out, paged)
+        elif paged is None:
             ops.topk(
                 scores, lengths(), k, next_n=next_n, row_starts=starts, out=out,
                 backend=selection.backend,
             )  # fmt: skip
-            return
-        ops.topk(
-            scores, lengths(), k, next_n=next_n, page_table=paged.table,
-            page_size=paged.page_size, out=paged.slots, out_raw=out, out_counts=paged.counts,
-            backend=selection.backend,
-        )  # fmt: skip
-        now.call.slots = store.note(paged, out)
-        if now.call.slots is not None:
-            state.count("topk.slots")
+        else:
+            ops.topk(
+                scores, lengths(), k, next_n=next_n, page_table=paged.table,
+                page_size=paged.page_size, out=paged.slots, out_raw=out, out_counts=paged.counts,
+                backend=selection.backend,
+            )  # fmt: skip
+        if paged is not None:
+            now.call.slots = store.note(paged, out, selection.followers)
+            if now.call.slots is not None:
+                state.count("topk.slots")
 
     def watch() -> None:
         shadow.watch(
@@ -256,9 +272,12 @@ def _select(
 
     def by_engine() -> None:
         fill.fill_skipped_rows(out)
-        engine(plain(scores), out)
+        engine(plain(scores if deferred is None else deferred.engine_logits()), out)
 
-    serve(kind, selection, scores.dtype, by_plugin, by_engine, watch, scores.shape[0])
+    # The engine's selection of deferred logits has to score every key: the shadow does not watch.
+    dtype = scores.dtype if deferred is None else DTYPES[deferred.selection.dtype]
+    beside = watch if deferred is None else None
+    serve(kind, selection, dtype, by_plugin, by_engine, beside, scores.shape[0])
 
 
 def decode_topk(
@@ -274,7 +293,7 @@ def decode_topk(
     ``engine(scores, out)`` is vLLM's own selection of float32 scores into ``out``.
     """
     readable = (
-        is_matrix(scores)
+        (is_matrix(scores) or candidates.deferred_of(scores) is not None)
         and is_output(out, scores.shape[0], k)
         and isinstance(seq_lens, torch.Tensor)
         and seq_lens.dtype in LENGTHS
@@ -317,11 +336,11 @@ def prefill_topk(
     """
     tag = tag_of(scores)
     shifted = tag is not None and tag.shifted
+    deferred = tag is not None and tag.deferred is not None
     readable = (
-        is_matrix(scores)
+        (deferred or (is_matrix(scores) and (scores.stride(0), stride1) == (stride0, 1)))
         and is_output(out, scores.shape[0], k)
         and scores.shape[0] == rows == starts.numel() == ends.numel()
-        and (scores.stride(0), stride1) == (stride0, 1)
         and starts.dtype in LENGTHS
         and ends.dtype in LENGTHS
         and starts.dim() == ends.dim() == 1
@@ -354,12 +373,14 @@ def _unshifted(scores: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
 def take_slots(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return slots and counts: those of the top-k just before, else those of ``original``."""
     now = adapter.current()
-    note, now.call.slots = now.call.slots, None
+    note = now.call.slots
+    if note is None or not note.followers:
+        now.call.slots = None
     if now.decision.enabled:
         store = vllm_adapter.current().slots
         store.asked()
         if note is not None:
-            given = by_name(TO_SLOTS.takes, args, kwargs)
+            given = by_name(TO_SLOTS_TAKES, args, kwargs)
             if given.keys() == _SLOTS and store.fits(
                 note, given["topk_indices"], given["block_table"], given["block_size"]
             ):
@@ -381,15 +402,15 @@ def prefill_chunks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     a chunk whose call has a form that the plugin's kernel does not take.
     """
     now = adapter.current()
-    selection = now.decision.selection
-    if selection is not None and selection.dtype != "fp32":
-        unasked = not selection.request_bf16 and selection.logits == "engine"
+    chosen = now.narrow_selections()
+    if chosen:
+        unasked = all(not s.request_bf16 and s.logits == "engine" for s in chosen)
         if unasked or _readers_in_place(now):
             if "max_logits_bytes" in kwargs:
                 kwargs = {**kwargs, "max_logits_bytes": 2 * kwargs["max_logits_bytes"]}
             else:
                 args = (*args[:3], 2 * args[3], *args[4:])
-            state.count(f"budget.{selection.dtype}")
+            state.count(f"budget.{chosen[0].dtype}")
     return original(*args, **kwargs)
 
 

@@ -368,14 +368,125 @@ def test_a_signal_ends_it_and_leaves_nothing(
     assert document(tmp_path)["complete"] is False
 
 
+ASKED = {
+    "A": ["--env=OPENAI_API_KEY=sesame1", "--args-a= --api-key=sesame2 sesame3"],
+    "B": ["--env-b=HF_TOKEN=sesame4", "--serve-args=-H 'Authorization: Bearer sesame5'",
+          "--client-args= --api-key sesame6"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["well", "the client ends badly", "dry"])
+def test_no_secret_is_told(
+    end: str, tmp_path: Path, port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in the results file nor on the terminal, also not in the log that an error quotes."""
+    echo = tmp_path / "echo.py"
+    echo.write_text(
+        "import os, runpy, sys\n"
+        "print('args', sys.argv, os.environ.get('OPENAI_API_KEY'), os.environ.get('HF_TOKEN'))\n"
+        "own = [a for a in sys.argv[2:] if 'sesame' not in a and a not in ('--api-key', '-H')]\n"
+        "sys.argv = [sys.argv[1], *own]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    more = [*ASKED["A"], *ASKED["B"], "--", "--hf-token", "sesame7",
+            '--extra={"token": "sesame8"}', "http://me:sesame9@h/?key=sesame10"]  # fmt: skip
+    if end == "the client ends badly":
+        more.insert(0, "--client-args=--mode crash --api-key sesame11")
+    if end == "dry":
+        more.insert(0, "--dry-run")
+    given = [word.replace("fake_server.py", "fake_server.py") for word in command(tmp_path, port)]
+    given = [
+        word.replace(sys.executable, f"{sys.executable} {echo}", 1) if "-command=" in word else word
+        for word in given
+    ]
+    main([*given, *more])
+    said = capsys.readouterr()
+    whole = said.out + said.err
+    if end != "dry":
+        file = (tmp_path / "out" / "ab.json").read_text()
+        assert "***" in file
+        whole += file
+    assert [f"sesame{i}" for i in range(1, 12) if f"sesame{i}" in whole] == []
+
+
+PROTOCOLS = {
+    "TLS": "bytes([21, 3, 3, 0, 2, 2, 70])",
+    "SSH": "b'SSH-2.0-x\\r\\n'",
+    "half of an answer": "b'HTTP/1.1 200 OK\\r\\nContent-Le'",
+    "nothing": "b''",
+    "an endless header": "b'HTTP/1.1 200 OK\\r\\n' + b'a: ' + b'x' * 100000",
+}
+
+
+@pytest.mark.parametrize("bytes_sent", PROTOCOLS.values(), ids=PROTOCOLS)
+def test_what_does_not_speak_http_is_not_healthy(
+    bytes_sent: str, tmp_path: Path, port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "other.py"
+    script.write_text(
+        "import socket, sys\n"
+        "s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
+        "s.bind(('127.0.0.1', int(sys.argv[1]))); s.listen()\n"
+        "while True:\n"
+        "    p, _ = s.accept(); p.recv(1000)\n"
+        "    try: p.sendall(" + bytes_sent.replace("\\\\", "\\") + ")\n"
+        "    except OSError: pass\n"
+        "    p.close()\n"
+    )
+    given = command(tmp_path, port, "--start-timeout=2")
+    given[3] = f"--server-command={sys.executable} {script} {{port}}"
+    assert main(given) == 1
+    said = capsys.readouterr().err
+    assert "server A is not healthy after 2 s (no answer" in said and "Traceback" not in said
+    assert "not healthy" in document(tmp_path)["error"]
+
+
+def test_the_table_on_a_terminal_without_unicode(tmp_path: Path, port: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv4_plugin", *command(tmp_path, port, "--together")],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, cwd=ROOT, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"+- sd" in done.stdout and b"TPOT mean" in done.stdout
+
+
+def test_a_reader_that_has_gone_ends_it_and_leaves_nothing(tmp_path: Path, port: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsv4_plugin", *command(tmp_path, port)], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert process.stderr is not None
+    assert b"Traceback" not in process.stderr.read()
+    assert document(tmp_path)["complete"] is False
+
+
+def test_an_odd_results_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "ab.json"
+    for text in ("{", "[]", '{"what": "ab"}', '{"what": "ab", "complete": true}',
+                 '{"what": "ab", "complete": true, "machine": 5, "design": []}'):  # fmt: skip
+        file.write_text(text)
+        assert main(["ab", "--from", str(file)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and str(file) in said
+
+
 USAGE = {
-    "two pairs": (["--pairs=2"], "--pairs must be at least 3, got 2"),
-    "no run": (["--runs=0"], "--runs must be at least 1, got 0"),
+    "an address of no server": (["--url-a=foo", "--url-b=http://b"], "--url-a must be http://"),
+    "a path that is none": (["--health=x"], "--health must begin with /"),
+    "ports that are none": (["--together", "--port=65535"], "two ports up to 65535"),
+    "one port for two": (["--together", "--port=8000", "--port-b=8000"], "two ports"),
+    "a time that never comes": (["--start-timeout=nan"], "--start-timeout must be a number"),
+    "so many rounds that seeds meet": (["--warmup-rounds=5000"], "from 0 to 4999"),
+    "two pairs": (["--pairs=2"], "--pairs must be a whole number from 3 to 5000, got '2'"),
+    "no run": (["--runs=0"], "--runs must be a whole number from 1 to 5000, got '0'"),
     "a workload of another form": (["--workload=8192"], "--workload '8192'"),
     "a negative length": (["--workload=in=-4"], "positive integer"),
     "a workload twice": ([f"--workload={LOAD}"], "given twice"),
-    "an environment without a value": (["--env-b=DSV4_TOPK"], "--env-b 'DSV4_TOPK' is not NAME="),
-    "the status folder": (["--env=DSV4_STATUS_DIR=x"], "ab sets it"),
+    "an environment without a value": (["--env-b=DSV4_TOPK"], "--env-b must be NAME=VALUE"),
+    "the status folder": (["--env=DSV4_STATUS_DIR=x"], "ab sets DSV4_STATUS_DIR"),
     "an open quote": (["--args-a='x"], '--args-a "\'x" cannot be split'),
     "one address": (["--url-a=http://a"], "--url-a and --url-b come together"),
     "the same address": (["--url-a=http://a", "--url-b=http://a/"], "the same server"),
@@ -406,8 +517,7 @@ def test_a_folder_that_is_not_empty(
 
 
 def test_what_stands_after_the_dashes_is_for_ab_only(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["doctor", "--", "--json"])
+    assert main(["doctor", "--", "--json"]) == 2
     assert "unrecognized arguments: --json" in capsys.readouterr().err
 
 

@@ -20,8 +20,10 @@ from dsv4_plugin.cli.ab.engines import Workload
 from dsv4_plugin.cli.ab.experiment import Design
 from dsv4_plugin.cli.ab.intervals import ratio, t_quantile
 from dsv4_plugin.cli.ab.metrics import METRICS, read
-from dsv4_plugin.cli.ab.processes import shown, tail
+from dsv4_plugin.cli.ab.processes import tail
 from dsv4_plugin.cli.ab.servers import Server
+from dsv4_plugin.cli.shared.secrets import Secrets
+from dsv4_plugin.cli.shared.secrets import command as shown
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.adapter import Adapter
 from dsv4_plugin.engines.shared.decision import INERT, Selection
@@ -93,6 +95,31 @@ def test_a_result_is_read() -> None:
 def test_a_result_with_a_failed_request_is_none(change: dict[str, Any], said: str) -> None:
     with pytest.raises(AbError, match=said):
         read(GOOD | change, 4, "it")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"total_input_tokens": None}, {"total_output_tokens": "9"}, {"failed": "2"},
+        {"failed": None}, {"failed": -1}, {"failed": True}, {"completed": "4"},
+        {"completed": [4]}, {"completed": 4.5}, {"num_prompts": None},
+        {"completed": 0, "num_prompts": 0}, {"total_input_tokens": math.nan},
+        {"errors": ["", "\n"]}, {"errors": "Timeout"}, {"errors": {"a": 1}}, {"errors": 7},
+        {"mean_ttft_ms": "12.5"}, {"mean_ttft_ms": [1.0]}, {"mean_ttft_ms": True},
+        {"mean_ttft_ms": -1.0}, {"mean_ttft_ms": math.inf}, {"mean_ttft_ms": 10**400},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_result_with_odd_values_is_none(change: dict[str, Any]) -> None:
+    with pytest.raises(AbError, match="^it: "):
+        read(GOOD | change, 4, "it")
+
+
+def test_an_error_of_a_result_has_no_secret() -> None:
+    told = Secrets([{"HF_TOKEN": "sesame"}])
+    with pytest.raises(AbError) as error:
+        read(GOOD | {"errors": ["401 for sesame"]}, 4, "it", told.text)
+    assert "401 for ***" in str(error.value)
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, None])
@@ -182,6 +209,15 @@ def test_calls_that_went_to_the_engine_are_noted(tmp_path: Path) -> None:
     # float32 logits are the engine's where that is the plan.
     status(tmp_path, os.getpid(), counters={"topk.decode": 5, "logits.upstream": 5})
     assert judge(server(tmp_path), "on")[1] == []
+
+
+def test_a_status_with_odd_values_is_read(tmp_path: Path) -> None:
+    status(tmp_path, os.getpid(), counters={"topk.decode": "5", "gather": None}, failures=["x"])
+    with pytest.raises(Refused, match="a part of the plugin failed"):
+        judge(server(tmp_path), "on")
+    status(tmp_path, os.getpid(), counters={"topk.decode": "5"}, failures=None)
+    with pytest.raises(Refused, match="nothing shows"):
+        judge(server(tmp_path), "on")
 
 
 def test_a_broken_status_file_is_passed_over(tmp_path: Path) -> None:

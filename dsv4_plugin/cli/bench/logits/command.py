@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from dsv4_plugin.cli.bench import dry
+from dsv4_plugin.cli.bench import against, dry
 from dsv4_plugin.cli.bench import upstream as installed
 from dsv4_plugin.cli.bench.logits import bars, cases, report
 from dsv4_plugin.cli.bench.logits.chain import ChainBench
@@ -20,13 +20,13 @@ from dsv4_plugin.cli.shared.run import UsageError, interruptible
 __all__ = ["run"]
 
 
-def run(
-    arguments: argparse.Namespace, about: dict[str, Any], say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Measure the logits or the chain; returns the document of the results file."""
+def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]) -> None:
+    """Measure the logits or the chain, and keep the results file up to date."""
     what, device = arguments.what, arguments.device
     lists = _cases(arguments)
-    engines = installed.engines_only(arguments.against)
+    if arguments.plot and "decode" not in lists:
+        raise UsageError("--plot draws the suite decode, which is not run")
+    engines = against.engines_only(arguments.against)
     others = installed.load(engines, _forms(what, list(lists)), arguments.peers, of=what)
     named(others, say)
     asked = arguments.vllm_choice, arguments.sglang_choice
@@ -39,10 +39,8 @@ def run(
             say(f"{name} is not compared: it is not among the peers")
     rate = floor.read_rate(device)
     say(f"roof: read {rate / 1e3:.0f} GB/s; floor: {cases.KEY_BYTES} bytes a key at this rate")
-    document: dict[str, Any] = {
-        "machine": about,
-        "what": what,
-        "complete": False,
+    document = file.document
+    document |= {
         "suites": list(lists),
         "launches": arguments.launches,
         "replays": arguments.replays,
@@ -56,37 +54,34 @@ def run(
     else:
         document["tolerance"] = TOLERANCE[device]
     kind: type[KeyBench] = Bench if what == "logits" else ChainBench
-    with Results(document, arguments.json) as file:
-        bench = kind(
-            others, say, file.save, device=device, cold_all=arguments.cold,
-            launches=arguments.launches, replays=arguments.replays, budget_s=arguments.budget,
-            results=document["results"],
-        )  # fmt: skip
-        bench.read_rate = rate
-        if isinstance(bench, ChainBench):
-            bench.choices = choices
-        with interruptible() as work:
-            for name, some in lists.items():
-                say(f"\n{name}: {len(some)} cells; us warm/cold, ! wrong")
-                bench.run(some)
-        file.save(now=True)
-        results = document["results"]
-        work.must(results, "nothing was measured: no cell is left", file.said())
-        document["complete"] = work.whole and not bench.progress.out_of_time
-        found = (
-            bars.logits_bars(results) if what == "logits" else bars.chain_bars(results, *choices)
-        )
-        held = found if device == "cuda" else []
-        document["bars"] = [bar.as_dict() for bar in held]
-        file.save(now=True)
-        end = ["", "Bars", *map(str, held)] if device == "cuda" else dry.answers(results)
-        for line in report.lines(results) + end:
-            say(line)
-        if arguments.plot:
-            plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
-            say(f"drawn to {arguments.plot}")
+    bench = kind(
+        others, say, file.save, device=device, cold_all=arguments.cold,
+        launches=arguments.launches, replays=arguments.replays, budget_s=arguments.budget,
+        results=document["results"],
+    )  # fmt: skip
+    bench.read_rate = rate
+    if isinstance(bench, ChainBench):
+        bench.choices = choices
+    with interruptible() as work:
+        for name, some in lists.items():
+            say(f"\n{name}: {len(some)} cells; us warm/cold, ! wrong")
+            bench.run(some)
+    results = document["results"]
+    done = results or bench.progress.out_of_time
+    work.must(done, "nothing was measured: no cell is left", file.said())
+    file.save(now=True)
+    document["complete"] = work.whole and not bench.progress.out_of_time
+    found = bars.logits_bars(results) if what == "logits" else bars.chain_bars(results, *choices)
+    held = found if device == "cuda" else []
+    document["bars"] = [bar.as_dict() for bar in held]
+    file.save(now=True)
+    end = ["", "Bars", *map(str, held)] if device == "cuda" else dry.answers(results)
+    for line in report.lines(results) + end:
+        say(line)
+    if arguments.plot:
+        plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
+        say(f"drawn to {arguments.plot}")
     work.end(file.said())
-    return document
 
 
 def _forms(what: str, suites: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from dsv4_plugin.cli.bench import dry
+from dsv4_plugin.cli.bench import against, dry
 from dsv4_plugin.cli.bench import upstream as installed
 from dsv4_plugin.cli.bench.topk import bars, cases, floor, peers, plot, report
 from dsv4_plugin.cli.bench.topk.measure import Bench
@@ -16,12 +16,12 @@ from dsv4_plugin.cli.shared.run import UsageError, interruptible
 __all__ = ["named", "run"]
 
 
-def run(
-    arguments: argparse.Namespace, about: dict[str, Any], say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Measure the suites; returns the document of the results file, which is kept up to date."""
+def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]) -> None:
+    """Measure the suites, and keep the results file up to date."""
     suites = _suites(arguments.suite)
-    engines, files = installed.split(arguments.against)
+    if arguments.plot and "decode" not in suites:
+        raise UsageError("--plot draws the suite decode, which is not run")
+    engines, files = against.split(arguments.against)
     known = [row for file in files for row in peers.recorded(file)]
     others = installed.load(engines, _forms(suites), arguments.peers, of="topk")
     named(others, say)
@@ -35,10 +35,8 @@ def run(
     }
     say(f"roof: read {roof['read_gb_s']:.0f} GB/s, copy {roof['copy_gb_s']:.0f} GB/s "
         f"(read + written); floor: {floor.method(device)}")  # fmt: skip
-    document: dict[str, Any] = {
-        "machine": about,
-        "what": "topk",
-        "complete": False,
+    document = file.document
+    document |= {
         "suites": suites,
         "launches": arguments.launches,
         "replays": arguments.replays,
@@ -48,38 +46,37 @@ def run(
         "bars": [],
         "results": [],
     }
-    with Results(document, arguments.json) as file:
-        bench = Bench(
-            others, say, file.save, device=device, cold_all=arguments.cold,
-            launches=arguments.launches, replays=arguments.replays, budget_s=arguments.budget,
-            results=document["results"],
-        )  # fmt: skip
-        with interruptible() as work:
-            for name in document["suites"]:
-                some = cases.suite(name, dtypes=arguments.dtype, ks=arguments.k,
-                                   rows=arguments.rows, columns=arguments.columns)  # fmt: skip
-                if name == "seed":
-                    some = _not_yet(some, document["results"])
-                say(f"\n{name}: {len(some)} cells; us warm/cold, ! not exact")
-                bench.run(some)
-        file.save(now=True)
-        work.must(document["results"], "nothing was measured: no cell is left", file.said())
-        document["complete"] = work.whole and not bench.progress.out_of_time
-        mine = {(row["k"], row["rows"], row["columns"]) for row in document["results"]}
-        document["results"] += [r for r in known if (r["k"], r["rows"], r["columns"]) in mine]
-        on_gpu = device == "cuda"
-        held = bars.all_bars(document["results"], vllm) if on_gpu else []
-        document["bars"] = [bar.as_dict() for bar in held]
-        file.save(now=True)
-        results = document["results"]
-        end = report.bars_lines(results, held) if on_gpu else dry.answers(results)
-        for line in report.lines(results, roof) + end:
-            say(line)
-        if arguments.plot:
-            plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
-            say(f"drawn to {arguments.plot}")
+    bench = Bench(
+        others, say, file.save, device=device, cold_all=arguments.cold,
+        launches=arguments.launches, replays=arguments.replays, budget_s=arguments.budget,
+        results=document["results"],
+    )  # fmt: skip
+    with interruptible() as work:
+        for name in document["suites"]:
+            some = cases.suite(name, dtypes=arguments.dtype, ks=arguments.k,
+                               rows=arguments.rows, columns=arguments.columns)  # fmt: skip
+            if name == "seed":
+                some = _not_yet(some, document["results"])
+            say(f"\n{name}: {len(some)} cells; us warm/cold, ! not exact")
+            bench.run(some)
+    done = document["results"] or bench.progress.out_of_time
+    work.must(done, "nothing was measured: no cell is left", file.said())
+    file.save(now=True)
+    document["complete"] = work.whole and not bench.progress.out_of_time
+    mine = {(row["k"], row["rows"], row["columns"]) for row in document["results"]}
+    document["results"] += [r for r in known if (r["k"], r["rows"], r["columns"]) in mine]
+    on_gpu = device == "cuda"
+    held = bars.all_bars(document["results"], vllm) if on_gpu else []
+    document["bars"] = [bar.as_dict() for bar in held]
+    file.save(now=True)
+    results = document["results"]
+    end = report.bars_lines(results, held) if on_gpu else dry.answers(results)
+    for line in report.lines(results, roof) + end:
+        say(line)
+    if arguments.plot:
+        plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
+        say(f"drawn to {arguments.plot}")
     work.end(file.said())
-    return document
 
 
 def named(others: peers.Peers, say: Callable[[str], None]) -> None:

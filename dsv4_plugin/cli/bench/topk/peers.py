@@ -142,7 +142,7 @@ def recorded(file: Path) -> list[Row]:
 
     Columns: k, rows, columns, package, kernel, dtype, warm_us, cold_us (may be empty).
     """
-    with reading(file, "file of recorded figures"):
+    with reading(f"--against {file}", "file of recorded figures"):
         return _recorded(file)
 
 

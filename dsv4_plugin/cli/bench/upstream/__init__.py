@@ -7,54 +7,19 @@ function says which one of the engine it calls, and how the engine calls it itse
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dsv4_plugin.cli.bench.topk import peers
 from dsv4_plugin.cli.bench.topk.peers import Call, Peers
 from dsv4_plugin.cli.bench.upstream import flashinfer_peers, sglang_peers, torch_peers, vllm_peers
 from dsv4_plugin.cli.shared import choices
-from dsv4_plugin.cli.shared.run import UsageError
 
-__all__ = ["ENGINES", "engines_only", "load", "split"]
+__all__ = ["ENGINES", "load"]
 
 ENGINES = dict(
     zip(choices.ENGINES, (vllm_peers, sglang_peers, flashinfer_peers, torch_peers), strict=True)
 )
-
-
-def split(words: Iterable[str]) -> tuple[list[str], list[Path]]:
-    """Return the engines and the files that ``--against`` names, each once.
-
-    Raises:
-        UsageError: a word is neither an engine nor looks like a file.
-    """
-    engines: list[str] = []
-    files: list[Path] = []
-    for word in words:
-        for part in [word] if Path(word).is_file() else word.split(","):
-            if part in ENGINES:
-                engines.append(part)
-            elif part.endswith(".csv") or "/" in part or Path(part).is_file():
-                files.append(Path(part))
-            else:
-                raise UsageError(
-                    f"--against must be of {', '.join(ENGINES)}, with commas between, or a CSV "
-                    f"file of recorded figures, got {part!r}"
-                )
-    return list(dict.fromkeys(engines)), list(dict.fromkeys(files))
-
-
-def engines_only(words: Iterable[str]) -> list[str]:
-    """Return the engines that ``--against`` names, for a benchmark that compares with no file.
-
-    Raises:
-        UsageError: as :func:`split`, or a word is a file.
-    """
-    engines, files = split(words)
-    if files:
-        raise UsageError(f"--against FILE.csv is for bench topk, got {files[0]}")
-    return engines
 
 
 def load(engines: Sequence[str], forms: Sequence[str], file: Path | None, *, of: str) -> Peers:

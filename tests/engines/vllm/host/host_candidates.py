@@ -7,9 +7,11 @@ tie. The oracle is a stable sort over them.
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 import pytest
 import torch
+from conftest import another_reader, canonical
 from kits.host_parts import oracle, read_keys, score
 
 import dsv4_plugin
@@ -45,6 +47,7 @@ class Model:
         g = torch.Generator().manual_seed(4)
         query = torch.randint(0, 2, self.other.query.shape, generator=g)
         self.other.query = query.float().to(torch.float8_e4m3fn)
+        self.other.cache, self.other.buffer = self.problem.cache, self.problem.buffer
         rows = len(self.problem.buffer)
         self.candidates = torch.full((rows, blocks), -7, dtype=torch.int32)
 
@@ -64,13 +67,19 @@ class Model:
         """Run them in turn; returns the indices of each."""
         self.engine.calls.clear()
         self.candidates.fill_(-7)
-        with self.engine.gpu(gpu), self.engine.config("deepseek_v41"):
-            return [
-                self.engine.step(layer, problem)
-                for layer, problem in zip(
-                    layers, (self.problem, self.problem, self.other), strict=True
-                )
-            ]
+        found = []
+        with (
+            self.engine.gpu(gpu),
+            self.engine.config("deepseek_v41"),
+            self.engine.forward(self.problem),
+        ):
+            for layer, problem in zip(
+                layers, (self.problem, self.problem, self.other), strict=True
+            ):
+                problem.buffer.fill_(7)
+                layer(problem.hidden, problem.query, None, problem.weights)
+                found.append(problem.buffer[: len(problem.lengths), : problem.k].clone())
+        return found
 
     def __call__(self, **how):
         return self.step(self.build(**how))
@@ -167,8 +176,33 @@ def test_exact_in_every_layer(engine, on, monkeypatch, batch, dtype):
     assert bool((model.candidates[len(blocks) :] == -7).all()), "rows of another batch"
 
 
+@pytest.fixture
+def sparse(monkeypatch):
+    """Prefill chunks of consumers are scored by candidates, however narrow they are."""
+    from dsv4_plugin.engines.vllm import candidates
+
+    monkeypatch.setattr(candidates, "WHOLE_COLUMNS", 0)
+
+
 @batches
-def test_a_consumer_scores_no_more_than_its_candidates(engine, on, batch):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_by_candidates_alone(engine, on, sparse, monkeypatch, batch, dtype):
+    """As above; the source too selects among its candidates, as if its logits were too large."""
+    from dsv4_plugin.engines.vllm import candidates
+
+    monkeypatch.setattr(candidates, "KEPT_BYTES", 0)
+    monkeypatch.setenv("DSV4_TOPK", dtype)
+    monkeypatch.setenv("DSV4_STRICT", "1")
+    model = Model(engine, batch, blocks=513)  # one more than the lemma asks for 512 keys
+    got = model()
+    want, blocks = model.expected(DTYPES[dtype])
+    for kind, a, b in zip(("plain", "source", "consumer"), got, want, strict=True):
+        assert torch.equal(a, b), kind
+    assert torch.equal(model.candidates[: len(blocks)], blocks)
+
+
+@batches
+def test_a_consumer_scores_no_more_than_its_candidates(engine, on, sparse, batch):
     model = Model(engine, batch)
     model()
     assert not {"select_candidate_blocks", "apply_candidate_mask"} & set(names(engine))
@@ -179,3 +213,208 @@ def test_a_consumer_scores_no_more_than_its_candidates(engine, on, batch):
     found = counters()
     assert found["candidates.source"] == found["candidates.consumer"] == parts
     assert not [name for name in found if name.endswith((".upstream", ".engine"))]
+
+
+# --- what is computed -----------------------------------------------------------------------------
+
+
+def test_narrow_prefill_chunks_are_scored_whole(engine, on, monkeypatch):
+    """There many rows share each key; where a row has more blocks than candidates it is masked."""
+    from dsv4_plugin.engines.vllm import candidates
+
+    used = []
+    for name in ("candidate_logits", "candidate_logits_ragged"):
+        own = getattr(candidates.ops, name)
+        monkeypatch.setattr(
+            candidates.ops,
+            name,
+            lambda *a, _own=own, _n=name, **k: used.append(_n) or _own(*a, **k),
+        )
+    for context, masked in ((1000, False), (2500, True)):
+        model = Model(engine, {"prefill": ((context, 9),)})
+        got = model()
+        want, _ = model.expected(torch.bfloat16)
+        assert torch.equal(got[2], want[2])
+        assert ("apply_candidate_mask" in names(engine)) is masked
+    assert used == []
+
+
+def test_deferred_logits_hold_no_memory(engine, on, monkeypatch):
+    """The tensor that vLLM gets is one element, whatever its shape says."""
+    from dsv4_plugin.engines.vllm import candidates
+
+    seen = []
+    own = candidates.apply_mask
+    module = engine.indexer
+    patched = vars(module)["_apply_candidate_mask"]
+
+    def look(logits, *args, **kwargs):
+        seen.append((tuple(logits.shape), logits.untyped_storage().nbytes()))
+        return patched(logits, *args, **kwargs)
+
+    model = Model(engine, BATCHES["decode"])
+    layers = model.build()
+    look.__dict__.update(vars(patched))
+    monkeypatch.setitem(vars(module), "_apply_candidate_mask", look)
+    model.step(layers)
+    # Somebody else's function is in the way, so nothing was deferred: the logits are vLLM's own.
+    assert [bytes_ > 4 for _, bytes_ in seen] == [True]
+    monkeypatch.undo()
+    assert own is candidates.apply_mask
+
+
+# --- the engine serves after all ------------------------------------------------------------------
+
+
+def engine_answers(engine, batch):
+    """What vLLM itself selects, with its candidates, on the same problem."""
+    model = Model(engine, batch)
+    return model(), model.candidates.clone()
+
+
+def check_same_scores(model, got, want):
+    for problem, a, b in zip((model.problem, model.problem, model.other), got, want, strict=True):
+        check_scores(model.scores(problem), a, b)
+
+
+BROKEN = {
+    "block_maxima": "source",
+    "select_blocks": "source",
+    "candidate_logits": "consumer",
+    "select_candidates": "consumer",
+}
+
+
+@pytest.mark.parametrize("op", BROKEN)
+def test_a_broken_op_leaves_the_layer_to_the_engine(engine, monkeypatch, op, caplog):
+    from dsv4_plugin.engines.vllm import candidates
+
+    batch = BATCHES["decode"]
+    want, blocks = engine_answers(engine, batch)
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_TOPK", "fp32")
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(candidates.ops, op, broken)
+    model = Model(engine, batch)
+    got = model()
+    check_same_scores(model, got, want)
+    a, b = (canonical(x[: len(want[0])]) for x in (model.candidates, blocks))
+    if BROKEN[op] == "source":
+        assert torch.equal(a, b)
+        assert {"select_candidate_blocks", "apply_candidate_mask"} <= set(names(engine))
+    else:
+        assert "apply_candidate_mask" in names(engine)
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert "no kernel image is available" in line and "vLLM" in line
+    again = model()  # and every later step is the engine's
+    check_same_scores(model, again, want)
+
+
+@pytest.mark.parametrize("op", BROKEN)
+def test_strict_raises_what_a_broken_op_raises(engine, on, monkeypatch, op):
+    from dsv4_plugin.engines.vllm import candidates
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setenv("DSV4_STRICT", "1")
+    monkeypatch.setattr(candidates.ops, op, broken)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        Model(engine, BATCHES["decode"])()
+
+
+def test_another_reader_of_the_logits_and_nothing_is_deferred(engine, monkeypatch):
+    batch = BATCHES["mixed"]
+    want, _ = engine_answers(engine, batch)
+    monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setenv("DSV4_TOPK", "fp32")
+    model = Model(engine, batch)
+    layers = model.build()
+    with another_reader():
+        got = model.step(layers)
+        assert {"select_candidate_blocks", "apply_candidate_mask"} <= set(names(engine))
+    check_same_scores(model, got, want)
+
+
+def test_candidates_of_another_writer_are_the_engines(engine, on, monkeypatch):
+    """The order of vLLM's candidates is unspecified, so its consumers are vLLM's too."""
+    monkeypatch.setenv("DSV4_TOPK", "fp32")
+    batch = BATCHES["decode"]
+    model = Model(engine, batch)
+    plain, source, consumer = model.build()
+    model.step((plain, source, consumer))
+    with engine.gpu(90), engine.config("deepseek_v41"), engine.forward(model.other):
+        engine.calls.clear()  # a pass of its own, without the source
+        consumer(model.other.hidden, model.other.query, None, model.other.weights)
+    assert "apply_candidate_mask" in names(engine)
+    want, _ = model.expected(torch.float32)
+    got = model.other.buffer[: len(model.other.lengths), : model.other.k]
+    check_scores(model.scores(model.other), got, want[2])
+
+
+@pytest.mark.parametrize(
+    "how,words",
+    [
+        ({"piece": 16}, "16 keys, not 8"),
+        ({"blocks": 16}, "16 candidate blocks a row"),
+    ],
+)
+def test_what_is_not_served_goes_to_the_engine_with_the_reason(engine, on, caplog, how, words):
+    batch = BATCHES["decode"]
+    model = Model(engine, batch, **how)
+    got = model()
+    assert {"select_candidate_blocks", "apply_candidate_mask"} <= set(names(engine))
+    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+    assert any(words in line and "source" in line for line in lines)
+    assert any("active" in line and "plain" in line and "inactive" not in line for line in lines)
+    want, _ = model.expected(torch.float32)
+    check_scores(model.scores(model.problem), got[1], want[1])
+
+
+def test_an_explicit_setting_that_cannot_be_met_is_one_error(engine, on, monkeypatch):
+    from dsv4_plugin.errors import UnmetError
+
+    monkeypatch.setenv("DSV4_TOPK", "bf16")
+    with pytest.raises(UnmetError, match="16 keys, not 8"):
+        Model(engine, BATCHES["decode"], piece=16).build()
+    monkeypatch.setenv("DSV4_TOPK", "fp32")
+    monkeypatch.setenv("DSV4_LOGITS", "engine")
+    with pytest.raises(UnmetError, match="the plugin's own logits"):
+        Model(engine, BATCHES["decode"]).build()
+
+
+def test_one_truthful_line_for_each_kind_of_layer(engine, on, caplog):
+    Model(engine, BATCHES["decode"]).build()
+    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+    for kind in ("plain", "source", "consumer"):
+        (line,) = [x for x in lines if f"DeepSeek-V4.1 {kind} layers" in x]
+        assert "dsv4 active" in line and "bf16 by torch on the plugin's bf16 logits" in line
+    assert len(lines) == 3
+    assert dsv4_plugin.status()["seams"]["candidates"]["engaged"]
+
+
+def test_the_kill_switch(engine, monkeypatch):
+    want, _ = engine_answers(engine, BATCHES["decode"])
+    monkeypatch.setenv("DSV4_PLUGIN", "0")
+    model = Model(engine, BATCHES["decode"])
+    check_same_scores(model, model(), want)
+    assert {"select_candidate_blocks", "apply_candidate_mask"} <= set(names(engine))
+    assert counters() == {}
+
+
+def test_candidates_that_nobody_wrote_are_safe(engine, on):
+    """vLLM's buffer is uninitialised before the first source layer: any number may be in it."""
+    model = Model(engine, BATCHES["mixed"])
+    layers = model.build()
+    g = torch.Generator().manual_seed(1)
+    shape = model.candidates.shape
+    with engine.gpu(90), engine.config("deepseek_v41"), engine.forward(model.other):
+        layers[1](model.problem.hidden, model.problem.query, None, model.problem.weights)
+        model.candidates.copy_(torch.randint(-(2**31), 2**31, shape, generator=g).int())
+        layers[2](model.other.hidden, model.other.query, None, model.other.weights)
+    got = model.other.buffer[: len(model.other.lengths), : model.other.k]
+    for row, length in zip(got, model.other.lengths, strict=True):
+        assert bool(((row >= -1) & (row < max(length, 1))).all())

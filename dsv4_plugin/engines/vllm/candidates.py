@@ -1,0 +1,296 @@
+"""DeepSeek-V4.1's candidate blocks: logits that are computed once it is known which are needed.
+
+vLLM's source layer scores every key, publishes the best blocks of each row, and selects. Its
+consumer layers score every key again, mask all keys outside of those blocks, and select. For such
+a layer the plugin computes nothing when vLLM asks for the logits. It returns a tensor of their
+shape that holds no memory and carries the call (:class:`.deferred.Deferred`). The calls that follow
+decide what is computed:
+
+* a source computes the maxima of the blocks (and the logits, where they are small), and publishes
+  the best blocks in ascending order;
+* a consumer scores the keys of its candidates only;
+* vLLM's own code gets vLLM's own logits, where it has to serve after all.
+
+Between these calls vLLM reads nothing of the logits but shape and strides. The plugin defers only
+while every reader of the logits is its own patch.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsv4_plugin import candidates as ops
+from dsv4_plugin.engines.shared import logits
+from dsv4_plugin.engines.shared.adapter import Adapter
+from dsv4_plugin.engines.shared.decision import DTYPES, Selection
+from dsv4_plugin.engines.vllm.adapter import current
+from dsv4_plugin.engines.vllm.context import (
+    LogitsTag,
+    by_name,
+    forward_pass,
+    tag_logits,
+    tag_of,
+)
+from dsv4_plugin.engines.vllm.deferred import Deferred
+from dsv4_plugin.engines.vllm.layers import PIECE
+from dsv4_plugin.engines.vllm.probe import APPLY_MASK, SELECT_BLOCKS
+from dsv4_plugin.engines.vllm.slots import Paged
+from dsv4_plugin.logits import new_logits, ragged_logits
+from dsv4_plugin.ops import topk
+from dsv4_plugin.state import state
+
+__all__ = [
+    "PIECE",
+    "READERS",
+    "apply_mask",
+    "defer_gathered",
+    "defer_paged",
+    "deferred_of",
+    "readers_in_place",
+    "select",
+    "select_blocks",
+]
+
+READERS = ("candidates", "topk.decode", "topk.prefill")  # the seams that read deferred logits
+# A source whose logits take at most so many bytes keeps them for its own top-k. A larger one
+# scores the keys of its candidates a second time: the best keys of a row are among them.
+KEPT_BYTES = 256 << 20
+# A prefill chunk of a consumer with at most so many columns is scored whole: there many rows share
+# the read of a key, and a candidate's keys are read for one row.
+WHOLE_COLUMNS = 40_960
+
+
+def deferred_of(scores: Any) -> Deferred | None:
+    """Return the call that index logits stand for; None where they are computed."""
+    tag = tag_of(scores)
+    return None if tag is None else tag.deferred
+
+
+def defer_paged(
+    selection: Selection,
+    engine: Callable[[], torch.Tensor],
+    q: Any,
+    cache: Any,
+    weights: Any,
+    lengths: Any,
+    table: Any,
+    columns: int,
+) -> torch.Tensor | None:
+    """Return deferred logits of decode; None: the call has another form.
+
+    ``engine`` computes vLLM's own.
+    """
+    if not logits.is_paged(q[0], cache, weights, lengths, table):
+        return None
+    return _defer(
+        Deferred(selection, columns, q[0], cache, None, weights, lengths, table, None, engine)
+    )
+
+
+def defer_gathered(
+    selection: Selection,
+    engine: Callable[[], torch.Tensor],
+    width: int,
+    q: Any,
+    keys: Any,
+    weights: Any,
+    starts: Any,
+    ends: Any,
+) -> torch.Tensor | None:
+    """Return deferred logits of prefill; None: the call has another form.
+
+    ``width`` 0: a column for every key, as vLLM has it to 0.32.
+    """
+    if not logits.is_gathered(q[0], keys, weights, starts, ends):
+        return None
+    values, scales = keys
+    columns, lengths = width or values.shape[0], ends - starts
+    return _defer(
+        Deferred(
+            selection, columns, q[0], values, scales.reshape(-1), weights, lengths, None,
+            (starts, ends), engine,
+        )
+    )  # fmt: skip
+
+
+def _defer(call: Deferred) -> torch.Tensor:
+    """Return a tensor of the shape of the logits that holds one element."""
+    one = torch.empty(1, 1, dtype=torch.float32, device=call.q.device)
+    shaped = one.expand(call.weights.shape[0], call.columns)
+    return tag_logits(shaped, LogitsTag(deferred=call))
+
+
+def readers_in_place(now: Adapter) -> bool:
+    """Whether everything that reads deferred logits is the plugin's."""
+    return all(map(now.intact, READERS))
+
+
+# --- the source ------------------------------------------------------------------------------
+
+
+def select_blocks(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Publish the candidate blocks of every row, by the plugin where the logits are deferred."""
+    given = by_name(SELECT_BLOCKS.takes, args, kwargs)
+    call = deferred_of(given.get("logits"))
+    if call is None:
+        return original(*args, **kwargs)
+    out = given["out"]
+    if _takes(call, given["block_size"], out):
+        try:
+            _publish(call, out)
+        except Exception as error:
+            logits.failed(error)
+            call.scores = None
+        else:
+            call.candidates = out
+            current().published = _place(out)
+            state.count("candidates.source", len(out))
+            return None
+    state.count("candidates.source.engine", len(out))
+    return original(**{**given, "logits": call.engine_logits()})
+
+
+def _takes(call: Deferred, block_size: Any, blocks: Any) -> bool:
+    return (
+        block_size == PIECE
+        and isinstance(blocks, torch.Tensor)
+        and blocks.dtype == torch.int32
+        and blocks.dim() == 2
+        and blocks.shape[0] == call.weights.shape[0]
+        and blocks.stride(1) == 1
+    )
+
+
+def _publish(call: Deferred, out: torch.Tensor) -> None:
+    rows, device = out.shape[0], out.device
+    dtype, backend = DTYPES[call.selection.dtype], call.selection.backend
+    maxima = new_logits(rows, -(-call.columns // PIECE), dtype, device)
+    if call.table is None:
+        call.scores = _whole(call)
+        _maxima_of(call.scores, call.lengths, maxima)
+    else:
+        if rows * call.columns * dtype.itemsize <= KEPT_BYTES:
+            call.scores = new_logits(rows, call.columns, dtype, device)
+        ops.block_maxima(
+            call.q, call.keys, call.weights, call.lengths, call.table,
+            block_size=call.keys.shape[1], out=maxima, logits=call.scores, backend=backend,
+        )  # fmt: skip
+    ops.select_blocks(
+        maxima, call.lengths, out.shape[1], next_n=call.next_n, out=out, backend=backend
+    )
+
+
+def _whole(call: Deferred) -> torch.Tensor:
+    """Return the plugin's logits of a prefill chunk; every row begins at column zero."""
+    assert call.scales is not None and call.window is not None
+    rows, blocks = call.weights.shape[0], -(-call.columns // PIECE)
+    out = new_logits(rows, blocks * PIECE, DTYPES[call.selection.dtype], call.q.device)
+    return ragged_logits(
+        call.q, call.keys, call.scales, call.weights, *call.window,
+        out=out[:, : call.columns], backend=call.selection.backend,
+    )  # fmt: skip
+
+
+def _maxima_of(scores: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the blocks' scores, as ``block_maxima`` has them, of logits by :func:`_whole`.
+
+    Columns past a row's keys hold anything. They belong to its newest block, which scores infinity,
+    and to later blocks, which the selection does not read.
+    """
+    rows, blocks = out.shape
+    torch.amax(scores.as_strided((rows, blocks, PIECE), (scores.stride(0), PIECE, 1)), 2, out=out)
+    out.masked_fill_(out.isnan(), torch.inf)
+    newest = torch.div(lengths - 1, PIECE, rounding_mode="floor").clamp(0, blocks - 1)
+    out.scatter_(1, newest.to(torch.int64)[:, None], torch.inf)
+
+
+# --- the consumers ---------------------------------------------------------------------------
+
+
+def apply_mask(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Note the candidates of deferred logits; mask computed logits as vLLM does."""
+    given = by_name(APPLY_MASK.takes, args, kwargs)
+    call = deferred_of(given.get("logits"))
+    if call is None:
+        return original(*args, **kwargs)
+    blocks = given["candidate_blocks"]
+    call.mask = lambda scores, **rows: original(**{**given, "logits": scores, **rows})
+    if _takes(call, given["block_size"], blocks) and _published(blocks):
+        call.candidates = blocks
+    return None
+
+
+def _published(blocks: torch.Tensor) -> bool:
+    """Whether the plugin wrote these candidates in this forward pass, so that they ascend."""
+    found = _place(blocks)
+    return found is not None and current().published == found
+
+
+def _place(blocks: torch.Tensor) -> tuple[Any, int] | None:
+    context = forward_pass()
+    if context is None:
+        return None
+    return weakref.ref(context), blocks.untyped_storage().data_ptr()
+
+
+# --- both ------------------------------------------------------------------------------------
+
+
+def select(call: Deferred, k: int, out: torch.Tensor, paged: Paged | None = None) -> None:
+    """Select from what a ready call has: its logits, or the keys of its candidates.
+
+    ``paged`` takes slots and counts beside the indices ``out``.
+    """
+    backend, next_n = call.selection.backend, call.next_n
+    consumer = call.mask is not None
+    if consumer and call.table is None and call.columns <= WHOLE_COLUMNS:
+        call.scores = _whole(call)
+        assert call.mask is not None and call.candidates is not None
+        if call.columns > call.candidates.shape[1] * PIECE:  # else every block is a candidate
+            call.mask(call.scores, row_ks=None, row_ke=call.lengths)
+    if call.scores is not None:
+        topk(
+            call.scores, call.lengths, k, next_n=next_n, backend=backend,
+            page_table=None if paged is None else paged.table,
+            page_size=64 if paged is None else paged.page_size,
+            out=out if paged is None else paged.slots,
+            out_raw=None if paged is None else out,
+            out_counts=None if paged is None else paged.counts,
+        )  # fmt: skip
+    else:
+        _select_among_candidates(call, k, out, paged)
+    if consumer:
+        state.count("candidates.consumer", len(out))
+
+
+def _select_among_candidates(
+    call: Deferred, k: int, out: torch.Tensor, paged: Paged | None
+) -> None:
+    backend, blocks = call.selection.backend, call.candidates
+    assert blocks is not None
+    rows, columns = blocks.shape[0], blocks.shape[1] * PIECE
+    scores = new_logits(rows, columns, DTYPES[call.selection.dtype], out.device)
+    # Not read: with it, columns past a row's visible keys are not written.
+    visible = torch.empty(rows, dtype=torch.int32, device=out.device)
+    if call.table is None:
+        assert call.scales is not None and call.window is not None
+        ops.candidate_logits_ragged(
+            call.q, call.keys, call.scales, call.weights, blocks, *call.window,
+            out=scores, out_lengths=visible, backend=backend,
+        )  # fmt: skip
+    else:
+        ops.candidate_logits(
+            call.q, call.keys, call.weights, blocks, call.lengths, call.table,
+            block_size=call.keys.shape[1], out=scores, out_lengths=visible, backend=backend,
+        )  # fmt: skip
+    ops.select_candidates(
+        scores, blocks, call.lengths, k, next_n=call.next_n, out=out, backend=backend,
+        block_table=None if paged is None else paged.table,
+        page_size=64 if paged is None else paged.page_size,
+        out_slots=None if paged is None else paged.slots,
+        out_counts=None if paged is None else paged.counts,
+    )  # fmt: skip
