@@ -1,4 +1,4 @@
-"""The setuptools commands that compile ``csrc/*.cu`` into ``dsv4_plugin/_C.so`` and pack a wheel.
+"""The setuptools commands that compile ``csrc`` into ``dsv4_plugin/_C.so`` and pack a wheel.
 
 One binary serves every Python, torch and CUDA 12/13 that an engine brings: it exports
 ``__tvm_ffi_*`` functions, links the CUDA runtime statically and nothing of torch, tvm-ffi or the
@@ -85,7 +85,7 @@ class Toolchain:
         temp.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
-        includes = [f"-I{CSRC / 'include'}", f"-I{CSRC}"]
+        includes = [f"-I{CSRC / 'include'}"]
         for path in _tvm_ffi():
             # Errors carry the file they come from: not one in a build environment that is gone.
             includes += [f"-isystem={path}", f"-Xcompiler=-ffile-prefix-map={path}=tvm_ffi"]
@@ -127,9 +127,9 @@ class BdistWheel(bdist_wheel):
         """Decide here: an editable build asks for the tag before it runs ``build``."""
         super().initialize_options()
         if toolchain() is not None:
-            sources = sorted(str(p) for p in CSRC.glob("*.cu"))
+            sources = sorted(str(p) for p in (CSRC / "bindings").glob("*.cu"))
             if not sources:
-                raise SetupError(f"no {CSRC}/*.cu: this source tree is not complete")
+                raise SetupError(f"no {CSRC}/bindings/*.cu: this source tree is not complete")
             self.distribution.ext_modules = [Extension(MODULE, sources)]
 
     def get_tag(self) -> tuple[str, str, str]:

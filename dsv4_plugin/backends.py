@@ -86,6 +86,7 @@ _FORMS: dict[str, dict[str, str]] = {
 
 
 _READS = ("read", "read_mxfp4", "gather")
+_PAGED = ("paged_logits", "block_maxima", "candidate_logits")  # by the matrix unit, from pages
 
 
 @functools.cache
@@ -116,9 +117,7 @@ def _unmet_cuda(call: Call) -> list[str]:
     if call.heads not in cuda.HEADS:
         want = " or ".join(map(str, cuda.HEADS))
         reasons.append(f"q has {call.heads} heads, the kernels need {want}")
-    if call.op == "paged_logits" and call.block_size != cuda.BLOCK_SIZE:
-        reasons.append(f"block_size is {call.block_size}, the kernel needs {cuda.BLOCK_SIZE}")
-    if call.op in ("block_maxima", "candidate_logits") and call.block_size not in cuda.BLOCK_SIZES:
+    if call.op in _PAGED and call.block_size not in cuda.BLOCK_SIZES:
         want = " or ".join(map(str, cuda.BLOCK_SIZES))
         reasons.append(f"block_size is {call.block_size}, the kernel needs {want}")
     if call.piece != cuda.PIECE:

@@ -65,8 +65,8 @@ def block_maxima(
         q: as in :func:`dsv4_plugin.paged_logits`.
         cache: as there.
         weights: as there.
-        lengths: as there: the keys that each row sees. Clipped to what ``block_table`` and the
-            columns of ``out`` and of ``logits`` have room for.
+        lengths: as there: the keys that each row sees. Clipped to what the columns of ``out`` and
+            of ``logits`` have room for; keys that ``block_table`` has no page for score ``-inf``.
         block_table: as there.
         block_size: keys a page.
         piece: keys a block.

@@ -11,16 +11,17 @@ import argparse
 import functools
 import json
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.server import measure
+from benchmarks.server import measure, model
 from benchmarks.server.options import about, add_common, checked, engine, make_server, place, words
 from benchmarks.server.server import ServerError
 from dsv4_plugin.cli.shared import numbers, outputs
-from dsv4_plugin.cli.shared.run import Parser, UsageError, held, interruptible, reading
+from dsv4_plugin.cli.shared.run import Parser, UsageError, held, interruptible
 from dsv4_plugin.cli.shared.tool import tool
 
 __all__ = ["bases", "main", "parse_server", "summarise"]
@@ -87,7 +88,9 @@ def parser() -> Parser:
     add("--checkpoint", action="store_true",
         help="the model folder has weights: load them (default: random ones)")  # fmt: skip
     add("--max-num-seqs", type=numbers.COUNT, default=16)
-    add("--budget", type=numbers.SECONDS, default=3600, help="begin no step after so many seconds")
+    add("--budget", type=numbers.SECONDS, default=3600,
+        help="be done after so many seconds: no step that is longer is begun, one that turns out "
+        "to be is broken off")  # fmt: skip
     return p
 
 
@@ -114,17 +117,11 @@ class Run:
             "profiles": [],
             "skipped": [],
         }
-        with reading(arguments.model / "config.json", "configuration"):
-            config = json.loads((arguments.model / "config.json").read_text(encoding="utf-8"))
-            self.layers = config.get("compress_ratios", []).count(4) or config["num_hidden_layers"]
-        self.results["model"] = {
-            k: config.get(k)
-            for k in ("num_hidden_layers", "n_routed_experts", "index_topk", "index_n_heads",
-                      "compress_ratios", "hidden_size", "expert_dtype")
-        }  # fmt: skip
+        served = model.read(arguments.model)
+        self.results["model"] = served.about
         share = 0.85 / len(wished)
         serve = [
-            *engine(arguments, max_num_seqs=arguments.max_num_seqs, memory_share=share),
+            *engine(arguments, served, max_num_seqs=arguments.max_num_seqs, memory_share=share),
             *(["--load-format", "auto"] if arguments.checkpoint else []),
             *arguments.serve,
         ]
@@ -136,8 +133,9 @@ class Run:
             make_server(arguments, folder, i, name, environment, [*serve, *own.get(name, [])])
             for i, (name, environment) in enumerate(wished)
         ]
-        self.traces = measure.Traces(self.layers)
+        self.traces = measure.Traces(served)
         self.copies = True
+        self.over = threading.Event()
 
     def say(self, text: str) -> None:
         """Show progress."""
@@ -169,15 +167,27 @@ class Run:
             self.results["skipped"].append(f"{name}: {type(error).__name__}: {error}"[:1500])
             self.say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
             gone = [s for s in self.servers if not s.alive()]
+            if self.over.is_set():
+                raise ServerError(f"{name} was broken off: the budget was spent") from error
             if gone:
                 raise ServerError(
                     f"{gone[0].name} ended during {name}\n{gone[0].errors()}"
                 ) from error
         self.save()
 
+    def _break_off(self) -> None:
+        """End the servers under a step that goes on and on: its requests end with an error."""
+        self.over.set()
+        for server in self.servers:
+            server.stop()
+
     def run(self) -> None:
         """Start, measure, stop; the file has what there is, however it ends."""
         self.save()
+        left = self.a.budget - RESERVE_S / 2 - (time.monotonic() - self.began)
+        end = threading.Timer(max(left, 0), self._break_off)
+        end.daemon = True
+        end.start()
         try:
             for server in self.servers:
                 server.start(weights=not self.a.checkpoint)
@@ -195,6 +205,9 @@ class Run:
             self.say(said[:3000])
         finally:
             with held():
+                end.cancel()
+                if self.over.is_set():
+                    end.join()
                 self._stop()
 
     def _stop(self) -> None:

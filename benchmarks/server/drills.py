@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import dsv4_plugin
+from benchmarks.server import model
 from benchmarks.server.client import at_once, random_prompt
 from benchmarks.server.measure import agreement
 from benchmarks.server.options import about, add_common, checked, engine, make_server, place
@@ -66,6 +67,7 @@ class Drill:
         upstream: whether the answers must be those of :data:`BASE`, where it repeats its own.
         library: whether the plugin has its compiled library.
         act: done between two rounds of requests; the answers of both must be the same, likewise.
+        kind: the only kind of model that it is for, as :mod:`.model` calls it.
     """
 
     name: str
@@ -78,10 +80,21 @@ class Drill:
     upstream: bool = True
     library: bool = True
     act: Callable[[Server], None] | None = None
+    kind: str | None = None
 
 
 def _fault(name: str) -> dict[str, str]:
     return {"DSV4_PLUGIN": "1", "E2E_FAULT": name}
+
+
+def _candidates(op: str) -> Drill:
+    """Return the drill in which an op of two-level selection fails."""
+    return Drill(
+        op, f"{op} raises at its first call",
+        rf"topk failed at a call and was switched off \(RuntimeError: drill: {op}\)",
+        _fault(op), counts=("topk.decode.upstream",), never=("candidates.consumer",),
+        kind=model.V41,
+    )  # fmt: skip
 
 
 _ALL = ("topk.decode", "topk.prefill", "logits.plugin", "gather")
@@ -136,6 +149,18 @@ DRILLS = (
         r"top-k: bf16 by cuda", {"DSV4_PLUGIN": "1", "VLLM_SERVER_DEV_MODE": "1"},
         ("--enable-sleep-mode",), counts=_ALL, never=(), upstream=False, act=_sleep,
     ),
+    Drill(
+        "candidates", "nothing: the plugin serves the source of the candidates and its consumers",
+        r"top-k: bf16 by cuda", counts=(*_ALL, "candidates.source", "candidates.consumer"),
+        never=("candidates.source.engine",), upstream=False, kind=model.V41,
+    ),
+    Drill(
+        "candidate_seam", "vLLM's selection of candidate blocks has other parameters",
+        r"the engine's own code stays at candidates \(.*select_candidate_blocks",
+        _fault("candidate_seam"), never=("candidates.source", "candidates.consumer"),
+        upstream=False, kind=model.V41,
+    ),
+    *map(_candidates, ("block_maxima", "select_blocks", "candidate_logits", "select_candidates")),
 )  # fmt: skip
 
 
@@ -259,7 +284,8 @@ def parser() -> Parser:
     add = p.add_argument
     names = [drill.name for drill in DRILLS]
     add("--only", nargs="+", choices=names, default=names, metavar="DRILL",
-        help=f"these of {', '.join(names)}; {BASE} is always one")  # fmt: skip
+        help=f"these of {', '.join(names)}, as far as they are for the model (default: all); "
+        f"{BASE} is always one")  # fmt: skip
     about = "servers at a time (default: all)"
     add("--at-once", type=numbers.COUNT, default=len(names), help=about)
     about = "seconds for one request (default: 120)"
@@ -271,7 +297,8 @@ def drill(
     a: argparse.Namespace, folder: Path, found: list[dict[str, Any]], saved: Callable[[], None]
 ) -> None:
     """Do the drills; ``found`` grows as it goes, and ``saved`` is called after each group."""
-    serve = [*engine(a, max_num_seqs=16, memory_share=0.05), "--plugin", "dsv4", *a.serve]
+    served = model.read(a.model)
+    serve = [*engine(a, served, max_num_seqs=16, memory_share=0.05), "--plugin", "dsv4", *a.serve]
     results: list[Result] = []
     for i, each in enumerate(_wanted(a)):
         arguments = [*serve, *each.arguments]
@@ -287,7 +314,8 @@ def drill(
 
 
 def _wanted(a: argparse.Namespace) -> list[Drill]:
-    return [each for each in DRILLS if each.name == BASE or each.name in a.only]
+    named = [each for each in DRILLS if each.name == BASE or each.name in a.only]
+    return [each for each in named if each.kind in (None, model.read(a.model).kind)]
 
 
 def _together(a: argparse.Namespace, some: list[Result]) -> None:
@@ -345,6 +373,7 @@ def _main(a: argparse.Namespace) -> int:
 
     save()
     with interruptible() as work, place(a) as folder:
+        results["model"] = model.read(a.model).about
         results |= about(a.commit)
         drill(a, folder, results["drills"], save)
     passed = bool(results["drills"]) and all(d["passed"] for d in results["drills"])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.server.client import at_once, random_prompt, time_per_token, together
+from benchmarks.server.model import Model
 from benchmarks.server.server import Server
 from dsv4_plugin.cli.ab.intervals import ratio
 
@@ -209,8 +210,8 @@ def ttft(servers: Sequence[Server], context: int, pairs: int) -> dict[str, list[
 class Traces:
     """Traces are reduced by child processes while the run goes on."""
 
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
+    def __init__(self, model: Model) -> None:
+        self.model = model
         self._running: list[tuple[str, str, Path, subprocess.Popen[bytes]]] = []
 
     def add(self, server: str, case: str, trace: Path) -> None:
@@ -218,7 +219,8 @@ class Traces:
         out = trace.parent / f"{case}.reduced.json"
         command = [
             sys.executable, "-m", "benchmarks.server.trace", str(trace),
-            "--layers", str(self.layers), "--json", str(out),
+            "--layers", str(self.model.indexers), "--writers", str(self.model.writers),
+            "--json", str(out),
         ]  # fmt: skip
         self._running.append((case, server, out, subprocess.Popen(command)))
 

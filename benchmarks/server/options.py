@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.server import measure
+from benchmarks.server.model import Model
 from benchmarks.server.server import VLLM, Server
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import UsageError
@@ -32,7 +33,8 @@ def add_common(
 ) -> None:
     """Add the options of every command; the values are defaults."""
     add = p.add_argument
-    add("--model", type=Path, required=True, help="as examples/make_tiny_v4.py writes it")
+    add("--model", type=Path, required=True,
+        help="as examples/make_tiny_v4.py or make_tiny_v41.py writes it")  # fmt: skip
     add("--json", type=outputs.file, required=True, help="the results")
     add("--ready", type=numbers.SECONDS, default=ready,
         help=f"seconds for the servers to start (default: {ready})")  # fmt: skip
@@ -65,8 +67,6 @@ def checked(a: argparse.Namespace, servers: int) -> Secrets:
     Raises:
         UsageError: they cannot.
     """
-    if not (a.model / "config.json").is_file():
-        raise UsageError(f"--model {a.model}: no config.json there")
     if a.port + servers - 1 > 65_535:
         raise UsageError(f"--port {a.port}: {servers} servers need as many ports up to 65535")
     if a.folder is not None:
@@ -81,10 +81,13 @@ def place(a: argparse.Namespace) -> Iterator[Path]:
         yield (a.folder or Path(temporary)).absolute()
 
 
-def engine(a: argparse.Namespace, *, max_num_seqs: int, memory_share: float) -> list[str]:
+def engine(
+    a: argparse.Namespace, model: Model, *, max_num_seqs: int, memory_share: float
+) -> list[str]:
     """Return the arguments of ``vllm serve`` that all servers of a run have."""
     sizes = [str(n) for n in GRAPHS if n <= max_num_seqs]
     return [
+        *model.arguments,
         "--max-model-len", str(a.max_model_len),
         "--max-num-seqs", str(max_num_seqs),
         "--max-num-batched-tokens", str(measure.CHUNK),

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.server.client import Client
 from benchmarks.server.vllm_side import COPY, OPTIONS
+from dsv4_plugin.cli.shared.run import held
 
 __all__ = ["MODEL", "VLLM", "Server", "ServerError"]
 
@@ -24,8 +25,10 @@ VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 HOST = "127.0.0.1"
 SIDE = "benchmarks.server.vllm_side:register"
 CACHE = re.compile(r"KV cache size: ([\d,]+) tokens")
+GRAPHS = re.compile(r"Graph capturing finished in .* took (-?[\d.]+) GiB")
 # What the prefix cache keeps of the sliding windows: the end of a prompt, and not a piece of every
-# 256 tokens. Those pieces are ten times what a context itself takes, and push it out.
+# 256 tokens. Those pieces are ten times what a context itself takes, and push it out. 0.33 does so
+# by itself, and warns that it does not know the variable.
 CACHING = {"VLLM_PREFIX_CACHE_RETENTION_INTERVAL": "0"}
 TOLD = re.compile(
     r"dsv4|graph captur|Graph capturing|KV cache size|Model loading took|init engine|"
@@ -45,7 +48,7 @@ class Server:
     Args:
         name: how it is called in the results.
         environment: variables on top of this process's.
-        model: folder of the model, as examples/make_tiny_v4.py writes it.
+        model: folder of the model, as examples/make_tiny_v4.py or make_tiny_v41.py writes it.
         folder: for its log, traces and status; made anew.
         port: where it listens.
         arguments: further arguments of ``vllm serve``.
@@ -77,13 +80,14 @@ class Server:
         self.arguments = [
             "serve", str(model.absolute()), "--served-model-name", MODEL,
             "--host", HOST, "--port", str(port),
-            "--load-format", "dummy", "--kv-cache-dtype", "fp8", "--block-size", "256",
+            "--load-format", "dummy", "--kv-cache-dtype", "fp8",
             "--profiler-config", json.dumps(profiler), *arguments,
         ]  # fmt: skip
         self.command = [*command, *self.arguments]
         self.process: subprocess.Popen[bytes] | None = None
         self.started = 0.0
         self.ready_s: float | None = None
+        self.captured: list[dict[str, float]] = []  # memory when it began to serve
 
     def start(self, weights: bool = True) -> None:
         """Start it; :meth:`wait` says when it serves."""
@@ -104,7 +108,7 @@ class Server:
         if allowed := environment.get("VLLM_PLUGINS"):
             environment["VLLM_PLUGINS"] = f"{allowed},dsv4_e2e"
         self.started = time.monotonic()
-        with self.log.open("wb") as out:
+        with self.log.open("wb") as out, held():  # no server is started and not remembered
             self.process = subprocess.Popen(
                 self.command,
                 env=environment,
@@ -130,6 +134,7 @@ class Server:
             with contextlib.suppress(OSError):
                 if self.client.get("/health") == 200:
                     self.ready_s = round(time.monotonic() - self.started, 1)
+                    self.captured = self.memory()
                     return
             if time.monotonic() > deadline:
                 raise ServerError(f"{self.name} was not ready in time\n{self.errors()}")
@@ -137,14 +142,14 @@ class Server:
 
     def stop(self, grace_s: float = 10) -> None:
         """End it and what it started."""
-        if self.process is None:
+        process, self.process = self.process, None
+        if process is None:
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
+                os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(grace_s)
-        self.process = None
+                process.wait(grace_s)
 
     def copy_contexts(self, on: bool) -> None:
         """Let long prompts be copied instead of computed, or no longer."""
@@ -178,7 +183,19 @@ class Server:
 
     def status(self) -> list[dict[str, Any]]:
         """Return ``dsv4_plugin.status()`` of each of its processes with the model."""
-        return [json.loads(p.read_text()) for p in sorted(self.folder.glob("status-*.json"))]
+        return self._told("status")
+
+    def memory(self) -> list[dict[str, float]]:
+        """Return what torch has of the GPU in each of these processes, in GiB."""
+        return self._told("memory")
+
+    def _told(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(p.read_text()) for p in sorted(self.folder.glob(f"{name}-*.json"))]
+
+    def graphs_gib(self) -> float | None:
+        """Return the memory of the captured graphs, as the log says, or None."""
+        found = [m[1] for line in self.lines(GRAPHS) if (m := GRAPHS.search(line))]
+        return float(found[-1]) if found else None
 
     def about(self) -> dict[str, Any]:
         """Return what the results say of this server."""
@@ -186,6 +203,11 @@ class Server:
             "environment": self.environment,
             "arguments": [a.replace(str(self.folder), "FOLDER") for a in self.arguments],
             "ready_s": self.ready_s,
+            "memory": {
+                "graphs_gib": self.graphs_gib(),
+                "serving": self.captured,
+                "end": self.memory(),
+            },
             "status": self.status(),
             "log": self.lines(TOLD),
         }

@@ -1,19 +1,27 @@
 """A torch-profiler trace of a decoding vLLM server → microseconds a step, kernel by kernel.
 
-The steps are found by the logits kernels: one for each layer with an indexer. What is counted lies
-between the first logits kernel of a step and that of the next one; a step that took more than half
-as long again as the median (a prefill came between, the profiler stopped) is left out.
+Every step writes one key to each indexer's cache, and scores keys after it. So the steps are found
+by the first scoring kernel after each key that is written. What is counted lies between the first
+of these of a step and that of the next one; a step that took more than half as long again as the
+median (a prefill came between, the profiler stopped) is left out.
 
 The parts of the indexer's chain, by kernel name, upstream's and ours alike:
 
 ==========  =====================================================================================
 k_write     compress, quantise and store the new key in the indexer's cache
-fill        the output of the top-k preset to -1: an int32 fill right before a logits kernel, on
+fill        the output of the top-k preset to -1: an int32 fill right before a scoring kernel, on
             its stream
 logits      the paged index logits
-topk        the selection
+maxima      the scores of blocks of keys: upstream's pass over the logits; ours, which makes the
+            logits as well
+blocks      the selection of candidate blocks: what runs between the maxima and the store of the
+            blocks, on their stream; ours is one kernel
+candidates  the scores of the candidates' keys: upstream's flags and mask over the logits; ours
+topk        the selection of keys
 transform   indices in the request → slots of the cache, and the lengths
 ==========  =====================================================================================
+
+``maxima``, ``blocks`` and ``candidates`` are DeepSeek-V4.1's.
 """
 
 from __future__ import annotations
@@ -36,19 +44,24 @@ from dsv4_plugin.cli.shared.tool import tool
 
 __all__ = ["PARTS", "Kernel", "TraceError", "classify", "kernels", "read", "reduce"]
 
-PARTS = ("k_write", "fill", "logits", "topk", "transform")
+PARTS = ("k_write", "fill", "logits", "maxima", "blocks", "candidates", "topk", "transform")
+SCORING = ("logits", "maxima", "candidates")
 GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = re.compile(r"Launch")
 
-# In this order: our logits kernel must not be taken for something else of ours.
+# In this order: our scoring kernels must not be taken for something else of ours.
 _NAMES = (
     ("metadata", re.compile(r"paged_mqa_logits_metadata")),
+    ("maxima", re.compile(r"^_block_scores_kernel|dsv4::\S*maxima", re.I)),
+    ("blocks", re.compile(r"^_store_candidates_kernel|dsv4::\S*select_blocks")),
+    ("candidates", re.compile(r"^_(candidate_flags|mask_candidates)_kernel|"
+                              r"dsv4::candidate_logits")),
     ("logits", re.compile(r"paged_mqa_logits|dsv4::\S*paged_logits")),
     ("transform", re.compile(r"compute_global_topk|dsv4::\S*(slots|global)")),
     ("topk", re.compile(r"dsv4::\S*topk|(cooperative|persistent|filtered)_?topk|"
                         r"topk_?per_?row|FilteredTopK", re.I)),
     ("k_write", re.compile(r"compress\w*_insert_indexer|indexer_k_quant_and_cache|"
-                           r"dsv4::\S*(write|insert)")),
+                           r"indexer_k_norm_rope_quant_store|dsv4::\S*(write|insert)")),
 )  # fmt: skip
 _FILL = re.compile(r"FillFunctor<int>|dsv4::\S*fill")
 
@@ -93,21 +106,50 @@ def classify(ran: Sequence[Kernel]) -> list[str]:
     """Return the part of each kernel; ``""`` where it belongs to none."""
     parts = [next((part for part, name in _NAMES if name.search(k.name)), "") for k in ran]
     last: dict[int, int] = {}  # of each stream
+    choosing: set[int] = set()  # streams on which blocks have scores and are not yet chosen
     for i, kernel in enumerate(ran):
         before = last.get(kernel.stream)
-        if parts[i] == "logits" and before is not None and _FILL.search(ran[before].name):
+        if parts[i] in SCORING and before is not None and _FILL.search(ran[before].name):
             parts[before] = "fill"
+        if parts[i] == "maxima":
+            choosing.add(kernel.stream)
+        elif kernel.stream in choosing and parts[i] in ("", "topk", "blocks"):
+            if parts[i]:  # ours, or upstream's last
+                choosing.discard(kernel.stream)
+            parts[i] = "blocks"
+        elif parts[i] != "metadata":
+            choosing.discard(kernel.stream)
         if parts[i] != "metadata":  # a schedule may be made in between
             last[kernel.stream] = i
     return parts
 
 
-def reduce(events: Sequence[dict[str, Any]], layers: int, top: int = 25) -> dict[str, Any]:
+def _marks(ran: Sequence[Kernel], parts: Sequence[str]) -> list[int]:
+    """Return the first kernel that scores keys after each key that is written.
+
+    Every one that scores keys, where the trace shows no key being written. Upstream's maxima and
+    mask read scores, in prefill too.
+    """
+    found, written = [], True
+    for i, part in enumerate(parts):
+        if part == "k_write":
+            written = True
+        elif part == "logits" or (part in SCORING and "dsv4::" in ran[i].name):
+            if written:
+                found.append(i)
+            written = "k_write" not in parts
+    return found
+
+
+def reduce(
+    events: Sequence[dict[str, Any]], layers: int, writers: int | None = None, top: int = 25
+) -> dict[str, Any]:
     """Return the time of each part a step.
 
     Args:
         events: the trace's events.
-        layers: layers with an indexer: logits kernels in a step.
+        layers: layers with an indexer.
+        writers: layers that write a key to an indexer's cache; all of them, if not given.
         top: how many kernels to list by time.
 
     Raises:
@@ -115,13 +157,14 @@ def reduce(events: Sequence[dict[str, Any]], layers: int, top: int = 25) -> dict
     """
     ran = kernels(events)
     parts = classify(ran)
-    firsts = [i for i, part in enumerate(parts) if part == "logits"][::layers]
+    marks, writers = _marks(ran, parts), writers or layers
+    firsts = marks[::writers]
     gaps = [ran[j].start - ran[i].start for i, j in zip(firsts, firsts[1:], strict=False)]
     if len(gaps) < 3:
         names = Counter(k.name[:80] for k in ran).most_common(12)
         raise TraceError(
-            f"{sum(p == 'logits' for p in parts)} paged logits kernels in the trace are fewer than "
-            f"four steps of {layers} layers; the most frequent kernels: {names}"
+            f"{len(marks)} layers that write and score keys in the trace are fewer than four steps "
+            f"of {writers} layers; the most frequent kernels: {names}"
         )
     usual = statistics.median(gaps)
     steps = [
@@ -196,7 +239,7 @@ def _logits_to_topk(
     spans, begin = [], None
     for indices in counted:
         for i in indices:
-            if parts[i] == "logits":
+            if parts[i] == "logits" or (parts[i] in SCORING and begin is None):
                 begin = ran[i].start
             elif parts[i] == "topk" and begin is not None:
                 spans.append(ran[i].end - begin)
@@ -210,6 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("trace", type=Path)
     add("--layers", type=numbers.COUNT, required=True, help="layers with an indexer")
+    add("--writers", type=numbers.COUNT, metavar="N",
+        help="layers that write index keys (default: all of these)")  # fmt: skip
     add("--json", type=outputs.file, help="write there, not to the terminal")
     return tool(parser, _main, argv)
 
@@ -217,7 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: argparse.Namespace) -> int:
     with reading(arguments.trace, "trace"):
         try:
-            text = json.dumps(reduce(read(arguments.trace), arguments.layers), indent=1)
+            text = json.dumps(
+                reduce(read(arguments.trace), arguments.layers, arguments.writers), indent=1
+            )
         except TraceError as error:
             text = json.dumps({"error": str(error)})
     if arguments.json:

@@ -15,10 +15,14 @@
     million tokens take seconds instead of minutes.
 ``status-<pid>.json``
     ``dsv4_plugin.status()`` of the process with the model, whenever it changes.
+``memory-<pid>.json``
+    What torch has of the GPU's memory in that process, likewise.
 
-``E2E_FAULT`` breaks something of the plugin's, for drills (:mod:`.drills`): ``topk``, ``logits``
-and ``gather`` make that op raise at every call, ``capability`` makes the plugin see a GPU of
-compute capability 7.5, ``seam`` gives one function that it patches other parameters.
+``E2E_FAULT`` breaks something of the plugin's, for drills (:mod:`.drills`): the name of an op
+(``topk``, ``logits``, ``gather``, ``block_maxima``, ``select_blocks``, ``candidate_logits``,
+``select_candidates``) makes that op raise at every call, ``capability`` makes the plugin see a GPU
+of compute capability 7.5, ``seam`` and ``candidate_seam`` give one function that it patches other
+parameters.
 """
 
 from __future__ import annotations
@@ -41,15 +45,24 @@ __all__ = ["COPY", "OPTIONS", "register"]
 
 OPTIONS = "options.json"
 COPY = "copy"
+RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")  # V1, V2
 WHOLE_CHUNK = 4096  # tokens of a forward pass from which it is worth copying
 STATUS_EVERY_S = 1.0
 FAULTS = {
     "topk": ("dsv4_plugin.ops", "topk"),
     "logits": ("dsv4_plugin.logits", "paged_logits"),
     "gather": ("dsv4_plugin.ops", "gather_indexer_cache"),
+    "block_maxima": ("dsv4_plugin.candidates", "block_maxima"),
+    "select_blocks": ("dsv4_plugin.candidates", "select_blocks"),
+    "candidate_logits": ("dsv4_plugin.candidates", "candidate_logits"),
+    "select_candidates": ("dsv4_plugin.candidates", "select_candidates"),
     "capability": ("dsv4_plugin.backends", "capability"),
     "seam": ("vllm._custom_ops", "top_k_per_row_prefill"),
-}
+    "candidate_seam": (
+        "vllm.model_executor.kernels.attention.dsa.candidate_blocks", "select_candidate_blocks",
+    ),
+}  # fmt: skip
+SEAMS = ("seam", "candidate_seam")  # broken before the plugin, and vLLM's own imports, look
 
 
 def register() -> None:
@@ -63,16 +76,17 @@ def register() -> None:
     if options.get("fast_start"):
         after_import("vllm.model_executor.warmup.kernel_warmup", _no_router_warmup)
     fault = os.environ.get("E2E_FAULT", "")
-    if fault == "seam":  # before the plugin looks
+    if fault in SEAMS:
         _break(fault)
-    after_import("vllm.v1.worker.gpu_model_runner", functools.partial(_runner, Path(folder)))
+    for module in RUNNERS:
+        after_import(module, functools.partial(_runner, Path(folder)))
 
 
 def _break(fault: str) -> None:
     if fault not in FAULTS:
         raise ValueError(f"E2E_FAULT is {fault!r}; it can be {', '.join(map(repr, FAULTS))}")
     module, name = FAULTS[fault]
-    if fault == "seam":
+    if fault in SEAMS:
         after_import(module, functools.partial(_renamed, name=name))
         return
 
@@ -171,40 +185,79 @@ def fill(name: str, tensor: Any, experts: int, seed: int) -> None:
 
 def _no_router_warmup(module: Any) -> None:
     if hasattr(module, "_warmup_ll_bf16_router_gemm"):
-        module._warmup_ll_bf16_router_gemm = lambda: None
+        module._warmup_ll_bf16_router_gemm = lambda *model: None  # 0.33 gives it one
 
 
 # --- the process with the model ----------------------------------------------------------------
 
 
 def _runner(folder: Path, module: Any) -> None:
+    owner: Any = getattr(module, "GPUModelRunner", None)
+    if hasattr(owner, "_model_forward"):
+        owner._model_forward = _copying(folder / COPY, owner._model_forward)
+    elif hasattr(owner, "load_model") and hasattr(owner, "execute_model"):
+        owner.load_model = _copying_model(folder / COPY, owner.load_model)
+    else:
+        log.say(logging.WARNING, "e2e: contexts cannot be copied in this vLLM; they are computed")
+    _once(folder)
+
+
+@functools.cache
+def _once(folder: Path) -> None:
+    """Do what a process needs once, whichever of vLLM's runners it imports."""
     fault = os.environ.get("E2E_FAULT", "")
-    if fault and fault != "seam":
+    if fault and fault not in SEAMS:
         _break(fault)
     threading.Thread(target=_report, args=(folder,), daemon=True, name="e2e-status").start()
-    owner = getattr(module, "GPUModelRunner", None)
-    forward = getattr(owner, "_model_forward", None)
-    if owner is None or forward is None:
-        log.say(logging.WARNING, "e2e: contexts cannot be copied in this vLLM; they are computed")
-        return
-    owner._model_forward = _copying(folder / COPY, forward)
 
 
 def _report(folder: Path) -> None:
-    said = None
-    file = folder / f"status-{os.getpid()}.json"
+    said: dict[str, Any] = {}
     while True:
-        now = status()
-        if now["engine"] is not None and now != said:
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(now, indent=1) + "\n")
-            part.replace(file)
-            said = now
+        seen = {"status": status(), "memory": _memory()}
+        for name, now in seen.items():
+            if now is None or now == said.get(name):
+                continue
+            if name == "memory" or now["engine"] is not None:
+                file = folder / f"{name}-{os.getpid()}.json"
+                part = file.with_suffix(".part")
+                part.write_text(json.dumps(now, indent=1) + "\n")
+                part.replace(file)
+                said[name] = now
         time.sleep(STATUS_EVERY_S)
 
 
+def _memory() -> dict[str, float] | None:
+    """Return what torch has of the GPU, in GiB; None in a process that does not use it."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return None
+    kinds = ("allocated_bytes", "reserved_bytes")
+    stats = torch.cuda.memory_stats()
+    return {
+        f"{kind.partition('_')[0]}{suffix}_gib": round(stats[f"{kind}.all.{which}"] / 2**30, 3)
+        for kind in kinds
+        for which, suffix in (("current", ""), ("peak", "_peak"))
+    }
+
+
+def _copying_model(flag: Path, load: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the second runner's ``load_model``: it calls the model itself, so that is wrapped."""
+
+    @functools.wraps(load)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load(self, *args, **kwargs)
+        forward = self.model.forward
+        copying = _copying(flag, lambda runner, *a, **k: forward(*a, **k))
+        self.model.forward = functools.wraps(forward)(functools.partial(copying, self))
+        return result
+
+    return load_model
+
+
 def _copying(flag: Path, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the runner's forward pass: whole chunks of one prompt are copied while ``flag`` is."""
+    """Wrap a runner's forward pass: whole chunks of one prompt are copied while ``flag`` is."""
     pages = _Pages()
 
     @functools.wraps(forward)
@@ -227,11 +280,11 @@ def _copying(flag: Path, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Pages:
-    """The cache pages of the chunk before, in each group of layers."""
+    """The cache pages of the chunk before, of each layer."""
 
     def __init__(self) -> None:
         self.end = -1
-        self.last: list[Any] = []
+        self.last: dict[str, Any] = {}
 
     def chunk(self, runner: Any, positions: Any) -> bool:
         """Copy the chunk before to this one; False where there is none, or not this prompt's."""
@@ -241,22 +294,28 @@ class _Pages:
         begin, end = int(positions[0]), int(positions[-1]) + 1
         if end - begin != n:  # tokens of several requests
             return False
-        layers = get_forward_context().no_compile_layers
-        groups = runner.kv_cache_config.kv_cache_groups
-        pages = []
-        for i in range(len(groups)):
-            slots = runner.input_batch.block_table[i].slot_mapping.gpu[:n]
-            pages.append((slots // runner._kernel_block_sizes[i]).unique_consecutive())
+        context = get_forward_context()
+        blocks = runner.kv_cache_config.num_blocks
+        pages, caches = {}, {}
+        for group in runner.kv_cache_config.kv_cache_groups:
+            found: dict[int, Any] = {}  # layers of a group may have pages of several sizes
+            for name in group.layer_names:
+                cache = context.no_compile_layers[name].kv_cache
+                tokens = blocks * group.kv_cache_spec.block_size // cache.shape[0]
+                if tokens not in found:
+                    slots = context.slot_mapping[name][:n]
+                    found[tokens] = (slots[slots >= 0] // tokens).unique_consecutive()
+                pages[name], caches[name] = found[tokens], cache
         follows = begin > 0 and begin == self.end
         if follows:
             # Groups share memory, and a page given free by one can be another's new page: read
             # all before writing any.
             moves = []
-            for group, source, target in zip(groups, self.last, pages, strict=True):
+            for name, target in pages.items():
+                source = self.last[name]
                 k = min(len(source), len(target))
-                for name in group.layer_names:
-                    cache = layers[name].kv_cache
-                    moves.append((cache, target[-k:], cache[source[-k:]]))
+                if k:
+                    moves.append((caches[name], target[-k:], caches[name][source[-k:]]))
             for cache, target, content in moves:
                 cache[target] = content
         self.end, self.last = end, pages

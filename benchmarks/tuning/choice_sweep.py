@@ -1,6 +1,6 @@
 """Every choice of threads and cluster in every cell: what the table of choices is made from.
 
-For each cell it times the choice that ``choose_topk`` (csrc/include/dsv4/topk_choice.cuh) makes and
+For each cell it times the choice that ``choose_topk`` (csrc/include/dsv4/topk/tuning.cuh) makes and
 every other that holds the row, each checked first: replayed alone, or as a server calls it
 (:mod:`dsv4_plugin.cli.bench.topk.served`), or as that runs behind the logits
 (:mod:`benchmarks.tuning.behind`). The choices never change the answer.

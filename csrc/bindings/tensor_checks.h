@@ -83,4 +83,17 @@ inline void check_int32_rows(const char* name, const TensorView& t, DLDevice dev
   }
 }
 
+// An output [size] of int32 with stride 1.
+inline int32_t* int32_vector(const char* name, const TensorView& t, int64_t size, DLDevice device) {
+  if (!is_dtype(t, kDLInt, 32)) {
+    TVM_FFI_THROW(TypeError) << name << " is " << dtype_name(t.dtype()) << "; it must be int32";
+  }
+  check_device(name, t, device);
+  if (t.ndim() != 1 || t.size(0) != size || (size > 1 && t.stride(0) != 1)) {
+    TVM_FFI_THROW(ValueError) << name << " has shape " << shape_name(t) << "; it must be [" << size
+                              << "], one number a row, with stride 1";
+  }
+  return static_cast<int32_t*>(const_cast<void*>(data(t)));
+}
+
 }  // namespace dsv4

@@ -1,4 +1,5 @@
-// dsv4_topk: validate -> TopkParams -> choose -> launch. dsv4_topk_with: the caller chooses.
+// The forms of the top-k: validate -> params -> choose -> launch. dsv4_topk_with: the caller
+// chooses.
 #include <cstdint>
 
 #include <cuda_runtime.h>
@@ -16,47 +17,58 @@ namespace {
 
 using tvm::ffi::Optional;
 
-ScoreType score_type(const TensorView& logits, bool narrow) {
+ScoreType score_type(const char* name, const TensorView& logits, bool narrow) {
   if (narrow && !is_dtype(logits, kDLFloat, 32)) {
-    TVM_FFI_THROW(TypeError) << "narrow=True, but logits is " << dtype_name(logits.dtype())
+    TVM_FFI_THROW(TypeError) << "narrow=True, but " << name << " is " << dtype_name(logits.dtype())
                              << "; only float32 can be narrowed to bfloat16";
   }
   if (is_dtype(logits, kDLBfloat, 16)) return ScoreType::kBfloat16;
   if (is_dtype(logits, kDLFloat, 16)) return ScoreType::kFloat16;
   if (!is_dtype(logits, kDLFloat, 32)) {
-    TVM_FFI_THROW(TypeError) << "logits is " << dtype_name(logits.dtype())
+    TVM_FFI_THROW(TypeError) << name << " is " << dtype_name(logits.dtype())
                              << "; it must be bfloat16, float16 or float32";
   }
   return narrow ? ScoreType::kNarrowedFloat32 : ScoreType::kFloat32;
 }
 
-void set_logits(TopkParams& p, const TensorView& logits) {
+void set_logits(TopkParams& p, const char* name, const TensorView& logits) {
   const DLDevice device = logits.device();
   if (device.device_type != kDLCUDA) {
     TVM_FFI_THROW(ValueError) << "logits is on " << device_name(device) << "; it must be on a GPU";
   }
   if (logits.ndim() != 2) {
-    TVM_FFI_THROW(ValueError) << "logits has shape " << shape_name(logits)
+    TVM_FFI_THROW(ValueError) << name << " has shape " << shape_name(logits)
                               << "; it must be [rows, columns]";
   }
   if (logits.size(1) > 1 && logits.stride(1) != 1) {
-    TVM_FFI_THROW(ValueError) << "logits has stride " << logits.stride(1)
+    TVM_FFI_THROW(ValueError) << name << " has stride " << logits.stride(1)
                               << " along columns; it must be 1";
   }
   if (logits.stride(0) < 0) {
-    TVM_FFI_THROW(ValueError) << "logits has row stride " << logits.stride(0)
+    TVM_FFI_THROW(ValueError) << name << " has row stride " << logits.stride(0)
                               << "; it must not be negative";
   }
   // The last few values are left free so that no index computation near the end can overflow.
   constexpr int64_t kMost = INT32_MAX - 4096;
   if (logits.size(0) > kMost || logits.size(1) > kMost) {
-    TVM_FFI_THROW(ValueError) << "logits has shape " << shape_name(logits) << "; at most " << kMost
-                              << " rows and columns are allowed";
+    TVM_FFI_THROW(ValueError) << name << " has shape " << shape_name(logits) << "; at most "
+                              << kMost << " rows and columns are allowed";
   }
   p.logits = data(logits);
   p.logits_stride = logits.stride(0);
   p.rows = static_cast<int32_t>(logits.size(0));
   p.columns = static_cast<int32_t>(logits.size(1));
+}
+
+// Scores, lengths and k.
+void set_rows(TopkParams& p, const char* name, const TensorView& logits, const TensorView& lengths,
+              int64_t k, int64_t next_n) {
+  set_logits(p, name, logits);
+  if (k < 1 || k > kTopkMax) {
+    TVM_FFI_THROW(ValueError) << "k is " << k << "; it must be 1 ... " << kTopkMax;
+  }
+  p.k = static_cast<int32_t>(k);
+  p.lengths = row_lengths(lengths, p.rows, next_n, logits.device());
 }
 
 void set_row_starts(TopkParams& p, const Optional<TensorView>& row_starts, DLDevice device) {
@@ -84,17 +96,27 @@ int32_t* output_rows(const char* name, const TensorView& t, const TopkParams& p,
   return static_cast<int32_t*>(const_cast<void*>(data(t)));
 }
 
-void set_page_table(TopkParams& p, const Optional<TensorView>& page_table, int64_t next_n,
-                    int64_t page_size, DLDevice device) {
+void set_out(TopkParams& p, const char* name, const TensorView& out, DLDevice device) {
+  p.out = output_rows(name, out, p, device);
+  p.out_stride = out.stride(0);
+}
+
+void set_out_raw(TopkParams& p, const char* name, const TensorView& out, DLDevice device) {
+  p.out_raw = output_rows(name, out, p, device);
+  p.out_raw_stride = out.stride(0);
+}
+
+void set_page_table(TopkParams& p, const char* name, const Optional<TensorView>& page_table,
+                    int64_t next_n, int64_t page_size, DLDevice device) {
   if (!page_table.has_value()) return;
   const TensorView t = page_table.value();
-  check_int32_rows("page_table", t, device);
+  check_int32_rows(name, t, device);
   if (t.size(0) == p.rows) {
     p.page_group = Divisor::of(1);
   } else if (t.size(0) * next_n == p.rows) {
     p.page_group = Divisor::of(static_cast<int32_t>(next_n));
   } else {
-    TVM_FFI_THROW(ValueError) << "page_table has " << t.size(0) << " rows with " << p.rows
+    TVM_FFI_THROW(ValueError) << name << " has " << t.size(0) << " rows with " << p.rows
                               << " rows of logits and next_n " << next_n
                               << "; it must have one a row or one for each next_n rows";
   }
@@ -108,17 +130,9 @@ void set_page_table(TopkParams& p, const Optional<TensorView>& page_table, int64
 }
 
 void set_out_counts(TopkParams& p, const Optional<TensorView>& out_counts, DLDevice device) {
-  if (!out_counts.has_value()) return;
-  const TensorView t = out_counts.value();
-  if (!is_dtype(t, kDLInt, 32)) {
-    TVM_FFI_THROW(TypeError) << "out_counts is " << dtype_name(t.dtype()) << "; it must be int32";
+  if (out_counts.has_value()) {
+    p.out_counts = int32_vector("out_counts", out_counts.value(), p.rows, device);
   }
-  check_device("out_counts", t, device);
-  if (t.ndim() != 1 || t.size(0) != p.rows || (p.rows > 1 && t.stride(0) != 1)) {
-    TVM_FFI_THROW(ValueError) << "out_counts has shape " << shape_name(t) << "; it must be ["
-                              << p.rows << "], one count a row, with stride 1";
-  }
-  p.out_counts = static_cast<int32_t*>(const_cast<void*>(data(t)));
 }
 
 struct TopkCall {
@@ -132,23 +146,14 @@ TopkCall topk_call(TensorView logits, TensorView lengths, TensorView out,
                    Optional<TensorView> page_table, int64_t k, int64_t next_n, int64_t page_size,
                    bool sort, bool narrow, Optional<TensorView> out_counts) {
   TopkParams p{};
-  const ScoreType type = score_type(logits, narrow);
-  set_logits(p, logits);
+  const ScoreType type = score_type("logits", logits, narrow);
+  set_rows(p, "logits", logits, lengths, k, next_n);
   const DLDevice device = logits.device();
-  if (k < 1 || k > kTopkMax) {
-    TVM_FFI_THROW(ValueError) << "k is " << k << "; it must be 1 ... " << kTopkMax;
-  }
-  p.k = static_cast<int32_t>(k);
   p.sort = sort;
-  p.lengths = row_lengths(lengths, p.rows, next_n, device);
   set_row_starts(p, row_starts, device);
-  p.out = output_rows("out", out, p, device);
-  p.out_stride = out.stride(0);
-  if (out_raw.has_value()) {
-    p.out_raw = output_rows("out_raw", out_raw.value(), p, device);
-    p.out_raw_stride = out_raw.value().stride(0);
-  }
-  set_page_table(p, page_table, next_n, page_size, device);
+  set_out(p, "out", out, device);
+  if (out_raw.has_value()) set_out_raw(p, "out_raw", out_raw.value(), device);
+  set_page_table(p, "page_table", page_table, next_n, page_size, device);
   set_out_counts(p, out_counts, device);
   return {p, type, device};
 }
@@ -161,7 +166,7 @@ void topk(TensorView logits, TensorView lengths, TensorView out, Optional<Tensor
                                   page_size, sort, narrow, out_counts);
   if (call.p.rows == 0) return;
   const Launch launch("dsv4_topk", call.device);
-  launch.check(launch_topk(call.p, call.type, call.device.device_id, launch.stream()));
+  launch.check(launch_topk<RowForm>(call.p, call.type, call.device.device_id, launch.stream()));
 }
 
 // The same with the caller's choice in place of the table's: for the sweeps that the table comes
@@ -204,7 +209,59 @@ void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<T
   if (call.p.rows == 0) return;
   const int ctas = static_cast<int>(cluster);
   const TopkChoice choice{shape, ctas, static_cast<int32_t>(solo / kUnit), half_units(ctas)};
-  launch.check(launch_choice(call.p, call.type, choice, device, limits, launch.stream()));
+  launch.check(launch_choice<RowForm>(call.p, call.type, choice, device, limits, launch.stream()));
+}
+
+// The columns are blocks of keys, the lengths keys.
+void select_blocks(TensorView maxima, TensorView lengths, TensorView out,
+                   Optional<TensorView> out_counts, int64_t k, int64_t next_n) {
+  TopkParams p{};
+  const ScoreType type = score_type("maxima", maxima, false);
+  set_rows(p, "maxima", maxima, lengths, k, next_n);
+  const DLDevice device = maxima.device();
+  static_assert(kCandidateKeys == 1 << 3, "the length's shift");
+  p.length_shift = 3;
+  set_out(p, "out", out, device);
+  set_out_counts(p, out_counts, device);
+  if (p.rows == 0) return;
+  const Launch launch("dsv4_select_blocks", device);
+  launch.check(launch_topk<RowForm>(p, type, device.device_id, launch.stream()));
+}
+
+void select_candidates(TensorView logits, TensorView candidates, TensorView lengths, TensorView out,
+                       Optional<TensorView> out_slots, Optional<TensorView> out_counts,
+                       Optional<TensorView> block_table, int64_t k, int64_t next_n,
+                       int64_t page_size) {
+  CandidateTopkParams p{};
+  const ScoreType type = score_type("logits", logits, false);
+  set_rows(p, "logits", logits, lengths, k, next_n);
+  const DLDevice device = logits.device();
+  check_int32_rows("candidates", candidates, device);
+  const int64_t count = candidates.size(1);
+  if (candidates.size(0) != p.rows || count < 1 || count > kCandidateMax ||
+      p.columns != count * kCandidateKeys) {
+    TVM_FFI_THROW(ValueError) << "candidates is " << shape_name(candidates) << "; it must be ["
+                              << p.rows << ", 1 ... " << kCandidateMax << "], and logits "
+                              << kCandidateKeys << " times as wide, not " << shape_name(logits);
+  }
+  p.candidates = static_cast<const int32_t*>(data(candidates));
+  p.candidate_stride = candidates.stride(0);
+  p.count = static_cast<int32_t>(count);
+  if (out_slots.has_value()) {
+    // Slots are what a page table makes of positions.
+    if (!block_table.has_value()) {
+      TVM_FFI_THROW(ValueError) << "out_slots needs block_table, which has the pages of the slots";
+    }
+    set_out(p, "out_slots", out_slots.value(), device);
+    set_out_raw(p, "out", out, device);
+    set_page_table(p, "block_table", block_table, next_n, page_size, device);
+  } else {
+    set_out(p, "out", out, device);
+  }
+  set_out_counts(p, out_counts, device);
+  if (p.rows == 0) return;
+  const Launch launch("dsv4_select_candidates", device);
+  launch.check(launch_topk<CandidateForm>(p, type, device.device_id, launch.stream()));
 }
 
 }  // namespace
@@ -212,3 +269,5 @@ void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<T
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dsv4_topk, dsv4::topk);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dsv4_topk_with, dsv4::topk_with);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(dsv4_select_blocks, dsv4::select_blocks);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(dsv4_select_candidates, dsv4::select_candidates);

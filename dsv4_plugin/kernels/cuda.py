@@ -14,7 +14,6 @@ import torch
 
 __all__ = [
     "ALIGNMENT",
-    "BLOCK_SIZE",
     "BLOCK_SIZES",
     "CAPABILITIES",
     "HEADS",
@@ -23,11 +22,16 @@ __all__ = [
     "MAX_CANDIDATES",
     "PIECE",
     "SOLO",
+    "block_maxima",
+    "candidate_logits",
+    "candidate_logits_ragged",
     "gather_indexer_cache",
     "missing",
     "paged_logits",
     "ragged_logits",
     "read_indexer_cache",
+    "select_blocks",
+    "select_candidates",
     "topk",
 ]
 
@@ -35,8 +39,7 @@ LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 CAPABILITIES = ((9, 0),)  # what csrc/build.py compiles for
 HEAD_DIM = 128  # what the kernels of the cache and of the logits are written for
 HEADS = (32, 64)  # what those of the logits are written for
-BLOCK_SIZE = 64  # keys a page, for the paged logits
-BLOCK_SIZES = (32, 64)  # the same, for candidates
+BLOCK_SIZES = (32, 64)  # keys a page, for the logits
 PIECE = 8  # keys a block of candidates
 MAX_CANDIDATES = 2048  # blocks a row
 ALIGNMENT = 16  # bytes a lane loads or stores at a time
@@ -169,7 +172,7 @@ def paged_logits(
     block_size: int,
 ) -> None:
     """Score the keys of every request's pages; see :func:`dsv4_plugin.paged_logits`."""
-    _function("dsv4_paged_logits")(q, pages, weights, lengths, block_table, out)
+    _function("dsv4_paged_logits")(q, pages, weights, lengths, block_table, out, block_size)
 
 
 def ragged_logits(
@@ -183,3 +186,88 @@ def ragged_logits(
 ) -> None:
     """Score a window of gathered keys for every row; see :func:`dsv4_plugin.ragged_logits`."""
     _function("dsv4_ragged_logits")(q, k, k_scale, weights, row_starts, row_ends, out)
+
+
+def block_maxima(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    out: torch.Tensor,
+    logits: torch.Tensor | None,
+    next_n: int,
+    block_size: int,
+    piece: int,
+) -> None:
+    """Score every block of keys; see :func:`dsv4_plugin.block_maxima`."""
+    _function("dsv4_block_maxima")(q, pages, weights, lengths, block_table, out, logits, block_size)
+
+
+def select_blocks(
+    maxima: torch.Tensor,
+    lengths: torch.Tensor,
+    out: torch.Tensor,
+    out_counts: torch.Tensor | None,
+    k: int,
+    next_n: int,
+    piece: int,
+) -> None:
+    """Select the ``k`` best blocks of every row; see :func:`dsv4_plugin.select_blocks`."""
+    _function("dsv4_select_blocks")(maxima, lengths, out, out_counts, k, next_n)
+
+
+def candidate_logits(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    weights: torch.Tensor,
+    candidates: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    out: torch.Tensor,
+    out_lengths: torch.Tensor | None,
+    next_n: int,
+    block_size: int,
+    piece: int,
+) -> None:
+    """Score the keys of every row's candidates; see :func:`dsv4_plugin.candidate_logits`."""
+    _function("dsv4_candidate_logits")(
+        q, pages, weights, candidates, lengths, block_table, out, out_lengths, block_size
+    )
+
+
+def candidate_logits_ragged(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    candidates: torch.Tensor,
+    row_starts: torch.Tensor,
+    row_ends: torch.Tensor,
+    out: torch.Tensor,
+    out_lengths: torch.Tensor | None,
+    piece: int,
+) -> None:
+    """Score candidates among gathered keys; see :func:`dsv4_plugin.candidate_logits_ragged`."""
+    _function("dsv4_candidate_logits_ragged")(
+        q, k, k_scale, weights, candidates, row_starts, row_ends, out, out_lengths
+    )
+
+
+def select_candidates(
+    logits: torch.Tensor,
+    candidates: torch.Tensor,
+    lengths: torch.Tensor,
+    out: torch.Tensor,
+    out_slots: torch.Tensor | None,
+    out_counts: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    k: int,
+    next_n: int,
+    piece: int,
+    page_size: int,
+) -> None:
+    """Select the ``k`` best keys of the candidates; see :func:`dsv4_plugin.select_candidates`."""
+    _function("dsv4_select_candidates")(
+        logits, candidates, lengths, out, out_slots, out_counts, block_table, k, next_n, page_size
+    )

@@ -39,7 +39,7 @@ def block_maxima(
 ) -> None:
     """Score every block of keys; see :func:`dsv4_plugin.block_maxima`."""
     batch, rows = q.shape[0], out.shape[0]
-    columns = min(block_table.shape[1] * block_size, out.shape[1] * piece)
+    columns = out.shape[1] * piece
     if logits is not None:
         columns = min(columns, logits.shape[1])
     blocks = -(-columns // piece)

@@ -17,7 +17,8 @@ from benchmarks.server import drills, vllm_side
 from dsv4_plugin.engines.shared import adapter, import_hooks
 from dsv4_plugin.engines.shared.decision import INERT
 
-NAMES = [drill.name for drill in drills.DRILLS]
+ALL = [drill.name for drill in drills.DRILLS]
+NAMES = [drill.name for drill in drills.DRILLS if drill.kind is None]  # every model's
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def run(model: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict[str, An
     out = tmp_path / "drills.json"
     code = drills.main(
         ["--model", str(model), "--json", str(out), "--folder", str(tmp_path / "run"),
-         "--vllm", FAKE, "--port", str(free_ports(len(NAMES))), *arguments]
+         "--vllm", FAKE, "--port", str(free_ports(len(ALL))), *arguments]
     )  # fmt: skip
     return code, json.loads(out.read_text())
 
@@ -61,6 +62,21 @@ def test_servers_that_do_as_they_should_pass_every_drill(model: Path, tmp_path: 
     assert not (tmp_path / "run" / "library" / "path" / "dsv4_plugin" / "_C.so").exists()
     assert (tmp_path / "run" / "library" / "path" / "dsv4_plugin" / "ops.py").exists()
     assert found["machine"]["commit"] == "abc" and found["command"][2].endswith("server.drills")
+
+
+def test_a_v41_model_has_drills_of_its_own(tmp_path: Path) -> None:
+    own = [name for name in ALL if name not in NAMES]
+    code, found = run(tiny_model(tmp_path / "model", "v41"), tmp_path, "--only", *own)
+    assert (code, wrong(found)) == (0, {})
+    assert found["model"]["model_type"] == "deepseek_v41"
+    by_name = {d["name"]: d for d in found["drills"]}
+    assert list(by_name) == ["off", *own]
+    assert by_name["candidate_logits"]["environment"]["E2E_FAULT"] == "candidate_logits"
+    assert by_name["candidate_logits"]["said"] == [
+        "topk failed at a call and was switched off (RuntimeError: drill: "
+        "candidate_logits); the engine serves"
+    ]
+    assert len(own) == 6
 
 
 @pytest.mark.parametrize(
@@ -105,6 +121,14 @@ def test_calls_of_the_wrong_one_are_an_error() -> None:
     assert "calls were counted as topk.decode" in served.wrong
 
 
+def test_a_consumer_that_was_served_by_the_engine_is_an_error() -> None:
+    calls = dict.fromkeys(("topk.decode", "topk.prefill", "logits.plugin", "gather"), 1)
+    served = result("candidates", [], **calls, **{"candidates.source.engine": 1})
+    drills._look(served)
+    assert "no call was counted as candidates.source, candidates.consumer" in served.wrong
+    assert "calls were counted as candidates.source.engine" in served.wrong
+
+
 def test_answers_other_than_upstreams_are_an_error_where_upstream_repeats_itself() -> None:
     base, other = result("off", [[[1, 2]], [[1, 2]]]), result("topk", [[[1, 2]], [[1, 3]]])
     found = drills._compare(other, base)
@@ -139,7 +163,10 @@ def test_the_drills_look_for_what_the_plugin_says(
     assert [bool(re.search(drill.says, record.message)) for record in caplog.records] == [True]
 
 
-@pytest.mark.parametrize("fault", ["topk", "logits", "gather", "capability"])
+OPS = [fault for fault in vllm_side.FAULTS if fault not in vllm_side.SEAMS]
+
+
+@pytest.mark.parametrize("fault", OPS)
 def test_a_fault_breaks_what_the_adapter_calls(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     place, name = vllm_side.FAULTS[fault]
     module = importlib.import_module(place)
@@ -152,15 +179,19 @@ def test_a_fault_breaks_what_the_adapter_calls(fault: str, monkeypatch: pytest.M
             getattr(module, name)()
 
 
-def test_a_seam_under_other_parameters_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", vllm_side.SEAMS)
+def test_a_seam_under_other_parameters_does_the_same(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waiting: dict[str, Any] = {}
     monkeypatch.setattr(vllm_side, "after_import", waiting.__setitem__)
-    vllm_side._break("seam")
-    ops = types.SimpleNamespace(top_k_per_row_prefill=lambda logits, starts: (logits, starts))
-    waiting["vllm._custom_ops"](ops)
-    assert ops.top_k_per_row_prefill(1, 2) == (1, 2)
+    place, name = vllm_side.FAULTS[fault]
+    vllm_side._break(fault)
+    module = types.SimpleNamespace(**{name: lambda logits, starts: (logits, starts)})
+    waiting[place](module)
+    assert getattr(module, name)(1, 2) == (1, 2)
     with pytest.raises(TypeError):
-        ops.top_k_per_row_prefill(logits=1, starts=2)
+        getattr(module, name)(logits=1, starts=2)
 
 
 def test_a_seam_is_broken_before_the_plugin_looks(
@@ -168,11 +199,12 @@ def test_a_seam_is_broken_before_the_plugin_looks(
 ) -> None:
     (tmp_path / vllm_side.OPTIONS).write_text("{}")
     monkeypatch.setenv("E2E_DIR", str(tmp_path))
-    monkeypatch.setenv("E2E_FAULT", "seam")
     asked: list[str] = []
     monkeypatch.setattr(vllm_side, "after_import", lambda name, callback: asked.append(name))
-    vllm_side.register()
-    assert "vllm._custom_ops" in asked
+    for fault in vllm_side.SEAMS:
+        monkeypatch.setenv("E2E_FAULT", fault)
+        vllm_side.register()
+        assert vllm_side.FAULTS[fault][0] in asked
     assert import_hooks.after_import is not vllm_side.after_import
 
 

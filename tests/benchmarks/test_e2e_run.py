@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kits.e2e_servers import FAKE, free_ports, tiny_model
+from kits.packaging_tools import ROOT
 
 from benchmarks.server import client, command, measure, server, vllm_side
+from benchmarks.server.model import V4, V41, read
 from dsv4_plugin.cli.shared import numbers
 from dsv4_plugin.cli.shared.run import UsageError
 
@@ -27,6 +32,17 @@ def run(model: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict[str, An
          "--vllm", FAKE, "--port", str(free_ports(2)), *arguments]
     )  # fmt: skip
     return code, json.loads(out.read_text())
+
+
+def refused(model: Path, tmp_path: Path, *arguments: str) -> int | str | None:
+    """The exit code of a command line that is not begun."""
+    given = ["--model", str(model), "--json", str(tmp_path / "none.json"), *arguments]
+    try:
+        return command.main(given)
+    except SystemExit as end:
+        return end.code
+    finally:
+        assert not (tmp_path / "none.json").exists()
 
 
 def test_two_servers_are_measured_in_turn(
@@ -67,8 +83,75 @@ def test_two_servers_are_measured_in_turn(
     assert found["machine"]["plugin"] and found["command"][2] == "benchmarks.server"
 
 
+def test_a_v41_model_is_served_and_its_chain_is_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "TAIL", 16)
+    code, found = run(
+        tiny_model(tmp_path / "model", "v41"), tmp_path,
+        "--server", "off", "--server", "on:FAKE_MS=12", "--contexts", "128", "--profile", "128",
+        "--tokens", "20", "--pairs", "1",
+    )  # fmt: skip
+    assert (code, found["skipped"]) == (0, [])
+    assert found["model"]["index_source_layer_ids"] == [2, 3, 4]
+    arguments = found["servers"]["off"]["arguments"]
+    assert arguments[arguments.index("--limit-mm-per-prompt") + 1] == '{"image": 0}'
+    assert not {"--block-size", "--engram-config"} & set(arguments)
+    (profile,) = (entry["servers"]["on"] for entry in found["profiles"])
+    assert {name: part["us"] for name, part in profile["parts"].items() if part["us"]} == {
+        "k_write": 6, "fill": 3, "logits": 12, "maxima": 5, "blocks": 7, "candidates": 9, "topk": 36
+    }  # fmt: skip
+    assert profile["chain_us_layer"] == 26
+    assert found["servers"]["off"]["memory"] == {
+        "graphs_gib": 1.25,
+        "serving": [{"allocated_gib": 9.0, "reserved_gib": 10.5}],
+        "end": [{"allocated_gib": 9.0, "reserved_gib": 10.5}],
+    }
+
+
+def test_what_a_model_needs_of_vllm(tmp_path: Path) -> None:
+    v4 = read(tiny_model(tmp_path / "v4"))
+    assert (v4.kind, v4.indexers, v4.writers) == (V4, 3, 3)
+    assert v4.arguments == ("--block-size", "256")
+    folder = tiny_model(tmp_path / "v41", "v41")
+    v41 = read(folder)
+    assert (v41.kind, v41.indexers, v41.writers) == (V41, 3, 2)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["engram_layer_ids"] = [1]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read(folder).arguments[2:] == ("--engram-config", '{"cpu_offload": false}')
+    (folder / "config.json").write_text('{"model_type": "deepseek_v32", "num_hidden_layers": 5}')
+    other = read(folder)
+    assert (other.indexers, other.writers, other.arguments) == (5, 5, ())
+
+
+def test_a_folder_without_a_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="no config.json there"):
+        read(tmp_path)
+    for text, why in (("[]", "is no configuration"), ("{}", "it has no 'model_type'")):
+        (tmp_path / "config.json").write_text(text)
+        assert refused(tmp_path, tmp_path) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_the_full_v41_has_the_layers_of_the_published_one(tmp_path: Path) -> None:
+    maker = ROOT / "examples" / "make_tiny_v41.py"
+    done = subprocess.run(
+        [sys.executable, maker, tmp_path, "--full"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("40 layers, 8 with the indexer\n")
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    ratios, keys = text["compress_ratios"], text["kv_source_layer_ids"]
+    assert [ratios.count(r) for r in (0, 2, 1)] == [2, 18, 20]
+    assert (keys, text["candidate_source_layer_id"]) == ([2, 8, 14, 20], 20)
+    assert text["index_source_layer_ids"] == [*keys, 24, 28, 32, 36]
+    assert [ratios[i] for i in keys] == [2, 2, 2, 1]
+
+
 def test_servers_with_arguments_of_their_own_are_compared_among_themselves(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, found = run(
         model, tmp_path,
@@ -84,8 +167,10 @@ def test_servers_with_arguments_of_their_own_are_compared_among_themselves(
     assert set(found["outputs"]["as_baseline"]) == {"on", "e_on"}
     assert found["servers"]["e_on"]["arguments"][-1] == "--enforce-eager"
     assert "--enforce-eager" not in found["servers"]["on"]["arguments"]
-    for wrong in ("on=--enforce-eager", "off"):
-        assert run(model, tmp_path, "--server", "off", "--arguments", wrong)[0] == 2
+    for wrong, why in (("on=--enforce-eager", "no --server has this name"), ("off", "NAME=ARGUM")):
+        capsys.readouterr()
+        assert refused(model, tmp_path, "--server", "off", "--arguments", wrong) == 2
+        assert why in capsys.readouterr().err
 
 
 def test_contexts_are_copied_or_else_computed_up_to_a_length(
@@ -132,6 +217,22 @@ def test_steps_for_which_no_time_is_left_are_named(model: Path, tmp_path: Path) 
     code, found = run(model, tmp_path, *arguments)
     assert code == 1 and found["tpot_ms"] == []
     assert [name.split(":")[0] for name in found["skipped"]] == ["warm-up", "context 4096"]
+
+
+def test_a_step_that_does_not_end_is_broken_off(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "TAIL", 16)
+    monkeypatch.setattr(command, "RESERVE_S", 2)
+    began = time.monotonic()
+    code, found = run(
+        model, tmp_path, "--server", "off:FAKE_HANGS=336", "--contexts", "64", "320",
+        "--tokens", "20", "--pairs", "1", "--budget", "25",
+    )  # fmt: skip
+    assert time.monotonic() - began < 45  # the request itself would take a minute
+    assert (code, len(found["tpot_ms"])) == (1, 1)
+    assert found["error"] == "context 320 was broken off: the budget was spent"
+    assert found["servers"]["off"]["ready_s"]
 
 
 @pytest.mark.parametrize("text", [":A=1", "on:A", "on:=1"])

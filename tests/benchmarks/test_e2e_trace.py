@@ -25,11 +25,16 @@ LAYER = [(K_WRITE, 3.0), (FILL, 1.5), (LOGITS, 4.0), (COOPERATIVE, 10.0), (TRANS
 
 def events(layer: list[tuple[str, float]], steps: int, gap: float = 1.0) -> list[dict[str, Any]]:
     """Steps of LAYERS layers and a GEMM of 20 µs after each; kernels are ``gap`` apart."""
+    return steps_of([*layer, (GEMM, 20.0)] * LAYERS, steps, gap)
+
+
+def steps_of(step: list[tuple[str, float]], steps: int, gap: float = 1.0) -> list[dict[str, Any]]:
+    """Steps of these kernels, ``gap`` apart."""
     found: list[dict[str, Any]] = []
     now = 1000.0
     for _ in range(steps):
         found.append({"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": now, "dur": 5.0})
-        for name, dur in [*layer, (GEMM, 20.0)] * LAYERS:
+        for name, dur in step:
             args = {"stream": 7}
             found.append({"cat": "kernel", "name": name, "ts": now, "dur": dur, "args": args})
             now += dur + gap
@@ -40,8 +45,9 @@ def test_each_part_is_summed_over_a_step() -> None:
     found = trace.reduce(events(LAYER, 6), LAYERS)
     assert found["steps"] == 5
     parts = {name: found["parts"][name]["us"] for name in trace.PARTS}
-    assert parts == {"k_write": 6, "fill": 3, "logits": 8, "topk": 20, "transform": 4}
-    assert {found["parts"][name]["calls"] for name in trace.PARTS} == {LAYERS}
+    of_v4 = {"k_write": 6, "fill": 3, "logits": 8, "topk": 20, "transform": 4}
+    assert parts == {**of_v4, "maxima": 0, "blocks": 0, "candidates": 0}
+    assert {found["parts"][name]["calls"] for name in of_v4} == {LAYERS}
     assert found["chain_us"] == 41 and found["chain_us_layer"] == 20.5
     assert found["step_us"] == 2 * (20.5 + 20 + 6)
     assert found["busy_us"] == 2 * 40.5
@@ -59,6 +65,57 @@ def test_ours_counts_as_the_same_part() -> None:
     }  # fmt: skip
     assert found["parts"]["fill"] == {"us": 0, "calls": 0.0, "us_call": None, "kernels": []}
     assert found["parts"]["logits"]["calls"] == 2
+
+
+# DeepSeek-V4.1: a layer of ratio 2, the source of the candidates, a consumer.
+K_STORE = "_indexer_k_norm_rope_quant_store_kernel"
+SORT = "void at::native::sbtopk::gatherTopK<float, …>"
+V41_UPSTREAM = [
+    (K_STORE, 2.0), (FILL, 1.0), (LOGITS, 4.0), (COOPERATIVE, 5.0), (TRANSFORM, 1.0),
+    (K_STORE, 2.0), (FILL, 1.0), (LOGITS, 6.0), ("_block_scores_kernel", 7.0), (SORT, 60.0),
+    ("void cub::DeviceRadixSort…", 9.0), ("_store_candidates_kernel", 2.0), (COOPERATIVE, 5.0),
+    (TRANSFORM, 1.0),
+    (FILL, 1.0), (LOGITS, 6.0), ("_candidate_flags_kernel", 3.0), ("_mask_candidates_kernel", 8.0),
+    (COOPERATIVE, 5.0), (TRANSFORM, 1.0),
+]  # fmt: skip
+CANDIDATES = "void dsv4::candidate_logits_kernel<dsv4::…>(…)"
+V41_OURS = [
+    (K_STORE, 2.0), ("void dsv4::paged_logits_kernel<32>(…)", 4.0), (OURS, 5.0), (TRANSFORM, 1.0),
+    (K_STORE, 2.0), ("void dsv4::paged_logits_kernel<dsv4::Maxima>(…)", 6.0), (OURS, 3.0),
+    (CANDIDATES, 3.5), (OURS, 4.0), (TRANSFORM, 1.0),
+    (CANDIDATES, 3.5), (OURS, 4.0), (TRANSFORM, 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step", "us"),
+    [
+        (V41_UPSTREAM, {"k_write": 4, "fill": 3, "logits": 16, "maxima": 7, "blocks": 71,
+                        "candidates": 11, "topk": 15, "transform": 3}),
+        (V41_OURS, {"k_write": 4, "fill": 0, "logits": 4, "maxima": 6, "blocks": 3,
+                    "candidates": 7, "topk": 13, "transform": 3}),
+    ],
+)  # fmt: skip
+def test_the_parts_of_two_level_selection(step: list[tuple[str, float]], us: dict) -> None:
+    found = trace.reduce(steps_of(step, 6), layers=3, writers=2)
+    assert found["steps"] == 5
+    assert {name: found["parts"][name]["us"] for name in trace.PARTS} == us
+    assert found["chain_us_layer"] == round(sum(us.values()) / 3, 3)
+    assert found["step_us"] == sum(dur + 1 for _, dur in step)
+
+
+def test_upstreams_block_scores_in_prefill_begin_no_step() -> None:
+    prefill = [(K_STORE, 9.0), ("_block_scores_kernel", 9.0), ("_store_candidates_kernel", 1.0)]
+    ran = [trace.Kernel(n, float(i), 1.0, 7) for i, (n, _) in enumerate(prefill + V41_UPSTREAM)]
+    marks = trace._marks(ran, trace.classify(ran))
+    assert [ran[i].name for i in marks] == [LOGITS, LOGITS]
+    assert marks[0] == len(prefill) + 2
+
+
+def test_what_follows_the_maxima_on_another_stream_is_not_a_selection_of_blocks() -> None:
+    names = [("_block_scores_kernel", 7), (GEMM, 8), (SORT, 7), (LOGITS, 7), (GEMM, 7)]
+    ran = [trace.Kernel(name, float(i), 1.0, on) for i, (name, on) in enumerate(names)]
+    assert trace.classify(ran) == ["maxima", "", "blocks", "logits", ""]
 
 
 @pytest.mark.parametrize(

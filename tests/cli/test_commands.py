@@ -68,11 +68,11 @@ def one_line(said: str) -> bool:
     return said.count("\n") == 1 and "Traceback" not in said and "Exception" not in said
 
 
-@pytest.mark.parametrize("name", LONG)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [*((name, signal.SIGINT) for name in LONG), ("fuzz", signal.SIGTERM), ("soak", signal.SIGHUP)],
+)
 def test_a_signal_ends_a_long_run(name: str, number: signal.Signals, tmp_path: Path) -> None:
-    if number == signal.SIGTERM and name not in ("fuzz", "bench topk"):
-        pytest.skip("one end for all: two commands are enough")
     command, lines = LONG[name]
     file = tmp_path / "results.json"
     run = start([*command, "--json", str(file)])
@@ -93,6 +93,7 @@ def test_a_signal_ends_a_long_run(name: str, number: signal.Signals, tmp_path: P
 def test_an_interrupted_look_at_releases_prints_whole_json(tmp_path: Path) -> None:
     """pip hangs in place of downloading; what was looked at is there, the other is marked."""
     (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()
     (tmp_path / "pip" / "__main__.py").write_text(
         f"open({str(tmp_path / 'mark')!r}, 'w').close()\nimport time\ntime.sleep(100)\n"
     )
@@ -128,7 +129,8 @@ def test_interrupted_servers_are_stopped(module: str, tmp_path: Path) -> None:
         run.kill()
     assert run.returncode == 130 and one_line(said), said
     assert json.loads(file.read_text())["complete"] is False
-    assert [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in text(p)] == []
+    commands = map(text, Path("/proc").glob("[0-9]*/cmdline"))
+    assert [command for command in commands if str(tmp_path) in command] == []
 
 
 def text(file: Path) -> str:

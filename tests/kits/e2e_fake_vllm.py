@@ -22,21 +22,32 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-KERNELS = [
-    ("_compress_insert_indexer", 3.0),
-    ("FillFunctor<int>", 1.0),
-    ("fp8_paged_mqa_logits", 4.0),
-]
+FILL, LOGITS = ("FillFunctor<int>", 1.0), ("fp8_paged_mqa_logits", 4.0)
+KERNELS = [("_compress_insert_indexer", 3.0), FILL, LOGITS]  # of a layer before its top-k
+# The layers of make_tiny_v41.py: one of ratio 2, the source of the candidates, and a consumer.
+V41_KEY = ("_indexer_k_norm_rope_quant_store_kernel", 3.0)
+V41_KERNELS = [
+    [V41_KEY, FILL, LOGITS],
+    [V41_KEY, FILL, LOGITS, ("_block_scores_kernel", 5.0), ("at::native::mbtopk", 6.0),
+     ("_store_candidates_kernel", 1.0)],
+    [FILL, LOGITS, ("_candidate_flags_kernel", 2.0), ("_mask_candidates_kernel", 7.0)],
+]  # fmt: skip
 
 
 def option(name: str) -> str:
     return sys.argv[sys.argv.index(name) + 1]
 
 
+def is_v41() -> bool:
+    config = json.loads((Path(sys.argv[2]) / "config.json").read_text())
+    return config["model_type"] == "deepseek_v41"
+
+
 def trace(topk: float) -> dict[str, Any]:
     events, now = [], 0.0
-    for _ in range(9 * 3):
-        for name, dur in [*KERNELS, ("dsv4::topk_kernel", topk)]:
+    layers = V41_KERNELS if is_v41() else [KERNELS] * 3
+    for layer in layers * 9:
+        for name, dur in [*layer, ("dsv4::topk_kernel", topk)]:
             events.append({"cat": "kernel", "name": name, "ts": now, "dur": dur, "args": {}})
             now += dur + 1
     return {"traceEvents": events}
@@ -110,10 +121,17 @@ def drilled() -> tuple[str, dict[str, int]]:
         where = "topk.prefill (vllm._custom_ops.top_k_per_row_prefill takes …)"
         why = f"the engine's own code stays at {where}"
         return why, {**upstream, "gather": 1}
+    if fault == "candidate_seam":
+        why = "the engine's own code stays at candidates (vllm.….select_candidate_blocks takes …)"
+        return why, all_of_it
+    if fault in ("block_maxima", "select_blocks", "candidate_logits", "select_candidates"):
+        return f"topk {off} {fault}); the engine serves", {**upstream, "gather": 1}
     if fault in ("topk", "logits"):
         return f"topk {off} {fault}); upstream serves", {**upstream, "gather": 1}
     if fault == "gather":
         return f"gather {off} gather); …", {**all_of_it, "gather": 0, "gather.upstream": 1}
+    if is_v41():
+        all_of_it |= {"candidates.source": 2, "candidates.consumer": 8}
     dtype = os.environ.get("DSV4_TOPK", "bf16")
     served = f"top-k: {dtype} by cuda on the plugin's {dtype} logits"
     return f"dsv4 active in vLLM 0.26.0, DeepSeek-V4 layers: {served}", all_of_it
@@ -137,7 +155,11 @@ if __name__ == "__main__":
     line, counters = drilled()
     if "FAKE_SILENT" not in os.environ:
         print(f"(EngineCore pid=1) INFO 11-25 23:34:28 [dsv4] {line}", flush=True)
-    status = Path(os.environ["E2E_DIR"]) / f"status-{os.getpid()}.json"
+    print("INFO Graph capturing finished in 3 secs, took 1.25 GiB", flush=True)
+    folder = Path(os.environ["E2E_DIR"])
+    memory = folder / f"memory-{os.getpid()}.json"
+    memory.write_text(json.dumps({"allocated_gib": 9.0, "reserved_gib": 10.5}))
+    status = folder / f"status-{os.getpid()}.json"
     seen = {"rows": 9, "higher": int(os.environ.get("FAKE_HIGHER", "0"))}
     shadow = {"decode": seen, "prefill": seen} if "DSV4_SHADOW" in os.environ else None
     status.write_text(json.dumps({"engine": "fake", "counters": counters, "shadow": shadow}))

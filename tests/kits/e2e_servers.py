@@ -29,8 +29,8 @@ def free_ports(count: int) -> int:
     raise AssertionError(f"no {count} free ports in a row")
 
 
-def tiny_model(folder: Path) -> Path:
+def tiny_model(folder: Path, kind: str = "v4") -> Path:
     """The model that is served, in this folder."""
-    maker = [sys.executable, ROOT / "examples" / "make_tiny_v4.py", folder]
+    maker = [sys.executable, ROOT / "examples" / f"make_tiny_{kind}.py", folder]
     subprocess.run([str(part) for part in maker], check=True)
     return folder

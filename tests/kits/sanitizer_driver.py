@@ -1,4 +1,4 @@
-"""A case for each path of the top-k and of the logits, made for compute-sanitizer.
+"""A case for each path of the top-k, the logits and the candidates, made for compute-sanitizer.
 
     python tests/kits/sanitizer_driver.py [--only NAME ...] [--plant outside | uninitialised]
 
@@ -20,7 +20,18 @@ from collections.abc import Iterator
 
 import torch
 
-from dsv4_plugin import paged_logits, ragged_logits, select, topk
+from dsv4_plugin import (
+    block_maxima,
+    candidate_logits,
+    candidate_logits_ragged,
+    paged_logits,
+    ragged_logits,
+    select,
+    select_blocks,
+    select_candidates,
+    topk,
+)
+from dsv4_plugin.cli.checks import candidate_oracles
 from dsv4_plugin.cli.checks.inputs import scores
 from kits import logits_cases
 
@@ -211,7 +222,38 @@ LOGITS = (
     Logits("select", 4, (3000, 513, 512, 0), op="select"),
     Logits("select, next_n 2, float32", 4, (3000, 600), op="select", next_n=2, dtype="float32"),
 )  # fmt: skip
-CASES = (*PATHS, *LOGITS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A source layer and a consumer. `lengths` are taken in turn by the rows."""
+
+    name: str
+    rows: int
+    lengths: tuple[int, ...]
+    held: int = 40  # candidates
+    k: int = 32
+    block_size: int = 64
+    heads: int = 32
+    next_n: int = 1
+    dtype: str = "bfloat16"
+    garbage: bool = False  # candidates that are any int32
+
+
+# One entry for each path: a change of the launches in csrc is a change here.
+CHAINS = (
+    Chain("candidates, short rows", 8, (0, 1, 63, 64, 65, -1, 7, 9)),
+    Chain("candidates, one long row", 1, (40_000,), held=2048, k=512),
+    Chain("candidates, long and short rows", 9, (20_000, 1, 300, 0, 16_385), held=2048, k=512),
+    Chain("candidates, more rows than SMs", 140, (700, 64, 1), held=33),
+    Chain("candidates, pages of 32", 5, (1000, 65, 33, 31, 640), block_size=32),
+    Chain("candidates, pages of 32, next_n 2, 64 heads", 6, (700, 65), block_size=32, next_n=2,
+          heads=64),
+    Chain("candidates, next_n 4, float32", 8, (129, 1000), next_n=4, dtype="float32", held=9, k=70),
+    Chain("candidates, one row, float16", 1, (5000,), dtype="float16", held=601),
+    Chain("candidates, any numbers", 6, (700, 65, 3000), garbage=True),
+)  # fmt: skip
+CASES = (*PATHS, *LOGITS, *CHAINS)
 
 
 class LogitsCall:
@@ -328,6 +370,106 @@ class LogitsCall:
             )
 
 
+class ChainCall:
+    """The tensors of a chain; what a row has no scores of is never written."""
+
+    def __init__(self, path: Chain) -> None:
+        self.path = path
+        ends = [path.lengths[i % len(path.lengths)] for i in range(path.rows)]
+        self.case = logits_cases.paged(
+            ends, path.next_n, path.heads, pages=200, pad=64, block_size=path.block_size
+        )
+        self.columns = self.case.table.shape[1] * path.block_size
+        self.dtype = SIZES[path.dtype]
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """Call the ops twice, each beginning while the one before ends."""
+        first, second = self._once(), self._once()
+        for name in first:
+            if name == "visible" and self.path.garbage:
+                continue  # some number in its range
+            if not torch.equal(first[name], second[name]):
+                raise AssertionError(f"{self.path.name}: the second {name} differs from the first")
+        return first
+
+    def _filled(self, columns: int, value: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((self.path.rows, columns), value, dtype=dtype).cuda()
+
+    def _once(self) -> dict[str, torch.Tensor]:
+        path, case, rows = self.path, self.case, self.path.rows
+        q, weights, n = case.q.cuda(), case.weights.cuda(), case.lengths.cuda()
+        pages = (q, case.cache.cuda(), weights)
+        table, more = case.table.cuda(), {"block_size": path.block_size, "backend": "cuda"}
+        exact = self._filled(self.columns, -torch.inf, self.dtype)
+        paged_logits(*pages, n, table, out=exact, **more)
+        scored = self._filled(self.columns, -torch.inf, self.dtype)
+        blocks = -(-self.columns // 8)
+        found = torch.empty(rows, blocks, dtype=self.dtype, device="cuda")
+        block_maxima(*pages, n, table, out=found, logits=scored, **more)
+        chosen = self._filled(path.held, 7, torch.int32)
+        counts = torch.zeros(rows, dtype=torch.int32).cuda()
+        select_blocks(found, n, path.held, next_n=path.next_n, out=chosen, out_counts=counts,
+                      backend="cuda")  # fmt: skip
+        if path.garbage:
+            g = torch.Generator().manual_seed(0)
+            drawn = torch.randint(-(1 << 31), 1 << 31, (rows, path.held), generator=g)
+            drawn[:, ::3] %= 99
+            chosen = drawn.int().cuda()
+        logits = torch.empty(rows, path.held * 8, dtype=self.dtype, device="cuda")
+        visible = torch.zeros(rows, dtype=torch.int32).cuda()
+        candidate_logits(*pages, chosen, n, table, out=logits, out_lengths=visible, **more)
+        out, slots = (self._filled(path.k, -7, torch.int32) for _ in range(2))
+        select_candidates(logits, chosen, n, path.k, next_n=path.next_n, out=out, out_slots=slots,
+                          block_table=table, page_size=path.block_size, backend="cuda")  # fmt: skip
+        longest = max(1, int(case.lengths.max()))
+        g = torch.Generator().manual_seed(1)
+        keys = logits_cases.codes((longest, logits_cases.D), "normal", g).cuda()
+        scale = torch.rand(longest, generator=g).cuda()
+        starts = torch.zeros(rows, dtype=torch.int32).cuda()
+        gathered = torch.empty(rows, path.held * 8, dtype=self.dtype, device="cuda")
+        flat = q.flatten(0, 1)
+        candidate_logits_ragged(flat, keys, scale, weights, chosen, starts, n, out=gathered,
+                                backend="cuda")  # fmt: skip
+        dense = self._filled(longest, -torch.inf, self.dtype)
+        ragged_logits(flat, keys, scale, weights, starts, n, out=dense, backend="cuda")
+        held = -(-case.lengths.clamp(min=0) // 8)
+        maxima = torch.full((rows, blocks), -torch.inf, dtype=self.dtype)
+        for r, count in enumerate(held.tolist()):
+            maxima[r, :count] = found[r, :count].cpu()
+        some = {"exact": exact, "scored": scored, "chosen": chosen, "logits": logits,
+                "visible": visible, "out": out, "slots": slots, "counts": counts}  # fmt: skip
+        same = candidate_oracles.scores(dense.cpu(), chosen.cpu(), case.lengths)
+        if not torch.equal(gathered.cpu(), same):
+            raise AssertionError(f"{path.name}: other scores of gathered keys")
+        return {name: x.cpu() for name, x in some.items()} | {"maxima": maxima}
+
+    def check(self, got: dict[str, torch.Tensor]) -> None:
+        """Compare with stable sorts on the scores of `paged_logits`."""
+        path, n = self.path, self.case.lengths
+        maxima = candidate_oracles.maxima(got["exact"], n)
+        want = {
+            "scored": got["exact"],
+            "maxima": maxima,
+            "logits": candidate_oracles.scores(got["exact"], got["chosen"], n),
+        }
+        if not path.garbage:
+            chosen = candidate_oracles.blocks(maxima, n, path.held)
+            want |= {
+                "chosen": chosen,
+                "counts": (chosen >= 0).sum(1).int(),
+                "visible": candidate_oracles.visible(chosen, n).int(),
+                "out": candidate_oracles.selection(got["logits"], chosen, n, path.k),
+            }
+        for name, answer in want.items():
+            if not torch.equal(got[name], answer):
+                raise AssertionError(f"{path.name}: other {name}")
+        if not bool(((got["visible"] >= 0) & (got["visible"] <= path.held * 8)).all()):
+            raise AssertionError(f"{path.name}: more columns than there are")
+        inside = (got["out"] >= -1) & (got["out"] < n.clamp(min=1)[:, None])
+        if not bool(inside.all()):
+            raise AssertionError(f"{path.name}: positions that the row does not see")
+
+
 def beyond(held: torch.Tensor, count: int) -> torch.Tensor:
     """A tensor that says it has `count` elements on memory that has fewer."""
     words = {2: "<i2", 4: "<i4"}[held.dtype.itemsize]
@@ -351,6 +493,11 @@ def main() -> int:
         return 2
     some = [path for path in CASES if not arguments.only or path.name in arguments.only]
     for path in some:
+        if isinstance(path, Chain):
+            chain = ChainCall(path)
+            chain.check(chain.run())
+            print(f"exact: {path.name}", flush=True)
+            continue
         if isinstance(path, Logits):
             scored = LogitsCall(path, arguments.plant)
             result = scored.run()

@@ -97,13 +97,13 @@ def test_narrow_buffers_clip_the_rows(blocks, columns, backend, device):
 
 
 def test_zeros_of_both_signs(backend, device):
-    """0.0 is larger than -0.0, whichever comes first; weights below zero make -0.0."""
+    """0.0 is larger than -0.0, whichever comes first; scales below zero make -0.0 of 0.0."""
     case = draw([64, 64])
-    case.weights[:] = -case.weights.abs()
-    case.q.view(torch.uint8)[:] = 0  # every product is zero, every sum -0.0
+    case.weights[:] = case.weights.abs()
+    case.q.view(torch.uint8)[:] = 0  # every product and every sum is 0.0
     page = case.cache[case.table[0, 0], 64 * D :].view(torch.float32)
-    page[:] = 1.0
-    page[[3, 8, 16]] = -1.0  # these keys score 0.0
+    page[:] = -1.0
+    page[[3, 8, 16]] = 1.0  # these keys score 0.0
     case = case.to(device)
     got = block_maxima(*case.arguments, dtype=torch.float32, backend=backend)
     assert got[0, :7].signbit().tolist() == [False] * 3 + [True] * 4

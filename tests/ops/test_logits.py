@@ -548,7 +548,7 @@ def test_every_unmet_condition_of_the_kernel():
     with pytest.raises(UnmetError) as error:
         paged_logits(*case.arguments, block_size=16, backend="cuda")
     for words in ("tensors are on cpu", "3 heads, the kernels need 32 or 64",
-                  "block_size is 16, the kernel needs 64"):  # fmt: skip
+                  "block_size is 16, the kernel needs 32 or 64"):  # fmt: skip
         assert words in str(error.value)
 
 

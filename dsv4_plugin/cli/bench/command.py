@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_plugin.cli.bench import against, dry, read_plot
+from dsv4_plugin.cli.bench.candidates import report as candidates_report
 from dsv4_plugin.cli.bench.topk import plot
 from dsv4_plugin.cli.bench.topk.bars import sound
 from dsv4_plugin.cli.bench.topk.peers import OURS
@@ -27,7 +28,7 @@ from dsv4_plugin.cli.shared.run import UsageError, need_torch, reading
 __all__ = ["add_arguments", "run"]
 
 K = numbers.whole(1, max(KS))
-WHAT = ("read", "topk", "logits", "chain", "adapters", "plot")
+WHAT = ("read", "topk", "logits", "chain", "candidates", "adapters", "plot")
 MORE_SUITES = [name for name in (*LOGITS_SUITES, *ADAPTERS) if name not in SUITES]
 
 
@@ -46,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_cells(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the benchmarks of cells: the top-k, the logits and the chain."""
-    group = parser.add_argument_group("topk, logits, chain")
+    """Declare the arguments of the benchmarks of cells."""
+    group = parser.add_argument_group("topk, logits, chain, candidates")
     add = group.add_argument
     add(
         "--suite", nargs="+", choices=(*SUITES, *MORE_SUITES, "all"), default=["decode"],
@@ -55,7 +56,8 @@ def _add_cells(parser: argparse.ArgumentParser) -> None:
         "adversarial: scores that hurt; prefill: thousands of rows; paged: answers in pool slots; "
         "seed: bfloat16 over float32 beside the figures of vLLM #40811. logits: decode: requests x "
         "keys (default); next_n: several queries a request; varied: lengths that differ; prefill: "
-        "causal windows of gathered keys. chain: decode",
+        "causal windows of gathered keys. chain: decode. candidates: the index layers of "
+        "DeepSeek-V4.1: decode, prefill",
     )  # fmt: skip
     add("--k", type=K, nargs="+", help="only these k (plot: the k to draw; not logits)")
     add(
@@ -182,6 +184,8 @@ def _bench(what: str) -> Callable[[argparse.Namespace, Results, Callable[[str], 
         from dsv4_plugin.cli.bench.topk.command import run
     elif what == "adapters":
         from benchmarks.engines.kernels.command import run
+    elif what == "candidates":
+        from dsv4_plugin.cli.bench.candidates.command import run
     elif what == "read":
         from dsv4_plugin.cli.bench.read import run
     else:
@@ -218,6 +222,8 @@ def _plot(arguments: argparse.Namespace) -> None:
             recall_plot.draw(document, arguments.plot)
         elif what == "read":
             read_plot.draw(document, arguments.plot)
+        elif what == "candidates":
+            candidates_report.draw(document, arguments.plot)
         elif isinstance(what, str) and what in plot.TITLE:
             plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
         else:

@@ -19,6 +19,7 @@ GRIDS: dict[str, dict[str, list[int]]] = {
     "topk": {"k": [512], "rows": [1, 8], "columns": [8192]},
     "logits": {"rows": [1], "columns": [1024]},
     "chain": {"k": [512], "rows": [1, 8], "columns": [1024]},
+    "candidates": {"rows": [1, 2], "columns": [512, 1024]},
 }
 
 

@@ -4,34 +4,13 @@
 
 #include <cstdint>
 
+#include "dsv4/common/async_copy.cuh"
 #include "dsv4/common/warp.cuh"
 #include "dsv4/logits/params.cuh"
 #include "dsv4/logits/score.cuh"
 #include "dsv4/logits/wgmma_e4m3.cuh"
 
 namespace dsv4 {
-
-// Copies 16 bytes, past the L1.
-__device__ __forceinline__ void copy_chunk(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)),
-               "l"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_word(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void copies_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Returns when all but the last n groups of this thread's copies have arrived.
-template <int kPending>
-__device__ __forceinline__ void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 // Where chunk `chunk` (16 bytes) of row `row` (128 bytes) is kept; see mma_operand.
 __device__ __forceinline__ int swizzled(int row, int chunk) {
@@ -74,14 +53,15 @@ struct KeyRing {
   uint8_t* keys;  // [kSlots][64][kKeyBytes], a multiple of kSwizzleBytes
   float* scales;  // [kSlots][64]
 
-  // Begins the copy of the first `count` keys of a block to a slot; what is past them stays. The
-  // keys are at multiples of 16 bytes, the scales of kScaleAlign.
-  template <int kScaleAlign>
+  // Begins the copy of kKeys keys to a slot, from its key `at` on; of the first `count` of them,
+  // what is past them stays. The keys are at multiples of 16 bytes, the scales of kScaleAlign.
+  template <int kScaleAlign, int kKeys = kBlockKeys>
   __device__ __forceinline__ void copy(int32_t slot, const uint8_t* from, const float* from_scales,
-                                       int32_t count = kBlockKeys) const {
+                                       int32_t count = kKeys, int32_t at = 0) const {
+    static_assert(kKeys % 8 == 0, "the swizzle goes by eight keys");
     const int thread = threadIdx.x % kGroupThreads;
-    copy_rows<kBlockKeys>(keys + slot * kBlockScales, from, count);
-    float* to_scales = scales + slot * kBlockKeys;
+    copy_rows<kKeys>(keys + slot * kBlockValues + at * kKeyBytes, from, count);
+    float* to_scales = scales + slot * kBlockKeys + at;
     if constexpr (kScaleAlign == 16) {
       if (thread * 4 < count) copy_chunk(to_scales + thread * 4, from_scales + thread * 4);
     } else {
@@ -97,7 +77,7 @@ struct KeyRing {
   template <int kColumns>
   __device__ __forceinline__ void multiply(MmaSums<kColumns>& sums, int32_t slot,
                                            const uint8_t* query) const {
-    const uint64_t a = mma_operand(shared_address(keys + slot * kBlockScales));
+    const uint64_t a = mma_operand(shared_address(keys + slot * kBlockValues));
     const uint64_t b = mma_operand(shared_address(query));
     constexpr int kNext = kMmaDepth / 16;
     mma_begin();

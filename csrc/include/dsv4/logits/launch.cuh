@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include "dsv4/common/launch.cuh"
+#include "dsv4/logits/candidates.cuh"
 #include "dsv4/logits/paged.cuh"
 #include "dsv4/logits/ragged.cuh"
 
@@ -33,33 +34,89 @@ inline cudaError_t with_types(LogitsType type, int heads, const F& f) {
   return cudaErrorInvalidValue;
 }
 
-template <class Out, class Config>
-inline cudaError_t launch_paged_config(const PagedLogitsParams& p, int64_t blocks, int sms,
-                                       int device, cudaStream_t stream) {
-  constexpr auto kKernel = paged_logits_kernel<Out, Config>;
-  constexpr int kBytes = PagedShared<Config>::kBytes;
+// The same with the keys of a page, 32 or 64.
+template <class F>
+inline cudaError_t with_page(int page_keys, const F& f) {
+  if (page_keys == 64) return f(std::integral_constant<int, 64>());
+  if (page_keys == 32) return f(std::integral_constant<int, 32>());
+  return cudaErrorInvalidValue;
+}
+
+// A kernel of one warpgroup a CTA, as many as fit at once, and no more than there are blocks.
+template <auto kKernel, class Config, class Params>
+inline cudaError_t launch_resident(const Params& p, int64_t blocks, int sms, int device,
+                                   cudaStream_t stream) {
+  constexpr int kBytes = PipelineShared<Config>::kBytes;
   const cudaError_t allowed = allow_shared_memory<kKernel>(device, kBytes);
   if (allowed != cudaSuccess) return allowed;
-  // As many CTAs as fit at once, no more than there can be blocks.
   const int64_t resident = int64_t{Config::kCtas} * sms;
   const dim3 grid(static_cast<unsigned>(blocks < resident ? blocks : resident));
   return launch_overlapped(kKernel, grid, kGroupThreads, 1, kBytes, stream, p);
 }
 
-inline cudaError_t launch_paged_logits(const PagedLogitsParams& p, LogitsType type, int heads,
+template <class Out, int kHeads, bool kOneRow, int kPageKeys>
+inline cudaError_t launch_paged_config(const PagedLogitsParams& p, int64_t blocks, int sms,
                                        int device, cudaStream_t stream) {
+  if (p.maxima.out != nullptr) {
+    using Config = PagedConfig<kHeads, kOneRow, kPageKeys, true>;
+    return launch_resident<paged_logits_kernel<Out, Config>, Config>(p, blocks, sms, device,
+                                                                     stream);
+  }
+  using Config = PagedConfig<kHeads, kOneRow, kPageKeys, false>;
+  return launch_resident<paged_logits_kernel<Out, Config>, Config>(p, blocks, sms, device, stream);
+}
+
+// Scores, or the maxima of pieces, or both: what has an output in `p`.
+inline cudaError_t launch_paged_logits(const PagedLogitsParams& p, LogitsType type, int heads,
+                                       int page_keys, int device, cudaStream_t stream) {
   int sms = 0;
   const cudaError_t error = multiprocessors(device, &sms);
   if (error != cudaSuccess) return error;
-  const int64_t blocks = p.batch * ceil_div(int64_t{p.output.columns}, kBlockKeys);
+  const int64_t blocks = p.batch * ceil_div(p.columns, kBlockKeys);
   if (blocks == 0) return cudaSuccess;
+  return with_types(type, heads, [&](auto* out, auto head_count) {
+    return with_page(page_keys, [&](auto page) {
+      using Out = std::remove_pointer_t<decltype(out)>;
+      constexpr int kHeads = decltype(head_count)::value, kPage = decltype(page)::value;
+      if (p.queries.next_n == 1) {
+        return launch_paged_config<Out, kHeads, true, kPage>(p, blocks, sms, device, stream);
+      }
+      return launch_paged_config<Out, kHeads, false, kPage>(p, blocks, sms, device, stream);
+    });
+  });
+}
+
+template <class Out, int kHeads, class Pieces>
+inline cudaError_t launch_candidate_config(const typename Pieces::Params& p, int device,
+                                           cudaStream_t stream) {
+  int sms = 0;
+  const cudaError_t error = multiprocessors(device, &sms);
+  if (error != cudaSuccess) return error;
+  using Config = CandidateConfig<kHeads>;
+  const int64_t blocks = p.rows * ceil_div(p.count, kPieces);
+  if (blocks == 0) return cudaSuccess;
+  return launch_resident<candidate_logits_kernel<Out, Config, Pieces>, Config>(p, blocks, sms,
+                                                                               device, stream);
+}
+
+inline cudaError_t launch_candidate_logits(const PagedCandidateParams& p, LogitsType type,
+                                           int heads, int page_keys, int device,
+                                           cudaStream_t stream) {
+  return with_types(type, heads, [&](auto* out, auto head_count) {
+    return with_page(page_keys, [&](auto page) {
+      using Out = std::remove_pointer_t<decltype(out)>;
+      constexpr int kHeads = decltype(head_count)::value, kPage = decltype(page)::value;
+      return launch_candidate_config<Out, kHeads, PagedPieces<kPage>>(p, device, stream);
+    });
+  });
+}
+
+inline cudaError_t launch_candidate_logits(const RaggedCandidateParams& p, LogitsType type,
+                                           int heads, int device, cudaStream_t stream) {
   return with_types(type, heads, [&](auto* out, auto head_count) {
     using Out = std::remove_pointer_t<decltype(out)>;
     constexpr int kHeads = decltype(head_count)::value;
-    if (p.queries.next_n == 1) {
-      return launch_paged_config<Out, PagedConfig<kHeads, true>>(p, blocks, sms, device, stream);
-    }
-    return launch_paged_config<Out, PagedConfig<kHeads, false>>(p, blocks, sms, device, stream);
+    return launch_candidate_config<Out, kHeads, RaggedPieces>(p, device, stream);
   });
 }
 
@@ -70,7 +127,8 @@ inline cudaError_t launch_ragged_config(const RaggedLogitsParams& p, int32_t chu
   constexpr int kBytes = TileShared<Config>::kBytes;
   const cudaError_t allowed = allow_shared_memory<kKernel>(device, kBytes);
   if (allowed != cudaSuccess) return allowed;
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.keys, Config::kKeys) * ceil_div(p.rows, chunk)));
+  const dim3 grid(
+      static_cast<unsigned>(ceil_div(p.keys.keys, Config::kKeys) * ceil_div(p.rows, chunk)));
   return launch_overlapped(kKernel, grid, Config::kThreads, 1, kBytes, stream, p, chunk);
 }
 
@@ -79,7 +137,7 @@ inline cudaError_t launch_ragged_logits(const RaggedLogitsParams& p, LogitsType 
   int sms = 0;
   const cudaError_t known = multiprocessors(device, &sms);
   if (known != cudaSuccess) return known;
-  if (p.keys == 0 || p.rows == 0 || p.output.columns == 0) return cudaSuccess;
+  if (p.keys.keys == 0 || p.rows == 0 || p.output.columns == 0) return cudaSuccess;
   return with_types(type, heads, [&](auto* out, auto head_count) {
     using Out = std::remove_pointer_t<decltype(out)>;
     using Large = TileConfig<decltype(head_count)::value, 4>;
@@ -87,7 +145,7 @@ inline cudaError_t launch_ragged_logits(const RaggedLogitsParams& p, LogitsType 
     // Chunks are long, to pay for a tile's keys, if the multiprocessors then have several each.
     constexpr int64_t kEach = 4;
     const auto enough = [&](int64_t keys, int32_t chunk, int64_t ctas) {
-      return ceil_div(p.keys, keys) * ceil_div(p.rows, chunk) >= kEach * ctas * sms;
+      return ceil_div(p.keys.keys, keys) * ceil_div(p.rows, chunk) >= kEach * ctas * sms;
     };
     int32_t chunk = kMostChunkRows;
     if (enough(Large::kKeys, chunk, Large::kCtas)) {

@@ -43,7 +43,7 @@ struct TileShared {
     constexpr int kQueries = Config::kRows * Rows::kQueryBytes;
     rows.queries = memory + group * kQueries;
     keys.keys = memory + Config::kGroups * kQueries;
-    keys.scales = reinterpret_cast<float*>(keys.keys + Config::kBlocks * kBlockScales);
+    keys.scales = reinterpret_cast<float*>(keys.keys + Config::kBlocks * kBlockValues);
     rows.weights =
         keys.scales + Config::kBlocks * kBlockKeys + group * Config::kRows * Config::kHeads;
   }
@@ -53,38 +53,6 @@ struct TileShared {
 __device__ __forceinline__ void group_sync(int32_t group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
 }
-
-// The window of a row: column j is key start + j. Of keys [start, end) those from 0 on exist, and
-// the others of the row's columns have none.
-struct KeyWindow {
-  int32_t start = 0;
-  int32_t end = 0;
-  int32_t columns = 0;
-
-  KeyWindow() = default;
-
-  __device__ __forceinline__ KeyWindow(const RaggedLogitsParams& p, int32_t row) {
-    const int64_t from = p.row_starts[row * p.row_start_stride];
-    const int64_t to = p.row_ends[row * p.row_end_stride];
-    if (to <= from) return;
-    const uint64_t count = static_cast<uint64_t>(to) - static_cast<uint64_t>(from);
-    const int32_t room = p.output.columns;
-    columns = count < static_cast<uint64_t>(room) ? static_cast<int32_t>(count) : room;
-    if (from >= p.keys || from <= -columns) return;  // none exists
-    start = static_cast<int32_t>(from);
-    end = static_cast<int32_t>(from + columns < p.keys ? from + columns : p.keys);
-  }
-
-  // The keys of a row of the warp's.
-  __device__ __forceinline__ KeyWindow of(int lane) const {
-    KeyWindow other;
-    other.start = __shfl_sync(kFullWarp, start, lane);
-    other.end = __shfl_sync(kFullWarp, end, lane);
-    return other;
-  }
-
-  __device__ __forceinline__ bool whole() const { return start >= 0 && end - start == columns; }
-};
 
 // Writes -inf where a column of the chunk's rows has no key. A lane has a row's window.
 template <class Out>
@@ -121,7 +89,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
 
   // Every warp finds out for itself which rows want keys of this tile; a lane has a row's window.
   KeyWindow window;
-  if (lane_id() < chunk && row0 + lane_id() < p.rows) window = KeyWindow(p, row0 + lane_id());
+  if (lane_id() < chunk && row0 + lane_id() < p.rows) {
+    window = KeyWindow(p.keys, row0 + lane_id(), p.output.columns);
+  }
   if (tile == 0) write_missing<Out>(p, window, row0);
   const bool wants =
       window.start < window.end && window.start < key0 + Config::kKeys && window.end > key0;
@@ -129,9 +99,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   if (wanted == 0) return;
 
   for (int32_t b = group; b < Config::kBlocks; b += Config::kGroups) {
-    const int32_t key = key0 + b * kBlockKeys, left = p.keys - key;
+    const int32_t key = key0 + b * kBlockKeys, left = p.keys.keys - key;
     if (left <= 0) break;
-    shared.keys.template copy<4>(b, p.k + int64_t{key} * kKeyBytes, p.k_scale + key,
+    shared.keys.template copy<4>(b, p.keys.k + int64_t{key} * kKeyBytes, p.keys.k_scale + key,
                                  left < kBlockKeys ? left : kBlockKeys);
   }
   copies_commit();

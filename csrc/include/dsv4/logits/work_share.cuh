@@ -1,5 +1,6 @@
-// The work of a paged call, laid end to end: blocks of 64 keys (pages) of request 0, then those of
-// request 1, ... The kernel's CTAs share them evenly by the lengths on the device; no schedule is
+// The work of a paged call, laid end to end: blocks of 64 keys of request 0, then those of request
+// 1,
+// ... The kernel's CTAs share them evenly by the lengths on the device; no schedule is
 // made on the host or by a kernel of its own.
 #pragma once
 
@@ -18,11 +19,8 @@ struct BlockRange {
   int32_t step;
 };
 
-// Columns that a row of this length has: what the output has room for. Those past the block table
-// are of pages that do not exist.
-__device__ __forceinline__ int32_t clip_length(const PagedLogitsParams& p, int64_t length) {
-  const int32_t room = p.output.columns;
-  return length < 0 ? 0 : length > room ? room : static_cast<int32_t>(length);
+__device__ __forceinline__ int32_t clip_length(int64_t length, int32_t most) {
+  return static_cast<int32_t>(length < 0 ? 0 : length > most ? most : length);
 }
 
 // Blocks that the longest row of a request needs.
@@ -38,7 +36,7 @@ __device__ __forceinline__ uint32_t blocks_of(const PagedLogitsParams& p, int32_
       length = other > length ? other : length;
     }
   }
-  return static_cast<uint32_t>(ceil_div(clip_length(p, length), kBlockKeys));
+  return static_cast<uint32_t>(ceil_div(clip_length(length, p.columns), kBlockKeys));
 }
 
 // Every warp keeps this for itself: lane i of a turn looks at request `base + i`.
@@ -102,44 +100,51 @@ class BlockList {
   uint32_t upto_ = 0;    // of the turn's requests up to this lane's
 };
 
-// The pages of blocks first, first + step, ... below `end` in a table row: 32 at a time in the
-// lanes of a warp, the next 32 on their way.
+// The pages, kPages a block, of blocks first, first + step, ... in a table row, as far as they lie
+// below its entry `end`: 32 pages at a time in the lanes of a warp, the next 32 on their way.
+template <int kPages>
 class PageNumbers {
  public:
   __device__ __forceinline__ PageNumbers(const int32_t* row, int32_t end, int32_t first,
                                          int32_t step)
-      : row_(row), end_(end), next_block_(first + lane_id() * step), step_(step) {
+      : row_(row),
+        end_(end),
+        next_entry_((first + lane_id() / kPages * step) * kPages + lane_id() % kPages),
+        step_(step) {
     now_ = fetch();
     next_ = fetch();
   }
 
-  // Page of the block `turn` steps from the first. Turns are asked for in ascending order ...
-  __device__ __forceinline__ int32_t get(int32_t turn) {
-    if (turn - base_ >= kWarpSize) {
-      base_ += kWarpSize;
+  // Page `part` of the block `turn` steps from the first. Turns are asked for in ascending order
+  // ...
+  __device__ __forceinline__ int32_t get(int32_t turn, int part) {
+    if (turn - base_ >= kHeld) {
+      base_ += kHeld;
       before_ = now_;
       now_ = next_;
       next_ = fetch();
     }
-    return __shfl_sync(kFullWarp, now_, turn - base_);
+    return __shfl_sync(kFullWarp, now_, (turn - base_) * kPages + part);
   }
 
-  // ... and each of the last 32 that were asked for may be asked for again.
-  __device__ __forceinline__ int32_t recall(int32_t turn) const {
+  // ... and each of the last 32 pages that were asked for may be asked for again.
+  __device__ __forceinline__ int32_t recall(int32_t turn, int part) const {
     const int32_t at = turn - base_;
-    return __shfl_sync(kFullWarp, at < 0 ? before_ : now_, at & (kWarpSize - 1));
+    return __shfl_sync(kFullWarp, at < 0 ? before_ : now_, (at & (kHeld - 1)) * kPages + part);
   }
 
  private:
+  static constexpr int kHeld = kWarpSize / kPages;  // blocks
+
   __device__ __forceinline__ int32_t fetch() {
-    const int32_t page = next_block_ < end_ ? row_[next_block_] : -1;
-    next_block_ += kWarpSize * step_;
+    const int32_t page = next_entry_ < end_ ? row_[next_entry_] : -1;
+    next_entry_ += kWarpSize * step_;
     return page;
   }
 
   const int32_t* row_;
   int32_t end_;
-  int32_t next_block_;
+  int32_t next_entry_;
   int32_t step_;
   int32_t base_ = 0;
   int32_t before_ = -1;

@@ -25,11 +25,14 @@ struct TopkPlan {
   uint32_t received;  // histograms that the peers send
   uint32_t staging;   // indices before they are written
   uint32_t entries;   // pairs of score and index to sort
+  uint32_t kept;      // what a form keeps of the row
 };
 
-template <class Policy_, int kThreads_, bool kCluster_>
+// Form: RowForm, or CandidateForm of candidates.cuh.
+template <class Policy_, int kThreads_, bool kCluster_, class Form_ = RowForm>
 struct TopkConfig {
   using Policy = Policy_;
+  using Form = Form_;
   static constexpr int kThreads = kThreads_;
   static constexpr bool kCluster = kCluster_;
   static constexpr int kWarps = kThreads / kWarpSize;

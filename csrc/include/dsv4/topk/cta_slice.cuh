@@ -22,7 +22,10 @@ struct TopkSlice {
   static_assert(kTopkMax < 1 << kEqualShift, "fewer than k lie above");
   static_assert(Config::kMaxUnits * kUnit < 1 << (32 - kEqualShift), "all may be equal");
 
-  const TopkParams& p;
+  using Params = typename Config::Form::Params;
+  using Output = typename Config::Form::Output;
+
+  const Params& p;
   const TopkPlan& plan;
   Smem& smem;
   const RowUnits<Policy>& units;
@@ -34,9 +37,9 @@ struct TopkSlice {
   int32_t depth;  // units a thread
   int32_t least;  // units of the shortest slice: the same in every CTA of the cluster
 
-  __device__ __forceinline__ TopkSlice(const TopkParams& params, const TopkPlan& chosen,
-                                       Smem& memory, const RowUnits<Policy>& row_units,
-                                       int32_t of_row, ClusterShape shape)
+  __device__ __forceinline__ TopkSlice(const Params& params, const TopkPlan& chosen, Smem& memory,
+                                       const RowUnits<Policy>& row_units, int32_t of_row,
+                                       ClusterShape shape)
       : p(params),
         plan(chosen),
         smem(memory),
@@ -65,6 +68,9 @@ struct TopkSlice {
   }
   __device__ __forceinline__ int32_t* staging() const {
     return reinterpret_cast<int32_t*>(at(plan.staging));
+  }
+  __device__ __forceinline__ int32_t* kept() const {
+    return reinterpret_cast<int32_t*>(at(plan.kept));
   }
   __device__ __forceinline__ int32_t* out() const { return p.out + row * p.out_stride; }
 
@@ -112,6 +118,7 @@ struct TopkSlice {
     const uint32_t upto = warp_inclusive_sum(own);
     const uint32_t chosen = __shfl_sync(kFullWarp, upto, kWarpSize - 1);
     if (lane_id() == 0) smem.warp_chosen[warp_id()] = chosen;
+    Output::started();
     __syncthreads();
     const uint32_t of_warp = lane_id() < kWarps ? smem.warp_chosen[lane_id()] : 0u;
     const uint32_t below = __reduce_add_sync(kFullWarp, lane_id() < warp_id() ? of_warp : 0u);
@@ -166,7 +173,7 @@ struct TopkSlice {
     int32_t* to = place() + chosen.position;
 #pragma unroll 1
     while (chosen.bits != 0) {
-      *to++ = first + __ffs(chosen.bits) - 1;
+      *to++ = Output::placed(kept(), first + __ffs(chosen.bits) - 1);
       chosen.bits &= chosen.bits - 1;
     }
   }
@@ -184,7 +191,8 @@ struct TopkSlice {
         const uint32_t position = __shfl_sync(kFullWarp, chosen.position, owner);
         const int32_t index = __shfl_sync(kFullWarp, first, owner);
         if ((bits >> lane_id()) & 1u) {
-          place()[position + __popc(bits & lanes_below())] = index + lane_id();
+          place()[position + __popc(bits & lanes_below())] =
+              Output::placed(kept(), index + lane_id());
         }
         if (lane_id() == owner) chosen.bits = 0;
       }
@@ -207,10 +215,12 @@ struct TopkSlice {
     }
     const RowOutput output(p, row);
     const int32_t* staged = staging();
-    if (p.sort) {
-      sort_slice(units, staged, reinterpret_cast<uint64_t*>(at(plan.entries)), first, last, p.k,
-                 cluster, output);
-      return;
+    if constexpr (Config::Form::kSorts) {
+      if (p.sort) {
+        sort_slice(units, staged, reinterpret_cast<uint64_t*>(at(plan.entries)), first, last, p.k,
+                   cluster, output);
+        return;
+      }
     }
 #pragma unroll 1
     for (uint32_t i = first + threadIdx.x; i < last; i += kThreads) output.write(i, staged[i]);

@@ -24,8 +24,10 @@ namespace dsv4 {
 
 template <class Config>
 __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_kernel(
-    const __grid_constant__ TopkParams p, const __grid_constant__ TopkPlan plan) {
+    const __grid_constant__ typename Config::Form::Params p,
+    const __grid_constant__ TopkPlan plan) {
   using Policy = typename Config::Policy;
+  using Output = typename Config::Form::Output;
   using Smem = TopkSmem<Config>;
   extern __shared__ __align__(16) unsigned char memory[];
   Smem& smem = *reinterpret_cast<Smem*>(memory);
@@ -57,7 +59,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   }
   __syncthreads();
   const int32_t row = Config::kCluster ? blockIdx.x / cluster.size : blockIdx.x;
-  const WindowSource source(p, row);
+  const typename Config::Form::Source source(p, row);
   const auto* scores =
       static_cast<const typename Policy::Scalar*>(p.logits) + row * p.logits_stride;
   pdl_wait();
@@ -65,13 +67,14 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   // would crowd those of one launch onto few multiprocessors (128 x 8K: 5.3 us instead of 4.0).
   pdl_launch_dependents();
 
-  const RowWindow window = source.read(p);
+  const typename Config::Form::Window window = source.read(p);
   if (cluster.rank == 0) p.write_count(row, window.length);
   bool joined = false;
   if (window.length <= p.k) {
-    if (cluster.rank == 0) RowOutput(p, row).write_all(window.length, p.k);
+    if (cluster.rank == 0) Output(p, row, window).write_all(window.length, p.k);
   } else {
-    RowOutput(p, row).fetch_pages(window.length, cluster.rank, cluster.size);
+    Output::start(p, row, window, reinterpret_cast<int32_t*>(memory + plan.kept), cluster.rank,
+                  cluster.size);
     const RowUnits<Policy> units(scores, window);
     const bool together = Config::kCluster && units.count > plan.solo_units;
     if (!together) cluster.size = 1;
@@ -87,10 +90,12 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
         // Not over TopkSmem: the memory of a live mbarrier must not hold anything else. Where it
         // did, one row of some thousands came out with the state of the four barriers in place of
         // its first four entries.
-        wide_select<Policy, Config::kThreads>(p, row, scores, window, memory + sizeof(Smem));
+        wide_select<typename Config::Form, Policy, Config::kThreads>(p, row, scores, window,
+                                                                     memory + sizeof(Smem));
       }
     }
   }
+  Output::started();
   if constexpr (Config::kCluster) {
     if (!joined) cluster_wait();  // no CTA leaves the start-up barrier half done
   }

@@ -3,10 +3,12 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 
 #include "dsv4/common/launch.cuh"
+#include "dsv4/topk/candidates.cuh"
 #include "dsv4/topk/kernel.cuh"
 #include "dsv4/topk/tuning.cuh"
 #include "dsv4/topk/wide.cuh"
@@ -20,7 +22,8 @@ constexpr int kScattered = 1024;
 
 // Shared memory of one call, in bytes; fills in the plan's offsets.
 template <class Config>
-inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, TopkPlan* plan) {
+inline size_t shared_bytes(const typename Config::Form::Params& p, int cluster, int64_t units,
+                           TopkPlan* plan) {
   using Policy = typename Config::Policy;
   const int64_t slice = ceil_div(units, cluster);
   int64_t longest = slice > plan->solo_units ? slice : plan->solo_units;
@@ -52,7 +55,9 @@ inline size_t shared_bytes(const TopkParams& p, int cluster, int64_t units, Topk
     bytes += entries * sizeof(uint64_t);
   }
   const size_t wide = sizeof(TopkSmem<Config>) + TopkWideSmem<Config::kThreads>::bytes(p.sort);
-  return bytes > wide ? bytes : wide;
+  bytes = bytes > wide ? bytes : wide;
+  plan->kept = static_cast<uint32_t>(align(bytes));
+  return plan->kept + Config::Form::kept_bytes(p);
 }
 
 // Lets the kernel use what the device has. Once a device.
@@ -115,8 +120,9 @@ inline size_t spreading_bytes(int64_t rows, int cluster, int device, const Devic
 }
 
 template <class Config>
-inline cudaError_t launch_kernel(const TopkParams& p, ScoreType type, const TopkChoice& choice,
-                                 int device, const DeviceLimits& limits, cudaStream_t stream) {
+inline cudaError_t launch_kernel(const typename Config::Form::Params& p, ScoreType type,
+                                 const TopkChoice& choice, int device, const DeviceLimits& limits,
+                                 cudaStream_t stream) {
   const cudaError_t error = prepare<Config>(device, limits);
   if (error != cudaSuccess) return error;
   TopkPlan plan{};
@@ -130,42 +136,49 @@ inline cudaError_t launch_kernel(const TopkParams& p, ScoreType type, const Topk
                            Config::kThreads, choice.cluster, smem, stream, p, plan);
 }
 
-template <class Policy, int kThreads>
-inline cudaError_t launch_threads(const TopkParams& p, ScoreType type, const TopkChoice& choice,
-                                  int device, const DeviceLimits& limits, cudaStream_t stream) {
+template <class Form, class Policy, int kThreads>
+inline cudaError_t launch_threads(const typename Form::Params& p, ScoreType type,
+                                  const TopkChoice& choice, int device, const DeviceLimits& limits,
+                                  cudaStream_t stream) {
   if (choice.cluster > 1) {
-    return launch_kernel<TopkConfig<Policy, kThreads, true>>(p, type, choice, device, limits,
-                                                             stream);
+    return launch_kernel<TopkConfig<Policy, kThreads, true, Form>>(p, type, choice, device, limits,
+                                                                   stream);
   }
-  return launch_kernel<TopkConfig<Policy, kThreads, false>>(p, type, choice, device, limits,
-                                                            stream);
+  return launch_kernel<TopkConfig<Policy, kThreads, false, Form>>(p, type, choice, device, limits,
+                                                                  stream);
 }
 
-template <class Policy>
-inline cudaError_t launch_shape(const TopkParams& p, ScoreType type, const TopkChoice& choice,
-                                int device, const DeviceLimits& limits, cudaStream_t stream) {
-  switch (choice.shape) {
-    case TopkShape::k512:
-      return launch_threads<Policy, 512>(p, type, choice, device, limits, stream);
-    case TopkShape::k256:
-      return launch_threads<Policy, 256>(p, type, choice, device, limits, stream);
-    case TopkShape::kWide:
-      return launch_overlapped(topk_wide_kernel<Policy, 1024>, dim3(p.rows), 1024, 1, 0, stream, p);
+template <class Form, class Policy>
+inline cudaError_t launch_shape(const typename Form::Params& p, ScoreType type,
+                                const TopkChoice& choice, int device, const DeviceLimits& limits,
+                                cudaStream_t stream) {
+  if (choice.shape == TopkShape::k512) {
+    return launch_threads<Form, Policy, 512>(p, type, choice, device, limits, stream);
+  }
+  if (choice.shape == TopkShape::k256) {
+    return launch_threads<Form, Policy, 256>(p, type, choice, device, limits, stream);
+  }
+  if constexpr (std::is_same_v<Form, RowForm>) {
+    return launch_overlapped(topk_wide_kernel<Policy, 1024>, dim3(p.rows), 1024, 1, 0, stream, p);
   }
   return cudaErrorInvalidValue;
 }
 
-inline cudaError_t launch_choice(const TopkParams& p, ScoreType type, const TopkChoice& choice,
-                                 int device, const DeviceLimits& limits, cudaStream_t stream) {
+template <class Form>
+inline cudaError_t launch_choice(const typename Form::Params& p, ScoreType type,
+                                 const TopkChoice& choice, int device, const DeviceLimits& limits,
+                                 cudaStream_t stream) {
   switch (type) {
     case ScoreType::kBfloat16:
-      return launch_shape<Bfloat16Keys>(p, type, choice, device, limits, stream);
+      return launch_shape<Form, Bfloat16Keys>(p, type, choice, device, limits, stream);
     case ScoreType::kFloat16:
-      return launch_shape<Float16Keys>(p, type, choice, device, limits, stream);
+      return launch_shape<Form, Float16Keys>(p, type, choice, device, limits, stream);
     case ScoreType::kFloat32:
-      return launch_shape<Float32Keys>(p, type, choice, device, limits, stream);
+      return launch_shape<Form, Float32Keys>(p, type, choice, device, limits, stream);
     case ScoreType::kNarrowedFloat32:
-      return launch_shape<NarrowedFloat32Keys>(p, type, choice, device, limits, stream);
+      if constexpr (std::is_same_v<Form, RowForm>) {
+        return launch_shape<Form, NarrowedFloat32Keys>(p, type, choice, device, limits, stream);
+      }
   }
   return cudaErrorInvalidValue;
 }
@@ -204,12 +217,15 @@ inline cudaError_t device_limits(int device, DeviceLimits* limits) {
   return cudaSuccess;
 }
 
-inline cudaError_t launch_topk(const TopkParams& p, ScoreType type, int device,
+template <class Form>
+inline cudaError_t launch_topk(const typename Form::Params& p, ScoreType type, int device,
                                cudaStream_t stream) {
   DeviceLimits limits{};
   const cudaError_t error = device_limits(device, &limits);
   if (error != cudaSuccess) return error;
-  return launch_choice(p, type, choose_topk(p, type, limits), device, limits, stream);
+  constexpr bool kCandidates = !std::is_same_v<Form, RowForm>;
+  const TopkChoice choice = choose_topk(p, type, limits, kCandidates);
+  return launch_choice<Form>(p, type, choice, device, limits, stream);
 }
 
 }  // namespace dsv4

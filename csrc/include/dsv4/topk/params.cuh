@@ -2,6 +2,7 @@
 // scores, and write a row's answer.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "dsv4/common/row_lengths.cuh"
@@ -19,6 +20,7 @@ struct TopkParams {
   int32_t k;
 
   RowLengths lengths;
+  int32_t length_shift;  // a column stands for 2^length_shift of what the lengths count
 
   IntTensor row_starts;  // [rows] or null
   int64_t row_start_stride;
@@ -63,6 +65,7 @@ struct WindowSource {
 
   __device__ __forceinline__ RowWindow read(const TopkParams& p) const {
     int64_t length = p.lengths.read(length_at);
+    length = (length + (1 << p.length_shift) - 1) >> p.length_shift;
     int64_t start = 0;
     if (p.row_starts.data != nullptr) {
       start = p.row_starts[start_at];
@@ -83,6 +86,9 @@ struct RowOutput {
   int32_t page_count;
   Divisor page_size;
 
+  __device__ __forceinline__ RowOutput(const TopkParams& p, int32_t row, const RowWindow&)
+      : RowOutput(p, row) {}
+
   __device__ __forceinline__ RowOutput(const TopkParams& p, int32_t row)
       : out(p.out + row * p.out_stride),
         out_raw(p.out_raw == nullptr ? nullptr : p.out_raw + row * p.out_raw_stride),
@@ -90,15 +96,24 @@ struct RowOutput {
         page_count(p.pages),
         page_size(p.page_size) {}
 
-  // Sends for the pages of a row of `length`, to the L2: when its indices are known, each waits for
-  // its page. `rank` of `ranks` CTAs; a thread has a line of 32 pages.
-  __device__ __forceinline__ void fetch_pages(int32_t length, uint32_t rank, uint32_t ranks) const {
-    if (page_size.value == 0) return;
+  // Sends for the row's pages, to the L2: when its indices are known, each waits for its page.
+  // `rank` of `ranks` CTAs; a thread has a line of 32 pages.
+  static __device__ __forceinline__ void start(const TopkParams& p, int32_t row,
+                                               const RowWindow& window, int32_t*, uint32_t rank,
+                                               uint32_t ranks) {
+    const RowOutput output(p, row);
+    if (output.page_size.value == 0) return;
     const int32_t page = (rank + threadIdx.x * ranks) * 32;
-    if (page < page_count && page <= page_size.divide(length - 1)) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(pages + page));
+    if (page < output.page_count && page <= output.page_size.divide(window.length - 1)) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(output.pages + page));
     }
   }
+
+  // What start() began has arrived, as far as this thread began it.
+  static __device__ __forceinline__ void started() {}
+
+  // What is stored for a chosen index.
+  static __device__ __forceinline__ int32_t placed(const int32_t*, int32_t index) { return index; }
 
   // The pool slot of a row-local index: -1 for an index beyond the table (a length the caller's
   // table does not cover), for one on a page that is none (a table padded with -1), and for a slot
@@ -123,6 +138,17 @@ struct RowOutput {
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < k; i += blockDim.x) write(i, i < length ? i : -1);
   }
+};
+
+// The plain form: all columns of a row, written as indices or as slots.
+struct RowForm {
+  using Params = TopkParams;
+  using Source = WindowSource;
+  using Window = RowWindow;
+  using Output = RowOutput;
+  static constexpr bool kSorts = true;
+
+  static size_t kept_bytes(const Params&) { return 0; }
 };
 
 }  // namespace dsv4

@@ -164,6 +164,17 @@ constexpr TopkLine kLinesFloat32[] = {
     {kAnyShare,  kAny, 0,         k32K,  512,  1,  k256},
     {kAnyShare,  kAny, 0,         kAny,  kAny, 1,  k512},
 };
+
+// Candidates: rows of up to 16K columns, most of them full. The numbers are of rows alone.
+constexpr TopkLine kCandidateLines16Bit[] = {
+    // share     rows  from       units  k     CTAs threads  measured / next best
+    {kTwoEach,   kAny, 0,         k8K,   kAny, 1,  k512},
+    {kEighth,    kAny, 0,         kAny,  kAny, 4,  k256},  // 1 and 8 rows: 3.88 us / 3.96
+    {kQuarter,   kAny, 0,         kAny,  kAny, 3,  k256},  // 32 rows: 4.25 us / four 4.39
+    {kTwoEach,   kAny, 0,         kAny,  kAny, 1,  k512},
+    {kAnyShare,  kAny, 0,         kAny,  512,  1,  k256},
+    {kAnyShare,  kAny, 0,         kAny,  kAny, 1,  k512},
+};
 // clang-format on
 
 template <size_t kCount>
@@ -178,12 +189,17 @@ inline TopkChoice first_line(const TopkLine (&lines)[kCount], int64_t rows, int6
   return ctas(1, k512);  // an empty row
 }
 
-inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device) {
+// `candidates`: the columns are those of candidates.
+inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device,
+                              bool candidates = false) {
   const int64_t units = ceil_div(p.columns, kUnit);
   const int64_t most = most_units(p, type);  // one more where rows begin anywhere
-  TopkChoice choice = type == ScoreType::kFloat32
-                          ? first_line(kLinesFloat32, p.rows, units, p.k, device.sms)
-                          : first_line(kLines16Bit, p.rows, units, p.k, device.sms);
+  const auto first = [&](const auto& lines) {
+    return first_line(lines, p.rows, units, p.k, device.sms);
+  };
+  TopkChoice choice = type == ScoreType::kFloat32 ? first(kLinesFloat32)
+                      : candidates                ? first(kCandidateLines16Bit)
+                                                  : first(kLines16Bit);
   const auto holds = [&] { return ceil_div(most, choice.cluster) <= most_units(choice.shape); };
   if (choice.cluster > device.largest_cluster) choice.cluster = device.largest_cluster;
   if (!holds()) choice = ctas(choice.cluster, k512);

@@ -29,10 +29,10 @@ struct TopkWideSmem {
 
 // The row is longer than k. `scores`: its column 0. `memory` has room for TopkWideSmem and is the
 // block's own. The window comes by value: a reference would keep the caller's in local memory.
-template <class Policy, int kThreads>
-__device__ __noinline__ void wide_select(const TopkParams& p, int32_t row,
-                                         const typename Policy::Scalar* scores, RowWindow window,
-                                         void* memory) {
+template <class Form, class Policy, int kThreads>
+__device__ __noinline__ void wide_select(const typename Form::Params& p, int32_t row,
+                                         const typename Policy::Scalar* scores,
+                                         typename Form::Window window, void* memory) {
   const RowUnits<Policy> units(scores, window);
   constexpr int kWarps = kThreads / kWarpSize;
   constexpr int kDigits = Policy::kBits / 8;
@@ -102,7 +102,7 @@ __device__ __noinline__ void wide_select(const TopkParams& p, int32_t row,
   equal = __reduce_add_sync(kFullWarp, lane < warp ? smem.equal[lane] : 0u);
 
   // 3. Ascending positions: everything above the threshold, and the first `need` of its equals.
-  const RowOutput output(p, row);
+  const typename Form::Output output(p, row, window);
   for (int32_t first = begin; first < end; first += kWarpSize) {
     const int32_t g = first + lane;
     typename Policy::Unit u = Policy::pad();
@@ -124,7 +124,7 @@ __device__ __noinline__ void wide_select(const TopkParams& p, int32_t row,
       if (is_gt || (is_eq && eq < need)) {
         const uint32_t position = gt + min(eq, need);
         const int32_t index = units.index(g, e);
-        if (p.sort) {
+        if (Form::kSorts && p.sort) {
           smem.entries[position] = sort_entry(Policy::sort_order(Policy::element(u, e)), index);
         } else {
           output.write(position, index);
@@ -136,9 +136,11 @@ __device__ __noinline__ void wide_select(const TopkParams& p, int32_t row,
     above += __shfl_sync(kFullWarp, upto_above, kWarpSize - 1);
     equal += __shfl_sync(kFullWarp, upto_equal, kWarpSize - 1);
   }
-  if (p.sort) {
-    __syncthreads();
-    sort_and_write(smem.entries, p.k, output);
+  if constexpr (Form::kSorts) {
+    if (p.sort) {
+      __syncthreads();
+      sort_and_write(smem.entries, p.k, output);
+    }
   }
 }
 
@@ -154,9 +156,9 @@ __global__ __launch_bounds__(kThreads) void topk_wide_kernel(const __grid_consta
   const RowWindow window = source.read(p);
   p.write_count(row, window.length);
   if (window.length <= p.k) {
-    RowOutput(p, row).write_all(window.length, p.k);
+    RowOutput(p, row, window).write_all(window.length, p.k);
   } else {
-    wide_select<Policy, kThreads>(p, row, scores, window, &smem);
+    wide_select<RowForm, Policy, kThreads>(p, row, scores, window, &smem);
   }
 }
 

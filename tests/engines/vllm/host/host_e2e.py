@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
 
 from benchmarks.server import vllm_side
 from dsv4_plugin.engines.shared import source
 
 ROOT = Path(__file__).resolve().parents[4]
+VLLM = tuple(map(int, vllm.__version__.split(".")[:2]))
 FORMS = {"tiny": (6, 3), "full": (43, 21), "two layers": (2, 1)}
+V41_FORMS = {"tiny": ([], 6, 3), "full": (["--full"], 40, 8)}
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -53,6 +56,30 @@ def test_vllm_reads_the_configuration(model: Path) -> None:
     assert set(config.architectures) <= set(ModelRegistry.get_supported_archs())
 
 
+@pytest.mark.parametrize("form", V41_FORMS)
+def test_vllm_reads_the_configuration_of_v41(form: str, tmp_path: Path) -> None:
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.transformers_utils.config import get_config
+
+    options, layers, indexers = V41_FORMS[form]
+    maker = ROOT / "examples" / "make_tiny_v41.py"
+    done = subprocess.run(
+        [sys.executable, maker, tmp_path, *options], capture_output=True, text=True, check=True
+    )
+    assert f"{layers} layers, {indexers} with the indexer" in done.stdout
+    written = json.loads((tmp_path / "config.json").read_text())
+    if written["architectures"][0] not in ModelRegistry.get_supported_archs():
+        assert VLLM < (0, 30), "V4.1 came with 0.30"
+        return
+    config = get_config(str(tmp_path), trust_remote_code=False)
+    text = written["text_config"]
+    same = ("index_topk", "index_n_heads", "index_source_layer_ids", "kv_source_layer_ids",
+            "candidate_source_layer_id", "candidate_topk_blocks", "candidate_block_size",
+            "compress_ratios", "num_hidden_layers", "hidden_size", "sliding_window")  # fmt: skip
+    assert {key: getattr(config, key) for key in same} == {key: text[key] for key in same}
+    assert (config.model_type, config.expert_dtype) == ("deepseek_v41", "fp4")
+
+
 def test_the_tokenizer_returns_what_it_got(model: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -87,9 +114,35 @@ def test_random_weights_take_the_place_of_vllms(monkeypatch: pytest.MonkeyPatch)
     assert Derives.derived == 1
 
 
-def test_the_runner_has_the_seam_for_copied_contexts() -> None:
-    runner = source.find("vllm.v1.worker.gpu_model_runner")
-    takes = runner.parameters("GPUModelRunner._model_forward")
+def test_the_warm_up_that_is_left_out_takes_what_it_is_given() -> None:
+    name = "_warmup_ll_bf16_router_gemm"
+    given = source.find("vllm.model_executor.warmup.kernel_warmup").parameters(name)
+    module = SimpleNamespace(**{name: None})
+    vllm_side._no_router_warmup(module)
+    assert getattr(module, name)(*given) is None
+
+
+def test_the_runners_have_the_seams_for_copied_contexts() -> None:
+    first, second = map(source.find, vllm_side.RUNNERS)
+    takes = first.parameters("GPUModelRunner._model_forward")
     assert takes[:3] == ("self", "input_ids", "positions")
-    for name in ("_kernel_block_sizes", "kv_cache_config", "input_batch"):
-        assert name in runner.text_of(""), name
+    for name in ("load_model", "execute_model"):
+        assert second.parameters(f"GPUModelRunner.{name}")[0] == "self"
+    text = second.text_of("")
+    assert "def _model_forward" not in text, "it is told from the first one by that"
+    assert "self.model(**model_inputs)" in text
+    assert '"input_ids": input_ids' in text and '"positions": input_batch.positions' in text
+    for runner in (first, second):
+        for name in ("kv_cache_config", "slot_mappings_by_layer", "model_config"):
+            assert name in runner.text_of(""), name
+    context = source.find("vllm.forward_context").text_of("")
+    assert "slot_mapping: dict[str, torch.Tensor]" in context
+
+
+def test_the_seams_that_drills_break_are_there() -> None:
+    for fault in vllm_side.SEAMS:
+        module, name = vllm_side.FAULTS[fault]
+        try:
+            assert source.find(module).binds(name)
+        except source.Missing:
+            assert fault == "candidate_seam" and VLLM < (0, 30)

@@ -1,0 +1,65 @@
+"""What a model's configuration says of its indexer, and what vLLM has to be told to serve it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4_plugin.cli.shared.run import UsageError, reading
+
+__all__ = ["V4", "V41", "Model", "read"]
+
+V4, V41 = "deepseek_v4", "deepseek_v41"
+_TOLD = (
+    "num_hidden_layers", "n_routed_experts", "index_topk", "index_n_heads", "compress_ratios",
+    "kv_source_layer_ids", "index_source_layer_ids", "candidate_source_layer_id",
+    "candidate_topk_blocks", "candidate_block_size", "hidden_size", "expert_dtype",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model.
+
+    Attributes:
+        kind: :data:`V4`, :data:`V41` or another ``model_type``.
+        indexers: layers with an indexer.
+        writers: layers that write a key of their own to an indexer's cache in each step.
+        arguments: what ``vllm serve`` needs for it.
+        about: what the results say of it.
+    """
+
+    kind: str
+    indexers: int
+    writers: int
+    arguments: tuple[str, ...]
+    about: dict[str, Any]
+
+
+def read(folder: Path) -> Model:
+    """Return what ``config.json`` in a model's folder says.
+
+    Raises:
+        UsageError: it is not there, or says nothing of a model.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UsageError(f"--model {folder}: no config.json there")
+    with reading(file, "configuration"):
+        return _model(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _model(config: dict[str, Any]) -> Model:
+    kind = config["model_type"]
+    text = config.get("text_config", config)  # V4.1 has its layers there
+    about = {"model_type": kind, **{key: text[key] for key in _TOLD if key in text}}
+    if kind == V41:
+        arguments = ["--limit-mm-per-prompt", '{"image": 0}']
+        if text.get("engram_layer_ids"):  # tables of n-grams: on the GPU, as everything else is
+            arguments += ["--engram-config", '{"cpu_offload": false}']
+        keys, indices = text["kv_source_layer_ids"], text["index_source_layer_ids"]
+        return Model(kind, len(indices), len(keys), tuple(arguments), about)
+    layers = text.get("compress_ratios", []).count(4) or text["num_hidden_layers"]
+    return Model(kind, layers, layers, ("--block-size", "256") if kind == V4 else (), about)

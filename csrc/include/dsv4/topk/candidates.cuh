@@ -1,0 +1,151 @@
+// The form of the top-k for candidates: the row's columns are the keys of a list of pieces of 8, as
+// the candidate logits write them. The columns that it sees follow from the list and from its
+// number of keys, and a chosen column is written as its key's position.
+#pragma once
+
+#include <cstdint>
+
+#include "dsv4/common/async_copy.cuh"
+#include "dsv4/common/warp.cuh"
+#include "dsv4/topk/params.cuh"
+
+namespace dsv4 {
+
+constexpr int kCandidateMax = 2048;  // pieces a row
+constexpr int kCandidateKeys = 8;    // keys a piece
+
+// `lengths` count keys. Of a list that ascends with -1 behind, columns are seen up to the last one.
+struct CandidateTopkParams : TopkParams {
+  const int32_t* candidates;  // [rows, count], stride(1) == 1
+  int64_t candidate_stride;
+  int32_t count;
+};
+
+struct CandidateWindow : RowWindow {
+  int32_t keys;  // of the row
+};
+
+// Where a row's list and its number of keys are found.
+struct CandidateSource {
+  RowLengths::Place keys_at;
+  const int32_t* list;
+
+  __device__ __forceinline__ CandidateSource(const CandidateTopkParams& p, int32_t row)
+      : keys_at(p.lengths.place(row)), list(p.candidates + row * p.candidate_stride) {}
+
+  __device__ __forceinline__ CandidateWindow read(const CandidateTopkParams& p) const {
+    int32_t last = list[p.count - 1];  // on its way together with the number of keys
+    const int64_t length = p.lengths.read(keys_at);
+    const int32_t keys = static_cast<int32_t>(length < 0           ? 0
+                                              : length > INT32_MAX ? INT32_MAX
+                                                                   : length);
+    const auto pieces = static_cast<int32_t>((keys + (kCandidateKeys - 1u)) / kCandidateKeys);
+    int32_t held = p.count;
+    if (pieces < held) {
+      held = pieces;
+      last = held > 0 ? list[held - 1] : -1;
+    }
+    if (last < 0) {
+      // A row has as many candidates as it has pieces, up to `count`; this one has fewer.
+      held = find_end(list, held > 0 ? held - 1 : 0);
+      last = held > 0 ? list[held - 1] : 0;
+    }
+    const int32_t seen = last < pieces ? min(keys - last * kCandidateKeys, kCandidateKeys) : 0;
+    const int32_t length_seen = held > 0 ? (held - 1) * kCandidateKeys + seen : 0;
+    // The sum's place is a uniform register, which the loops over the row are glad of.
+    const auto uniform = static_cast<int32_t>(__reduce_max_sync(kFullWarp, length_seen));
+    return {{0, uniform}, keys};
+  }
+
+ private:
+  // The first of the list's entries below `end` that is below zero, or `end`. Rare. All threads do
+  // the same, one entry after the other.
+  static __device__ __forceinline__ int32_t find_end(const int32_t* list, int32_t end) {
+    int32_t begin = 0;
+#pragma unroll 1
+    while (begin < end) {
+      const int32_t middle = (begin + end) / 2;
+      if (list[middle] >= 0) {
+        begin = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return begin;
+  }
+};
+
+// A column as its key's position. What is not a key that the row sees is written as -1, whatever
+// the list holds.
+struct CandidateOutput : RowOutput {
+  const int32_t* list;
+  int32_t keys;
+
+  __device__ __forceinline__ CandidateOutput(const CandidateTopkParams& p, int32_t row,
+                                             const CandidateWindow& window)
+      : RowOutput(p, row), list(p.candidates + row * p.candidate_stride), keys(window.keys) {}
+
+  static __device__ __forceinline__ int32_t position(const int32_t* list, int32_t keys,
+                                                     int32_t column) {
+    constexpr uint32_t kMost = INT32_MAX / kCandidateKeys;
+    const auto piece = static_cast<uint32_t>(list[column / kCandidateKeys]);
+    const auto found = static_cast<int32_t>(piece * kCandidateKeys) + column % kCandidateKeys;
+    return piece <= kMost && found < keys ? found : -1;
+  }
+
+  // ---- The list in shared memory: `kept` has the number of keys, then at kList the list
+  // ----------
+  static constexpr int kList = 4;
+
+  // Begins to bring there the list of a row of `window.length` columns.
+  static __device__ __forceinline__ void start(const CandidateTopkParams& p, int32_t row,
+                                               const CandidateWindow& window, int32_t* kept,
+                                               uint32_t, uint32_t) {
+    const int32_t* list = p.candidates + row * p.candidate_stride;
+    if (threadIdx.x == 0) *kept = window.keys;
+    const int32_t held = (window.length + kCandidateKeys - 1) / kCandidateKeys;
+    if (reinterpret_cast<uintptr_t>(list) % 16 == 0 && p.count % 4 == 0) {
+#pragma unroll 1
+      for (int32_t i = 4 * threadIdx.x; i < held; i += 4 * blockDim.x) {
+        copy_piece_chunk(kept + kList + i, list + i);
+      }
+    } else {
+#pragma unroll 1
+      for (int32_t i = threadIdx.x; i < held; i += blockDim.x) {
+        copy_word(kept + kList + i, list + i);
+      }
+    }
+    copies_commit();
+  }
+
+  static __device__ __forceinline__ void started() { copies_wait<0>(); }
+
+  // What is stored for a chosen column, after the CTA has met behind started().
+  static __device__ __forceinline__ int32_t placed(const int32_t* kept, int32_t column) {
+    return position(kept + kList, *kept, column);
+  }
+
+  // ---- Rare rows, by the list in global memory
+  // ---------------------------------------------------
+  __device__ __forceinline__ void write(int32_t at, int32_t column) const {
+    RowOutput::write(at, column < 0 ? -1 : position(list, keys, column));
+  }
+
+  __device__ __forceinline__ void write_all(int32_t length, int32_t k) const {
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < k; i += blockDim.x) write(i, i < length ? i : -1);
+  }
+};
+
+struct CandidateForm {
+  using Params = CandidateTopkParams;
+  using Source = CandidateSource;
+  using Window = CandidateWindow;
+  using Output = CandidateOutput;
+  static constexpr bool kSorts = false;
+
+  // Bytes of shared memory that Output::start fills.
+  static size_t kept_bytes(const Params& p) { return (Output::kList + p.count) * sizeof(int32_t); }
+};
+
+}  // namespace dsv4

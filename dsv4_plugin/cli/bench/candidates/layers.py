@@ -1,0 +1,342 @@
+"""What ``bench candidates`` times: each op, and the chains of a layer and of a step.
+
+``dsv4`` is the plugin's ops. ``full width`` does what an engine does without them: float32 logits
+of all keys and a float32 top-k over the row, both the plugin's, and between them a mask over the
+whole buffer, or block scores and ``torch.topk`` over the whole buffer (:mod:`.full_width`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import dsv4_plugin as ours
+from dsv4_plugin.cli.bench.candidates import full_width
+from dsv4_plugin.cli.bench.candidates.problem import PIECE, Group, Pool, Prefill, candidate_lists
+from dsv4_plugin.cli.checks import candidate_oracles as oracle
+from dsv4_plugin.cli.checks.oracles import same_bits
+from dsv4_plugin.logits import new_logits
+
+__all__ = ["FullWidth", "Ours", "PrefillFullWidth", "PrefillOurs"]
+
+HALF_LAYERS, CONSUMERS = 3, 4  # of ratio 2, and of those that use candidates
+
+Call = Callable[[Group], None]
+
+
+class Ours:
+    """The plugin's ops on ``rows`` rows of ``columns`` keys, in buffers of the pool's width."""
+
+    name = "dsv4"
+
+    def __init__(
+        self, pool: Pool, rows: int, columns: int, held: int, k: int, dtype: torch.dtype,
+        backend: str,
+    ) -> None:  # fmt: skip
+        self.pool, self.rows, self.columns, self.k, self.backend = pool, rows, columns, k, backend
+        device = torch.device(pool.device)
+        self.held = held
+        self.lengths = torch.full((rows,), columns, dtype=torch.int32, device=device)
+        self.half_lengths = self.lengths // 2
+        self.dense = new_logits(rows, pool.width, dtype, device)
+        self.maxima = new_logits(rows, pool.width // PIECE, dtype, device)
+        self.scored = new_logits(rows, held * PIECE, dtype, device)
+        self.chosen = torch.empty(rows, held, dtype=torch.int32, device=device)
+        self.out = torch.empty(rows, k, dtype=torch.int32, device=device)
+        self.lists = {}
+        self.fixed = candidate_lists(rows, columns, held, 1, pool.device)
+        self.groups = pool.groups(rows)
+        for i, group in enumerate(self.groups):
+            self.lists[id(group)] = candidate_lists(rows, columns, held, i, pool.device)
+
+    @property
+    def ops(self) -> dict[str, Call]:
+        """What is timed, by name."""
+        return {
+            "paged_logits": self.paged_logits,
+            "block_maxima": lambda g: self.block_maxima(g, self.dense),
+            "block_maxima alone": lambda g: self.block_maxima(g, None),
+            "select_blocks": lambda g: self.select_blocks(),
+            "candidate_logits": self.candidate_logits,
+            "select_candidates": self.select_candidates,
+            "consumer": self.consumer,
+            "source": self.source,
+            "source by candidates": self.source_by_candidates,
+            "step": self.step,
+        }
+
+    def paged_logits(self, g: Group) -> None:
+        """All keys' scores."""
+        ours.paged_logits(g.q, self.pool.cache, g.weights, self.lengths, g.table, out=self.dense,
+                          backend=self.backend)  # fmt: skip
+
+    def block_maxima(self, g: Group, logits: torch.Tensor | None) -> None:
+        """The blocks' scores, with those of all keys or without."""
+        ours.block_maxima(g.q, self.pool.cache, g.weights, self.lengths, g.table, out=self.maxima,
+                          logits=logits, backend=self.backend)  # fmt: skip
+
+    def select_blocks(self) -> None:
+        """The best blocks."""
+        ours.select_blocks(self.maxima, self.lengths, self.held, out=self.chosen,
+                           backend=self.backend)  # fmt: skip
+
+    def _score(self, g: Group, candidates: torch.Tensor) -> None:
+        ours.candidate_logits(g.q, self.pool.cache, g.weights, candidates, self.lengths, g.table,
+                              out=self.scored, backend=self.backend)  # fmt: skip
+
+    def _select(self, candidates: torch.Tensor) -> None:
+        ours.select_candidates(self.scored, candidates, self.lengths, self.k, out=self.out,
+                               backend=self.backend)  # fmt: skip
+
+    def candidate_logits(self, g: Group) -> None:
+        """The scores of the candidates' keys."""
+        self._score(g, self.lists[id(g)])
+
+    def select_candidates(self, g: Group) -> None:
+        """The best of them."""
+        self._select(self.lists[id(g)])
+
+    def consumer(self, g: Group) -> None:
+        """A layer that uses candidates."""
+        self.candidate_logits(g)
+        self.select_candidates(g)
+
+    def source(self, g: Group) -> None:
+        """The layer that chooses them."""
+        self.block_maxima(g, self.dense)
+        self.select_blocks()
+        ours.topk(self.dense, self.lengths, self.k, out=self.out, backend=self.backend)
+
+    def source_by_candidates(self, g: Group) -> None:
+        """The same without the scores of all keys: the best k lie in the best k + 1 blocks."""
+        self.block_maxima(g, None)
+        self.select_blocks()
+        self._score(g, self.chosen)
+        self._select(self.chosen)
+
+    def step(self, g: Group) -> None:
+        """All index layers of a decode step."""
+        for _ in range(HALF_LAYERS):
+            ours.paged_logits(
+                g.q, self.pool.half_cache, g.weights, self.half_lengths, g.half_table,
+                block_size=32, out=self.dense, backend=self.backend,
+            )  # fmt: skip
+            ours.topk(self.dense, self.half_lengths, self.k, out=self.out, backend=self.backend)
+        self.source(g)
+        for _ in range(CONSUMERS):
+            self._score(g, self.chosen)
+            self._select(self.chosen)
+
+    def why_wrong(self) -> str:
+        """Return what is wrong with the answers, by the oracles, or an empty string."""
+        g = self.groups[0]
+        self.dense.fill_(-torch.inf)
+        self.paged_logits(g)
+        scores = self.dense.clone()
+        n, lists = self.lengths, self.lists[id(g)]
+        self.dense.fill_(torch.nan)
+        self.block_maxima(g, self.dense)
+        if not torch.equal(self.dense[:, : self.columns], scores[:, : self.columns]):
+            return "block_maxima: other scores than paged_logits"
+        blocks = -(-self.columns // PIECE)
+        want = oracle.maxima(scores[:, : self.columns], n)
+        if not torch.equal(self.maxima[:, :blocks], want):
+            return "block_maxima: other maxima"
+        self.maxima.fill_(torch.nan)
+        self.source_by_candidates(g)
+        if not torch.equal(self.maxima[:, :blocks], want):
+            return "block_maxima alone: other maxima"
+        if not torch.equal(self.chosen, oracle.blocks(want, n, self.held)):
+            return "select_blocks: other blocks"
+        by_candidates = self.out.clone()
+        self.source(g)
+        if not torch.equal(self.out, by_candidates):
+            return "source by candidates: other indices"
+        self.scored.fill_(torch.nan)
+        self.consumer(g)
+        masked = oracle.scores(scores, lists, n)
+        if not bool(same_bits(self.scored, masked).all()):
+            return "candidate_logits: other scores than paged_logits"
+        if not torch.equal(self.out, oracle.selection(masked, lists, n, self.k)):
+            return "select_candidates: other indices"
+        return ""
+
+
+class FullWidth:
+    """The same layers without candidates ops, in float32."""
+
+    name = "full width"
+
+    def __init__(self, layers: Ours) -> None:
+        self.of = layers
+        device = torch.device(layers.pool.device)
+        rows, width = layers.rows, layers.pool.width
+        self.dense = new_logits(rows, width, torch.float32, device)
+        self.dense.zero_()
+        self.keep = torch.zeros(rows, width // PIECE + 1, dtype=torch.uint8, device=device)
+        self.best = torch.empty(rows, width // PIECE, device=device)
+        self.chosen = torch.empty_like(layers.chosen)
+        self.out = torch.empty_like(layers.out)
+        self.groups = layers.groups
+
+    @property
+    def ops(self) -> dict[str, Call]:
+        """What is timed, by name."""
+        return {
+            "paged_logits": self.paged_logits,
+            "mask": lambda g: self.mask(self.of.fixed),
+            "block selection": lambda g: self.block_selection(),
+            "consumer": lambda g: self.consumer(g, self.of.lists[id(g)]),
+            "source": self.source,
+            "step": self.step,
+        }
+
+    def paged_logits(self, g: Group) -> None:
+        """All keys' scores."""
+        of = self.of
+        ours.paged_logits(g.q, of.pool.cache, g.weights, of.lengths, g.table, out=self.dense,
+                          backend=of.backend)  # fmt: skip
+
+    def mask(self, candidates: torch.Tensor) -> None:
+        """-inf outside of the candidates, over the whole buffer."""
+        full_width.mask(self.dense, candidates, self.keep)
+
+    def block_selection(self) -> None:
+        """The best blocks, over the whole buffer."""
+        full_width.block_scores(self.dense, self.of.lengths, self.best)
+        value, index = self.best.topk(self.chosen.shape[1], dim=1)
+        self.chosen.copy_(torch.where(value == -torch.inf, -1, index))
+
+    def _topk(self, lengths: torch.Tensor) -> None:
+        ours.topk(self.dense, lengths, self.of.k, out=self.out, backend=self.of.backend)
+
+    def consumer(self, g: Group, candidates: torch.Tensor) -> None:
+        """A layer that uses candidates."""
+        self.paged_logits(g)
+        self.mask(candidates)
+        self._topk(self.of.lengths)
+
+    def source(self, g: Group) -> None:
+        """The layer that chooses them."""
+        self.paged_logits(g)
+        self.block_selection()
+        self._topk(self.of.lengths)
+
+    def step(self, g: Group) -> None:
+        """All index layers of a decode step."""
+        of = self.of
+        for _ in range(HALF_LAYERS):
+            ours.paged_logits(
+                g.q, of.pool.half_cache, g.weights, of.half_lengths, g.half_table,
+                block_size=32, out=self.dense, backend=of.backend,
+            )  # fmt: skip
+            self._topk(of.half_lengths)
+        self.source(g)
+        for _ in range(CONSUMERS):
+            self.consumer(g, self.chosen)
+
+    def why_wrong(self) -> str:
+        """Return what is wrong with the answers, or an empty string; ours must be of float32."""
+        g = self.groups[0]
+        self.source(g)
+        self.of.source(g)
+        if not torch.equal(self.out, self.of.out):
+            return "source: other indices than those of the plugin in float32"
+        of = oracle.maxima(self.dense[:, : self.of.columns], self.of.lengths)
+        mine, theirs = (
+            of.gather(1, x.clamp(min=0).long()).masked_fill(x < 0, -torch.inf).sort(1).values
+            for x in (self.chosen, self.of.chosen)
+        )
+        if not torch.equal(mine, theirs):  # up to ties
+            return "source: other blocks than those of the plugin in float32"
+        self.consumer(g, self.of.lists[id(g)])
+        self.of.consumer(g)
+        if not torch.equal(self.out, self.of.out):
+            return "consumer: other indices than those of the plugin in float32"
+        return ""
+
+
+class PrefillOurs:
+    """A consumer's chunk of prefill rows by the plugin's ops."""
+
+    name = "dsv4"
+
+    def __init__(
+        self, problem: Prefill, held: int, k: int, dtype: torch.dtype, backend: str
+    ) -> None:
+        device = problem.q.device
+        self.p, self.k, self.backend = problem, k, backend
+        self.lists = candidate_lists(problem.rows, problem.columns, held, 3, str(device))
+        self.scored = new_logits(problem.rows, held * PIECE, dtype, device)
+        self.out = torch.empty(problem.rows, k, dtype=torch.int32, device=device)
+
+    @property
+    def ops(self) -> dict[str, Callable[[], None]]:
+        """What is timed, by name."""
+        return {
+            "candidate_logits_ragged": self.candidate_logits,
+            "select_candidates": self.select_candidates,
+            "consumer": self.consumer,
+        }
+
+    def candidate_logits(self) -> None:
+        """The scores of the candidates' keys."""
+        p = self.p
+        ours.candidate_logits_ragged(p.q, p.k, p.k_scale, p.weights, self.lists, p.starts, p.ends,
+                                     out=self.scored, backend=self.backend)  # fmt: skip
+
+    def select_candidates(self) -> None:
+        """The best of them."""
+        ours.select_candidates(self.scored, self.lists, self.p.ends, self.k, out=self.out,
+                               backend=self.backend)  # fmt: skip
+
+    def consumer(self) -> None:
+        """Both."""
+        self.candidate_logits()
+        self.select_candidates()
+
+
+class PrefillFullWidth:
+    """The same by the scores of all keys, in float32."""
+
+    name = "full width"
+
+    def __init__(self, layers: PrefillOurs) -> None:
+        self.of = layers
+        p = layers.p
+        self.dense = new_logits(p.rows, p.columns, torch.float32, p.q.device)
+        blocks = p.columns // PIECE + 1
+        self.keep = torch.zeros(p.rows, blocks, dtype=torch.uint8, device=p.q.device)
+        self.out = torch.empty_like(layers.out)
+
+    @property
+    def ops(self) -> dict[str, Callable[[], None]]:
+        """What is timed, by name."""
+        return {"ragged_logits": self.logits, "consumer": self.consumer}
+
+    def logits(self) -> None:
+        """All keys' scores."""
+        p = self.of.p
+        ours.ragged_logits(p.q, p.k, p.k_scale, p.weights, p.starts, p.ends, out=self.dense,
+                           backend=self.of.backend)  # fmt: skip
+
+    def consumer(self) -> None:
+        """Scores, mask, top-k."""
+        self.logits()
+        full_width.mask(self.dense, self.of.lists, self.keep)
+        ours.topk(self.dense, self.of.p.ends, self.of.k, out=self.out, backend=self.of.backend)
+
+    def why_wrong(self) -> str:
+        """Return what is wrong with the answers, or an empty string; ours must be of float32."""
+        self.consumer()
+        self.of.consumer()
+        at = self.of.lists.long().repeat_interleave(PIECE, 1) * PIECE
+        at += torch.arange(at.shape[1], device=at.device) % PIECE
+        there = self.of.lists.repeat_interleave(PIECE, 1) >= 0
+        want = self.dense.gather(1, at.clamp(min=0)).masked_fill(~there, -torch.inf)
+        if not bool(same_bits(self.of.scored, want).all()):
+            return "candidate_logits_ragged: other scores than ragged_logits"
+        if not torch.equal(self.out, self.of.out):
+            return "consumer: other indices than those of the plugin in float32"
+        return ""

@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Write the folder of a DeepSeek-V4.1 model without weights: configuration and tokenizer.
+
+    python examples/make_tiny_v41.py DIR               # 6 layers, 3 of them with the indexer
+    python examples/make_tiny_v41.py DIR --full        # 40 layers, 8 of them with the indexer
+
+Both have every kind of layer that V4.1 has: without compressed keys, with keys of its own, with
+another layer's keys and its own indices, with another layer's indices; the layer that publishes
+candidate blocks, and those that select among them. `--full` has them where DeepSeek-V4.1-Flash
+has them. Widths that differ from V4-Flash's outside of the indexer are V4-Flash's, and the n-gram
+tables and all but a stub of the vision tower are left out.
+
+Serve it with `--limit-mm-per-prompt '{"image": 0}'`, as `python -m benchmarks.server` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tiny_model import ENDS, EXPERTS, QUANTIZATION, TOP_K, decoder, write
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which layer does what.
+
+    Attributes:
+        ratios: positions that a layer's compressed key stands for; 0: it has none.
+        keys: layers that write keys, for themselves and those after them.
+        indices: layers with an indexer, likewise.
+        candidates: the layer that publishes candidate blocks; the indexers after it read them.
+    """
+
+    ratios: tuple[int, ...]
+    keys: tuple[int, ...]
+    indices: tuple[int, ...]
+    candidates: int
+
+
+TINY = Layers((0, 0, 2, 1, 1, 1), keys=(2, 3), indices=(2, 3, 4), candidates=3)
+FULL = Layers(
+    (0, 0, *(2,) * 18, *(1,) * 20),
+    keys=(2, 8, 14, 20),
+    indices=(2, 8, 14, 20, 24, 28, 32, 36),
+    candidates=20,
+)
+
+
+def config(layers: Layers = TINY, experts: int = EXPERTS, k: int = TOP_K) -> dict[str, Any]:
+    """Return the content of config.json."""
+    text = {
+        **decoder(layers.ratios, index_heads=32, experts=experts, k=k),
+        "model_type": "deepseek_v41_text",
+        "kv_source_layer_ids": list(layers.keys),
+        "index_source_layer_ids": list(layers.indices),
+        "candidate_source_layer_id": layers.candidates,
+        "candidate_topk_blocks": 2048,
+        "candidate_block_size": 8,
+    }
+    return {
+        "architectures": ["DeepseekV41ForCausalLM"],
+        "model_type": "deepseek_v41",
+        "torch_dtype": "bfloat16",
+        **ENDS,
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": {
+            "num_hidden_layers": 1,
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "intermediate_size": 512,
+            "patch_size": 14,
+        },
+        "quantization_config": {**QUANTIZATION, "expert_dtype": "fp4"},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--full", action="store_true", help="all 40 layers")
+    parser.add_argument("--experts", type=int, default=EXPERTS, help=f"routed (default: {EXPERTS})")
+    parser.add_argument("--topk", type=int, default=TOP_K, help=f"default: {TOP_K}")
+    a = parser.parse_args()
+    layers = FULL if a.full else TINY
+    write(a.folder, config(layers, a.experts, a.topk))
+    print(f"{a.folder}: {len(layers.ratios)} layers, {len(layers.indices)} with the indexer")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""``bench candidates``: the dry run on a CPU, its goals, what it refuses."""
+
+import json
+
+import pytest
+from kits.bench_command import bench
+
+from dsv4_plugin.cli.bench.candidates.bars import bars
+from dsv4_plugin.cli.bench.candidates.report import table
+
+OPS = {
+    "paged_logits", "block_maxima", "block_maxima alone", "select_blocks", "candidate_logits",
+    "select_candidates", "consumer", "source", "source by candidates", "step",
+}  # fmt: skip
+
+
+def test_a_dry_run_checks_every_answer(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file, drawn = tmp_path / "results.json", tmp_path / "drawn.svg"
+    small = ("--rows", 2, "--columns", 512, "--device", "cpu", "--suite", "all")
+    assert bench("candidates", *small, "--json", file, "--plot", drawn) == 0
+    document = json.loads(file.read_text())
+    assert document["complete"] and document["bars"] == [], "no time of a CPU is held to a goal"
+    rows = document["results"]
+    assert all(row["exact"] for row in rows)
+    decode = [r for r in rows if (r["suite"], r["implementation"]) == ("decode", "dsv4")]
+    assert {r["op"] for r in decode} == OPS
+    assert {r["dtype"] for r in decode} == {"bfloat16", "float32"}
+    full = {r["op"] for r in rows if r["implementation"] == "full width"}
+    assert {"consumer", "source", "step", "mask", "block selection"} <= full
+    assert "<svg" in drawn.read_text()
+    again = tmp_path / "again.svg"
+    assert bench("plot", file, "--plot", again) == 0
+    assert again.read_text() == drawn.read_text()
+    said = capsys.readouterr().out
+    assert "dsv4: exact in" in said and "decode, 2 rows, us" in said
+
+
+def row(op, us, rows=1, columns=1 << 16, suite="decode", **more):
+    return {
+        "suite": suite, "op": op, "implementation": "dsv4", "dtype": "bfloat16", "rows": rows,
+        "columns": columns, "us": us, "exact": True, **more,
+    }  # fmt: skip
+
+
+def test_goals_are_of_the_worst_cell():
+    found = bars([
+        row("candidate_logits", 3.4), row("candidate_logits", 3.6, columns=1 << 20),
+        row("paged_logits", 10.0), row("block_maxima", 10.5),
+        row("paged_logits", 100.0, rows=64), row("block_maxima", 103.0, rows=64),
+        row("step", 60.0), row("consumer", 69.0, 128, 1 << 20, "prefill"),
+        row("consumer", 1.0, implementation="full width"),
+        row("step", 1.0, columns=1 << 18, dtype="float32"),
+    ])  # fmt: skip
+    assert [(bar.goal, bar.measured, bar.met) for bar in found] == [
+        (3.5, 3.6, False), (1.06, 1.05, True), (1.02, 1.03, False), (68.0, 60.0, True),
+        (70.0, 69.0, True),
+    ]  # fmt: skip
+
+
+def test_the_table_marks_what_is_wrong_and_what_is_missing():
+    lines = table([row("consumer", 8.0), row("step", 9.0, columns=1 << 20, exact=False)])
+    assert lines[1].split()[-2:] == ["64K", "1024K"]
+    assert lines[2].split()[-2:] == ["8.00", "-"]
+    assert lines[3].split()[-2:] == ["-", "9.00!"]
+
+
+@pytest.mark.parametrize(
+    "options,word",
+    [
+        (("--k", 512), "--k"),
+        (("--suite", "served"), "--suite"),
+        (("--dtype", "narrow"), "--dtype"),
+        (("--columns", 100), "--columns"),
+    ],
+)
+def test_options_that_are_not_for_it(options, word, capsys):
+    assert bench("candidates", "--device", "cpu", *options) == 2
+    assert word in capsys.readouterr().err
