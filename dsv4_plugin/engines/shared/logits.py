@@ -214,8 +214,9 @@ def _is(value: Any, dims: int, dtype: torch.dtype, packed: int = 1) -> bool:
 
 
 def _counted(selection: Selection, out: torch.Tensor) -> torch.Tensor:
-    state.count("logits.plugin", out.shape[0])
-    state.count(f"logits.plugin.{dtype_name(out.dtype)}.{selection.backend}", out.shape[0])
+    rows = out.shape[0]
+    state.count("logits.plugin", rows)
+    state.count(f"logits.plugin.{dtype_name(out.dtype)}.{selection.backend}", rows)
     if out.dtype != torch.float32:
         state.peak("logits.saved_mib", saved_mib(out))
     return out

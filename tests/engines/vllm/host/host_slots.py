@@ -289,7 +289,7 @@ def test_not_deepseek_v4(engine, run, attention, on):
             select(built, problem)
             attention.decode(problem)
     assert attention.transforms == 1 and "topk.slots" not in counters()
-    assert not seam()["engaged"] and "not DeepSeek-V4" in seam()["why"]
+    assert not seam()["engaged"] and "neither DeepSeek-V4's nor V4.1's" in seam()["why"]
 
 
 def specs(layers):
