@@ -104,16 +104,9 @@ struct CandidateOutput : RowOutput {
     const int32_t* list = p.candidates + row * p.candidate_stride;
     if (threadIdx.x == 0) *kept = window.keys;
     const int32_t held = (window.length + kCandidateKeys - 1) / kCandidateKeys;
-    if (reinterpret_cast<uintptr_t>(list) % 16 == 0 && p.count % 4 == 0) {
 #pragma unroll 1
-      for (int32_t i = 4 * threadIdx.x; i < held; i += 4 * blockDim.x) {
-        copy_piece_chunk(kept + kList + i, list + i);
-      }
-    } else {
-#pragma unroll 1
-      for (int32_t i = threadIdx.x; i < held; i += blockDim.x) {
-        copy_word(kept + kList + i, list + i);
-      }
+    for (int32_t i = threadIdx.x; i < held; i += blockDim.x) {
+      copy_word(kept + kList + i, list + i);
     }
     copies_commit();
   }
