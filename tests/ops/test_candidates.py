@@ -83,10 +83,10 @@ def test_the_scores_alone_are_asked_for(backend, device):
 def test_narrow_buffers_clip_the_rows(blocks, columns, backend, device):
     """A row's length is clipped to `out` and to `logits`; past the table keys score -inf."""
     case = draw([10_000, 192, 150, 25, 0, 64], 2, columns=192).to(device)
-    q, cache, weights, lengths, table = case.arguments
+    q, cache, weights, lengths, whole = case.arguments
     width = min(8 * blocks, columns)
     n = lengths.clamp(0, width)
-    for table in (table, table[:, :0]):
+    for table in (whole, whole[:, :0]):
         held, out, before = guarded(6, blocks, torch.bfloat16, device)
         scored, logits, blank = guarded(6, columns, torch.bfloat16, device)
         exact = torch.full((6, width), -torch.inf, dtype=out.dtype, device=device)
