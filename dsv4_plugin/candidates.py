@@ -113,8 +113,7 @@ def block_maxima(
     checks.separate((("out", given), ("logits", logits)), inputs)
     if logits is not None and out.dtype != logits.dtype:
         raise ValueError(f"logits must be of the dtype of out ({out.dtype}), got {logits.dtype}")
-    room = (out.shape[1], columns, 1 if logits is None else logits.shape[1])
-    if rows and all(room):
+    if rows and out.shape[1] and (logits is None or logits.shape[1]):
         call = Call(
             "block_maxima", q.device, out.dtype, head_dim=head_dim, heads=heads,
             block_size=block_size, piece=piece, alignment=checks.alignment(pages, q),
