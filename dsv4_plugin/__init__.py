@@ -10,21 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsv4_plugin.candidates import (
+    from dsv4_plugin.envs import settings
+    from dsv4_plugin.ops.cache import (
+        gather_indexer_cache,
+        read_indexer_cache,
+        read_indexer_cache_mxfp4,
+    )
+    from dsv4_plugin.ops.candidates import (
         block_maxima,
         candidate_logits,
         candidate_logits_ragged,
         select_blocks,
         select_candidates,
     )
-    from dsv4_plugin.envs import settings
-    from dsv4_plugin.logits import paged_logits, ragged_logits, select
-    from dsv4_plugin.ops import (
-        gather_indexer_cache,
-        read_indexer_cache,
-        read_indexer_cache_mxfp4,
-        topk,
-    )
+    from dsv4_plugin.ops.logits import paged_logits, ragged_logits, select
+    from dsv4_plugin.ops.topk import topk
     from dsv4_plugin.state import status
 
 __all__ = [
@@ -46,20 +46,20 @@ __all__ = [
 ]
 
 _WHERE = {
-    "block_maxima": "dsv4_plugin.candidates",
-    "candidate_logits": "dsv4_plugin.candidates",
-    "candidate_logits_ragged": "dsv4_plugin.candidates",
-    "gather_indexer_cache": "dsv4_plugin.ops",
-    "paged_logits": "dsv4_plugin.logits",
-    "ragged_logits": "dsv4_plugin.logits",
-    "read_indexer_cache": "dsv4_plugin.ops",
-    "read_indexer_cache_mxfp4": "dsv4_plugin.ops",
-    "select": "dsv4_plugin.logits",
-    "select_blocks": "dsv4_plugin.candidates",
-    "select_candidates": "dsv4_plugin.candidates",
+    "block_maxima": "dsv4_plugin.ops.candidates",
+    "candidate_logits": "dsv4_plugin.ops.candidates",
+    "candidate_logits_ragged": "dsv4_plugin.ops.candidates",
+    "gather_indexer_cache": "dsv4_plugin.ops.cache",
+    "paged_logits": "dsv4_plugin.ops.logits",
+    "ragged_logits": "dsv4_plugin.ops.logits",
+    "read_indexer_cache": "dsv4_plugin.ops.cache",
+    "read_indexer_cache_mxfp4": "dsv4_plugin.ops.cache",
+    "select": "dsv4_plugin.ops.logits",
+    "select_blocks": "dsv4_plugin.ops.candidates",
+    "select_candidates": "dsv4_plugin.ops.candidates",
     "settings": "dsv4_plugin.envs",
     "status": "dsv4_plugin.state",
-    "topk": "dsv4_plugin.ops",
+    "topk": "dsv4_plugin.ops.topk",
 }
 
 
