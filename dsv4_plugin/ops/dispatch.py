@@ -10,8 +10,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,8 +25,7 @@ __all__ = ["ORDER", "Call", "choose", "resolve", "unmet"]
 ORDER = ("cuda", "triton", "torch")
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a choice depends on: the op and the shape, dtype and device it is called with."""
 
     op: str
