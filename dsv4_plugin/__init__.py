@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dsv4_plugin.ops.logits import paged_logits, ragged_logits, select
     from dsv4_plugin.ops.topk import topk
     from dsv4_plugin.state import status
+    from dsv4_plugin.version import __version__
 
 __all__ = [
     "__version__",
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 _WHERE = {
+    "__version__": "dsv4_plugin.version",
     "block_maxima": "dsv4_plugin.ops.candidates",
     "candidate_logits": "dsv4_plugin.ops.candidates",
     "candidate_logits_ragged": "dsv4_plugin.ops.candidates",
@@ -64,15 +66,9 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        try:
-            value = importlib.import_module("dsv4_plugin._version").__version__
-        except ImportError:  # a source tree that was never built
-            value = "0+unknown"
-    elif name in _WHERE:
-        value = getattr(importlib.import_module(_WHERE[name]), name)
-    else:
+    if name not in _WHERE:
         raise AttributeError(f"module 'dsv4_plugin' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
     globals()[name] = value
     return value
 

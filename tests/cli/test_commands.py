@@ -37,7 +37,6 @@ COMMANDS = {
     "adapters figures": [TOOL + "tables.engines"],
     "logits figures": [TOOL + "tables.logits"],
     "e2e figures": [TOOL + "tables.server"],
-    "envs": ["dsv4_plugin.envs"],
 }
 # Those that run for as long as one likes: (arguments, lines of output before they are at work).
 LONG = {
