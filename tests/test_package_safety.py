@@ -49,6 +49,7 @@ WRITES = {
     "testing/e2e/vllm_side.py": {"unlink", "write_text"},  # --folder
     "testing/fuzz/command.py": {"open"},  # --trace
     "testing/outputs.py": {"mkdir", "open", "replace", "unlink", "write_text"},  # --json, --out …
+    "testing/results.py": {"unlink", "write_bytes"},  # --json, as it was before
     "testing/topk/plot.py": {"savefig"},  # --plot
 }
 WRITERS = {
