@@ -29,8 +29,8 @@ def expected() -> str:
         "|---|---|---|",
         "| DeepSeek-V4.1 (vLLM) | consumer layers score the keys of their candidate blocks and "
         "not all keys; the source layer finds the blocks while it scores | the eight index layers "
-        f"of a decode step take {min(step):.2f} to {max(step):.2f} of the time of the same work at "
-        "full width ([below](#measured)) |",
+        f"of a decode step take {min(step):.2f} to {max(step):.2f} of the time of the same work "
+        "with all keys scored in every layer, as vLLM does it on Hopper ([below](#measured)) |",
         "| DeepSeek-V4 | bfloat16 logits, an exact top-k on them, pool slots from the top-k | in "
         f"a whole vLLM {server['machine']['vllm']} server a token takes {-max(tokens):.1f} to "
         f"{-min(tokens):.1f} % less time |",
