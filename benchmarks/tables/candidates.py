@@ -1,17 +1,14 @@
 """The figures of DeepSeek-V4.1's index layers, made from the committed results.
 
-``python -m benchmarks.tables.candidates`` prints what stands between the ``v41-step`` markers of
-the README, with ``layers`` as its argument what stands between ``v41-layers`` of docs/results.md.
+:func:`step` makes what stands between the ``v41-step`` markers of the README, :func:`layers` what
+stands between the ``v41-layers`` markers of docs/results.md.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.tables.readme import load
-from dsv4_plugin.cli.shared.tool import prints
 
 __all__ = ["CANDIDATES", "layers", "ratios", "step"]
 
@@ -97,13 +94,3 @@ def _keys(count: int) -> str:
 
 def _exact(document: Any) -> bool:
     return all(row["exact"] for row in document["results"])
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print one of the texts; returns the exit code."""
-    what = {"step": step, "layers": layers}
-    return prints("python -m benchmarks.tables.candidates", what, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,18 +1,15 @@
 """What the README's first screen says of the expected gain, a line a model.
 
-``python -m benchmarks.tables.expected`` prints what stands between the ``expected`` markers.
+:func:`expected` makes what stands between the ``expected`` markers.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.tables.candidates import CANDIDATES, ratios
 from benchmarks.tables.readme import SERVER, TOPK, load
-from dsv4_plugin.cli.bench.topk.bars import geomean
-from dsv4_plugin.cli.shared.tool import prints
 
 __all__ = ["expected"]
 
@@ -35,8 +32,9 @@ def expected() -> str:
         f"a whole vLLM {server['machine']['vllm']} server a token takes {-max(tokens):.1f} to "
         f"{-min(tokens):.1f} % less time |",
         "| DeepSeek-V3.2, GLM | an exact float32 top-k | the top-k alone (k 2048) takes "
-        f"{geomean(alone):.2f} of the time of vLLM 0.33's, in the geometric mean of {len(alone)} "
-        f"cells; it is slower in {sum(r > 1 for r in alone)} of them (worst {max(alone):.2f}) |",
+        f"{geometric_mean(alone):.2f} of the time of vLLM 0.33's, in the geometric mean of "
+        f"{len(alone)} cells; it is slower in {sum(r > 1 for r in alone)} of them (worst "
+        f"{max(alone):.2f}) |",
     ])  # fmt: skip
 
 
@@ -51,12 +49,3 @@ def _float32(topk: Any, k: int) -> list[float]:
     }
     upstream = topk.get("vllm_choice", "vllm33")
     return [time / us[r, n, upstream] for (r, n, name), time in us.items() if name == "dsv4"]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the text; returns the exit code."""
-    return prints("python -m benchmarks.tables.expected", {"expected": expected}, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
