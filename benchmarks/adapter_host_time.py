@@ -34,7 +34,7 @@ VARIANTS = {
 
 def adapter() -> Any:
     """Return the vLLM adapter, in this tree or in an older one."""
-    for name in ("dsv4_plugin.engines.vllm", "dsv4_plugin.engines.vllm"):
+    for name in ("dsv4_plugin.integrations.vllm", "dsv4_plugin.engines.vllm"):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError:
@@ -44,7 +44,7 @@ def adapter() -> Any:
 
 def kit() -> Any:
     """Return the page size and the class that runs vLLM's indexer, in this tree or an older one."""
-    for name in ("kits.vllm_host", "kits.vllm_host"):
+    for name in ("kits.vllm_host", "dsv4_plugin.testing.vllm_host"):
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError:
@@ -84,8 +84,8 @@ class Decode:
         )
         import dsv4_plugin
 
-        logits: Any = importlib.import_module("dsv4_plugin.logits")
-        ops: Any = importlib.import_module("dsv4_plugin.ops")
+        logits: Any = importlib.import_module("dsv4_plugin.ops.logits")
+        ops: Any = importlib.import_module("dsv4_plugin")
 
         def paged_logits(*args: Any, out: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             return out

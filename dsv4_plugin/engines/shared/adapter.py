@@ -93,8 +93,11 @@ class Adapter:
 
     def intact(self, name: str) -> bool:
         """Whether the patches of a seam are there and nothing has replaced them since."""
-        patches = self.patches.get(name)
-        return bool(patches) and all(patch.ours for patch in patches or ())
+        patches = self.patches.get(name, ())
+        for patch in patches:
+            if not patch.ours:
+                return False
+        return bool(patches)
 
     def problems(self, name: str) -> list[str]:
         """Return why a seam cannot be used; an empty list if it can."""

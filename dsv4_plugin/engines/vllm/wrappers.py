@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import ops
+import dsv4_plugin as ops
 from dsv4_plugin.engines.shared import adapter, logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
 from dsv4_plugin.engines.shared.decision import DTYPES, KS, Selection
@@ -44,6 +44,10 @@ _PAGED = (
     "max_model_len",
 )  # fmt: skip
 _DENSE = ("q", "kv", "weights", "cu_seqlen_ks", "cu_seqlen_ke", "max_seqlen_k")
+_PAGED_NEEDS, _DENSE_NEEDS = frozenset(_PAGED), frozenset(_DENSE[:-1])
+_PAGED_KNOWS = _PAGED_NEEDS | {"clean_logits", "indices"}
+_DENSE_KNOWS = frozenset(_DENSE) | {"clean_logits"}
+_SLOTS = frozenset(TO_SLOTS_TAKES)
 
 
 # --- logits ----------------------------------------------------------------------------------
@@ -60,7 +64,7 @@ def paged_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
     if selection is None:
         return original(*args, **kwargs)
     given, out = by_name(_PAGED, args, kwargs), None
-    if _by_plugin(now, selection) and _plain_form(given, {"clean_logits", "indices"}, _PAGED):
+    if _by_plugin(now, selection) and _plain_form(given, _PAGED_NEEDS, _PAGED_KNOWS):
         values = tuple(given[name] for name in _PAGED if name != "schedule_metadata")
         if selection.candidates:
             engine = functools.partial(_by_engine, now, original, args, kwargs)
@@ -90,8 +94,11 @@ def dense_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
         return original(*args, **kwargs)
     given = by_name(_DENSE, args, kwargs)
     width = given.get("max_seqlen_k", 0)  # a bool here is the clean_logits of older releases
-    known = {"clean_logits", "max_seqlen_k"}
-    if _by_plugin(now, selection) and type(width) is int and _plain_form(given, known, _DENSE[:-1]):
+    if (
+        _by_plugin(now, selection)
+        and type(width) is int
+        and _plain_form(given, _DENSE_NEEDS, _DENSE_KNOWS)
+    ):
         values = tuple(given[name] for name in _DENSE[:-1])
         if selection.candidates:
             engine = functools.partial(_by_engine, now, original, args, kwargs)
@@ -109,11 +116,11 @@ def _by_plugin(now: Adapter, selection: Selection) -> bool:
     return selection.logits == "plugin" and _readers_in_place(now)
 
 
-def _plain_form(given: dict[str, Any], known: set[str], required: tuple[str, ...]) -> bool:
+def _plain_form(given: dict[str, Any], needs: frozenset[str], knows: frozenset[str]) -> bool:
     """Whether a call has the arguments that the plugin needs, no unknown ones, and FP8 queries."""
     q = given.get("q")
     return (
-        set(required) <= set(given) <= {*required, *known}
+        needs <= given.keys() <= knows
         and not given.get("clean_logits")
         and given.get("indices") is None
         and isinstance(q, tuple)
@@ -270,7 +277,7 @@ def _select(
     # The engine's selection of deferred logits has to score every key: the shadow does not watch.
     dtype = scores.dtype if deferred is None else DTYPES[deferred.selection.dtype]
     beside = watch if deferred is None else None
-    serve(kind, selection, dtype, by_plugin, by_engine, beside, rows_of(scores))
+    serve(kind, selection, dtype, by_plugin, by_engine, beside, scores.shape[0])
 
 
 def decode_topk(
@@ -374,7 +381,7 @@ def take_slots(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         store.asked()
         if note is not None:
             given = by_name(TO_SLOTS_TAKES, args, kwargs)
-            if set(given) == set(TO_SLOTS_TAKES) and store.fits(
+            if given.keys() == _SLOTS and store.fits(
                 note, given["topk_indices"], given["block_table"], given["block_size"]
             ):
                 state.count("topk.slots.taken")

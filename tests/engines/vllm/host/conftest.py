@@ -6,6 +6,7 @@ One process a release, because importing vLLM's indexer takes some ten seconds.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import sys
@@ -17,6 +18,15 @@ from kits.told import forget
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
+
+
+def pytest_collection_modifyitems(config, items):
+    """A release before DeepSeek-V4.1 has no layers with candidates: nothing to run there."""
+    there = importlib.util.find_spec("vllm") is not None
+    if there and importlib.util.find_spec("vllm.models.deepseek_v41") is None:
+        gone = [item for item in items if item.path.name == "host_candidates.py"]
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in gone]
 
 
 class Start:
@@ -120,7 +130,7 @@ def no_own(monkeypatch) -> None:
     """Our logits kernels are not there, though the top-k is."""
     from kits.host_parts import without_own_logits
 
-    from dsv4_plugin import backends
+    from dsv4_plugin.ops import dispatch as backends
 
     monkeypatch.setattr(backends, "unmet", without_own_logits(backends.unmet))
 

@@ -6,7 +6,6 @@ tie. The oracle is a stable sort over them.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 
 import pytest
@@ -15,10 +14,6 @@ from conftest import another_reader, canonical
 from kits.host_parts import oracle, read_keys, score
 
 import dsv4_plugin
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm.models.deepseek_v41") is None, reason="a release before V4.1"
-)
 
 BLOCKS = 128  # candidates of a row; a row of up to 1,024 keys has all of its blocks
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

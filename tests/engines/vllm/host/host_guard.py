@@ -65,8 +65,7 @@ def test_candidate_blocks_of_v41(engine, run, monkeypatch):
         register()
         got = run(problem)
     stayed_upstream(engine, problem, got)
-    assert "candidate blocks" in why()
-    assert "candidate blocks" in why("gather")
+    assert "candidate blocks have" in why() and why("gather") is None
 
 
 def test_decode_context_parallelism(engine, run, monkeypatch):

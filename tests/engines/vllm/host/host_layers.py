@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import sys
 import types
@@ -34,34 +35,25 @@ def model(engine, family, mode="NONE"):
         yield
 
 
-def layer(engine, problem, name, candidates=None, writes=False, **values):
-    """A layer of this name. A release without candidates gets them as attributes."""
-    built = None
+def layer(engine, problem, name, candidates=None, writes=False):
+    """A layer of this name. A release without candidates has them as attributes of the class.
+
+    Its candidate blocks have 16 keys, which the plugin does not serve.
+    """
     cls = engine.indexer.SparseAttnIndexer
-    original = cls.__init__
-
-    def init(self, *args, **kwargs):
-        self.candidate_blocks, self.candidate_write = candidates, writes
-        original(self, *args, **kwargs)
-
-    cache = types.SimpleNamespace(prefix=name, kv_cache=problem.cache)
-    if "candidate_write" in layers_take(engine):
-        if candidates is not None:
-            values |= {"candidate_blocks": candidates, "candidate_block_size": 8}
-            values["candidate_write"] = writes
-        return engine.layer(problem, k_cache=cache, **values)
-    cls.__init__ = init
+    of = {"candidate_blocks": candidates, "candidate_block_size": 16, "candidate_write": writes}
+    if candidates is None:
+        of = {}
+    takes = inspect.signature(inspect.unwrap(cls.__init__)).parameters
+    late = {} if "candidate_write" in takes else of
+    for attribute, value in late.items():
+        setattr(cls, attribute, value)
     try:
-        built = engine.layer(problem, k_cache=cache, **values)
+        cache = types.SimpleNamespace(prefix=name, kv_cache=problem.cache)
+        return engine.layer(problem, k_cache=cache, **({} if late else of))
     finally:
-        cls.__init__ = original
-    return built
-
-
-def layers_take(engine):
-    import inspect
-
-    return inspect.signature(inspect.unwrap(engine.indexer.SparseAttnIndexer.__init__)).parameters
+        for attribute in late:
+            delattr(cls, attribute)
 
 
 def step(engine, built, problem):
@@ -88,14 +80,9 @@ def active_lines(caplog):
     return [line for line in said if line.startswith(("dsv4 active in", "dsv4 inactive in"))]
 
 
-def v41(engine, problem, monkeypatch):
+def v41(engine, problem):
     """The three kinds of DeepSeek-V4.1; source and consumer share one cache and its name."""
-    for name in ("_select_candidate_blocks", "_apply_candidate_mask"):
-        if hasattr(engine.indexer, name):  # Triton kernels; here only who calls them matters
-            note = lambda *a, name=name: engine.calls.append(types.SimpleNamespace(  # noqa: E731
-                name=name, dtype=None, logits=None, rows=0, own=False))  # fmt: skip
-            monkeypatch.setattr(engine.indexer, name, note)
-    blocks = torch.full((len(problem.lengths), 64), -1, dtype=torch.int32)
+    blocks = torch.full((len(problem.buffer), 64), -1, dtype=torch.int32)
     return (
         layer(engine, problem, "model.layers.2.indexer"),
         layer(engine, problem, "model.layers.20.indexer", blocks, True),
@@ -103,47 +90,53 @@ def v41(engine, problem, monkeypatch):
     )
 
 
-def test_v41_is_decided_by_kind(engine, on, monkeypatch, caplog):
-    """The plain layers are served; the source and the consumers are vLLM's, and the log says so."""
+def test_each_kind_is_decided_for_itself(engine, on, caplog):
+    """The plain layers are served; of the others, which are not, the log says so."""
     problem = engine.problem(**MIXED)
     with model(engine, "deepseek_v41"):
-        plain, source, consumer = v41(engine, problem, monkeypatch)
+        plain, source, consumer = v41(engine, problem)
         assert [layers.kind_of(seen).name for seen in adapter.current().layers.values()] == [
             PLAIN, SOURCE, CONSUMER,
         ]  # fmt: skip
         for built, kind in ((plain, PLAIN), (source, SOURCE), (consumer, CONSUMER), (plain, PLAIN)):
             got = step(engine, built, problem)
-            assert torch.equal(got, engine.expected(problem.k))
             assert served(engine) is (kind == PLAIN), kind
-            assert dtypes(engine) == {torch.float32}
-            assert ("cp_gather_indexer_k_quant_cache" not in names(engine)) is (kind == PLAIN)
+            assert dtypes(engine) == {torch.bfloat16 if kind == PLAIN else torch.float32}
+            if kind == PLAIN:
+                assert torch.equal(got, engine.expected(problem.k))
     counters = dsv4_plugin.status()["counters"]
     assert counters["topk.decode"] == counters["topk.prefill"] == 2
     assert counters["topk.decode.upstream"] == counters["topk.prefill.upstream"] == 2
-    told = active_lines(caplog)
-    assert len(told) == 3, told
-    version = f"vLLM {engine.version}"
-    assert told[0].startswith(f"dsv4 active in {version}, {PLAIN} layers: top-k: fp32 by torch on ")
-    assert told[1].startswith(f"dsv4 inactive in {version}, {SOURCE} layers: top-k: the engine's (")
-    assert "selects the candidate blocks" in told[1]
-    assert told[2].startswith(f"dsv4 inactive in {version}, {CONSUMER} layers: top-k: the engine's")
-    assert "masks its scores with candidate blocks" in told[2]
-    seams = dsv4_plugin.status()["seams"]
-    assert seams["topk.decode"]["engaged"] and seams["gather"]["engaged"]
+    last = last_lines(engine, caplog)
+    assert set(last) == {PLAIN, SOURCE, CONSUMER}
+    assert "top-k: bf16 by torch on the plugin's bf16 logits" in last[PLAIN]
+    for kind in (SOURCE, CONSUMER):
+        assert "top-k: the engine's (" in last[kind] and "blocks have 16 keys" in last[kind]
+    assert dsv4_plugin.status()["seams"]["topk.decode"]["engaged"]
 
 
-def test_calls_that_look_the_same_have_one_decision(engine, on, monkeypatch, caplog):
+def last_lines(engine, caplog):
+    """What was said last of each kind; no line twice."""
+    said = active_lines(caplog)
+    assert len(said) == len(set(said))
+    found = {}
+    for line in said:
+        what = line.partition(f"in vLLM {engine.version}, ")[2].partition(" layers: ")[0]
+        found[what] = line
+    return found
+
+
+def test_calls_that_look_the_same_have_one_decision(engine, on, caplog):
     """A compiled model: nothing says which layer calls, so no kind is served."""
     problem = engine.problem(**MIXED)
     with model(engine, "deepseek_v41", "VLLM_COMPILE"):
-        three = v41(engine, problem, monkeypatch)
-        for built in three:
-            assert torch.equal(step(engine, built, problem), engine.expected(problem.k))
+        for built in v41(engine, problem):
+            step(engine, built, problem)
             assert not served(engine) and dtypes(engine) == {torch.float32}
     line = active_lines(caplog)[-1]
-    assert line.startswith("dsv4 inactive in ") and "candidate blocks" in line
     assert all(kind in line for kind in (PLAIN, SOURCE, CONSUMER))
-    assert "the model is compiled" in line
+    assert "top-k: the engine's (" in line and "blocks have 16 keys" in line
+    assert "calls of these kinds look the same: the model is compiled" in line
     assert not dsv4_plugin.status()["seams"]["topk.decode"]["engaged"]
 
 
@@ -152,8 +145,8 @@ def test_an_explicit_setting_is_for_every_kind(engine, on, monkeypatch, setting)
     monkeypatch.setenv(*setting.split("="))
     problem = engine.problem(**MIXED)
     with model(engine, "deepseek_v41"):
-        with pytest.raises(UnmetError, match="candidate blocks"):
-            v41(engine, problem, monkeypatch)
+        with pytest.raises(UnmetError, match="candidate blocks have 16 keys"):
+            v41(engine, problem)
         adapter.current().layers.clear()
         alone = layer(engine, problem, "model.layers.2.indexer")
         step(engine, alone, problem)
@@ -177,7 +170,9 @@ def test_each_kind_has_its_dtype(engine, on, caplog):
                 got = step(engine, built, problem)
             assert torch.equal(got, engine.expected(problem.k))
             assert served(engine) and dtypes(engine) == {dtype}
-    assert len(active_lines(caplog)) == 2
+    last = last_lines(engine, caplog)
+    assert set(last) == {"DeepSeek-V4", "DeepSeek-V3.2-like"}
+    assert "top-k: bf16" in last["DeepSeek-V4"] and "top-k: fp32" in last["DeepSeek-V3.2-like"]
 
 
 def test_two_kinds_that_a_call_cannot_tell_are_the_engines(engine, on):
@@ -203,7 +198,7 @@ def test_a_call_past_the_op_is_the_engines_where_kinds_differ(engine, on):
 def test_a_failure_ends_every_kind(engine, on, monkeypatch):
     problem = engine.problem(**MIXED)
     both = two_kinds(engine, problem)
-    monkeypatch.setattr("dsv4_plugin.ops.topk", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("dsv4_plugin.topk", lambda *a, **k: 1 / 0)
     with engine.gpu(90):
         for built in both:
             step(engine, built, problem)
@@ -216,7 +211,7 @@ def test_a_failure_ends_every_kind(engine, on, monkeypatch):
 def test_the_call_leaves_no_kind_behind(engine, on, monkeypatch):
     problem = engine.problem(**MIXED)
     first, _ = two_kinds(engine, problem)
-    monkeypatch.setattr("dsv4_plugin.state.state.count", lambda name: 1 / 0)
+    monkeypatch.setattr("dsv4_plugin.state.state.count", lambda *counted: 1 / 0)
     with engine.gpu(90), pytest.raises(ZeroDivisionError):
         step(engine, first, problem)
     assert adapter.current().call.kind is None
@@ -244,13 +239,16 @@ def test_every_kind_is_reached_and_the_last_takes_all():
     assert len({kind.name for kind in layers.KINDS}) == len(layers.KINDS)
     last = layers.KINDS[-1]
     unknown = layers.Layer((), "layer", 512, torch.device("cpu"), "", "", (), ())
-    assert layers.kind_of(unknown) is last and not last.kept
+    assert layers.kind_of(unknown) is last and not last.candidates
     assert all(kind.dtypes[-1] == "fp32" for kind in layers.KINDS)
 
 
-def test_the_lines_are_said_once(engine, on, monkeypatch, caplog):
+def test_the_lines_are_said_once(engine, on, caplog):
     problem = engine.problem(**MIXED)
     with model(engine, "deepseek_v41"):
-        keep = [v41(engine, problem, monkeypatch) for _ in range(3)]
-    assert len(active_lines(caplog)) == 3 and len(keep) == 3
+        keep = [v41(engine, problem) for _ in range(3)]
+        said = active_lines(caplog)
+        keep += [v41(engine, problem) for _ in range(3)]
+    assert active_lines(caplog) == said and len(keep) == 6
+    assert set(last_lines(engine, caplog)) == {PLAIN, SOURCE, CONSUMER}
     assert not [r for r in caplog.records if r.name == "dsv4_plugin" and r.levelno > logging.INFO]
