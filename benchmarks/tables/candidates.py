@@ -1,7 +1,7 @@
 """The figures of DeepSeek-V4.1's index layers, made from the committed results.
 
-:func:`step` makes what stands between the ``v41-step`` markers of the README, :func:`layers` what
-stands between the ``v41-layers`` markers of docs/results.md.
+:func:`server` makes what stands between the ``v41-server`` markers of the README, :func:`step` and
+:func:`layers` what stands between ``v41-step`` and ``v41-layers`` in docs/results.md.
 """
 
 from __future__ import annotations
@@ -10,15 +10,57 @@ from typing import Any
 
 from benchmarks.tables.readme import load
 
-__all__ = ["CANDIDATES", "layers", "ratios", "step"]
+__all__ = ["CANDIDATES", "SERVER", "layers", "ratios", "server", "step"]
 
-CANDIDATES = "h200_candidates.json"
+CANDIDATES, SERVER = "h200_candidates.json", "h200_vllm_v41.json"
 PLUGIN, FULL_WIDTH = ("dsv4", "bfloat16"), ("full width", "float32")
 Cells = dict[tuple[str, int, int], float]  # op, rows, keys → µs
 
 
+def server() -> str:
+    """Return the Markdown between the ``v41-server`` markers of the README."""
+    document = load(SERVER)
+    about = document["machine"]
+    kernels = {
+        (profile["context"], profile.get("concurrency", 1)): profile["servers"]
+        for profile in document["profiles"]
+    }
+    lines = [
+        f"A whole vLLM {about['vllm']} server of DeepSeek-V4.1, "
+        f"{document['model']['num_hidden_layers']} layers of random weights, on one {about['gpu']} "
+        f"(`benchmarks/results/{SERVER}`, of commit {about['commit'][:7]}), without the plugin / "
+        "with it; the profiler gives the time of all kernels and of the indexer's:",
+        "",
+        "| requests x tokens of context | ms a token | ratio (95 % interval) | all kernels, ms a "
+        "step | indexer, µs a layer |",
+        "|---|---|---|---|---|",
+    ]
+    for row in document["summary"]:
+        if row["figure"] != "tpot_ms":
+            continue
+        low, high = row["interval95"]
+        busy = indexer = "–"
+        if found := kernels.get((row["context"], row["concurrency"])):
+            sides = found["off"], found["on"]
+            busy = " / ".join(f"{side['busy_us'] / 1e3:.2f}" for side in sides)
+            indexer = " / ".join(f"{side['chain_us_layer']:.1f}" for side in sides)
+        lines.append(
+            f"| {row['concurrency']} x {row['context']:,} | {row['off']:.2f} / {row['on']:.2f} | "
+            f"{row['ratio']:.3f} ({low:.3f} – {high:.3f}) | {busy} | {indexer} |"
+        )
+    memory = [document["servers"][name]["memory"] for name in ("off", "on")]
+    graphs = " / ".join(f"{of['graphs_gib']:.2f}" for of in memory)
+    peak = " / ".join(f"{of['end'][0]['allocated_peak_gib']:.1f}" for of in memory)
+    return "\n".join([
+        *lines,
+        "",
+        f"vLLM's log gives {graphs} GiB for the captured graphs; torch allocated {peak} GiB at "
+        "most.",
+    ])  # fmt: skip
+
+
 def step() -> str:
-    """Return the Markdown between the ``v41-step`` markers of the README."""
+    """Return the Markdown between the ``v41-step`` markers of docs/results.md."""
     document = load(CANDIDATES)
     found = ratios(document, "step")
     return "\n".join([
