@@ -70,8 +70,8 @@ VARIABLES: tuple[Variable, ...] = (
         "topk",
         ("auto", "bf16", "fp16", "fp32", "off"),
         "auto",
-        "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 where its index "
-        "logits can be had in bf16 (see `DSV4_LOGITS`), exact float32 everywhere else. `bf16`, "
+        "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 and V4.1 where "
+        "index logits can be had in bf16 (see `DSV4_LOGITS`), exact float32 elsewhere. `bf16`, "
         "`fp16`, `fp32`: this or an error when the layer is built or first called. `off`: the "
         "engine's own top-k.",
     ),
