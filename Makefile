@@ -49,12 +49,12 @@ $(VENV)/.ready: pyproject.toml $(CSRC)
 	$(VENV)/bin/python -m pip install -q -e '.[test,dev,docs]'
 	touch $@
 
-# Two releases of vLLM without their CUDA stack, for the demo and tests/vllm: some 2 GB, once.
+# Two releases of vLLM without their CUDA stack, for the demo and tests/engines/vllm: some 2 GB, once.
 vllm-env:
 	$(PYTHON) examples/make_vllm_cpu_env.py --dir $(VLLM_ENV)
 
-# SGLang (four releases) and TokenSpeed (one) in the same way, for tests/sglang and
-# tests/tokenspeed: some 2.8 GB, once. Python 3.11 or later.
+# SGLang (four releases) and TokenSpeed (one) in the same way, for tests/engines/sglang and
+# tests/engines/tokenspeed: some 2.8 GB, once. Python 3.11 or later.
 hosts-env:
 	$(PYTHON) examples/make_hosts_cpu_env.py --dir $(HOSTS_ENV)
 

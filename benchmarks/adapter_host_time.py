@@ -84,8 +84,8 @@ class Decode:
         )
         import dsv4_plugin
 
-        logits: Any = importlib.import_module("dsv4_plugin.logits")
-        ops: Any = importlib.import_module("dsv4_plugin.ops")
+        logits: Any = importlib.import_module("dsv4_plugin.ops.logits")
+        ops: Any = importlib.import_module("dsv4_plugin")
 
         def paged_logits(*args: Any, out: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             return out

@@ -1,7 +1,8 @@
-"""Links of a page that leave ``docs/``, for the site (``hooks`` in mkdocs.yml).
+"""The README as a page of the site, and links that leave ``docs/`` (``hooks`` in mkdocs.yml).
 
-In the repository's own view they are links. The site has no such page, so a link becomes its text
-and the path; an image is brought along.
+In the repository's own view such links work. The site has the README as its page ``overview.md``.
+It has no other page from outside ``docs/``, so a link there becomes its text and the path; an image
+is brought along.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-__all__ = ["on_page_markdown", "outside", "split"]
+__all__ = ["on_files", "on_page_markdown", "outside", "overview", "split"]
 
-_LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>\.\./[^)#\s]+)[^)]*\)")
+_OVERVIEW = "overview.md"
+_LINK = re.compile(
+    r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>\.\./[^)#\s]+)(?P<anchor>[^)]*)\)"
+)
 _FENCED = re.compile(r"^(```.*?^```)", re.M | re.S)
 
 
@@ -21,6 +25,15 @@ def outside(page: str, target: str) -> str | None:
     """Return where a link of ``page`` (a path in ``docs/``) leads in the repository, if outside."""
     path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), target))
     return None if path.startswith("docs/") else path
+
+
+def overview(readme: str) -> str:
+    """Return the README with its links as they are seen from ``docs/``."""
+    parts = _FENCED.split(readme)
+    parts[::2] = [
+        re.sub(r"\]\((?!\w+:|#)", "](../", part).replace("](../docs/", "](") for part in parts[::2]
+    ]
+    return "".join(parts)
 
 
 def split(markdown: str, page: str) -> tuple[str, dict[str, str]]:
@@ -35,6 +48,8 @@ def split(markdown: str, page: str) -> tuple[str, dict[str, str]]:
         path = outside(page, link["target"])
         if path is None:
             return link[0]
+        if path == "README.md":
+            return f"[{link['text']}]({up}{_OVERVIEW}{link['anchor']})"
         if link["image"]:
             images[f"outside/{path}"] = path
             return f"![{link['text']}]({up}outside/{path})"
@@ -44,6 +59,16 @@ def split(markdown: str, page: str) -> tuple[str, dict[str, str]]:
     parts = _FENCED.split(markdown)
     parts[::2] = [_LINK.sub(replaced, part) for part in parts[::2]]
     return "".join(parts), images
+
+
+def on_files(files: Any, config: Any, **_: Any) -> Any:
+    """Called by MkDocs with the files of ``docs/``."""
+    from mkdocs.structure.files import File
+
+    readme = Path(config.config_file_path).parent / "README.md"
+    text = overview(readme.read_text(encoding="utf-8"))
+    files.append(File.generated(config, _OVERVIEW, content=text))
+    return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any, **_: Any) -> str:

@@ -10,22 +10,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsv4_plugin.candidates import (
+    from dsv4_plugin.envs import settings
+    from dsv4_plugin.ops.cache import (
+        gather_indexer_cache,
+        read_indexer_cache,
+        read_indexer_cache_mxfp4,
+    )
+    from dsv4_plugin.ops.candidates import (
         block_maxima,
         candidate_logits,
         candidate_logits_ragged,
         select_blocks,
         select_candidates,
     )
-    from dsv4_plugin.envs import settings
-    from dsv4_plugin.logits import paged_logits, ragged_logits, select
-    from dsv4_plugin.ops import (
-        gather_indexer_cache,
-        read_indexer_cache,
-        read_indexer_cache_mxfp4,
-        topk,
-    )
+    from dsv4_plugin.ops.logits import paged_logits, ragged_logits, select
+    from dsv4_plugin.ops.topk import topk
     from dsv4_plugin.state import status
+    from dsv4_plugin.version import __version__
 
 __all__ = [
     "__version__",
@@ -46,33 +47,28 @@ __all__ = [
 ]
 
 _WHERE = {
-    "block_maxima": "dsv4_plugin.candidates",
-    "candidate_logits": "dsv4_plugin.candidates",
-    "candidate_logits_ragged": "dsv4_plugin.candidates",
-    "gather_indexer_cache": "dsv4_plugin.ops",
-    "paged_logits": "dsv4_plugin.logits",
-    "ragged_logits": "dsv4_plugin.logits",
-    "read_indexer_cache": "dsv4_plugin.ops",
-    "read_indexer_cache_mxfp4": "dsv4_plugin.ops",
-    "select": "dsv4_plugin.logits",
-    "select_blocks": "dsv4_plugin.candidates",
-    "select_candidates": "dsv4_plugin.candidates",
+    "__version__": "dsv4_plugin.version",
+    "block_maxima": "dsv4_plugin.ops.candidates",
+    "candidate_logits": "dsv4_plugin.ops.candidates",
+    "candidate_logits_ragged": "dsv4_plugin.ops.candidates",
+    "gather_indexer_cache": "dsv4_plugin.ops.cache",
+    "paged_logits": "dsv4_plugin.ops.logits",
+    "ragged_logits": "dsv4_plugin.ops.logits",
+    "read_indexer_cache": "dsv4_plugin.ops.cache",
+    "read_indexer_cache_mxfp4": "dsv4_plugin.ops.cache",
+    "select": "dsv4_plugin.ops.logits",
+    "select_blocks": "dsv4_plugin.ops.candidates",
+    "select_candidates": "dsv4_plugin.ops.candidates",
     "settings": "dsv4_plugin.envs",
     "status": "dsv4_plugin.state",
-    "topk": "dsv4_plugin.ops",
+    "topk": "dsv4_plugin.ops.topk",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        try:
-            value = importlib.import_module("dsv4_plugin._version").__version__
-        except ImportError:  # a source tree that was never built
-            value = "0+unknown"
-    elif name in _WHERE:
-        value = getattr(importlib.import_module(_WHERE[name]), name)
-    else:
+    if name not in _WHERE:
         raise AttributeError(f"module 'dsv4_plugin' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
     globals()[name] = value
     return value
 

@@ -1,7 +1,7 @@
 """Every setting of the plugin: the one module that reads ``DSV4_*`` from the environment.
 
 A setting has a variable, a type, a default and a meaning, all in :data:`VARIABLES`; the table
-in the README is generated from it (``python -m dsv4_plugin.envs``) and a test compares the two.
+in the README is generated from it (:func:`table`) and a test compares the two.
 
 An engine may override the environment for one model through its own configuration
 (vLLM: ``--additional-config.dsv4.topk bf16``): see :func:`override`. The kill switch
@@ -70,8 +70,8 @@ VARIABLES: tuple[Variable, ...] = (
         "topk",
         ("auto", "bf16", "fp16", "fp32", "off"),
         "auto",
-        "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 where its index "
-        "logits can be had in bf16 (see `DSV4_LOGITS`), exact float32 everywhere else. `bf16`, "
+        "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 and V4.1 where "
+        "index logits can be had in bf16 (see `DSV4_LOGITS`), exact float32 elsewhere. `bf16`, "
         "`fp16`, `fp32`: this or an error when the layer is built or first called. `off`: the "
         "engine's own top-k.",
     ),
@@ -380,11 +380,3 @@ def table() -> str:
         choices = " ".join(f"`{c}`" for c in v.choices if c) or "an absolute path"
         lines.append(f"| `{v.name}` | {choices} | {v.default or 'unset'} | {v.meaning} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from dsv4_plugin.cli.shared.tool import prints
-
-    sys.exit(prints("python -m dsv4_plugin.envs", {"table": table}))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_plugin import envs, log, metrics, processes
+from dsv4_plugin.version import __version__
 
 __all__ = ["publish"]
 
@@ -38,11 +39,9 @@ def publish(report: Callable[[], dict[str, Any]]) -> None:
 
 
 def _write(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    import dsv4_plugin
-
     pid = os.getpid()
     who = {"pid": pid, "node": processes.NODE, "started": processes.started(pid)}
-    report = {**who, "plugin": dsv4_plugin.__version__, **report}
+    report = {**who, "plugin": __version__, **report}
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{processes.NODE}-{pid}.json"
     part = file.with_suffix(".part")

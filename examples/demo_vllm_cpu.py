@@ -49,7 +49,7 @@ class OutsideLogits:
     """The clock stands still while DeepGEMM's stand-in, or torch for our kernel, scores."""
 
     def __init__(self, deep_gemm) -> None:
-        from dsv4_plugin import logits
+        from dsv4_plugin.ops import logits
 
         self.inside = 0.0
         for owner, names in (

@@ -18,12 +18,14 @@ PACKAGE = ROOT / "dsv4_plugin"
 # The longest name that fits a module is its room.
 ROOMS = [
     "dsv4_plugin._version",
+    "dsv4_plugin.version",
     "dsv4_plugin.errors",
     "dsv4_plugin.envs",
     "dsv4_plugin.log",
-    "dsv4_plugin.state",
-    "dsv4_plugin.status_file",
+    "dsv4_plugin.processes",
     "dsv4_plugin.metrics",
+    "dsv4_plugin.status_file",
+    "dsv4_plugin.state",
     "dsv4_plugin.kernels",
     "dsv4_plugin.ops",
     "dsv4_plugin",  # the public names

@@ -49,14 +49,14 @@ RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 WHOLE_CHUNK = 4096  # tokens of a forward pass from which it is worth copying
 STATUS_EVERY_S = 1.0
 FAULTS = {
-    "topk": ("dsv4_plugin.ops", "topk"),
-    "logits": ("dsv4_plugin.logits", "paged_logits"),
-    "gather": ("dsv4_plugin.ops", "gather_indexer_cache"),
-    "block_maxima": ("dsv4_plugin.candidates", "block_maxima"),
-    "select_blocks": ("dsv4_plugin.candidates", "select_blocks"),
-    "candidate_logits": ("dsv4_plugin.candidates", "candidate_logits"),
-    "select_candidates": ("dsv4_plugin.candidates", "select_candidates"),
-    "capability": ("dsv4_plugin.backends", "capability"),
+    "topk": ("dsv4_plugin", "topk"),
+    "logits": ("dsv4_plugin.ops.logits", "paged_logits"),
+    "gather": ("dsv4_plugin", "gather_indexer_cache"),
+    "block_maxima": ("dsv4_plugin.ops.candidates", "block_maxima"),
+    "select_blocks": ("dsv4_plugin.ops.candidates", "select_blocks"),
+    "candidate_logits": ("dsv4_plugin.ops.candidates", "candidate_logits"),
+    "select_candidates": ("dsv4_plugin.ops.candidates", "select_candidates"),
+    "capability": ("dsv4_plugin.ops.dispatch", "capability"),
     "seam": ("vllm._custom_ops", "top_k_per_row_prefill"),
     "candidate_seam": (
         "vllm.model_executor.kernels.attention.dsa.candidate_blocks", "select_candidate_blocks",

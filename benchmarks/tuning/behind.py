@@ -22,7 +22,7 @@ from dsv4_plugin.cli.bench.logits import cases
 from dsv4_plugin.cli.bench.topk.cases import DTYPES, Case, Problem
 from dsv4_plugin.cli.bench.topk.served import Elsewhere
 from dsv4_plugin.cli.checks.timing import capture
-from dsv4_plugin.logits import new_logits
+from dsv4_plugin.ops.logits import new_logits
 
 __all__ = ["Behind", "after_logits", "kernels"]
 

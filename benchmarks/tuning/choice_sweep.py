@@ -75,7 +75,7 @@ class Sweep:
             problem = case.make("cuda")
         else:
             problem, score = self.behind.problem(case)
-        reference = Reference(problem, case.k, narrow=case.dtype == "narrow")
+        reference = Reference(problem, case.k)
         source = problem.logits.clone() if self.elsewhere else None
         width = case.width or case.columns
         every = [None, *choices(case.rows, width, self.sms, self.solos)]
@@ -95,16 +95,15 @@ class Sweep:
     def _call(
         self, case: Case, problem: Problem, choice: tuple[int, int, int] | None
     ) -> tuple[Callable[[], Any], torch.Tensor]:
-        narrow = case.dtype == "narrow"
         out = torch.full((case.rows, case.k), DIRTY, dtype=torch.int32, device="cuda")
         if choice is None:
             return functools.partial(
                 topk, problem.logits, problem.lengths, case.k, page_table=problem.page_table,
-                out=out, narrow=narrow, backend="cuda",
+                out=out, backend="cuda",
             ), out  # fmt: skip
         return functools.partial(
             cuda.topk_with, problem.logits, problem.lengths, out, threads=choice[0],
-            cluster=choice[1], solo=choice[2], narrow=narrow, page_table=problem.page_table,
+            cluster=choice[1], solo=choice[2], page_table=problem.page_table,
         ), out  # fmt: skip
 
     def _row(

@@ -17,18 +17,14 @@ namespace {
 
 using tvm::ffi::Optional;
 
-ScoreType score_type(const char* name, const TensorView& logits, bool narrow) {
-  if (narrow && !is_dtype(logits, kDLFloat, 32)) {
-    TVM_FFI_THROW(TypeError) << "narrow=True, but " << name << " is " << dtype_name(logits.dtype())
-                             << "; only float32 can be narrowed to bfloat16";
-  }
+ScoreType score_type(const char* name, const TensorView& logits) {
   if (is_dtype(logits, kDLBfloat, 16)) return ScoreType::kBfloat16;
   if (is_dtype(logits, kDLFloat, 16)) return ScoreType::kFloat16;
   if (!is_dtype(logits, kDLFloat, 32)) {
     TVM_FFI_THROW(TypeError) << name << " is " << dtype_name(logits.dtype())
                              << "; it must be bfloat16, float16 or float32";
   }
-  return narrow ? ScoreType::kNarrowedFloat32 : ScoreType::kFloat32;
+  return ScoreType::kFloat32;
 }
 
 void set_logits(TopkParams& p, const char* name, const TensorView& logits) {
@@ -144,9 +140,9 @@ struct TopkCall {
 TopkCall topk_call(TensorView logits, TensorView lengths, TensorView out,
                    Optional<TensorView> out_raw, Optional<TensorView> row_starts,
                    Optional<TensorView> page_table, int64_t k, int64_t next_n, int64_t page_size,
-                   bool sort, bool narrow, Optional<TensorView> out_counts) {
+                   bool sort, Optional<TensorView> out_counts) {
   TopkParams p{};
-  const ScoreType type = score_type("logits", logits, narrow);
+  const ScoreType type = score_type("logits", logits);
   set_rows(p, "logits", logits, lengths, k, next_n);
   const DLDevice device = logits.device();
   p.sort = sort;
@@ -160,10 +156,9 @@ TopkCall topk_call(TensorView logits, TensorView lengths, TensorView out,
 
 void topk(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
           Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
-          int64_t next_n, int64_t page_size, bool sort, bool narrow,
-          Optional<TensorView> out_counts) {
+          int64_t next_n, int64_t page_size, bool sort, Optional<TensorView> out_counts) {
   const TopkCall call = topk_call(logits, lengths, out, out_raw, row_starts, page_table, k, next_n,
-                                  page_size, sort, narrow, out_counts);
+                                  page_size, sort, out_counts);
   if (call.p.rows == 0) return;
   const Launch launch("dsv4_topk", call.device);
   launch.check(launch_topk<RowForm>(call.p, call.type, call.device.device_id, launch.stream()));
@@ -174,10 +169,10 @@ void topk(TensorView logits, TensorView lengths, TensorView out, Optional<Tensor
 // the longest row, in scores, that one CTA of a cluster serves.
 void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
                Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
-               int64_t next_n, int64_t page_size, bool sort, bool narrow, int64_t threads,
-               int64_t cluster, int64_t solo, Optional<TensorView> out_counts) {
+               int64_t next_n, int64_t page_size, bool sort, Optional<TensorView> out_counts,
+               int64_t threads, int64_t cluster, int64_t solo) {
   const TopkCall call = topk_call(logits, lengths, out, out_raw, row_starts, page_table, k, next_n,
-                                  page_size, sort, narrow, out_counts);
+                                  page_size, sort, out_counts);
   if (threads != 256 && threads != 512 && threads != 1024) {
     TVM_FFI_THROW(ValueError) << "threads is " << threads << "; it must be 256, 512 or 1024";
   }
@@ -216,7 +211,7 @@ void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<T
 void select_blocks(TensorView maxima, TensorView lengths, TensorView out,
                    Optional<TensorView> out_counts, int64_t k, int64_t next_n) {
   TopkParams p{};
-  const ScoreType type = score_type("maxima", maxima, false);
+  const ScoreType type = score_type("maxima", maxima);
   set_rows(p, "maxima", maxima, lengths, k, next_n);
   const DLDevice device = maxima.device();
   static_assert(kCandidateKeys == 1 << 3, "the length's shift");
@@ -233,7 +228,7 @@ void select_candidates(TensorView logits, TensorView candidates, TensorView leng
                        Optional<TensorView> block_table, int64_t k, int64_t next_n,
                        int64_t page_size) {
   CandidateTopkParams p{};
-  const ScoreType type = score_type("logits", logits, false);
+  const ScoreType type = score_type("logits", logits);
   set_rows(p, "logits", logits, lengths, k, next_n);
   const DLDevice device = logits.device();
   check_int32_rows("candidates", candidates, device);

@@ -223,7 +223,7 @@ def _ops() -> Data:
     torch, why = _torch()
     if torch is None:
         return {"error": why}
-    from dsv4_plugin import backends
+    from dsv4_plugin.ops import dispatch as backends
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     calls = [

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from dsv4_plugin.kernels.arguments import TopkArgs
+
 __all__ = [
     "ALIGNMENT",
     "BLOCK_SIZES",
@@ -75,25 +77,9 @@ def _function(name: str) -> Any:
     return module.get_function(name)
 
 
-def topk(
-    logits: torch.Tensor,
-    lengths: torch.Tensor,
-    out: torch.Tensor,
-    out_raw: torch.Tensor | None,
-    row_starts: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    k: int,
-    next_n: int,
-    page_size: int,
-    sort: bool,
-    narrow: bool,
-    out_counts: torch.Tensor | None = None,
-) -> None:
-    """Select the ``k`` largest columns of every row; see :func:`dsv4_plugin.ops.topk`."""
-    _function("dsv4_topk")(
-        logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort, narrow,
-        out_counts,
-    )  # fmt: skip
+def topk(args: TopkArgs) -> None:
+    """Select the ``k`` largest columns of every row; see :func:`dsv4_plugin.topk`."""
+    _function("dsv4_topk")(*args)
 
 
 def topk_with(
@@ -104,7 +90,6 @@ def topk_with(
     threads: int,
     cluster: int,
     solo: int | None = None,
-    narrow: bool = False,
     page_table: torch.Tensor | None = None,
     out_counts: torch.Tensor | None = None,
 ) -> None:
@@ -113,24 +98,24 @@ def topk_with(
     For the sweeps that the table comes from (:mod:`benchmarks.tuning.sweep`), and tests.
 
     Args:
-        logits: as in :func:`topk`.
-        lengths: as in :func:`topk`, one a row.
-        out: as in :func:`topk`; ``k`` is its columns.
+        logits: as in :func:`dsv4_plugin.topk`.
+        lengths: as in :func:`dsv4_plugin.topk`, one a row.
+        out: as there; ``k`` is its columns.
         threads: of a CTA, 256 or 512; 1024: the kernel for rows of any width.
         cluster: CTAs a row.
         solo: the longest row that one of these CTAs serves alone, in scores; a multiple of 8 from
             1,024 on. None: :data:`SOLO`.
-        narrow: as in :func:`topk`.
-        page_table: as in :func:`topk`, of pages of 64.
-        out_counts: as in :func:`topk`.
+        page_table: as there, of pages of 64.
+        out_counts: as there.
 
     Raises:
         ValueError: the CTAs do not hold a row of so many columns, or there is no such choice.
     """
-    _function("dsv4_topk_with")(
-        logits, lengths, out, None, None, page_table, out.shape[1], 1, 64, False, narrow, threads,
-        cluster, SOLO.get(threads, 0) if solo is None else solo, out_counts,
-    )  # fmt: skip
+    args = TopkArgs(
+        logits, lengths, out, None, None, page_table, out.shape[1], 1, 64, False, out_counts
+    )
+    longest = SOLO.get(threads, 0) if solo is None else solo
+    _function("dsv4_topk_with")(*args, threads, cluster, longest)
 
 
 def read_indexer_cache(
@@ -140,7 +125,7 @@ def read_indexer_cache(
     block_size: int,
     head_dim: int,
 ) -> None:
-    """Dequantise the FP8 keys at ``slots`` into ``out``; see :func:`dsv4_plugin.ops`."""
+    """Dequantise the FP8 keys at ``slots`` into ``out``; see :mod:`dsv4_plugin.ops.cache`."""
     if slots.dtype not in (torch.int32, torch.int64) or not slots.is_contiguous():
         slots = slots.to(torch.int64).contiguous()
     _function("dsv4_read")(pages, slots, out, block_size)
@@ -155,7 +140,7 @@ def gather_indexer_cache(
     block_size: int,
     head_dim: int,
 ) -> None:
-    """Gather the keys of every sequence; see :func:`dsv4_plugin.ops`."""
+    """Gather the keys of every sequence; see :mod:`dsv4_plugin.ops.cache`."""
     _function("dsv4_gather")(
         pages, block_table, cu_seq_lens.contiguous(), values_out, scales_out, block_size
     )

@@ -2,7 +2,7 @@
 
 Every function here fills tensors it is given, has no host synchronisation and no control flow
 that depends on data, so it can be captured in a CUDA graph; and it follows the same rules as the
-kernels, bit for bit. Arguments come validated from :mod:`dsv4_plugin.ops`.
+kernels, bit for bit. Arguments come checked from :mod:`dsv4_plugin.ops`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from dsv4_plugin.checks import MAX_INT32
+from dsv4_plugin.kernels.arguments import MAX_INT32, TopkArgs
 
 __all__ = [
     "gather_indexer_cache",
@@ -92,7 +92,7 @@ def read_indexer_cache(
     block_size: int,
     head_dim: int,
 ) -> None:
-    """Dequantise the FP8 keys at ``slots`` into ``out``; see :func:`dsv4_plugin.ops`."""
+    """Dequantise the FP8 keys at ``slots`` into ``out``; see :mod:`dsv4_plugin.ops.cache`."""
     total = pages.shape[0] * block_size
     slots = slots.to(torch.int64)
     values, scales = planes(pages, block_size, head_dim, SCALE_BYTES)
@@ -130,7 +130,7 @@ def read_indexer_cache_mxfp4(
     block_size: int,
     head_dim: int,
 ) -> None:
-    """Dequantise the MXFP4 keys at ``slots`` into ``out``; see :func:`dsv4_plugin.ops`."""
+    """Dequantise the MXFP4 keys at ``slots`` into ``out``; see :mod:`dsv4_plugin.ops.cache`."""
     total = pages.shape[0] * block_size
     slots = slots.to(torch.int64)
     values, scales = planes(pages, block_size, head_dim // 2, head_dim // MX_BLOCK)
@@ -151,7 +151,7 @@ def gather_indexer_cache(
     block_size: int,
     head_dim: int,
 ) -> None:
-    """Gather the keys of every sequence, one after the other; see :func:`dsv4_plugin.ops`.
+    """Gather the keys of every sequence, one after the other; see :mod:`dsv4_plugin.ops.cache`.
 
     With ``scales_out`` (float32 ``[T]``) the values stay quantised (uint8 ``[T, head_dim]``).
     """
@@ -225,31 +225,19 @@ def row_lengths(lengths: torch.Tensor, rows: int, next_n: int) -> torch.Tensor:
     return (flat[:, None] + step).clamp(min=0).reshape(-1)
 
 
-def topk(
-    logits: torch.Tensor,
-    lengths: torch.Tensor,
-    out: torch.Tensor,
-    out_raw: torch.Tensor | None,
-    row_starts: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    k: int,
-    next_n: int,
-    page_size: int,
-    sort: bool,
-    narrow: bool,
-    out_counts: torch.Tensor | None = None,
-) -> None:
-    """Select the ``k`` largest columns of every row; see :func:`dsv4_plugin.ops.topk`.
+def topk(args: TopkArgs) -> None:
+    """Select the ``k`` largest columns of every row; see :func:`dsv4_plugin.topk`.
 
     The scores past a row's length are loaded here, being part of the tensor, but masked before
     they can matter: NaN or garbage there changes nothing.
     """
+    logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort, counts = args
     rows, columns = logits.shape
     n = row_lengths(lengths, rows, next_n)
     start = torch.zeros_like(n) if row_starts is None else row_starts.to(torch.int64)
     n = torch.minimum(n, columns - start).clamp(min=0).masked_fill(start < 0, 0)
-    if out_counts is not None:
-        out_counts.copy_(n.clamp(max=k))
+    if counts is not None:
+        counts.copy_(n.clamp(max=k))
     step = max(1, _CHUNK // max(columns, 1))
     for lo in range(0, rows, step):
         part = slice(lo, min(lo + step, rows))
@@ -257,7 +245,7 @@ def topk(
         if row_starts is not None:
             shift = start[part, None] + torch.arange(columns, device=logits.device)
             x = x.gather(1, shift.clamp(0, max(columns - 1, 0)))
-        index = _select(x, n[part], k, sort, narrow)
+        index = _select(x, n[part], k, sort)
         if page_table is None:
             out[part].copy_(index)
             continue
@@ -269,14 +257,12 @@ def topk(
             out_raw[part].copy_(index)
 
 
-def _select(x: torch.Tensor, n: torch.Tensor, k: int, sort: bool, narrow: bool) -> torch.Tensor:
+def _select(x: torch.Tensor, n: torch.Tensor, k: int, sort: bool) -> torch.Tensor:
     columns = x.shape[1]
     rank = torch.arange(k, device=x.device)
     index = torch.full((x.shape[0], k), -1, dtype=torch.int64, device=x.device)
     kept = min(k, columns)
     if kept:
-        if narrow:
-            x = x.to(torch.bfloat16)
         position = torch.arange(columns, device=x.device)
         # One unique int64 an element: the key above, the position (lower is larger) below.
         composite = (ordered_key(x) << _POSITION_BITS) + (_POSITION_MASK - position)

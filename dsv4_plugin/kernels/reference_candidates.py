@@ -2,15 +2,15 @@
 
 As in :mod:`.reference`: no host synchronisation and no control flow that depends on data. Scores
 are those of :mod:`.reference_logits`, bit for bit, since each is made from its own key alone.
-Arguments come validated from :mod:`dsv4_plugin.candidates`.
+Arguments come validated from :mod:`dsv4_plugin.ops.candidates`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from dsv4_plugin.checks import MAX_INT32
 from dsv4_plugin.kernels import reference, reference_logits
+from dsv4_plugin.kernels.arguments import MAX_INT32, TopkArgs
 from dsv4_plugin.kernels.reference import SCALE_BYTES, planes, row_lengths
 
 __all__ = [
@@ -92,9 +92,8 @@ def select_blocks(
 ) -> None:
     """Select the ``k`` best blocks of every row; see :func:`dsv4_plugin.select_blocks`."""
     n = row_lengths(lengths, maxima.shape[0], next_n).clamp(0, MAX_INT32)
-    reference.topk(
-        maxima, _blocks(n, piece), out, None, None, None, k, 1, 64, False, False, out_counts
-    )
+    args = TopkArgs(maxima, _blocks(n, piece), out, None, None, None, k, 1, 64, False, out_counts)
+    reference.topk(args)
 
 
 def _visible(candidates: torch.Tensor, n: torch.Tensor, piece: int) -> torch.Tensor:
@@ -237,7 +236,7 @@ def select_candidates(
     n = row_lengths(lengths, rows, next_n).clamp(0, MAX_INT32)
     visible = _visible(candidates, n, piece)
     column = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
-    reference.topk(logits, visible, column, None, None, None, k, 1, 64, False, False, out_counts)
+    reference.topk(TopkArgs(logits, visible, column, None, None, None, k, 1, 64, False, out_counts))
     at = column.clamp(min=0).to(torch.int64)
     held = candidates.gather(1, torch.div(at, piece, rounding_mode="floor")).to(torch.int64)
     position = held * piece + at % piece

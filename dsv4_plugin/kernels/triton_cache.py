@@ -17,8 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_plugin.backends import capability
-from dsv4_plugin.checks import alignment
+from dsv4_plugin.kernels.device import alignment, capability
 
 __all__ = [
     "INTERPRETED",
@@ -273,7 +272,7 @@ def read_indexer_cache(
     block_size: int,
     head_dim: int,
 ) -> None:
-    """Dequantise the FP8 keys at ``slots`` into ``out``; see :func:`dsv4_plugin.ops`."""
+    """Dequantise the FP8 keys at ``slots`` into ``out``; see :mod:`dsv4_plugin.ops.cache`."""
     total = pages.shape[0] * block_size
     # bfloat16 makes 16 bytes to store of 8 loaded, which must then be aligned to 8.
     wide = out.dtype == torch.bfloat16 and head_dim % 8 == 0 and alignment(pages) >= 8
@@ -294,7 +293,7 @@ def read_indexer_cache_mxfp4(
     block_size: int,
     head_dim: int,
 ) -> None:
-    """Dequantise the MXFP4 keys at ``slots`` into ``out``; see :func:`dsv4_plugin.ops`."""
+    """Dequantise the MXFP4 keys at ``slots`` into ``out``; see :mod:`dsv4_plugin.ops.cache`."""
     total = pages.shape[0] * block_size
     words = triton.next_power_of_2(head_dim // 8)
     args = (pages, slots, out, slots.shape[0], total, pages.stride(0), out.stride(0), 0)
@@ -313,7 +312,7 @@ def gather_indexer_cache(
     block_size: int,
     head_dim: int,
 ) -> None:
-    """Gather the keys of every sequence; see :func:`dsv4_plugin.ops`."""
+    """Gather the keys of every sequence; see :mod:`dsv4_plugin.ops.cache`."""
     tokens, batch = values_out.shape[0], block_table.shape[0]
     if tokens == 0 or batch == 0:
         return

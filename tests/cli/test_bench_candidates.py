@@ -70,7 +70,6 @@ def test_the_table_marks_what_is_wrong_and_what_is_missing():
     [
         (("--k", 512), "--k"),
         (("--suite", "served"), "--suite"),
-        (("--dtype", "narrow"), "--dtype"),
         (("--columns", 100), "--columns"),
     ],
 )

@@ -161,7 +161,6 @@ def test_a_spent_budget_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["logits", "--suite", "paged"], "--suite of bench logits.*next_n.*got paged"),
         (["chain", "--suite", "prefill"], "--suite of bench chain.*decode.*got prefill"),
         (["topk", "--suite", "varied"], "--suite of bench topk.*seed.*got varied"),
-        (["logits", "--dtype", "narrow"], "--dtype of bench logits.*float16.*got narrow"),
         (["logits", "--k", "512"], "--k is for bench topk and bench chain"),
         (["chain", "--against", "x.csv"], "--against FILE.csv is for bench topk, got x.csv"),
         (["chain", "--against", "torch,vlm"], "--against must be of .*torch.*got 'vlm'"),

@@ -60,7 +60,7 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
     """Every suite, small, with peers and recorded figures: the file and what is printed."""
     file = tmp_path / "topk.json"
     code = bench("topk", "--device", "cpu", "--suite", "all", "--k", 100, 512, "--rows", 1, 8,
-                 "--columns", 8192, "--dtype", "bfloat16", "float32", "narrow",
+                 "--columns", 8192, "--dtype", "bfloat16", "float32", "float16",
                  "--peers", peers_file, "--against", RECORDED, "--json", file)  # fmt: skip
     said = capsys.readouterr().out
     assert code == 0
@@ -210,8 +210,8 @@ def test_the_suites_have_the_cells_of_the_project() -> None:
     count = {name: len(cases.suite(name)) for name in cases.SUITES}
     assert count == {"decode": 180, "served": 48, "narrow": 60, "adversarial": 180, "prefill": 48,
                      "paged": 54, "seed": 108}  # fmt: skip
-    some = cases.suite("decode", dtypes=["narrow"], ks=[512], rows=[8], columns=[8192])
-    assert some == [Case("decode", "narrow", 512, 8, 8192)]
+    some = cases.suite("decode", dtypes=["float16"], ks=[512], rows=[8], columns=[8192])
+    assert some == [Case("decode", "float16", 512, 8, 8192)]
     with pytest.raises(ValueError, match="suite must be one of decode.*got 'nope'"):
         cases.suite("nope")
 
@@ -256,11 +256,10 @@ def test_a_plateau_has_the_ties_it_says() -> None:
 def test_the_check_accepts_the_reference(kind: str, dtype: str) -> None:
     problem = Case("decode", dtype, 64, 5, 700, kind=kind).make()
     problem = Problem(problem.logits, torch.tensor([700, 65, 64, 10, 0]))
-    narrow = dtype == "narrow"
-    reference = Reference(problem, 128, narrow=narrow)
+    reference = Reference(problem, 128)
     for k in (1, 64, 128):
         for sort in (False, True):
-            out = topk(problem.logits, problem.lengths, k, narrow=narrow, sort=sort)
+            out = topk(problem.logits, problem.lengths, k, sort=sort)
             verdict = reference.judge(out, k, ties=True)
             assert verdict.exact and verdict.ties, verdict
 

@@ -41,7 +41,7 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     file = tmp_path / "topk.json"
     code = main(["bench", "topk", "--suite", "all", "--k", "512", "--rows", "8", "128",
                  "--columns", "8192", "131072", "--dtype", "bfloat16", "float32", "float16",
-                 "narrow", "--json", str(file), "--cold"])  # fmt: skip
+                 "--json", str(file), "--cold"])  # fmt: skip
     said = capsys.readouterr().out
     assert code == 0, said
     document = json.loads(file.read_text())

@@ -37,7 +37,6 @@ COMMANDS = {
     "adapters figures": [TOOL + "tables.engines"],
     "logits figures": [TOOL + "tables.logits"],
     "e2e figures": [TOOL + "tables.server"],
-    "envs": ["dsv4_plugin.envs"],
 }
 # Those that run for as long as one likes: (arguments, lines of output before they are at work).
 LONG = {
@@ -238,10 +237,10 @@ def test_without_a_command_there_is_help() -> None:
 def test_the_words_of_the_options_are_those_of_the_code() -> None:
     """Options are read without torch, so what they choose among stands in a file of its own."""
     from benchmarks.engines.kernels import command
-    from dsv4_plugin.checks import MAX_K
     from dsv4_plugin.cli.bench import upstream as installed
     from dsv4_plugin.cli.fuzz import engine
     from dsv4_plugin.cli.shared import choices
+    from dsv4_plugin.kernels.arguments import MAX_K
 
     assert max(choices.KS) == MAX_K
     assert tuple(engine.OPS) == choices.FUZZED

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dsv4_plugin import backends, envs
+from dsv4_plugin import envs
 from dsv4_plugin.cli import doctor
 from dsv4_plugin.cli import main as cli
 from dsv4_plugin.engines.sglang import probe as sglang_probe
@@ -21,6 +21,7 @@ from dsv4_plugin.engines.shared.source import Site
 from dsv4_plugin.engines.tokenspeed import probe as tokenspeed_probe
 from dsv4_plugin.engines.vllm import probe as vllm_probe
 from dsv4_plugin.kernels import cuda
+from dsv4_plugin.ops import dispatch as backends
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {

@@ -32,7 +32,7 @@ def hooks() -> ModuleType:
 
 def test_every_page_is_in_the_navigation_once() -> None:
     nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
-    assert sorted(re.findall(r": (\S+\.md)$", nav, re.M)) == PAGES
+    assert sorted(re.findall(r": (\S+\.md)$", nav, re.M)) == sorted([*PAGES, "overview.md"])
 
 
 def test_a_warning_ends_the_build() -> None:
@@ -46,6 +46,8 @@ def test_a_warning_ends_the_build() -> None:
     [
         ("a.md", "[b](b.md) [c](https://c.d/../e)", "[b](b.md) [c](https://c.d/../e)"),
         ("a.md", "[SECURITY.md](../SECURITY.md)", "`SECURITY.md`"),
+        ("a.md", "[README](../README.md#undo)", "[README](overview.md#undo)"),
+        ("notes/a.md", "[README](../../README.md)", "[README](../overview.md)"),
         ("a.md", "[`x.cuh`](../csrc/x.cuh#y)", "`csrc/x.cuh`"),
         ("a.md", "[the results](../benchmarks/r.json)", "the results (`benchmarks/r.json`)"),
         ("notes/a.md", "[b](../b.md) [c](../../c)", "[b](../b.md) `c`"),
@@ -57,6 +59,13 @@ def test_a_link_that_leaves_the_pages_becomes_its_path(page: str, markdown: str,
     got, images = hooks().split(markdown, page)
     assert got == want
     assert images == ({"outside/r/p.svg": "r/p.svg"} if "![" in markdown else {})
+
+
+def test_the_readme_is_a_page_of_the_site() -> None:
+    block = "```\n[x](y)\n```\n"
+    text = f"[a](docs/a.md#b) [S](SECURITY.md) [c](https://c.d) [e](#e) ![p](r/p.svg)\n{block}"
+    want = f"[a](a.md#b) [S](../SECURITY.md) [c](https://c.d) [e](#e) ![p](../r/p.svg)\n{block}"
+    assert hooks().overview(text) == want
 
 
 @functools.cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from kits import marked
 from kits.packaging_tools import ROOT
 
+from benchmarks.tables import candidates, expected, readme
 from dsv4_plugin import envs
 
 README = (ROOT / "README.md").read_text()
@@ -18,16 +21,12 @@ PYTHON = (ROOT / "docs" / "python.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def between(mark: str) -> str:
-    return marked.between(ROOT / "README.md", mark)
+def between(mark: str, page: str = "README.md") -> str:
+    return marked.between(ROOT / page, mark)
 
 
 def test_the_settings_table_is_the_generated_one() -> None:
     assert between("settings").strip() == envs.table()
-
-
-def test_there_is_a_place_for_the_figures() -> None:
-    between("figures")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -45,13 +44,21 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-def test_every_file_of_figures_exists() -> None:
-    """What stands between the marks is a claim, and a claim has its file."""
-    figures = between("figures")
-    files = re.findall(r"benchmarks/results/[\w./-]*\w", figures)
-    missing = [name for name in files if not (ROOT / name).exists()]
-    assert missing == []
-    assert files or not figures.strip(), "figures without a file in benchmarks/results"
+@pytest.mark.parametrize(
+    "mark,page",
+    [
+        ("v41-server", "README.md"),
+        ("v41-step", "docs/results.md"),
+        *(
+            (mark, "docs/results.md")
+            for mark in ("v41-layers", "figures", "server", "served", "reads", "hosts")
+        ),
+    ],
+)
+def test_what_stands_between_marks_names_its_file(mark: str, page: str) -> None:
+    """It is a claim, and a claim has its file."""
+    files = re.findall(r"benchmarks/results/[\w./-]*\w", between(mark, page))
+    assert files and [name for name in files if not (ROOT / name).exists()] == []
 
 
 @pytest.fixture(scope="module")
@@ -79,25 +86,55 @@ def test_the_example_gives_what_its_comments_say(example: dict[str, Any]) -> Non
     assert torch.equal(got, best)
 
 
-def test_the_figures_are_made_from_the_results():
-    from benchmarks.tables.readme import readme
-
-    assert between("figures").strip() == readme()
+def test_the_figures_are_made_from_the_results() -> None:
+    assert between("figures", "docs/results.md").strip() == readme.readme()
 
 
-def test_the_figures_of_the_server_are_made_from_the_results():
-    from benchmarks.tables.readme import server
-
-    assert between("server").strip() == server()
+def test_the_figures_of_the_server_are_made_from_the_results() -> None:
+    assert between("server", "docs/results.md").strip() == readme.server()
 
 
-def test_the_expected_gain_is_made_from_the_results():
-    from benchmarks.tables.readme import gain
+def test_the_gain_of_the_server_is_made_from_the_results() -> None:
+    assert between("gain", "docs/results.md").strip() == readme.gain()
 
-    assert between("gain").strip() == gain()
+
+def test_the_expected_gain_is_made_from_the_results() -> None:
+    assert between("expected").strip() == expected.expected()
+
+
+@pytest.mark.parametrize(
+    "mark,page,text",
+    [
+        ("v41-server", "README.md", candidates.server),
+        ("v41-step", "docs/results.md", candidates.step),
+        ("v41-layers", "docs/results.md", candidates.layers),
+    ],
+)
+def test_the_figures_of_v41_are_made_from_the_results(
+    mark: str, page: str, text: Callable[[], str]
+) -> None:
+    assert between(mark, page).strip() == text()
+
+
+def test_the_figures_of_v41_follow_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slower or a wrong answer in the file is seen in the text."""
+    document = copy.deepcopy(readme.load(candidates.CANDIDATES))
+    cell = ("decode", "step", "dsv4", "bfloat16", 64, 1 << 20)
+    names = ("suite", "op", "implementation", "dtype", "rows", "columns")
+    (row,) = [r for r in document["results"] if tuple(r[n] for n in names) == cell]
+    row.update(us=20_000.0, exact=False)
+    monkeypatch.setattr(candidates, "load", lambda name: document)
+    text = candidates.step()
+    assert "| 20,000 / 16,120 |" in text and "to 1.24; " in text and "SOME ARE WRONG" in text
+
+
+def test_the_first_screen_has_what_people_ask_for() -> None:
+    screen = README.partition("\n## ")[0]
+    for words in ("V4.1", "<!-- expected -->", "For whom", "Proven on", "Not proven", "Undo"):
+        assert words in screen, words
 
 
 def test_what_it_does_not_do_has_what_people_ask_for() -> None:
     section = README.partition("## What it does not do\n")[2].partition("\n## ")[0]
-    for words in ("V3.2", "context parallelism", "Blackwell", "<!-- gain -->"):
+    for words in ("V3.2", "context parallelism", "Blackwell"):
         assert words in section, words

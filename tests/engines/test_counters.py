@@ -17,7 +17,7 @@ from dsv4_plugin.engines.tokenspeed import readers
 from dsv4_plugin.engines.vllm import install
 from dsv4_plugin.engines.vllm import wrappers as vllm
 from dsv4_plugin.engines.vllm.context import LogitsTag, tag_logits
-from dsv4_plugin.logits import new_logits
+from dsv4_plugin.ops.logits import new_logits
 from dsv4_plugin.state import Seam, state
 
 K, PAGE, DIM, HEADS = 512, 64, 128, 8

@@ -1,8 +1,8 @@
 """``register()`` in every situation an engine process can be in: it never raises.
 
 The host here is a package of a few lines, made where a test needs it; what the adapter does with
-real vLLM code is in ``tests/vllm``. Each situation gets a process of its own, because importing is
-what is being tested.
+real vLLM code is in the folder ``vllm`` here. Each situation gets a process of its own, because
+importing is what is being tested.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The entry points for SGLang and TokenSpeed where their engine is absent, odd or broken.
 
 None of them may raise: an exception there is at best a traceback in every process of the engine.
-What the adapters do inside the engines is in ``tests/sglang`` and ``tests/tokenspeed``.
+What the adapters do inside the engines is in the folders of the engines here.
 """
 
 from __future__ import annotations

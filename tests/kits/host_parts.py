@@ -81,7 +81,7 @@ class Call:
 
 def record_own_logits(calls: list[Call]) -> None:
     """Let the logits ops of this package note their results too, as DeepGEMM's stand-in does."""
-    from dsv4_plugin import logits
+    from dsv4_plugin.ops import logits
 
     paged = getattr(logits.paged_logits, "__wrapped__", logits.paged_logits)
     ragged = getattr(logits.ragged_logits, "__wrapped__", logits.ragged_logits)

@@ -35,8 +35,7 @@ from dsv4_plugin.cli.checks import candidate_oracles
 from dsv4_plugin.cli.checks.inputs import scores
 from kits import logits_cases
 
-SIZES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
-         "narrow": torch.float32}  # fmt: skip
+SIZES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,6 @@ PATHS = (
     Path("two CTAs a multiprocessor", 100, 40_000, (40_000, 8192, 8193, 100), k=2048),
     Path("more rows than SMs", 140, 9000, (9000, 513, 4097)),
     Path("float16", 2, 40_000, (40_000, 39_999), dtype="float16"),
-    Path("narrow", 2, 40_000, (40_000, 39_999), dtype="narrow"),
     Path("misaligned", 3, 20_001, (20_001, 19_990, 515), offset=3),
     Path("aligned to 2 bytes, to the end", 1, 20_001, (20_001,), offset=7),
     Path("aligned to 2 bytes, short, to the end", 1, 8191, (8191,), offset=1),
@@ -145,9 +143,7 @@ class Call:
     def arguments(self, device: str) -> dict[str, object]:
         """The keywords of `topk`."""
         path = self.path
-        more: dict[str, object] = {
-            "next_n": path.next_n, "sort": path.sort, "narrow": path.dtype == "narrow",
-        }  # fmt: skip
+        more: dict[str, object] = {"next_n": path.next_n, "sort": path.sort}
         if path.start:
             more["row_starts"] = self.starts.to(device)
         if self.table is not None:

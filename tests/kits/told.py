@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from dsv4_plugin import backends, envs, log
+from dsv4_plugin import envs, log
+from dsv4_plugin.ops import dispatch as backends
 
 # Each variable set to nothing, to blanks, and to what none of them can be.
 ODD_SETTINGS = [(v.name, text) for v in envs.VARIABLES for text in ("", "  ", "yes")]

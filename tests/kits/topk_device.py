@@ -22,13 +22,13 @@ BACKEND = "cuda" if ON_GPU else "torch"
 Guarded = functools.partial(canary.Guarded, device=DEVICE)
 
 
-def run(logits, lengths, k, *, dtype="", **more):
-    """Call the implementation under test; `dtype` "narrow" sets `narrow`.
+def run(logits, lengths, k, **more):
+    """Call the implementation under test.
 
     Without `out` every tensor of the call lies between canaries, which are looked at afterwards;
     who brings an `out` (for a graph, a stream, guards of its own) gets the plain call.
     """
-    more |= {"narrow": dtype == "narrow", "backend": BACKEND}
+    more["backend"] = BACKEND
     if more.get("out") is not None:
         return topk(logits, lengths, k, **more)
     canaries = canary.Canaries()
@@ -40,11 +40,6 @@ def run(logits, lengths, k, *, dtype="", **more):
     topk(logits, lengths, k, out=out, **more)
     canaries.check(f"{tuple(logits.shape)}, k {k}")
     return out.clone()
-
-
-def seen(logits, dtype):
-    """The scores as the selection compares them."""
-    return logits.bfloat16() if dtype == "narrow" else logits
 
 
 def draw(kind, rows, columns, dtype, seed=0):

@@ -15,8 +15,9 @@ import torch
 from kits.logits_cases import D, paged
 
 import dsv4_plugin
-from dsv4_plugin import gather_indexer_cache, library, ragged_logits, select, topk
+from dsv4_plugin import gather_indexer_cache, ragged_logits, select, topk
 from dsv4_plugin.cli.checks.inputs import fp8_cache, mxfp4_cache
+from dsv4_plugin.ops import torch_library
 
 I32 = torch.int32
 ROWS, COLUMNS, K = 4, 128, 8
@@ -114,7 +115,7 @@ SIZES = ("k", "next_n", "page_size", "block_size", "head_dim", "piece")
 def test_every_op_is_here() -> None:
     for op in OPS:
         public(op)  # some are registered when they are first asked for
-    assert {name.removesuffix("_out") for name in library.registered} == set(OPS)
+    assert {name.removesuffix("_out") for name in torch_library.registered} == set(OPS)
 
 
 def is_output(op: str, name: str) -> bool:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dsv4_plugin import backends
-from dsv4_plugin.backends import Call
-from dsv4_plugin.checks import MAX_K
 from dsv4_plugin.errors import Dsv4Error, SettingError, UnmetError
 from dsv4_plugin.kernels import cuda, reference, triton_cache
+from dsv4_plugin.kernels.arguments import MAX_K
+from dsv4_plugin.ops import dispatch as backends
+from dsv4_plugin.ops.dispatch import Call
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)

@@ -81,19 +81,25 @@ def test_the_scores_alone_are_asked_for(backend, device):
 
 @pytest.mark.parametrize("blocks,columns", [(3, 256), (25, 150), (40, 64), (1, 1), (40, 300)])
 def test_narrow_buffers_clip_the_rows(blocks, columns, backend, device):
-    """A row's length is clipped to the table, to `out` and to `logits`."""
+    """A row's length is clipped to `out` and to `logits`; past the table keys score -inf."""
     case = draw([10_000, 192, 150, 25, 0, 64], 2, columns=192).to(device)
-    held, out, before = guarded(6, blocks, torch.bfloat16, device)
-    scored, logits, blank = guarded(6, columns, torch.bfloat16, device)
-    n = case.lengths.clamp(0, min(192, 8 * blocks, columns))
-    block_maxima(*case.arguments, out=out, logits=logits, backend=backend)
-    want = oracle.maxima(dense(case, out.dtype, backend=backend, lengths=n), n)
-    some = min(blocks, 24)
-    equal_bits(out[:, :some], want[:, :some], valid(-(-n // 8), some))
-    written(out, -(-n // 8), before)
-    written(logits, n, blank)
-    held.assert_untouched()
-    scored.assert_untouched()
+    q, cache, weights, lengths, whole = case.arguments
+    width = min(8 * blocks, columns)
+    n = lengths.clamp(0, width)
+    for table in (whole, whole[:, :0]):
+        held, out, before = guarded(6, blocks, torch.bfloat16, device)
+        scored, logits, blank = guarded(6, columns, torch.bfloat16, device)
+        exact = torch.full((6, width), -torch.inf, dtype=out.dtype, device=device)
+        paged_logits(q, cache, weights, n, table, out=exact, backend=backend)
+        assert bool((exact[:, table.shape[1] * 64 :] == -torch.inf).all())
+        block_maxima(q, cache, weights, lengths, table, out=out, logits=logits, backend=backend)
+        some = -(-width // 8)
+        equal_bits(out[:, :some], oracle.maxima(exact, n), valid(-(-n // 8), some))
+        equal_bits(logits[:, :width], exact, valid(n, width))
+        written(out, -(-n // 8), before)
+        written(logits, n, blank)
+        held.assert_untouched()
+        scored.assert_untouched()
 
 
 def test_zeros_of_both_signs(backend, device):

@@ -16,7 +16,6 @@ from dsv4_plugin import (
     candidate_logits,
     candidate_logits_ragged,
     gather_indexer_cache,
-    library,
     paged_logits,
     ragged_logits,
     read_indexer_cache,
@@ -27,6 +26,7 @@ from dsv4_plugin import (
     topk,
 )
 from dsv4_plugin.cli.checks.inputs import fp8_cache, mxfp4_cache
+from dsv4_plugin.ops import torch_library
 
 K = 8
 
@@ -117,7 +117,7 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
         "topk_out": [
             (logits(), lengths(), new(), None, None, None, K),
             (logits(), lengths(), new(), new(), torch.tensor([0, 3, 1, 2]), pages(), K, 1, 16),
-            (logits(), lengths(), new(), None, None, None, K, 1, 64, False, False, None, lengths()),
+            (logits(), lengths(), new(), None, None, None, K, 1, 64, False, None, lengths()),
         ],
         "paged_logits": [(*full(),), (*full(2), 64, torch.float32)],
         "paged_logits_out": [(*scored(), torch.zeros(4, 64))],
@@ -169,7 +169,7 @@ CASES = [(name, n) for name, calls in op_calls().items() for n in range(len(call
 
 
 def test_every_op_is_here() -> None:
-    assert set(op_calls()) == set(library.registered)
+    assert set(op_calls()) == set(torch_library.registered)
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -454,8 +454,8 @@ def test_plain_tensors_go_around_the_dispatcher(
     def refuse(op: str) -> Any:
         raise AssertionError(f"{op} went through torch.ops")
 
-    monkeypatch.setattr(library, "functional", refuse)
-    monkeypatch.setattr(library, "mutating", refuse)
+    monkeypatch.setattr(torch_library, "functional", refuse)
+    monkeypatch.setattr(torch_library, "mutating", refuse)
     assert torch.equal(function(*inputs()), want)
     with pytest.raises(AssertionError, match="went through"), Seen():
         function(*inputs())

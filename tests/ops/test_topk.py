@@ -261,14 +261,6 @@ def test_counts(next_n, paged, backend, device):
         assert all((row[:n] >= 0).all() for row, n in zip(got, want, strict=True))
 
 
-def test_narrow_is_rounding_first(backend, device):
-    logits = scores("crowded", 4, 3000, torch.float32)
-    lengths = torch.tensor([3000, 2999, 600, 100])
-    got = topk(logits.to(device), lengths.to(device), 512, narrow=True, backend=backend).cpu()
-    want = topk(logits.bfloat16(), lengths, 512, backend="torch")
-    assert torch.equal(got.sort(1).values, want.sort(1).values)
-
-
 def test_a_row_depends_on_itself_only(backend, device):
     logits = scores("relu_sum", 40, 900, torch.bfloat16).to(device)
     lengths = torch.randint(0, 900, (40,), generator=torch.Generator().manual_seed(2)).to(device)
@@ -326,7 +318,6 @@ N = torch.full((4,), 32)
         ({"out_counts": N}, TypeError, "out_counts.*int32.*int64"),
         ({"out_counts": torch.zeros(8, dtype=torch.int32)[::2]}, ValueError, "out_counts.*contig"),
         ({"out_counts": N[:, None].int()}, ValueError, "out_counts.*1 dimension"),
-        ({"logits": X.half(), "narrow": True}, ValueError, "narrow.*float32.*float16"),
         ({"backend": "triton"}, UnmetError, "no triton implementation"),
         ({"backend": "cuda"}, UnmetError, "on cpu, not on a CUDA device"),
         ({"backend": "rocm"}, UnmetError, "'rocm' is no backend"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kits.oracles import Ranking
-from kits.topk_device import DEVICE, Guarded, draw, ints, seen
+from kits.topk_device import DEVICE, Guarded, draw, ints
 
 from benchmarks.tuning.choice_sweep import CLUSTERS, THREADS, Sweep, choices
 from dsv4_plugin.cli.bench.topk.cases import DTYPES, Case
@@ -20,7 +20,7 @@ LENGTHS += (513, 512, 3, 0)
 def test_every_choice_gives_the_same_answer(kind, dtype):
     columns = max(LENGTHS)
     logits, lengths = draw(kind, len(LENGTHS), columns, dtype), ints(LENGTHS)
-    ranking = Ranking(seen(logits, dtype), lengths)
+    ranking = Ranking(logits, lengths)
     tried = [*choices(1, columns, sms=1 << 20, solos=(1024, 4096, 8192)), (1024, 1, 8192)]
     assert {c for _, c, _ in tried} == set(CLUSTERS) and {t for t, _, _ in tried} > set(THREADS)
     for k in (512, 2048):
@@ -30,7 +30,7 @@ def test_every_choice_gives_the_same_answer(kind, dtype):
             out = Guarded(len(LENGTHS), k, torch.int32)
             counts = Guarded(1, len(LENGTHS), torch.int32)
             cuda.topk_with(logits, lengths, out.inside, threads=threads, cluster=cluster, solo=solo,
-                           narrow=dtype == "narrow", out_counts=counts.inside[0])  # fmt: skip
+                           out_counts=counts.inside[0])  # fmt: skip
             out.assert_untouched(name)
             counts.assert_untouched(name)
             assert torch.equal(counts.inside[0], lengths.clamp(max=k)), name

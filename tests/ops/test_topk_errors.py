@@ -35,7 +35,6 @@ GOOD = {
     "next_n": 1,
     "page_size": 64,
     "sort": False,
-    "narrow": False,
     "out_counts": None,
 }
 TABLE = int32(ROWS, 2)
@@ -56,7 +55,6 @@ TABLE = int32(ROWS, 2)
         ({"logits": logits(shape=(400,), strides=(1,))}, ValueError, r"logits.*\[400\]"),
         ({"logits": logits(shape=(ROWS, 1 << 31), strides=(1 << 31, 1))}, ValueError,
          "logits.*2147483648.*columns"),
-        ({"narrow": True}, TypeError, "narrow.*bfloat16.*float32"),
         ({"lengths": int32(ROWS, device=CPU)}, ValueError, "lengths.*cpu.*cuda"),
         ({"lengths": int32(ROWS, device_id=1)}, ValueError, "lengths.*cuda:1.*cuda:0"),
         ({"lengths": RawTensor((ROWS,), None, FLOAT, 32)}, TypeError, "lengths.*float32.*int"),
@@ -100,7 +98,6 @@ def test_the_compiled_function_refuses(change, error, words):
         tvm_ffi.from_dlpack(value) if isinstance(value, RawTensor) else value
         for value in (GOOD | change).values()
     ]
-    # Order of the compiled function: as in dsv4_plugin/kernels/cuda.py.
     with pytest.raises(error, match=words):
         cuda._function("dsv4_topk")(*arguments)
 

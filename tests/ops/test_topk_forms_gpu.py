@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kits.oracles import Ranking
-from kits.topk_device import DEVICE, Guarded, draw, ints, run, seen
+from kits.topk_device import DEVICE, Guarded, draw, ints, run
 
 from dsv4_plugin import topk
 from dsv4_plugin.cli.bench.topk.cases import DTYPES, KS, Case, short_lengths
@@ -31,10 +31,10 @@ def test_row_starts(dtype, index_dtype):
     ranking = None
     for poison in (float("nan"), 1e3, float("inf")):
         logits.masked_fill_(outside, poison)
-        ranking = ranking or Ranking(seen(logits, dtype), lengths, starts=starts)
+        ranking = ranking or Ranking(logits, lengths, starts=starts)
         for k in (7, *KS):
             for sort in (False, True):
-                got = run(logits, lengths, k, dtype=dtype, sort=sort, row_starts=starts)
+                got = run(logits, lengths, k, sort=sort, row_starts=starts)
                 ranking.check(got, k, sort=sort, context=f"{poison} outside")
 
 
@@ -97,12 +97,12 @@ def test_page_table(dtype, page_size, per_request, sort):
         raw, out, want_raw = (
             torch.full((rows, k + 3), 9, dtype=torch.int32, device=DEVICE)[:, :k] for _ in range(3)
         )
-        got = run(logits, n, k, dtype=dtype, sort=sort, next_n=next_n, page_table=table,
+        got = run(logits, n, k, sort=sort, next_n=next_n, page_table=table,
                   page_size=page_size, out=out, out_raw=raw)  # fmt: skip
         want = topk(logits, n, k, sort=sort, next_n=next_n, page_table=table, page_size=page_size,
-                    narrow=dtype == "narrow", out_raw=want_raw, backend="torch")  # fmt: skip
+                    out_raw=want_raw, backend="torch")  # fmt: skip
         lengths = (n[:, None] + ints([-1, 0])).reshape(-1)
-        Ranking(seen(logits, dtype), lengths).check(raw, k, sort=sort)
+        Ranking(logits, lengths).check(raw, k, sort=sort)
         index = raw.long()
         owner = torch.arange(rows, device=DEVICE) // (next_n if per_request else 1)
         page = index.clamp(min=0) // page_size
@@ -114,7 +114,7 @@ def test_page_table(dtype, page_size, per_request, sort):
         if sort:
             assert torch.equal(raw, want_raw) and torch.equal(got, want)
         assert torch.equal(got.sort(1).values, want.sort(1).values)
-        alone = run(logits, n, k, dtype=dtype, sort=sort, next_n=next_n, page_table=table,
+        alone = run(logits, n, k, sort=sort, next_n=next_n, page_table=table,
                     page_size=page_size)  # fmt: skip
         assert torch.equal(alone, got), "out_raw changed the slots"
 
@@ -137,14 +137,14 @@ def test_counts(dtype, next_n, paged):
             arguments = {"next_n": next_n, "page_table": table, "row_starts": begin}
             counts = Guarded(1, rows, torch.int32)
             out = torch.empty(rows, k, dtype=torch.int32, device=DEVICE)
-            run(logits, n, k, dtype=dtype, out=out, out_counts=counts.inside[0], **arguments)
+            run(logits, n, k, out=out, out_counts=counts.inside[0], **arguments)
             counts.assert_untouched(f"k {k}")
             of_row = (n[:, None].long() + ints(range(1 - next_n, 1))).reshape(-1)
             want = of_row.clamp(max=columns - (0 if begin is None else 5)).clamp(0, k)
             assert torch.equal(counts.inside[0].long(), want), f"k {k}"
             assert torch.equal((out >= 0).sum(1), want)
             alone = torch.empty_like(out)
-            run(logits, n, k, dtype=dtype, out=alone, **arguments)
+            run(logits, n, k, out=alone, **arguments)
             assert torch.equal(alone, out), "out_counts changed the selection"
 
 
@@ -159,20 +159,3 @@ def test_a_page_table_without_a_page(length, sort):
     got = run(logits, n, 512, sort=sort, page_table=table, page_size=64, out_raw=raw)
     assert (got == -1).all()
     Ranking(logits, n).check(raw, 512, sort=sort)
-
-
-@pytest.mark.parametrize("kind", ["normal", "crowded", "relu_sum", "special"])
-def test_narrow_is_rounding_first(kind):
-    """Bit for bit what selecting on `logits.bfloat16()` gives, order included."""
-    lengths = ints([65_536, 65_535, 40_003, 8192, 600, 513, 512, 0])
-    logits = draw(kind, len(lengths), 65_536, "float32")
-    # Halfway between two bfloat16: to nearest, ties to even.
-    half = torch.arange(0x3F80, 0x3FC0, device=DEVICE, dtype=torch.int32) << 16 | 0x8000
-    logits[0, : len(half)] = half.view(torch.float32)
-    for k in (100, *KS):
-        for sort in (False, True):
-            got = run(logits, lengths, k, dtype="narrow", sort=sort)
-            want = topk(logits.bfloat16(), lengths, k, sort=sort, backend="torch")
-            if not sort:
-                got, want = got.sort(1).values, want.sort(1).values
-            assert torch.equal(got, want), f"k {k}, sort {sort}"

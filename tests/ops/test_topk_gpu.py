@@ -8,7 +8,7 @@ dsv4_plugin/cli/bench/topk/cases.py.
 import pytest
 import torch
 from kits.oracles import Ranking
-from kits.topk_device import DEVICE, draw, ints, run, seen
+from kits.topk_device import DEVICE, draw, ints, run
 
 from dsv4_plugin import topk
 from dsv4_plugin.cli.bench.topk.cases import (
@@ -37,14 +37,14 @@ def test_every_distribution(kind, dtype, shape):
     """Against a sort by (value, index) for every k, and against the torch reference."""
     logits = draw(kind, *shape, dtype)
     lengths = torch.full((shape[0],), shape[1], dtype=torch.int32, device=DEVICE)
-    ranking = Ranking(seen(logits, dtype), lengths)
+    ranking = Ranking(logits, lengths)
     for k in (*KS, *ODD_KS):
-        got = run(logits, lengths, k, dtype=dtype)
+        got = run(logits, lengths, k)
         ranking.check(got, k, context="unsorted")
-        best = run(logits, lengths, k, dtype=dtype, sort=True)
+        best = run(logits, lengths, k, sort=True)
         ranking.check(best, k, sort=True)
         if k in (512, 2048):
-            want = topk(logits, lengths, k, narrow=dtype == "narrow", sort=True, backend="torch")
+            want = topk(logits, lengths, k, sort=True, backend="torch")
             assert torch.equal(best, want), f"not the reference's order, k {k}"
             assert torch.equal(got.sort(1).values, want.sort(1).values), f"not its set, k {k}"
 
@@ -57,13 +57,13 @@ def test_lengths_around_an_edge(edge, dtype, kind):
     lengths = ints(edge + d for d in range(-5, 6))
     whole = draw(kind, len(lengths), edge + 6, dtype, seed=edge)
     poison_tail(whole, lengths)
-    ranking = Ranking(seen(whole, dtype), lengths)
+    ranking = Ranking(whole, lengths)
     buffer = torch.empty(len(lengths), edge + 72, dtype=whole.dtype, device=DEVICE)
     for offset in range(8):
         logits = buffer[:, offset : offset + whole.shape[1]]
         logits.copy_(whole)
         for k in KS:
-            got = run(logits, lengths, k, dtype=dtype)
+            got = run(logits, lengths, k)
             ranking.check(got, k, context=f"edge {edge}, offset {offset}")
 
 
@@ -75,14 +75,14 @@ def test_widths_around_an_edge(edge, dtype):
     # Rows begin at 16-byte boundaries here; the test above has the other alignments.
     buffer = torch.empty(len(widths), edge + 64, dtype=DTYPES[dtype], device=DEVICE)
     whole = buffer[:, : edge + 5].copy_(draw("relu_sum", len(widths), edge + 5, dtype, seed=edge))
-    ranking = Ranking(seen(whole, dtype), ints(widths))
+    ranking = Ranking(whole, ints(widths))
     for r, width in enumerate(widths):
         for rows in ROW_COUNTS:
             # Rows share one row's memory: 133 rows of a million columns cost nothing.
             logits = whole[r, :width].expand(rows, width)
             lengths = ints([width] * rows)
             for k in (512, 2048):
-                got = run(logits, lengths, k, dtype=dtype)
+                got = run(logits, lengths, k)
                 want = ranking.rows([r] * rows)
                 want.check(got, k, context=f"{rows} x {width}")
 
@@ -96,10 +96,10 @@ def test_row_counts(dtype, columns):
     at = torch.arange(rows, device=DEVICE)
     lengths = torch.where(at % 3 == 0, columns - at, torch.where(at % 3 == 1, 600 + at, columns))
     poison_tail(logits, lengths)
-    ranking = Ranking(seen(logits, dtype), lengths)
+    ranking = Ranking(logits, lengths)
     for count in ROW_EDGES:
         for k in (512, 2048):
-            got = run(logits[:count], lengths[:count], k, dtype=dtype)
+            got = run(logits[:count], lengths[:count], k)
             ranking.rows(slice(count)).check(got, k, context=f"{count} x {columns}")
 
 
@@ -112,9 +112,9 @@ def test_lengths_around_k(k, dtype):
     for kind in ("normal", "special", "all_equal"):
         logits = draw(kind, len(lengths), 70_000, dtype, seed=k)
         poison_tail(logits, lengths)
-        ranking = Ranking(seen(logits, dtype), lengths)
+        ranking = Ranking(logits, lengths)
         for sort in (False, True):
-            got = run(logits, lengths, k, dtype=dtype, sort=sort)
+            got = run(logits, lengths, k, sort=sort)
             ranking.check(got, k, sort=sort, context=kind)
 
 
@@ -130,9 +130,9 @@ def test_ties_that_fill_a_buffer(k, dtype, columns):
     for above in (0, 1, k - 1):  # elements that are larger than those that tie
         if above:
             logits[:, columns // 3 : columns // 3 + above] = 3.0
-        ranking = Ranking(seen(logits, dtype), lengths)
+        ranking = Ranking(logits, lengths)
         for sort in (False, True):
-            got = run(logits, lengths, k, dtype=dtype, sort=sort)
+            got = run(logits, lengths, k, sort=sort)
             ranking.check(got, k, sort=sort, context=f"{above} above")
 
 
@@ -144,10 +144,10 @@ def test_every_pattern_of_bits(dtype):
     logits = torch.randint(0, 256, (9, 50_000 * size), generator=g, dtype=torch.uint8)
     logits = logits.to(DEVICE).view(DTYPES[dtype])
     lengths = ints([50_000, 49_999, 2049, 2048, 2047, 513, 512, 1, 0])
-    ranking = Ranking(seen(logits, dtype), lengths)
+    ranking = Ranking(logits, lengths)
     for k in (*KS, *ODD_KS):
         for sort in (False, True):
-            ranking.check(run(logits, lengths, k, dtype=dtype, sort=sort), k, sort=sort)
+            ranking.check(run(logits, lengths, k, sort=sort), k, sort=sort)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -159,10 +159,10 @@ def test_fewer_numbers_than_k(rest, dtype):
         logits[r, 39_999 - torch.arange(numbers, device=DEVICE) * 7] = 1.5
     logits[:, 17_000:17_003] = float("-inf")
     lengths = ints([40_000] * 6)
-    ranking = Ranking(seen(logits, dtype), lengths)
+    ranking = Ranking(logits, lengths)
     for k in (7, *KS):
         for sort in (False, True):
-            ranking.check(run(logits, lengths, k, dtype=dtype, sort=sort), k, sort=sort)
+            ranking.check(run(logits, lengths, k, sort=sort), k, sort=sort)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -174,10 +174,10 @@ def test_zeros_of_both_signs_tie(dtype):
     logits[2:, ::90] = 1.0
     logits = logits.to(DTYPES[dtype]).to(DEVICE)
     lengths = ints([30_000, 30_000, 30_000, 20_000])
-    ranking = Ranking(seen(logits, dtype), lengths)
+    ranking = Ranking(logits, lengths)
     for k in KS:
         for sort in (False, True):
-            ranking.check(run(logits, lengths, k, dtype=dtype, sort=sort), k, sort=sort)
+            ranking.check(run(logits, lengths, k, sort=sort), k, sort=sort)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -188,9 +188,9 @@ def test_ragged_rows_in_a_wide_buffer(dtype):
     lengths = ints([-1, 0, 1, 511, 512, 513, 256_000, *some])
     logits = draw("normal", 64, 256_000, dtype)
     poison_tail(logits, lengths)
-    ranking = Ranking(seen(logits, dtype), lengths)
+    ranking = Ranking(logits, lengths)
     for k in KS:
-        ranking.check(run(logits, lengths, k, dtype=dtype), k)
+        ranking.check(run(logits, lengths, k), k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,6 +198,6 @@ def test_thousands_of_rows(dtype):
     logits = draw("relu_sum", 6000, 5000, dtype)
     lengths = (torch.arange(6000, device=DEVICE) * 5003 // 6000).int()
     poison_tail(logits, lengths)
-    ranking = Ranking(seen(logits, dtype), lengths)
+    ranking = Ranking(logits, lengths)
     for k in (100, 512, 2048):
-        ranking.check(run(logits, lengths, k, dtype=dtype), k)
+        ranking.check(run(logits, lengths, k), k)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kits.oracles import Ranking, check_selection
-from kits.topk_device import DEVICE, draw, ints, run, seen
+from kits.topk_device import DEVICE, draw, ints, run
 
 from dsv4_plugin import topk
 from dsv4_plugin.cli.bench.topk.cases import DTYPES, ROW_EDGES
@@ -28,10 +28,10 @@ def test_graph_replays_with_growing_lengths(dtype, sort):
     """One graph, 200 replays; lengths cross the path boundaries, the output starts dirty."""
     columns, k = 140_000, 512
     logits = draw("relu_sum", 5, columns, dtype)
-    shown = seen(logits, dtype)
+    shown = logits
     lengths = torch.zeros(5, dtype=torch.int32, device=DEVICE)
     out = torch.empty(5, k, dtype=torch.int32, device=DEVICE)
-    graph = capture(lambda: run(logits, lengths, k, dtype=dtype, sort=sort, out=out))
+    graph = capture(lambda: run(logits, lengths, k, sort=sort, out=out))
     for step in range(200):
         lengths.copy_(ints([32_670 + step, 130_972 + step, 412 + step, step * 700, 8092 + step]))
         out.random_(-(1 << 31), (1 << 31) - 1)
@@ -160,16 +160,16 @@ def test_a_row_depends_on_itself_only(dtype, k):
     alone = []
     for r, n in enumerate(LENGTHS):
         row = bank[r : r + 1, : max(n, 1)].contiguous()
-        alone.append(run(row, lengths[r : r + 1], k, dtype=dtype)[0])
+        alone.append(run(row, lengths[r : r + 1], k)[0])
         for width in (n + 1, n + 1000, 140_000, 256_000):
             if n <= width <= 256_000:
-                wide = run(bank[r : r + 1, :width], lengths[r : r + 1], k, dtype=dtype)[0]
+                wide = run(bank[r : r + 1, :width], lengths[r : r + 1], k)[0]
                 assert torch.equal(wide, alone[r]), f"length {n} in a buffer of {width}"
     want = torch.stack(alone)
-    Ranking(seen(bank, dtype), lengths).check(want, k)
+    Ranking(bank, lengths).check(want, k)
     for rows in (*ROW_EDGES, 300):
         index = (torch.arange(rows, device=DEVICE) * 5 + rows) % len(LENGTHS)
-        got = run(bank[index], lengths[index], k, dtype=dtype)
+        got = run(bank[index], lengths[index], k)
         assert torch.equal(got, want[index]), f"in a batch of {rows}"
-    again = [run(bank, lengths, k, dtype=dtype) for _ in range(10)]
+    again = [run(bank, lengths, k) for _ in range(10)]
     assert all(torch.equal(one, want) for one in again), "differs from call to call"

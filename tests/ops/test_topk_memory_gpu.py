@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kits.oracles import Ranking
-from kits.topk_device import DEVICE, Guarded, bits, draw, ints, run, seen
+from kits.topk_device import DEVICE, Guarded, bits, draw, ints, run
 
 from dsv4_plugin.cli.bench.topk.cases import DTYPES, KS, short_lengths
 from dsv4_plugin.cli.checks.inputs import poison_tail
@@ -22,13 +22,13 @@ def test_any_alignment_with_guards(offset, dtype):
     rows, columns = len(lengths), 33_000
     whole = draw("normal", rows, columns, dtype)
     poison_tail(whole, lengths)
-    ranking = Ranking(seen(whole, dtype), lengths)
+    ranking = Ranking(whole, lengths)
     for stride in (columns, columns + 1, columns + 7, 40_000):
         held = Guarded(rows, columns, DTYPES[dtype], stride=stride, offset=offset)
         held.inside.copy_(whole)
         for k in (7, 512, 2048):
             out = Guarded(rows, k, torch.int32, stride=k + offset, offset=offset)
-            got = run(held.inside, lengths, k, dtype=dtype, out=out.inside)
+            got = run(held.inside, lengths, k, out=out.inside)
             assert got.data_ptr() == out.inside.data_ptr()
             context = f"offset {offset}, stride {stride}, k {k}"
             ranking.check(got.clone(), k, context=context)
@@ -69,9 +69,9 @@ def test_what_lies_past_the_length_changes_nothing(dtype):
         logits.masked_fill_(past, torch.tensor(poison).to(logits.dtype))  # float16: inf
         for dirt in (-1, 0, 0x7FFFFFFF, 513):
             out = torch.full((len(lengths), 512), dirt, dtype=torch.int32, device=DEVICE)
-            answers.append(run(logits, lengths, 512, dtype=dtype, out=out))
+            answers.append(run(logits, lengths, 512, out=out))
     assert all(torch.equal(answers[0], answer) for answer in answers[1:])
-    Ranking(seen(logits, dtype), lengths).check(answers[0], 512)
+    Ranking(logits, lengths).check(answers[0], 512)
 
 
 def test_a_call_leaves_nothing_behind():
@@ -82,12 +82,12 @@ def test_a_call_leaves_nothing_behind():
         dtype = list(DTYPES)[i % len(DTYPES)]
         logits = draw("relu_sum", rows, columns, dtype, seed=i)
         lengths = ints([columns] * rows)
-        cases.append((dtype, logits, lengths, Ranking(seen(logits, dtype), lengths)))
+        cases.append((dtype, logits, lengths, Ranking(logits, lengths)))
     g = torch.Generator().manual_seed(0)
     for i in torch.randint(0, len(cases), (60,), generator=g).tolist():
         dtype, logits, lengths, ranking = cases[i]
         for k in (2048, 7, 512):
-            got = run(logits, lengths, k, dtype=dtype, sort=i % 2 == 1)
+            got = run(logits, lengths, k, sort=i % 2 == 1)
             ranking.check(got, k, sort=i % 2 == 1)
 
 
@@ -101,7 +101,7 @@ def test_rows_further_apart_than_32_bits_count(dtype):
     lengths = ints([columns, columns - 3])
     ranking = Ranking(logits, lengths)
     for k in (512, 2048):
-        ranking.check(run(logits, lengths, k, dtype=dtype), k)
+        ranking.check(run(logits, lengths, k), k)
 
 
 def test_more_scores_than_32_bits_count():
@@ -160,7 +160,7 @@ def test_short_rows_of_nan_beside_long_ones(dtype, sort):
     rows, columns, k = 76, 65_568, 2047
     lengths = ints(columns if row % 2 else k + 1 for row in range(rows))
     logits = draw("special", rows, columns, dtype)
-    ranking = Ranking(seen(logits, dtype), lengths)
+    ranking = Ranking(logits, lengths)
     for turn in range(40):
-        got = run(logits, lengths, k, dtype=dtype, sort=sort)
+        got = run(logits, lengths, k, sort=sort)
         ranking.check(got, k, sort=sort, context=f"turn {turn}")

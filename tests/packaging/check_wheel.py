@@ -47,6 +47,7 @@ print("topk by torch on", device, "is exact")
 if "library" not in sys.argv:
     sys.exit()
 from dsv4_plugin.kernels import cuda
+from dsv4_plugin.kernels.arguments import TopkArgs
 
 assert cuda.missing() is None, cuda.missing()
 if device == "cuda" and torch.cuda.get_device_capability() in cuda.CAPABILITIES:
@@ -55,7 +56,11 @@ if device == "cuda" and torch.cuda.get_device_capability() in cuda.CAPABILITIES:
 else:
     rows = torch.empty(4, 512, dtype=torch.int32)
     try:
-        cuda.topk(logits.cpu(), lengths.cpu(), rows, None, None, None, 512, 1, 64, False, False)
+        cuda.topk(
+            TopkArgs(
+                logits.cpu(), lengths.cpu(), rows, None, None, None, 512, 1, 64, False, None
+            )
+        )
     except (TypeError, ValueError) as error:
         assert "logits" in str(error) and "cpu" in str(error).lower(), error
         print("the library loads and refuses CPU tensors:", str(error).splitlines()[0])

@@ -166,7 +166,7 @@ def test_what_it_says_to_the_engine_exists(command: str) -> None:
     if words[0].startswith("examples/"):
         subprocess.run(["bash", "-n", words[0]], cwd=ROOT, check=True)
         assert (ROOT / words[0]).stat().st_mode & 0o111
-    # tests/vllm and tests/sglang have them beside the engines' own parsers.
+    # tests/engines/vllm and tests/engines/sglang have them beside the engines' own parsers.
     adapters = "".join(p.read_text() for p in (ROOT / "dsv4_plugin/engines").rglob("*.py"))
     options = re.findall(r"--plugin\b|--[\w.-]*dsv4[\w.-]*", command)
     assert [option for option in options if f'"{option}' not in adapters] == []

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from dsv4_plugin import ops
+import dsv4_plugin as ops
 from dsv4_plugin.cli.bench.cells import Row
 from dsv4_plugin.cli.bench.topk.cases import Problem
 from dsv4_plugin.cli.bench.topk.check import Reference

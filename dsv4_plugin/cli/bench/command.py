@@ -69,7 +69,7 @@ def _add_cells(parser: argparse.ArgumentParser) -> None:
     add("--columns", type=numbers.COUNT, nargs="+", help="only these numbers of columns")
     add(
         "--dtype", nargs="+", choices=tuple(TOPK_DTYPES),
-        help="what selects; narrow is float32 read as bfloat16 (default: bfloat16 float32)",
+        help="of the logits (default: bfloat16 float32)",
     )  # fmt: skip
     add(
         "--peers", type=Path, metavar="FILE.py",

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from dsv4_plugin.backends import Call, choose
 from dsv4_plugin.cli.checks.canary import Guarded
 from dsv4_plugin.cli.checks.inputs import fp8_cache, mxfp4_cache
 from dsv4_plugin.cli.checks.oracles import Wrong, fp8_keys, mxfp4_keys, same_bits
 from dsv4_plugin.cli.checks.replay import captured
 from dsv4_plugin.cli.fuzz.case import Case, CaseError, flag, function_of, number, numbers, one_of
+from dsv4_plugin.ops.dispatch import Call, choose
 
 __all__ = ["GatherCase", "ReadCase", "ReadMxfp4Case", "draw_gather", "draw_read", "run"]
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.backends import Call, unmet
 from dsv4_plugin.cli.checks.oracles import Wrong
 from dsv4_plugin.cli.fuzz import (
     cache,
@@ -25,6 +24,7 @@ from dsv4_plugin.cli.fuzz import (
 )
 from dsv4_plugin.cli.fuzz.case import Case, CaseError, function_of
 from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.ops.dispatch import Call, unmet
 
 __all__ = ["OPS", "Failure", "Op", "Report", "backends_here", "fuzz", "run_case", "shrink"]
 

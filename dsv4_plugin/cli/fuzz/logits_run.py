@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import checks
-from dsv4_plugin.backends import Call, choose
 from dsv4_plugin.cli.checks import exact
 from dsv4_plugin.cli.checks.oracles import Wrong, check_selection, same_bits
 from dsv4_plugin.cli.fuzz.logits import DTYPES, PagedLogitsCase, RaggedLogitsCase, SelectCase
 from dsv4_plugin.cli.fuzz.tensors import Parts, Tensors, bits, dirty, raise_wrong, run_parts
 from dsv4_plugin.cli.fuzz.topk import EACH_ROW, lengths_tensor
+from dsv4_plugin.kernels.device import alignment
+from dsv4_plugin.ops.dispatch import Call, choose
 
 __all__ = ["problem_of", "run"]
 
@@ -122,7 +122,7 @@ class _Problem(Tensors):
             "paged_logits" if case.op == "select" else case.op,
             self.bytes.device, DTYPES[case.dtype], head_dim=case.head, heads=case.heads,
             piece=getattr(case, "piece", 8), candidates=getattr(case, "held", 0),
-            alignment=checks.alignment(keys, self.bytes), **more,
+            alignment=alignment(keys, self.bytes), **more,
         )  # fmt: skip
         return choose(call, case.backend)
 

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from dsv4_plugin.backends import Call, choose
 from dsv4_plugin.cli.bench.topk.cases import CAPACITIES, DTYPES, EDGES, KS, ODD_KS, plateau
 from dsv4_plugin.cli.checks.canary import Guarded
 from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, scores
 from dsv4_plugin.cli.checks.oracles import Ranking, Wrong, check_selection, slots_of
 from dsv4_plugin.cli.checks.replay import captured
 from dsv4_plugin.cli.fuzz.case import Case, CaseError, flag, number, numbers, one_of
+from dsv4_plugin.ops.dispatch import Call, choose
 
 __all__ = ["EACH_ROW", "FORMS", "TopkCase", "draw", "lengths_tensor", "run", "smaller"]
 
@@ -43,7 +43,7 @@ class TopkCase(Case):
     keep: str = numbers(("",), "first and last request that are called with, a/b")
     columns: int = number(1024, 1, MOST_COLUMNS, "columns")
     k: int = number(512, 1, 2048, "k")
-    dtype: str = one_of(tuple(DTYPES), "scores; narrow: float32 that is read as bfloat16")
+    dtype: str = one_of(tuple(DTYPES), "of the scores")
     kind: str = one_of(
         (*DISTRIBUTIONS, "mixed", "plateau"), "distribution; mixed: another for every row"
     )
@@ -359,7 +359,6 @@ class Problem:
         return {
             "next_n": case.next_n, "row_starts": self.starts, "page_table": self.table,
             "page_size": case.pages or 64, "sort": bool(case.sort),
-            "narrow": case.dtype == "narrow",
         }  # fmt: skip
 
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -457,14 +456,13 @@ def _check(
 ) -> None:
     case, logits = problem.case, problem.logits
     sort = bool(case.sort)
-    seen = logits.bfloat16() if case.dtype == "narrow" else logits
     if tuple(out.shape) != (problem.count, case.k) or out.dtype != torch.int32:
         raise Wrong(f"{context}the answer is {out.dtype} {tuple(out.shape)}")
     index = out if problem.table is None else raw
     if index is not None:
         try:
             check_selection(
-                seen, problem.per_row, case.k, index, starts=problem.starts, sort=sort,
+                logits, problem.per_row, case.k, index, starts=problem.starts, sort=sort,
                 ascending=True,
             )  # fmt: skip
         except Wrong as wrong:
@@ -472,7 +470,7 @@ def _check(
     if raw is not None and problem.table is not None:
         slots = slots_of(raw, problem.table, case.pages, case.next_n)
         _equal(out, slots, f"{context}a slot is not the page's")
-    want = _reference(problem, seen)
+    want = _reference(problem)
     if counts is not None:
         _equal(counts[:, None], (want >= 0).sum(1)[:, None], f"{context}a count is not the row's")
     if problem.table is not None:
@@ -483,17 +481,17 @@ def _check(
     _equal(got, want, f"{context}not what the reference selects")
 
 
-def _reference(problem: Problem, seen: torch.Tensor) -> torch.Tensor:
+def _reference(problem: Problem) -> torch.Tensor:
     """Return the indices by the torch reference; by a stable sort if that is what was called."""
     case = problem.case
     kind = Call("topk", problem.logits.device, problem.logits.dtype, case.k)
     if choose(kind, case.backend) == "torch":
-        return Ranking(seen, problem.per_row, starts=problem.starts).want(case.k)
+        return Ranking(problem.logits, problem.per_row, starts=problem.starts).want(case.k)
     from dsv4_plugin import topk
 
     return topk(
         problem.logits, problem.lengths, case.k, next_n=case.next_n, row_starts=problem.starts,
-        sort=True, narrow=case.dtype == "narrow", backend="torch",
+        sort=True, backend="torch",
     )  # fmt: skip
 
 

@@ -138,13 +138,13 @@ def _measured(arguments: argparse.Namespace, device: str) -> Iterator[Row]:
 def _cells(
     batches: Iterable[sources.Scores], ks: Sequence[int], dtypes: Sequence[str]
 ) -> list[Row]:
-    from dsv4_plugin import ops
+    from dsv4_plugin import topk
     from dsv4_plugin.cli.recall.measure import Statistics
 
     cells = [Statistics(k, dtype) for k in ks for dtype in dtypes]
     for batch in batches:
         for k in ks:
-            exact = ops.topk(batch.scores, batch.lengths, k)
+            exact = topk(batch.scores, batch.lengths, k)
             for cell in cells:
                 if cell.k == k:
                     cell.add(batch.scores, batch.lengths, exact)
@@ -195,19 +195,12 @@ def table(document: Row) -> str:
     ]
     cells = {(r["scores"], r["k"], r["dtype"], r["columns"]): r for r in results}
     for scores, k, dtype in dict.fromkeys(key[:3] for key in cells):
-        if dtype == "narrow":
-            continue
         shown = []
         for c in columns:
             row = cells.get((scores, k, dtype, c))
             percent = [f"{100 * row[n]:.2f}" for n in ("mean", "p1", "worst")] if row else []
             shown.append(" / ".join(percent))
         lines.append(f"| {scores} | {k} | {dtype} | " + " | ".join(shown) + " |")
-    same = all(
-        {**cells[s, k, "bfloat16", c], "dtype": ""} == {**row, "dtype": ""}
-        for (s, k, d, c), row in cells.items()
-        if d == "narrow" and (s, k, "bfloat16", c) in cells
-    )
     worst = {
         d: max(r["gap_worst"] for r in results if r["dtype"] == d)
         for d in dict.fromkeys(r["dtype"] for r in results)
@@ -215,10 +208,9 @@ def table(document: Row) -> str:
     bf16 = [row for row in results if row["dtype"] == "bfloat16"]
     lines += [
         "",
-        f"Float32 that is narrowed while it is read is {'the same in' if same else 'NOT as'} every "
-        "cell of bfloat16. In no cell does a position differ that does not tie with the k-th after "
-        "rounding. The lowest score taken lies at most "
-        + ", ".join(f"{100 * worst[d]:.2f} % ({d})" for d in worst if d != "narrow")
+        "In no cell does a position differ that does not tie with the k-th after rounding. The "
+        "lowest score taken lies at most "
+        + ", ".join(f"{100 * worst[d]:.2f} % ({d})" for d in worst)
         + " below the k-th; bfloat16 gives up at most "
         f"{100 * max(r['mass_lost_mean'] for r in bf16):.4f} % of the selected scores' sum in the "
         f"mean of a cell, {100 * max(r['mass_lost_worst'] for r in bf16):.4f} % in a row.",

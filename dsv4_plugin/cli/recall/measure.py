@@ -25,18 +25,12 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import ops
+from dsv4_plugin import topk
 from dsv4_plugin.cli.shared.choices import RECALL_DTYPES
 
 __all__ = ["DTYPES", "Statistics", "percentile"]
 
-DTYPES = {name: getattr(torch, dtype) for name, dtype in RECALL_DTYPES.items()}
-
-
-def _select(scores: torch.Tensor, lengths: torch.Tensor, k: int, name: str) -> torch.Tensor:
-    if name == "narrow":
-        return ops.topk(scores, lengths, k, narrow=True)
-    return ops.topk(scores.to(DTYPES[name]), lengths, k)
+DTYPES = {name: getattr(torch, name) for name in RECALL_DTYPES}
 
 
 def percentile(values: torch.Tensor, percent: float) -> float:
@@ -62,7 +56,7 @@ class Statistics:
         scores, lengths, exact = scores[long], lengths[long], exact[long]
         if not len(scores):
             return
-        picked = _select(scores, lengths, self.k, self.dtype)
+        picked = topk(scores.to(DTYPES[self.dtype]), lengths, self.k)
         kept = scores.gather(1, exact.long())
         chosen = scores.gather(1, picked.long())
         member = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)

@@ -25,7 +25,7 @@ def draw(document: Row, file: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import NullLocator
 
-    results = [row for row in document["results"] if row["rows"] and row["dtype"] != "narrow"]
+    results = [row for row in document["results"] if row["rows"]]
     if not results:
         raise UsageError("the results have no row longer than k: nothing to draw")
     ks = sorted({row["k"] for row in results})

@@ -18,14 +18,7 @@ __all__ = [
 
 KS = (512, 1024, 2048)  # of the models; the last is the most that the top-k takes
 
-# What selects, by the name that tables and options use -> torch's dtype of the scores. "narrow":
-# float32 scores that are read as bfloat16 (``narrow=True``).
-TOPK_DTYPES = {
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "float32": "float32",
-    "narrow": "float32",
-}
+TOPK_DTYPES = ("bfloat16", "float16", "float32")  # of the logits, torch's names
 TOPK_SUITES = ("decode", "served", "narrow", "adversarial", "prefill", "paged", "seed")
 LOGITS_SUITES = ("decode", "next_n", "varied", "prefill")
 ADAPTERS = ("sglang", "tokenspeed")
@@ -47,6 +40,4 @@ RECALL_KINDS = {
     "relu_sum": "weights in (0, 1)",
     "relu_sum_signed": "weights N(0, 1)",
 }
-# The selections by name -> the dtype that is selected in. "narrow": float32 scores, rounded to
-# bfloat16 while they are read.
-RECALL_DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "narrow": "bfloat16"}
+RECALL_DTYPES = ("bfloat16", "float16")  # that `recall` selects in, torch's names

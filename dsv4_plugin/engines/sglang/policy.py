@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import backends, envs
+from dsv4_plugin import envs
 from dsv4_plugin.engines.sglang import deep_gemm
 from dsv4_plugin.engines.sglang.adapter import SglangAdapter, current
 from dsv4_plugin.engines.shared import decision, logits, shadow
 from dsv4_plugin.engines.shared.decision import Selection
+from dsv4_plugin.ops import dispatch as backends
 
 __all__ = ["KINDS", "LayerKind", "for_dsa", "for_v4"]
 

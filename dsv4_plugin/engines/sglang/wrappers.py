@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import ops
+import dsv4_plugin as ops
 from dsv4_plugin.engines.sglang import policy
 from dsv4_plugin.engines.shared import adapter, shadow
 from dsv4_plugin.engines.shared.decision import KS, Selection

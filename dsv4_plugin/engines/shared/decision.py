@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4_plugin import backends, envs, log
+from dsv4_plugin import envs, log
 from dsv4_plugin.envs import Settings
 from dsv4_plugin.errors import SettingError, UnmetError
+from dsv4_plugin.ops import dispatch as backends
 
 __all__ = [
     "DTYPES", "INERT", "KS", "Decision", "PassedOver", "Selection", "backend_for_topk",

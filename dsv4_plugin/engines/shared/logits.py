@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import backends, envs, log
-from dsv4_plugin import logits as ops
+from dsv4_plugin import envs, log
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.decision import (
     DTYPES,
@@ -25,6 +24,8 @@ from dsv4_plugin.engines.shared.decision import (
 from dsv4_plugin.engines.shared.tensors import LENGTHS, dtype_name, saved_mib
 from dsv4_plugin.envs import Settings
 from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.ops import dispatch as backends
+from dsv4_plugin.ops import logits as ops
 from dsv4_plugin.state import state
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import ops
+import dsv4_plugin as ops
 from dsv4_plugin.engines.shared import logits as shared_logits
 from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype

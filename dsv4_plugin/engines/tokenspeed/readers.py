@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import envs, log, ops
+import dsv4_plugin as ops
+from dsv4_plugin import envs, log
 from dsv4_plugin.engines.shared import seam
 from dsv4_plugin.engines.shared.source import Missing
 from dsv4_plugin.engines.shared.tensors import rows_of

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import candidates as ops
 from dsv4_plugin.engines.shared import logits
 from dsv4_plugin.engines.shared.adapter import Adapter
 from dsv4_plugin.engines.shared.decision import DTYPES, Selection
@@ -39,8 +38,9 @@ from dsv4_plugin.engines.vllm.deferred import Deferred
 from dsv4_plugin.engines.vllm.layers import PIECE
 from dsv4_plugin.engines.vllm.probe import APPLY_MASK, SELECT_BLOCKS
 from dsv4_plugin.engines.vllm.slots import Paged
-from dsv4_plugin.logits import new_logits, ragged_logits
-from dsv4_plugin.ops import topk
+from dsv4_plugin.ops import candidates as ops
+from dsv4_plugin.ops.logits import new_logits, ragged_logits
+from dsv4_plugin.ops.topk import topk
 from dsv4_plugin.state import state
 
 __all__ = [

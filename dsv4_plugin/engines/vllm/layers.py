@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.checks import MAX_K
 from dsv4_plugin.engines.shared import decision
+from dsv4_plugin.kernels.arguments import MAX_K
 
 __all__ = [
     "KINDS",

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import backends, envs, facts, log
+from dsv4_plugin import envs, facts, log
 from dsv4_plugin.engines.shared import activation, decision, logits, shadow
 from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection, unique
 from dsv4_plugin.engines.vllm import late_patches
 from dsv4_plugin.engines.vllm.adapter import VllmAdapter, current
 from dsv4_plugin.engines.vllm.layers import Layer, LayerKind, kind_of, see
 from dsv4_plugin.errors import SettingError, UnmetError
+from dsv4_plugin.ops import dispatch as backends
 from dsv4_plugin.state import state
 
 __all__ = ["built"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import ops
+import dsv4_plugin as ops
 from dsv4_plugin.engines.shared import adapter, logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
 from dsv4_plugin.engines.shared.decision import DTYPES, KS, Selection

@@ -1,7 +1,7 @@
 """``vllm bench serve`` in small: its options as ab gives them, its requests, its result file.
 
 ``--mode`` makes it go wrong. What it writes has the keys that the real client writes;
-``tests/vllm/test_bench_client.py`` runs the real one.
+``tests/engines/vllm/bench_client.py`` runs the real one.
 """
 
 from __future__ import annotations

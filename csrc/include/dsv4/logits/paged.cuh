@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
       range = list.find(block, end);
       if (range.first >= range.last) break;
       const int32_t entries = min(range.last * Config::Page::kOfBlock, p.keys.table_width);
-      pages = Pages(p.keys.block_table + range.request * p.keys.table_stride, entries, range.first,
-                    1);
+      pages =
+          Pages(p.keys.block_table + range.request * p.keys.table_stride, entries, range.first, 1);
     }
     for (int32_t first = 0; first < next_n; first += Config::kRows) {
       const RequestRows rows(p.queries, range.request, first, Config::kRows);

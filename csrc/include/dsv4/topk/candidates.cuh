@@ -97,23 +97,21 @@ struct CandidateOutput : RowOutput {
   // ----------
   static constexpr int kList = 4;
 
-  // Begins to bring there the list of a row of `window.length` columns.
-  static __device__ __forceinline__ void start(const CandidateTopkParams& p, int32_t row,
-                                               const CandidateWindow& window, int32_t* kept,
-                                               uint32_t, uint32_t) {
+  static __device__ __forceinline__ void start(const CandidateTopkParams&, int32_t,
+                                               const CandidateWindow&, uint32_t, uint32_t) {}
+
+  // Begins to bring there what units begin ... begin + count - 1 of the row need: a unit's scores
+  // are those of its piece and, where the row begins inside of a unit, of the piece before.
+  static __device__ __forceinline__ void keep(const CandidateTopkParams& p, int32_t row,
+                                              const CandidateWindow& window, int32_t* kept,
+                                              int32_t begin, int32_t count) {
     const int32_t* list = p.candidates + row * p.candidate_stride;
     if (threadIdx.x == 0) *kept = window.keys;
     const int32_t held = (window.length + kCandidateKeys - 1) / kCandidateKeys;
-    if (reinterpret_cast<uintptr_t>(list) % 16 == 0 && p.count % 4 == 0) {
+    const int32_t end = min(begin + count, held);
 #pragma unroll 1
-      for (int32_t i = 4 * threadIdx.x; i < held; i += 4 * blockDim.x) {
-        copy_piece_chunk(kept + kList + i, list + i);
-      }
-    } else {
-#pragma unroll 1
-      for (int32_t i = threadIdx.x; i < held; i += blockDim.x) {
-        copy_word(kept + kList + i, list + i);
-      }
+    for (int32_t i = max(begin - 1, 0) + threadIdx.x; i < end; i += blockDim.x) {
+      copy_word(kept + kList + i, list + i);
     }
     copies_commit();
   }

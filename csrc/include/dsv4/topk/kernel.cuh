@@ -73,14 +73,14 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   if (window.length <= p.k) {
     if (cluster.rank == 0) Output(p, row, window).write_all(window.length, p.k);
   } else {
-    Output::start(p, row, window, reinterpret_cast<int32_t*>(memory + plan.kept), cluster.rank,
-                  cluster.size);
+    Output::start(p, row, window, cluster.rank, cluster.size);
     const RowUnits<Policy> units(scores, window);
     const bool together = Config::kCluster && units.count > plan.solo_units;
     if (!together) cluster.size = 1;
     if (together && units.count <= plan.half_units) cluster = cluster.half();
     if (cluster.rank < cluster.size) {
       TopkSlice<Config> slice(p, plan, smem, units, row, cluster);
+      Output::keep(p, row, window, slice.kept(), slice.begin, slice.count);
       joined = true;
       const int32_t share = together ? cluster.divide_up(units.count) : units.count;
       const bool held = share <= Config::kHeld * Config::kThreads;

@@ -175,10 +175,6 @@ inline cudaError_t launch_choice(const typename Form::Params& p, ScoreType type,
       return launch_shape<Form, Float16Keys>(p, type, choice, device, limits, stream);
     case ScoreType::kFloat32:
       return launch_shape<Form, Float32Keys>(p, type, choice, device, limits, stream);
-    case ScoreType::kNarrowedFloat32:
-      if constexpr (std::is_same_v<Form, RowForm>) {
-        return launch_shape<Form, NarrowedFloat32Keys>(p, type, choice, device, limits, stream);
-      }
   }
   return cudaErrorInvalidValue;
 }

@@ -237,26 +237,6 @@ struct Float16Keys : Keys16<__half2, 0x7c00u> {
   static __device__ __forceinline__ void set(Unit& u, int e, Scalar s) { set16(u, e, s); }
 };
 
-// float32 in memory, selected as if it had been rounded to bfloat16 (nearest even) beforehand.
-struct NarrowedFloat32Keys : Keys16<__nv_bfloat162, 0x7f80u> {
-  using Scalar = float;
-  static __device__ __forceinline__ uint32_t pack(uint32_t low, uint32_t high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(__uint_as_float(low), __uint_as_float(high));
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-  static __device__ __forceinline__ Scalar nan() { return __uint_as_float(0xffffffffu); }
-  template <bool kAnywhere = false>
-  static __device__ __forceinline__ Unit load(const Scalar* p) {
-    const uint4 a = load_vector<kAnywhere>(p);
-    const uint4 b = load_vector<kAnywhere>(p + 4);
-    return {make_uint4(pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w))};
-  }
-  static __device__ __forceinline__ uint32_t bits(Scalar s) {
-    return pack(__float_as_uint(s), 0u) & 0xffffu;
-  }
-  static __device__ __forceinline__ void set(Unit& u, int e, Scalar s) { set16(u, e, bits(s)); }
-};
-
 struct Float32Keys {
   using Pair = __nv_bfloat162;
   using H = Heads<Pair>;

@@ -99,7 +99,7 @@ struct RowOutput {
   // Sends for the row's pages, to the L2: when its indices are known, each waits for its page.
   // `rank` of `ranks` CTAs; a thread has a line of 32 pages.
   static __device__ __forceinline__ void start(const TopkParams& p, int32_t row,
-                                               const RowWindow& window, int32_t*, uint32_t rank,
+                                               const RowWindow& window, uint32_t rank,
                                                uint32_t ranks) {
     const RowOutput output(p, row);
     if (output.page_size.value == 0) return;
@@ -109,7 +109,11 @@ struct RowOutput {
     }
   }
 
-  // What start() began has arrived, as far as this thread began it.
+  // Begins to keep in shared memory what a CTA's slice of the row needs: nothing.
+  static __device__ __forceinline__ void keep(const TopkParams&, int32_t, const RowWindow&,
+                                              int32_t*, int32_t, int32_t) {}
+
+  // What keep() began has arrived, as far as this thread began it.
   static __device__ __forceinline__ void started() {}
 
   // What is stored for a chosen index.

@@ -11,7 +11,7 @@
 
 namespace dsv4 {
 
-enum class ScoreType { kBfloat16, kFloat16, kFloat32, kNarrowedFloat32 };
+enum class ScoreType { kBfloat16, kFloat16, kFloat32 };
 
 // Threads of a CTA of topk_kernel, and the kernel for rows that no cluster holds.
 enum class TopkShape : int { k512, k256, kWide };

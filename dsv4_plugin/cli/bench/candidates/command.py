@@ -48,8 +48,6 @@ def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]
         raise UsageError("--columns of bench candidates must be multiples of 128")
     held = min(MOST_HELD, width // PIECE // 2)
     dtypes = arguments.dtype or ("bfloat16", "float32")
-    if "narrow" in dtypes:
-        raise UsageError(f"--dtype of bench candidates must be of {', '.join(DTYPES)}, got narrow")
     rate = floor.read_rate(device)
     say(f"roof: read {rate / 1e3:.0f} GB/s")
     document = file.document

@@ -16,7 +16,7 @@ from dsv4_plugin.cli.bench.candidates import full_width
 from dsv4_plugin.cli.bench.candidates.problem import PIECE, Group, Pool, Prefill, candidate_lists
 from dsv4_plugin.cli.checks import candidate_oracles as oracle
 from dsv4_plugin.cli.checks.oracles import same_bits
-from dsv4_plugin.logits import new_logits
+from dsv4_plugin.ops.logits import new_logits
 
 __all__ = ["FullWidth", "Ours", "PrefillFullWidth", "PrefillOurs"]
 

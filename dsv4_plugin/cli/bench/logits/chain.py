@@ -24,7 +24,7 @@ from dsv4_plugin.cli.bench.topk.bars import sound
 from dsv4_plugin.cli.bench.topk.cases import Problem as Scores
 from dsv4_plugin.cli.bench.topk.check import Reference
 from dsv4_plugin.cli.bench.topk.peers import OURS
-from dsv4_plugin.logits import new_logits
+from dsv4_plugin.ops.logits import new_logits
 
 __all__ = ["ChainBench", "shared"]
 

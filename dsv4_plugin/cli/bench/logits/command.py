@@ -105,9 +105,6 @@ def _cases(arguments: argparse.Namespace) -> dict[str, list[cases.Case]]:
         raise UsageError(
             f"--suite of bench {what} must be of {', '.join(known)} or all, got {strange[0]}"
         )
-    if "narrow" in (arguments.dtype or ()):
-        raise UsageError(f"--dtype of bench {what} must be of {', '.join(cases.DTYPES)}, "
-                         "got narrow")  # fmt: skip
     some: dict[str, Any] = {
         "dtypes": arguments.dtype, "rows": arguments.rows, "columns": arguments.columns
     }  # fmt: skip

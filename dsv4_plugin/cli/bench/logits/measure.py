@@ -18,7 +18,7 @@ from dsv4_plugin.cli.bench.logits.cases import DTYPES, KEY_BYTES, Case, Paged, R
 from dsv4_plugin.cli.bench.logits.check import Sample
 from dsv4_plugin.cli.bench.topk.peers import OURS
 from dsv4_plugin.cli.checks.timing import time_calls
-from dsv4_plugin.logits import new_logits
+from dsv4_plugin.ops.logits import new_logits
 
 __all__ = ["Bench", "KeyBench", "peer_logits"]
 

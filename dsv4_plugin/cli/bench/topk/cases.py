@@ -41,7 +41,7 @@ ROWS = (1, 8, 32, 64, 128)
 COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)
 SEED_ROWS = (1, 8, 32)
 
-DTYPES = {name: getattr(torch, dtype) for name, dtype in TOPK_DTYPES.items()}
+DTYPES = {name: getattr(torch, name) for name in TOPK_DTYPES}
 
 NARROW_LENGTH, NARROW_WIDTH = 8192, 256_000
 

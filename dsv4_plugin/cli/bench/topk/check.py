@@ -32,8 +32,8 @@ class Reference:
     Scores must not be NaN inside the rows' windows.
     """
 
-    def __init__(self, problem: Problem, most: int, *, narrow: bool = False) -> None:
-        self.problem, self.narrow = problem, narrow
+    def __init__(self, problem: Problem, most: int) -> None:
+        self.problem = problem
         rows, columns = problem.logits.shape
         self.starts = problem.starts.long()
         room = (columns - self.starts).clamp(min=0)
@@ -51,8 +51,7 @@ class Reference:
         return [slice(lo, min(lo + step, rows)) for lo in range(0, rows, step)]
 
     def _scores(self, part: slice) -> torch.Tensor:
-        x = self.problem.logits[part]
-        return x.bfloat16() if self.narrow else x
+        return self.problem.logits[part]
 
     def _inside(self, part: slice) -> torch.Tensor:
         column = torch.arange(self.problem.logits.shape[1], device=self.problem.logits.device)
@@ -74,9 +73,7 @@ class Reference:
         if bool(((ordered.diff(dim=1) == 0) & (ordered[:, 1:] >= 0)).any()):
             return Verdict(False, False, "an index twice")
         at = (index.clamp(min=0) + self.starts[:, None]).clamp(max=self._last_column())
-        picked = self.problem.logits.gather(1, at)
-        picked = picked.bfloat16().float() if self.narrow else picked.float()
-        picked = picked.masked_fill(~used, -torch.inf)
+        picked = self.problem.logits.gather(1, at).float().masked_fill(~used, -torch.inf)
         got = picked.sort(dim=1, descending=True).values
         kept = min(k, self.best.shape[1])
         if not torch.equal(got[:, :kept], self.best[:, :kept]):

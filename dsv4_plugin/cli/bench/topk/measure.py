@@ -44,13 +44,10 @@ class Bench(CellBench):
         floor_us = floor.floor_us(problem, launches=self._launches(group[0], None))
         copies = self._copies(problem.logits, group[0].bytes_read)
         most = max(case.k for case in group)
-        references: dict[bool, Reference] = {}
+        reference = Reference(problem, most)
 
         def cell(case: Case) -> tuple[float, str]:
-            narrow = case.dtype == "narrow"
-            if narrow not in references:
-                references[narrow] = Reference(problem, most, narrow=narrow)
-            return floor_us, self._cell(case, copies, references[narrow], floor_us)
+            return floor_us, self._cell(case, copies, reference, floor_us)
 
         return cell
 
@@ -69,7 +66,7 @@ class Bench(CellBench):
     def _implementations(self, case: Case) -> dict[str, Run]:
         """Return ours first, then the peers that take this suite."""
         runs: dict[str, Run] = {OURS: functools.partial(self._ours, case)}
-        if case.dtype == "narrow" or case.suite == "seed":
+        if case.suite == "seed":
             return runs
         peers = self.peers[case.suite if case.suite in ("prefill", "paged") else "decode"]
 
@@ -86,8 +83,7 @@ class Bench(CellBench):
     def _ours(self, case: Case, problem: Problem, out: torch.Tensor) -> None:
         topk(
             problem.logits, problem.lengths, case.k, row_starts=problem.row_starts, out=out,
-            page_table=problem.page_table, page_size=PAGE_SIZE,
-            narrow=case.dtype == "narrow", backend=self.backend,
+            page_table=problem.page_table, page_size=PAGE_SIZE, backend=self.backend,
         )  # fmt: skip
 
     def _cell(

@@ -44,9 +44,7 @@ class Elsewhere:
                 scores = torch.randn(rows, columns, device=device).to(dtype)
                 lengths = torch.full((rows,), columns, dtype=torch.int32, device=device)
                 out = torch.empty(rows, 512, dtype=torch.int32, device=device)
-                call = functools.partial(
-                    topk, scores, lengths, 512, narrow=name == "narrow", out=out
-                )
+                call = functools.partial(topk, scores, lengths, 512, out=out)
                 self._calls.append((name, call))
 
     def between(self, dtype: str) -> None:

@@ -119,7 +119,7 @@ def no_own(monkeypatch) -> None:
     """Our logits kernels are not there, though the top-k is."""
     from kits.host_parts import without_own_logits
 
-    from dsv4_plugin import backends
+    from dsv4_plugin.ops import dispatch as backends
 
     monkeypatch.setattr(backends, "unmet", without_own_logits(backends.unmet))
 

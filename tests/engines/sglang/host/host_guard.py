@@ -246,7 +246,7 @@ def test_on_another_gpu_every_reason_is_listed(engine, load, on_gpu):
 def test_an_op_that_raises(engine, load, monkeypatch, caplog, topk, logits, v2, prefill):
     """The same call is upstream's, on the logits there are; the next one has float32 again."""
     load(DSV4_TOPK=topk, DSV4_LOGITS=logits)
-    monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
+    monkeypatch.setattr("dsv4_plugin.topk", broken)
     problem = engine.problem((600, 1100, 1500), raw=True, prefill=prefill)
     out = engine.step(problem, v2=v2)
     # Upstream's kernels promise no order among equals, and rounded scores have many.
@@ -271,7 +271,7 @@ def broken(*args, **kwargs):
 
 def test_an_op_that_raises_in_dsa(engine, load, monkeypatch, caplog):
     load()
-    monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
+    monkeypatch.setattr("dsv4_plugin.topk", broken)
     problem = engine.problem((1500, 3))
     got = engine.dsa_step(torch.randn(2, 1536), problem)
     assert [(row >= 0).sum().item() for row in got] == [512, 3]
@@ -281,7 +281,7 @@ def test_an_op_that_raises_in_dsa(engine, load, monkeypatch, caplog):
 
 def test_strict_raises_instead(engine, load, monkeypatch):
     load(DSV4_STRICT="1")
-    monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
+    monkeypatch.setattr("dsv4_plugin.topk", broken)
     with pytest.raises(RuntimeError, match="no such kernel image"):
         engine.step(engine.problem())
 

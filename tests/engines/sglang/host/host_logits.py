@@ -108,8 +108,8 @@ def test_logits_that_fail_cost_no_request(engine, load, monkeypatch, caplog, pre
     import logging
 
     load(DSV4_LOGITS="plugin")
-    monkeypatch.setattr("dsv4_plugin.logits.paged_logits", broken)
-    monkeypatch.setattr("dsv4_plugin.logits.ragged_logits", broken)
+    monkeypatch.setattr("dsv4_plugin.ops.logits.paged_logits", broken)
+    monkeypatch.setattr("dsv4_plugin.ops.logits.ragged_logits", broken)
     problem = engine.problem((600, 1100, 1500), prefill=prefill)
     for _ in range(2):
         engine.calls.clear()
@@ -120,14 +120,14 @@ def test_logits_that_fail_cost_no_request(engine, load, monkeypatch, caplog, pre
 
 def test_logits_that_fail_strictly(engine, load, monkeypatch):
     load(DSV4_LOGITS="plugin", DSV4_STRICT="1")
-    monkeypatch.setattr("dsv4_plugin.logits.paged_logits", broken)
+    monkeypatch.setattr("dsv4_plugin.ops.logits.paged_logits", broken)
     with pytest.raises(RuntimeError, match="no such kernel image"):
         engine.step(engine.problem())
 
 
 def test_a_topk_that_fails_leaves_logits_that_upstream_reads(engine, load, monkeypatch):
     load(DSV4_LOGITS="plugin")
-    monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
+    monkeypatch.setattr("dsv4_plugin.topk", broken)
     problem = engine.problem((600, 1100, 1500), raw=True)
     engine.step(problem)
     assert engine.logits_of().own
@@ -141,13 +141,13 @@ def test_a_topk_that_fails_leaves_logits_that_upstream_reads(engine, load, monke
 @can_bf16
 def test_a_call_ours_does_not_take(engine, load, monkeypatch, asked_for, can_bf16):
     """Nobody asked: DeepGEMM's for this call, in float32 in any case. Somebody asked: an error."""
-    from dsv4_plugin import logits
+    from dsv4_plugin.ops import logits
 
     load(DSV4_LOGITS="plugin" if asked_for else "auto")
     engine.install_deep_gemm(has_logits_dtype=can_bf16)
     real, answers = logits.paged_logits, [UnmetError("backend 'cuda'", ["q has 8 heads"])]
     monkeypatch.setattr(
-        "dsv4_plugin.logits.paged_logits",
+        "dsv4_plugin.ops.logits.paged_logits",
         lambda *a, **k: (_ for _ in ()).throw(answers.pop()) if answers else real(*a, **k),
     )
     problem = engine.problem()

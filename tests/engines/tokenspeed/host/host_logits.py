@@ -166,7 +166,7 @@ def test_a_call_ours_does_not_take_strictly(engine, load, upstream):
 
 def test_logits_that_fail_are_tokenspeeds_call(engine, load, monkeypatch, upstream):
     load(DSV4_LOGITS="plugin")
-    monkeypatch.setattr("dsv4_plugin.logits.paged_logits", broken)
+    monkeypatch.setattr("dsv4_plugin.ops.logits.paged_logits", broken)
     assert decode(engine, engine.batch((1500, 3))) == ("upstream", engine.own["dsa_decode_topk"])
 
 

@@ -104,7 +104,7 @@ def test_it_does_not_synchronise(engine, read, monkeypatch):
     for method in meta:
         monkeypatch.setattr(torch.Tensor, method, lambda self: pytest.fail("a host sync"))
     # Slots on the CPU are checked against the cache; slots on its device are not looked at.
-    monkeypatch.setattr("dsv4_plugin.checks.slots_within", lambda *a: None)
+    monkeypatch.setattr("dsv4_plugin.ops.checks.slots_within", lambda *a: None)
     assert torch.equal(read(cache, slots), want)
 
 

@@ -239,7 +239,7 @@ def broken(*args, **kwargs):
 
 def test_an_op_that_raises_is_tokenspeeds_call(engine, load, monkeypatch, caplog, upstream):
     load()
-    monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
+    monkeypatch.setattr("dsv4_plugin.topk", broken)
     batch = engine.batch((1500, 3))
     assert decode(engine, batch) == ("upstream", engine.own["dsa_decode_topk"])
     (_, kwargs) = upstream[-1]
@@ -255,7 +255,7 @@ def test_an_op_that_raises_is_tokenspeeds_call(engine, load, monkeypatch, caplog
 
 def test_every_mode_falls_back(engine, load, monkeypatch, upstream):
     load()
-    monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
+    monkeypatch.setattr("dsv4_plugin.topk", broken)
     batch = engine.batch((1500, 3))
     q = (batch["q"].to(torch.float8_e4m3fn), torch.empty(0))
     cu = torch.tensor([0, 1500, 1503], dtype=torch.int32)
@@ -290,7 +290,7 @@ def test_deepgemm_is_not_asked_where_ours_can(engine, load, upstream, caplog):
 
 def test_strict_raises_instead(engine, load, monkeypatch, upstream):
     load(DSV4_STRICT="1")
-    monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
+    monkeypatch.setattr("dsv4_plugin.topk", broken)
     with pytest.raises(RuntimeError, match="no such kernel image"):
         decode(engine, engine.batch((1500,)))
     assert not upstream

@@ -13,7 +13,7 @@ from host_calls import BATCHES
 from kits.seams import moved
 
 import dsv4_plugin
-from dsv4_plugin import ops
+import dsv4_plugin as ops
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.vllm import register, unregister, wrappers
 
@@ -132,7 +132,7 @@ def test_what_fails_is_filled_before_vllm_selects(engine, on, monkeypatch, part)
 
     widen = wrappers.plain
     monkeypatch.setattr(wrappers, "plain", plain)
-    name = "dsv4_plugin.ops.topk" if part == "top-k" else "dsv4_plugin.logits.paged_logits"
+    name = "dsv4_plugin.topk" if part == "top-k" else "dsv4_plugin.ops.logits.paged_logits"
     with built(engine, problem) as layer:
         monkeypatch.setattr(name, lambda *a, **k: 1 / 0)
         got = canonical(engine.step(layer, problem))

@@ -199,7 +199,7 @@ def broken(*args, **kwargs):
 def test_a_topk_that_fails_costs_no_request(engine, run, monkeypatch, caplog, model):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_LOGITS", "engine")
-    monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
+    monkeypatch.setattr("dsv4_plugin.topk", broken)
     problem = engine.problem(**MIXED)
     got = run(problem, model=model)
     # the same logits, widened where they were bfloat16; ties may fall either way upstream
@@ -232,7 +232,7 @@ def test_a_topk_that_fails_costs_no_request(engine, run, monkeypatch, caplog, mo
 def test_after_a_failure_logits_are_float32_again(engine, run, monkeypatch, whose):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_LOGITS", whose)
-    monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
+    monkeypatch.setattr("dsv4_plugin.topk", broken)
     problem = engine.problem(**MIXED)
     with engine.gpu(), engine.config():
         layer = engine.layer(problem)
@@ -246,14 +246,14 @@ def test_after_a_failure_logits_are_float32_again(engine, run, monkeypatch, whos
 def test_under_strict_a_failure_is_raised(engine, run, monkeypatch):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_STRICT", "1")
-    monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
+    monkeypatch.setattr("dsv4_plugin.topk", broken)
     with pytest.raises(RuntimeError, match="no kernel image"):
         run(engine.problem(**MIXED))
 
 
 def test_a_gather_that_fails_costs_no_request(engine, run, monkeypatch, caplog):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
-    monkeypatch.setattr("dsv4_plugin.ops.gather_indexer_cache", broken)
+    monkeypatch.setattr("dsv4_plugin.gather_indexer_cache", broken)
     problem = engine.problem(**MIXED)
     got = run(problem, model="deepseek_v32")
     assert torch.equal(got, engine.expected(problem.k))
@@ -334,7 +334,7 @@ def test_a_deepgemm_that_vllm_resolved_anew_is_asked_again(engine, run, monkeypa
 
 def test_a_call_our_kernel_does_not_take_is_one_call_upstream(engine, run, monkeypatch, caplog):
     """As a cache whose rows are not aligned: about that call, so the next one is ours again."""
-    from dsv4_plugin import ops
+    import dsv4_plugin as ops
 
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     real = ops.gather_indexer_cache
@@ -345,7 +345,7 @@ def test_a_call_our_kernel_does_not_take_is_one_call_upstream(engine, run, monke
             raise answers.pop()
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("dsv4_plugin.ops.gather_indexer_cache", gather)
+    monkeypatch.setattr("dsv4_plugin.gather_indexer_cache", gather)
     problem = engine.problem(**MIXED)
     with engine.gpu(), engine.config("deepseek_v32"):
         layer = engine.layer(problem)

@@ -132,8 +132,8 @@ def broken(*args, **kwargs):
 
 @pytest.mark.parametrize("batch", [MIXED, LATER], ids=["mixed", "prefill"])
 def test_logits_that_fail_cost_no_request(engine, run, own, monkeypatch, caplog, batch):
-    monkeypatch.setattr("dsv4_plugin.logits.paged_logits", broken)
-    monkeypatch.setattr("dsv4_plugin.logits.ragged_logits", broken)
+    monkeypatch.setattr("dsv4_plugin.ops.logits.paged_logits", broken)
+    monkeypatch.setattr("dsv4_plugin.ops.logits.ragged_logits", broken)
     problem = engine.problem(**batch)
     with engine.gpu(), engine.config():
         layer = engine.layer(problem)
@@ -150,7 +150,7 @@ def test_logits_that_fail_cost_no_request(engine, run, own, monkeypatch, caplog,
 
 def test_logits_that_fail_under_strict_are_an_error(engine, run, own, monkeypatch):
     monkeypatch.setenv("DSV4_STRICT", "1")
-    monkeypatch.setattr("dsv4_plugin.logits.paged_logits", broken)
+    monkeypatch.setattr("dsv4_plugin.ops.logits.paged_logits", broken)
     with pytest.raises(RuntimeError, match="no kernel image"):
         run(engine.problem(decode=(700, 40)))
 
@@ -158,7 +158,7 @@ def test_logits_that_fail_under_strict_are_an_error(engine, run, own, monkeypatc
 @pytest.mark.parametrize("batch", [MIXED, LATER], ids=["mixed", "prefill"])
 def test_a_topk_that_fails_leaves_logits_that_upstream_reads(engine, run, own, monkeypatch, batch):
     """Widened, and in the columns that the release expects."""
-    monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
+    monkeypatch.setattr("dsv4_plugin.topk", broken)
     problem = engine.problem(**batch)
     got = run(problem)
     assert logits(engine)[0].own
@@ -170,7 +170,7 @@ def test_a_topk_that_fails_leaves_logits_that_upstream_reads(engine, run, own, m
 
 
 def refused_once(monkeypatch, name):
-    real = getattr(sys.modules["dsv4_plugin.logits"], name)
+    real = getattr(sys.modules["dsv4_plugin.ops.logits"], name)
     answers = [UnmetError("backend 'cuda' for paged_logits", ["q has 8 heads"])]
 
     def ours(*args, **kwargs):
@@ -178,7 +178,7 @@ def refused_once(monkeypatch, name):
             raise answers.pop()
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(f"dsv4_plugin.logits.{name}", ours)
+    monkeypatch.setattr(f"dsv4_plugin.ops.logits.{name}", ours)
 
 
 @pytest.mark.parametrize("topk", ["auto", "bf16", "fp16"])

@@ -65,7 +65,7 @@ def test_a_part_that_failed_is_served(served, run, engine, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr("dsv4_plugin.ops.topk", broken)
+    monkeypatch.setattr("dsv4_plugin.topk", broken)
     run(engine.problem(**MIXED), model="deepseek_v32")
     lines = served()
     assert f"dsv4_switched_off{labels('part', 'topk')} 1.0" in lines

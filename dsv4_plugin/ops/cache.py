@@ -1,8 +1,4 @@
-"""The public ops of the indexer.
-
-Every op validates its arguments, takes the implementation that :mod:`dsv4_plugin.backends`
-chooses, and is registered as ``torch.ops.dsv4.*`` (:mod:`dsv4_plugin.library`) for
-``torch.compile``; outside a compiler it calls the implementation without the dispatcher.
+"""The public ops that read keys from the indexer cache.
 
 **The indexer cache.** uint8, one page holds ``block_size`` keys and is *page-planar*: first
 ``block_size × head_dim`` e4m3 bytes, then ``block_size`` float32 scales. It comes as ``[pages,
@@ -15,26 +11,19 @@ nibble first, then ``block_size × head_dim / 32`` UE8M0 scales.
 a page past the end is an error of the caller: slots on the CPU raise ``IndexError``; on a GPU,
 where raising would cost a synchronisation, such a key reads as NaN, and memory outside the cache
 is never touched.
-
-**Memory.** An output shares memory with no other output and with no input: that is a ``ValueError``
-before anything is written. Slices of one buffer that do not overlap are separate. Inputs may share
-memory with each other.
-
-**Tensors.** A subclass of a tensor is served as the plain tensor. A tensor on the meta device among
-others is a ``ValueError``; with all tensors there an op gives the shape of its result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dsv4_plugin import checks, library
-from dsv4_plugin.backends import Call, resolve
+from dsv4_plugin.kernels.device import alignment
+from dsv4_plugin.ops import checks, torch_library
+from dsv4_plugin.ops.dispatch import Call, resolve
 
-__all__ = ["gather_indexer_cache", "read_indexer_cache", "read_indexer_cache_mxfp4", "topk"]
+__all__ = ["gather_indexer_cache", "read_indexer_cache", "read_indexer_cache_mxfp4"]
 
 
 def read_indexer_cache(
@@ -98,10 +87,10 @@ def read_indexer_cache_mxfp4(
 
 _GATHERED = (torch.float8_e4m3fn, torch.uint8, *checks.OUT_DTYPES)
 
-# op → (bytes a key, what head_dim must be a multiple of)
-_ROW_BYTES = {
-    "read": (lambda head_dim: head_dim + 4, 4),
-    "read_mxfp4": (lambda head_dim: head_dim // 2 + head_dim // 32, 32),
+# op → (its name in torch.ops, bytes a key, what head_dim must be a multiple of)
+_READS = {
+    "read": ("read_indexer_cache", lambda head_dim: head_dim + 4, 4),
+    "read_mxfp4": ("read_indexer_cache_mxfp4", lambda head_dim: head_dim // 2 + head_dim // 32, 32),
 }
 
 
@@ -115,26 +104,14 @@ def _read(
     out: torch.Tensor | None,
     backend: str | None,
 ) -> torch.Tensor:
-    if not library.through_dispatcher(cache, slot_mapping, out):
-        return run_read(op, cache, slot_mapping, block_size, head_dim, dtype, out, backend)
-    if out is None:
-        return library.functional(op)(cache, slot_mapping, block_size, head_dim, dtype, backend)
-    library.mutating(op)(cache, slot_mapping, out, block_size, head_dim, backend)
-    return out
-
-
-def run_read(
-    op: str,
-    cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    block_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    out: torch.Tensor | None,
-    backend: str | None,
-) -> torch.Tensor:
-    """Serve a read: what is behind its public face and behind ``torch.ops``."""
-    row_bytes, multiple = _ROW_BYTES[op]
+    name, row_bytes, multiple = _READS[op]
+    if torch_library.through_dispatcher(cache, slot_mapping, out):
+        if out is None:
+            return torch_library.functional(name)(
+                cache, slot_mapping, block_size, head_dim, dtype, backend
+            )
+        torch_library.mutating(name)(cache, slot_mapping, out, block_size, head_dim, backend)
+        return out
     checks.geometry(block_size, head_dim, multiple)
     pages = checks.as_pages(cache, block_size, row_bytes(head_dim))
     checks.tensor("slot_mapping", slot_mapping, checks.INTEGER_DTYPES, (1,))
@@ -149,7 +126,7 @@ def run_read(
         checks.out_matrix("out", out, shape, checks.OUT_DTYPES, cache.device, "cache")
         checks.separate((("out", out),), (("cache", cache), ("slot_mapping", slot_mapping)))
     if tokens:
-        aligned = checks.alignment(pages, out)
+        aligned = alignment(pages, out)
         call = Call(op, cache.device, out.dtype, head_dim=head_dim, alignment=aligned)
         run = resolve(call, backend)
         if pages.shape[0] == 0:  # no page that padding could be read from
@@ -218,12 +195,14 @@ def gather_indexer_cache(
             raise ValueError(f"out must be (values, scales), got {len(out)} elements")
         values, scales = out
         checks.tensor("out[1]", scales, (torch.float32, torch.uint8), (1, 2))
-    if library.through_dispatcher(cache, block_table, cu_seq_lens, values, scales):
-        library.mutating("gather")(
+    if torch_library.through_dispatcher(cache, block_table, cu_seq_lens, values, scales):
+        torch_library.mutating("gather_indexer_cache")(
             cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend
         )
     else:
-        run_gather(cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend)
+        _fill_gathered(
+            cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend
+        )
     return out
 
 
@@ -251,17 +230,17 @@ def _new_gathered(
     return values, torch.empty(total, dtype=torch.float32, device=device)
 
 
-def run_gather(
+def _fill_gathered(
     cache: torch.Tensor,
     block_table: torch.Tensor,
     cu_seq_lens: torch.Tensor,
     values: torch.Tensor,
     scales: torch.Tensor | None,
-    block_size: int,
-    head_dim: int,
+    block_size: int = 64,
+    head_dim: int = 128,
     backend: str | None = None,
 ) -> None:
-    """Serve a gather: what is behind its public face and behind ``torch.ops``."""
+    """Check a gather and write it: the form that ``torch.ops`` has."""
     checks.geometry(block_size, head_dim, 4)
     pages = checks.as_pages(cache, block_size, head_dim + 4)
     device = cache.device
@@ -296,176 +275,38 @@ def run_gather(
         values = values.view(torch.uint8)
         scales = scales.view(torch.float32).reshape(values.shape[0])
     if values.shape[0]:
-        aligned = checks.alignment(pages, values)
+        aligned = alignment(pages, values)
         call = Call("gather", device, values.dtype, head_dim=head_dim, alignment=aligned)
         run = resolve(call, backend)
         ends = cu_seq_lens.contiguous()
         run(pages, block_table, ends, values, scales, block_size, head_dim)
 
 
-def topk(
-    logits: torch.Tensor,
-    lengths: torch.Tensor,
-    k: int,
-    *,
-    next_n: int = 1,
-    row_starts: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
-    page_size: int = 64,
-    out: torch.Tensor | None = None,
-    out_raw: torch.Tensor | None = None,
-    out_counts: torch.Tensor | None = None,
-    sort: bool = False,
-    narrow: bool = False,
-    backend: str | None = None,
+def _new_keys(
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.float32,
+    **_: Any,
 ) -> torch.Tensor:
-    """Select the ``k`` largest of the first columns of every row, exactly.
-
-    Set, ties and order are separate promises:
-
-    * **set**: exactly the ``k`` largest of the row's ``length`` columns, compared in the dtype of
-      ``logits``. ``-inf`` and ``inf`` are numbers like any other, ``-0.0`` equals ``0.0``, and a
-      NaN is chosen only when no number is left.
-    * **ties**: the lowest column wins, among NaN too.
-    * **order**: ascending columns, then -1. With ``sort`` the largest comes first and the lower
-      column first among equals.
-    * **short rows**: ``length <= k`` gives ``0 … length - 1`` and then -1, in this order even with
-      ``sort``, without the scores mattering: they may be uninitialised. ``length <= 0`` gives -1.
-    * **independence**: nothing at or past a row's length matters, and a row's answer depends on
-      that row alone, not on the batch, the grid or the width of the buffer.
-
-    Args:
-        logits: ``[rows, columns]`` float32, bfloat16 or float16; unit inner stride, any row stride.
-        lengths: int32 or int64 columns in each row: ``[rows]``, or ``[batch, next_n]`` with
-            ``rows = batch · next_n``; or one a request, ``[batch]`` or ``[batch, 1]``, by the
-            engines' rule that row ``b · next_n + j`` has ``lengths[b] - next_n + 1 + j`` columns.
-            Clipped to what the row has.
-        k: 1 … 2048.
-        next_n: rows a request has (speculative decoding).
-        row_starts: ``[rows]`` int32 or int64: the row's columns begin there, and the indices
-            count from there. A start below zero gives an empty row.
-        page_table: ``[rows, pages]`` or ``[batch, pages]`` int32 page numbers, unit inner stride.
-            ``out`` then holds pool slots: ``page_table[r, i // page_size] · page_size +
-            i % page_size``, in the order of the indices; -1 where there is no index, the page is
-            below zero or not in the table, or the slot is more than int32 holds.
-        page_size: columns a page of ``page_table``.
-        out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
-        out_raw: ``[rows, k]`` int32 that gets the indices themselves beside ``page_table``.
-        out_counts: ``[rows]`` int32, contiguous, that gets how many indices each row has: its
-            clipped length, at most ``k``. They come first in the row, -1 after them.
-        sort: sort by value. A row no longer than ``k`` keeps the order of its columns.
-        narrow: round float32 ``logits`` to bfloat16 while reading and select on that: the same
-            result as ``topk(logits.bfloat16(), …)`` without the extra pass.
-        backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
-
-    Returns:
-        ``out``, or a new ``[rows, k]`` int32 tensor.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
-        UnmetError: ``backend`` cannot serve the call.
-
-    Source: vLLM #40811 for the bfloat16 input; the engines' top-k kernels for the forms.
-    """
-    tensors = (logits, lengths, row_starts, page_table, out, out_raw, out_counts)
-    if not library.through_dispatcher(*tensors):
-        return run_topk(
-            logits, lengths, k, next_n, row_starts, page_table, page_size, out, out_raw,
-            out_counts, sort, narrow, backend,
-        )  # fmt: skip
-    if out is None and out_raw is None and out_counts is None:
-        return library.functional("topk")(
-            logits, lengths, k, next_n, row_starts, page_table, page_size, sort, narrow, backend
-        )
-    if out is None:
-        checks.size("k", k)
-        out = torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
-    library.mutating("topk")(
-        logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort,
-        narrow, backend, out_counts,
-    )  # fmt: skip
-    return out
+    return torch.empty(slot_mapping.shape[0], head_dim, dtype=dtype, device=cache.device)
 
 
-def run_topk(
-    logits: torch.Tensor,
-    lengths: torch.Tensor,
-    k: int,
-    next_n: int,
-    row_starts: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    page_size: int,
-    out: torch.Tensor | None,
-    out_raw: torch.Tensor | None,
-    out_counts: torch.Tensor | None,
-    sort: bool,
-    narrow: bool,
-    backend: str | None,
-) -> torch.Tensor:
-    """Serve a top-k: what is behind its public face and behind ``torch.ops``."""
-    out, run, arguments = prepare_topk(
-        logits, lengths, k, next_n, row_starts, page_table, page_size, out, out_raw, out_counts,
-        sort, narrow, backend,
-    )  # fmt: skip
-    run(*arguments)
-    return out
-
-
-def prepare_topk(
-    logits: torch.Tensor,
-    lengths: torch.Tensor,
-    k: int,
-    next_n: int,
-    row_starts: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    page_size: int,
-    out: torch.Tensor | None,
-    out_raw: torch.Tensor | None,
-    out_counts: torch.Tensor | None,
-    sort: bool,
-    narrow: bool,
-    backend: str | None,
-) -> tuple[torch.Tensor, Callable[..., None], tuple[Any, ...]]:
-    """Check a top-k and return its result, what computes it, and the arguments of that."""
-    rows = checks.scores("logits", logits).shape[0]
-    checks.size("k", k)
-    checks.size("next_n", next_n)
-    checks.size("page_size", page_size)
-    checks.lengths_for(lengths, rows, next_n, logits.device)
-    if row_starts is not None:
-        checks.tensor("row_starts", row_starts, checks.INDEX_DTYPES, (1,))
-        checks.on_device("row_starts", row_starts, logits.device, "logits")
-        if row_starts.shape[0] != rows:
-            raise ValueError(f"row_starts must have {rows} entries, got {row_starts.shape[0]}")
-    if page_table is not None:
-        checks.table("page_table", page_table, rows, next_n, logits.device)
-    elif out_raw is not None:
-        raise ValueError("out_raw needs page_table: without it out holds the indices themselves")
-    if narrow and logits.dtype != torch.float32:
-        raise ValueError(f"narrow needs float32 logits, got {logits.dtype}")
-    shape = (rows, k)
-    given = out
-    if out is None:
-        out = torch.empty(shape, dtype=torch.int32, device=logits.device)
-    else:
-        checks.out_matrix("out", out, shape, (torch.int32,), logits.device, "logits")
-    if out_raw is not None:
-        checks.out_matrix("out_raw", out_raw, shape, (torch.int32,), logits.device, "logits")
-    if out_counts is not None:
-        checks.out_vector("out_counts", out_counts, rows, logits.device, "logits")
-    checks.separate(
-        (("out", given), ("out_raw", out_raw), ("out_counts", out_counts)),
-        (("logits", logits), ("lengths", lengths), ("row_starts", row_starts),
-         ("page_table", page_table)),
-    )  # fmt: skip
-    if not rows:
-        return out, nothing, ()
-    run = resolve(Call("topk", logits.device, logits.dtype, k), backend)
-    return out, run, (
-        logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort, narrow,
-        out_counts,
-    )  # fmt: skip
-
-
-def nothing(*_: object) -> None:
-    """Run in place of an implementation where no row or no column is asked for."""
+for _function in (read_indexer_cache, read_indexer_cache_mxfp4):
+    torch_library.register(
+        f"{_function.__name__}(Tensor cache, Tensor slot_mapping, int block_size=64, "
+        "int head_dim=128, ScalarType? dtype=None, str? backend=None) -> Tensor",
+        _function,
+        _new_keys,
+    )
+    torch_library.register(
+        f"{_function.__name__}_out(Tensor cache, Tensor slot_mapping, Tensor(a!) out, "
+        "int block_size=64, int head_dim=128, str? backend=None) -> ()",
+        _function,
+    )
+torch_library.register(
+    "gather_indexer_cache_out(Tensor cache, Tensor block_table, Tensor cu_seq_lens, "
+    "Tensor(a!) values, Tensor(b!)? scales, int block_size=64, int head_dim=128, "
+    "str? backend=None) -> ()",
+    _fill_gathered,
+)

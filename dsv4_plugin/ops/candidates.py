@@ -12,8 +12,8 @@ sees, then -1. :func:`select_blocks` writes them so, and the promises below are 
 Of any other content, uninitialised memory included, one thing is promised: no memory outside of
 the arguments is touched, and every position that comes out is -1 or a key that the row sees.
 
-The layout of the cache, validation and dispatch are as in :mod:`dsv4_plugin.ops`, scores and the
-forms of ``lengths`` as in :mod:`dsv4_plugin.logits`.
+The layout of the cache is as in :mod:`dsv4_plugin.ops.cache`, scores and the forms of ``lengths``
+as in :mod:`dsv4_plugin.ops.logits`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import checks, library
-from dsv4_plugin.backends import Call, resolve
 from dsv4_plugin.kernels import reference_candidates
-from dsv4_plugin.logits import new_logits, new_result, paged_arguments, ragged_arguments
+from dsv4_plugin.kernels.device import alignment
+from dsv4_plugin.ops import checks, torch_library
+from dsv4_plugin.ops.dispatch import Call, resolve
+from dsv4_plugin.ops.logits import new_logits, new_result, paged_arguments, ragged_arguments
+from dsv4_plugin.ops.topk import indices
 
 __all__ = [
     "block_maxima",
@@ -86,15 +88,15 @@ def block_maxima(
 
     Source: vLLM's ``select_candidate_blocks`` (0.31 and later), up to its order of ties.
     """
-    if library.through_dispatcher(q, cache, weights, lengths, block_table, out, logits):
+    if torch_library.through_dispatcher(q, cache, weights, lengths, block_table, out, logits):
         dtype = dtype if logits is None else logits.dtype
         if out is None and logits is None:
-            return library.functional("block_maxima")(
+            return torch_library.functional("block_maxima")(
                 q, cache, weights, lengths, block_table, block_size, piece, dtype, backend
             )
         if out is None:
             out = _new_maxima(q, block_table, block_size, piece, dtype)
-        library.mutating("block_maxima")(
+        torch_library.mutating("block_maxima")(
             q, cache, weights, lengths, block_table, out, logits, block_size, piece, backend
         )
         return out
@@ -113,11 +115,10 @@ def block_maxima(
     checks.separate((("out", given), ("logits", logits)), inputs)
     if logits is not None and out.dtype != logits.dtype:
         raise ValueError(f"logits must be of the dtype of out ({out.dtype}), got {logits.dtype}")
-    room = (out.shape[1], columns, 1 if logits is None else logits.shape[1])
-    if rows and all(room):
+    if rows and out.shape[1] and (logits is None or logits.shape[1]):
         call = Call(
             "block_maxima", q.device, out.dtype, head_dim=head_dim, heads=heads,
-            block_size=block_size, piece=piece, alignment=checks.alignment(pages, q),
+            block_size=block_size, piece=piece, alignment=alignment(pages, q),
         )  # fmt: skip
         run = resolve(call, backend)
         if pages.shape[0] == 0:  # no page that a kernel could be pointed at
@@ -167,12 +168,14 @@ def select_blocks(
 
     Source: vLLM's ``select_candidate_blocks`` (0.31 and later), which leaves ties and order open.
     """
-    if library.through_dispatcher(maxima, lengths, out, out_counts):
+    if torch_library.through_dispatcher(maxima, lengths, out, out_counts):
         if out is None and out_counts is None:
-            return library.functional("select_blocks")(maxima, lengths, k, piece, next_n, backend)
+            return torch_library.functional("select_blocks")(
+                maxima, lengths, k, piece, next_n, backend
+            )
         if out is None:
-            out = _new_indices(maxima, k)
-        library.mutating("select_blocks")(
+            out = indices(maxima, k)
+        torch_library.mutating("select_blocks")(
             maxima, lengths, out, out_counts, k, piece, next_n, backend
         )
         return out
@@ -183,7 +186,7 @@ def select_blocks(
     checks.lengths_for(lengths, rows, next_n, maxima.device, "maxima")
     given = out
     if out is None:
-        out = _new_indices(maxima, k)
+        out = indices(maxima, k)
     else:
         checks.out_matrix("out", out, (rows, k), (torch.int32,), maxima.device, "maxima")
     if out_counts is not None:
@@ -253,15 +256,15 @@ def candidate_logits(
     Source: vLLM's dense logits with ``apply_candidate_mask``, without the columns that it masks.
     """
     tensors = (q, cache, weights, candidates, lengths, block_table, out, out_lengths)
-    if library.through_dispatcher(*tensors):
+    if torch_library.through_dispatcher(*tensors):
         if out is None and out_lengths is None:
-            return library.functional("candidate_logits")(
+            return torch_library.functional("candidate_logits")(
                 q, cache, weights, candidates, lengths, block_table, block_size, piece, dtype,
                 backend,
             )  # fmt: skip
         if out is None:
             out = _new_scores(candidates, piece, dtype)
-        library.mutating("candidate_logits")(
+        torch_library.mutating("candidate_logits")(
             q, cache, weights, candidates, lengths, block_table, out, out_lengths, block_size,
             piece, backend,
         )  # fmt: skip
@@ -278,7 +281,7 @@ def candidate_logits(
         call = Call(
             "candidate_logits", q.device, out.dtype, head_dim=head_dim, heads=heads,
             block_size=block_size, piece=piece, candidates=candidates.shape[1],
-            alignment=checks.alignment(pages, q),
+            alignment=alignment(pages, q),
         )  # fmt: skip
         run = resolve(call, backend)
         if pages.shape[0] == 0 or block_table.shape[1] == 0:
@@ -336,14 +339,14 @@ def candidate_logits_ragged(
     Source: vLLM's dense logits of prefill with ``apply_candidate_mask``.
     """
     tensors = (q, k, k_scale, weights, candidates, row_starts, row_ends, out, out_lengths)
-    if library.through_dispatcher(*tensors):
+    if torch_library.through_dispatcher(*tensors):
         if out is None and out_lengths is None:
-            return library.functional("candidate_logits_ragged")(
+            return torch_library.functional("candidate_logits_ragged")(
                 q, k, k_scale, weights, candidates, row_starts, row_ends, piece, dtype, backend
             )
         if out is None:
             out = _new_scores(candidates, piece, dtype)
-        library.mutating("candidate_logits_ragged")(
+        torch_library.mutating("candidate_logits_ragged")(
             q, k, k_scale, weights, candidates, row_starts, row_ends, out, out_lengths, piece,
             backend,
         )  # fmt: skip
@@ -359,7 +362,7 @@ def candidate_logits_ragged(
     if rows:
         call = Call(
             "candidate_logits_ragged", q.device, out.dtype, head_dim=head_dim, heads=heads,
-            piece=piece, candidates=candidates.shape[1], alignment=checks.alignment(k, q),
+            piece=piece, candidates=candidates.shape[1], alignment=alignment(k, q),
         )  # fmt: skip
         run = resolve(call, backend)
         if k.shape[0] == 0:  # no key that a kernel could be pointed at
@@ -427,14 +430,14 @@ def select_candidates(
     Source: the top-k that vLLM runs over rows masked by ``apply_candidate_mask``.
     """
     tensors = (logits, candidates, lengths, out, block_table, out_slots, out_counts)
-    if library.through_dispatcher(*tensors):
+    if torch_library.through_dispatcher(*tensors):
         if out is None and out_slots is None and out_counts is None:
-            return library.functional("select_candidates")(
+            return torch_library.functional("select_candidates")(
                 logits, candidates, lengths, k, piece, next_n, block_table, page_size, backend
             )
         if out is None:
-            out = _new_indices(logits, k)
-        library.mutating("select_candidates")(
+            out = indices(logits, k)
+        torch_library.mutating("select_candidates")(
             logits, candidates, lengths, out, out_slots, out_counts, block_table, k, piece, next_n,
             page_size, backend,
         )  # fmt: skip
@@ -458,7 +461,7 @@ def select_candidates(
         raise ValueError("out_slots needs block_table, which has the pages of the slots")
     shape, given = (rows, k), out
     if out is None:
-        out = _new_indices(logits, k)
+        out = indices(logits, k)
     else:
         checks.out_matrix("out", out, shape, (torch.int32,), device, "logits")
     if out_slots is not None:
@@ -517,11 +520,6 @@ def _new_maxima(
     return new_logits(rows, blocks, dtype, q.device)
 
 
-def _new_indices(logits: torch.Tensor, k: int) -> torch.Tensor:
-    checks.size("k", k)
-    return torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
-
-
 def _new_scores(
     candidates: torch.Tensor, piece: int = 8, dtype: torch.dtype = torch.bfloat16, **_: Any
 ) -> torch.Tensor:
@@ -542,49 +540,49 @@ _NEW = "ScalarType? dtype=None, str? backend=None) -> Tensor"
 _FILLED = "str? backend=None) -> ()"
 _SELECTION = "int piece=8, int next_n=1, "
 
-library.register(
+torch_library.register(
     f"block_maxima({_PAGED}, int block_size=64, int piece=8, {_NEW}", block_maxima, _new_maxima
 )
-library.register(
+torch_library.register(
     f"block_maxima_out({_PAGED}, Tensor(a!) out, Tensor(b!)? logits, int block_size=64, "
     f"int piece=8, {_FILLED}",
     block_maxima,
 )
-library.register(
+torch_library.register(
     f"select_blocks(Tensor maxima, Tensor lengths, int k, {_SELECTION}str? backend=None) -> Tensor",
     select_blocks,
-    lambda maxima, k, **_: _new_indices(maxima, k),
+    lambda maxima, k, **_: indices(maxima, k),
 )
-library.register(
+torch_library.register(
     "select_blocks_out(Tensor maxima, Tensor lengths, Tensor(a!) out, Tensor(b!)? out_counts, "
     f"int k, {_SELECTION}{_FILLED}",
     select_blocks,
 )
-library.register(
+torch_library.register(
     f"candidate_logits({_CANDIDATES}, int block_size=64, int piece=8, {_NEW}",
     candidate_logits,
     _new_scores,
 )
-library.register(
+torch_library.register(
     f"candidate_logits_out({_CANDIDATES}, Tensor(a!) out, Tensor(b!)? out_lengths, "
     f"int block_size=64, int piece=8, {_FILLED}",
     candidate_logits,
 )
-library.register(
+torch_library.register(
     f"candidate_logits_ragged({_RAGGED}, int piece=8, {_NEW}", candidate_logits_ragged, _new_scores
 )
-library.register(
+torch_library.register(
     f"candidate_logits_ragged_out({_RAGGED}, Tensor(a!) out, Tensor(b!)? out_lengths, "
     f"int piece=8, {_FILLED}",
     candidate_logits_ragged,
 )
-library.register(
+torch_library.register(
     "select_candidates(Tensor logits, Tensor candidates, Tensor lengths, int k, "
     f"{_SELECTION}Tensor? block_table=None, int page_size=64, str? backend=None) -> Tensor",
     select_candidates,
-    lambda logits, k, **_: _new_indices(logits, k),
+    lambda logits, k, **_: indices(logits, k),
 )
-library.register(
+torch_library.register(
     "select_candidates_out(Tensor logits, Tensor candidates, Tensor lengths, Tensor(a!) out, "
     "Tensor(b!)? out_slots, Tensor(c!)? out_counts, Tensor? block_table, int k, "
     f"{_SELECTION}int page_size=64, {_FILLED}",

@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 
+from dsv4_plugin.kernels.arguments import MAX_INT32, MAX_K, TopkArgs
+
 __all__ = [
     "E4M3_DTYPES",
     "INDEX_DTYPES",
     "INTEGER_DTYPES",
     "LOGITS_DTYPES",
-    "MAX_INT32",
-    "MAX_K",
     "OUT_DTYPES",
-    "alignment",
     "as_pages",
     "as_slots",
     "bounds",
@@ -42,6 +41,7 @@ __all__ = [
     "slots_within",
     "table",
     "tensor",
+    "topk",
 ]
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -58,8 +58,6 @@ INTEGER_DTYPES = (
 )
 OUT_DTYPES = (torch.float32, torch.bfloat16)
 E4M3_DTYPES = (torch.float8_e4m3fn, torch.uint8)
-MAX_K = 2048
-MAX_INT32 = (1 << 31) - 1  # what a page size, a row and a slot that is written can be at most
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -149,16 +147,6 @@ def as_pages(cache: Any, block_size: int, row_bytes: int) -> torch.Tensor:
             f"which it is read; got storage offset {cache.storage_offset()}, {_show(cache)}"
         )
     return flat
-
-
-def alignment(*matrices: torch.Tensor) -> int:
-    """Return the largest power of two up to 16 that every row of these starts at, in bytes."""
-    bits = 16
-    for m in matrices:
-        bits |= m.data_ptr()
-        for stride in m.stride()[:-1]:
-            bits |= stride * m.element_size()
-    return bits & -bits
 
 
 def as_slots(slots: torch.Tensor) -> torch.Tensor:
@@ -287,6 +275,41 @@ def scores(name: str, value: Any) -> torch.Tensor:
     if value.shape[1] > 1 and value.stride()[1] != 1:
         raise ValueError(f"{name} must have unit stride along its rows, got {_show(value)}")
     return value
+
+
+def topk(args: TopkArgs, given: torch.Tensor | None) -> None:
+    """Check a top-k; ``given``: ``out`` as the caller gave it.
+
+    Without ``given`` the plugin made ``out``, and has checked ``logits`` and ``k`` for that.
+    """
+    logits, lengths, _, out_raw, row_starts, page_table, k, next_n, page_size, _, out_counts = args
+    if given is not None:
+        scores("logits", logits)
+        size("k", k)
+    rows, device = logits.shape[0], logits.device
+    size("next_n", next_n)
+    size("page_size", page_size)
+    lengths_for(lengths, rows, next_n, device)
+    if row_starts is not None:
+        tensor("row_starts", row_starts, INDEX_DTYPES, (1,))
+        on_device("row_starts", row_starts, device, "logits")
+        if row_starts.shape[0] != rows:
+            raise ValueError(f"row_starts must have {rows} entries, got {row_starts.shape[0]}")
+    if page_table is not None:
+        table("page_table", page_table, rows, next_n, device)
+    elif out_raw is not None:
+        raise ValueError("out_raw needs page_table: without it out holds the indices themselves")
+    if given is not None:
+        out_matrix("out", given, (rows, k), (torch.int32,), device, "logits")
+    if out_raw is not None:
+        out_matrix("out_raw", out_raw, (rows, k), (torch.int32,), device, "logits")
+    if out_counts is not None:
+        out_vector("out_counts", out_counts, rows, device, "logits")
+    separate(
+        (("out", given), ("out_raw", out_raw), ("out_counts", out_counts)),
+        (("logits", logits), ("lengths", lengths), ("row_starts", row_starts),
+         ("page_table", page_table)),
+    )  # fmt: skip
 
 
 def candidates(value: Any, rows: int, device: torch.device, of: str) -> None:

@@ -1,8 +1,8 @@
 """The public ops that make index logits, and the chain from logits to indices.
 
 The score of a key is ``scale · Σ_h weights[h] · ReLU(q[h] · key)``: dot products of e4m3 values,
-all sums in float32, rounded once to the dtype of the result. The layout of the cache, validation
-and dispatch are as in :mod:`dsv4_plugin.ops`.
+all sums in float32, rounded once to the dtype of the result. The layout of the cache is as in
+:mod:`dsv4_plugin.ops.cache`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import checks, library, ops
-from dsv4_plugin.backends import Call, resolve
 from dsv4_plugin.kernels import reference_logits
+from dsv4_plugin.kernels.arguments import TopkArgs
+from dsv4_plugin.kernels.device import alignment
+from dsv4_plugin.ops import checks, torch_library
+from dsv4_plugin.ops.dispatch import Call, resolve
+from dsv4_plugin.ops.topk import indices, prepare
 
 __all__ = ["paged_logits", "ragged_logits", "select"]
 
@@ -52,7 +55,7 @@ def paged_logits(
         q: ``[batch, next_n, heads, head_dim]``, or ``[batch, heads, head_dim]`` for ``next_n`` 1;
             float8_e4m3fn, or uint8 with the same bytes. Each ``[heads, head_dim]`` is contiguous,
             the strides outside of it are free.
-        cache: uint8 indexer cache; see :mod:`dsv4_plugin.ops` for its layout.
+        cache: uint8 indexer cache; see :mod:`dsv4_plugin.ops.cache` for its layout.
         weights: float32 ``[batch · next_n, heads]``, unit inner stride; the queries' scales are
             part of it.
         lengths: int32 or int64 keys that each row sees: ``[rows]`` or ``[batch, next_n]``; or one a
@@ -74,30 +77,15 @@ def paged_logits(
 
     Source: the contract of DeepGEMM's paged MQA logits, which the engines call.
     """
-    if not library.through_dispatcher(q, cache, weights, lengths, block_table, out):
-        return run_paged(q, cache, weights, lengths, block_table, block_size, dtype, out, backend)
-    if out is None:
-        return library.functional("paged_logits")(
-            q, cache, weights, lengths, block_table, block_size, dtype, backend
+    if torch_library.through_dispatcher(q, cache, weights, lengths, block_table, out):
+        if out is None:
+            return torch_library.functional("paged_logits")(
+                q, cache, weights, lengths, block_table, block_size, dtype, backend
+            )
+        torch_library.mutating("paged_logits")(
+            q, cache, weights, lengths, block_table, out, block_size, backend
         )
-    library.mutating("paged_logits")(
-        q, cache, weights, lengths, block_table, out, block_size, backend
-    )
-    return out
-
-
-def run_paged(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    weights: torch.Tensor,
-    lengths: torch.Tensor,
-    block_table: torch.Tensor,
-    block_size: int,
-    dtype: torch.dtype,
-    out: torch.Tensor | None,
-    backend: str | None,
-) -> torch.Tensor:
-    """Serve paged logits: what is behind their public face and behind ``torch.ops``."""
+        return out
     out, run, arguments = _prepare_paged(
         q, cache, weights, lengths, block_table, block_size, dtype, out, backend
     )
@@ -131,10 +119,10 @@ def _prepare_paged(
     if table_only and out.shape[1] > columns:
         out = out[:, :columns]
     if not rows or not out.shape[1]:
-        return out, ops.nothing, ()
+        return out, _nothing, ()
     call = Call(
         "paged_logits", device, out.dtype, head_dim=head_dim, heads=heads,
-        block_size=block_size, alignment=checks.alignment(pages, q),
+        block_size=block_size, alignment=alignment(pages, q),
     )  # fmt: skip
     run = resolve(call, backend)
     if pages.shape[0] == 0:  # no page that a kernel could be pointed at
@@ -185,28 +173,15 @@ def ragged_logits(
 
     Source: the contract of DeepGEMM's MQA logits, in its compressed form.
     """
-    if not library.through_dispatcher(q, k, k_scale, weights, row_starts, row_ends, out):
-        return run_ragged(q, k, k_scale, weights, row_starts, row_ends, dtype, out, backend)
-    if out is None:
-        return library.functional("ragged_logits")(
-            q, k, k_scale, weights, row_starts, row_ends, dtype, backend
+    if torch_library.through_dispatcher(q, k, k_scale, weights, row_starts, row_ends, out):
+        if out is None:
+            return torch_library.functional("ragged_logits")(
+                q, k, k_scale, weights, row_starts, row_ends, dtype, backend
+            )
+        torch_library.mutating("ragged_logits")(
+            q, k, k_scale, weights, row_starts, row_ends, out, backend
         )
-    library.mutating("ragged_logits")(q, k, k_scale, weights, row_starts, row_ends, out, backend)
-    return out
-
-
-def run_ragged(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    row_starts: torch.Tensor,
-    row_ends: torch.Tensor,
-    dtype: torch.dtype,
-    out: torch.Tensor | None,
-    backend: str | None,
-) -> torch.Tensor:
-    """Serve ragged logits: what is behind their public face and behind ``torch.ops``."""
+        return out
     q, k = ragged_arguments(q, k, k_scale, weights, row_starts, row_ends)
     rows, heads, head_dim = q.shape
     device = q.device
@@ -216,7 +191,7 @@ def run_ragged(
     if rows and out.shape[1]:
         call = Call(
             "ragged_logits", device, out.dtype, head_dim=head_dim, heads=heads,
-            alignment=checks.alignment(k, q),
+            alignment=alignment(k, q),
         )  # fmt: skip
         run = resolve(call, backend)
         if k.shape[0] == 0:  # no key that a kernel could be pointed at
@@ -276,57 +251,29 @@ def select(
         UnmetError: ``backend`` cannot serve the call.
     """
     tensors = (q, cache, weights, lengths, block_table, page_table, out, out_raw, logits)
-    if not library.through_dispatcher(*tensors):
-        return run_select(
-            q, cache, weights, lengths, block_table, k, block_size, dtype, page_table, page_size,
-            out, out_raw, sort, logits, backend,
+    if torch_library.through_dispatcher(*tensors):
+        if out is None and out_raw is None and logits is None:
+            return torch_library.functional("select")(
+                q, cache, weights, lengths, block_table, k, block_size, dtype, page_table,
+                page_size, sort, backend,
+            )  # fmt: skip
+        if out is None:
+            out = _new_indices(q, k)
+        torch_library.mutating("select")(
+            q, cache, weights, lengths, block_table, out, out_raw, logits, page_table, k,
+            block_size, dtype, page_size, sort, backend,
         )  # fmt: skip
-    if out is None and out_raw is None and logits is None:
-        return library.functional("select")(
-            q, cache, weights, lengths, block_table, k, block_size, dtype, page_table, page_size,
-            sort, backend,
-        )  # fmt: skip
-    if out is None:
-        checks.size("k", k)
-        rows = q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
-        out = torch.empty(rows, k, dtype=torch.int32, device=q.device)
-    library.mutating("select")(
-        q, cache, weights, lengths, block_table, out, out_raw, logits, page_table, k,
-        block_size, dtype, page_size, sort, backend,
-    )  # fmt: skip
-    return out
-
-
-def run_select(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    weights: torch.Tensor,
-    lengths: torch.Tensor,
-    block_table: torch.Tensor,
-    k: int,
-    block_size: int,
-    dtype: torch.dtype,
-    page_table: torch.Tensor | None,
-    page_size: int,
-    out: torch.Tensor | None,
-    out_raw: torch.Tensor | None,
-    sort: bool,
-    logits: torch.Tensor | None,
-    backend: str | None,
-) -> torch.Tensor:
-    """Serve the chain: what is behind its public face and behind ``torch.ops``.
-
-    Everything is checked before anything is computed.
-    """
+        return out
     # No length may reach past the table: there is no key to be selected.
     scores, score, scored = _prepare_paged(
         q, cache, weights, lengths, block_table, block_size, dtype, logits, backend,
         table_only=True,
     )  # fmt: skip
-    picked, pick, chosen = ops.prepare_topk(
-        scores, lengths, k, q.shape[1] if q.dim() == 4 else 1, None, page_table, page_size, out,
-        out_raw, None, sort, False, backend,
+    args = TopkArgs(
+        scores, lengths, indices(scores, k) if out is None else out, out_raw, None, page_table, k,
+        q.shape[1] if q.dim() == 4 else 1, page_size, sort, None,
     )  # fmt: skip
+    pick = prepare(args, out, backend)
     # What the two do not know of each other.
     checks.separate((("logits", logits),), (("page_table", page_table),))
     checks.separate(
@@ -334,8 +281,12 @@ def run_select(
         (("q", q), ("cache", cache), ("weights", weights), ("block_table", block_table)),
     )
     score(*scored)
-    pick(*chosen)
-    return picked
+    pick(args)
+    return args.out
+
+
+def _nothing(*_: object) -> None:
+    """Run in place of an implementation where there is no row or no column."""
 
 
 def paged_arguments(
@@ -406,3 +357,66 @@ def new_result(
     checks.out_matrix("out", out, (rows, out.shape[1]), checks.LOGITS_DTYPES, device, "q")
     checks.separate((("out", out),), inputs)
     return out
+
+
+# ---- torch.ops.dsv4 ------------------------------------------------------------------------------
+
+
+def _rows(q: torch.Tensor) -> int:
+    return q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
+
+
+def _new_paged(
+    q: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    **_: Any,
+) -> torch.Tensor:
+    return new_logits(_rows(q), block_table.shape[1] * block_size, dtype, q.device)
+
+
+def _new_ragged(
+    q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype = torch.bfloat16, **_: Any
+) -> torch.Tensor:
+    return new_logits(q.shape[0], k.shape[0], dtype, q.device)
+
+
+def _new_indices(q: torch.Tensor, k: int, **_: Any) -> torch.Tensor:
+    checks.size("k", k)
+    return torch.empty(_rows(q), k, dtype=torch.int32, device=q.device)
+
+
+_PAGED = "Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor block_table"
+_RAGGED = "Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor row_starts, Tensor row_ends"
+
+torch_library.register(
+    f"paged_logits({_PAGED}, int block_size=64, ScalarType? dtype=None, str? backend=None) "
+    "-> Tensor",
+    paged_logits,
+    _new_paged,
+)
+torch_library.register(
+    f"paged_logits_out({_PAGED}, Tensor(a!) out, int block_size=64, str? backend=None) -> ()",
+    paged_logits,
+)
+torch_library.register(
+    f"ragged_logits({_RAGGED}, ScalarType? dtype=None, str? backend=None) -> Tensor",
+    ragged_logits,
+    _new_ragged,
+)
+torch_library.register(
+    f"ragged_logits_out({_RAGGED}, Tensor(a!) out, str? backend=None) -> ()", ragged_logits
+)
+torch_library.register(
+    f"select({_PAGED}, int k, int block_size=64, ScalarType? dtype=None, Tensor? page_table=None, "
+    "int page_size=64, bool sort=False, str? backend=None) -> Tensor",
+    select,
+    _new_indices,
+)
+torch_library.register(
+    f"select_out({_PAGED}, Tensor(a!) out, Tensor(b!)? out_raw, Tensor(c!)? logits, "
+    "Tensor? page_table, int k, int block_size=64, ScalarType? dtype=None, int page_size=64, "
+    "bool sort=False, str? backend=None) -> ()",
+    select,
+)

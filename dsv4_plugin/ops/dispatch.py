@@ -10,23 +10,22 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dsv4_plugin import log
-from dsv4_plugin.checks import MAX_K
 from dsv4_plugin.envs import value
 from dsv4_plugin.errors import SettingError, UnmetError
+from dsv4_plugin.kernels.arguments import MAX_K
+from dsv4_plugin.kernels.device import capability
 
-__all__ = ["ORDER", "Call", "capability", "choose", "resolve", "unmet"]
+__all__ = ["ORDER", "Call", "choose", "resolve", "unmet"]
 
 ORDER = ("cuda", "triton", "torch")
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a choice depends on: the op and the shape, dtype and device it is called with."""
 
     op: str
@@ -87,12 +86,6 @@ _FORMS: dict[str, dict[str, str]] = {
 
 _READS = ("read", "read_mxfp4", "gather")
 _PAGED = ("paged_logits", "block_maxima", "candidate_logits")  # by the matrix unit, from pages
-
-
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a CUDA device."""
-    return torch.cuda.get_device_capability(device)
 
 
 def _unmet_cuda(call: Call) -> list[str]:

@@ -1,0 +1,138 @@
+"""The figures of DeepSeek-V4.1's index layers, made from the committed results.
+
+:func:`server` makes what stands between the ``v41-server`` markers of the README, :func:`step` and
+:func:`layers` what stands between ``v41-step`` and ``v41-layers`` in docs/results.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.tables.readme import load
+
+__all__ = ["CANDIDATES", "SERVER", "layers", "ratios", "server", "step"]
+
+CANDIDATES, SERVER = "h200_candidates.json", "h200_vllm_v41.json"
+PLUGIN, FULL_WIDTH = ("dsv4", "bfloat16"), ("full width", "float32")
+Cells = dict[tuple[str, int, int], float]  # op, rows, keys → µs
+
+
+def server() -> str:
+    """Return the Markdown between the ``v41-server`` markers of the README."""
+    document = load(SERVER)
+    about = document["machine"]
+    kernels = {
+        (profile["context"], profile.get("concurrency", 1)): profile["servers"]
+        for profile in document["profiles"]
+    }
+    lines = [
+        f"A whole vLLM {about['vllm']} server of DeepSeek-V4.1, "
+        f"{document['model']['num_hidden_layers']} layers of random weights, on one {about['gpu']} "
+        f"(`benchmarks/results/{SERVER}`, of commit {about['commit'][:7]}), without the plugin / "
+        "with it; the profiler gives the time of all kernels and of the indexer's:",
+        "",
+        "| requests x tokens of context | ms a token | ratio (95 % interval) | all kernels, ms a "
+        "step | indexer, µs a layer |",
+        "|---|---|---|---|---|",
+    ]
+    for row in document["summary"]:
+        if row["figure"] != "tpot_ms":
+            continue
+        low, high = row["interval95"]
+        busy = indexer = "–"
+        if found := kernels.get((row["context"], row["concurrency"])):
+            sides = found["off"], found["on"]
+            busy = " / ".join(f"{side['busy_us'] / 1e3:.2f}" for side in sides)
+            indexer = " / ".join(f"{side['chain_us_layer']:.1f}" for side in sides)
+        lines.append(
+            f"| {row['concurrency']} x {row['context']:,} | {row['off']:.2f} / {row['on']:.2f} | "
+            f"{row['ratio']:.3f} ({low:.3f} – {high:.3f}) | {busy} | {indexer} |"
+        )
+    memory = [document["servers"][name]["memory"] for name in ("off", "on")]
+    graphs = " / ".join(f"{of['graphs_gib']:.2f}" for of in memory)
+    peak = " / ".join(f"{of['end'][0]['allocated_peak_gib']:.1f}" for of in memory)
+    return "\n".join([
+        *lines,
+        "",
+        f"vLLM's log gives {graphs} GiB for the captured graphs; torch allocated {peak} GiB at "
+        "most.",
+    ])  # fmt: skip
+
+
+def step() -> str:
+    """Return the Markdown between the ``v41-step`` markers of docs/results.md."""
+    document = load(CANDIDATES)
+    found = ratios(document, "step")
+    return "\n".join([
+        f"The eight index layers of one decode step, µs, on one {document['machine']['gpu']} "
+        f"(`benchmarks/results/{CANDIDATES}`, of commit {document['machine']['commit'][:7]}): "
+        "with the plugin's ops in bfloat16 / the same work at full width in float32:",
+        "",
+        *_table(document, "step"),
+        "",
+        f"The ratio is {min(found):.2f} to {max(found):.2f}; every answer was "
+        f"{'checked' if _exact(document) else 'checked, and SOME ARE WRONG'}. *Full width* scores "
+        "all keys, masks a buffer of "
+        f"{document['width']:,} columns in each consumer layer and selects over the whole row, as "
+        "vLLM does on Hopper. It uses the plugin's float32 logits and top-k for that and not "
+        "vLLM's kernels.",
+    ])  # fmt: skip
+
+
+def layers() -> str:
+    """Return the Markdown between the ``v41-layers`` markers of docs/results.md."""
+    document = load(CANDIDATES)
+    lines = [
+        f"On one {document['machine']['gpu']} (`benchmarks/results/{CANDIDATES}`, µs in a CUDA "
+        "graph): with the plugin's ops in bfloat16 / the same work at full width in float32; "
+        f"{document['heads']} heads, k {document['k']}, {document['candidates']:,} candidate "
+        "blocks a row, keys from memory.",
+    ]
+    for op, what in (("consumer", "A consumer layer"), ("source", "The source layer")):
+        lines += ["", f"{what} at decode:", "", *_table(document, op)]
+    found = _cells(document, "prefill", PLUGIN), _cells(document, "prefill", FULL_WIDTH)
+    shown = (
+        f"{rows:,} rows x {_keys(n)} {_us(us)} / {_us(found[1][op, rows, n])}"
+        for (op, rows, n), us in found[0].items()
+        if op == "consumer"
+    )
+    return "\n".join([*lines, "", f"A consumer layer at prefill: {'; '.join(shown)}."])
+
+
+def ratios(document: Any, op: str) -> list[float]:
+    """Return the plugin's time of a decode chain over that at full width, a number a cell."""
+    with_it, without = (_cells(document, "decode", of) for of in (PLUGIN, FULL_WIDTH))
+    return [us / without[cell] for cell, us in with_it.items() if cell[0] == op]
+
+
+def _table(document: Any, op: str) -> list[str]:
+    with_it, without = (_cells(document, "decode", of) for of in (PLUGIN, FULL_WIDTH))
+    columns = sorted({n for name, _, n in with_it if name == op})
+    lines = [
+        "| rows | " + " | ".join(_keys(n) for n in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for rows in sorted({rows for name, rows, _ in with_it if name == op}):
+        cells = (f"{_us(with_it[op, rows, n])} / {_us(without[op, rows, n])}" for n in columns)
+        lines.append(f"| {rows} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cells(document: Any, suite: str, of: tuple[str, str]) -> Cells:
+    return {
+        (row["op"], row["rows"], row["columns"]): row["us"]
+        for row in document["results"]
+        if row["suite"] == suite and (row["implementation"], row["dtype"]) == of
+    }
+
+
+def _us(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _keys(count: int) -> str:
+    return f"{count >> 20}M keys" if count >= 1 << 20 else f"{count >> 10}K keys"
+
+
+def _exact(document: Any) -> bool:
+    return all(row["exact"] for row in document["results"])

@@ -1,0 +1,61 @@
+"""What the README's first screen says of the expected gain, a line a model.
+
+:func:`expected` makes what stands between the ``expected`` markers.
+"""
+
+from __future__ import annotations
+
+from statistics import geometric_mean
+from typing import Any
+
+from benchmarks.tables.candidates import SERVER as V41_SERVER
+from benchmarks.tables.readme import SERVER, TOPK, load
+
+__all__ = ["expected"]
+
+
+def expected() -> str:
+    """Return the Markdown between the ``expected`` markers of the README."""
+    v41, server, topk = map(load, (V41_SERVER, SERVER, TOPK))
+    gpus = {document["machine"]["gpu"] for document in (v41, server, topk)}
+    layer = [r["ratio"] for r in v41["summary"] if r["figure"] == "chain_us_layer"]
+    alone = _float32(topk, 2048)
+    return "\n".join([
+        f"| model | what the plugin changes | what was measured on one {' or '.join(gpus)} |",
+        "|---|---|---|",
+        "| DeepSeek-V4.1 (vLLM) | consumer layers score the keys of their candidate blocks and "
+        "not all keys; the source layer finds the blocks while it scores | in a whole vLLM "
+        f"{v41['machine']['vllm']} server the indexer's kernels take {min(layer):.2f} to "
+        f"{max(layer):.2f} of the time of vLLM's; {_token(v41)} |",
+        "| DeepSeek-V4 | bfloat16 logits, an exact top-k on them, pool slots from the top-k | in "
+        f"a whole vLLM {server['machine']['vllm']} server {_token(server)} |",
+        "| DeepSeek-V3.2, GLM | an exact float32 top-k | the top-k alone (k 2048) takes "
+        f"{geometric_mean(alone):.2f} of the time of vLLM 0.33's, in the geometric mean of "
+        f"{len(alone)} cells; it is slower in {sum(r > 1 for r in alone)} of them (worst "
+        f"{max(alone):.2f}) |",
+    ])  # fmt: skip
+
+
+def _token(document: Any) -> str:
+    """Say how a token's time changed in the cases whose 95 % interval is on one side of 1."""
+    rows = [row for row in document["summary"] if row["figure"] == "tpot_ms"]
+    sure = [row for row in rows if not row["interval95"][0] <= 1 <= row["interval95"][1]]
+    changes = sorted(100 * (row["ratio"] - 1) for row in sure)
+    unsure = f"; {len(rows) - len(sure)} is not certain" if len(sure) < len(rows) else ""
+    return (
+        f"a token's time changes by {changes[-1]:+.1f} to {changes[0]:+.1f} % ({len(sure)} of "
+        f"{len(rows)} cases{unsure})"
+    )
+
+
+def _float32(topk: Any, k: int) -> list[float]:
+    """Return the plugin's time over vLLM's choice, both on float32 scores, a number a cell."""
+    us = {
+        (row["rows"], row["columns"], row["implementation"]): row["warm_us"]
+        for row in topk["results"]
+        if row.get("suite", "decode") == "decode"
+        and "recorded" not in row
+        and (row["dtype"], row["k"]) == ("float32", k)
+    }
+    upstream = topk.get("vllm_choice", "vllm33")
+    return [time / us[r, n, upstream] for (r, n, name), time in us.items() if name == "dsv4"]

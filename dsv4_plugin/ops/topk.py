@@ -1,0 +1,137 @@
+"""The public op that selects the ``k`` best columns of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from dsv4_plugin.kernels.arguments import TopkArgs
+from dsv4_plugin.ops import checks, torch_library
+from dsv4_plugin.ops.dispatch import Call, resolve
+
+__all__ = ["indices", "prepare", "topk"]
+
+
+def topk(
+    logits: torch.Tensor,
+    lengths: torch.Tensor,
+    k: int,
+    *,
+    next_n: int = 1,
+    row_starts: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    page_size: int = 64,
+    out: torch.Tensor | None = None,
+    out_raw: torch.Tensor | None = None,
+    out_counts: torch.Tensor | None = None,
+    sort: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Select the ``k`` largest of the first columns of every row, exactly.
+
+    Set, ties and order are separate promises:
+
+    * **set**: exactly the ``k`` largest of the row's ``length`` columns, compared in the dtype of
+      ``logits``. ``-inf`` and ``inf`` are numbers like any other, ``-0.0`` equals ``0.0``, and a
+      NaN is chosen only when no number is left.
+    * **ties**: the lowest column wins, among NaN too.
+    * **order**: ascending columns, then -1. With ``sort`` the largest comes first and the lower
+      column first among equals.
+    * **short rows**: ``length <= k`` gives ``0 … length - 1`` and then -1, in this order even with
+      ``sort``, without the scores mattering: they may be uninitialised. ``length <= 0`` gives -1.
+    * **independence**: nothing at or past a row's length matters, and a row's answer depends on
+      that row alone, not on the batch, the grid or the width of the buffer.
+
+    Args:
+        logits: ``[rows, columns]`` float32, bfloat16 or float16; unit inner stride, any row stride.
+        lengths: int32 or int64 columns in each row: ``[rows]``, or ``[batch, next_n]`` with
+            ``rows = batch · next_n``; or one a request, ``[batch]`` or ``[batch, 1]``, by the
+            engines' rule that row ``b · next_n + j`` has ``lengths[b] - next_n + 1 + j`` columns.
+            Clipped to what the row has.
+        k: 1 … 2048.
+        next_n: rows a request has (speculative decoding).
+        row_starts: ``[rows]`` int32 or int64: the row's columns begin there, and the indices
+            count from there. A start below zero gives an empty row.
+        page_table: ``[rows, pages]`` or ``[batch, pages]`` int32 page numbers, unit inner stride.
+            ``out`` then holds pool slots: ``page_table[r, i // page_size] · page_size +
+            i % page_size``, in the order of the indices; -1 where there is no index, the page is
+            below zero or not in the table, or the slot is more than int32 holds.
+        page_size: columns a page of ``page_table``.
+        out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
+        out_raw: ``[rows, k]`` int32 that gets the indices themselves beside ``page_table``.
+        out_counts: ``[rows]`` int32, contiguous, that gets how many indices each row has: its
+            clipped length, at most ``k``. They come first in the row, -1 after them.
+        sort: sort by value. A row no longer than ``k`` keeps the order of its columns.
+        backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
+
+    Returns:
+        ``out``, or a new ``[rows, k]`` int32 tensor.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
+        UnmetError: ``backend`` cannot serve the call.
+
+    Source: vLLM #40811 for the bfloat16 input; the engines' top-k kernels for the forms.
+    """
+    tensors = (logits, lengths, row_starts, page_table, out, out_raw, out_counts)
+    if torch_library.through_dispatcher(*tensors):
+        if out is None and out_raw is None and out_counts is None:
+            return torch_library.functional("topk")(
+                logits, lengths, k, next_n, row_starts, page_table, page_size, sort, backend
+            )
+        if out is None:
+            out = indices(logits, k)
+        torch_library.mutating("topk")(
+            logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort,
+            backend, out_counts,
+        )  # fmt: skip
+        return out
+    filled = indices(checks.scores("logits", logits), k) if out is None else out
+    args = TopkArgs(
+        logits, lengths, filled, out_raw, row_starts, page_table, k, next_n, page_size, sort,
+        out_counts,
+    )  # fmt: skip
+    prepare(args, out, backend)(args)
+    return filled
+
+
+def indices(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Return a new ``[rows, k]`` for the indices of a selection, once ``k`` is checked."""
+    checks.size("k", k)
+    return torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
+
+
+def prepare(
+    args: TopkArgs, out: torch.Tensor | None, backend: str | None
+) -> Callable[[TopkArgs], None]:
+    """Check a top-k and return what computes it.
+
+    Args:
+        args: what the caller gave, and a new tensor where ``out`` is not given.
+        out: as the caller gave it. None: the plugin made it after it had checked logits and ``k``.
+        backend: as in :func:`topk`.
+    """
+    checks.topk(args, out)
+    logits = args.logits
+    if not logits.shape[0]:
+        return _nothing
+    return resolve(Call("topk", logits.device, logits.dtype, args.k), backend)
+
+
+def _nothing(args: TopkArgs) -> None:
+    """Run in place of an implementation where there is no row."""
+
+
+torch_library.register(
+    "topk(Tensor logits, Tensor lengths, int k, int next_n=1, Tensor? row_starts=None, "
+    "Tensor? page_table=None, int page_size=64, bool sort=False, str? backend=None) -> Tensor",
+    topk,
+    lambda logits, k, **_: indices(logits, k),
+)
+torch_library.register(
+    "topk_out(Tensor logits, Tensor lengths, Tensor(a!) out, Tensor(b!)? out_raw, "
+    "Tensor? row_starts, Tensor? page_table, int k, int next_n=1, int page_size=64, "
+    "bool sort=False, str? backend=None, Tensor(c!)? out_counts=None) -> ()",
+    topk,
+)
