@@ -74,7 +74,7 @@ def settled(device: str) -> dict[str, dict[str, float]]:
 
 def test_the_default_device_is_the_engines(backend, device, monkeypatch):
     """While it builds its model: the shadow ended with 'Only dense CPU tensors can be pinned'."""
-    monkeypatch.setattr(shadow, "_kept", {})
+    monkeypatch.setattr(shadow, "kept", {})
     with torch.device("cuda" if device == "cuda" else "meta"):
         shadow.prepare(torch.device(device), "decode")
     assert shadow.on()
