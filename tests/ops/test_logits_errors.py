@@ -53,6 +53,7 @@ PAGED = {
     "lengths": int32(ROWS),
     "block_table": int32(BATCH, WIDTH),
     "out": bf16(ROWS, 192),
+    "block_size": 64,
 }
 Q_STRIDES = (NEXT_N * HEADS * 128 + 8, HEADS * 128, 128, 1)
 
@@ -71,6 +72,7 @@ Q_STRIDES = (NEXT_N * HEADS * 128 + 8, HEADS * 128, 128, 1)
         ({"pages": uint8(PAGES, PAGE, device_id=1)}, ValueError, "pages.*cuda:1.*cuda:0"),
         ({"pages": uint8(PAGES, PAGE, strides=(PAGE + 8, 1))}, ValueError, "pages.*16"),
         ({"pages": uint8(PAGES, 64, 132)}, ValueError, r"pages.*\[5, 64, 132\].*2"),
+        ({"block_size": 48}, ValueError, "block_size is 48.*32 or 64"),
         ({"lengths": float32(ROWS)}, TypeError, "lengths.*float32.*int"),
         ({"lengths": int32(ROWS - 1)}, ValueError, r"lengths.*\[3\]"),
         ({"lengths": int32(ROWS, device=CPU)}, ValueError, "lengths.*cpu"),
@@ -124,7 +126,10 @@ def _refuses(name, arguments, error, words):
         pytest.skip(f"{NO_NVCC} ({cuda.missing()})")
     import tvm_ffi
 
-    values = [tvm_ffi.from_dlpack(value) for value in arguments.values()]
+    values = [
+        tvm_ffi.from_dlpack(value) if isinstance(value, RawTensor) else value
+        for value in arguments.values()
+    ]
     # Order of the compiled function: as in dsv4_plugin/kernels/cuda.py.
     with pytest.raises(error, match=words):
         cuda._function(name)(*values)
