@@ -48,7 +48,7 @@ def server() -> str:
             f"| {row['concurrency']} x {row['context']:,} | {row['off']:.2f} / {row['on']:.2f} | "
             f"{row['ratio']:.3f} ({low:.3f} – {high:.3f}) | {busy} | {indexer} |"
         )
-    # Not the memory of the captured graphs: vLLM's log takes it from the whole GPU's free memory, and
+    # Not the memory of the captured graphs: vLLM takes it from the free memory of the GPU, and
     # both servers captured at the same time.
     peak = " / ".join(
         f"{document['servers'][name]['memory']['end'][0]['allocated_peak_gib']:.1f}"
