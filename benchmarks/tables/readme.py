@@ -53,8 +53,8 @@ def readme() -> str:
     about = topk["machine"]
     lines = [
         f"On one {about['gpu']} (CUDA graphs, warm, µs; `benchmarks/results/{TOPK}`, of "
-        f"commit {about['commit'].removeprefix('g')[:7]}), k = 512: ours on bfloat16 scores / what "
-        "vLLM 0.33 runs on float32 scores:",
+        f"commit {about['commit'].removeprefix('g')[:7]}), k = 512: the plugin on bfloat16 "
+        "scores / what vLLM 0.33 runs on float32 scores:",
         "",
         "| rows | " + " | ".join(f"{c // 1024}K" for c in _COLUMNS) + " |",
         "|---" * (len(_COLUMNS) + 1) + "|",
@@ -78,10 +78,10 @@ def readme() -> str:
     lines += [
         "",
         f"Over all {len(ratios)} cells (k 512, 1024, 2048) the geometric mean of the ratio is "
-        f"{mean:.2f}; ours is slower in {slower} of them (worst {max(ratios):.2f}). Against the "
-        f"fastest upstream kernel of any dtype in each cell it is {geomean(best):.2f}, slower in "
-        f"{sum(r > 1 for r in best)} (worst {max(best):.2f}). "
-        f"Ours is {'exact in every cell' if exact else 'NOT exact in some cell'}.",
+        f"{mean:.2f}; the plugin is slower in {slower} of them (worst {max(ratios):.2f}). Against "
+        f"the fastest upstream kernel of any dtype in each cell it is {geomean(best):.2f}, slower "
+        f"in {sum(r > 1 for r in best)} (worst {max(best):.2f}). "
+        f"The plugin is {'exact in every cell' if exact else 'NOT exact in some cell'}.",
         "",
         _served(topk, upstream)[1],
     ]
@@ -132,7 +132,7 @@ def _served(topk: Any, upstream: str) -> tuple[str, str]:
     about = topk["machine"]
     lines = [
         f"On one {about['gpu']} (µs; `benchmarks/results/{TOPK}`, suite `served`), k = "
-        "512: ours on bfloat16 scores / what vLLM 0.33 runs on float32 scores:",
+        "512: the plugin on bfloat16 scores / what vLLM 0.33 runs on float32 scores:",
         "",
         "| rows | " + " | ".join(f"{c // 1024}K" for c in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -155,11 +155,11 @@ def _served(topk: Any, upstream: str) -> tuple[str, str]:
         ]
         lines.append(f"| {rows} | " + " | ".join(cells) + " |")
     return "\n".join(lines), (
-        "A call as a server makes it, its code, evicted by the kernels of a whole layer, from "
-        f"memory, and the launch counted: over {len(ratios)} cells (k 512, 2048) "
-        f"{geomean(ratios):.2f} of vLLM's (worst {max(ratios):.2f}), {geomean(best):.2f} of the "
-        f"fastest exact upstream kernel's of any dtype (worst {max(best):.2f}; every one is a "
-        "difference of two medians, and scatters by 1 µs)."
+        "In a server a call brings its code from memory, because the other kernels of a layer have "
+        f"evicted it, and its launch counts. So measured, over {len(ratios)} cells (k 512, 2048), "
+        f"the plugin takes {geomean(ratios):.2f} of vLLM's time (worst {max(ratios):.2f}), and "
+        f"{geomean(best):.2f} of the time of the fastest exact upstream kernel of any dtype (worst "
+        f"{max(best):.2f}). Each figure is a difference of two medians, and scatters by 1 µs."
     )
 
 
@@ -212,8 +212,8 @@ def server() -> str:
         f"vLLM {about['vllm']} with {document['model']['num_hidden_layers']} layers of random "
         f"weights, on one {about['gpu']} (`benchmarks/results/{SERVER}`, of commit "
         f"{about['commit'][:7]}), without the plugin / with it "
-        "(`DSV4_TOPK=bf16`); by the profiler the time in which the GPU is busy, and the kernels of "
-        "the indexer: the sum of its K write, logits, fill, top-k and index transform:",
+        "(`DSV4_TOPK=bf16`). The profiler gives the time in which the GPU is busy, and that of the "
+        "indexer's kernels: K write, logits, fill, top-k and index transform:",
         "",
         "| requests x tokens of context | ms a token | ratio (95 % interval) | "
         "GPU busy, ms a step | indexer, µs a layer | its top-k | its logits |",
