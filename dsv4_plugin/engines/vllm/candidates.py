@@ -39,7 +39,7 @@ from dsv4_plugin.engines.vllm.layers import PIECE
 from dsv4_plugin.engines.vllm.probe import APPLY_MASK, SELECT_BLOCKS
 from dsv4_plugin.engines.vllm.slots import Paged
 from dsv4_plugin.ops import candidates as ops
-from dsv4_plugin.ops.logits import new_logits, ragged_logits
+from dsv4_plugin.ops.logits import new_logits, paged_logits, ragged_logits
 from dsv4_plugin.ops.topk import topk
 from dsv4_plugin.state import state
 
@@ -57,7 +57,8 @@ __all__ = [
 
 READERS = ("candidates", "topk.decode", "topk.prefill")  # the seams that read deferred logits
 # A source whose logits take at most so many bytes keeps them for its own top-k. A larger one
-# scores the keys of its candidates a second time: the best keys of a row are among them.
+# scores the keys of its candidates a second time: the k best keys of a row are among its k + 1 best
+# blocks.
 KEPT_BYTES = 256 << 20
 # A prefill chunk of a consumer with at most so many columns is scored whole: there many rows share
 # the read of a key, and a candidate's keys are read for one row.
@@ -195,6 +196,18 @@ def _whole(call: Deferred) -> torch.Tensor:
     )  # fmt: skip
 
 
+def _every_score(call: Deferred) -> torch.Tensor:
+    """Return the plugin's logits of decode."""
+    assert call.table is not None
+    out = new_logits(
+        call.weights.shape[0], call.columns, DTYPES[call.selection.dtype], call.q.device
+    )
+    return paged_logits(
+        call.q, call.keys, call.weights, call.lengths, call.table,
+        block_size=call.keys.shape[1], out=out, backend=call.selection.backend,
+    )  # fmt: skip
+
+
 def _maxima_of(scores: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
     """Write the blocks' scores, as ``block_maxima`` has them, of logits by :func:`_whole`.
 
@@ -252,6 +265,8 @@ def select(call: Deferred, k: int, out: torch.Tensor, paged: Paged | None = None
         assert call.mask is not None and call.candidates is not None
         if call.columns > call.candidates.shape[1] * PIECE:  # else every block is a candidate
             call.mask(call.scores, row_ks=None, row_ke=call.lengths)
+    elif not consumer and call.scores is None and _held(call) <= k:
+        call.scores = _every_score(call)
     if call.scores is not None:
         topk(
             call.scores, call.lengths, k, next_n=next_n, backend=backend,
@@ -265,6 +280,11 @@ def select(call: Deferred, k: int, out: torch.Tensor, paged: Paged | None = None
         _select_among_candidates(call, k, out, paged)
     if consumer:
         state.count("candidates.consumer", len(out))
+
+
+def _held(call: Deferred) -> int:
+    """Return how many candidate blocks a row has."""
+    return 0 if call.candidates is None else call.candidates.shape[1]
 
 
 def _select_among_candidates(

@@ -210,6 +210,20 @@ def test_a_consumer_scores_no_more_than_its_candidates(engine, on, sparse, batch
     assert not [name for name in found if name.endswith((".upstream", ".engine"))]
 
 
+@pytest.mark.parametrize("blocks", [64, 512])
+def test_a_source_with_few_candidates_scores_every_key(engine, on, monkeypatch, blocks):
+    """Of 512 keys one may lie outside of 512 blocks, since the newest block always has a place."""
+    from dsv4_plugin.engines.vllm import candidates
+
+    monkeypatch.setattr(candidates, "KEPT_BYTES", 0)
+    monkeypatch.setenv("DSV4_STRICT", "1")
+    model = Model(engine, BATCHES["two rows a request"], blocks=blocks)
+    got = model()
+    want, found = model.expected(torch.bfloat16)
+    assert all(map(torch.equal, got, want))
+    assert torch.equal(model.candidates[: len(found)], found)
+
+
 # --- what is computed -----------------------------------------------------------------------------
 
 
