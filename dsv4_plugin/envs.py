@@ -1,7 +1,8 @@
 """Every setting of the plugin: the one module that reads ``DSV4_*`` from the environment.
 
 A setting has a variable, a type, a default and a meaning, all in :data:`VARIABLES`; the table
-in the README is generated from it (``python -m dsv4_plugin.envs``) and a test compares the two.
+in the README is generated from it (``python -m benchmarks.tables settings``), and a test compares
+the two.
 
 An engine may override the environment for one model through its own configuration
 (vLLM: ``--additional-config.dsv4.topk bf16``): see :func:`override`. The kill switch
@@ -380,11 +381,3 @@ def table() -> str:
         choices = " ".join(f"`{c}`" for c in v.choices if c) or "an absolute path"
         lines.append(f"| `{v.name}` | {choices} | {v.default or 'unset'} | {v.meaning} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from dsv4_plugin.cli.shared.tool import prints
-
-    sys.exit(prints("python -m dsv4_plugin.envs", {"table": table}))

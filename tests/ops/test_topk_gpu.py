@@ -11,7 +11,8 @@ from kits.oracles import Ranking
 from kits.topk_device import DEVICE, draw, ints, run, seen
 
 from dsv4_plugin import topk
-from dsv4_plugin.cli.bench.topk.cases import (
+from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, poison_tail
+from dsv4_plugin.cli.checks.topk_cases import (
     CAPACITIES,
     DTYPES,
     EDGES,
@@ -22,7 +23,6 @@ from dsv4_plugin.cli.bench.topk.cases import (
     plateau,
     short_lengths,
 )
-from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, poison_tail
 
 pytestmark = pytest.mark.gpu
 

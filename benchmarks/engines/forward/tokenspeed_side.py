@@ -14,8 +14,7 @@ from kits.tokenspeed_host import STANDS_IN, STANDS_IN_ON_GPU, Engine
 
 import dsv4_plugin
 from benchmarks.engines.forward.parts import (
-    Part,
-    Row,
+    ForwardSide,
     agreement,
     measured,
     settings,
@@ -24,20 +23,21 @@ from benchmarks.engines.forward.parts import (
 )
 from benchmarks.engines.forward.variants import OFF, VARIANTS
 from benchmarks.engines.kernels.cells import Scores, recall
+from benchmarks.engines.part import Part, Row
 from dsv4_plugin.cli.bench.cells import DIRTY
 from dsv4_plugin.cli.checks.inputs import slot_list
 
 __all__ = ["Side"]
 
 # Not between these widths, where a kernel of TokenSpeed's compiles for minutes: see
-# testing/adapters/tokenspeed.py.
+# benchmarks/engines/kernels/tokenspeed.py.
 DECODE = {"cuda": [(1, 8192), (8, 65_536)], "cpu": [(2, 700)]}
 PREFILL = {"cuda": [(512, 8192)], "cpu": [(4, 1400)]}
 READ = {"cuda": 1024, "cpu": 40}
 SCALE = 0.1
 
 
-class Side:
+class Side(ForwardSide):
     """The parts of TokenSpeed, call by call: without the plugin, load it, with it, take it out."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -144,7 +144,7 @@ class Side:
 
         row, found = measured(
             call, lambda: out.fill_(DIRTY), lambda: local().sort(dim=1).values, judge,
-            self.arguments, ours=variant != OFF,
+            self.arguments, plugin=variant != OFF,
         )  # fmt: skip
         if variant == OFF:
             self.off[name] = found

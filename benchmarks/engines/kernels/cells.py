@@ -1,4 +1,4 @@
-"""What a cell of ``bench adapters`` is, and how its answers are judged.
+"""What a cell of ``--part kernels`` is, and how its answers are judged.
 
 A cell is one call of an engine with the tensors of one shape. Its runs are ours, which are the very
 functions that the adapters install, and the engine's own kernel for the same call.
@@ -18,8 +18,8 @@ import torch
 
 from dsv4_plugin import ops
 from dsv4_plugin.cli.bench.cells import Row
-from dsv4_plugin.cli.bench.topk.cases import Problem
 from dsv4_plugin.cli.bench.topk.check import Reference
+from dsv4_plugin.cli.checks.topk_cases import Problem
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.decision import Decision, Selection
 from dsv4_plugin.state import state
@@ -49,7 +49,7 @@ class Run:
     soil: Callable[[], Any]
     judge: Judge
     graph: bool = True  # False: it synchronises, so that it is timed call by call
-    ours: bool = False
+    plugin: bool = False
 
 
 @dataclasses.dataclass

@@ -22,7 +22,7 @@ from benchmarks.engines.kernels.cells import (
     shapes_of,
 )
 from dsv4_plugin.cli.bench.cells import DIRTY, Row
-from dsv4_plugin.cli.bench.topk.peers import Peers
+from dsv4_plugin.cli.bench.peers import Peers
 from dsv4_plugin.cli.checks.inputs import mxfp4_cache, slot_list
 from dsv4_plugin.cli.checks.oracles import fp8_keys, mxfp4_keys
 from dsv4_plugin.cli.shared.choices import TOKENSPEED_CALLS
@@ -103,7 +103,7 @@ def _runs(
         held, scores = selection(), Scores()
         call = scores.watching(make(topk, held))
         judge = functools.partial(judged, held, scores)
-        runs.append(Run(named(topk), call, held.soil, judge, ours=True))
+        runs.append(Run(named(topk), call, held.soil, judge, plugin=True))
     for name, peer in peers.items():
         held = selection()
         runs.append(Run(name, make(peer, held), held.soil, functools.partial(judged, held, None)))
@@ -190,7 +190,7 @@ def _read(about: Row, device: str, peers: Peers) -> list[Run]:
         want = (torch.where(keep[:, None], dequantised, 0.0),)
     runs = []
 
-    def add(name: str, function: Callable[[], Any], graph: bool, ours: bool) -> None:
+    def add(name: str, function: Callable[[], Any], graph: bool, plugin: bool) -> None:
         held: list[Any] = []
 
         def call_() -> None:
@@ -202,7 +202,7 @@ def _read(about: Row, device: str, peers: Peers) -> list[Run]:
             same = all(torch.equal(g.reshape(w.shape), w) for g, w in zip(parts, want, strict=True))
             return {"exact": same, **({} if same else {"why": "not the bits of the reference"})}
 
-        runs.append(Run(name, call_, held.clear, judge, graph=graph, ours=ours))
+        runs.append(Run(name, call_, held.clear, judge, graph=graph, plugin=plugin))
 
     backend = backend_for(device)
     if call == "gather":

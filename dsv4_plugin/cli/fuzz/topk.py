@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import torch
 
 from dsv4_plugin.backends import Call, choose
-from dsv4_plugin.cli.bench.topk.cases import CAPACITIES, DTYPES, EDGES, KS, ODD_KS, plateau
 from dsv4_plugin.cli.checks.canary import Guarded
 from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, scores
 from dsv4_plugin.cli.checks.oracles import Ranking, Wrong, check_selection, slots_of
 from dsv4_plugin.cli.checks.replay import captured
+from dsv4_plugin.cli.checks.topk_cases import CAPACITIES, DTYPES, EDGES, KS, ODD_KS, plateau
 from dsv4_plugin.cli.fuzz.case import Case, CaseError, flag, number, numbers, one_of
 
 __all__ = ["EACH_ROW", "FORMS", "TopkCase", "draw", "lengths_tensor", "run", "smaller"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 __all__ = [
     "ADAPTERS",
+    "CANDIDATE_SUITES",
     "ENGINES",
     "FUZZED",
     "KS",
+    "LOGITS_DTYPES",
     "LOGITS_SUITES",
     "RECALL_DTYPES",
     "RECALL_KINDS",
@@ -26,10 +28,12 @@ TOPK_DTYPES = {
     "float32": "float32",
     "narrow": "float32",
 }
-TOPK_SUITES = ("decode", "served", "narrow", "adversarial", "prefill", "paged", "seed")
+TOPK_SUITES = ("decode", "served", "narrow", "adversarial", "prefill", "paged")
+LOGITS_DTYPES = tuple(name for name in TOPK_DTYPES if name != "narrow")
 LOGITS_SUITES = ("decode", "next_n", "varied", "prefill")
+CANDIDATE_SUITES = ("decode", "prefill")
 ADAPTERS = ("sglang", "tokenspeed")
-SGLANG_CALLS = ("paged", "paged_raw", "dsa", "prefill")  # of bench adapters
+SGLANG_CALLS = ("paged", "paged_raw", "dsa", "prefill")  # that benchmarks.engines times
 TOKENSPEED_CALLS = (
     "dsa_decode", "dsa_decode_slots", "dsv4_decode", "dsa_prefill", "gather", "read_fp8",
     "read_mxfp4",

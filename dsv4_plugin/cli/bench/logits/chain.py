@@ -16,14 +16,12 @@ import torch
 
 from dsv4_plugin import paged_logits, select
 from dsv4_plugin.cli.bench.cells import DIRTY, Cell, Row
-from dsv4_plugin.cli.bench.logits.bars import chain_name
 from dsv4_plugin.cli.bench.logits.cases import DTYPES, Case, Paged
 from dsv4_plugin.cli.bench.logits.check import Sample
 from dsv4_plugin.cli.bench.logits.measure import KeyBench, Problem, peer_logits
-from dsv4_plugin.cli.bench.topk.bars import sound
-from dsv4_plugin.cli.bench.topk.cases import Problem as Scores
 from dsv4_plugin.cli.bench.topk.check import Reference
-from dsv4_plugin.cli.bench.topk.peers import OURS
+from dsv4_plugin.cli.checks.compare import PLUGIN, chain_name, sound
+from dsv4_plugin.cli.checks.topk_cases import Problem as Scores
 from dsv4_plugin.logits import new_logits
 
 __all__ = ["ChainBench", "shared"]
@@ -112,13 +110,13 @@ class ChainBench(KeyBench):
             run.soil()
             run(problem)
             scores, wrong = reference(name)
-            before = scores.judge(run.out, case.k, ties=name == OURS)
+            before = scores.judge(run.out, case.k, ties=name == PLUGIN)
             run.soil()
             us = self._time(case, functools.partial(run, problem))
-            after = scores.judge(run.out, case.k, ties=name == OURS)
+            after = scores.judge(run.out, case.k, ties=name == PLUGIN)
             row = self._figures(case, us)
             row |= {"exact": before.exact and after.exact, "right": not wrong}
-            if name == OURS:
+            if name == PLUGIN:
                 row["lowest_index"] = before.ties and after.ties
             if before.why or after.why or wrong:
                 row["why"] = before.why or after.why or wrong
@@ -138,7 +136,7 @@ class ChainBench(KeyBench):
             select(p.q, p.cache, p.weights, p.lengths, p.block_table, case.k, out=out,
                    logits=scratch, backend=self.backend)  # fmt: skip
 
-        calls: dict[str, Call] = {OURS: ours}
+        calls: dict[str, Call] = {PLUGIN: ours}
         if case.dtype == "float32":
             for first, last in self.peers.chains(self.choices):
                 logits, topk = self.peers["logits"][first], self.peers["decode"][last]
@@ -147,7 +145,7 @@ class ChainBench(KeyBench):
 
     def _logits(self, name: str, problem: Paged, dtype: torch.dtype) -> torch.Tensor:
         """Return the scores that an implementation selects among."""
-        if name == OURS:
+        if name == PLUGIN:
             p = problem
             return paged_logits(p.q, p.cache, p.weights, p.lengths, p.block_table, dtype=dtype,
                                 backend=self.backend)  # fmt: skip
@@ -159,12 +157,12 @@ class ChainBench(KeyBench):
     def _agree(self, rows: list[Row], answers: Answers) -> None:
         """Note beside ours how much of its choice each right chain of the peers shares."""
         for row in rows:
-            if row["implementation"] != OURS:
+            if row["implementation"] != PLUGIN:
                 continue
-            ours = answers[row["k"]][OURS, row["dtype"]]
+            ours = answers[row["k"]][PLUGIN, row["dtype"]]
             row["agreement"] = {}
             for other in rows:
-                if other["implementation"] != OURS and other["k"] == row["k"] and sound(other):
+                if other["implementation"] != PLUGIN and other["k"] == row["k"] and sound(other):
                     theirs = answers[row["k"]][other["implementation"], other["dtype"]]
                     mean, worst = shared(ours, theirs, row["columns"])
                     row["agreement"][other["implementation"]] = {

@@ -16,7 +16,7 @@ from dsv4_plugin import paged_logits, ragged_logits
 from dsv4_plugin.cli.bench.cells import Cell, CellBench, Row, copies_for, launches_for, time_cold
 from dsv4_plugin.cli.bench.logits.cases import DTYPES, KEY_BYTES, Case, Paged, Ragged
 from dsv4_plugin.cli.bench.logits.check import Sample
-from dsv4_plugin.cli.bench.topk.peers import OURS
+from dsv4_plugin.cli.checks.compare import PLUGIN
 from dsv4_plugin.cli.checks.timing import time_calls
 from dsv4_plugin.logits import new_logits
 
@@ -148,4 +148,4 @@ class Bench(KeyBench):
             name: _Run(functools.partial(peer_logits, call, dtype), None)
             for name, call in peers.items()
         }
-        return {OURS: _Run(ours, out), **theirs}
+        return {PLUGIN: _Run(ours, out), **theirs}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk.bars import sound
-from dsv4_plugin.cli.bench.topk.peers import OURS
 from dsv4_plugin.cli.bench.topk.report import grid
+from dsv4_plugin.cli.checks.compare import PLUGIN, sound
 
 __all__ = ["FLOOR", "lines"]
 
@@ -51,6 +50,6 @@ def _agreement(ours: list[Row]) -> list[str]:
             if found:
                 mean = sum(one["mean"] for one in found) / len(found)
                 worst = min(one["worst"] for one in found)
-                text.append(f"{OURS} {dtype} shares {mean:.3%} of its indices with {name}; "
+                text.append(f"{PLUGIN} {dtype} shares {mean:.3%} of its indices with {name}; "
                             f"worst row {worst:.3%}")  # fmt: skip
     return ["", *text] if text else []

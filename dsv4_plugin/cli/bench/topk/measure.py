@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import topk
+from dsv4_plugin.cli.bench import floor
 from dsv4_plugin.cli.bench.cells import (
     DIRTY,
     Cell,
@@ -24,12 +25,11 @@ from dsv4_plugin.cli.bench.cells import (
     launches_for,
     time_cold,
 )
-from dsv4_plugin.cli.bench.topk import floor
-from dsv4_plugin.cli.bench.topk.cases import PAGE_SIZE, Case, Problem
 from dsv4_plugin.cli.bench.topk.check import Reference
-from dsv4_plugin.cli.bench.topk.peers import OURS
 from dsv4_plugin.cli.bench.topk.served import Elsewhere
+from dsv4_plugin.cli.checks.compare import PLUGIN
 from dsv4_plugin.cli.checks.timing import time_calls
+from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE, Case, Problem
 
 __all__ = ["Bench"]
 
@@ -68,8 +68,8 @@ class Bench(CellBench):
 
     def _implementations(self, case: Case) -> dict[str, Run]:
         """Return ours first, then the peers that take this suite."""
-        runs: dict[str, Run] = {OURS: functools.partial(self._ours, case)}
-        if case.dtype == "narrow" or case.suite == "seed":
+        runs: dict[str, Run] = {PLUGIN: functools.partial(self._ours, case)}
+        if case.dtype == "narrow":
             return runs
         peers = self.peers[case.suite if case.suite in ("prefill", "paged") else "decode"]
 
@@ -104,7 +104,7 @@ class Bench(CellBench):
         }  # fmt: skip
 
         def warm(name: str) -> Row:
-            row = self._warm(case, runs[name], held[0], reference, floor_us, ours=name == OURS)
+            row = self._warm(case, runs[name], held[0], reference, floor_us, ours=name == PLUGIN)
             if case.suite == "served":
                 row["served_us"] = self._served(case, runs[name], held[0])
             return row
