@@ -18,7 +18,8 @@ from benchmarks.tables import readme as figures
 from dsv4_plugin import ops
 from dsv4_plugin.cli import main as cli
 from dsv4_plugin.cli.checks.inputs import scores
-from dsv4_plugin.cli.recall import PAPER, command, plot, sources
+from dsv4_plugin.cli.plots import recall as plot
+from dsv4_plugin.cli.recall import PAPER, command, sources
 from dsv4_plugin.cli.recall.measure import DTYPES, Statistics, percentile
 from dsv4_plugin.cli.shared.run import UsageError
 
