@@ -2,7 +2,7 @@
 
 Siblings: test_topk_forms_gpu.py, test_topk_memory_gpu.py, test_topk_graph_gpu.py,
 test_topk_errors.py, test_sanitizer_gpu.py. The lists of boundaries are in
-dsv4_plugin/cli/bench/topk/cases.py.
+dsv4_plugin/cli/checks/topk_cases.py.
 """
 
 import pytest

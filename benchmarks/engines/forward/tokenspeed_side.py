@@ -90,15 +90,15 @@ class Side(ForwardSide):
         yield Part("load the plugin for read", self._load)
         yield Part("read on", functools.partial(self._read, "on"))
 
-    def _ours(self) -> list[str]:
+    def _plugin(self) -> list[str]:
         return sorted(n for n in self.engine.registry._by_name if n.startswith("dsv4_plugin"))
 
     def _load(self) -> list[Row]:
         settings(next(iter(VARIANTS.values())), self.device)
         self.engine.plugins.reset_plugins()
-        before = self._ours()
+        before = self._plugin()
         self.engine.load_runtime_plugins()
-        new = self._ours()
+        new = self._plugin()
         return [{"part": "load the plugin", "variant": "on", "right": not before and len(new) == 4,
                  "kernel": ", ".join(new)}]  # fmt: skip
 
@@ -109,7 +109,7 @@ class Side(ForwardSide):
         self.seams()
         tokenspeed.unregister()
         settings({}, self.device)
-        return [{"part": "take the plugin out", "variant": OFF, "right": not self._ours()}]
+        return [{"part": "take the plugin out", "variant": OFF, "right": not self._plugin()}]
 
     def _with(self, variant: str, run: Callable[[str], list[Row]]) -> list[Row]:
         from dsv4_plugin.engines.shared import adapter
@@ -135,11 +135,11 @@ class Side(ForwardSide):
             row = {} if variant == OFF else scores.judge(found)
             row |= recall(*truth, found)
             row["kernel"] = self.engine.chosen(mode, k=out.shape[1])
-            ours = row["kernel"].startswith("dsv4_plugin")
+            plugin = row["kernel"].startswith("dsv4_plugin")
             if variant == OFF:  # TokenSpeed's own answer: it is what it is, but it must be its own
-                row["right"] = not ours
+                row["right"] = not plugin
             else:
-                row["right"] = ours and row["exact"] and row["lowest_index"]
+                row["right"] = plugin and row["exact"] and row["lowest_index"]
             return row
 
         row, found = measured(

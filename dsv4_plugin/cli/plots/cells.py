@@ -26,7 +26,7 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     """Draw the decode suite of a results document into ``file`` (.png, .svg, .pdf).
 
     Above: microseconds, warm, with the floor: one pass over the bfloat16 scores of the top-k, the
-    bytes of the keys elsewhere. Below: ours over the best upstream of the cell, or over the floor
+    bytes of the keys elsewhere. Below: the plugin over the best peer of the cell, or over the floor
     where the document has no peers.
 
     Raises:
@@ -39,7 +39,7 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     decode = [row for row in document["results"] if row.get("suite", "decode") == "decode"]
     own = [row for row in decode if row["implementation"] == PLUGIN]
     if not own:
-        raise UsageError("the results have no decode cells of ours: nothing to draw")
+        raise UsageError("the results have no decode cells of the plugin: nothing to draw")
     known = sorted({row.get("k", 0) for row in own})
     k = known[0] if k is None else k
     if k not in known:
@@ -73,7 +73,7 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
             axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
         if axis is axes[1][0]:
             above.set_ylabel("µs, warm")
-            below.set_ylabel(f"ours / {ratio_of}")
+            below.set_ylabel(f"plugin / {ratio_of}")
     about = document.get("machine", {})
     figure.suptitle(f"{TITLE[what]}{f', k = {k}' if k else ''}: {about.get('gpu', 'no GPU')}, "
                     f"dsv4-plugin {about.get('plugin', '?')}")  # fmt: skip
@@ -87,7 +87,7 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
 
 
 def _curves(rows: list[Row], floor_name: str) -> dict[str, Line]:
-    """Return the curves of one panel by name: ours, the peers, the floor."""
+    """Return the curves of one panel by name: the plugin, the peers, the floor."""
     curves: dict[str, Line] = {}
     for row in rows:
         curves.setdefault(f"{row['implementation']} {row['dtype']}", []).append(
@@ -104,7 +104,7 @@ def _curves(rows: list[Row], floor_name: str) -> dict[str, Line]:
 
 
 def _ratios(rows: list[Row], floor_name: str) -> tuple[str, dict[str, Line]]:
-    """Return what ours is divided by, and the ratio over the columns for each of our dtypes."""
+    """Return what the plugin is divided by, and the ratios of each dtype over the columns."""
     ratios: dict[str, Line] = {}
     peers = any(row["implementation"] != PLUGIN for row in rows)
     for row in rows:
@@ -118,12 +118,12 @@ def _ratios(rows: list[Row], floor_name: str) -> tuple[str, dict[str, Line]]:
         if other:
             line = ratios.setdefault(row["dtype"], [])
             line.append((row["columns"], row["warm_us"] / other))
-    name = "best upstream" if peers else floor_name
+    name = "best peer" if peers else floor_name
     return name, {dtype: sorted(line) for dtype, line in ratios.items()}
 
 
 def _style(name: str, others: list[str]) -> Row:
-    """Ours is thick, the floor dashed, peers thin; a name looks the same in all panels."""
+    """The plugin is thick, the floor dashed, peers thin; a name looks the same in all panels."""
     if name in FLOOR.values():
         return {"color": "black", "linestyle": "--", "linewidth": 1.0}
     if name.startswith(f"{PLUGIN} "):

@@ -37,14 +37,14 @@ def _line(row: Row) -> str:
             f"{row['gb_s'] / 1e3:6.2f} TB/s {row['tflops']:7.1f} TFLOP/s{mark}")  # fmt: skip
 
 
-def _agreement(ours: list[Row]) -> list[str]:
-    """Say how much of our choice the peers' float32 chains share."""
+def _agreement(plugin: list[Row]) -> list[str]:
+    """Say how much of the plugin's choice the peers' float32 chains share."""
     text: list[str] = []
-    for dtype in dict.fromkeys(row["dtype"] for row in ours):
-        for name in dict.fromkeys(name for row in ours for name in row["agreement"]):
+    for dtype in dict.fromkeys(row["dtype"] for row in plugin):
+        for name in dict.fromkeys(name for row in plugin for name in row["agreement"]):
             found = [
                 row["agreement"][name]
-                for row in ours
+                for row in plugin
                 if row["dtype"] == dtype and name in row["agreement"]
             ]
             if found:

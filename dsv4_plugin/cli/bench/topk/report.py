@@ -40,22 +40,22 @@ def _distinct(rows: list[Row], name: str) -> list[Any]:
 
 
 def grid(decode: list[Row], floor: str) -> list[str]:
-    """Return the tables rows x columns of ours, one a dtype and k, beside the best upstream."""
-    ours = [row for row in decode if row["implementation"] == PLUGIN]
+    """Return the tables rows x columns of the plugin, one a dtype and k, beside the best peer."""
+    plugin = [row for row in decode if row["implementation"] == PLUGIN]
     text = []
-    for dtype in _distinct(ours, "dtype"):
+    for dtype in _distinct(plugin, "dtype"):
         best = best_peers(decode, dtype)
-        for k in dict.fromkeys(row.get("k", 0) for row in ours):
+        for k in dict.fromkeys(row.get("k", 0) for row in plugin):
             some = {
                 (row["rows"], row["columns"]): row
-                for row in ours
+                for row in plugin
                 if row["dtype"] == dtype and row.get("k", 0) == k
             }
             columns = list(dict.fromkeys(c for _, c in some))
             text += [
                 "",
                 f"{dtype}{f', k {k}' if k else ''}: us warm | / best peer | x {floor}; "
-                f"! {'not exact' if 'exact' in ours[0] else 'wrong'}",
+                f"! {'not exact' if 'exact' in plugin[0] else 'wrong'}",
                 f"{'rows':>5}" + "".join(f"{c:>22}" for c in columns),
             ]
             for r in dict.fromkeys(r for r, _ in some):
@@ -73,14 +73,14 @@ def grid(decode: list[Row], floor: str) -> list[str]:
     return text
 
 
-def _narrow(ours: list[Row]) -> list[str]:
+def _narrow(plugin: list[Row]) -> list[str]:
     text = ["", "8,192 columns: us warm at natural width -> in a 256,000-wide buffer (ratio)"]
     natural = {
         (row["dtype"], row["k"], row["rows"]): row["warm_us"]
-        for row in ours
+        for row in plugin
         if row["width"] == row["columns"]
     }
-    for row in ours:
+    for row in plugin:
         key = row["dtype"], row["k"], row["rows"]
         if row["width"] > row["columns"] and key in natural:
             us = row["warm_us"]
@@ -89,12 +89,12 @@ def _narrow(ours: list[Row]) -> list[str]:
     return text
 
 
-def _adversarial(ours: list[Row]) -> list[str]:
-    kinds = _distinct(ours, "kind")
+def _adversarial(plugin: list[Row]) -> list[str]:
+    kinds = _distinct(plugin, "kind")
     text = ["", "Adversarial scores: us warm for N(0,1), then the ratio to it",
             f"{'':34s}" + "".join(f"{kind:>13}" for kind in kinds)]  # fmt: skip
     cells: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in ours:
+    for row in plugin:
         key = row["dtype"], row["k"], row["rows"], row["columns"]
         cells.setdefault(key, {})[row["kind"]] = row["warm_us"]
     for (dtype, k, r, c), us in cells.items():
