@@ -1,7 +1,8 @@
 """Every setting of the plugin: the one module that reads ``DSV4_*`` from the environment.
 
 A setting has a variable, a type, a default and a meaning, all in :data:`VARIABLES`; the table
-in the README is generated from it (:func:`table`) and a test compares the two.
+in the README is generated from it (``python -m benchmarks.tables settings``), and a test compares
+the two.
 
 An engine may override the environment for one model through its own configuration
 (vLLM: ``--additional-config.dsv4.topk bf16``): see :func:`override`. The kill switch

@@ -20,9 +20,9 @@ from typing import Any
 from benchmarks.server import measure, model
 from benchmarks.server.options import about, add_common, checked, engine, make_server, place, words
 from benchmarks.server.server import ServerError
+from benchmarks.tool import tool
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import Parser, UsageError, held, interruptible
-from dsv4_plugin.cli.shared.tool import tool
 
 __all__ = ["bases", "main", "parse_server", "summarise"]
 

@@ -29,9 +29,9 @@ from benchmarks.server.client import at_once, random_prompt
 from benchmarks.server.measure import agreement
 from benchmarks.server.options import about, add_common, checked, engine, make_server, place
 from benchmarks.server.server import Server, ServerError
+from benchmarks.tool import tool
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import Parser, held, interruptible
-from dsv4_plugin.cli.shared.tool import tool
 
 __all__ = ["BASE", "DRILLS", "Drill", "main"]
 
@@ -40,7 +40,7 @@ CROWD = (40, 300, 600, 2500, 3000, 5000, 9000, 12000)  # tokens of the prompts s
 ALONE = (1000, 3000, 9000)  # and one after the other: their answers are compared
 TOKENS = 32
 STATUS_S = 2.0  # until the status file has the last calls
-OURS = re.compile(r"\[dsv4[^]]*\] (.*)")
+PLUGIN = re.compile(r"\[dsv4[^]]*\] (.*)")
 LIBRARY = "_C.so"
 
 
@@ -206,7 +206,7 @@ def _look(result: Result) -> None:
     """Look at the log and the counters."""
     drill, server = result.drill, result.server
     result.lines = sorted(
-        {m[1] for line in server.lines(OURS, 999, 4000) if (m := OURS.search(line))}
+        {m[1] for line in server.lines(PLUGIN, 999, 4000) if (m := PLUGIN.search(line))}
     )
     clear = [line for line in result.lines if re.search(drill.says, line)]
     if len(clear) != 1:

@@ -38,9 +38,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tool import tool
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import Parser, reading
-from dsv4_plugin.cli.shared.tool import tool
 
 __all__ = ["PARTS", "Kernel", "TraceError", "classify", "kernels", "read", "reduce"]
 

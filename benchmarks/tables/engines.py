@@ -1,19 +1,17 @@
 """The figures of docs/sglang.md, docs/tokenspeed.md and the README's ``hosts``, from the results.
 
-``python -m benchmarks.tables.engines sglang`` (or ``tokenspeed``, ``hosts``) prints what
+``python -m benchmarks.tables sglang`` (or ``tokenspeed``, ``hosts``) prints what
 stands between the markers of that name.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.engines.forward.variants import OFF, VARIANTS
 from benchmarks.tables import readme as figures
 from dsv4_plugin.cli.shared.choices import SGLANG_CALLS, TOKENSPEED_CALLS
-from dsv4_plugin.cli.shared.tool import prints
 
 __all__ = ["hosts", "sglang", "tokenspeed"]
 
@@ -48,8 +46,8 @@ def sglang() -> str:
         f"that of `fp32` is at least {_least(cells, 'fp32')}, of `fp32 own` "
         f"{_least(cells, 'fp32 own')}.",
         "",
-        f"{_head(adapters, ADAPTERS)} The top-k alone, in the form of each call, by `bench "
-        f"adapters`; SGLang's two kernels read float32.{_missing(adapters, 'sglang')}",
+        f"{_head(adapters, ADAPTERS)} The top-k alone, in the form of each call, by `--part "
+        f"kernels`; SGLang's two kernels read float32.{_missing(adapters, 'sglang')}",
         "",
         *_table("call, rows x columns", alone, _names(alone), {}),
         "",
@@ -73,7 +71,7 @@ def tokenspeed() -> str:
     parts = _forward(driver)
     return "\n".join([
         f"{_head(adapters, ADAPTERS)} The registered kernels beside TokenSpeed's own, k = 512, "
-        "scores and selection in one call, µs in a CUDA graph, by `bench adapters`. Without `own "
+        "scores and selection in one call, µs in a CUDA graph, by `--part kernels`. Without `own "
         f"logits` DeepGEMM writes them.{_missing(adapters, 'tokenspeed')}",
         "",
         *_table(
@@ -93,7 +91,7 @@ def tokenspeed() -> str:
         "",
         *([*_table("reads, slots x pages", reads, _names(reads), {}), ""] if reads else []),
         f"{_head(driver, TOKENSPEED)} {driver['version']}, its facades by "
-        f"`benchmarks.engines.forward`, µs in a CUDA graph.{_missing(driver)}",
+        f"`--part forward`, µs in a CUDA graph.{_missing(driver)}",
         "",
         *_table(
             "facade", parts, [OFF, *VARIANTS], {OFF: "TokenSpeed"},
@@ -124,7 +122,7 @@ def hosts() -> str:
             f"{name.removeprefix('dsv4 ')} {_span(alone, name, [newest])}"
             for name in ("dsv4 bfloat16", "dsv4 float32")
         ) + ".",
-        f"- TokenSpeed's kernels by `bench adapters`, {len(theirs)} cells: "
+        f"- TokenSpeed's kernels by `--part kernels`, {len(theirs)} cells: "
         + "; ".join(
             f"{name.removeprefix('dsv4 ')} {_span(theirs, name, peers)}"
             for name in _names(theirs) if name.startswith("dsv4")
@@ -172,7 +170,7 @@ def _reader(document: Any) -> list[str]:
 
 
 def _cells(document: Any, suite: str) -> Cells:
-    """Return the cells of one engine in ``bench adapters`` by implementation."""
+    """Return the cells of one engine in ``--part kernels`` by implementation."""
     cells: Cells = {}
     for row in document["results"]:
         if row["suite"] == suite and row["k"] in (512, None):
@@ -291,13 +289,3 @@ def _missing(document: Any, suite: str | None = None) -> str:
     if not names:
         return " **Incomplete:** the run was stopped, but none of these calls is missing."
     return f" **Incomplete:** the run was stopped; missing: {', '.join(names)}."
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print one of the texts; returns the exit code."""
-    what = {"sglang": sglang, "tokenspeed": tokenspeed, "hosts": hosts}
-    return prints("python -m benchmarks.tables.engines", what, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

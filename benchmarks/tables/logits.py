@@ -1,21 +1,17 @@
 """The figures of the logits and of the chain, made from the committed results.
 
-``python -m benchmarks.tables.logits`` prints what belongs between ``logits-figures``
+``python -m benchmarks.tables logits`` prints what belongs between ``logits-figures``
 markers of a page.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.tables import readme as figures
-from dsv4_plugin.cli.bench.logits.bars import chain_name
-from dsv4_plugin.cli.bench.topk.bars import best_peers, geomean, sound
-from dsv4_plugin.cli.bench.topk.peers import OURS
-from dsv4_plugin.cli.shared.tool import prints
+from dsv4_plugin.cli.checks.compare import PLUGIN, best_peers, chain_name, geomean, sound
 
 __all__ = ["markdown"]
 
@@ -31,9 +27,9 @@ def markdown() -> str:
 def _logits_lines(document: Any) -> list[str]:
     rows = [row for row in document["results"] if row["suite"] == "decode"]
     half = [row for row in rows if row["dtype"] == "bfloat16"]
-    ours = {_cell(row): row for row in half if row["implementation"] == OURS}
+    ours = {_cell(row): row for row in half if row["implementation"] == PLUGIN}
     best = best_peers(half, "bfloat16")
-    peers = dict.fromkeys(row["implementation"] for row in half if row["implementation"] != OURS)
+    peers = dict.fromkeys(row["implementation"] for row in half if row["implementation"] != PLUGIN)
     lines = [
         f"Index logits on one {document['machine']['gpu']} (CUDA graphs, warm, bfloat16, µs; "
         f"`benchmarks/results/{LOGITS}`): ours / {' or '.join(peers)} / the keys' bytes at "
@@ -43,7 +39,7 @@ def _logits_lines(document: Any) -> list[str]:
             ours[cell]["warm_us"], best.get((0, *cell), {}).get("warm_us"), ours[cell]["floor_us"]
         ]),
     ]  # fmt: skip
-    every = [row for row in document["results"] if row["implementation"] == OURS]
+    every = [row for row in document["results"] if row["implementation"] == PLUGIN]
     right = all(row["right"] for row in every)
     what = "the fastest of them in each cell"
     text = _against(_ratios(ours, best, "warm_us"), what)
@@ -81,7 +77,7 @@ def _other_shapes(document: Any) -> list[str]:
         name = f"{row['batch']:,} x {row['columns']:,} keys"
         name += ", prefill" if prefill else f", {row['next_n']} queries a request"
         of = cells.setdefault(name, {})
-        mine = row["implementation"] == OURS
+        mine = row["implementation"] == PLUGIN
         if sound(row) and row["warm_us"] is not None:
             of[mine] = min(row["warm_us"], of.get(mine, math.inf))
     lines = ["", "| bfloat16, warm, µs | ours | the fastest of them |", "|---|---|---|"]
@@ -108,7 +104,7 @@ def _chain_lines(document: Any) -> list[str]:
             if row["implementation"].endswith(chain_name("", topk)) and sound(row):
                 key = (row["k"], *_cell(row))
                 theirs[name][key] = min(row["warm_us"], theirs[name].get(key, math.inf))
-    half = [row for row in rows if row["dtype"] == "bfloat16" and row["implementation"] == OURS]
+    half = [row for row in rows if row["dtype"] == "bfloat16" and row["implementation"] == PLUGIN]
     k = min(row["k"] for row in half)
     ours = {_cell(row): row for row in half if row["k"] == k}
     lines = [
@@ -129,10 +125,8 @@ def _chain_lines(document: Any) -> list[str]:
         ]
         if ratios:
             lines.append(_against(ratios, f"{name} chain").strip())
-    exact = all(sound(row) for row in rows if row["implementation"] == OURS)
-    met = [bar["met"] for bar in document["bars"] if "chain" in bar["bar"]]
-    lines.append(f"Ours is {'exact in every cell' if exact else 'NOT exact in some cell'}; "
-                 f"{sum(met)} of {len(met)} bars of the chain are met.")  # fmt: skip
+    exact = all(sound(row) for row in rows if row["implementation"] == PLUGIN)
+    lines.append(f"Ours is {'exact in every cell' if exact else 'NOT exact in some cell'}.")
     return lines
 
 
@@ -167,13 +161,3 @@ def _against(ratios: list[float], what: str, begin: str = "Against") -> str:
         f"{begin} {what} the geometric mean of the ratio over {len(ratios)} cells is "
         f"{mean:.2f}; ours is slower in {slower} (worst {max(ratios):.2f}). "
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the text; returns the exit code."""
-    prog = "python -m benchmarks.tables.logits"
-    return prints(prog, {"logits-figures": markdown}, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,27 +1,24 @@
 """The figures of the README and of docs/, made from the committed results.
 
-``python -m benchmarks.tables.readme`` prints what stands between the README's ``figures``
-markers; with ``server`` or ``gain`` as its argument what stands between those, with ``served`` or
-``reads`` what stands in docs/results.md, with ``recall`` in docs/numerics.md, and with ``bars`` in
-docs/notes/topk.md.
+``python -m benchmarks.tables NAME`` prints what stands between the markers of that name: ``readme``
+of the README's ``figures``, ``server`` and ``gain`` likewise; ``served`` and ``reads`` of
+docs/results.md, ``recall`` of docs/numerics.md, ``ratios`` of docs/notes/topk.md.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.server.measure import paired
-from dsv4_plugin.cli.bench.topk.bars import best_peers, geomean
+from dsv4_plugin.cli.checks import compare
+from dsv4_plugin.cli.checks.compare import best_peers, geomean
 from dsv4_plugin.cli.recall.command import table
 from dsv4_plugin.cli.shared.run import reading
-from dsv4_plugin.cli.shared.tool import prints
 
-__all__ = ["RESULTS", "bars", "gain", "load", "readme", "reads", "recall", "served", "server"]
+__all__ = ["RESULTS", "gain", "load", "ratios", "readme", "reads", "recall", "served", "server"]
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 TOPK, READ, SERVER = "h200_topk.json", "h200_read.json", "h200_vllm_e2e.json"
@@ -36,10 +33,8 @@ def load(name: str) -> Any:
 
 
 def _decode(topk: Any) -> list[dict[str, Any]]:
-    """Return the decode cells that were measured in this run; an older file has no others."""
-    return [
-        r for r in topk["results"] if r.get("suite", "decode") == "decode" and "recorded" not in r
-    ]
+    """Return the decode cells; an older file has no others."""
+    return [r for r in topk["results"] if r.get("suite", "decode") == "decode"]
 
 
 def readme() -> str:
@@ -163,23 +158,25 @@ def _served(topk: Any, upstream: str) -> tuple[str, str]:
     )
 
 
-def bars() -> str:
-    """Return the Markdown between the ``bars`` markers of docs/notes/topk.md."""
+def ratios() -> str:
+    """Return the Markdown between the ``ratios`` markers of docs/notes/topk.md."""
     document = load(TOPK)
     about = document["machine"]
     lines = [
         f"`benchmarks/results/{TOPK}`: one {about['gpu']}, driver {about['driver']}, torch "
-        f"{about['torch']}, commit {about['commit'][:7]}. The bars were set for an H200.",
+        f"{about['torch']}, commit {about['commit'][:7]}. The plugin's time over the peer's; below "
+        "1 the plugin is faster.",
         "",
-        "| what | here | bar | |",
+        "| what | geometric mean | cells | worst cell |",
         "|---|---|---|---|",
     ]
-    for bar in document["bars"]:
-        met = "met" if bar["met"] else "missed"
+    for one in compare.ratios(document["results"], vllm=document["vllm_choice"]):
         lines.append(
-            f"| {bar['bar']} | {bar['value']:.2f} | {bar['most']:.2f} | {met}; {bar['note']} |"
+            f"| {one.name} | {one.mean:.2f} | {one.cells} | {one.worst:.2f}: {one.where} |"
         )
-    return "\n".join(lines)
+    rows = [row for row in document["results"] if row["implementation"] == compare.PLUGIN]
+    exact = sum(map(compare.right, rows))
+    return "\n".join([*lines, "", f"The plugin is exact in {exact} of {len(rows)} cells."])
 
 
 def recall() -> str:
@@ -274,13 +271,3 @@ def gain() -> str:
         f"cases and slower in {slower}; over all {pooled['pairs']} pairs it is "
         f"{100 * (pooled['ratio'] - 1):+.1f} % ({low:+.1f} … {high:+.1f} %)."
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print one of the texts; returns the exit code."""
-    what = {f.__name__: f for f in (readme, bars, recall, server, gain, served, reads)}
-    return prints("python -m benchmarks.tables.readme", what, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """The tables of docs/vllm.md, made from the committed results.
 
-``python -m benchmarks.tables.server modes`` (``drills``) prints what stands between the
+``python -m benchmarks.tables modes`` (``drills``) prints what stands between the
 markers of that name.
 """
 
@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.server.measure import agreement
 from benchmarks.tables import readme as figures
-from dsv4_plugin.cli.shared.tool import prints
 
 __all__ = ["DRILLS", "MODES", "drills", "modes"]
 
@@ -95,13 +92,3 @@ def drills() -> str:
             f"{'yes' if drill['passed'] else 'no: ' + '; '.join(drill['wrong'])} |"
         )
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print one of the texts; returns the exit code."""
-    what = {"modes": modes, "drills": drills}
-    return prints("python -m benchmarks.tables.server", what, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,9 +19,9 @@ import torch
 from benchmarks.server.trace import Kernel
 from dsv4_plugin import paged_logits
 from dsv4_plugin.cli.bench.logits import cases
-from dsv4_plugin.cli.bench.topk.cases import DTYPES, Case, Problem
 from dsv4_plugin.cli.bench.topk.served import Elsewhere
 from dsv4_plugin.cli.checks.timing import capture
+from dsv4_plugin.cli.checks.topk_cases import DTYPES, Case, Problem
 from dsv4_plugin.ops.logits import new_logits
 
 __all__ = ["Behind", "after_logits", "kernels"]

@@ -18,10 +18,10 @@ import torch
 from benchmarks.tuning.behind import Behind
 from dsv4_plugin import topk
 from dsv4_plugin.cli.bench.cells import DIRTY, Row
-from dsv4_plugin.cli.bench.topk.cases import Case, Problem
 from dsv4_plugin.cli.bench.topk.check import Reference
 from dsv4_plugin.cli.bench.topk.served import Elsewhere
 from dsv4_plugin.cli.checks.timing import time_graph
+from dsv4_plugin.cli.checks.topk_cases import Case, Problem
 from dsv4_plugin.kernels import cuda
 from dsv4_plugin.kernels.cuda import SOLO
 

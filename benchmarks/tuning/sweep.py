@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.tool import tool
 from dsv4_plugin.cli.checks.progress import Progress
 from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.choices import KS, TOPK_DTYPES
 from dsv4_plugin.cli.shared.run import Parser, UsageError, interruptible, need_torch
-from dsv4_plugin.cli.shared.tool import tool
 
 __all__ = ["main"]
 
@@ -50,8 +50,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
     import torch
 
     from benchmarks.tuning.choice_sweep import Sweep
-    from dsv4_plugin.cli.bench.topk.cases import COLUMNS, ROWS, Case
     from dsv4_plugin.cli.checks.timing import machine
+    from dsv4_plugin.cli.checks.topk_cases import COLUMNS, ROWS, Case
     from dsv4_plugin.kernels import cuda
 
     every_columns = arguments.columns or COLUMNS
@@ -66,7 +66,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         behind=arguments.behind_logits, solos=arguments.solo,
     )  # fmt: skip
     document: dict[str, Any] = {
-        "machine": machine(), "what": "topk sweep", "complete": False, "bars": [],
+        "machine": machine(), "what": "topk sweep", "complete": False,
         "results": sweep.results,
     }  # fmt: skip
     cells = [

@@ -17,7 +17,7 @@ __all__ = ["main"]
 # are read; what it does)
 COMMANDS = {
     "doctor": (
-        "dsv4_plugin.cli.doctor_command",
+        "dsv4_plugin.cli.doctor.command",
         "say what is here, what engages, and why not",
     ),
     "ab": (

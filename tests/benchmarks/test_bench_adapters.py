@@ -10,12 +10,12 @@ import pytest
 from kits.marked import between
 from kits.packaging_tools import ROOT
 
+from benchmarks.engines.command import main
 from benchmarks.engines.kernels.cells import by_rounds
-from benchmarks.engines.kernels.command import SUITES
+from benchmarks.engines.kernels.side import CELLS
 from benchmarks.tables import engines as figures
 from benchmarks.tables.readme import RESULTS
-from dsv4_plugin.cli.bench.topk.peers import Peers
-from dsv4_plugin.cli.main import main
+from dsv4_plugin.cli.bench.peers import Peers
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.decision import INERT
 from dsv4_plugin.state import state
@@ -49,7 +49,7 @@ def available_tokenspeed_read():
 
 
 def bench(*arguments: object) -> int:
-    return main(["bench", "adapters", "--device", "cpu", *map(str, arguments)])
+    return main(["--part", "kernels", "--device", "cpu", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert code == 0
     document = json.loads(file.read_text())
-    assert document["complete"] is True and document["what"] == "adapters"
+    assert document["complete"] is True and document["what"] == "engines kernels"
     assert document["missing"] == {"absent": "is not installed"} and document["not_run"] == []
     rows = document["results"]
     assert {(r["suite"], r["call"]) for r in rows} == {
@@ -91,8 +91,8 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
     refused = by["dsa_decode_slots", "tokenspeed"]
     assert refused["us"] is None and "logical offsets only" in refused["error"]
     assert by["read_fp8", "loop"]["graph"] is False and by["read_fp8", "loop"]["exact"]
-    for words in ("absent is not compared: is not installed", "[  1/11 ", "wrong ", "!",
-                  "rows x columns", "tokenspeed failed: ValueError"):  # fmt: skip
+    for words in ("absent is not compared: is not installed", "[  1/11] ", "wrong ", "!",
+                  "rows x columns", "error ValueError: logical offsets only"):  # fmt: skip
         assert words in said, words
     assert adapter.current().decision is INERT and not state.counters
 
@@ -116,13 +116,13 @@ def test_a_mistake_of_ours_is_seen(monkeypatch, tmp_path, wrong) -> None:
 
     monkeypatch.setattr(ops, "topk", broken)
     file = tmp_path / "adapters.json"
-    bench("--rows", 2, "--columns", 700, "--suite", "sglang", "--json", file)
+    bench("--rows", 2, "--columns", 700, "--engine", "sglang", "--json", file)
     rows = json.loads(file.read_text())["results"]
     assert rows and not any(row["exact"] for row in rows)
 
 
 def test_every_call_has_a_cell_before_any_has_a_second() -> None:
-    tasks = [task for cells in SUITES.values() for task in cells("cpu", Peers(), (512,), (), ())]
+    tasks = [task for cells in CELLS.values() for task in cells("cpu", Peers(), (512,), (), ())]
     calls = {(task.about["suite"], task.about["call"]) for task in tasks}
     ordered = by_rounds(tasks)
     first = [(task.about["suite"], task.about["call"]) for task in ordered[: len(calls)]]
@@ -136,7 +136,7 @@ def test_every_call_has_a_cell_before_any_has_a_second() -> None:
 
 def test_a_run_that_is_cut_short_names_what_is_missing(tmp_path: Path) -> None:
     file = tmp_path / "adapters.json"
-    bench("--rows", 4, "--columns", 700, "--suite", "sglang", "--budget", 1e-9, "--json", file)
+    bench("--rows", 4, "--columns", 700, "--engine", "sglang", "--budget", 1e-9, "--json", file)
     document = json.loads(file.read_text())
     assert document["complete"] is False and document["results"] == []
     assert document["not_run"] == [
@@ -202,7 +202,9 @@ def test_a_wrong_answer_is_in_the_figures_and_not_in_a_ratio(results: Path) -> N
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench("--suite", "narrow") == 2
-    assert "--suite of bench adapters must be of sglang, tokenspeed" in capsys.readouterr().err
-    assert bench("--suite", "sglang", "--dtype", "float32") == 2
-    assert "--dtype is not for bench adapters" in capsys.readouterr().err
+    assert bench("--engine", "vllm") == 2
+    assert "--engine: invalid choice: 'vllm'" in capsys.readouterr().err
+    assert main(["--part", "forward", "--device", "cpu"]) == 2
+    assert "--part forward is of one --engine, got sglang, tokenspeed" in capsys.readouterr().err
+    assert main(["--device", "cpu"]) == 2
+    assert "required: --part" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4_plugin.cli.main import main
+from benchmarks.engines.command import main
 
 pytestmark = pytest.mark.gpu
 
@@ -16,7 +16,7 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     file = tmp_path / "adapters.json"
     arguments = ["--rows", "1", "33", "--columns", "1000", "40000", "--k", "512", "2048"]
     limits = ["--launches", "4", "--replays", "3"]
-    code = main(["bench", "adapters", *arguments, *limits, "--json", str(file)])
+    code = main(["--part", "kernels", *arguments, *limits, "--json", str(file)])
     said = capsys.readouterr().out
     assert code == 0, said
     document = json.loads(file.read_text())

@@ -14,7 +14,7 @@ from benchmarks.server import trace
 FILL = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>, …>"
 LOGITS = "void deep_gemm::sm90_fp8_paged_mqa_logits<1u, 64u, 128u, …>"
 COOPERATIVE = "void vllm::cooperative_topk_kernel<512>(…)"
-OURS = "void dsv4::topk_kernel<dsv4::TopkConfig<…>>(dsv4::TopkParams, dsv4::TopkPlan)"
+PLUGIN = "void dsv4::topk_kernel<dsv4::TopkConfig<…>>(dsv4::TopkParams, dsv4::TopkPlan)"
 TRANSFORM = "_compute_global_topk_indices_and_lens_kernel"
 K_WRITE = "_fused_kv_compress_norm_rope_insert_indexer_attn"
 GEMM = "void deep_gemm::sm90_fp8_gemm_1d2d<…>"
@@ -58,10 +58,10 @@ def test_each_part_is_summed_over_a_step() -> None:
 
 
 def test_ours_counts_as_the_same_part() -> None:
-    layer = [(OURS if name == COOPERATIVE else name, dur) for name, dur in LAYER if name != FILL]
+    layer = [(PLUGIN if name == COOPERATIVE else name, dur) for name, dur in LAYER if name != FILL]
     found = trace.reduce(events(layer, 5), LAYERS)
     assert found["parts"]["topk"] == {
-        "us": 20.0, "calls": 2.0, "us_call": 10.0, "kernels": [OURS],
+        "us": 20.0, "calls": 2.0, "us_call": 10.0, "kernels": [PLUGIN],
     }  # fmt: skip
     assert found["parts"]["fill"] == {"us": 0, "calls": 0.0, "us_call": None, "kernels": []}
     assert found["parts"]["logits"]["calls"] == 2
@@ -80,10 +80,10 @@ V41_UPSTREAM = [
 ]  # fmt: skip
 CANDIDATES = "void dsv4::candidate_logits_kernel<dsv4::…>(…)"
 V41_OURS = [
-    (K_STORE, 2.0), ("void dsv4::paged_logits_kernel<32>(…)", 4.0), (OURS, 5.0), (TRANSFORM, 1.0),
-    (K_STORE, 2.0), ("void dsv4::paged_logits_kernel<dsv4::Maxima>(…)", 6.0), (OURS, 3.0),
-    (CANDIDATES, 3.5), (OURS, 4.0), (TRANSFORM, 1.0),
-    (CANDIDATES, 3.5), (OURS, 4.0), (TRANSFORM, 1.0),
+    (K_STORE, 2.0), ("void dsv4::paged_logits_kernel<32>(…)", 4.0), (PLUGIN, 5.0), (TRANSFORM, 1.0),
+    (K_STORE, 2.0), ("void dsv4::paged_logits_kernel<dsv4::Maxima>(…)", 6.0), (PLUGIN, 3.0),
+    (CANDIDATES, 3.5), (PLUGIN, 4.0), (TRANSFORM, 1.0),
+    (CANDIDATES, 3.5), (PLUGIN, 4.0), (TRANSFORM, 1.0),
 ]  # fmt: skip
 
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 from kits.bench_command import bench
 
-from dsv4_plugin.cli.bench import against
 from dsv4_plugin.cli.bench import upstream as installed
+from dsv4_plugin.cli.bench.command import engines
 from dsv4_plugin.cli.bench.logits import cases as logits_cases
-from dsv4_plugin.cli.bench.topk import bars, cases
-from dsv4_plugin.cli.bench.topk.cases import Problem
 from dsv4_plugin.cli.bench.topk.check import Reference
 from dsv4_plugin.cli.bench.upstream import prepared, torch_peers
+from dsv4_plugin.cli.checks import topk_cases as cases
+from dsv4_plugin.cli.checks.topk_cases import Problem
 from dsv4_plugin.cli.shared.run import UsageError
 
 FORMS = ("decode", "prefill", "paged", "logits", "ragged_logits", "gather")
@@ -41,7 +41,7 @@ def test_torch_beside_ours_in_every_suite_of_the_topk(
     assert bench("topk", "--device", "cpu", "--suite", "all", "--against", "torch", "--k", 100,
                  "--json", file) == 0  # fmt: skip
     rows = [r for r in json.loads(file.read_text())["results"] if r["implementation"] == "torch"]
-    assert {row["suite"] for row in rows} == set(cases.SUITES) - {"seed"}
+    assert {row["suite"] for row in rows} == set(cases.SUITES)
     assert {row["windows"] for row in rows} == {"full", "causal"}
     assert {row["dtype"] for row in rows} == {"bfloat16", "float32"}
     assert all(row["exact"] for row in rows)
@@ -103,15 +103,11 @@ def test_who_is_not_installed_is_named(capsys: pytest.CaptureFixture[str]) -> No
             assert said.count(f"{name} is not compared: it is not installed here") == 1
 
 
-def test_engines_and_files_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a,b").touch()
-    words = ["torch,vllm", "x.csv", "torch", "./y,torch", "a,b"]
-    assert against.split(words) == (
-        ["torch", "vllm"], [Path("x.csv"), Path("./y"), Path("a,b")],
-    )  # fmt: skip
-    with pytest.raises(UsageError, match="vllm, sglang, flashinfer, torch.*CSV.*got 'tensorflow'"):
-        against.split(["torch,tensorflow"])
+def test_engines_are_read_with_commas() -> None:
+    assert engines("torch,vllm") == ["torch", "vllm"]
+    for text, wrong in (("torch,tensorflow", "tensorflow"), ("x.csv", "x.csv"), ("", "")):
+        with pytest.raises(UsageError, match=f"vllm, sglang, flashinfer, torch.*got '{wrong}'"):
+            engines(text)
 
 
 # ---- Stand-ins -----------------------------------------------------------------------------------
@@ -491,15 +487,6 @@ def test_a_loaded_library_is_a_peer_without_its_engine(
     }
 
 
-def test_the_bar_names_the_release_of_an_installed_vllm() -> None:
-    row = {"suite": "decode", "k": 512, "rows": 1, "columns": 8192, "cold_us": None,
-           "exact": True, "kind": "normal"}  # fmt: skip
-    ours = row | {"implementation": "dsv4", "dtype": "bfloat16", "warm_us": 1.0}
-    theirs = row | {"implementation": "vllm 0.26.0", "dtype": "float32", "warm_us": 2.0}
-    said = [bar.name for bar in bars.all_bars([ours, theirs], "vllm 0.26.0")]
-    assert "bfloat16 warm / vllm 0.26.0's own choice, geometric mean" in said
-
-
 def test_what_is_held_is_bounded() -> None:
     held = prepared.Prepared("it", most=2)
     assert [held.get(key, lambda key=key: key * 2) for key in (1, 2, 1, 3)] == [2, 4, 2, 6]
@@ -526,4 +513,4 @@ def test_a_dry_run_is_small_unless_told_otherwise(
     assert (f"A small grid, for a CPU: {left} (" in said) == bool(left)
     assert f"dsv4: {'right' if what == 'logits' else 'exact'}" in said
     assert f"in {cells} of {cells} cells" in said
-    assert "MISS" not in said and "PASS" not in said and "floor\n" not in said
+    assert "geometric mean" not in said and "floor\n" not in said

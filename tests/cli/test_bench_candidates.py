@@ -1,11 +1,10 @@
-"""``bench candidates``: the dry run on a CPU, its goals, what it refuses."""
+"""``bench candidates``: the dry run on a CPU, what it refuses."""
 
 import json
 
 import pytest
 from kits.bench_command import bench
 
-from dsv4_plugin.cli.bench.candidates.bars import bars
 from dsv4_plugin.cli.bench.candidates.report import table
 
 OPS = {
@@ -20,7 +19,7 @@ def test_a_dry_run_checks_every_answer(tmp_path, capsys):
     small = ("--rows", 2, "--columns", 512, "--device", "cpu", "--suite", "all")
     assert bench("candidates", *small, "--json", file, "--plot", drawn) == 0
     document = json.loads(file.read_text())
-    assert document["complete"] and document["bars"] == [], "no time of a CPU is held to a goal"
+    assert document["complete"]
     rows = document["results"]
     assert all(row["exact"] for row in rows)
     decode = [r for r in rows if (r["suite"], r["implementation"]) == ("decode", "dsv4")]
@@ -41,21 +40,6 @@ def row(op, us, rows=1, columns=1 << 16, suite="decode", **more):
         "suite": suite, "op": op, "implementation": "dsv4", "dtype": "bfloat16", "rows": rows,
         "columns": columns, "us": us, "exact": True, **more,
     }  # fmt: skip
-
-
-def test_goals_are_of_the_worst_cell():
-    found = bars([
-        row("candidate_logits", 3.4), row("candidate_logits", 3.6, columns=1 << 20),
-        row("paged_logits", 10.0), row("block_maxima", 10.5),
-        row("paged_logits", 100.0, rows=64), row("block_maxima", 103.0, rows=64),
-        row("step", 60.0), row("consumer", 69.0, 128, 1 << 20, "prefill"),
-        row("consumer", 1.0, implementation="full width"),
-        row("step", 1.0, columns=1 << 18, dtype="float32"),
-    ])  # fmt: skip
-    assert [(bar.goal, bar.measured, bar.met) for bar in found] == [
-        (3.5, 3.6, False), (1.06, 1.05, True), (1.02, 1.03, False), (68.0, 60.0, True),
-        (70.0, 69.0, True),
-    ]  # fmt: skip
 
 
 def test_the_table_marks_what_is_wrong_and_what_is_missing():

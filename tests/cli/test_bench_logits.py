@@ -1,4 +1,4 @@
-"""The benchmarks of the logits and of the chain, dry: cases, checks, bars, peers, files, plots."""
+"""The benchmarks of the logits and of the chain, dry: cases, checks, peers, files, plots."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kits.packaging_tools import ROOT
 from benchmarks.tables import readme as figures
 from benchmarks.tables.logits import markdown
 from dsv4_plugin import paged_logits, ragged_logits
-from dsv4_plugin.cli.bench.logits import bars, cases
+from dsv4_plugin.cli.bench.logits import cases
 from dsv4_plugin.cli.bench.logits.cases import Case, Paged, Ragged
 from dsv4_plugin.cli.bench.logits.chain import shared
 from dsv4_plugin.cli.bench.logits.check import Sample
-from dsv4_plugin.cli.bench.topk.bars import Bar
+from dsv4_plugin.cli.checks import compare
 
 PEERS = """
 import torch
@@ -82,14 +82,16 @@ def test_a_run_of_the_logits(
     for words in ("absent is not compared: is not installed",
                   "narrow refuses bfloat16 1 x 200 next_n 2: takes one query",
                   "roof: read", "132 bytes a key", "decode: 4 cells", "[  1/12 ",
-                  "bfloat16: us warm | / best upstream", "x the keys' bytes at the read rate",
+                  "bfloat16: us warm | / best peer", "x the keys' bytes at the read rate",
                   "Several queries a request", "Lengths from 1", "Prefill: causal windows",
                   "TFLOP/s  WRONG",
                   "dsv4: right in 24 of 24 cells", "wrong: right in 0 of 20 cells"):  # fmt: skip
         assert words in said, words
-    assert document["bars"] == [] and "Bars" not in said and "MISS" not in said
-    named = "\n".join(bar.name for bar in bars.logits_bars(rows))
-    for words in ("bfloat16 warm / best peer of bfloat16", "float32 cold / best peer of float32"):
+    assert "geometric mean" not in said, "times of a CPU are compared"
+    named = "\n".join(one.name for one in compare.ratios(rows))
+    for words in ("decode bfloat16 warm / best peer of any dtype",
+                  "decode float32 cold / best peer of float32",
+                  "prefill float32 warm / best peer of float32"):  # fmt: skip
         assert words in named, words
     text = drawn.read_text()
     for words in ("Index logits", "3 rows", "dsv4 float32", "gemm bfloat16", "bytes of the keys"):
@@ -158,11 +160,10 @@ def test_a_spent_budget_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     "arguments,words",
     [
-        (["logits", "--suite", "paged"], "--suite of bench logits.*next_n.*got paged"),
-        (["chain", "--suite", "prefill"], "--suite of bench chain.*decode.*got prefill"),
-        (["topk", "--suite", "varied"], "--suite of bench topk.*seed.*got varied"),
-        (["logits", "--k", "512"], "--k is for bench topk and bench chain"),
-        (["chain", "--against", "x.csv"], "--against FILE.csv is for bench topk, got x.csv"),
+        (["logits", "--suite", "paged"], "--suite: invalid choice: 'paged'.*next_n"),
+        (["chain", "--suite", "prefill"], "unrecognized arguments: --suite prefill"),
+        (["logits", "--k", "512"], "unrecognized arguments: --k 512"),
+        (["chain", "--against", "x.csv"], "--against must be of .*torch.*got 'x.csv'"),
         (["chain", "--against", "torch,vlm"], "--against must be of .*torch.*got 'vlm'"),
         (["logits", "--peers", "{root}/tests/kits/oracles.py"], r"available_logits\(\)"),
         (["logits", "--json", "{tmp}/no/x.json"], "--json cannot be written"),
@@ -275,7 +276,7 @@ def test_the_shared_indices_are_counted() -> None:
     assert shared(ours, theirs, 10) == (0.75, 0.5)
 
 
-# ---- Bars and figures ----------------------------------------------------------------------------
+# ---- Figures -------------------------------------------------------------------------------------
 
 
 def row(implementation: str, us: float, **more: object) -> dict[str, object]:
@@ -288,61 +289,9 @@ def at(batch: int, columns: int) -> dict[str, object]:
     return {"batch": batch, "rows": batch, "columns": columns}
 
 
-def find(found: list[Bar], words: str) -> Bar:
-    (bar,) = [bar for bar in found if words in bar.name]
-    return bar
-
-
-def test_bars_of_the_logits() -> None:
-    results = [
-        row("dsv4", 3.0), row("a", 2.0, dtype="float32"), row("a", 4.0),
-        row("bad", 1.0, right=False),
-        row("dsv4", 20.0, **at(8, 65_536), floor_us=15.0, cold_us=22.0),
-        row("a", 19.0, **at(8, 65_536), cold_us=20.0),
-        row("dsv4", 10.0, **at(32, 256_000), floor_us=9.0),
-    ]  # fmt: skip
-    got = bars.logits_bars(results)
-    warm = find(got, "bfloat16 warm / best peer of bfloat16")
-    assert warm.value == pytest.approx(20 / 19) and not warm.met and warm.most == 1.03
-    assert warm.note == "8 x 65536, 2 cells"
-    assert find(got, "bfloat16 cold / best peer").value == pytest.approx(1.1)
-    roof = find(got, "at the read rate")
-    assert roof.value == pytest.approx(20 / 15) and roof.most == pytest.approx(1 / 0.85)
-    assert not roof.met and "75.0% of the rate" in roof.note
-    latency = find(got, "bfloat16 warm, 1 x 8192, us")
-    assert latency.value == 3.0 and latency.most == 2.9 and not latency.met
-    assert find(got, "out of tolerance").met
-    assert find(bars.logits_bars([row("dsv4", 1.0, right=False)]), "out of tolerance").value == 1
-
-
 def chained(implementation: str, us: float, batch: int, columns: int, **more: object):
     return row(implementation, us, **at(batch, columns), k=512,
                **{"exact": True, "lowest_index": True, **more})  # fmt: skip
-
-
-def test_bars_of_the_chain() -> None:
-    results = [
-        chained("dsv4", 10.0, 1, 65_536), chained("dsv4", 10.0, 32, 65_536),
-        chained("dsv4", 9.0, 1, 65_536, dtype="float32"),
-        chained("a + vllm33", 19.0, 1, 65_536, dtype="float32"),
-        chained("b + vllm33", 18.5, 1, 65_536, dtype="float32"),
-        chained("c + vllm33", 1.0, 1, 65_536, dtype="float32", exact=False),
-        chained("a + sglang_v2", 13.0, 1, 65_536, dtype="float32"),
-        chained("a + sglang_v2", 11.5, 32, 65_536, dtype="float32"),
-        chained("a + sglang_v2_nopdl", 1.0, 32, 65_536, dtype="float32"),
-    ]  # fmt: skip
-    got = bars.chain_bars(results, "vllm33", "sglang_v2")
-    assert len(got) == 4
-    vllm = find(got, "k 512, 1 x 65536: bfloat16 / vLLM's chain")
-    assert vllm.value == pytest.approx(10 / 18.5) and vllm.met and vllm.most == 1 / 1.8
-    assert vllm.note.startswith("1.85 times as fast, bar 1.8")
-    sglang = find(got, "1 x 65536: bfloat16 / SGLang's")
-    assert not sglang.met and sglang.most == pytest.approx(1 / 1.4)
-    assert find(got, "32 x 65536: bfloat16 / SGLang's").met
-    assert find(got, "not exact").met
-    for wrong in ({"exact": False}, {"right": False}, {"lowest_index": False}):
-        one = chained("dsv4", 1.0, 1, 8192) | wrong
-        assert not find(bars.chain_bars([one], "vllm33", "sglang_v2"), "not exact").met
 
 
 @pytest.fixture
@@ -364,7 +313,6 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "h200_logits.json": {**about, "results": scores},
         "h200_chain.json": {
             **about, "vllm_choice": "vllm33", "sglang_choice": "sglang_v2", "results": chain,
-            "bars": [bar.as_dict() for bar in bars.chain_bars(chain, "vllm33", "sglang_v2")],
         },
     }  # fmt: skip
     for name, document in both.items():
@@ -384,7 +332,7 @@ def test_the_figures_are_made_from_the_results(results: Path) -> None:
         "Against vLLM 0.33's chain the geometric mean of the ratio over 2 cells is 0.77; "
         "ours is slower in 1 (worst 1.20).",
         "Against SGLang 0.5.23's chain the geometric mean of the ratio over 1 cells is 0.80",
-        "Ours is exact in every cell; 1 of 3 bars of the chain are met.",
+        "Ours is exact in every cell.",
     ):  # fmt: skip
         assert words in text, words
     assert "`benchmarks/results/h200_chain.json`" in text

@@ -26,8 +26,8 @@ def test_the_plot_of_a_committed_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--device", "cpu"], "bench read has no dry run"),
-        (["--against", "x.csv"], "--against FILE.csv is for bench topk, got x.csv"),
+        (["--device", "cpu"], "unrecognized arguments: --device cpu"),
+        (["--against", "x.csv"], "--against must be of vllm, sglang, flashinfer, torch"),
         (["--against", "vlm"], "--against must be of vllm, sglang, flashinfer, torch"),
         ([], "there is no CUDA device here; nothing was measured"),
     ],

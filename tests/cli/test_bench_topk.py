@@ -1,4 +1,4 @@
-"""The benchmark of the top-k, dry: cases, checks, bars, peers, the results file and the plot."""
+"""The benchmark of the top-k, dry: cases, checks, peers, the results file and the plot."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from kits.packaging_tools import ROOT
 from kits.svg_curves import check_same
 
 from dsv4_plugin import topk
-from dsv4_plugin.cli.bench.topk import bars, cases, peers, report
-from dsv4_plugin.cli.bench.topk.cases import Case, Problem
+from dsv4_plugin.cli.bench.command import WHAT
 from dsv4_plugin.cli.bench.topk.check import Reference
+from dsv4_plugin.cli.checks import compare
+from dsv4_plugin.cli.checks import topk_cases as cases
 from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS
-from dsv4_plugin.cli.shared.run import UsageError
+from dsv4_plugin.cli.checks.topk_cases import Case, Problem
 
-RECORDED = ROOT / "benchmarks" / "peers" / "h200_topk_us.csv"
 RESULTS = ROOT / "benchmarks" / "results" / "h200_topk.json"
 
 PEERS = """
@@ -57,19 +57,19 @@ def available_prefill():
 
 
 def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every suite, small, with peers and recorded figures: the file and what is printed."""
+    """Every suite, small, with peers: the file and what is printed."""
     file = tmp_path / "topk.json"
     code = bench("topk", "--device", "cpu", "--suite", "all", "--k", 100, 512, "--rows", 1, 8,
                  "--columns", 8192, "--dtype", "bfloat16", "float32", "float16",
-                 "--peers", peers_file, "--against", RECORDED, "--json", file)  # fmt: skip
+                 "--peers", peers_file, "--json", file)  # fmt: skip
     said = capsys.readouterr().out
     assert code == 0
     document = json.loads(file.read_text())
     assert document["complete"] is True and document["what"] == "topk"
     rows = document["results"]
-    assert {r["suite"] for r in rows} == set(cases.SUITES) - {"seed"}
+    assert {r["suite"] for r in rows} == set(cases.SUITES)
     ours = [row for row in rows if row["implementation"] == "dsv4"]
-    # decode, served, narrow, adversarial (1 x 8K only), prefill, paged; the seed's are decode's.
+    # decode, served, narrow, adversarial (1 x 8K only), prefill, paged.
     assert len(ours) == 12 + 12 + 24 + 54 + 24 + 12
     assert {row["suite"] for row in rows if "served_us" in row} == {"served"}
     paged = [row for row in rows if row["implementation"] == "sglang_paged"]
@@ -81,29 +81,22 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
     wrong = [row for row in rows if row["implementation"] == "wrong" and row["kind"] == "normal"]
     assert wrong and not any(row["exact"] for row in wrong)
     assert not any(r["implementation"] == "vllm33" and r["dtype"] == "bfloat16" for r in rows)
-    known = [row for row in rows if "recorded" in row]
-    assert {(r["k"], r["rows"]) for r in known} == {(512, 1), (512, 8)}
     for words in ("absent is not compared: is not installed", "vllm33 refuses bfloat16",
-                  "[  1/12 ", "left] bfloat16 k 100 1 x 8192", "other run", "roof: read",
+                  "[  1/12 ", "left] bfloat16 k 100 1 x 8192", "roof: read",
                   "in a 256,000-wide buffer", "Adversarial scores", "Prefill: us warm",
                   "Answers in pool slots: us warm", "As in a server, code and lengths from memory",
-                  "Speed-up of bfloat16 over float32", "the seed's", "x one-pass floor",
+                  "x one-pass floor",
                   "dsv4: exact, ties to the lowest index, in 138 of 138 cells",
                   "sglang_paged: exact in 8 of 8 cells"):  # fmt: skip
         assert words in said, words
-    assert document["bars"] == [] and "Bars" not in said and "MISS" not in said
-    held = bars.all_bars(rows, "vllm33")
-    printed = report.bars_lines(rows, held)  # what a run on a GPU prints
-    assert "PASS  cells in which ours is not exact: 0.000" in "\n".join(printed)
-    assert any(line.endswith("one-pass floor") for line in printed)
-    named = "\n".join(bar.name for bar in held)
-    for words in ("bfloat16 warm / best upstream of any dtype, geometric mean",
-                  "float32 warm / best upstream of float32, worst cell",
-                  "bfloat16 warm / vLLM 0.33's own choice", "1 x 8192, us", "at natural width",
-                  "one_huge_bin / N(0,1)", "bfloat16 prefill / vllm, geometric mean",
-                  "bfloat16 prefill / sglang, worst cell"):  # fmt: skip
+    assert "geometric mean" not in said, "times of a CPU are compared"
+    named = "\n".join(map(str, compare.ratios(rows, vllm="vllm33")))  # what a GPU's run prints
+    for words in ("decode bfloat16 warm / best peer of any dtype: ",
+                  "decode float32 cold / best peer of float32: ",
+                  "decode bfloat16 warm / vllm's own: ", "served float32 / vllm's own: ",
+                  "prefill bfloat16 warm / best peer of any dtype: ",
+                  "paged bfloat16 warm / best peer"):  # fmt: skip
         assert words in named, words
-    assert any("recorded figures" in bar.note for bar in held)
 
 
 def test_a_killed_run_leaves_a_valid_file(tmp_path: Path) -> None:
@@ -140,13 +133,15 @@ def test_a_spent_budget_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     "arguments,words",
     [
         (["plot", "{tmp}/none.json", "--plot", "{tmp}/x.svg"], "none.json is no results file"),
-        (["plot"], "needs a results file and --plot"),
+        (["plot"], "required: RESULTS.json, --plot"),
+        (["plot", "{results}"], "required: --plot"),
+        ([], "required: WHAT"),
+        (["adapters"], "invalid choice: 'adapters'.*topk"),
+        (["topk", "--suite", "varied"], "--suite: invalid choice: 'varied'.*paged"),
         (["plot", "{root}/pyproject.toml", "--plot", "{tmp}/x.svg"], "is no results file"),
         (["plot", "{results}", "--plot", "{tmp}/x.svg", "--k", "7"], "--k.*512.*got 7"),
         (["topk", "--device", "cpu", "--peers", "{tmp}/none.py"], "--peers.*none.py"),
         (["topk", "--device", "cpu", "--peers", "{root}/tests/kits/oracles.py"], "available"),
-        (["topk", "--device", "cpu", "--against", "{tmp}/none.csv"], "--against.*none.csv"),
-        (["topk", "--device", "cpu", "--against", "{root}/README.md"], "--against.*columns"),
         (["topk", "--device", "cpu", "--against", "torch,vlm"], "--against must be.*got 'vlm'"),
         (["topk", "--device", "cpu", "--against", ""], "--against must be.*got ''"),
         (["topk", "--device", "cpu", "--json", "{tmp}/no/x.json"], "--json cannot be written"),
@@ -164,13 +159,21 @@ def test_what_the_user_can_repair(
 
 def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     """By --help, and in benchmarks/README.md."""
+    page = (ROOT / "benchmarks" / "README.md").read_text()
     with pytest.raises(SystemExit):
         bench("--help")
-    said = capsys.readouterr().out
-    page = (ROOT / "benchmarks" / "README.md").read_text()
-    options = set(re.findall(r"--[a-z-]+", said)) - {"--help"}
-    assert {"--suite", "--against", "--budget", "--plot"} <= options
-    assert {option for option in options if option not in page} == set()
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f" {what} {about}" in said for what, about in WHAT.items())
+    options = {}
+    for what in WHAT:
+        with pytest.raises(SystemExit):
+            bench(what, "--help")
+        options[what] = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+        assert {option for option in options[what] if option not in page} == set()
+    assert {"--suite", "--against", "--budget", "--plot"} <= options["topk"]
+    assert options["plot"] == {"--plot", "--k"}
+    assert "--k" not in options["logits"] | options["candidates"] | options["read"]
+    assert "--sglang-choice" in options["chain"] - options["topk"]
     assert all(f"`{name}`" in page for name in cases.SUITES)
 
 
@@ -209,7 +212,7 @@ def test_the_committed_plot_is_drawn_from_the_committed_file(tmp_path: Path) -> 
 def test_the_suites_have_the_cells_of_the_project() -> None:
     count = {name: len(cases.suite(name)) for name in cases.SUITES}
     assert count == {"decode": 180, "served": 48, "narrow": 60, "adversarial": 180, "prefill": 48,
-                     "paged": 54, "seed": 108}  # fmt: skip
+                     "paged": 54}  # fmt: skip
     some = cases.suite("decode", dtypes=["float16"], ks=[512], rows=[8], columns=[8192])
     assert some == [Case("decode", "float16", 512, 8, 8192)]
     with pytest.raises(ValueError, match="suite must be one of decode.*got 'nope'"):
@@ -287,85 +290,3 @@ def test_the_check_refuses_every_kind_of_wrong() -> None:
     assert "twice" in judge(0, 1, 1)
     assert "outside" in judge(0, 1, 5) and "outside" in judge(0, 1, -2)
     assert "few" in judge(0, 1, -1)
-
-
-# ---- Bars ----------------------------------------------------------------------------------------
-
-
-def row(implementation: str, us: float, **more: object) -> dict[str, object]:
-    return {"suite": "decode", "dtype": "bfloat16", "k": 512, "rows": 1, "columns": 8192,
-            "kind": "normal", "width": 8192, "windows": "full", "implementation": implementation,
-            "warm_us": us, "cold_us": None, "exact": True, "floor_us": 1.0, "ratio": us,
-            **more}  # fmt: skip
-
-
-def find(results: list[dict[str, object]], words: str) -> bars.Bar:
-    (bar,) = [bar for bar in bars.all_bars(results, "vllm33") if words in bar.name]
-    return bar
-
-
-def test_bars_take_the_best_peer_of_a_cell() -> None:
-    results = [
-        row("dsv4", 3.0), row("a", 4.0), row("vllm33", 6.0, dtype="float32"),
-        row("wrong", 0.1, exact=False),
-        row("dsv4", 8.0, columns=65_536), row("a", 40.0, columns=65_536),
-        row("b", 10.0, columns=65_536, dtype="float32"),
-        row("dsv4", 12.0, columns=65_536, dtype="float32"),
-    ]  # fmt: skip
-    mean = find(results, "bfloat16 warm / best upstream of any dtype, geometric mean")
-    assert mean.value == pytest.approx((0.75 * 0.8) ** 0.5) and not mean.met
-    worst = find(results, "bfloat16 warm / best upstream of any dtype, worst")
-    assert worst.value == pytest.approx(0.8) and worst.met and "against b" in worst.note
-    assert find(results, "float32 warm / best upstream of float32, worst").value == 1.2
-    vllm = find(results, "bfloat16 warm / vLLM 0.33's own choice")
-    assert vllm.value == 0.5 and vllm.note == "1 cells"
-    assert str(vllm).startswith("MISS  ") and "bar 0.450" in str(vllm)
-    assert find(results, "k 512, 1 x 8192, us").most == 2.5
-
-
-def test_recorded_figures_are_never_mixed_with_live_ones() -> None:
-    results = [row("dsv4", 3.0), row("a", 4.0), row("r", 1.0, recorded="x.csv", exact=None)]
-    found = {
-        bar.note: bar.value
-        for bar in bars.all_bars(results, "vllm33")
-        if "best upstream of any dtype, geometric mean" in bar.name
-    }
-    assert found == {
-        "1 cells": 0.75,
-        "1 cells, recorded figures of another run included": pytest.approx(3.0),
-    }
-
-
-def test_bars_of_the_other_suites() -> None:
-    results = [
-        row("dsv4", 3.0, suite="narrow"), row("dsv4", 3.3, suite="narrow", width=256_000),
-        row("dsv4", 2.0, suite="adversarial"),
-        row("dsv4", 5.0, suite="adversarial", kind="all_equal"),
-        row("dsv4", 10.0, suite="prefill"), row("vllm_a", 30.0, suite="prefill", dtype="float32"),
-        row("sglang_b", 12.0, suite="prefill", dtype="float32"),
-    ]  # fmt: skip
-    narrow = find(results, "at natural width")
-    assert narrow.value == pytest.approx(1.1) and not narrow.met
-    assert find(results, "all_equal / N(0,1)").value == 2.5
-    assert find(results, "prefill / vllm, worst").value == pytest.approx(1 / 3)
-    sglang = find(results, "prefill / sglang, geometric")
-    assert sglang.value == pytest.approx(10 / 12) and not sglang.met
-
-
-def test_an_inexact_answer_of_ours_is_a_miss() -> None:
-    assert find([row("dsv4", 1.0)], "not exact").met
-    assert not find([row("dsv4", 1.0, exact=False)], "not exact").met
-    assert not find([row("dsv4", 1.0, lowest_index=False)], "not exact").met
-
-
-def test_the_recorded_figures_and_the_seed() -> None:
-    known = peers.recorded(RECORDED)
-    assert len(known) > 1300 and all("recorded" in r for r in known)
-    choice = [r for r in known if peers.is_vllm_choice(r, "vllm33")]
-    assert len(choice) == 90, "one kernel a cell"
-    us = {(r["k"], r["rows"], r["columns"]): r["warm_us"] for r in choice}
-    assert us[512, 1, 8192] == 4.44 and us[512, 128, 256_000] == 46.87
-    seed = peers.seed_figures()
-    assert len(seed) == 54 and seed[512, 32, 256_000] == 1.92
-    with pytest.raises(UsageError, match="--peers"):
-        peers.load(Path("no_such_file.py"))

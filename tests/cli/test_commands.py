@@ -33,10 +33,7 @@ COMMANDS = {
     "recall": [*CLI, "recall", "--device", "cpu", *SMALL],
     "fuzz": [*CLI, "fuzz", "--device", "cpu", "--cases", "3", "--backend", "torch"],
     "soak": [*CLI, "soak", "--device", "cpu", "--minutes", "0.02"],
-    "figures": [TOOL + "tables.readme"],
-    "adapters figures": [TOOL + "tables.engines"],
-    "logits figures": [TOOL + "tables.logits"],
-    "e2e figures": [TOOL + "tables.server"],
+    **{n: [TOOL + "tables", n] for n in ("readme", "sglang", "logits", "modes", "settings")},
 }
 # Those that run for as long as one likes: (arguments, lines of output before they are at work).
 LONG = {
@@ -47,7 +44,7 @@ LONG = {
     "bench chain": (
         [*CLI, "bench", "chain", "--device", "cpu", "--rows", "32", "--columns", "65536"], 1,
     ),
-    "bench adapters": ([*CLI, "bench", "adapters", "--device", "cpu"], 1),
+    "engines": ([TOOL + "engines", "--part", "kernels", "--device", "cpu"], 1),
     "recall": ([*CLI, "recall", "--device", "cpu"], 1),
     "fuzz": ([*CLI, "fuzz", "--device", "cpu", "--backend", "torch"], 1),
     "soak": ([*CLI, "soak", "--device", "cpu"], 1),
@@ -236,7 +233,7 @@ def test_without_a_command_there_is_help() -> None:
 
 def test_the_words_of_the_options_are_those_of_the_code() -> None:
     """Options are read without torch, so what they choose among stands in a file of its own."""
-    from benchmarks.engines.kernels import command
+    from benchmarks.engines.kernels.side import CELLS
     from dsv4_plugin.cli.bench import upstream as installed
     from dsv4_plugin.cli.fuzz import engine
     from dsv4_plugin.cli.shared import choices
@@ -245,6 +242,6 @@ def test_the_words_of_the_options_are_those_of_the_code() -> None:
     assert max(choices.KS) == MAX_K
     assert tuple(engine.OPS) == choices.FUZZED
     assert tuple(installed.ENGINES) == choices.ENGINES
-    assert tuple(command.SUITES) == choices.ADAPTERS
+    assert tuple(CELLS) == choices.ADAPTERS
     for name, module in installed.ENGINES.items():
         assert module.__name__.endswith(f".{name}_peers")

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from dsv4_plugin import envs
-from dsv4_plugin.cli import doctor
 from dsv4_plugin.cli import main as cli
+from dsv4_plugin.cli.doctor import report as doctor
 from dsv4_plugin.engines.sglang import probe as sglang_probe
 from dsv4_plugin.engines.shared.source import Site
 from dsv4_plugin.engines.tokenspeed import probe as tokenspeed_probe

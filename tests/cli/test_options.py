@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.engines.forward import command as hosts_gpu
+from benchmarks.engines import command as engines
 from benchmarks.server import command as e2e
 from benchmarks.server import drills, trace
 from benchmarks.tuning import sweep
-from dsv4_plugin import cli
+from dsv4_plugin.cli import main as cli
 from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import Parser, UsageError
@@ -88,7 +88,7 @@ def test_a_wrong_seed_is_refused(line: str, value: str, capsys: pytest.CaptureFi
     refused(line, value, capsys)
 
 
-@pytest.mark.parametrize("parser", [e2e.parser(), drills.parser(), hosts_gpu._parser()])
+@pytest.mark.parametrize("parser", [e2e.parser(), drills.parser(), engines.parser()])
 def test_the_tools_read_numbers_with_the_same_readers(parser: Parser) -> None:
     """argparse's own int and float take NaN, -1 and infinity."""
     for action in parser._actions:
@@ -99,7 +99,7 @@ def test_a_tool_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for main, arguments in (
         (sweep.main, ["--rows", "0"]), (trace.main, ["x", "--layers", "-1"]),
         (drills.main, ["--at-once", "0"]), (e2e.main, ["--pairs", "nan"]),
-        (hosts_gpu.main, ["--shapes", "0x5"]), (hosts_gpu.main, ["--shapes", "5"]),
+        (engines.main, ["--shapes", "0x5"]), (engines.main, ["--shapes", "5"]),
     ):  # fmt: skip
         assert main(arguments) == 2
         said = capsys.readouterr().err

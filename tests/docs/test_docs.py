@@ -146,8 +146,8 @@ def test_the_tables_are_those_of_the_results(mark: str) -> None:
     assert between(DOCS / "results.md", mark).strip() == getattr(figures, mark)()
 
 
-def test_the_bars_are_those_of_the_results() -> None:
-    assert between(DOCS / "notes" / "topk.md", "bars").strip() == figures.bars()
+def test_the_ratios_are_those_of_the_results() -> None:
+    assert between(DOCS / "notes" / "topk.md", "ratios").strip() == figures.ratios()
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.startswith("notes/")])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsv4_plugin.cli import main as cli
-from dsv4_plugin.cli import releases
+from dsv4_plugin.cli.doctor import releases
 from dsv4_plugin.engines.sglang import probe as sglang_sites
 from dsv4_plugin.engines.shared import source
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -95,12 +96,37 @@ def install(wheel: Wheel, target: Path) -> Path:
     return target
 
 
+def reachable(tree: Path, roots: Sequence[str]) -> set[str]:
+    """Return the modules of the package that the roots import, however deep, and their packages.
+
+    An import inside a function counts, and so does a module's name as a string: what is loaded
+    when it is needed is named like that.
+    """
+    files = {}
+    for file in (tree / "dsv4_plugin").rglob("*.py"):
+        name = ".".join(file.relative_to(tree).with_suffix("").parts)
+        files[name.removesuffix(".__init__")] = file
+    found: set[str] = set()
+    todo = list(roots)
+    while todo:
+        module = todo.pop()
+        if module not in files or module in found:
+            continue
+        found.add(module)
+        todo.append(module.rpartition(".")[0])
+        for node in ast.walk(ast.parse(files[module].read_text())):
+            if isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                todo += [str(node.module), *(f"{node.module}.{a.name}" for a in node.names)]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                todo.append(node.value)
+    return found
+
+
 def expected_names(wheel: Wheel, tree: Path) -> set[str]:
-    """Modules, figures of the benchmark, typing marker, written version, metadata: no more."""
-    kinds = ("*.py", "*.csv")
-    package = {
-        str(p.relative_to(tree)) for kind in kinds for p in (tree / "dsv4_plugin").rglob(kind)
-    }
+    """Modules, typing marker, written version, metadata: no more."""
+    package = {str(p.relative_to(tree)) for p in (tree / "dsv4_plugin").rglob("*.py")}
     version = wheel.path.stem.split("-")[1]
     info = {f"dsv4_plugin-{version}.dist-info/{name}" for name in DIST_INFO}
     return package | {"dsv4_plugin/py.typed", "dsv4_plugin/_version.py"} | info

@@ -57,13 +57,14 @@ def run_driver(
     drop: Sequence[str] = (),
     budget: float | None = None,
 ) -> dict[str, Any]:
-    """Run ``benchmarks.engines.forward`` dry inside one release; returns what it found.
+    """Run ``benchmarks.engines --part forward`` dry inside one release; returns what it found.
 
     With a ``budget`` it may be incomplete.
     """
     run = subprocess.run(
         [
-            python, "-m", "benchmarks.engines.forward", "--engine", engine, "--device", "cpu",
+            python, "-m", "benchmarks.engines", "--part", "forward", "--engine", engine,
+            "--device", "cpu",
             "--json", file, "--site", *paths,
             *([] if budget is None else ["--budget", str(budget)]),
         ],

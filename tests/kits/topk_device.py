@@ -11,9 +11,9 @@ import functools
 import torch
 
 from dsv4_plugin import topk
-from dsv4_plugin.cli.bench.topk.cases import DTYPES
 from dsv4_plugin.cli.checks import canary
 from dsv4_plugin.cli.checks.inputs import scores
+from dsv4_plugin.cli.checks.topk_cases import DTYPES
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -6,7 +6,7 @@ from kits.oracles import Ranking
 from kits.topk_device import DEVICE, Guarded, draw, ints
 
 from benchmarks.tuning.choice_sweep import CLUSTERS, THREADS, Sweep, choices
-from dsv4_plugin.cli.bench.topk.cases import DTYPES, Case
+from dsv4_plugin.cli.checks.topk_cases import DTYPES, Case
 from dsv4_plugin.kernels import cuda
 
 pytestmark = pytest.mark.gpu

@@ -6,7 +6,7 @@ from kits.oracles import Ranking
 from kits.topk_device import DEVICE, Guarded, draw, ints, run
 
 from dsv4_plugin import topk
-from dsv4_plugin.cli.bench.topk.cases import DTYPES, KS, Case, short_lengths
+from dsv4_plugin.cli.checks.topk_cases import DTYPES, KS, Case, short_lengths
 
 pytestmark = pytest.mark.gpu
 

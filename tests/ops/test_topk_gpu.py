@@ -2,7 +2,7 @@
 
 Siblings: test_topk_forms_gpu.py, test_topk_memory_gpu.py, test_topk_graph_gpu.py,
 test_topk_errors.py, test_sanitizer_gpu.py. The lists of boundaries are in
-dsv4_plugin/cli/bench/topk/cases.py.
+dsv4_plugin/cli/checks/topk_cases.py.
 """
 
 import pytest
@@ -11,7 +11,8 @@ from kits.oracles import Ranking
 from kits.topk_device import DEVICE, draw, ints, run
 
 from dsv4_plugin import topk
-from dsv4_plugin.cli.bench.topk.cases import (
+from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, poison_tail
+from dsv4_plugin.cli.checks.topk_cases import (
     CAPACITIES,
     DTYPES,
     EDGES,
@@ -22,7 +23,6 @@ from dsv4_plugin.cli.bench.topk.cases import (
     plateau,
     short_lengths,
 )
-from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, poison_tail
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,7 @@ from kits.oracles import Ranking, check_selection
 from kits.topk_device import DEVICE, draw, ints, run
 
 from dsv4_plugin import topk
-from dsv4_plugin.cli.bench.topk.cases import DTYPES, ROW_EDGES
+from dsv4_plugin.cli.checks.topk_cases import DTYPES, ROW_EDGES
 
 pytestmark = pytest.mark.gpu
 

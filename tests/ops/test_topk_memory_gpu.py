@@ -5,8 +5,8 @@ import torch
 from kits.oracles import Ranking
 from kits.topk_device import DEVICE, Guarded, bits, draw, ints, run
 
-from dsv4_plugin.cli.bench.topk.cases import DTYPES, KS, short_lengths
 from dsv4_plugin.cli.checks.inputs import poison_tail
+from dsv4_plugin.cli.checks.topk_cases import DTYPES, KS, short_lengths
 
 pytestmark = pytest.mark.gpu
 

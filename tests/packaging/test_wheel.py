@@ -9,7 +9,16 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from kits.packaging_tools import ROOT, Wheel, build, check, expected_names, run, without_nvcc
+from kits.packaging_tools import (
+    ROOT,
+    Wheel,
+    build,
+    check,
+    expected_names,
+    reachable,
+    run,
+    without_nvcc,
+)
 
 
 def test_pure_wheel_is_for_any_platform_and_holds_no_binary(pure_wheel: Wheel, tree: Path) -> None:
@@ -17,6 +26,36 @@ def test_pure_wheel_is_for_any_platform_and_holds_no_binary(pure_wheel: Wheel, t
     assert "Root-Is-Purelib: true" in pure_wheel.read(".dist-info/WHEEL")
     assert set(pure_wheel.names) == expected_names(pure_wheel, tree)
     assert len(pure_wheel.names) == len(set(pure_wheel.names))
+
+
+def test_a_file_is_shipped_if_an_engine_or_a_command_imports_it(
+    pure_wheel: Wheel, tree: Path
+) -> None:
+    """From the entry points, the public names and ``python -m dsv4_plugin`` on."""
+    roots = [value.partition(":")[0] for value in ENTRY_POINTS.values()]
+    found = reachable(tree, [*roots, "dsv4_plugin.__main__"])
+    shipped = {
+        name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        for name in pure_wheel.names
+        if name.endswith(".py")
+    }
+    assert shipped - found - {"dsv4_plugin._version"} == set()
+    assert found <= shipped
+
+
+def test_what_nothing_imports_is_seen(tmp_path: Path) -> None:
+    package = tmp_path / "dsv4_plugin" / "sub"
+    package.mkdir(parents=True)
+    for name, text in {
+        "../__init__.py": "LAZY = {'late': 'dsv4_plugin.late'}", "../late.py": "",
+        "../main.py": "def f():\n    from dsv4_plugin.sub import a", "../alone.py": "",
+        "__init__.py": "", "a.py": "import dsv4_plugin.sub.b", "b.py": "", "c.py": "",
+    }.items():  # fmt: skip
+        (package / name).write_text(text)
+    assert reachable(tmp_path, ["dsv4_plugin.main"]) == {
+        "dsv4_plugin", "dsv4_plugin.main", "dsv4_plugin.late", "dsv4_plugin.sub",
+        "dsv4_plugin.sub.a", "dsv4_plugin.sub.b",
+    }  # fmt: skip
 
 
 def test_a_stale_library_does_not_leak_into_a_pure_wheel(

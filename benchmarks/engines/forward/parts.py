@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 import dsv4_plugin
 from benchmarks.engines.forward.variants import VARIANTS
+from benchmarks.engines.part import Row, eager_us
 from dsv4_plugin.cli.bench.logits.chain import shared
 from dsv4_plugin.cli.checks.timing import time_graph
 from dsv4_plugin.envs import VARIABLES
 from dsv4_plugin.state import state
 
 __all__ = [
-    "Part",
-    "Row",
+    "ForwardSide",
     "agreement",
     "measured",
     "settings",
@@ -29,19 +27,23 @@ __all__ = [
     "use",
 ]
 
-Row = dict[str, Any]
 
+class ForwardSide:
+    """What the driver asks of either engine, and both answer alike."""
 
-@dataclasses.dataclass
-class Part:
-    """One thing to run; ``run`` returns its results."""
+    def head(self, document: Row) -> Iterator[str]:
+        """Give what is said before the parts are run."""
+        yield (f"{document['version']} on {document['machine'].get('gpu', 'no GPU')}, started in "
+               f"{document['start_s']} s; stood in for: "
+               f"{', '.join(document['stands_in'])}")  # fmt: skip
 
-    name: str
-    run: Callable[[], list[Row]]
+    def engaged(self) -> contextlib.AbstractContextManager[None]:
+        """Return what the parts run in: nothing, the engine loads the plugin itself."""
+        return contextlib.nullcontext()
 
-    def __str__(self) -> str:
-        """Return its name."""
-        return self.name
+    def tables(self, results: list[Row]) -> list[str]:
+        """Return no tables: ``benchmarks.tables`` makes them of the file."""
+        return []
 
 
 def settings(values: Mapping[str, str], device: str) -> None:
@@ -81,11 +83,11 @@ def measured(
     arguments: argparse.Namespace,
     *,
     graph: bool = True,
-    ours: bool = True,
+    plugin: bool = True,
 ) -> tuple[Row, torch.Tensor]:
     """Call eagerly and judge; capture, replay and compare; time. Returns the row and the answer.
 
-    ``answer`` gives the sorted set that the outputs hold now. Ours must be the same in the graph.
+    ``answer`` gives the sorted set that the outputs hold now. A replay must leave the same.
     """
     state.counters.clear()
     soil()
@@ -94,7 +96,7 @@ def measured(
     row: Row = {"graph": False, "us": None, **judge(first)}
     row["counters"] = dict(dsv4_plugin.status()["counters"])
     if arguments.device != "cuda":
-        row["us"] = _eager(call, False)
+        row["us"] = round(eager_us(call, "cpu"), 3)
         return row, first
     if graph:
         held = torch.cuda.CUDAGraph()
@@ -110,20 +112,7 @@ def measured(
             time_graph([call], launches=arguments.launches, replays=arguments.replays), 3
         )
     else:
-        row["us"] = _eager(call, True)
-    if ours and not row.get("same_in_graph", True):
+        row["us"] = round(eager_us(call, "cuda"), 3)
+    if plugin and not row.get("same_in_graph", True):
         row["right"] = False
     return row, first
-
-
-def _eager(call: Callable[[], Any], synchronise: bool) -> float:
-    times = []
-    for _ in range(5 if synchronise else 1):
-        if synchronise:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        call()
-        if synchronise:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) * 1e6)
-    return round(statistics.median(times), 3)

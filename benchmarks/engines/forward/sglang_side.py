@@ -14,8 +14,7 @@ from kits.sglang_host import STANDS_IN, STANDS_IN_ON_GPU, Engine, Layer, Problem
 
 import dsv4_plugin
 from benchmarks.engines.forward.parts import (
-    Part,
-    Row,
+    ForwardSide,
     agreement,
     measured,
     settings,
@@ -24,8 +23,9 @@ from benchmarks.engines.forward.parts import (
 )
 from benchmarks.engines.forward.variants import OFF, VARIANTS
 from benchmarks.engines.kernels.cells import Scores
+from benchmarks.engines.part import Part, Row
 from dsv4_plugin.cli.bench.cells import DIRTY
-from dsv4_plugin.cli.bench.topk.cases import Problem as Case
+from dsv4_plugin.cli.checks.topk_cases import Problem as Case
 
 __all__ = ["Side"]
 
@@ -33,7 +33,7 @@ DECODE = {"cuda": [(1, 8192), (8, 65_536), (32, 16_384)], "cpu": [(2, 700)]}
 PREFILL = {"cuda": [(512, 8192)], "cpu": [(4, 700)]}
 
 
-class Side:
+class Side(ForwardSide):
     """The parts of SGLang. The plugin is loaded after all that runs without it has run."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -167,7 +167,7 @@ class Side:
             row["right"] = variant == OFF or (row["exact"] and row["lowest_index"])
             return row
 
-        row, found = measured(call, soil, local, judge, self.arguments, ours=variant != OFF)
+        row, found = measured(call, soil, local, judge, self.arguments, plugin=variant != OFF)
         if variant == OFF:
             self.off[name] = found
         else:

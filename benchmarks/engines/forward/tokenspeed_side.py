@@ -14,8 +14,7 @@ from kits.tokenspeed_host import STANDS_IN, STANDS_IN_ON_GPU, Engine
 
 import dsv4_plugin
 from benchmarks.engines.forward.parts import (
-    Part,
-    Row,
+    ForwardSide,
     agreement,
     measured,
     settings,
@@ -24,20 +23,21 @@ from benchmarks.engines.forward.parts import (
 )
 from benchmarks.engines.forward.variants import OFF, VARIANTS
 from benchmarks.engines.kernels.cells import Scores, recall
+from benchmarks.engines.part import Part, Row
 from dsv4_plugin.cli.bench.cells import DIRTY
 from dsv4_plugin.cli.checks.inputs import slot_list
 
 __all__ = ["Side"]
 
 # Not between these widths, where a kernel of TokenSpeed's compiles for minutes: see
-# testing/adapters/tokenspeed.py.
+# benchmarks/engines/kernels/tokenspeed.py.
 DECODE = {"cuda": [(1, 8192), (8, 65_536)], "cpu": [(2, 700)]}
 PREFILL = {"cuda": [(512, 8192)], "cpu": [(4, 1400)]}
 READ = {"cuda": 1024, "cpu": 40}
 SCALE = 0.1
 
 
-class Side:
+class Side(ForwardSide):
     """The parts of TokenSpeed, call by call: without the plugin, load it, with it, take it out."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -90,15 +90,15 @@ class Side:
         yield Part("load the plugin for read", self._load)
         yield Part("read on", functools.partial(self._read, "on"))
 
-    def _ours(self) -> list[str]:
+    def _plugin(self) -> list[str]:
         return sorted(n for n in self.engine.registry._by_name if n.startswith("dsv4_plugin"))
 
     def _load(self) -> list[Row]:
         settings(next(iter(VARIANTS.values())), self.device)
         self.engine.plugins.reset_plugins()
-        before = self._ours()
+        before = self._plugin()
         self.engine.load_runtime_plugins()
-        new = self._ours()
+        new = self._plugin()
         return [{"part": "load the plugin", "variant": "on", "right": not before and len(new) == 4,
                  "kernel": ", ".join(new)}]  # fmt: skip
 
@@ -109,7 +109,7 @@ class Side:
         self.seams()
         tokenspeed.unregister()
         settings({}, self.device)
-        return [{"part": "take the plugin out", "variant": OFF, "right": not self._ours()}]
+        return [{"part": "take the plugin out", "variant": OFF, "right": not self._plugin()}]
 
     def _with(self, variant: str, run: Callable[[str], list[Row]]) -> list[Row]:
         from dsv4_plugin.engines.shared import adapter
@@ -135,16 +135,16 @@ class Side:
             row = {} if variant == OFF else scores.judge(found)
             row |= recall(*truth, found)
             row["kernel"] = self.engine.chosen(mode, k=out.shape[1])
-            ours = row["kernel"].startswith("dsv4_plugin")
+            plugin = row["kernel"].startswith("dsv4_plugin")
             if variant == OFF:  # TokenSpeed's own answer: it is what it is, but it must be its own
-                row["right"] = not ours
+                row["right"] = not plugin
             else:
-                row["right"] = ours and row["exact"] and row["lowest_index"]
+                row["right"] = plugin and row["exact"] and row["lowest_index"]
             return row
 
         row, found = measured(
             call, lambda: out.fill_(DIRTY), lambda: local().sort(dim=1).values, judge,
-            self.arguments, ours=variant != OFF,
+            self.arguments, plugin=variant != OFF,
         )  # fmt: skip
         if variant == OFF:
             self.off[name] = found

@@ -1,6 +1,6 @@
-"""What a cell of ``bench adapters`` is, and how its answers are judged.
+"""What a cell of ``--part kernels`` is, and how its answers are judged.
 
-A cell is one call of an engine with the tensors of one shape. Its runs are ours, which are the very
+A cell is one call of an engine with the tensors of one shape. Its runs are the plugin's, the very
 functions that the adapters install, and the engine's own kernel for the same call.
 """
 
@@ -18,8 +18,8 @@ import torch
 
 import dsv4_plugin as ops
 from dsv4_plugin.cli.bench.cells import Row
-from dsv4_plugin.cli.bench.topk.cases import Problem
 from dsv4_plugin.cli.bench.topk.check import Reference
+from dsv4_plugin.cli.checks.topk_cases import Problem
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.decision import Decision, Selection
 from dsv4_plugin.state import state
@@ -49,7 +49,7 @@ class Run:
     soil: Callable[[], Any]
     judge: Judge
     graph: bool = True  # False: it synchronises, so that it is timed call by call
-    ours: bool = False
+    plugin: bool = False
 
 
 @dataclasses.dataclass
@@ -91,12 +91,12 @@ def shapes_of(
 
 
 def backend_for(device: str) -> str:
-    """Ours: the kernels, or the torch reference in a dry run."""
+    """The plugin's backend: the kernels, or the torch reference in a dry run."""
     return "cuda" if device == "cuda" else "torch"
 
 
 def named(topk: Selection) -> str:
-    """Name one of ours: the dtype of the scores, and who writes them where that is a choice."""
+    """Name a run of the plugin: the scores' dtype, and who writes them where that is a choice."""
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[topk.dtype]
     return f"dsv4 {dtype}{' own logits' if topk.logits == 'plugin' else ''}"
 
@@ -114,7 +114,7 @@ def engaged() -> Iterator[None]:
 
 
 class Scores:
-    """Notes the scores that our top-k gets in a call, to judge its answer by them."""
+    """Notes the scores that the plugin's top-k gets in a call, to judge its answer by them."""
 
     def __init__(self) -> None:
         self.problem: Problem | None = None

@@ -13,10 +13,10 @@ from kits.host_tensors import PAGE, deep_gemm_buffer, in_row, page_table
 
 from benchmarks.engines.kernels.cells import Run, Task, backend_for, named, shapes_of, verdict
 from dsv4_plugin.cli.bench.cells import DIRTY, Row
-from dsv4_plugin.cli.bench.topk.cases import Problem
+from dsv4_plugin.cli.bench.peers import Peers
 from dsv4_plugin.cli.bench.topk.check import Reference
-from dsv4_plugin.cli.bench.topk.peers import Peers
 from dsv4_plugin.cli.checks.inputs import poison_tail, scores
+from dsv4_plugin.cli.checks.topk_cases import Problem
 from dsv4_plugin.cli.shared.choices import SGLANG_CALLS
 from dsv4_plugin.engines.sglang import wrappers
 from dsv4_plugin.engines.shared import adapter
@@ -60,7 +60,7 @@ def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
     # Each run has outputs of its own: the pool slots, and the raw indices where the call has them.
     runs = []
 
-    def add(name: str, dtype: str, make: Any, ours: bool) -> None:
+    def add(name: str, dtype: str, make: Any, plugin: bool) -> None:
         out = [torch.full((rows, k), DIRTY, dtype=torch.int32, device=device)]
         raw = torch.full_like(out[0], DIRTY) if call == "paged_raw" else None
 
@@ -71,12 +71,12 @@ def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
 
         def judge() -> Row:
             local = in_row(out[0], table)
-            row = verdict(references[dtype], local, ties=ours)
+            row = verdict(references[dtype], local, ties=plugin)
             if raw is not None and not torch.equal(raw, local):
                 row |= {"exact": False, "why": "slots and raw indices differ"}
             return row
 
-        runs.append(Run(name, make(logits[dtype], out, raw), soil, judge, ours=ours))
+        runs.append(Run(name, make(logits[dtype], out, raw), soil, judge, plugin=plugin))
 
     def v4(topk: Selection, scores: torch.Tensor, out: Out, raw: torch.Tensor | None) -> Any:
         metadata = torch.zeros(rows + 1, 2, dtype=torch.int32, device=device)
@@ -111,11 +111,11 @@ def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
         topk = Selection(name, backend)
         add(named(topk), name, functools.partial(dsa if call == "dsa" else v4, topk), True)
 
-    def theirs(peer: Any, scores: torch.Tensor, out: Out, raw: Any) -> Any:
+    def own(peer: Any, scores: torch.Tensor, out: Out, raw: Any) -> Any:
         return lambda: peer(scores, lengths, table, out[0], PAGE, raw)
 
     for name, peer in peers["sglang_paged"].items():
-        add(name, "fp32", functools.partial(theirs, peer), False)
+        add(name, "fp32", functools.partial(own, peer), False)
     return runs
 
 

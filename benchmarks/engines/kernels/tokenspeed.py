@@ -22,7 +22,7 @@ from benchmarks.engines.kernels.cells import (
     shapes_of,
 )
 from dsv4_plugin.cli.bench.cells import DIRTY, Row
-from dsv4_plugin.cli.bench.topk.peers import Peers
+from dsv4_plugin.cli.bench.peers import Peers
 from dsv4_plugin.cli.checks.inputs import mxfp4_cache, slot_list
 from dsv4_plugin.cli.checks.oracles import fp8_keys, mxfp4_keys
 from dsv4_plugin.cli.shared.choices import TOKENSPEED_CALLS
@@ -74,7 +74,7 @@ class _Selection:
 
 
 def _choices(device: str, dtypes: Sequence[str] = ("bf16", "fp32")) -> list[Selection]:
-    """Return ours: the dtypes of the scores, by DeepGEMM where it is there and by our kernel."""
+    """Return the plugin's: each dtype of the scores, by DeepGEMM where it is, and by itself."""
     who = ("engine", "plugin") if has_deep_gemm() else ("plugin",)
     backend = backend_for(device)
     return [Selection(d, backend, d == "bf16" and w == "engine", w) for w in who for d in dtypes]
@@ -89,7 +89,7 @@ def _runs(
     truth: tuple[list[torch.Tensor], list[int]],
     lengths: torch.Tensor,
 ) -> list[Run]:
-    """Return ours and the peers' of a call that scores and selects."""
+    """Return the plugin's runs and the peers' of a call that scores and selects."""
     runs = []
 
     def judged(held: _Selection, scores: Scores | None) -> Row:
@@ -103,7 +103,7 @@ def _runs(
         held, scores = selection(), Scores()
         call = scores.watching(make(topk, held))
         judge = functools.partial(judged, held, scores)
-        runs.append(Run(named(topk), call, held.soil, judge, ours=True))
+        runs.append(Run(named(topk), call, held.soil, judge, plugin=True))
     for name, peer in peers.items():
         held = selection()
         runs.append(Run(name, make(peer, held), held.soil, functools.partial(judged, held, None)))
@@ -139,8 +139,8 @@ def _decode(about: Row, device: str, peers: Peers) -> list[Run]:
         )  # fmt: skip
 
     truth = t.truth(q8.float() if fp8 else None)
-    theirs = peers["tokenspeed_dsv4_decode" if fp8 else "tokenspeed_decode"]
-    return _runs(about, device, theirs, make, selection, truth, t.lengths)
+    own = peers["tokenspeed_dsv4_decode" if fp8 else "tokenspeed_decode"]
+    return _runs(about, device, own, make, selection, truth, t.lengths)
 
 
 def _same(out: torch.Tensor) -> torch.Tensor:
@@ -159,16 +159,16 @@ def _prefill(about: Row, device: str, peers: Peers) -> list[Run]:
         return _Selection(out, torch.empty(rows, dtype=torch.int32, device=device), local)
 
     def make(which: Any, held: _Selection) -> Callable[[], Any]:
-        ours = functools.partial(kernels.dsa_prefill, which)
+        plugin = functools.partial(kernels.dsa_prefill, which)
         return functools.partial(
-            ours if isinstance(which, Selection) else which, t.q, t.weights, t.slots, t.starts,
+            plugin if isinstance(which, Selection) else which, t.q, t.weights, t.slots, t.starts,
             t.ends, topk=k, softmax_scale=SCALE, index_k_cache=t.cache, page_size=PAGE,
             out=held.out, lens_out=held.lens,
         )  # fmt: skip
 
     lengths = t.ends - t.starts
-    theirs = peers["tokenspeed_prefill"]
-    return _runs(about, device, theirs, make, selection, t.truth(), lengths)
+    own = peers["tokenspeed_prefill"]
+    return _runs(about, device, own, make, selection, t.truth(), lengths)
 
 
 def _read(about: Row, device: str, peers: Peers) -> list[Run]:
@@ -190,7 +190,7 @@ def _read(about: Row, device: str, peers: Peers) -> list[Run]:
         want = (torch.where(keep[:, None], dequantised, 0.0),)
     runs = []
 
-    def add(name: str, function: Callable[[], Any], graph: bool, ours: bool) -> None:
+    def add(name: str, function: Callable[[], Any], graph: bool, plugin: bool) -> None:
         held: list[Any] = []
 
         def call_() -> None:
@@ -202,7 +202,7 @@ def _read(about: Row, device: str, peers: Peers) -> list[Run]:
             same = all(torch.equal(g.reshape(w.shape), w) for g, w in zip(parts, want, strict=True))
             return {"exact": same, **({} if same else {"why": "not the bits of the reference"})}
 
-        runs.append(Run(name, call_, held.clear, judge, graph=graph, ours=ours))
+        runs.append(Run(name, call_, held.clear, judge, graph=graph, plugin=plugin))
 
     backend = backend_for(device)
     if call == "gather":

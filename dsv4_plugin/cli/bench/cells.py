@@ -1,4 +1,4 @@
-"""What the benchmarks of cells have in common: ours beside the peers, warm and cold.
+"""What the benchmarks of cells have in common: the plugin beside the peers, warm and cold.
 
 *Warm*: the same tensors at every launch. *Cold*: a rotation over copies of what is read, more than
 the L2 holds or each read once after the L2 was overwritten.
@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk.bars import sound
-from dsv4_plugin.cli.bench.topk.peers import OURS, Peers
+from dsv4_plugin.cli.bench.peers import Peers
+from dsv4_plugin.cli.checks.compare import PLUGIN, sound
 from dsv4_plugin.cli.checks.progress import Progress
 from dsv4_plugin.cli.checks.timing import time_calls
 
@@ -50,7 +50,7 @@ class CellBench:
 
     @property
     def backend(self) -> str:
-        """Ours: the kernels, or the torch reference in a dry run."""
+        """The plugin's backend: the kernels, or the torch reference in a dry run."""
         return "cuda" if self.device == "cuda" else "torch"
 
     def run(self, cases: Sequence[Any]) -> None:
@@ -89,7 +89,7 @@ class CellBench:
     ) -> str:
         """Measure every implementation in one cell; returns what the progress line shows.
 
-        ``runs`` has ours first. ``warm`` gives the figures of an implementation, ``cold`` its
+        ``runs`` has the plugin first. ``warm`` gives the figures of an implementation, ``cold`` its
         microseconds on cold memory, given the warm ones; that of the best peers is taken.
         """
         mine: list[Row] = []
@@ -97,7 +97,7 @@ class CellBench:
             try:
                 mine.append({**about, "implementation": name, **warm(name)})
             except Exception as error:  # outside of what this peer takes
-                if name == OURS:
+                if name == PLUGIN:
                     raise
                 self._refuse(name, case, error)
                 continue

@@ -13,103 +13,151 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.cli.bench import against, dry, read_plot
-from dsv4_plugin.cli.bench.candidates import report as candidates_report
-from dsv4_plugin.cli.bench.topk import plot
-from dsv4_plugin.cli.bench.topk.bars import sound
-from dsv4_plugin.cli.bench.topk.peers import OURS
+from dsv4_plugin.cli import plots
+from dsv4_plugin.cli.bench import dry
+from dsv4_plugin.cli.checks import compare
 from dsv4_plugin.cli.checks.results import Results
-from dsv4_plugin.cli.recall import plot as recall_plot
-from dsv4_plugin.cli.shared import numbers, outputs
-from dsv4_plugin.cli.shared.choices import ADAPTERS, ENGINES, KS, LOGITS_SUITES, TOPK_DTYPES
-from dsv4_plugin.cli.shared.choices import TOPK_SUITES as SUITES
+from dsv4_plugin.cli.shared import choices, numbers, outputs
 from dsv4_plugin.cli.shared.run import UsageError, need_torch, reading
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "engines", "grid", "run", "timing"]
 
-K = numbers.whole(1, max(KS))
-WHAT = ("read", "topk", "logits", "chain", "candidates", "adapters", "plot")
-MORE_SUITES = [name for name in (*LOGITS_SUITES, *ADAPTERS) if name not in SUITES]
+K = numbers.whole(1, max(choices.KS))
+WHAT = {
+    "topk": "the selection, on scores that are there",
+    "logits": "the scores, from the cache",
+    "chain": "scores and selection in one graph",
+    "candidates": "the index layers of DeepSeek-V4.1",
+    "read": "reads and gathers of the cache (needs a GPU)",
+    "plot": "draw a results file, without a GPU",
+}
+SUITES = {
+    "topk": (
+        choices.TOPK_SUITES,
+        "decode: k x rows x columns (default); served: as in a server, where a call's code is "
+        "cold; narrow: 8K rows in 256,000-wide buffers; adversarial: scores that hurt; prefill: "
+        "thousands of rows; paged: answers in pool slots",
+    ),
+    "logits": (
+        choices.LOGITS_SUITES,
+        "decode: requests x keys (default); next_n: several queries a request; varied: lengths "
+        "that differ; prefill: causal windows of gathered keys",
+    ),
+    "candidates": (
+        choices.CANDIDATE_SUITES,
+        "decode: rows x keys (default); prefill: a chunk over gathered keys",
+    ),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``dsv4-plugin bench``."""
-    parser.add_argument("what", choices=WHAT, help="which ops, or a plot")
+    """Declare the benchmarks and the options of each."""
+    benchmarks = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for what, about in WHAT.items():
+        one = benchmarks.add_parser(what, help=about, description=f"{about}.".capitalize())
+        if what == "plot":
+            one.add_argument("results", type=Path, metavar="RESULTS.json", help="the file to draw")
+            one.add_argument("--plot", type=outputs.plot, metavar="FILE", required=True,
+                             help="the figure (.png or .svg); needs matplotlib")  # fmt: skip
+            one.add_argument("--k", type=K, help="the k to draw (default: the smallest)")
+            continue
+        if what == "chain":
+            one.set_defaults(suite=["decode"])
+        elif what in SUITES:
+            names, said = SUITES[what]
+            one.add_argument("--suite", nargs="+", choices=(*names, "all"), default=["decode"],
+                             help=said)  # fmt: skip
+        if what in ("topk", "chain"):
+            one.add_argument("--k", type=K, nargs="+", help="only these k")
+        if what != "read":
+            grid(one)
+            one.add_argument(
+                "--dtype", nargs="+", help="of the scores (default: bfloat16 float32)"
+                f"{'; narrow is float32 read as bfloat16' if what == 'topk' else ''}",
+                choices=tuple(choices.TOPK_DTYPES) if what == "topk" else choices.LOGITS_DTYPES,
+            )  # fmt: skip
+            timing(one)
+        if what in ("topk", "logits", "chain"):
+            _peers(one)
+        if what != "candidates":
+            _against(one)
+        if what in ("topk", "chain"):
+            _choice(one, "vllm", "vLLM 0.33", "vllm33")
+        if what == "chain":
+            _choice(one, "sglang", "SGLang 0.5.23", "sglang_v2")
+        one.add_argument("--json", type=outputs.file, metavar="FILE",
+                         help="write the results there")  # fmt: skip
+        one.add_argument("--plot", type=outputs.plot, metavar="FILE",
+                         help="draw the results (.png or .svg), of suites decode; needs "
+                         "matplotlib")  # fmt: skip
+
+
+def grid(parser: argparse._ActionsContainer) -> None:
+    """Declare which cells are measured."""
+    parser.add_argument("--rows", type=numbers.COUNT, nargs="+",
+                        help="only these numbers of rows (logits, chain: of requests)")  # fmt: skip
+    parser.add_argument("--columns", type=numbers.COUNT, nargs="+",
+                        help="only these numbers of columns, or of keys")  # fmt: skip
+
+
+def timing(parser: argparse.ArgumentParser) -> None:
+    """Declare how cells are timed, and where."""
+    add = parser.add_argument
+    add("--launches", type=numbers.COUNT, default=40, help="launches in a graph (default: 40)")
+    add("--replays", type=numbers.COUNT, default=7,
+        help="replays, whose median counts (default: 7)")  # fmt: skip
+    add("--budget", type=numbers.BUDGET, metavar="SECONDS",
+        help="begin no cell after this time; what was measured is reported")  # fmt: skip
+    add(
+        "--device", choices=("cuda", "cpu"), default="cuda",
+        help="cpu: a dry run on the torch reference; its times mean nothing",
+    )  # fmt: skip
+
+
+def _peers(parser: argparse.ArgumentParser) -> None:
+    """Declare the peers of a benchmark of cells."""
     parser.add_argument(
-        "results", type=Path, nargs="?", metavar="RESULTS.json", help="plot: the file to draw"
-    )
-    parser.add_argument("--json", type=outputs.file, metavar="FILE", help="write the results there")
+        "--peers", type=Path, metavar="FILE.py",
+        help="other kernels: the file's functions available(), available_prefill(), "
+        "available_paged(), available_logits() and available_ragged_logits() return them",
+    )  # fmt: skip
+    parser.add_argument("--cold", action="store_true",
+                        help="cold for every peer, not only the best two of a cell")  # fmt: skip
+
+
+def _against(parser: argparse.ArgumentParser) -> None:
+    """Declare the engines whose kernels are peers."""
+    parser.add_argument(
+        "--against", action="extend", type=engines, default=[], metavar="ENGINE[,ENGINE...]",
+        help=f"the kernels of what is installed here of {', '.join(choices.ENGINES)}; what is not "
+        "is named. May be repeated",
+    )  # fmt: skip
     parser.add_argument(
         "--load-library", action="append", default=[], metavar="SO",
         help="torch op library of a peer (vLLM's _C*.so) where the engine itself is not installed",
     )  # fmt: skip
-    _add_cells(parser)
 
 
-def _add_cells(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the benchmarks of cells."""
-    group = parser.add_argument_group("topk, logits, chain, candidates")
-    add = group.add_argument
-    add(
-        "--suite", nargs="+", choices=(*SUITES, *MORE_SUITES, "all"), default=["decode"],
-        help="topk: decode: k x rows x columns (default); narrow: 8K rows in 256,000-wide buffers; "
-        "adversarial: scores that hurt; prefill: thousands of rows; paged: answers in pool slots; "
-        "seed: bfloat16 over float32 beside the figures of vLLM #40811. logits: decode: requests x "
-        "keys (default); next_n: several queries a request; varied: lengths that differ; prefill: "
-        "causal windows of gathered keys. chain: decode. candidates: the index layers of "
-        "DeepSeek-V4.1: decode, prefill",
+def _choice(parser: argparse.ArgumentParser, engine: str, release: str, usual: str) -> None:
+    parser.add_argument(
+        f"--{engine}-choice", metavar="NAME",
+        help=f"the top-k peer that stands for what {release} itself runs (default: {usual}, or "
+        f"where that is not loaded, what --against {engine} runs itself)",
     )  # fmt: skip
-    add("--k", type=K, nargs="+", help="only these k (plot: the k to draw; not logits)")
-    add(
-        "--rows",
-        type=numbers.COUNT,
-        nargs="+",
-        help="only these numbers of rows (logits, chain: of requests)",
-    )
-    add("--columns", type=numbers.COUNT, nargs="+", help="only these numbers of columns")
-    add(
-        "--dtype", nargs="+", choices=tuple(TOPK_DTYPES),
-        help="of the logits (default: bfloat16 float32)",
-    )  # fmt: skip
-    add(
-        "--peers", type=Path, metavar="FILE.py",
-        help="other kernels: available(), available_prefill(), available_paged(), "
-        "available_logits() and available_ragged_logits() return them",
-    )  # fmt: skip
-    add(
-        "--against", action="append", default=[], metavar="ENGINE[,ENGINE...]|FILE.csv",
-        help=f"the kernels of what is installed here of {', '.join(ENGINES)}; what is "
-        "not is named (also bench read). Or, topk: figures of another run, marked as recorded. May "
-        "be repeated",
-    )  # fmt: skip
-    add(
-        "--vllm-choice", metavar="NAME",
-        help="the top-k peer that stands for what vLLM 0.33 itself runs (default: vllm33, or where "
-        "that is not loaded, what --against vllm runs itself)",
-    )  # fmt: skip
-    add(
-        "--sglang-choice", metavar="NAME",
-        help="chain: the top-k peer that stands for SGLang 0.5.23's (default: sglang_v2, or what "
-        "--against sglang runs itself)",
-    )  # fmt: skip
-    add("--cold", action="store_true", help="cold for every peer, not only the best two of a cell")
-    add("--launches", type=numbers.COUNT, default=40, help="launches in a graph (default: 40)")
-    add(
-        "--replays", type=numbers.COUNT, default=7, help="replays, whose median counts (default: 7)"
-    )
-    add(
-        "--budget", type=numbers.BUDGET, metavar="SECONDS",
-        help="begin no cell after this time; what was measured is reported",
-    )  # fmt: skip
-    add(
-        "--plot", type=outputs.plot, metavar="FILE",
-        help="draw the decode suite, or the reads (.png or .svg); needs matplotlib",
-    )  # fmt: skip
-    add(
-        "--device", choices=("cuda", "cpu"), default="cuda",
-        help="cpu: a dry run of the harness on the torch reference, of a small grid where --k, "
-        "--rows, --columns are not given; its times mean nothing",
-    )  # fmt: skip
+
+
+def engines(text: str) -> list[str]:
+    """Read engines with commas between.
+
+    Raises:
+        UsageError: one is not known.
+    """
+    for word in text.split(","):
+        if word not in choices.ENGINES:
+            raise UsageError(
+                f"must be of {', '.join(choices.ENGINES)}, with commas between, got {word!r}"
+            )
+    return text.split(",")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -124,24 +172,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.what == "plot":
         _plot(arguments)
         return 0
-    if arguments.results is not None:
-        raise UsageError(f"RESULTS.json is for bench plot, got {arguments.results}")
-    if arguments.what == "read" and arguments.device != "cuda":
-        raise UsageError("bench read has no dry run: --device must be cuda")
-    if arguments.what == "topk":
-        against.split(arguments.against)
-    elif arguments.what != "adapters":
-        against.engines_only(arguments.against)
     need_torch()
     import torch
 
-    on_cpu = arguments.device == "cpu"
+    on_cpu = getattr(arguments, "device", "cuda") == "cpu"
     if not on_cpu and not torch.cuda.is_available():
         raise UsageError(
             "there is no CUDA device here; nothing was measured (--device cpu is a dry run, of all "
             "but read)"
         )
-    for library in arguments.load_library:
+    for library in getattr(arguments, "load_library", ()):
         with reading(library, "library"):
             _load(torch, library)
     from dsv4_plugin.cli.checks.timing import machine
@@ -182,8 +222,6 @@ def _bench(what: str) -> Callable[[argparse.Namespace, Results, Callable[[str], 
     """Return what measures one of :data:`WHAT` and fills the results file."""
     if what == "topk":
         from dsv4_plugin.cli.bench.topk.command import run
-    elif what == "adapters":
-        from benchmarks.engines.kernels.command import run
     elif what == "candidates":
         from dsv4_plugin.cli.bench.candidates.command import run
     elif what == "read":
@@ -204,28 +242,14 @@ def _right(row: dict[str, Any]) -> bool:
     """Whether a result is no wrong answer of the plugin's; a peer's may be wrong."""
     if "equal" in row:  # bench read: bit for bit beside an engine's
         return bool(row["equal"])
-    if row.get("recorded") or not str(row["implementation"]).startswith(OURS):
-        return True
-    return sound(row) and bool(row.get("lowest_index", True))
+    return row["implementation"] != compare.PLUGIN or compare.right(row)
 
 
 def _plot(arguments: argparse.Namespace) -> None:
     """Draw a results file."""
-    if arguments.results is None or arguments.plot is None:
-        raise UsageError("bench plot needs a results file and --plot FILE")
     with reading(arguments.results):
         document = json.loads(arguments.results.read_text(encoding="utf-8"))
         if not isinstance(document, dict) or "results" not in document:
             raise UsageError(f"{arguments.results} is no results file: it has no results")
-        what = document.get("what", "topk")
-        if what == "recall":
-            recall_plot.draw(document, arguments.plot)
-        elif what == "read":
-            read_plot.draw(document, arguments.plot)
-        elif what == "candidates":
-            candidates_report.draw(document, arguments.plot)
-        elif isinstance(what, str) and what in plot.TITLE:
-            plot.draw(document, arguments.plot, k=arguments.k[0] if arguments.k else None)
-        else:
-            raise UsageError(f"{arguments.results} has results of {what!r}, which has no plot")
+        plots.draw(document, arguments.plot, k=arguments.k)
     print(f"drawn to {arguments.plot}")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache
-from dsv4_plugin.cli.bench import against, read_plot
-from dsv4_plugin.cli.bench.topk.floor import copy_rate
+from dsv4_plugin.cli import plots
+from dsv4_plugin.cli.bench.floor import copy_rate
 from dsv4_plugin.cli.bench.upstream import ENGINES
 from dsv4_plugin.cli.checks.inputs import fp8_cache
 from dsv4_plugin.cli.checks.results import Results
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]) -> None:
     """Measure the reads, and keep the results file up to date."""
-    engines = against.engines_only(arguments.against) or ["vllm"]
+    engines = list(dict.fromkeys(arguments.against)) or ["vllm"]
     document = file.document
     with interruptible() as work:
         bench_read(say, engines, document["results"], file.save)
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]
     work.must(document["results"], "nothing was measured", file.said())
     file.save(now=True)
     if arguments.plot:
-        read_plot.draw(document, arguments.plot)
+        plots.draw(document, arguments.plot)
         say(f"drawn to {arguments.plot}")
     work.end(file.said())
 
@@ -98,17 +98,17 @@ def bench_read(
     for backend in ("triton", "cuda"):
         us = time_graph([functools.partial(gather, backend)])
         add("gather quantised", backend, us, floor)
-    ours = values.clone(), scales.clone()
+    plugin = values.clone(), scales.clone()
     cache_3d = cache.view(PAGES, 64, HEAD_DIM + 4)
-    for name, theirs in peers.items():
-        if callable(theirs):
+    for name, gather_of_engine in peers.items():
+        if callable(gather_of_engine):
             values.view(torch.uint8).zero_()
             scales.zero_()
-            call = functools.partial(theirs, cache_3d, pages, cu, values, scales)
+            call = functools.partial(gather_of_engine, cache_3d, pages, cu, values, scales)
             add("gather quantised", name, time_graph([call]), floor)
-            same = torch.equal(ours[0].view(torch.uint8), values.view(torch.uint8))
+            same = torch.equal(plugin[0].view(torch.uint8), values.view(torch.uint8))
             rows.append({"case": f"gather equals {name}'s bit for bit",
-                         "equal": same and torch.equal(ours[1], scales)})  # fmt: skip
+                         "equal": same and torch.equal(plugin[1], scales)})  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16):
         keys = torch.empty(TOKENS, HEAD_DIM, dtype=dtype, device="cuda")
         floor = TOKENS * (HEAD_DIM + 4 + HEAD_DIM * dtype.itemsize) / rate

@@ -17,7 +17,7 @@ from dsv4_plugin.cli.checks import candidate_oracles as oracle
 from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, scores
 from dsv4_plugin.cli.checks.oracles import Wrong, slots_of
 from dsv4_plugin.cli.fuzz.candidates import CHOSEN, candidates_of
-from dsv4_plugin.cli.fuzz.case import Case, CaseError, flag, number, numbers, one_of
+from dsv4_plugin.cli.fuzz.case import RequestsCase, flag, number, numbers, one_of
 from dsv4_plugin.cli.fuzz.logits import DTYPES
 from dsv4_plugin.cli.fuzz.tensors import Parts, Tensors, dirty, raise_wrong, run_parts
 from dsv4_plugin.cli.fuzz.topk import EACH_ROW, FORMS, lengths_tensor, smaller
@@ -35,7 +35,7 @@ _POISON = {"nan": float("nan"), "inf": float("inf"), "low": float("-inf"), "none
 
 
 @dataclass(frozen=True)
-class _Selection(Case):
+class _Selection(RequestsCase):
     requests: int = number(1, 1, 1 << 16, "requests that are drawn")
     next_n: int = number(1, 1, 64, "rows of a request")
     keep: str = numbers(("",), "first and last request that are called with, a/b")
@@ -54,19 +54,6 @@ class _Selection(Case):
     graph: int = number(0, 0, 64, "replays of a CUDA graph with other scores and lengths")
 
     @property
-    def kept(self) -> tuple[int, int]:
-        """The first request that is kept, and how many."""
-        if not self.keep:
-            return 0, self.requests
-        ends = [int(part) for part in self.keep.split("/")]
-        return ends[0], ends[-1] - ends[0] + 1
-
-    @property
-    def rows(self) -> int:
-        """Rows of the call, once more for each replay."""
-        return self.kept[1] * self.next_n * max(1, self.graph)
-
-    @property
     def columns(self) -> int:
         """Columns of the scores."""
         raise NotImplementedError
@@ -75,15 +62,6 @@ class _Selection(Case):
     def context(self) -> int:
         """Keys of a full row."""
         raise NotImplementedError
-
-    def check(self) -> None:
-        """Raise :class:`CaseError` unless the case means a call."""
-        first, count = self.kept
-        if first < 0 or count < 1 or first + count > self.requests:
-            raise CaseError(f"keep must be two of {self.requests} requests, got {self.keep}")
-        listed = self.lengths.split("/")
-        if self.lengths not in ("full", "any") and len(listed) != count:
-            raise CaseError(f"lengths must have {count} entries, got {len(listed)}")
 
     def requests_of(self, step: int) -> list[int]:
         """Return the lengths of the requests that are kept; ``step`` counts replays."""
@@ -113,18 +91,8 @@ class _Selection(Case):
 
     def simpler(self, rows: list[int]) -> Iterator[Any]:
         """Yield simpler cases, the simplest first."""
-        first, count = self.kept
         lengths = self.requests_of(0)
-        if count > 1:
-            parts = [(row // self.next_n, 1) for row in rows[:3]]
-            half = count // 2
-            for lo, n in (*parts, (0, half), (half, count - half), (0, count - 1)):
-                some = "/".join(map(str, lengths[lo : lo + n]))
-                yield self.but(keep=f"{first + lo}/{first + lo + n - 1}", lengths=some)
-        elif self.lengths in ("full", "any"):
-            yield self.but(lengths=str(lengths[0]))
-        if self.keep:
-            yield self.but(keep="", requests=count)
+        yield from self.fewer(rows, lengths)
         for name, value in self._plain().items():
             if getattr(self, name) != value:
                 yield self.but(**{name: value})
@@ -135,7 +103,7 @@ class _Selection(Case):
         for k in smaller(self.k):
             yield self.but(k=k)
         yield from self._narrower()
-        if count == 1 and self.lengths not in ("full", "any"):
+        if len(lengths) == 1 and self.lengths not in ("full", "any"):
             for n in smaller(max(lengths[0], 0)):
                 yield self.but(lengths=str(n))
         if self.seed > 1:

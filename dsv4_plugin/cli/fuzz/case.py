@@ -17,6 +17,8 @@ from typing import Any, ClassVar, TypeVar
 __all__ = [
     "Case",
     "CaseError",
+    "KeptCase",
+    "RequestsCase",
     "describe",
     "flag",
     "number",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 T = TypeVar("T", bound="Case")
+R = TypeVar("R", bound="RequestsCase")
 
 
 def function_of(name: str) -> Callable[..., Any]:
@@ -104,6 +107,71 @@ class Case:
     def simpler(self: T, rows: list[int]) -> Iterator[T]:
         """Yield simpler cases, the simplest first; ``rows`` are some that were wrong."""
         raise NotImplementedError
+
+
+class KeptCase(Case):
+    """A case of several units (requests, or rows), of which :attr:`keep` chooses a range."""
+
+    keep: str
+
+    @property
+    def units(self) -> int:
+        """What ``keep`` chooses from."""
+        raise NotImplementedError
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """The first that is kept, and how many."""
+        if not self.keep:
+            return 0, self.units
+        ends = [int(part) for part in self.keep.split("/")]
+        return ends[0], ends[-1] - ends[0] + 1
+
+    def check(self) -> None:
+        """Raise :class:`CaseError` unless the case means a call."""
+        first, count = self.kept
+        if first < 0 or count < 1 or first + count > self.units:
+            raise CaseError(f"keep must be two of {self.units}, got {self.keep}")
+
+
+class RequestsCase(KeptCase):
+    """A case of requests with ``next_n`` rows each and lengths, drawn or listed."""
+
+    requests: int
+    next_n: int
+    graph: int
+    lengths: str
+
+    @property
+    def units(self) -> int:
+        """What ``keep`` chooses from."""
+        return self.requests
+
+    @property
+    def rows(self) -> int:
+        """Rows of the call, once more for each replay."""
+        return self.kept[1] * self.next_n * max(1, self.graph)
+
+    def check(self) -> None:
+        """Raise :class:`CaseError` unless the case means a call."""
+        super().check()
+        listed, count = self.lengths.split("/"), self.kept[1]
+        if self.lengths not in ("full", "any") and len(listed) != count:
+            raise CaseError(f"lengths must have {count} entries, got {len(listed)}")
+
+    def fewer(self: R, rows: list[int], lengths: list[int]) -> Iterator[R]:
+        """Yield cases of fewer requests: those of ``rows``, then each half, then one less."""
+        first, count = self.kept
+        if count > 1:
+            parts = [(row // self.next_n, 1) for row in rows[:3]]
+            half = count // 2
+            for lo, n in (*parts, (0, half), (half, count - half), (0, count - 1)):
+                some = "/".join(map(str, lengths[lo : lo + n]))
+                yield self.but(keep=f"{first + lo}/{first + lo + n - 1}", lengths=some)
+        elif self.lengths in ("full", "any"):
+            yield self.but(lengths=str(lengths[0]))
+        if self.keep:
+            yield self.but(keep="", requests=count)
 
 
 def parse(text: str, kinds: Mapping[str, type[Case]]) -> Case:

@@ -12,7 +12,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from dsv4_plugin.cli.fuzz.case import Case, CaseError, flag, number, numbers, one_of
+from dsv4_plugin.cli.fuzz.case import (
+    CaseError,
+    KeptCase,
+    RequestsCase,
+    flag,
+    number,
+    numbers,
+    one_of,
+)
 from dsv4_plugin.cli.fuzz.topk import EACH_ROW, FORMS, smaller
 
 __all__ = [
@@ -33,7 +41,7 @@ _EDGES = (0, 1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025)
 
 
 @dataclass(frozen=True)
-class LogitsCase(Case):
+class LogitsCase(KeptCase):
     """What the calls that score keys have in common."""
 
     keep: str = numbers(("",), "first and last that are called with, of those drawn, a/b")
@@ -53,19 +61,6 @@ class LogitsCase(Case):
     graph: int = number(0, 0, 64, "replays of a CUDA graph with other content and lengths")
 
     @property
-    def units(self) -> int:
-        """What ``keep`` chooses from."""
-        raise NotImplementedError
-
-    @property
-    def kept(self) -> tuple[int, int]:
-        """The first that is kept, and how many."""
-        if not self.keep:
-            return 0, self.units
-        ends = [int(part) for part in self.keep.split("/")]
-        return ends[0], ends[-1] - ends[0] + 1
-
-    @property
     def columns(self) -> int:
         """Keys that a row can see."""
         raise NotImplementedError
@@ -82,9 +77,7 @@ class LogitsCase(Case):
 
     def check(self) -> None:
         """Raise :class:`CaseError` unless the case means a call."""
-        first, count = self.kept
-        if first < 0 or count < 1 or first + count > self.units:
-            raise CaseError(f"keep must be two of {self.units}, got {self.keep}")
+        super().check()
         if self.head % 4:
             raise CaseError(f"head must be a multiple of 4, got {self.head}")
 
@@ -110,7 +103,7 @@ class LogitsCase(Case):
 
 
 @dataclass(frozen=True)
-class PagedLogitsCase(LogitsCase):
+class PagedLogitsCase(LogitsCase, RequestsCase):
     """One call of the paged logits. Requests are drawn, ``keep`` leaves some of them."""
 
     op: ClassVar[str] = "paged_logits"
@@ -133,16 +126,6 @@ class PagedLogitsCase(LogitsCase):
     table_gap: int = number(0, 0, 4096, "elements between two rows of the block table")
 
     @property
-    def units(self) -> int:
-        """Requests that are drawn."""
-        return self.requests
-
-    @property
-    def rows(self) -> int:
-        """Rows of the call, once more for each replay."""
-        return self.kept[1] * self.next_n * max(1, self.graph)
-
-    @property
     def columns(self) -> int:
         """Columns of the block table."""
         return self.width * self.block
@@ -150,9 +133,6 @@ class PagedLogitsCase(LogitsCase):
     def check(self) -> None:
         """Raise :class:`CaseError` unless the case means a call."""
         super().check()
-        count, listed = self.kept[1], self.lengths.split("/")
-        if self.lengths not in ("full", "any") and len(listed) != count:
-            raise CaseError(f"lengths must have {count} entries, got {len(listed)}")
         if self.loose and self.form not in EACH_ROW:
             raise CaseError(f"loose needs a form with a length for every row, got {self.form}")
         if self.flat and self.next_n > 1:

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from dsv4_plugin.cli.bench.topk.cases import CAPACITIES, DTYPES, EDGES, KS, ODD_KS, plateau
 from dsv4_plugin.cli.checks.canary import Guarded
 from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, scores
 from dsv4_plugin.cli.checks.oracles import Ranking, Wrong, check_selection, slots_of
 from dsv4_plugin.cli.checks.replay import captured
-from dsv4_plugin.cli.fuzz.case import Case, CaseError, flag, number, numbers, one_of
+from dsv4_plugin.cli.checks.topk_cases import CAPACITIES, DTYPES, EDGES, KS, ODD_KS, plateau
+from dsv4_plugin.cli.fuzz.case import CaseError, RequestsCase, flag, number, numbers, one_of
 from dsv4_plugin.ops.dispatch import Call, choose
 
 __all__ = ["EACH_ROW", "FORMS", "TopkCase", "draw", "lengths_tensor", "run", "smaller"]
@@ -34,7 +34,7 @@ _LANES = 2  # side streams of a case with `streams`
 
 
 @dataclass(frozen=True)
-class TopkCase(Case):
+class TopkCase(RequestsCase):
     """One call of the top-k. Requests are drawn, ``keep`` leaves some of them."""
 
     op: ClassVar[str] = "topk"
@@ -64,27 +64,9 @@ class TopkCase(Case):
     graph: int = number(0, 0, 64, "replays of a CUDA graph with other scores and lengths")
     streams: int = flag("the same call on two streams at once")
 
-    @property
-    def kept(self) -> tuple[int, int]:
-        """The first request that is kept, and how many."""
-        if not self.keep:
-            return 0, self.requests
-        ends = [int(part) for part in self.keep.split("/")]
-        return ends[0], ends[-1] - ends[0] + 1
-
-    @property
-    def rows(self) -> int:
-        """Rows of the call, once more for each replay."""
-        return self.kept[1] * self.next_n * max(1, self.graph)
-
     def check(self) -> None:
         """Raise :class:`CaseError` unless the case means a call."""
-        first, count = self.kept
-        if first < 0 or count < 1 or first + count > self.requests:
-            raise CaseError(f"keep must be two of {self.requests} requests, got {self.keep}")
-        listed = self.lengths.split("/")
-        if self.lengths not in ("full", "any") and len(listed) != count:
-            raise CaseError(f"lengths must have {count} entries, got {len(listed)}")
+        super().check()
         if self.graph and self.streams:
             raise CaseError("graph and streams exclude each other")
         if self.raw and not self.pages:
@@ -92,19 +74,7 @@ class TopkCase(Case):
 
     def simpler(self, rows: list[int]) -> Iterator[TopkCase]:
         """Yield simpler cases, the simplest first."""
-        first, count = self.kept
-        if count > 1:
-            lengths = _requests(self, 0)
-            for row in rows[:3]:
-                one = row // self.next_n
-                yield self.but(keep=f"{first + one}/{first + one}", lengths=str(lengths[one]))
-            for lo, n in ((0, count // 2), (count // 2, count - count // 2)):
-                some = "/".join(str(x) for x in lengths[lo : lo + n])
-                yield self.but(keep=f"{first + lo}/{first + lo + n - 1}", lengths=some)
-        elif self.lengths in ("full", "any"):
-            yield self.but(lengths=str(_requests(self, 0)[0]))
-        if self.keep:
-            yield self.but(keep="", requests=count)
+        yield from self.fewer(rows, _requests(self, 0))
         plain: dict[str, Any] = {
             "graph": 0, "streams": 0, "pages": 0, "table": 0, "per_row": 0, "raw": 0, "counts": 0,
             "starts": 0, "sort": 0, "wide": 0, "form": "rows", "stride": 0, "offset": 0, "out": 0,

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv4_plugin.cli import plots
 from dsv4_plugin.cli.checks.results import Results
-from dsv4_plugin.cli.recall import PAPER, plot
+from dsv4_plugin.cli.recall import PAPER
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.choices import KS
 from dsv4_plugin.cli.shared.choices import RECALL_DTYPES as DTYPES
@@ -106,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         file.save(now=True)
         print(f"\n{_beside(results)}")
         if arguments.plot:
-            plot.draw(document, arguments.plot)
+            plots.draw(document, arguments.plot)
             print(f"drawn to {arguments.plot}")
     work.end(file.said())
     if arguments.json:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 __all__ = [
     "ADAPTERS",
+    "CANDIDATE_SUITES",
     "ENGINES",
     "FUZZED",
     "KS",
+    "LOGITS_DTYPES",
     "LOGITS_SUITES",
     "RECALL_DTYPES",
     "RECALL_KINDS",
@@ -19,10 +21,12 @@ __all__ = [
 KS = (512, 1024, 2048)  # of the models; the last is the most that the top-k takes
 
 TOPK_DTYPES = ("bfloat16", "float16", "float32")  # of the logits, torch's names
-TOPK_SUITES = ("decode", "served", "narrow", "adversarial", "prefill", "paged", "seed")
+TOPK_SUITES = ("decode", "served", "narrow", "adversarial", "prefill", "paged")
+LOGITS_DTYPES = TOPK_DTYPES
 LOGITS_SUITES = ("decode", "next_n", "varied", "prefill")
+CANDIDATE_SUITES = ("decode", "prefill")
 ADAPTERS = ("sglang", "tokenspeed")
-SGLANG_CALLS = ("paged", "paged_raw", "dsa", "prefill")  # of bench adapters
+SGLANG_CALLS = ("paged", "paged_raw", "dsa", "prefill")  # that benchmarks.engines times
 TOKENSPEED_CALLS = (
     "dsa_decode", "dsa_decode_slots", "dsv4_decode", "dsa_prefill", "gather", "read_fp8",
     "read_mxfp4",

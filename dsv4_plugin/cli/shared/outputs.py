@@ -25,6 +25,7 @@ __all__ = [
     "is_stream",
     "make_folder",
     "plot",
+    "save",
     "text_of",
     "write",
 ]
@@ -207,11 +208,21 @@ def _said(error: Exception) -> str:
 
 
 def text_of(document: Any) -> str:
-    """Return a results document as JSON: its rows (``bars``, ``results``) a line each."""
-    rows = [name for name in ("bars", "results") if isinstance(document.get(name), list)]
-    head = {name: value for name, value in document.items() if name not in rows}
+    """Return a results document as JSON: its rows (``results``), if any, a line each, last."""
+    rows = isinstance(document.get("results"), list)
+    head = {name: value for name, value in document.items() if not (rows and name == "results")}
     text = json.dumps(head, indent=1, default=str).removesuffix("\n}")
-    for name in rows:
-        lines = ",\n  ".join(json.dumps(row, default=str) for row in document[name])
-        text += f',\n "{name}": [\n  {lines}\n ]' if lines else f',\n "{name}": []'
+    if rows:
+        lines = ",\n  ".join(json.dumps(row, default=str) for row in document["results"])
+        text += f',\n "results": [\n  {lines}\n ]' if lines else ',\n "results": []'
     return text + "\n}\n"
+
+
+def save(figure: Any, file: Path) -> None:
+    """Write a figure; of the same figures the same SVG, so that a commit shows what changed."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context({"svg.hashsalt": "dsv4"}):
+        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    pyplot.close(figure)

@@ -1,33 +1,36 @@
-"""``dsv4-plugin bench candidates``: the run and the results file."""
+"""``dsv4-plugin bench candidates``: its suites and what it times."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from dsv4_plugin.cli.bench import dry
+from dsv4_plugin.cli.bench import floor, suites
 from dsv4_plugin.cli.bench.candidates import report
-from dsv4_plugin.cli.bench.candidates.bars import bars
-from dsv4_plugin.cli.bench.candidates.layers import FullWidth, Ours, PrefillFullWidth, PrefillOurs
+from dsv4_plugin.cli.bench.candidates.layers import (
+    FullWidth,
+    PluginOps,
+    PrefillFullWidth,
+    PrefillPluginOps,
+)
 from dsv4_plugin.cli.bench.candidates.problem import HEADS, KEY_BYTES, PIECE, Pool, Prefill
-from dsv4_plugin.cli.bench.cells import launches_for
+from dsv4_plugin.cli.bench.cells import CellBench, Row, launches_for
 from dsv4_plugin.cli.bench.logits.cases import DTYPES
-from dsv4_plugin.cli.bench.topk import floor
-from dsv4_plugin.cli.checks.progress import Progress
+from dsv4_plugin.cli.bench.peers import Peers
+from dsv4_plugin.cli.checks.compare import PLUGIN
 from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.checks.timing import time_calls
-from dsv4_plugin.cli.shared.run import UsageError, interruptible
+from dsv4_plugin.cli.shared.choices import CANDIDATE_SUITES as SUITES
+from dsv4_plugin.cli.shared.run import UsageError
 
-__all__ = ["SUITES", "run"]
+__all__ = ["run"]
 
-Row = dict[str, Any]
 Timed = tuple[str, list[Callable[[], Any]]]  # an op, and the calls of its rotation
 
-SUITES = ("decode", "prefill")
 ROWS = (1, 4, 16, 64)
 COLUMNS = (1 << 14, 1 << 16, 1 << 18, 1 << 20)
 PREFILL = ((128, 1 << 20), (1024, 1 << 17))
@@ -40,8 +43,7 @@ SHORT = ("select_blocks", "candidate_logits", "candidate_logits_ragged", "select
 
 def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]) -> None:
     """Measure the suites, and keep the results file up to date."""
-    suites = _suites(arguments)
-    device = arguments.device
+    names, device = suites.chosen(arguments, SUITES), arguments.device
     rows, columns = arguments.rows or ROWS, arguments.columns or COLUMNS
     width = max([*columns, *(() if device == "cpu" else COLUMNS)])
     if any(n % 128 for n in columns):
@@ -49,137 +51,105 @@ def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]
     held = min(MOST_HELD, width // PIECE // 2)
     dtypes = arguments.dtype or ("bfloat16", "float32")
     rate = floor.read_rate(device)
-    say(f"roof: read {rate / 1e3:.0f} GB/s")
-    document = file.document
-    document |= {
-        "suites": suites,
-        "launches": arguments.launches,
-        "replays": arguments.replays,
+    say(f"roof: read {rate / 1e3:.0f} GB/s; us a call, keys from memory, buffers of {width:,} "
+        "columns")  # fmt: skip
+    shapes = {
+        "decode": [(r, n) for r in rows for n in columns],
+        "prefill": PREFILL if device == "cuda" else ((4, width),),
+    }
+    cells = {
+        name: [_Case(name, r, n, dtype) for r, n in shapes[name] for dtype in dtypes]
+        for name in names
+    }
+    bench = suites.bench(_Bench, arguments, file, say, Peers())
+    bench.width, bench.held, bench.k = width, held, min(K, held)
+    bench.requests = max(64, 2 * max(rows)) if device == "cuda" else max(rows)
+    about = {
         "roof": {"read_gb_s": round(rate / 1e3, 1)},
         "width": width,
         "heads": HEADS,
         "candidates": held,
-        "k": min(K, held),
+        "k": bench.k,
         "full_width": "float32: the plugin's logits and top-k, a mask and block scores, torch.topk",
-        "bars": [],
-        "results": [],
     }
-    bench = _Bench(arguments, document, say)
-    with interruptible() as work:
-        pool = Pool(width, max(64, 2 * max(rows)) if device == "cuda" else max(rows), device)
-        cells = [(r, n) for r in rows for n in columns]
-        chunks = PREFILL if device == "cuda" else ((4, width),)
-        for suite, some, measure in (
-            ("decode", cells, bench.decode), ("prefill", chunks, bench.prefill),
-        ):  # fmt: skip
-            if suite not in suites:
-                continue
-            say(f"\n{suite}: us a call, keys from memory, buffers of {width:,} columns, ! wrong")
-            bench.progress.start(len(some) * len(dtypes))
-            for r, n in some:
-                for dtype in dtypes:
-                    if not bench.progress.spent():
-                        measure(pool, r, n, dtype)
-                        file.save()
-    file.save(now=True)
-    results = document["results"]
-    work.must(results, "nothing was measured: no cell is left", file.said())
-    document["complete"] = work.whole and not bench.progress.out_of_time
-    goals = bars(results) if device == "cuda" else []
-    document["bars"] = [bar.as_dict() for bar in goals]
-    file.save(now=True)
-    end = ["", "Bars", *map(str, goals)] if device == "cuda" else dry.answers(results)
-    for line in report.table(results) + end:
-        say(line)
-    if arguments.plot:
-        report.draw(document, arguments.plot)
-        say(f"drawn to {arguments.plot}")
-    work.end(file.said())
+    suites.run(arguments, file, bench, cells, about, report.table)
 
 
-def _suites(arguments: argparse.Namespace) -> list[str]:
-    for option in ("k", "against", "peers"):
-        if getattr(arguments, option):
-            raise UsageError(f"--{option} is not for bench candidates")
-    names = list(SUITES) if "all" in arguments.suite else list(dict.fromkeys(arguments.suite))
-    for name in names:
-        if name not in SUITES:
-            raise UsageError(
-                f"--suite of bench candidates must be of {', '.join(SUITES)} or all, got {name}"
-            )
-    return names
+class _Case(NamedTuple):
+    """One cell."""
+
+    suite: str
+    rows: int
+    columns: int
+    dtype: str
 
 
-class _Bench:
-    """Measures cells into ``document["results"]``."""
+class _Bench(CellBench):
+    """Measures cells in buffers of ``width`` columns."""
 
-    def __init__(
-        self, arguments: argparse.Namespace, document: Row, say: Callable[[str], None]
-    ) -> None:
-        self.device, self.document = arguments.device, document
-        self.most, self.replays = arguments.launches, arguments.replays
-        self.backend = "cuda" if self.device == "cuda" else "torch"
-        self.progress = Progress(say, arguments.budget)
+    width = requests = held = k = 0
 
-    def decode(self, pool: Pool, rows: int, columns: int, dtype: str) -> None:
-        """All ops and chains of one cell."""
-        d = self.document
-        ours = Ours(pool, rows, columns, d["candidates"], d["k"], DTYPES[dtype], self.backend)
-        self._record("decode", rows, columns, dtype, ours.name, ours.why_wrong(), [
-            (op, [functools.partial(call, g) for g in ours.groups])
-            for op, call in ours.ops.items()
-        ])  # fmt: skip
-        if dtype == "float32":
-            full = FullWidth(ours)
-            self._record("decode", rows, columns, dtype, full.name, full.why_wrong(), [
-                (op, [functools.partial(call, g) for g in full.groups])
-                for op, call in full.ops.items()
+    def run(self, cases: Sequence[_Case]) -> None:
+        """Measure the cases, each with all of its ops and chains."""
+        self.progress.start(len(cases))
+        for case in cases:
+            if self.progress.spent():
+                return
+            begin = len(self.results)
+            (self._decode if case.suite == "decode" else self._prefill)(case)
+            shown = "  ".join(map(_shown, self.results[begin:]))
+            self.progress.done(f"{case.rows} x {case.columns:,} {case.dtype}  {shown}")
+            self.saved()
+
+    @functools.cached_property
+    def _pool(self) -> Pool:
+        return Pool(self.width, self.requests, self.device)
+
+    def _decode(self, case: _Case) -> None:
+        dtype = DTYPES[case.dtype]
+        plugin = PluginOps(
+            self._pool, case.rows, case.columns, self.held, self.k, dtype, self.backend
+        )
+        some: list[Any] = [plugin, *([FullWidth(plugin)] if case.dtype == "float32" else [])]
+        for one in some:
+            self._record(case, one.name, one.why_wrong(), [
+                (op, [functools.partial(call, g) for g in one.groups])
+                for op, call in one.ops.items()
             ])  # fmt: skip
-        self.progress.done(f"{rows} x {columns:,} {dtype}  {self._shown(rows, columns, dtype)}")
 
-    def prefill(self, pool: Pool, rows: int, columns: int, dtype: str) -> None:
-        """All ops and the chain of one chunk."""
-        d = self.document
-        problem = Prefill(pool, rows, columns)
-        ours = PrefillOurs(problem, d["candidates"], d["k"], DTYPES[dtype], self.backend)
-        if dtype != "float32":
-            exact = PrefillOurs(problem, d["candidates"], d["k"], torch.float32, self.backend)
+    def _prefill(self, case: _Case) -> None:
+        problem = Prefill(self._pool, case.rows, case.columns)
+        ops = functools.partial(PrefillPluginOps, problem, self.held, self.k)
+        plugin = ops(DTYPES[case.dtype], self.backend)
+        some: list[Any] = [plugin]
+        if case.dtype != "float32":
+            exact = ops(torch.float32, self.backend)
             exact.consumer()
-            ours.candidate_logits()
-            same = torch.equal(ours.scored, exact.scored.to(ours.scored.dtype))
+            plugin.candidate_logits()
+            same = torch.equal(plugin.scored, exact.scored.to(plugin.scored.dtype))
             wrong = "" if same else "candidate_logits_ragged: not the float32 scores, rounded"
-            self._record("prefill", rows, columns, dtype, ours.name, wrong,
-                         [(op, [call]) for op, call in ours.ops.items()])  # fmt: skip
         else:
-            full = PrefillFullWidth(ours)
-            wrong = full.why_wrong()
-            for some in (ours, full):
-                self._record("prefill", rows, columns, dtype, some.name, wrong,
-                             [(op, [call]) for op, call in some.ops.items()])  # fmt: skip
-        self.progress.done(f"{rows} x {columns:,} {dtype}  {self._shown(rows, columns, dtype)}")
+            some.append(PrefillFullWidth(plugin))
+            wrong = some[-1].why_wrong()
+        for one in some:
+            timed = [(op, [call]) for op, call in one.ops.items()]
+            self._record(case, one.name, wrong, timed)
 
-    def _record(
-        self, suite: str, rows: int, columns: int, dtype: str, name: str, wrong: str,
-        timed: Sequence[Timed],
-    ) -> None:  # fmt: skip
+    def _record(self, case: _Case, name: str, wrong: str, timed: Sequence[Timed]) -> None:
         for op, calls in timed:
             # A rotation once round, or as much of it as there is time for.
-            few = op in SHORT or (op == "consumer" and name == Ours.name)
-            keys = FEW_KEYS if few else columns
-            guess = rows * keys * KEY_BYTES / DENSE_RATE * (LAYERS if op == "step" else 1)
-            launches = launches_for(guess / 2, max(self.most, len(calls)))
+            few = op in SHORT or (op == "consumer" and name == PLUGIN)
+            keys = FEW_KEYS if few else case.columns
+            guess = case.rows * keys * KEY_BYTES / DENSE_RATE * (LAYERS if op == "step" else 1)
+            launches = launches_for(guess / 2, max(self.launches, len(calls)))
             us = time_calls(calls[:launches], self.device, launches=launches, replays=self.replays)
             row = {
-                "suite": suite, "op": op, "implementation": name, "dtype": dtype, "rows": rows,
-                "columns": columns, "us": round(us, 3), "exact": not wrong,
+                "suite": case.suite, "op": op, "implementation": name, "dtype": case.dtype,
+                "rows": case.rows, "columns": case.columns, "us": round(us, 3), "exact": not wrong,
             }  # fmt: skip
-            self.document["results"].append(row | ({"why": wrong} if wrong else {}))
+            self.results.append(row | ({"why": wrong} if wrong else {}))
 
-    def _shown(self, rows: int, columns: int, dtype: str) -> str:
-        cell = (rows, columns, dtype)
-        return "  ".join(
-            f"{'' if row['implementation'] == 'dsv4' else 'full '}{row['op']} {row['us']:.2f}"
-            f"{'' if row['exact'] else '!'}"
-            for row in self.document["results"]
-            if (row["rows"], row["columns"], row["dtype"]) == cell
-        )
+
+def _shown(row: Row) -> str:
+    full = "" if row["implementation"] == PLUGIN else "full "
+    return f"{full}{row['op']} {row['us']:.2f}{'' if row['exact'] else '!'}"

@@ -11,21 +11,21 @@ from collections.abc import Callable
 
 import torch
 
-import dsv4_plugin as ours
+import dsv4_plugin as ops
 from dsv4_plugin.cli.bench.candidates import full_width
 from dsv4_plugin.cli.bench.candidates.problem import PIECE, Group, Pool, Prefill, candidate_lists
 from dsv4_plugin.cli.checks import candidate_oracles as oracle
 from dsv4_plugin.cli.checks.oracles import same_bits
 from dsv4_plugin.ops.logits import new_logits
 
-__all__ = ["FullWidth", "Ours", "PrefillFullWidth", "PrefillOurs"]
+__all__ = ["FullWidth", "PluginOps", "PrefillFullWidth", "PrefillPluginOps"]
 
 HALF_LAYERS, CONSUMERS = 3, 4  # of ratio 2, and of those that use candidates
 
 Call = Callable[[Group], None]
 
 
-class Ours:
+class PluginOps:
     """The plugin's ops on ``rows`` rows of ``columns`` keys, in buffers of the pool's width."""
 
     name = "dsv4"
@@ -68,25 +68,25 @@ class Ours:
 
     def paged_logits(self, g: Group) -> None:
         """All keys' scores."""
-        ours.paged_logits(g.q, self.pool.cache, g.weights, self.lengths, g.table, out=self.dense,
+        ops.paged_logits(g.q, self.pool.cache, g.weights, self.lengths, g.table, out=self.dense,
                           backend=self.backend)  # fmt: skip
 
     def block_maxima(self, g: Group, logits: torch.Tensor | None) -> None:
         """The blocks' scores, with those of all keys or without."""
-        ours.block_maxima(g.q, self.pool.cache, g.weights, self.lengths, g.table, out=self.maxima,
+        ops.block_maxima(g.q, self.pool.cache, g.weights, self.lengths, g.table, out=self.maxima,
                           logits=logits, backend=self.backend)  # fmt: skip
 
     def select_blocks(self) -> None:
         """The best blocks."""
-        ours.select_blocks(self.maxima, self.lengths, self.held, out=self.chosen,
+        ops.select_blocks(self.maxima, self.lengths, self.held, out=self.chosen,
                            backend=self.backend)  # fmt: skip
 
     def _score(self, g: Group, candidates: torch.Tensor) -> None:
-        ours.candidate_logits(g.q, self.pool.cache, g.weights, candidates, self.lengths, g.table,
+        ops.candidate_logits(g.q, self.pool.cache, g.weights, candidates, self.lengths, g.table,
                               out=self.scored, backend=self.backend)  # fmt: skip
 
     def _select(self, candidates: torch.Tensor) -> None:
-        ours.select_candidates(self.scored, candidates, self.lengths, self.k, out=self.out,
+        ops.select_candidates(self.scored, candidates, self.lengths, self.k, out=self.out,
                                backend=self.backend)  # fmt: skip
 
     def candidate_logits(self, g: Group) -> None:
@@ -106,7 +106,7 @@ class Ours:
         """The layer that chooses them."""
         self.block_maxima(g, self.dense)
         self.select_blocks()
-        ours.topk(self.dense, self.lengths, self.k, out=self.out, backend=self.backend)
+        ops.topk(self.dense, self.lengths, self.k, out=self.out, backend=self.backend)
 
     def source_by_candidates(self, g: Group) -> None:
         """The same without the scores of all keys: the best k lie in the best k + 1 blocks."""
@@ -118,11 +118,11 @@ class Ours:
     def step(self, g: Group) -> None:
         """All index layers of a decode step."""
         for _ in range(HALF_LAYERS):
-            ours.paged_logits(
+            ops.paged_logits(
                 g.q, self.pool.half_cache, g.weights, self.half_lengths, g.half_table,
                 block_size=32, out=self.dense, backend=self.backend,
             )  # fmt: skip
-            ours.topk(self.dense, self.half_lengths, self.k, out=self.out, backend=self.backend)
+            ops.topk(self.dense, self.half_lengths, self.k, out=self.out, backend=self.backend)
         self.source(g)
         for _ in range(CONSUMERS):
             self._score(g, self.chosen)
@@ -168,7 +168,7 @@ class FullWidth:
 
     name = "full width"
 
-    def __init__(self, layers: Ours) -> None:
+    def __init__(self, layers: PluginOps) -> None:
         self.of = layers
         device = torch.device(layers.pool.device)
         rows, width = layers.rows, layers.pool.width
@@ -195,7 +195,7 @@ class FullWidth:
     def paged_logits(self, g: Group) -> None:
         """All keys' scores."""
         of = self.of
-        ours.paged_logits(g.q, of.pool.cache, g.weights, of.lengths, g.table, out=self.dense,
+        ops.paged_logits(g.q, of.pool.cache, g.weights, of.lengths, g.table, out=self.dense,
                           backend=of.backend)  # fmt: skip
 
     def mask(self, candidates: torch.Tensor) -> None:
@@ -209,7 +209,7 @@ class FullWidth:
         self.chosen.copy_(torch.where(value == -torch.inf, -1, index))
 
     def _topk(self, lengths: torch.Tensor) -> None:
-        ours.topk(self.dense, lengths, self.of.k, out=self.out, backend=self.of.backend)
+        ops.topk(self.dense, lengths, self.of.k, out=self.out, backend=self.of.backend)
 
     def consumer(self, g: Group, candidates: torch.Tensor) -> None:
         """A layer that uses candidates."""
@@ -227,7 +227,7 @@ class FullWidth:
         """All index layers of a decode step."""
         of = self.of
         for _ in range(HALF_LAYERS):
-            ours.paged_logits(
+            ops.paged_logits(
                 g.q, of.pool.half_cache, g.weights, of.half_lengths, g.half_table,
                 block_size=32, out=self.dense, backend=of.backend,
             )  # fmt: skip
@@ -237,7 +237,7 @@ class FullWidth:
             self.consumer(g, self.chosen)
 
     def why_wrong(self) -> str:
-        """Return what is wrong with the answers, or an empty string; ours must be of float32."""
+        """Return what is wrong with the answers, or an empty string; for float32 only."""
         g = self.groups[0]
         self.source(g)
         self.of.source(g)
@@ -257,7 +257,7 @@ class FullWidth:
         return ""
 
 
-class PrefillOurs:
+class PrefillPluginOps:
     """A consumer's chunk of prefill rows by the plugin's ops."""
 
     name = "dsv4"
@@ -283,12 +283,12 @@ class PrefillOurs:
     def candidate_logits(self) -> None:
         """The scores of the candidates' keys."""
         p = self.p
-        ours.candidate_logits_ragged(p.q, p.k, p.k_scale, p.weights, self.lists, p.starts, p.ends,
+        ops.candidate_logits_ragged(p.q, p.k, p.k_scale, p.weights, self.lists, p.starts, p.ends,
                                      out=self.scored, backend=self.backend)  # fmt: skip
 
     def select_candidates(self) -> None:
         """The best of them."""
-        ours.select_candidates(self.scored, self.lists, self.p.ends, self.k, out=self.out,
+        ops.select_candidates(self.scored, self.lists, self.p.ends, self.k, out=self.out,
                                backend=self.backend)  # fmt: skip
 
     def consumer(self) -> None:
@@ -302,7 +302,7 @@ class PrefillFullWidth:
 
     name = "full width"
 
-    def __init__(self, layers: PrefillOurs) -> None:
+    def __init__(self, layers: PrefillPluginOps) -> None:
         self.of = layers
         p = layers.p
         self.dense = new_logits(p.rows, p.columns, torch.float32, p.q.device)
@@ -318,17 +318,17 @@ class PrefillFullWidth:
     def logits(self) -> None:
         """All keys' scores."""
         p = self.of.p
-        ours.ragged_logits(p.q, p.k, p.k_scale, p.weights, p.starts, p.ends, out=self.dense,
+        ops.ragged_logits(p.q, p.k, p.k_scale, p.weights, p.starts, p.ends, out=self.dense,
                            backend=self.of.backend)  # fmt: skip
 
     def consumer(self) -> None:
         """Scores, mask, top-k."""
         self.logits()
         full_width.mask(self.dense, self.of.lists, self.keep)
-        ours.topk(self.dense, self.of.p.ends, self.of.k, out=self.out, backend=self.of.backend)
+        ops.topk(self.dense, self.of.p.ends, self.of.k, out=self.out, backend=self.of.backend)
 
     def why_wrong(self) -> str:
-        """Return what is wrong with the answers, or an empty string; ours must be of float32."""
+        """Return what is wrong with the answers, or an empty string; for float32 only."""
         self.consumer()
         self.of.consumer()
         at = self.of.lists.long().repeat_interleave(PIECE, 1) * PIECE

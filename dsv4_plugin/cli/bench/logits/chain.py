@@ -1,6 +1,6 @@
 """Timing of the chain: from the keys to the indices of the best, in one CUDA graph.
 
-Ours is :func:`dsv4_plugin.select`. A peer is a logits kernel in float32 and then a top-k: each
+The plugin runs :func:`dsv4_plugin.select`. A peer is a float32 logits kernel and then a top-k: each
 logits kernel of the peers file with the one that stands for vLLM's choice and with SGLang's, each
 of an installed engine with that engine's. Every answer must be the exact top-k of the scores that
 the same implementation's logits kernel makes, and those scores must be right.
@@ -16,14 +16,12 @@ import torch
 
 from dsv4_plugin import paged_logits, select
 from dsv4_plugin.cli.bench.cells import DIRTY, Cell, Row
-from dsv4_plugin.cli.bench.logits.bars import chain_name
 from dsv4_plugin.cli.bench.logits.cases import DTYPES, Case, Paged
 from dsv4_plugin.cli.bench.logits.check import Sample
 from dsv4_plugin.cli.bench.logits.measure import KeyBench, Problem, peer_logits
-from dsv4_plugin.cli.bench.topk.bars import sound
-from dsv4_plugin.cli.bench.topk.cases import Problem as Scores
 from dsv4_plugin.cli.bench.topk.check import Reference
-from dsv4_plugin.cli.bench.topk.peers import OURS
+from dsv4_plugin.cli.checks.compare import PLUGIN, chain_name, sound
+from dsv4_plugin.cli.checks.topk_cases import Problem as Scores
 from dsv4_plugin.ops.logits import new_logits
 
 __all__ = ["ChainBench", "shared"]
@@ -112,13 +110,13 @@ class ChainBench(KeyBench):
             run.soil()
             run(problem)
             scores, wrong = reference(name)
-            before = scores.judge(run.out, case.k, ties=name == OURS)
+            before = scores.judge(run.out, case.k, ties=name == PLUGIN)
             run.soil()
             us = self._time(case, functools.partial(run, problem))
-            after = scores.judge(run.out, case.k, ties=name == OURS)
+            after = scores.judge(run.out, case.k, ties=name == PLUGIN)
             row = self._figures(case, us)
             row |= {"exact": before.exact and after.exact, "right": not wrong}
-            if name == OURS:
+            if name == PLUGIN:
                 row["lowest_index"] = before.ties and after.ties
             if before.why or after.why or wrong:
                 row["why"] = before.why or after.why or wrong
@@ -130,24 +128,24 @@ class ChainBench(KeyBench):
         return self.measure(case, self._about(case), runs, warm, cold)
 
     def _implementations(self, case: Case, problem: Paged) -> dict[str, _Run]:
-        """Return ours first, then the peers' chains, which are of float32 only."""
+        """Return the plugin first, then the peers' chains, which are of float32 only."""
         device = problem.q.device
         scratch = new_logits(case.rows, case.columns, DTYPES[case.dtype], device)
 
-        def ours(p: Paged, out: torch.Tensor) -> None:
+        def plugin(p: Paged, out: torch.Tensor) -> None:
             select(p.q, p.cache, p.weights, p.lengths, p.block_table, case.k, out=out,
                    logits=scratch, backend=self.backend)  # fmt: skip
 
-        calls: dict[str, Call] = {OURS: ours}
+        calls: dict[str, Call] = {PLUGIN: plugin}
         if case.dtype == "float32":
             for first, last in self.peers.chains(self.choices):
                 logits, topk = self.peers["logits"][first], self.peers["decode"][last]
-                calls[chain_name(first, last)] = functools.partial(_theirs, logits, topk, case)
+                calls[chain_name(first, last)] = functools.partial(_peer_chain, logits, topk, case)
         return {name: _Run(call, case, device) for name, call in calls.items()}
 
     def _logits(self, name: str, problem: Paged, dtype: torch.dtype) -> torch.Tensor:
         """Return the scores that an implementation selects among."""
-        if name == OURS:
+        if name == PLUGIN:
             p = problem
             return paged_logits(p.q, p.cache, p.weights, p.lengths, p.block_table, dtype=dtype,
                                 backend=self.backend)  # fmt: skip
@@ -157,21 +155,21 @@ class ChainBench(KeyBench):
         raise KeyError(name)
 
     def _agree(self, rows: list[Row], answers: Answers) -> None:
-        """Note beside ours how much of its choice each right chain of the peers shares."""
+        """Note beside the plugin's how much of its choice each right chain of the peers shares."""
         for row in rows:
-            if row["implementation"] != OURS:
+            if row["implementation"] != PLUGIN:
                 continue
-            ours = answers[row["k"]][OURS, row["dtype"]]
+            plugin = answers[row["k"]][PLUGIN, row["dtype"]]
             row["agreement"] = {}
             for other in rows:
-                if other["implementation"] != OURS and other["k"] == row["k"] and sound(other):
-                    theirs = answers[row["k"]][other["implementation"], other["dtype"]]
-                    mean, worst = shared(ours, theirs, row["columns"])
+                if other["implementation"] != PLUGIN and other["k"] == row["k"] and sound(other):
+                    peers = answers[row["k"]][other["implementation"], other["dtype"]]
+                    mean, worst = shared(plugin, peers, row["columns"])
                     row["agreement"][other["implementation"]] = {
                         "mean": round(mean, 6), "worst": round(worst, 6),
                     }  # fmt: skip
 
 
-def _theirs(logits: Any, topk: Any, case: Case, p: Paged, out: torch.Tensor) -> None:
+def _peer_chain(logits: Any, topk: Any, case: Case, p: Paged, out: torch.Tensor) -> None:
     scores = peer_logits(logits, torch.float32, p)
     topk(scores[:, : case.columns], p.n, case.k, out)

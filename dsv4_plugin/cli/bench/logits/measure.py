@@ -16,7 +16,7 @@ from dsv4_plugin import paged_logits, ragged_logits
 from dsv4_plugin.cli.bench.cells import Cell, CellBench, Row, copies_for, launches_for, time_cold
 from dsv4_plugin.cli.bench.logits.cases import DTYPES, KEY_BYTES, Case, Paged, Ragged
 from dsv4_plugin.cli.bench.logits.check import Sample
-from dsv4_plugin.cli.bench.topk.peers import OURS
+from dsv4_plugin.cli.checks.compare import PLUGIN
 from dsv4_plugin.cli.checks.timing import time_calls
 from dsv4_plugin.ops.logits import new_logits
 
@@ -100,7 +100,7 @@ class _Run:
         return sample.why_wrong(self.logits)
 
     def soil(self) -> None:
-        """Make sure that what is there is no answer, where the output is ours."""
+        """Make sure that what is there is no answer, where the output is the plugin's."""
         if self._out is not None:
             self._out.fill_(torch.nan)
 
@@ -132,11 +132,11 @@ class Bench(KeyBench):
         return self.measure(case, self._about(case), runs, warm, cold)
 
     def _implementations(self, case: Case, problem: Problem) -> dict[str, _Run]:
-        """Return ours first, then the peers."""
+        """Return the plugin first, then the peers."""
         dtype = DTYPES[case.dtype]
         out = new_logits(case.rows, case.columns, dtype, problem.q.device)
 
-        def ours(p: Problem) -> torch.Tensor:
+        def plugin(p: Problem) -> torch.Tensor:
             if isinstance(p, Paged):
                 return paged_logits(p.q, p.cache, p.weights, p.lengths, p.block_table, out=out,
                                     backend=self.backend)  # fmt: skip
@@ -144,8 +144,8 @@ class Bench(KeyBench):
                                  backend=self.backend)  # fmt: skip
 
         peers = self.peers["ragged_logits" if case.suite == "prefill" else "logits"]
-        theirs = {
+        runs = {
             name: _Run(functools.partial(peer_logits, call, dtype), None)
             for name, call in peers.items()
         }
-        return {OURS: _Run(ours, out), **theirs}
+        return {PLUGIN: _Run(plugin, out), **runs}

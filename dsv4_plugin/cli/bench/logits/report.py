@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk.bars import sound
-from dsv4_plugin.cli.bench.topk.peers import OURS
 from dsv4_plugin.cli.bench.topk.report import grid
+from dsv4_plugin.cli.checks.compare import PLUGIN, sound
 
 __all__ = ["FLOOR", "lines"]
 
@@ -38,19 +37,19 @@ def _line(row: Row) -> str:
             f"{row['gb_s'] / 1e3:6.2f} TB/s {row['tflops']:7.1f} TFLOP/s{mark}")  # fmt: skip
 
 
-def _agreement(ours: list[Row]) -> list[str]:
-    """Say how much of our choice the peers' float32 chains share."""
+def _agreement(plugin: list[Row]) -> list[str]:
+    """Say how much of the plugin's choice the peers' float32 chains share."""
     text: list[str] = []
-    for dtype in dict.fromkeys(row["dtype"] for row in ours):
-        for name in dict.fromkeys(name for row in ours for name in row["agreement"]):
+    for dtype in dict.fromkeys(row["dtype"] for row in plugin):
+        for name in dict.fromkeys(name for row in plugin for name in row["agreement"]):
             found = [
                 row["agreement"][name]
-                for row in ours
+                for row in plugin
                 if row["dtype"] == dtype and name in row["agreement"]
             ]
             if found:
                 mean = sum(one["mean"] for one in found) / len(found)
                 worst = min(one["worst"] for one in found)
-                text.append(f"{OURS} {dtype} shares {mean:.3%} of its indices with {name}; "
+                text.append(f"{PLUGIN} {dtype} shares {mean:.3%} of its indices with {name}; "
                             f"worst row {worst:.3%}")  # fmt: skip
     return ["", *text] if text else []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4_plugin.cli.bench.topk.cases import Problem
+from dsv4_plugin.cli.checks.topk_cases import Problem
 
 __all__ = ["Reference", "Verdict"]
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import topk
+from dsv4_plugin.cli.bench import floor
 from dsv4_plugin.cli.bench.cells import (
     DIRTY,
     Cell,
@@ -24,12 +25,11 @@ from dsv4_plugin.cli.bench.cells import (
     launches_for,
     time_cold,
 )
-from dsv4_plugin.cli.bench.topk import floor
-from dsv4_plugin.cli.bench.topk.cases import PAGE_SIZE, Case, Problem
 from dsv4_plugin.cli.bench.topk.check import Reference
-from dsv4_plugin.cli.bench.topk.peers import OURS
 from dsv4_plugin.cli.bench.topk.served import Elsewhere
+from dsv4_plugin.cli.checks.compare import PLUGIN
 from dsv4_plugin.cli.checks.timing import time_calls
+from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE, Case, Problem
 
 __all__ = ["Bench"]
 
@@ -64,10 +64,8 @@ class Bench(CellBench):
         return launches_for(us, self.launches)
 
     def _implementations(self, case: Case) -> dict[str, Run]:
-        """Return ours first, then the peers that take this suite."""
-        runs: dict[str, Run] = {OURS: functools.partial(self._ours, case)}
-        if case.suite == "seed":
-            return runs
+        """Return the plugin first, then the peers that take this suite."""
+        runs: dict[str, Run] = {PLUGIN: functools.partial(self._plugin, case)}
         peers = self.peers[case.suite if case.suite in ("prefill", "paged") else "decode"]
 
         def run(call: Any, problem: Problem, out: torch.Tensor) -> None:
@@ -80,7 +78,7 @@ class Bench(CellBench):
 
         return runs | {name: functools.partial(run, call) for name, call in peers.items()}
 
-    def _ours(self, case: Case, problem: Problem, out: torch.Tensor) -> None:
+    def _plugin(self, case: Case, problem: Problem, out: torch.Tensor) -> None:
         topk(
             problem.logits, problem.lengths, case.k, row_starts=problem.row_starts, out=out,
             page_table=problem.page_table, page_size=PAGE_SIZE, backend=self.backend,
@@ -100,7 +98,7 @@ class Bench(CellBench):
         }  # fmt: skip
 
         def warm(name: str) -> Row:
-            row = self._warm(case, runs[name], held[0], reference, floor_us, ours=name == OURS)
+            row = self._warm(case, runs[name], held[0], reference, floor_us, plugin=name == PLUGIN)
             if case.suite == "served":
                 row["served_us"] = self._served(case, runs[name], held[0])
             return row
@@ -114,18 +112,18 @@ class Bench(CellBench):
 
     def _warm(
         self, case: Case, run: Run, problem: Problem, reference: Reference, floor_us: float,
-        ours: bool,
+        plugin: bool,
     ) -> Row:  # fmt: skip
         shape = (case.rows, case.k)
         out = torch.full(shape, DIRTY, dtype=torch.int32, device=self.device)
         run(problem, out)
-        before = reference.judge(out, case.k, ties=ours)
+        before = reference.judge(out, case.k, ties=plugin)
         out.fill_(DIRTY)
         us = time_calls(
             [functools.partial(run, problem, out)], self.device,
             launches=self._launches(case, floor_us), replays=self.replays,
         )  # fmt: skip
-        after = reference.judge(out, case.k, ties=ours)
+        after = reference.judge(out, case.k, ties=plugin)
         row: Row = {
             "warm_us": round(us, 3),
             "cold_us": None,
@@ -133,7 +131,7 @@ class Bench(CellBench):
             "floor_us": round(floor_us, 3),
             "ratio": round(us / floor_us, 3),
         }
-        if ours:
+        if plugin:
             row["lowest_index"] = before.ties and after.ties
         if not row["exact"]:
             row["why"] = before.why or after.why

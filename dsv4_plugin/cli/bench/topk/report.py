@@ -1,14 +1,13 @@
-"""The tables and the bars at the end of ``bench topk``."""
+"""The tables at the end of ``bench topk``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk import bars
-from dsv4_plugin.cli.bench.topk.peers import OURS
+from dsv4_plugin.cli.checks.compare import PLUGIN, best_peers, sound
 
-__all__ = ["bars_lines", "grid", "lines"]
+__all__ = ["grid", "lines"]
 
 Row = dict[str, Any]
 
@@ -16,7 +15,7 @@ Row = dict[str, Any]
 def lines(results: list[Row], roof: Row) -> list[str]:
     """Return the table of each suite that was run."""
     text: list[str] = []
-    suites = list(dict.fromkeys(row["suite"] for row in results if not row.get("recorded")))
+    suites = list(dict.fromkeys(row["suite"] for row in results))
     if "decode" in suites:
         text += grid([row for row in results if row["suite"] == "decode"], "one-pass floor")
     if "narrow" in suites:
@@ -29,18 +28,11 @@ def lines(results: list[Row], roof: Row) -> list[str]:
         text += _served([row for row in results if row["suite"] == "served"])
     if "paged" in suites:
         text += _paged([row for row in results if row["suite"] == "paged"])
-    if "decode" in suites or "seed" in suites:
-        text += ["", *bars.seed_lines(results)]
     return text
 
 
-def bars_lines(results: list[Row], held: list[bars.Bar]) -> list[str]:
-    """Return every bar, and how far the cells are from the floor."""
-    return ["", "Bars", *map(str, held), *_above_the_floor(results)]
-
-
 def _own(results: list[Row], suite: str) -> list[Row]:
-    return [row for row in results if row["suite"] == suite and row["implementation"] == OURS]
+    return [row for row in results if row["suite"] == suite and row["implementation"] == PLUGIN]
 
 
 def _distinct(rows: list[Row], name: str) -> list[Any]:
@@ -48,22 +40,22 @@ def _distinct(rows: list[Row], name: str) -> list[Any]:
 
 
 def grid(decode: list[Row], floor: str) -> list[str]:
-    """Return the tables rows x columns of ours, one a dtype and k, beside the best upstream."""
-    ours = [row for row in decode if row["implementation"] == OURS]
+    """Return the tables rows x columns of the plugin, one a dtype and k, beside the best peer."""
+    plugin = [row for row in decode if row["implementation"] == PLUGIN]
     text = []
-    for dtype in _distinct(ours, "dtype"):
-        best = bars.best_peers(decode, dtype)
-        for k in dict.fromkeys(row.get("k", 0) for row in ours):
+    for dtype in _distinct(plugin, "dtype"):
+        best = best_peers(decode, dtype)
+        for k in dict.fromkeys(row.get("k", 0) for row in plugin):
             some = {
                 (row["rows"], row["columns"]): row
-                for row in ours
+                for row in plugin
                 if row["dtype"] == dtype and row.get("k", 0) == k
             }
             columns = list(dict.fromkeys(c for _, c in some))
             text += [
                 "",
-                f"{dtype}{f', k {k}' if k else ''}: us warm | / best upstream (* recorded, other "
-                f"run) | x {floor}; ! {'not exact' if 'exact' in ours[0] else 'wrong'}",
+                f"{dtype}{f', k {k}' if k else ''}: us warm | / best peer | x {floor}; "
+                f"! {'not exact' if 'exact' in plugin[0] else 'wrong'}",
                 f"{'rows':>5}" + "".join(f"{c:>22}" for c in columns),
             ]
             for r in dict.fromkeys(r for r, _ in some):
@@ -72,24 +64,23 @@ def grid(decode: list[Row], floor: str) -> list[str]:
                     row, peer = some.get((r, c)), best.get((k, r, c))
                     shown = ""
                     if row is not None:
-                        shown = f"{row['warm_us']:.2f}{'' if bars.sound(row) else '!'}"
+                        shown = f"{row['warm_us']:.2f}{'' if sound(row) else '!'}"
                         if peer is not None:
-                            mark = "*" if peer.get("recorded") else ""
-                            shown += f" | {row['warm_us'] / peer['warm_us']:.2f}{mark}"
+                            shown += f" | {row['warm_us'] / peer['warm_us']:.2f}"
                         shown += f" | {row['ratio']:.1f}"
                     line += f"{shown:>22}"
                 text.append(line)
     return text
 
 
-def _narrow(ours: list[Row]) -> list[str]:
+def _narrow(plugin: list[Row]) -> list[str]:
     text = ["", "8,192 columns: us warm at natural width -> in a 256,000-wide buffer (ratio)"]
     natural = {
         (row["dtype"], row["k"], row["rows"]): row["warm_us"]
-        for row in ours
+        for row in plugin
         if row["width"] == row["columns"]
     }
-    for row in ours:
+    for row in plugin:
         key = row["dtype"], row["k"], row["rows"]
         if row["width"] > row["columns"] and key in natural:
             us = row["warm_us"]
@@ -98,12 +89,12 @@ def _narrow(ours: list[Row]) -> list[str]:
     return text
 
 
-def _adversarial(ours: list[Row]) -> list[str]:
-    kinds = _distinct(ours, "kind")
+def _adversarial(plugin: list[Row]) -> list[str]:
+    kinds = _distinct(plugin, "kind")
     text = ["", "Adversarial scores: us warm for N(0,1), then the ratio to it",
             f"{'':34s}" + "".join(f"{kind:>13}" for kind in kinds)]  # fmt: skip
     cells: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in ours:
+    for row in plugin:
         key = row["dtype"], row["k"], row["rows"], row["columns"]
         cells.setdefault(key, {})[row["kind"]] = row["warm_us"]
     for (dtype, k, r, c), us in cells.items():
@@ -150,19 +141,4 @@ def _prefill(rows: list[Row], roof: Row) -> list[str]:
         mark = "" if row["exact"] else "  NOT EXACT"
         text.append(f"{cell:40s} {row['implementation']:28s} {row['warm_us']:9.1f} us "
                     f"{row['gb_s']:7.0f} GB/s {row['gb_s'] / read:6.2f}{mark}")  # fmt: skip
-    return text
-
-
-def _above_the_floor(results: list[Row]) -> list[str]:
-    """Say how far from one pass over the scores the cells are."""
-    ours = [row for row in results if row["implementation"] == OURS and row["suite"] == "decode"]
-    if not ours:
-        return []
-    above = sorted((r for r in ours if r["ratio"] > bars.FLOOR_RATIO), key=lambda r: -r["ratio"])
-    text = [f"{len(above)} of {len(ours)} decode cells take more than {bars.FLOOR_RATIO} x the "
-            "one-pass floor"]  # fmt: skip
-    for row in above[:5]:
-        cell = f"{row['dtype']} k {row['k']}, {row['rows']} x {row['columns']}"
-        us = f"{row['warm_us']:.2f} us, floor {row['floor_us']:.2f}"
-        text.append(f"  {row['ratio']:.2f} x: {cell}: {us}")
     return text

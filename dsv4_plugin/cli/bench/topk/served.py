@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from dsv4_plugin import topk
-from dsv4_plugin.cli.bench.topk.cases import DTYPES
 from dsv4_plugin.cli.checks.timing import FLUSH_BYTES, time_calls
+from dsv4_plugin.cli.checks.topk_cases import DTYPES
 
 __all__ = ["Elsewhere"]
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.cli.bench.topk.cases import PAGE_SIZE
 from dsv4_plugin.cli.bench.upstream.prepared import (
     Prepared,
     imported,
@@ -20,6 +19,7 @@ from dsv4_plugin.cli.bench.upstream.prepared import (
     tried,
     zeros_for,
 )
+from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE
 
 __all__ = ["choice", "kernels"]
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dsv4_plugin.cli.bench.topk.cases import PAGE_SIZE
+from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE
 
 __all__ = [
     "Prepared",

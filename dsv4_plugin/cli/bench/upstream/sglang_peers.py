@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.cli.bench.topk.cases import PAGE_SIZE
 from dsv4_plugin.cli.bench.upstream.prepared import (
     Prepared,
     imported,
@@ -21,6 +20,7 @@ from dsv4_plugin.cli.bench.upstream.prepared import (
     tried,
     zeros_for,
 )
+from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 
 __all__ = ["choice", "kernels"]

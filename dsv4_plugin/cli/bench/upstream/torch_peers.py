@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.cli.bench.topk.cases import PAGE_SIZE
 from dsv4_plugin.cli.bench.upstream.prepared import Prepared, capturing, lengths_of, zeros_for
+from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE
 
 __all__ = ["choice", "kernels"]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.cli.bench.topk.cases import KS, PAGE_SIZE
 from dsv4_plugin.cli.bench.upstream.prepared import (
     Prepared,
     imported,
@@ -20,6 +19,7 @@ from dsv4_plugin.cli.bench.upstream.prepared import (
     schedule_of,
     tried,
 )
+from dsv4_plugin.cli.checks.topk_cases import KS, PAGE_SIZE
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 
 __all__ = ["choice", "kernels"]

@@ -47,7 +47,7 @@ def test_the_loader_applies_every_hook(engine, load):
 
 
 def test_the_doctor_shows_the_seams(engine):
-    from dsv4_plugin.cli import doctor
+    from dsv4_plugin.cli.doctor import report as doctor
 
     part = doctor.collect()["sglang"]
     assert part["installed"]

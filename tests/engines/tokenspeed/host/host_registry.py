@@ -37,7 +37,7 @@ def test_ours_are_selected_on_hopper(engine, load, caplog):
 
 
 def test_the_doctor_shows_the_seams(engine):
-    from dsv4_plugin.cli import doctor
+    from dsv4_plugin.cli.doctor import report as doctor
 
     part = doctor.collect()["tokenspeed"]
     assert part["installed"]

@@ -61,7 +61,7 @@ def run_hosts(specs: Sequence[str], as_json: bool = False, folder: Path | None =
     Raises:
         UsageError: a spec is wrong.
     """
-    from dsv4_plugin.cli import releases
+    from dsv4_plugin.cli.doctor import releases
 
     found: list[Data] = []
     with interruptible() as work:

@@ -31,12 +31,12 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: an option has no meaning here.
     """
-    from dsv4_plugin.cli import doctor
+    from dsv4_plugin.cli.doctor import report
 
     if arguments.hosts is not None:
         if arguments.folder is not None:
             outputs.make_folder("--folder", arguments.folder)
-        return doctor.run_hosts(arguments.hosts, arguments.json, arguments.folder)
+        return report.run_hosts(arguments.hosts, arguments.json, arguments.folder)
     if arguments.folder is not None:
         raise UsageError("--folder is for --hosts")
-    return doctor.run(as_json=arguments.json)
+    return report.run(as_json=arguments.json)

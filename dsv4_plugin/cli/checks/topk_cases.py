@@ -39,7 +39,6 @@ __all__ = [
 
 ROWS = (1, 8, 32, 64, 128)
 COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)
-SEED_ROWS = (1, 8, 32)
 
 DTYPES = {name: getattr(torch, name) for name in TOPK_DTYPES}
 
@@ -281,8 +280,8 @@ def suite(
 ) -> list[Case]:
     """Return the cases of one suite, or those of them that the arguments leave.
 
-    Arguments replace the suite's own lists; for ``adversarial`` and ``seed``, whose shapes belong
-    together, ``rows`` and ``columns`` choose among them.
+    Arguments replace the suite's own lists; for ``adversarial``, whose shapes belong together,
+    ``rows`` and ``columns`` choose among them.
     """
     types = tuple(dtypes or ("bfloat16", "float32"))
     if name == "decode":
@@ -305,7 +304,4 @@ def suite(
     if name == "paged":
         chosen = rows or PAGED_ROWS, columns or PAGED_COLUMNS
         return list(_grid(name, types, ks or KS, *chosen))
-    if name == "seed":
-        some = [r for r in SEED_ROWS if not rows or r in rows]
-        return list(_grid(name, ("bfloat16", "float32"), ks or KS, some, columns or COLUMNS))
     raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")

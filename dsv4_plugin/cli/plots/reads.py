@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk.plot import save
 from dsv4_plugin.cli.shared import outputs
 from dsv4_plugin.cli.shared.run import UsageError
 
@@ -55,4 +54,4 @@ def draw(document: dict[str, Any], file: Path) -> None:
                     f"dsv4-plugin {about.get('plugin', '?')}", fontsize="medium")  # fmt: skip
     axis.legend(loc="lower right", fontsize="small")
     figure.tight_layout()
-    save(figure, file)
+    outputs.save(figure, file)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.cli.bench.topk.cases import Problem
 from dsv4_plugin.cli.checks.timing import time_calls
+from dsv4_plugin.cli.checks.topk_cases import Problem
 
 __all__ = ["copy_rate", "floor_us", "method", "read_rate"]
 
@@ -24,7 +24,7 @@ _ROOF_ROWS, _ROOF_COLUMNS = 1024, 1 << 18  # 1 GiB of float32
 @functools.cache
 def _kernel() -> Any:
     try:
-        from dsv4_plugin.cli.bench.topk.read_kernel import read_rows
+        from dsv4_plugin.cli.bench.read_kernel import read_rows
     except ImportError:
         return None
     return read_rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk.plot import save
 from dsv4_plugin.cli.shared import outputs
 from dsv4_plugin.cli.shared.run import UsageError
 
@@ -58,4 +57,4 @@ def draw(document: Row, file: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center right", fontsize="small")
     figure.tight_layout(rect=(0, 0, 1 - 2.6 / figure.get_figwidth(), 1))
-    save(figure, file)
+    outputs.save(figure, file)

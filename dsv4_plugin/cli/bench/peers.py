@@ -1,31 +1,16 @@
-"""The peers of a benchmark: kernels from a Python file, and figures recorded in another run."""
+"""The peers of a benchmark: kernels from a Python file, and those of installed engines."""
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dsv4_plugin.cli.shared.run import UsageError, reading
+from dsv4_plugin.cli.shared.run import UsageError
 
-__all__ = [
-    "FORMS",
-    "FORMS_OF",
-    "OURS",
-    "Call",
-    "Peers",
-    "is_vllm_choice",
-    "load",
-    "recorded",
-    "seed_figures",
-]
-
-OURS = "dsv4"
-SEED = Path(__file__).with_name("seed_vllm_40811.csv")
-VLLM_COOPERATIVE_ROWS = 64  # vLLM 0.33 takes cooperative_topk up to here, persistent_topk above
+__all__ = ["FORMS", "FORMS_OF", "Call", "Peers", "load"]
 
 # decode: (logits, lengths, k, out) → None; prefill: (logits, row_starts, row_ends, k, out) → None;
 # paged: (logits, lengths, page_table, k, out) → None, pages of 64, `out` in pool slots.
@@ -34,8 +19,6 @@ VLLM_COOPERATIVE_ROWS = 64  # vLLM 0.33 takes cooperative_topk up to here, persi
 # logits: (q, cache, weights, lengths [batch, next_n], block_table, dtype) → logits;
 # ragged_logits: (q, k, k_scale, weights, row_starts, row_ends, dtype) → logits, a column a key.
 Call = Callable[..., Any]
-Row = dict[str, Any]
-
 
 # The functions of a peers file, by the form of what they return.
 FORMS = {
@@ -135,61 +118,3 @@ def _module(file: Path) -> ModuleType:
             f"--peers {file} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
     return module
-
-
-def recorded(file: Path) -> list[Row]:
-    """Read cells that were measured in another run, marked as such.
-
-    Columns: k, rows, columns, package, kernel, dtype, warm_us, cold_us (may be empty).
-    """
-    with reading(f"--against {file}", "file of recorded figures"):
-        return _recorded(file)
-
-
-def _recorded(file: Path) -> list[Row]:
-    need = {"k", "rows", "columns", "package", "kernel", "dtype", "warm_us", "cold_us"}
-    text = file.read_text(encoding="utf-8")
-    reader = csv.DictReader(text.splitlines())
-    missing = need - set(reader.fieldnames or ())
-    if missing:
-        raise UsageError(
-            f"--against must be a CSV with the columns {', '.join(sorted(need))}, got {file} "
-            f"without {', '.join(sorted(missing))}"
-        )
-    return [
-        {
-            "suite": "decode",
-            "dtype": line["dtype"],
-            "k": int(line["k"]),
-            "rows": int(line["rows"]),
-            "columns": int(line["columns"]),
-            "implementation": f"{line['package']} {line['kernel']}",
-            "warm_us": float(line["warm_us"]) if line["warm_us"] else None,
-            "cold_us": float(line["cold_us"]) if line["cold_us"] else None,
-            "recorded": file.name,
-        }
-        for line in reader
-    ]
-
-
-def is_vllm_choice(row: Row, name: str) -> bool:
-    """Whether a result is what vLLM 0.33 itself runs in this cell.
-
-    ``name`` is the implementation that stands for it among the loaded peers.
-    """
-    if not row.get("recorded"):
-        return row["implementation"] == name
-    cooperative = row["rows"] <= VLLM_COOPERATIVE_ROWS
-    return row["implementation"] == (
-        f"vllm 0.33.0 {'cooperative' if cooperative else 'persistent'}_topk"
-    )
-
-
-def seed_figures() -> dict[tuple[int, int, int], float]:
-    """Return the seed's speed-up of bfloat16 over float32 by (k, rows, columns)."""
-    with SEED.open(newline="") as stream:
-        lines = [line for line in stream if not line.startswith("#")]
-    return {
-        (int(line["k"]), int(line["rows"]), int(line["columns"])): float(line["speedup"])
-        for line in csv.DictReader(lines)
-    }

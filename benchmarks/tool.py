@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dsv4_plugin.cli.shared import outputs
 from dsv4_plugin.cli.shared.run import Parser, ended
 
-__all__ = ["prints", "tool"]
+__all__ = ["tool"]
 
 
 def tool(
@@ -28,17 +28,3 @@ def tool(
         return run(arguments)
 
     return ended(parser.prog, body, given)
-
-
-def prints(prog: str, what: dict[str, Callable[[], str]], argv: Sequence[str] | None = None) -> int:
-    """Print one of several texts, the first by default; returns the exit code."""
-    parser = Parser(prog=prog)
-    first = next(iter(what))
-    parser.add_argument("what", nargs="?", choices=tuple(what), default=first,
-                        help=f"which part (default: {first})")  # fmt: skip
-
-    def run(arguments: argparse.Namespace) -> int:
-        print(what[arguments.what]())
-        return 0
-
-    return tool(parser, run, argv)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.cli.bench.topk import bars
-from dsv4_plugin.cli.bench.topk.peers import OURS
+from dsv4_plugin.cli.checks.compare import PLUGIN, best_peers
 from dsv4_plugin.cli.shared import outputs
 from dsv4_plugin.cli.shared.run import UsageError
 
-__all__ = ["draw", "save"]
+__all__ = ["TITLE", "draw"]
 
 Row = dict[str, Any]
 Line = list[tuple[int, float]]
@@ -23,21 +22,11 @@ FLOOR = {  # what is drawn as the floor, by what was measured
 TITLE = {"topk": "Exact top-k", "logits": "Index logits", "chain": "Index logits and exact top-k"}
 
 
-def save(figure: Any, file: Path) -> None:
-    """Write a figure; of the same figures the same SVG, so that a commit shows what changed."""
-    import matplotlib
-    from matplotlib import pyplot
-
-    with matplotlib.rc_context({"svg.hashsalt": "dsv4"}):
-        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
-    pyplot.close(figure)
-
-
 def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     """Draw the decode suite of a results document into ``file`` (.png, .svg, .pdf).
 
     Above: microseconds, warm, with the floor: one pass over the bfloat16 scores of the top-k, the
-    bytes of the keys elsewhere. Below: ours over the best upstream of the cell, or over the floor
+    bytes of the keys elsewhere. Below: the plugin over the best peer of the cell, or over the floor
     where the document has no peers.
 
     Raises:
@@ -48,9 +37,9 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     from matplotlib.ticker import NullLocator
 
     decode = [row for row in document["results"] if row.get("suite", "decode") == "decode"]
-    own = [row for row in decode if row["implementation"] == OURS]
+    own = [row for row in decode if row["implementation"] == PLUGIN]
     if not own:
-        raise UsageError("the results have no decode cells of ours: nothing to draw")
+        raise UsageError("the results have no decode cells of the plugin: nothing to draw")
     known = sorted({row.get("k", 0) for row in own})
     k = known[0] if k is None else k
     if k not in known:
@@ -58,8 +47,8 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     decode = [row for row in decode if row.get("k", 0) == k and row["warm_us"] is not None]
     what = document.get("what", "topk")
     floor = FLOOR[what]
-    counts = sorted({row["rows"] for row in decode if row["implementation"] == OURS})
-    others = [n for n in _curves(decode, floor) if not n.startswith((f"{OURS} ", floor))]
+    counts = sorted({row["rows"] for row in decode if row["implementation"] == PLUGIN})
+    others = [n for n in _curves(decode, floor) if not n.startswith((f"{PLUGIN} ", floor))]
     figure, axes = pyplot.subplots(
         2, len(counts), figsize=(3.6 * len(counts) + 2.4, 6.4), squeeze=False, sharex=True,
         sharey="row", height_ratios=(2, 1),
@@ -70,7 +59,7 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
             above.plot(*zip(*line, strict=True), label=name, **_style(name, others))
         ratio_of, ratios = _ratios(rows, floor)
         for dtype, line in ratios.items():
-            name = f"{OURS} {dtype}"
+            name = f"{PLUGIN} {dtype}"
             below.plot(*zip(*line, strict=True), **_style(name, others))
         below.axhline(1.0, color="0.6", linewidth=0.8)
         above.set_title(f"{count} row{'s' if count > 1 else ''}")
@@ -84,7 +73,7 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
             axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
         if axis is axes[1][0]:
             above.set_ylabel("µs, warm")
-            below.set_ylabel(f"ours / {ratio_of}")
+            below.set_ylabel(f"plugin / {ratio_of}")
     about = document.get("machine", {})
     figure.suptitle(f"{TITLE[what]}{f', k = {k}' if k else ''}: {about.get('gpu', 'no GPU')}, "
                     f"dsv4-plugin {about.get('plugin', '?')}")  # fmt: skip
@@ -94,16 +83,16 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
         labels |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(labels.values(), labels.keys(), loc="center right", fontsize="small")
     figure.tight_layout(rect=(0, 0, 1 - 2.4 / figure.get_figwidth(), 1))
-    save(figure, file)
+    outputs.save(figure, file)
 
 
 def _curves(rows: list[Row], floor_name: str) -> dict[str, Line]:
-    """Return the curves of one panel by name: ours, the peers, the floor."""
+    """Return the curves of one panel by name: the plugin, the peers, the floor."""
     curves: dict[str, Line] = {}
     for row in rows:
-        mark = " (recorded)" if row.get("recorded") else ""
-        name = f"{row['implementation']} {row['dtype']}{mark}"
-        curves.setdefault(name, []).append((row["columns"], row["warm_us"]))
+        curves.setdefault(f"{row['implementation']} {row['dtype']}", []).append(
+            (row["columns"], row["warm_us"])
+        )
     floor = {
         row["columns"]: row["floor_us"]
         for row in rows
@@ -115,29 +104,29 @@ def _curves(rows: list[Row], floor_name: str) -> dict[str, Line]:
 
 
 def _ratios(rows: list[Row], floor_name: str) -> tuple[str, dict[str, Line]]:
-    """Return what ours is divided by, and the ratio over the columns for each of our dtypes."""
+    """Return what the plugin is divided by, and the ratios of each dtype over the columns."""
     ratios: dict[str, Line] = {}
-    peers = any(row["implementation"] != OURS for row in rows)
+    peers = any(row["implementation"] != PLUGIN for row in rows)
     for row in rows:
-        if row["implementation"] != OURS:
+        if row["implementation"] != PLUGIN:
             continue
         if peers:
-            best = bars.best_peers(rows, row["dtype"])
+            best = best_peers(rows, row["dtype"])
             other = best.get((row.get("k", 0), row["rows"], row["columns"]), {}).get("warm_us")
         else:
             other = row.get("floor_us")
         if other:
             line = ratios.setdefault(row["dtype"], [])
             line.append((row["columns"], row["warm_us"] / other))
-    name = "best upstream" if peers else floor_name
+    name = "best peer" if peers else floor_name
     return name, {dtype: sorted(line) for dtype, line in ratios.items()}
 
 
 def _style(name: str, others: list[str]) -> Row:
-    """Ours is thick, the floor dashed, peers thin; a name looks the same in all panels."""
+    """The plugin is thick, the floor dashed, peers thin; a name looks the same in all panels."""
     if name in FLOOR.values():
         return {"color": "black", "linestyle": "--", "linewidth": 1.0}
-    if name.startswith(f"{OURS} "):
+    if name.startswith(f"{PLUGIN} "):
         colors = {"bfloat16": "tab:red", "float32": "tab:orange", "float16": "tab:pink"}
         color = colors.get(name.split()[1], "tab:brown")
         return {"color": color, "linewidth": 2.4, "marker": "o", "markersize": 4}

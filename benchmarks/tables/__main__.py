@@ -1,0 +1,39 @@
+"""``python -m benchmarks.tables NAME``: what stands between the markers of a page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from benchmarks.tables import candidates, engines, expected, logits, readme, server
+from benchmarks.tool import tool
+from dsv4_plugin.cli.shared.run import Parser
+from dsv4_plugin.envs import table
+
+TABLES = {
+    "readme": readme.readme, "server": readme.server, "gain": readme.gain,
+    "served": readme.served, "reads": readme.reads, "recall": readme.recall,
+    "ratios": readme.ratios, "logits": logits.markdown,
+    "sglang": engines.sglang, "tokenspeed": engines.tokenspeed, "hosts": engines.hosts,
+    "modes": server.modes, "drills": server.drills,
+    "expected": expected.expected, "v41-server": candidates.server,
+    "v41-step": candidates.step, "v41-layers": candidates.layers,
+    "settings": table,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print one of the texts; returns the exit code."""
+    parser = Parser(prog="python -m benchmarks.tables", description=__doc__)
+    parser.add_argument("name", choices=tuple(TABLES))
+    return tool(parser, _print, argv)
+
+
+def _print(arguments: argparse.Namespace) -> int:
+    print(TABLES[arguments.name]())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

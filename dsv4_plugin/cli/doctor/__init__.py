@@ -1,0 +1,1 @@
+"""``dsv4-plugin doctor``: what is here, what engages, and why not."""
