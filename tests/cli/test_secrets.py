@@ -99,7 +99,7 @@ def test_a_secret_is_known_by_its_value() -> None:
             {
                 "HF_TOKEN": "open sesame",
                 "PROXY": "http://me:pa55word@h",
-                "PWD": "/work",
+                "PWD": "/srv",
                 "X_KEY": "1",
             }
         ],
