@@ -31,23 +31,23 @@ FORBIDDEN_CALLS = {
     "getstatusoutput", "load_inline", "popen", "posix_spawn", "spawnl", "spawnv", "system",
 }  # fmt: skip
 FORBIDDEN_DOTTED = {"torch.load", "torch.hub", "torch.compile", "torch.utils.cpp_extension"}
-PROGRAMS = {"cli/releases.py": {"pip"}, "cli/checks/provenance.py": {"git", "nvidia-smi"}}
+PROGRAMS = {"cli/doctor/releases.py": {"pip"}, "cli/checks/provenance.py": {"git", "nvidia-smi"}}
 # `ab` starts servers that the user names and asks them over HTTP: this folder alone may do that.
 SERVERS = ("cli/ab/",)
 SERVER_NETWORK = {"http", "socket", "urllib"}
 # Where files are written, and who names them.
 WRITES = {
-    "cli/releases.py": {"TemporaryDirectory", "mkdir", "extract", "touch"},  # --folder
+    "cli/doctor/releases.py": {"TemporaryDirectory", "mkdir", "extract", "touch"},  # --folder
     "status_file.py": {"mkdir", "write_text", "replace"},  # DSV4_STATUS_DIR
     "cli/ab/plot.py": {"savefig"},  # --plot
     "cli/ab/processes.py": {"mkdir", "open"},  # --out
-    "cli/bench/topk/plot.py": {"savefig"},  # --plot
-    "cli/fuzz/command.py": {"open"},  # --trace
     "cli/checks/results.py": {"unlink", "write_bytes"},  # --json, as it was before
+    "cli/fuzz/command.py": {"open"},  # --trace
     "cli/shared/outputs.py": {
         "mkdir",
         "open",
         "replace",
+        "savefig",
         "unlink",
         "write_text",
     },  # --json, --out …
@@ -60,7 +60,7 @@ WRITERS = {
 }  # fmt: skip
 DOTTED_WRITERS = {"os.remove", "os.replace", "torch.save"}
 ENVIRONMENT = {
-    "cli/doctor.py",
+    "cli/doctor/report.py",
     "envs.py",
     "metrics.py",  # PROMETHEUS_MULTIPROC_DIR, read: which of its modes prometheus_client is in
     "engines/vllm/cli_option.py",  # what Ray copies into its actors
@@ -205,7 +205,7 @@ read_indexer_cache(cache, torch.tensor([1, -1]))
 gather_indexer_cache(cache, torch.zeros(1, 2, dtype=torch.int32), torch.tensor([0, 100]))
 topk(torch.randn(3, 1000), torch.tensor([1000, 3, 0]), 512)
 from dsv4_plugin import status
-from dsv4_plugin.cli import doctor
+from dsv4_plugin.cli.doctor import report as doctor
 status()
 doctor.run(as_json=True)
 print("SEEN", seen)
@@ -221,7 +221,7 @@ def test_a_value_of_the_environment_is_never_run(tmp_path: Path) -> None:
     """A command in every variable: it is a wrong word, and nothing happens."""
     mark = tmp_path / "ran"
     code = (
-        "from dsv4_plugin import envs\nfrom dsv4_plugin.cli import doctor\n"
+        "from dsv4_plugin import envs\nfrom dsv4_plugin.cli.doctor import report as doctor\n"
         "import os, sys\n"
         "for v in envs.VARIABLES: os.environ[v.name] = sys.argv[1] if sys.argv[1:] else VALUE\n"
         "from dsv4_plugin.engines import sglang, tokenspeed, vllm\n"

@@ -1,1 +1,1 @@
-"""``dsv4-plugin bench adapters``: what the adapters install, beside the engines' own kernels."""
+"""``--part kernels``: what the adapters install, beside the engines' own kernels."""

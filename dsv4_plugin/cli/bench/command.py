@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmarks and the options of each."""
     benchmarks = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for what, about in WHAT.items():
-        one = benchmarks.add_parser(what, help=about, description=f"{about}.".capitalize())
+        said = f"{about[0].upper()}{about[1:]}."
+        one = benchmarks.add_parser(what, help=about, description=said)
         if what == "plot":
             one.add_argument("results", type=Path, metavar="RESULTS.json", help="the file to draw")
             one.add_argument("--plot", type=outputs.plot, metavar="FILE", required=True,

@@ -81,7 +81,7 @@ def run(
     }  # fmt: skip
     with interruptible() as work:
         for name, cells in suites.items():
-            say(f"\n{name}: {len(cells)} cells; ! is a wrong answer")
+            say(f"\n{name}: {len(cells)} cells; us warm/cold, ! wrong")
             measure.run(cells)
     out_of_time = measure.progress.out_of_time
     work.must(results or out_of_time, "nothing was measured: no cell is left", file.said())
