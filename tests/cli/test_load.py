@@ -4,7 +4,8 @@ import json
 
 import torch
 
-from dsv4_plugin import cli, topk
+from dsv4_plugin import topk
+from dsv4_plugin.cli import main as cli
 from dsv4_plugin.cli.soak.load import SMALL, soak
 
 

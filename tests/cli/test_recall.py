@@ -15,7 +15,8 @@ from kits.packaging_tools import ROOT
 from kits.svg_curves import check_same
 
 from benchmarks.tables import readme as figures
-from dsv4_plugin import cli, topk
+from dsv4_plugin import topk
+from dsv4_plugin.cli import main as cli
 from dsv4_plugin.cli.checks.inputs import scores
 from dsv4_plugin.cli.recall import PAPER, command, plot, sources
 from dsv4_plugin.cli.recall.measure import DTYPES, Statistics, percentile
