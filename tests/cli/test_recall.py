@@ -216,7 +216,7 @@ def small(tmp_path_factory):
 def test_a_run_has_every_cell(small):
     document, picture = small
     cells = {(r["scores"], r["columns"], r["k"], r["dtype"]): r for r in document["results"]}
-    assert len(cells) == 3 * 2 * 2 * 3
+    assert len(cells) == 3 * 2 * 2 * 2
     assert document["paper"] == PAPER and document["device"] == "cpu"
     assert {"torch", "commit", "date"} <= set(document["machine"])
     short = cells["normal", 1024, 1024, "bfloat16"]
