@@ -60,7 +60,7 @@ def test_servers_that_do_as_they_should_pass_every_drill(model: Path, tmp_path: 
         "topk failed at a call and was switched off (RuntimeError: drill: topk); upstream serves"
     ]
     assert not (tmp_path / "run" / "library" / "path" / "dsv4_plugin" / "_C.so").exists()
-    assert (tmp_path / "run" / "library" / "path" / "dsv4_plugin" / "ops.py").exists()
+    assert (tmp_path / "run" / "library" / "path" / "dsv4_plugin" / "ops" / "__init__.py").exists()
     assert found["machine"]["commit"] == "abc" and found["command"][2].endswith("server.drills")
 
 

@@ -78,7 +78,7 @@ def test_two_servers_are_measured_in_turn(
         assert rows["chain_us_layer", count]["ratio"] == round((8 + 12) / (8 + 4), 4)
     about = found["servers"]["on"]
     assert about["environment"] == {"FAKE_MS": "12", "FAKE_OTHER": "3"}
-    assert [s["host"] for s in about["status"]] == ["fake"]
+    assert [s["engine"] for s in about["status"]] == ["fake"]
     assert any("dsv4 stands in" in line and server.SIDE in line for line in about["log"])
     assert found["machine"]["plugin"] and found["command"][2] == "benchmarks.server"
 

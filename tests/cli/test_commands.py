@@ -157,7 +157,7 @@ def test_a_stream_without_unicode(command: list[str]) -> None:
     assert plain.returncode == rich.returncode
 
 
-@pytest.mark.parametrize("command", ["doctor", "fuzz", "figures"])
+@pytest.mark.parametrize("command", ["doctor", "fuzz", "readme"])
 def test_a_full_disk_under_the_output_is_one_line(command: str) -> None:
     with open("/dev/full", "w") as full:
         run = start(COMMANDS[command], stdout=full.fileno())
@@ -186,7 +186,7 @@ def broken_torch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     "command",
     [
         [*CLI, "bench", "topk"], [*CLI, "fuzz"], [*CLI, "recall"], [*CLI, "soak"],
-        [TOOL + "tuning.sweep"], [TOOL + "engines.forward", "--engine", "sglang"],
+        [TOOL + "tuning.sweep"], [TOOL + "engines", "--part", "forward", "--engine", "sglang"],
     ],
     ids=lambda command: command[-1],
 )  # fmt: skip

@@ -24,7 +24,7 @@ from dsv4_plugin.cli.ab.servers import Server
 from kits.release_runner import ROOT
 
 LOAD = Workload(input_len=20, output_len=6, prompts=4, concurrency=2)
-FAKE = ROOT / "tests" / "ab" / "fake_server.py"
+FAKE = ROOT / "tests" / "cli" / "ab" / "fake_server.py"
 # A tokenizer of words w0, w1 …, which needs no download.
 MAKE_TOKENIZER = """
 import sys

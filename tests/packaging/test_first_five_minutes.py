@@ -129,7 +129,7 @@ def test_it_is_in_the_transcript_smaller_and_its_options_exist(
     start = command.split(" --")[0]
     assert [step for step in STEPS if step.command.startswith(start)]
     with pytest.raises(SystemExit) as end:
-        cli.main([*shlex.split(start)[1:2], "--help"])
+        cli.main([*shlex.split(start)[1:], "--help"])
     assert end.value.code == 0
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     assert set(re.findall(r"--[\w-]+", command)) <= known

@@ -81,6 +81,8 @@ def ended(prog: str, body: Callable[[], int], argv: Sequence[str] = ()) -> int:
             print(f"{prog}: {known.text(_line(str(error)))}", file=sys.stderr, flush=True)
         return code
 
+    # torch's own warning where there is no NumPy; nothing here needs it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     _came.clear()
     with _streams(), _signals():
         try:
@@ -174,8 +176,6 @@ def need_torch() -> None:
     Raises:
         UsageError: it cannot be imported, with the reason.
     """
-    # torch's own warning where there is no NumPy; nothing here needs it.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         import torch
 
