@@ -237,7 +237,16 @@ def _ops() -> Data:
     ]
     calls += [
         backends.Call(op, device, dtype)
-        for op in ("paged_logits", "ragged_logits")
+        for op in (
+            "paged_logits",
+            "ragged_logits",
+            # What DeepSeek-V4.1 has besides.
+            "block_maxima",
+            "select_blocks",
+            "candidate_logits",
+            "candidate_logits_ragged",
+            "select_candidates",
+        )
         for dtype in (torch.bfloat16, torch.float32)
     ]
     # The gather that keeps the keys quantised, which is what engines ask for.
