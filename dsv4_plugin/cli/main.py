@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, given: list[str]) -> int:
     parser = Parser(
-        prog="dsv4-plugin", description="The sparse-attention indexer of DeepSeek-V4.1, V4 and V3.2."
+        prog="dsv4-plugin",
+        description="The sparse-attention indexer of DeepSeek-V4.1, V4 and V3.2.",
     )
     parser.add_argument("--version", action="version", version=f"dsv4-plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
