@@ -51,12 +51,18 @@ LONG = {
 }  # fmt: skip
 
 
+def heeds_signals() -> None:
+    """A caller's nohup, or a shell's &, must not reach the command: it would ignore them, too."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(
     command: list[str], stdout: int | None = subprocess.PIPE, **environ: str
 ) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-u", "-m", *command], stdout=stdout, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environ}, preexec_fn=heeds_signals,
     )  # fmt: skip
 
 
