@@ -8,8 +8,11 @@ import importlib.util
 import runpy
 import sys
 import types
+from pathlib import Path
 
-from kits.sglang_host import prepare
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the tests' own folder
+
+from kits.sglang_host import prepare  # noqa: E402
 
 prepare()
 if importlib.util.find_spec("datasets") is None:
