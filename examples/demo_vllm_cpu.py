@@ -27,6 +27,7 @@ CASES = {
     "decode, MTP": {"decode": (2000, 900, 40), "next_n": 2},
     "mixed": {"decode": (2600, 700), "prefill": ((1200, 8), (30, 3))},
 }
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 K = 512
 REPEATS = 7
 READ_TOKENS = 1024
@@ -318,7 +319,8 @@ def start(release: Path) -> dict:
     environ = {k: v for k, v in os.environ.items() if not k.startswith("DSV4_")}
     environ.pop("VLLM_PLUGINS", None)
     environ |= {
-        "PYTHONPATH": str(release), "VLLM_LOGGING_LEVEL": "ERROR", "DSV4_LOG": "warning",
+        "PYTHONPATH": os.pathsep.join((str(release), str(TESTS))),
+        "VLLM_LOGGING_LEVEL": "ERROR", "DSV4_LOG": "warning",
         "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:

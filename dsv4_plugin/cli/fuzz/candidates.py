@@ -193,13 +193,13 @@ def run(case: Any, device: str, op: Callable[..., Any]) -> None:
     run_parts(problem, (_maxima if isinstance(case, BlockMaximaCase) else _scored)(problem, op))
 
 
-def _dense(problem: Any) -> torch.Tensor:
-    """Return the scores of all keys, -inf past what a row sees."""
+def _dense(problem: Any, columns: int = 0) -> torch.Tensor:
+    """Return the scores of all keys and of ``columns`` at least, -inf past what a row sees."""
     from dsv4_plugin import paged_logits, ragged_logits
 
     case = problem.case
     dense = ragged_logits if isinstance(case, RaggedLogitsCase) else paged_logits
-    shape, dtype = (problem.rows, case.columns), DTYPES[case.dtype]
+    shape, dtype = (problem.rows, max(case.columns, columns)), DTYPES[case.dtype]
     out = torch.full(shape, -torch.inf, dtype=dtype, device=problem.device)
     if out.numel():
         dense(*problem.arguments(), out=out, backend=problem.served(), **problem.keywords())
@@ -249,8 +249,9 @@ def _maxima(problem: Any, op: Callable[..., Any]) -> Parts:
     def check(got: torch.Tensor, context: str) -> None:
         if (tuple(got.shape), got.dtype) != ((rows, blocks), dtype):
             raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
-        n = _keys_seen(problem)
-        dense = _dense(problem)
+        width = blocks * case.piece  # a length may be past the block table
+        n = problem.counts(width if logits is None else min(width, logits.shape[1]))
+        dense = _dense(problem, width)
         want = oracle.maxima(dense, n, case.piece)
         some = min(blocks, want.shape[1])
         inside = _first(-(-n // case.piece), blocks)
