@@ -289,9 +289,8 @@ MISTAKES = {  # op, function, what is said, rows that remain
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_of_the_logits_are_found_and_shrunk(name):
-    op, function, words, rows = MISTAKES[name]
+def found_and_shrunk(op, function, words, rows):
+    """Plant a mistake, find it and shrink the case; returns the small case and ``rows``."""
     for seed in range(100):
         found = run_case(OPS[op].draw(seed, "cpu", ("torch",)), "cpu", function)
         if found:
@@ -302,6 +301,12 @@ def test_mistakes_of_the_logits_are_found_and_shrunk(name):
     assert run_case(again, "cpu", function).why == small.why
     assert re.search(words, small.why), small.why
     assert run_case(again, "cpu") is None, "the case is right without what was planted"
+    return again, rows
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_of_the_logits_are_found_and_shrunk(name):
+    again, rows = found_and_shrunk(*MISTAKES[name])
     assert again.rows == rows and again.heads <= 2 and again.columns <= 64, str(again)
     assert len(str(again)) < 100, str(again)
 
@@ -381,17 +386,7 @@ CANDIDATE_MISTAKES = {  # op, function, what is said, rows that remain
 
 @pytest.mark.parametrize("name", CANDIDATE_MISTAKES)
 def test_mistakes_of_the_candidate_ops_are_found_and_shrunk(name):
-    op, function, words, rows = CANDIDATE_MISTAKES[name]
-    for seed in range(100):
-        found = run_case(OPS[op].draw(seed, "cpu", ("torch",)), "cpu", function)
-        if found:
-            break
-    assert found, "not found in 100 cases"
-    small = shrink(found, "cpu", function, seconds=15)
-    again = parse(str(small.shrunk), KINDS)
-    assert run_case(again, "cpu", function).why == small.why
-    assert re.search(words, small.why), small.why
-    assert run_case(again, "cpu") is None, "the case is right without what was planted"
+    again, rows = found_and_shrunk(*CANDIDATE_MISTAKES[name])
     assert again.rows == rows and again.columns <= 64, str(again)
     assert len(str(again)) < 130, str(again)
 
