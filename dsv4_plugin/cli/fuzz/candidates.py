@@ -62,12 +62,8 @@ class BlockMaximaCase(PagedLogitsCase):
     @property
     def limit(self) -> int:
         """Keys that a row's length is clipped to."""
-        room = [self.columns]
-        if self.out > 0:
-            room.append(self.out * self.piece)
-        if self.scored > 0:
-            room.append(self.scored)
-        return min(room)
+        room = (self.out if self.out > 0 else self.out_columns) * self.piece
+        return room if self.scored < 0 else min(room, self.scored or self.columns)
 
     def _plainer(self, **more: Any) -> Iterator[Any]:
         yield from super()._plainer(**more, scored=-1, piece=8)
@@ -249,9 +245,8 @@ def _maxima(problem: Any, op: Callable[..., Any]) -> Parts:
     def check(got: torch.Tensor, context: str) -> None:
         if (tuple(got.shape), got.dtype) != ((rows, blocks), dtype):
             raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
-        width = blocks * case.piece  # a length may be past the block table
-        n = problem.counts(width if logits is None else min(width, logits.shape[1]))
-        dense = _dense(problem, width)
+        n = _keys_seen(problem)
+        dense = _dense(problem, blocks * case.piece)  # a length may be past the block table
         want = oracle.maxima(dense, n, case.piece)
         some = min(blocks, want.shape[1])
         inside = _first(-(-n // case.piece), blocks)
