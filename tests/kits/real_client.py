@@ -42,7 +42,7 @@ def check(engine: str, python: Path, script: Path, paths: Sequence[Path], folder
     own = ("DSV4_", "VLLM_", "SGLANG_", "PYTEST_")
     environ = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     environ |= {
-        "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT))),
+        "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT, ROOT / "tests"))),
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

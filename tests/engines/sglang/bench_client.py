@@ -8,11 +8,8 @@ import importlib.util
 import runpy
 import sys
 import types
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the tests' own folder
-
-from kits.sglang_host import prepare  # noqa: E402
+from kits.sglang_host import prepare
 
 prepare()
 if importlib.util.find_spec("datasets") is None:
