@@ -44,9 +44,9 @@ PLUGIN = re.compile(r"\[dsv4[^]]*\] (.*)")
 LIBRARY = "_C.so"
 
 
-def _sleep(server: Server) -> None:
-    """Put the engine to sleep and wake it up."""
-    server.client.post("/sleep?level=1")
+def _sleep(server: Server, level: int) -> None:
+    """Put the engine to sleep and wake it up. Level 2 does not bring the weights back."""
+    server.client.post(f"/sleep?level={level}")
     if not json.loads(server.client.read("/is_sleeping"))["is_sleeping"]:
         raise RuntimeError("it does not sleep after /sleep")
     server.client.post("/wake_up")
@@ -66,7 +66,8 @@ class Drill:
         never: counters that must be zero.
         upstream: whether the answers must be those of :data:`BASE`, where it repeats its own.
         library: whether the plugin has its compiled library.
-        act: done between two rounds of requests; the answers of both must be the same, likewise.
+        act: done between two rounds of requests.
+        same: whether the answers of both rounds must be the same, likewise.
         kind: the only kind of model that it is for, as :mod:`.model` calls it.
     """
 
@@ -80,6 +81,7 @@ class Drill:
     upstream: bool = True
     library: bool = True
     act: Callable[[Server], None] | None = None
+    same: bool = True
     kind: str | None = None
 
 
@@ -147,7 +149,15 @@ DRILLS = (
     Drill(
         "sleep", "nothing: the engine sleeps (level 1) and wakes up between two rounds",
         r"top-k: bf16 by cuda", {"DSV4_PLUGIN": "1", "VLLM_SERVER_DEV_MODE": "1"},
-        ("--enable-sleep-mode",), counts=_ALL, never=(), upstream=False, act=_sleep,
+        ("--enable-sleep-mode",), counts=_ALL, never=(), upstream=False,
+        act=partial(_sleep, level=1),
+    ),
+    Drill(
+        "sleep2", "nothing: the engine sleeps at level 2, where the shadow's counters must survive",
+        r"top-k: fp32 by cuda",
+        {"DSV4_PLUGIN": "1", "DSV4_TOPK": "fp32", "DSV4_SHADOW": "1", "VLLM_SERVER_DEV_MODE": "1"},
+        ("--enable-sleep-mode",), counts=("topk.decode", "topk.prefill"), never=(),
+        upstream=False, act=partial(_sleep, level=2), same=False,
     ),
     Drill(
         "candidates", "nothing: the plugin serves the source of the candidates and its consumers",
@@ -252,7 +262,7 @@ def _compare(result: Result, base: Result) -> dict[str, Any]:
     found = [agreement(a, b) if a and b else None for a, b in zip(*last, strict=False)]
     if result.drill.upstream:
         _all_same(result, repeats, found, "the answers are not upstream's")
-    if result.drill.act is not None and len(result.alone) == 2:
+    if result.drill.act is not None and result.drill.same and len(result.alone) == 2:
         rounds = [agreement(a, b) if a and b else None for a, b in zip(*result.alone, strict=True)]
         _all_same(result, repeats, rounds, "the answers of the two rounds differ")
     return {"upstream_repeats_itself": repeats, "answers": found}

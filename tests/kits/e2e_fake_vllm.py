@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/stop_profile":
             folder = Path(json.loads(option("--profiler-config"))["torch_profiler_dir"])
             (folder / f"rank0.{time.time_ns()}.pt.trace.json").write_text(json.dumps(trace(MS)))
-        if self.path in ("/sleep?level=1", "/wake_up"):
+        if self.path in ("/sleep?level=1", "/sleep?level=2", "/wake_up"):
             STATE["sleeping"] = self.path != "/wake_up"
             STATE["slept"] = True
         self.send_response(200)
