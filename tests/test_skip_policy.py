@@ -74,5 +74,5 @@ def test_the_results_file_counts_the_tests_and_names_what_failed(tmp_path: Path)
     file = tmp_path / "suite.json"
     code, _ = run_pytest(tmp_path, body, "--results", str(file), ci=False)
     found = json.loads(file.read_text())
-    assert code != 0 and found["tests"] == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
+    assert code != 0 and found["tests"] == {"passed": 2, "failed": 1, "error": 0, "skipped": 0}
     assert [name.rpartition("::")[2] for name in found["failures"]] == ["test_y"]
