@@ -25,7 +25,7 @@ from dsv4_plugin.cli.shared.secrets import Secrets
 
 __all__ = ["about", "add_common", "engine", "checked", "make_server", "place", "words"]
 
-GRAPHS = (1, 2, 4, 8, 16, 32, 64)  # requests of a captured batch
+GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384)  # requests of a captured batch
 
 
 def add_common(
