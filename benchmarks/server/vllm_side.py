@@ -32,6 +32,7 @@ import importlib
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -98,13 +99,19 @@ def _break(fault: str) -> None:
 
 
 def _renamed(module: Any, name: str) -> None:
-    """Give a function of vLLM's the same behaviour under parameters that nobody knows."""
+    """Give a function of vLLM the same behaviour under other parameters.
+
+    A module of vLLM that has imported the function by name before gets the changed one too.
+    """
     original = getattr(module, name)
 
     def changed(*anything: Any) -> Any:
         return original(*anything)
 
     setattr(module, name, changed)
+    for other in [m for key, m in sys.modules.items() if key.partition(".")[0] == "vllm"]:
+        for alias in [key for key, value in vars(other).items() if value is original]:
+            setattr(other, alias, changed)
 
 
 # --- weights ---------------------------------------------------------------------------------

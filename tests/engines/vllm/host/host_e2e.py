@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,3 +148,17 @@ def test_the_seams_that_drills_break_are_there() -> None:
             assert source.find(module).binds(name)
         except source.Missing:
             assert fault == "candidate_seam" and VLLM < (0, 30)
+
+
+def test_a_broken_seam_is_broken_where_it_was_imported_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, name = vllm_side.FAULTS["seam"]
+    module = importlib.import_module(path)
+    early = ModuleType("vllm.imported_early")
+    early.alias = getattr(module, name)
+    monkeypatch.setitem(sys.modules, early.__name__, early)
+    monkeypatch.setattr(module, name, early.alias)
+    vllm_side._renamed(module, name)
+    for changed in (getattr(module, name), early.alias):
+        assert list(inspect.signature(changed).parameters) == ["anything"]
