@@ -33,12 +33,11 @@ def block_maxima(
     block_table: torch.Tensor,
     out: torch.Tensor,
     logits: torch.Tensor | None,
-    next_n: int,
     block_size: int,
     piece: int,
 ) -> None:
     """Score every block of keys; see :func:`dsv4_plugin.block_maxima`."""
-    batch, rows = q.shape[0], out.shape[0]
+    (batch, next_n), rows = q.shape[:2], out.shape[0]
     columns = out.shape[1] * piece
     if logits is not None:
         columns = min(columns, logits.shape[1])
@@ -53,7 +52,7 @@ def block_maxima(
         else:
             scores = logits[of, :columns]
         reference_logits.paged_logits(
-            q[part], pages, weights[of], n[of], block_table[part], scores, next_n, block_size
+            q[part], pages, weights[of], n[of], block_table[part], scores, block_size
         )
         held = out[of, :blocks]
         held.copy_(_maxima(scores, n[of], held, piece))
@@ -133,7 +132,6 @@ def candidate_logits(
     block_table: torch.Tensor,
     out: torch.Tensor,
     out_lengths: torch.Tensor | None,
-    next_n: int,
     block_size: int,
     piece: int,
 ) -> None:
@@ -142,7 +140,7 @@ def candidate_logits(
     All columns are written here, those past ``out_lengths`` too.
     """
     rows, held = candidates.shape
-    heads, head_dim = q.shape[2:]
+    _, next_n, heads, head_dim = q.shape
     width = block_table.shape[1]
     n = row_lengths(lengths, rows, next_n).clamp(0, width * block_size)
     if out_lengths is not None:
@@ -225,8 +223,8 @@ def select_candidates(
     block_table: torch.Tensor | None,
     k: int,
     next_n: int,
-    piece: int,
     page_size: int,
+    piece: int,
 ) -> None:
     """Select the ``k`` best keys of every row's candidates.
 

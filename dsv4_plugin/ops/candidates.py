@@ -22,12 +22,18 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.kernels import reference_candidates
 from dsv4_plugin.kernels.device import alignment
-from dsv4_plugin.ops import checks, torch_library
+from dsv4_plugin.ops import checks
 from dsv4_plugin.ops.dispatch import Call, resolve
-from dsv4_plugin.ops.logits import new_logits, new_result, paged_arguments, ragged_arguments
+from dsv4_plugin.ops.logits import (
+    new_logits,
+    new_result,
+    paged_arguments,
+    ragged_arguments,
+    rows_of,
+)
 from dsv4_plugin.ops.topk import indices
+from dsv4_plugin.ops.torch_library import op
 
 __all__ = [
     "block_maxima",
@@ -38,6 +44,32 @@ __all__ = [
 ]
 
 
+def _new_maxima(
+    q: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    piece: int,
+    dtype: torch.dtype,
+    logits: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    checks.size("block_size", block_size)
+    checks.size("piece", piece)
+    blocks = (block_table.shape[1] * block_size + piece - 1) // piece
+    return new_logits(rows_of(q), blocks, dtype if logits is None else logits.dtype, q.device)
+
+
+def _new_scores(candidates: torch.Tensor, piece: int, dtype: torch.dtype, **_: Any) -> torch.Tensor:
+    checks.size("piece", piece)
+    rows, held = candidates.shape
+    return new_logits(rows, held * piece, dtype, candidates.device)
+
+
+def _new_blocks(maxima: torch.Tensor, k: int, **_: Any) -> torch.Tensor:
+    return indices(maxima, k)
+
+
+@op(_new_maxima, outputs=("out", "logits"))
 def block_maxima(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -88,18 +120,6 @@ def block_maxima(
 
     Source: vLLM's ``select_candidate_blocks`` (0.31 and later), up to its order of ties.
     """
-    if torch_library.through_dispatcher(q, cache, weights, lengths, block_table, out, logits):
-        dtype = dtype if logits is None else logits.dtype
-        if out is None and logits is None:
-            return torch_library.functional("block_maxima")(
-                q, cache, weights, lengths, block_table, block_size, piece, dtype, backend
-            )
-        if out is None:
-            out = _new_maxima(q, block_table, block_size, piece, dtype)
-        torch_library.mutating("block_maxima")(
-            q, cache, weights, lengths, block_table, out, logits, block_size, piece, backend
-        )
-        return out
     checks.size("piece", piece)
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
     batch, next_n, heads, head_dim = q.shape
@@ -120,13 +140,12 @@ def block_maxima(
             "block_maxima", q.device, out.dtype, head_dim=head_dim, heads=heads,
             block_size=block_size, piece=piece, alignment=alignment(pages, q),
         )  # fmt: skip
-        run = resolve(call, backend)
-        if pages.shape[0] == 0:  # no page that a kernel could be pointed at
-            run = reference_candidates.block_maxima
-        run(q, pages, weights, lengths, block_table, out, logits, next_n, block_size, piece)
+        run = resolve(call, backend, has_keys=pages.shape[0] > 0)
+        run(q, pages, weights, lengths, block_table, out, logits, block_size, piece)
     return out
 
 
+@op(_new_blocks, outputs=("out", "out_counts"))
 def select_blocks(
     maxima: torch.Tensor,
     lengths: torch.Tensor,
@@ -168,17 +187,6 @@ def select_blocks(
 
     Source: vLLM's ``select_candidate_blocks`` (0.31 and later), which leaves ties and order open.
     """
-    if torch_library.through_dispatcher(maxima, lengths, out, out_counts):
-        if out is None and out_counts is None:
-            return torch_library.functional("select_blocks")(
-                maxima, lengths, k, piece, next_n, backend
-            )
-        if out is None:
-            out = indices(maxima, k)
-        torch_library.mutating("select_blocks")(
-            maxima, lengths, out, out_counts, k, piece, next_n, backend
-        )
-        return out
     rows = checks.scores("maxima", maxima).shape[0]
     checks.size("k", k)
     checks.size("piece", piece)
@@ -200,6 +208,7 @@ def select_blocks(
     return out
 
 
+@op(_new_scores, outputs=("out", "out_lengths"))
 def candidate_logits(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -255,20 +264,6 @@ def candidate_logits(
 
     Source: vLLM's dense logits with ``apply_candidate_mask``, without the columns that it masks.
     """
-    tensors = (q, cache, weights, candidates, lengths, block_table, out, out_lengths)
-    if torch_library.through_dispatcher(*tensors):
-        if out is None and out_lengths is None:
-            return torch_library.functional("candidate_logits")(
-                q, cache, weights, candidates, lengths, block_table, block_size, piece, dtype,
-                backend,
-            )  # fmt: skip
-        if out is None:
-            out = _new_scores(candidates, piece, dtype)
-        torch_library.mutating("candidate_logits")(
-            q, cache, weights, candidates, lengths, block_table, out, out_lengths, block_size,
-            piece, backend,
-        )  # fmt: skip
-        return out
     checks.size("piece", piece)
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
     batch, next_n, heads, head_dim = q.shape
@@ -283,16 +278,14 @@ def candidate_logits(
             block_size=block_size, piece=piece, candidates=candidates.shape[1],
             alignment=alignment(pages, q),
         )  # fmt: skip
-        run = resolve(call, backend)
-        if pages.shape[0] == 0 or block_table.shape[1] == 0:
-            run = reference_candidates.candidate_logits  # no page that a kernel could be pointed at
-        run(
-            q, pages, weights, candidates, lengths, block_table, out, out_lengths, next_n,
-            block_size, piece,
-        )  # fmt: skip
+        has_keys = pages.shape[0] > 0 and block_table.shape[1] > 0
+        resolve(call, backend, has_keys=has_keys)(
+            q, pages, weights, candidates, lengths, block_table, out, out_lengths, block_size, piece
+        )
     return out
 
 
+@op(_new_scores, outputs=("out", "out_lengths"))
 def candidate_logits_ragged(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -338,19 +331,6 @@ def candidate_logits_ragged(
 
     Source: vLLM's dense logits of prefill with ``apply_candidate_mask``.
     """
-    tensors = (q, k, k_scale, weights, candidates, row_starts, row_ends, out, out_lengths)
-    if torch_library.through_dispatcher(*tensors):
-        if out is None and out_lengths is None:
-            return torch_library.functional("candidate_logits_ragged")(
-                q, k, k_scale, weights, candidates, row_starts, row_ends, piece, dtype, backend
-            )
-        if out is None:
-            out = _new_scores(candidates, piece, dtype)
-        torch_library.mutating("candidate_logits_ragged")(
-            q, k, k_scale, weights, candidates, row_starts, row_ends, out, out_lengths, piece,
-            backend,
-        )  # fmt: skip
-        return out
     checks.size("piece", piece)
     q, k = ragged_arguments(q, k, k_scale, weights, row_starts, row_ends)
     rows, heads, head_dim = q.shape
@@ -364,13 +344,12 @@ def candidate_logits_ragged(
             "candidate_logits_ragged", q.device, out.dtype, head_dim=head_dim, heads=heads,
             piece=piece, candidates=candidates.shape[1], alignment=alignment(k, q),
         )  # fmt: skip
-        run = resolve(call, backend)
-        if k.shape[0] == 0:  # no key that a kernel could be pointed at
-            run = reference_candidates.candidate_logits_ragged
+        run = resolve(call, backend, has_keys=k.shape[0] > 0)
         run(q, k, k_scale, weights, candidates, row_starts, row_ends, out, out_lengths, piece)
     return out
 
 
+@op(indices, outputs=("out", "out_slots", "out_counts"))
 def select_candidates(
     logits: torch.Tensor,
     candidates: torch.Tensor,
@@ -429,19 +408,6 @@ def select_candidates(
 
     Source: the top-k that vLLM runs over rows masked by ``apply_candidate_mask``.
     """
-    tensors = (logits, candidates, lengths, out, block_table, out_slots, out_counts)
-    if torch_library.through_dispatcher(*tensors):
-        if out is None and out_slots is None and out_counts is None:
-            return torch_library.functional("select_candidates")(
-                logits, candidates, lengths, k, piece, next_n, block_table, page_size, backend
-            )
-        if out is None:
-            out = indices(logits, k)
-        torch_library.mutating("select_candidates")(
-            logits, candidates, lengths, out, out_slots, out_counts, block_table, k, piece, next_n,
-            page_size, backend,
-        )  # fmt: skip
-        return out
     rows, columns = checks.scores("logits", logits).shape
     device = logits.device
     checks.size("k", k)
@@ -477,8 +443,8 @@ def select_candidates(
         held = candidates.shape[1]
         call = Call("select_candidates", device, logits.dtype, k, piece=piece, candidates=held)
         resolve(call, backend)(
-            logits, candidates, lengths, out, out_slots, out_counts, block_table, k, next_n, piece,
-            page_size,
+            logits, candidates, lengths, out, out_slots, out_counts, block_table, k, next_n,
+            page_size, piece,
         )  # fmt: skip
     return out
 
@@ -500,91 +466,3 @@ def _scores_out(
         checks.out_vector("out_lengths", out_lengths, rows, device, "q")
     checks.separate((("out", out), ("out_lengths", out_lengths)), inputs)
     return new_result(out, rows, columns, dtype, device)
-
-
-# ---- torch.ops.dsv4 ------------------------------------------------------------------------------
-
-
-def _new_maxima(
-    q: torch.Tensor,
-    block_table: torch.Tensor,
-    block_size: int = 64,
-    piece: int = 8,
-    dtype: torch.dtype = torch.bfloat16,
-    **_: Any,
-) -> torch.Tensor:
-    checks.size("block_size", block_size)
-    checks.size("piece", piece)
-    rows = q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
-    blocks = (block_table.shape[1] * block_size + piece - 1) // piece
-    return new_logits(rows, blocks, dtype, q.device)
-
-
-def _new_scores(
-    candidates: torch.Tensor, piece: int = 8, dtype: torch.dtype = torch.bfloat16, **_: Any
-) -> torch.Tensor:
-    checks.size("piece", piece)
-    rows, held = candidates.shape
-    return new_logits(rows, held * piece, dtype, candidates.device)
-
-
-_PAGED = "Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor block_table"
-_CANDIDATES = (
-    "Tensor q, Tensor cache, Tensor weights, Tensor candidates, Tensor lengths, Tensor block_table"
-)
-_RAGGED = (
-    "Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor candidates, Tensor row_starts, "
-    "Tensor row_ends"
-)
-_NEW = "ScalarType? dtype=None, str? backend=None) -> Tensor"
-_FILLED = "str? backend=None) -> ()"
-_SELECTION = "int piece=8, int next_n=1, "
-
-torch_library.register(
-    f"block_maxima({_PAGED}, int block_size=64, int piece=8, {_NEW}", block_maxima, _new_maxima
-)
-torch_library.register(
-    f"block_maxima_out({_PAGED}, Tensor(a!) out, Tensor(b!)? logits, int block_size=64, "
-    f"int piece=8, {_FILLED}",
-    block_maxima,
-)
-torch_library.register(
-    f"select_blocks(Tensor maxima, Tensor lengths, int k, {_SELECTION}str? backend=None) -> Tensor",
-    select_blocks,
-    lambda maxima, k, **_: indices(maxima, k),
-)
-torch_library.register(
-    "select_blocks_out(Tensor maxima, Tensor lengths, Tensor(a!) out, Tensor(b!)? out_counts, "
-    f"int k, {_SELECTION}{_FILLED}",
-    select_blocks,
-)
-torch_library.register(
-    f"candidate_logits({_CANDIDATES}, int block_size=64, int piece=8, {_NEW}",
-    candidate_logits,
-    _new_scores,
-)
-torch_library.register(
-    f"candidate_logits_out({_CANDIDATES}, Tensor(a!) out, Tensor(b!)? out_lengths, "
-    f"int block_size=64, int piece=8, {_FILLED}",
-    candidate_logits,
-)
-torch_library.register(
-    f"candidate_logits_ragged({_RAGGED}, int piece=8, {_NEW}", candidate_logits_ragged, _new_scores
-)
-torch_library.register(
-    f"candidate_logits_ragged_out({_RAGGED}, Tensor(a!) out, Tensor(b!)? out_lengths, "
-    f"int piece=8, {_FILLED}",
-    candidate_logits_ragged,
-)
-torch_library.register(
-    "select_candidates(Tensor logits, Tensor candidates, Tensor lengths, int k, "
-    f"{_SELECTION}Tensor? block_table=None, int page_size=64, str? backend=None) -> Tensor",
-    select_candidates,
-    lambda logits, k, **_: indices(logits, k),
-)
-torch_library.register(
-    "select_candidates_out(Tensor logits, Tensor candidates, Tensor lengths, Tensor(a!) out, "
-    "Tensor(b!)? out_slots, Tensor(c!)? out_counts, Tensor? block_table, int k, "
-    f"{_SELECTION}int page_size=64, {_FILLED}",
-    select_candidates,
-)

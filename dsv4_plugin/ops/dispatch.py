@@ -203,11 +203,13 @@ def _load(call: Call, backend: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
-def resolve(call: Call, backend: str | None = None) -> Callable[..., Any]:
+def resolve(call: Call, backend: str | None = None, *, has_keys: bool = True) -> Callable[..., Any]:
     """Return the function that serves ``call``.
 
     ``backend`` ``None`` means the setting ``DSV4_BACKEND``, which binds every op that has an
-    implementation of that kind; an explicit ``backend`` binds in any case.
+    implementation of that kind; an explicit ``backend`` binds in any case. Without ``has_keys``
+    there is no memory that a kernel could be pointed at: the reference serves a call that can be
+    met.
 
     Raises:
         UnmetError: an explicit choice cannot be met; the message has every reason.
@@ -216,4 +218,5 @@ def resolve(call: Call, backend: str | None = None) -> Callable[..., Any]:
         backend = value("backend")
         if backend not in _FORMS[call.op]:
             backend = "auto"
-    return _load(call, backend)
+    run = _load(call, backend)
+    return run if has_keys else _load(call, "torch")

@@ -115,9 +115,20 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
             (logits(), lengths()[:2], K, 2, torch.tensor([0, 3, 1, 2]), pages()[:2], 16, True),
         ],
         "topk_out": [
-            (logits(), lengths(), new(), None, None, None, K),
-            (logits(), lengths(), new(), new(), torch.tensor([0, 3, 1, 2]), pages(), K, 1, 16),
-            (logits(), lengths(), new(), None, None, None, K, 1, 64, False, None, lengths()),
+            (logits(), lengths(), K, new()),
+            (
+                logits(),
+                lengths(),
+                K,
+                new(),
+                new(),
+                None,
+                1,
+                torch.tensor([0, 3, 1, 2]),
+                pages(),
+                16,
+            ),
+            (logits(), lengths(), K, new(), None, lengths()),
         ],
         "paged_logits": [(*full(),), (*full(2), 64, torch.float32)],
         "paged_logits_out": [(*scored(), torch.zeros(4, 64))],
@@ -125,8 +136,8 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
         "ragged_logits_out": [(*windows(), torch.zeros(4, 20))],
         "select": [(*scored(), K), (*scored(2), K, 64, torch.float32, pages(), 16, True)],
         "select_out": [
-            (*scored(), new(), None, None, None, K),
-            (*scored(), new(), new(), torch.zeros(4, 64), pages(), K, 64, torch.float32, 16),
+            (*scored(), K, new()),
+            (*scored(), K, new(), new(), torch.zeros(4, 64), 64, torch.float32, pages(), 16),
         ],
         "block_maxima": [(*full(),), (*full(2), 32, 4, torch.float32)],
         "block_maxima_out": [
@@ -135,8 +146,8 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "select_blocks": [(logits(), lengths(), K), (logits(), lengths()[:2], K, 4, 2)],
         "select_blocks_out": [
-            (logits(), lengths(), new(), None, K),
-            (logits(), lengths(), new(), lengths(), K, 4),
+            (logits(), lengths(), K, new()),
+            (logits(), lengths(), K, new(), lengths(), 4),
         ],
         "candidate_logits": [
             (*with_candidates(),),
@@ -159,8 +170,8 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
             (logits(4, 12), *of_candidates()[1:], K, 4),
         ],
         "select_candidates_out": [
-            (*of_candidates(), new(), None, None, None, K),
-            (*of_candidates(), new(), new(), lengths(), pages(), K, 8, 1, 16),
+            (*of_candidates(), K, new()),
+            (*of_candidates(), K, new(), new(), lengths(), 8, 1, pages(), 16),
         ],
     }
 
@@ -454,8 +465,7 @@ def test_plain_tensors_go_around_the_dispatcher(
     def refuse(op: str) -> Any:
         raise AssertionError(f"{op} went through torch.ops")
 
-    monkeypatch.setattr(torch_library, "functional", refuse)
-    monkeypatch.setattr(torch_library, "mutating", refuse)
+    monkeypatch.setattr(torch_library, "overload", refuse)
     assert torch.equal(function(*inputs()), want)
     with pytest.raises(AssertionError, match="went through"), Seen():
         function(*inputs())
