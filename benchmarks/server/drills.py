@@ -28,10 +28,13 @@ from benchmarks.server import model
 from benchmarks.server.client import at_once, random_prompt
 from benchmarks.server.measure import agreement
 from benchmarks.server.options import about, add_common, checked, engine, make_server, place
-from benchmarks.server.server import Server, ServerError
+from benchmarks.server.server import Server, stop
 from benchmarks.tool import tool
+from dsv4_plugin.cli.ab import AbError
+from dsv4_plugin.cli.ab.console import Console
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import Parser, held, interruptible
+from dsv4_plugin.cli.shared.secrets import Secrets
 
 __all__ = ["BASE", "DRILLS", "Drill", "main"]
 
@@ -46,10 +49,10 @@ LIBRARY = "_C.so"
 
 def _sleep(server: Server, level: int) -> None:
     """Put the engine to sleep and wake it up. Level 2 does not bring the weights back."""
-    server.client.post(f"/sleep?level={level}")
+    server.client.read(f"/sleep?level={level}", {})
     if not json.loads(server.client.read("/is_sleeping"))["is_sleeping"]:
         raise RuntimeError("it does not sleep after /sleep")
-    server.client.post("/wake_up")
+    server.client.read("/wake_up", {})
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ def _look(result: Result) -> None:
     kinds = {line.partition(":")[0] for line in clear}
     if len(clear) != max(len(kinds), 1):
         result.note(f"{len(clear)} lines of the log say {drill.says!r}, not one a kind of layer")
-    for status in server.status():
+    for status in server.workers().processes:
         for name, count in status.get("counters", {}).items():
             result.counters[name] = result.counters.get(name, 0) + count
         result.shadow.update(status.get("shadow") or {})
@@ -236,18 +239,18 @@ def _look(result: Result) -> None:
             result.note(f"the shadow of {kind} saw {seen}")
 
 
-def _run(result: Result, deadline: float, timeout: float) -> None:
+def _run(result: Result, ready: float, timeout: float) -> None:
     """Wait for one server and do its drill."""
     try:
-        result.server.wait(deadline)
+        result.server.wait(ready)
         _answers(result, "1", timeout)
         if result.drill.act is not None:
             result.drill.act(result.server)
         _answers(result, "2", timeout)
-        if result.server.client.get("/health") != 200:
+        if not result.server.healthy():
             result.note("/health is not 200 at the end")
         time.sleep(STATUS_S)
-    except (ServerError, OSError, RuntimeError) as error:
+    except (AbError, OSError, RuntimeError) as error:
         result.note(f"{type(error).__name__}: {error}"[:2000])
     with contextlib.suppress(OSError):
         _look(result)
@@ -305,15 +308,19 @@ def parser() -> Parser:
 
 
 def drill(
-    a: argparse.Namespace, folder: Path, found: list[dict[str, Any]], saved: Callable[[], None]
-) -> None:
+    a: argparse.Namespace, folder: Path, found: list[dict[str, Any]], saved: Callable[[], None],
+    secrets: Secrets,
+) -> None:  # fmt: skip
     """Do the drills; ``found`` grows as it goes, and ``saved`` is called after each group."""
     served = model.read(a.model)
-    serve = [*engine(a, served, max_num_seqs=16, memory_share=0.05), "--plugin", "dsv4", *a.serve]
+    console = Console(secrets)
     results: list[Result] = []
     for i, each in enumerate(_wanted(a)):
-        arguments = [*serve, *each.arguments]
-        server = make_server(a, folder, i, each.name, each.environment, arguments)
+        server = make_server(
+            a, folder, i, each.name, each.environment,
+            [*engine(a).wish, *a.serve, *each.arguments],
+            served=served, requests=16, share=0.05, console=console,
+        )  # fmt: skip
         results.append(Result(each, server))
     for i in range(0, len(results), a.at_once):
         some = results[i : i + a.at_once]
@@ -336,12 +343,12 @@ def _together(a: argparse.Namespace, some: list[Result]) -> None:
         for result in some:
             if not result.drill.library:
                 _without_library(result.server)
-            result.server.start()
-        deadline = time.monotonic() + a.ready
-        list(pool.map(partial(_run, deadline=deadline, timeout=a.timeout), some))
+            result.server.begin()
+        list(pool.map(partial(_run, ready=a.ready, timeout=a.timeout), some))
     finally:
         with held():  # the servers first: what waits for their answers ends with them
-            at_once(lambda r: r.server.stop(), some)
+            for said in stop([result.server for result in some]):
+                print(said, flush=True)
             pool.shutdown(cancel_futures=True)
 
 
@@ -385,8 +392,8 @@ def _main(a: argparse.Namespace) -> int:
     save()
     with interruptible() as work, place(a) as folder:
         results["model"] = model.read(a.model).about
-        results |= about(a.commit)
-        drill(a, folder, results["drills"], save)
+        results |= about(a)
+        drill(a, folder, results["drills"], save, secrets)
     passed = bool(results["drills"]) and all(d["passed"] for d in results["drills"])
     results["complete"] = work.whole and passed
     save()

@@ -143,7 +143,7 @@ def test_the_runners_have_the_seams_for_copied_contexts() -> None:
 
 def test_the_seams_that_drills_break_are_there() -> None:
     for fault in vllm_side.SEAMS:
-        module, name = vllm_side.FAULTS[fault]
+        module, name = vllm_side.SEAMS[fault]
         try:
             assert source.find(module).binds(name)
         except source.Missing:
