@@ -153,7 +153,7 @@ def test_the_seams_that_drills_break_are_there() -> None:
 def test_a_broken_seam_is_broken_where_it_was_imported_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path, name = vllm_side.FAULTS["seam"]
+    path, name = vllm_side.SEAMS["seam"]
     module = importlib.import_module(path)
     early = ModuleType("vllm.imported_early")
     early.alias = getattr(module, name)
