@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from benchmarks.server.engines import Answer, Engine, Request
-from dsv4_plugin.cli.ab.requests import ask, opened
+from dsv4_plugin.cli.shared.requests import ask, opened
 
 __all__ = ["Client", "at_once", "random_prompt", "together"]
 

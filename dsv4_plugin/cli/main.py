@@ -20,6 +20,10 @@ COMMANDS = {
         "dsv4_plugin.cli.doctor.command",
         "say what is here, what engages, and why not",
     ),
+    "status": (
+        "dsv4_plugin.cli.status",
+        "in which processes of a running server the plugin serves",
+    ),
     "ab": (
         "dsv4_plugin.cli.ab.command",
         "a server without the plugin against one with it",

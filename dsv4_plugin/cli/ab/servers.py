@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from dsv4_plugin.cli.ab import AbError
 from dsv4_plugin.cli.ab.console import Console
 from dsv4_plugin.cli.ab.processes import Patience, Process
-from dsv4_plugin.cli.ab.requests import ask
+from dsv4_plugin.cli.shared.requests import ask
 
 __all__ = ["Server", "free_port", "version"]
 

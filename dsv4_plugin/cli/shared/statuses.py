@@ -1,4 +1,4 @@
-"""What the processes of a server say of themselves: their status files, or the engine's ``/metrics``."""
+"""What a server's processes say of themselves: status files, or the engine's ``/metrics``."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ def of_metrics(text: str) -> list[dict[str, Any]]:
             status["counters"][of.get("name", "")] = int(float(value))
         elif name == "dsv4_seam_engaged":
             status["seams"][of.get("seam", "")] = {"engaged": float(value) > 0}
-        elif name == "dsv4_switched_off" and float(value) > 0:
+        elif name == "dsv4_switched_off" and float(value) > 0 and of.get("part") != "any":
             status["failures"][of.get("part", "")] = "was switched off"
+        elif name == "dsv4_info":
+            status["plugin"] = of.get("version", "")
     return list(found.values())
 
 

@@ -1,4 +1,4 @@
-"""HTTP to a server, for :mod:`.servers` and the benchmarks: one answer, or a stream of lines."""
+"""HTTP to a server: one answer, or a stream of lines."""
 
 from __future__ import annotations
 
