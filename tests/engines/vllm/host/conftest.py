@@ -21,7 +21,7 @@ INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what a release does not have: DeepSeek-V4.1 (0.30), rows that ranks share (0.32)."""
+    """Leave out what a release lacks: DeepSeek-V4.1 (0.30), rows that ranks share (0.32)."""
     if importlib.util.find_spec("vllm") is not None:
         import vllm
 
