@@ -36,14 +36,15 @@ class CallContext(threading.local):
 
     ``kind``: the kind of layer whose indexer runs; None outside of one that the plugin can tell.
     ``selection``: how that indexer selects (SGLang). ``request_bf16``: the DeepGEMM call below
-    writes bfloat16. ``fill_skipped``: the call of the op leaves out the fill with -1. ``slots``:
-    what the last top-k wrote for the attention.
+    writes bfloat16. ``fill_skipped``: the call of the op leaves out the fill with -1. ``gather``:
+    the key gather that waits for a reader. ``slots``: what the last top-k wrote for the attention.
     """
 
     kind: Hashable | None = None
     selection: Selection | None = None
     request_bf16 = False
     fill_skipped = False
+    gather: Any = None
     slots: Any = None
 
 

@@ -55,7 +55,7 @@ def run_op(op: Any, at: Mapping[str, int], args: tuple[Any, ...], kwargs: dict[s
         return op(*args, **kwargs)
     finally:
         call.fill_skipped = False
-        call.kind = None
+        call.gather = call.kind = None
 
 
 def fill_skipped_rows(out: Any) -> None:

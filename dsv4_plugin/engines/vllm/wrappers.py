@@ -16,7 +16,7 @@ import torch
 import dsv4_plugin as ops
 from dsv4_plugin.engines.shared import adapter, logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
-from dsv4_plugin.engines.shared.decision import DTYPES, KS, Selection
+from dsv4_plugin.engines.shared.decision import DTYPES, KS, Decision, Selection
 from dsv4_plugin.engines.shared.fallback import serve
 from dsv4_plugin.engines.shared.tensors import (
     LENGTHS,
@@ -29,6 +29,7 @@ from dsv4_plugin.engines.shared.tensors import (
 from dsv4_plugin.engines.vllm import adapter as vllm_adapter
 from dsv4_plugin.engines.vllm import candidates, fill
 from dsv4_plugin.engines.vllm.context import LogitsTag, by_name, tag_logits, tag_of
+from dsv4_plugin.engines.vllm.deferred import Gather
 from dsv4_plugin.engines.vllm.probe import TO_SLOTS_TAKES
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.kernels.reference import row_lengths
@@ -89,25 +90,26 @@ def dense_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
     shifted, for :func:`prefill_topk`.
     """
     now = adapter.current()
-    selection = now.in_force().selection
-    if selection is None:
-        return original(*args, **kwargs)
-    given = by_name(_DENSE, args, kwargs)
+    selection, gather = now.in_force().selection, now.call.gather
+    given, out = by_name(_DENSE, args, kwargs), None
     width = given.get("max_seqlen_k", 0)  # a bool here is the clean_logits of older releases
     if (
-        _by_plugin(now, selection)
+        selection is not None
+        and _by_plugin(now, selection)
         and type(width) is int
         and _plain_form(given, _DENSE_NEEDS, _DENSE_KNOWS)
     ):
         values = tuple(given[name] for name in _DENSE[:-1])
         if selection.candidates:
             engine = functools.partial(_by_engine, now, original, args, kwargs)
-            out = candidates.defer_gathered(selection, engine, width, *values)
+            out = candidates.defer_gathered(selection, engine, width, gather, *values)
         else:
             out = _computed(logits.dense, selection, *values, width, shifted=not width)
-        if out is not None:
-            return out
-    return _by_engine(now, original, args, kwargs)
+    if out is None:
+        if gather is not None:
+            gather()
+        out = _by_engine(now, original, args, kwargs)
+    return out
 
 
 def _by_plugin(now: Adapter, selection: Selection) -> bool:
@@ -422,10 +424,34 @@ def gather(
     block_table: torch.Tensor,
     cu_seq_lens: torch.Tensor,
 ) -> None:
-    """Gather the quantised keys of a prefill chunk; anything but FP8 pages is vLLM's."""
+    """Gather the quantised keys of a prefill chunk; anything but FP8 pages is vLLM's.
+
+    Where the logits are deferred it waits for a reader. A consumer of wide chunks has none.
+    """
     now = adapter.current()
     decision = now.in_force()
-    if decision.gather is not None and _is_fp8_cache(kv_cache, dst_k, dst_scale):
+    selection, fp8 = decision.selection, _is_fp8_cache(kv_cache, dst_k, dst_scale)
+    run = functools.partial(
+        _gather, original, decision, fp8, kv_cache, dst_k, dst_scale, block_table, cu_seq_lens
+    )
+    now.call.gather = None
+    if fp8 and selection is not None and selection.candidates and _by_plugin(now, selection):
+        now.call.gather = Gather(run, kv_cache, block_table, cu_seq_lens)
+    else:
+        run()
+
+
+def _gather(
+    original: Callable[..., None],
+    decision: Decision,
+    fp8: bool,
+    kv_cache: torch.Tensor,
+    dst_k: torch.Tensor,
+    dst_scale: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+) -> None:
+    if decision.gather is not None and fp8:
         try:
             ops.gather_indexer_cache(
                 kv_cache,
@@ -440,7 +466,7 @@ def gather(
             if decision.strict:
                 raise
             if not isinstance(error, UnmetError):  # that one is about this call's form only
-                now.switch_off("gather", error)
+                adapter.current().switch_off("gather", error)
         else:
             state.count("gather", dst_k.shape[0])
             state.count(f"gather.{decision.gather}", dst_k.shape[0])

@@ -6,6 +6,9 @@ tie. The oracle is a stable sort over them.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib
 import logging
 
 import pytest
@@ -58,19 +61,28 @@ class Model:
                 self.engine.layer(self.other, candidate_blocks=self.candidates, **given),
             )
 
-    def step(self, layers, *, gpu=90):
-        """Run them in turn; returns the indices of each."""
-        self.engine.calls.clear()
-        self.candidates.fill_(-7)
-        found = []
+    @property
+    def problems(self):
+        """What each layer gets."""
+        return self.problem, self.problem, self.other
+
+    @contextlib.contextmanager
+    def pass_of(self, gpu=90):
+        """One forward pass; yields vLLM's context of it."""
         with (
             self.engine.gpu(gpu),
             self.engine.config("deepseek_v41"),
             self.engine.forward(self.problem),
         ):
-            for layer, problem in zip(
-                layers, (self.problem, self.problem, self.other), strict=True
-            ):
+            yield importlib.import_module("vllm.forward_context").get_forward_context()
+
+    def step(self, layers, *, gpu=90):
+        """Run them in turn; returns the indices of each."""
+        self.engine.calls.clear()
+        self.candidates.fill_(-7)
+        found = []
+        with self.pass_of(gpu):
+            for layer, problem in zip(layers, self.problems, strict=True):
                 problem.buffer.fill_(7)
                 layer(problem.hidden, problem.query, None, problem.weights)
                 found.append(problem.buffer[: len(problem.lengths), : problem.k].clone())
@@ -89,7 +101,8 @@ class Model:
                 requests.append((lambda n, pages=pages: read_keys(problem.cache, pages, n), next_n))
         prefill = problem.metadata.prefill
         if prefill is not None:
-            owner = prefill.chunks[0].cu_seqlen_ks.unique_consecutive(return_counts=True)[1]
+            begins = torch.cat([chunk.cu_seqlen_ks for chunk in prefill.chunks])
+            owner = begins.unique_consecutive(return_counts=True)[1]
             for keys, count in zip(problem.keys, owner.tolist(), strict=True):
                 requests.append((lambda n, keys=keys: keys[:n], count))
         for keys_of, count in requests:
@@ -246,6 +259,63 @@ def test_narrow_prefill_chunks_are_scored_whole(engine, on, monkeypatch):
         assert torch.equal(got[2], want[2])
         assert ("apply_candidate_mask" in names(engine)) is masked
     assert used == []
+
+
+def in_two_chunks(problem):
+    """Cut the chunk of a prefill by rows, as vLLM does: the second one gathers no keys."""
+    (chunk,) = problem.metadata.prefill.chunks
+    half = chunk.token_start + (chunk.token_end - chunk.token_start) // 2
+    for begin, end in ((chunk.token_start, half), (half, chunk.token_end)):
+        rows = slice(begin - chunk.token_start, end - chunk.token_start)
+        yield dataclasses.replace(
+            chunk,
+            cu_seqlen_ks=chunk.cu_seqlen_ks[rows].contiguous(),
+            cu_seqlen_ke=chunk.cu_seqlen_ke[rows].contiguous(),
+            token_start=begin,
+            token_end=end,
+            skip_kv_gather=begin > chunk.token_start,
+        )
+
+
+PREFILLS = {
+    "one request": {"prefill": ((2500, 40),)},
+    "three requests": {"prefill": ((2500, 40), (900, 17), (3, 3))},
+    "pages of 32 keys": {"prefill": ((1300, 9), (700, 3)), "page_size": 32},
+}
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["served", "broken"])
+@pytest.mark.parametrize("wide", [True, False], ids=["wide", "narrow"])
+@pytest.mark.parametrize("batch", PREFILLS.values(), ids=PREFILLS)
+def test_keys_are_gathered_for_a_reader_only(engine, on, monkeypatch, batch, wide, broken):
+    """A wide chunk of a consumer reads the cache; what fails gets the keys that vLLM reads."""
+    from dsv4_plugin.engines.vllm import candidates
+
+    monkeypatch.setattr(candidates, "WHOLE_COLUMNS", 0 if wide else 1 << 20)
+    monkeypatch.setenv("DSV4_TOPK", "fp32")
+    if broken:
+        name = "ops.select_candidates" if wide else "topk"
+        real, seen = candidates.topk, []
+
+        def fails_at_the_consumer(*args, **kwargs):
+            seen.append(args)
+            if wide or len(seen) > 2:
+                raise RuntimeError("no kernel image is available")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(f"dsv4_plugin.engines.vllm.candidates.{name}", fails_at_the_consumer)
+    model = Model(engine, batch)
+    model.problem.metadata.prefill.chunks = list(in_two_chunks(model.problem))
+    got = model()
+    want, blocks = model.expected(torch.float32)
+    assert torch.equal(model.candidates[: len(blocks)], blocks)
+    if broken:
+        check_same_scores(model, got, want)
+    else:
+        assert all(map(torch.equal, got, want))
+    by_engine = names(engine).count("cp_gather_indexer_k_quant_cache")
+    readers = 2 if wide and not broken else 3  # a gather for both chunks of a layer
+    assert counters().get("gather", 0) + by_engine == readers
 
 
 def test_deferred_logits_hold_no_memory(engine, on, monkeypatch):
@@ -427,3 +497,55 @@ def test_candidates_that_nobody_wrote_are_safe(engine, on):
     got = model.other.buffer[: len(model.other.lengths), : model.other.k]
     for row, length in zip(got, model.other.lengths, strict=True):
         assert bool(((row >= -1) & (row < max(length, 1))).all())
+
+
+# --- graphs that break at the indexer -------------------------------------------------------------
+
+
+class Segment:
+    """In place of a CUDA graph: what runs while one is recorded runs at once, and never again."""
+
+    def capture_begin(self, pool=None):
+        pass
+
+    def capture_end(self):
+        pass
+
+    def replay(self):
+        pass
+
+
+@pytest.mark.parametrize("batch", ["mixed", "two rows a request"])
+def test_a_breakable_graph_is_served_at_every_replay(engine, on, monkeypatch, batch):
+    """vLLM records the eager call of the indexer once, and makes it again with other batches."""
+    breakable = importlib.import_module("vllm.compilation.breakable_cudagraph")
+    monkeypatch.setattr(breakable, "weak_ref_tensor", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Segment)
+    model = Model(engine, BATCHES[batch])
+    layers = model.build()
+    graph = breakable.BreakableCUDAGraphCapture()
+    piecewise = importlib.import_module("vllm.config").CUDAGraphMode.PIECEWISE
+
+    def step(run):
+        with model.pass_of() as context:
+            context.cudagraph_runtime_mode = piecewise
+            run()
+
+    def record():
+        with graph:
+            for layer, problem in zip(layers, model.problems, strict=True):
+                layer(problem.hidden, problem.query, None, problem.weights)
+
+    step(record)
+    assert graph.num_eager_breaks == 3
+    want, _ = model.expected(torch.bfloat16)
+    for _ in range(2):
+        before = counters()["candidates.consumer"]
+        for problem in model.problems:
+            problem.buffer.fill_(7)
+        model.candidates.fill_(-7)
+        step(graph.replay)
+        got = model.other.buffer[: len(model.other.lengths), : model.other.k]
+        assert torch.equal(got, want[2])
+        assert counters()["candidates.consumer"] > before
+    assert not [name for name in counters() if name.endswith((".upstream", ".engine"))]
