@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.engines.shared import logits
+from dsv4_plugin.engines.shared import logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
 from dsv4_plugin.engines.shared.decision import DTYPES, Selection
+from dsv4_plugin.engines.shared.tensors import widen
 from dsv4_plugin.engines.vllm.adapter import current
 from dsv4_plugin.engines.vllm.context import (
     LogitsTag,
@@ -38,6 +39,7 @@ from dsv4_plugin.engines.vllm.deferred import Deferred, Gather
 from dsv4_plugin.engines.vllm.layers import PIECE
 from dsv4_plugin.engines.vllm.probe import APPLY_MASK, SELECT_BLOCKS
 from dsv4_plugin.engines.vllm.slots import Paged
+from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.ops import candidates as ops
 from dsv4_plugin.ops.logits import new_logits, paged_logits, ragged_logits
 from dsv4_plugin.ops.topk import topk
@@ -50,6 +52,7 @@ __all__ = [
     "defer_gathered",
     "defer_paged",
     "deferred_of",
+    "every_score",
     "readers_in_place",
     "select",
     "select_blocks",
@@ -145,7 +148,7 @@ def select_blocks(original: Callable[..., None], *args: Any, **kwargs: Any) -> N
     out = given["out"]
     if _takes(call, given["block_size"], out):
         try:
-            _publish(call, out)
+            maxima = _publish(call, out)
         except Exception as error:
             logits.failed(error)
             call.scores = None
@@ -153,6 +156,7 @@ def select_blocks(original: Callable[..., None], *args: Any, **kwargs: Any) -> N
             call.candidates = out
             current().published = _place(out)
             state.count("candidates.source", len(out))
+            _watch_blocks(original, given, call, maxima)
             return None
     state.count("candidates.source.engine", len(out))
     return original(**{**given, "logits": call.engine_logits()})
@@ -169,7 +173,8 @@ def _takes(call: Deferred, block_size: Any, blocks: Any) -> bool:
     )
 
 
-def _publish(call: Deferred, out: torch.Tensor) -> None:
+def _publish(call: Deferred, out: torch.Tensor) -> torch.Tensor:
+    """Write the candidate blocks; returns the blocks' scores."""
     rows, device = out.shape[0], out.device
     dtype, backend = DTYPES[call.selection.dtype], call.selection.backend
     maxima = new_logits(rows, -(-call.columns // PIECE), dtype, device)
@@ -186,6 +191,23 @@ def _publish(call: Deferred, out: torch.Tensor) -> None:
     ops.select_blocks(
         maxima, call.lengths, out.shape[1], next_n=call.next_n, out=out, backend=backend
     )
+    return maxima
+
+
+def _watch_blocks(
+    original: Callable[..., None], given: dict[str, Any], call: Deferred, maxima: torch.Tensor
+) -> None:
+    """Let the shadow compare the blocks with those that vLLM selects on the same scores."""
+    rows = len(maxima)
+
+    def engine(scratch: torch.Tensor) -> None:
+        scores = widen(every_score(call))
+        original(**{**given, "logits": scores, "out": scratch, **_from_zero(call)})
+
+    def lengths() -> torch.Tensor:
+        return (row_lengths(call.lengths, rows, call.next_n) + PIECE - 1) // PIECE
+
+    shadow.watch("blocks", given["out"], engine, maxima, lengths)
 
 
 def _every_score(call: Deferred) -> torch.Tensor:
@@ -258,10 +280,7 @@ def select(call: Deferred, k: int, out: torch.Tensor, paged: Paged | None = None
     backend, next_n = call.selection.backend, call.next_n
     consumer = call.mask is not None
     if consumer and call.window and (call.gather is None or call.columns <= WHOLE_COLUMNS):
-        call.scores = _every_score(call)
-        assert call.mask is not None and call.candidates is not None
-        if call.columns > call.candidates.shape[1] * PIECE:  # else every block is a candidate
-            call.mask(call.scores, row_ks=None, row_ke=call.lengths)
+        call.scores = every_score(call)
     elif not consumer and call.scores is None and _held(call) <= k:
         call.scores = _every_score(call)
     if call.scores is not None:
@@ -282,6 +301,22 @@ def select(call: Deferred, k: int, out: torch.Tensor, paged: Paged | None = None
 def _held(call: Deferred) -> int:
     """Return how many candidate blocks a row has."""
     return 0 if call.candidates is None else call.candidates.shape[1]
+
+
+def every_score(call: Deferred) -> torch.Tensor:
+    """Return the plugin's logits of every key, masked as by vLLM: what its selection reads."""
+    if call.scores is not None:
+        return call.scores
+    scores = _every_score(call)
+    # Where a row has no more blocks than candidates, every block is one.
+    if call.mask is not None and call.columns > _held(call) * PIECE:
+        call.mask(scores, **_from_zero(call))
+    return scores
+
+
+def _from_zero(call: Deferred) -> dict[str, Any]:
+    """Return which columns the rows of the plugin's logits have, where vLLM's have others."""
+    return {} if call.window is None else {"row_ks": None, "row_ke": call.lengths}
 
 
 def _select_among_candidates(
