@@ -638,6 +638,22 @@ def test_rows_that_vllm_made_requests_of_are_a_requests_again(
     assert note.paged.counts.tolist() == (want[2] >= 0).sum(1).tolist()
 
 
+@pytest.mark.parametrize("heads,rows,shape", [(64, 6, (2, 6)), (64, 3, (6, 1)), (32, 3, (2, 3))])
+def test_an_odd_row_of_64_heads_stays_a_request(heads, rows, shape):
+    from dsv4_plugin.engines.vllm import wrappers
+    from dsv4_plugin.engines.vllm.context import Requests
+
+    given = {
+        "q": (torch.zeros(2 * rows, 1, heads, 128), None), "kv_cache": None, "weights": None,
+        "context_lens": torch.arange(2 * rows)[:, None], "schedule_metadata": None,
+        "block_tables": torch.arange(2 * rows)[:, None].expand(-1, 4), "max_model_len": 9,
+    }  # fmt: skip
+    mine = wrappers._by_request(given, Requests(rows, None))
+    assert mine["q"][0].shape[:2] == mine["context_lens"].shape == shape
+    assert mine["context_lens"].flatten().tolist() == list(range(2 * rows))
+    assert mine["block_tables"][:, 0].tolist() == list(range(0, 2 * rows, shape[1]))
+
+
 def uneven(model, modes):
     decode = model.problem.metadata.decode
     model.problem.metadata.decode = dataclasses.replace(decode, decode_is_uniform=False)
