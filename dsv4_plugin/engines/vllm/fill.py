@@ -119,7 +119,7 @@ def _requests(now: adapter.Adapter, metadata: Any, mode: str | None) -> Requests
     is. They hold for every replay of a full graph if such graphs are captured for uniform batches
     only. Under adaptive verification the numbers of rows are known on the device only.
     """
-    decode = getattr(metadata, "decode", None)
+    decode: Any = getattr(metadata, "decode", None)
     rows = getattr(decode, "write_max_decode_len", 0)
     if (
         rows < 2
