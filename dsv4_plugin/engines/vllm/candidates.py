@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.engines.shared import logits
+from dsv4_plugin.engines.shared import logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
 from dsv4_plugin.engines.shared.decision import DTYPES, Selection
+from dsv4_plugin.engines.shared.tensors import widen
 from dsv4_plugin.engines.vllm.adapter import current
 from dsv4_plugin.engines.vllm.context import (
     LogitsTag,
@@ -34,10 +35,11 @@ from dsv4_plugin.engines.vllm.context import (
     tag_logits,
     tag_of,
 )
-from dsv4_plugin.engines.vllm.deferred import Deferred
+from dsv4_plugin.engines.vllm.deferred import Deferred, Gather
 from dsv4_plugin.engines.vllm.layers import PIECE
 from dsv4_plugin.engines.vllm.probe import APPLY_MASK, SELECT_BLOCKS
 from dsv4_plugin.engines.vllm.slots import Paged
+from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.ops import candidates as ops
 from dsv4_plugin.ops.logits import new_logits, paged_logits, ragged_logits
 from dsv4_plugin.ops.topk import topk
@@ -50,6 +52,7 @@ __all__ = [
     "defer_gathered",
     "defer_paged",
     "deferred_of",
+    "every_score",
     "readers_in_place",
     "select",
     "select_blocks",
@@ -61,7 +64,9 @@ READERS = ("candidates", "topk.decode", "topk.prefill")  # the seams that read d
 # blocks.
 KEPT_BYTES = 256 << 20
 # A prefill chunk of a consumer with at most so many columns is scored whole: there many rows share
-# the read of a key, and a candidate's keys are read for one row.
+# the read of a key, and a candidate's keys are read for one row. A wider one is scored from the
+# cache, so that its keys are not gathered: a candidate block is the same kilobyte in both places,
+# and the pages cost a lookup that the kernel does ahead.
 WHOLE_COLUMNS = 40_960
 
 
@@ -88,7 +93,7 @@ def defer_paged(
     if not logits.is_paged(q[0], cache, weights, lengths, table):
         return None
     return _defer(
-        Deferred(selection, columns, q[0], cache, None, weights, lengths, table, None, engine)
+        Deferred(selection, columns, q[0], cache, None, weights, lengths, table, None, None, engine)
     )
 
 
@@ -96,6 +101,7 @@ def defer_gathered(
     selection: Selection,
     engine: Callable[[], torch.Tensor],
     width: int,
+    gather: Gather | None,
     q: Any,
     keys: Any,
     weights: Any,
@@ -104,7 +110,7 @@ def defer_gathered(
 ) -> torch.Tensor | None:
     """Return deferred logits of prefill; None: the call has another form.
 
-    ``width`` 0: a column for every key, as vLLM has it to 0.32.
+    ``width`` 0: a column for every key, as vLLM has it to 0.32. ``gather``: that of the keys.
     """
     if not logits.is_gathered(q[0], keys, weights, starts, ends):
         return None
@@ -113,7 +119,7 @@ def defer_gathered(
     return _defer(
         Deferred(
             selection, columns, q[0], values, scales.reshape(-1), weights, lengths, None,
-            (starts, ends), engine,
+            (starts, ends), gather, engine,
         )
     )  # fmt: skip
 
@@ -142,7 +148,7 @@ def select_blocks(original: Callable[..., None], *args: Any, **kwargs: Any) -> N
     out = given["out"]
     if _takes(call, given["block_size"], out):
         try:
-            _publish(call, out)
+            maxima = _publish(call, out)
         except Exception as error:
             logits.failed(error)
             call.scores = None
@@ -150,6 +156,7 @@ def select_blocks(original: Callable[..., None], *args: Any, **kwargs: Any) -> N
             call.candidates = out
             current().published = _place(out)
             state.count("candidates.source", len(out))
+            _watch_blocks(original, given, call, maxima)
             return None
     state.count("candidates.source.engine", len(out))
     return original(**{**given, "logits": call.engine_logits()})
@@ -166,12 +173,13 @@ def _takes(call: Deferred, block_size: Any, blocks: Any) -> bool:
     )
 
 
-def _publish(call: Deferred, out: torch.Tensor) -> None:
+def _publish(call: Deferred, out: torch.Tensor) -> torch.Tensor:
+    """Write the candidate blocks; returns the blocks' scores."""
     rows, device = out.shape[0], out.device
     dtype, backend = DTYPES[call.selection.dtype], call.selection.backend
     maxima = new_logits(rows, -(-call.columns // PIECE), dtype, device)
     if call.table is None:
-        call.scores = _whole(call)
+        call.scores = _every_score(call)
         _maxima_of(call.scores, call.lengths, maxima)
     else:
         if rows * call.columns * dtype.itemsize <= KEPT_BYTES:
@@ -183,33 +191,44 @@ def _publish(call: Deferred, out: torch.Tensor) -> None:
     ops.select_blocks(
         maxima, call.lengths, out.shape[1], next_n=call.next_n, out=out, backend=backend
     )
+    return maxima
 
 
-def _whole(call: Deferred) -> torch.Tensor:
-    """Return the plugin's logits of a prefill chunk; every row begins at column zero."""
-    assert call.scales is not None and call.window is not None
-    rows, blocks = call.weights.shape[0], -(-call.columns // PIECE)
-    out = new_logits(rows, blocks * PIECE, DTYPES[call.selection.dtype], call.q.device)
-    return ragged_logits(
-        call.q, call.keys, call.scales, call.weights, *call.window,
-        out=out[:, : call.columns], backend=call.selection.backend,
-    )  # fmt: skip
+def _watch_blocks(
+    original: Callable[..., None], given: dict[str, Any], call: Deferred, maxima: torch.Tensor
+) -> None:
+    """Let the shadow compare the blocks with those that vLLM selects on the same scores."""
+    rows = len(maxima)
+
+    def engine(scratch: torch.Tensor) -> None:
+        scores = widen(every_score(call))
+        original(**{**given, "logits": scores, "out": scratch, **_from_zero(call)})
+
+    def lengths() -> torch.Tensor:
+        return (row_lengths(call.lengths, rows, call.next_n) + PIECE - 1) // PIECE
+
+    shadow.watch("blocks", given["out"], engine, maxima, lengths)
 
 
 def _every_score(call: Deferred) -> torch.Tensor:
-    """Return the plugin's logits of decode."""
-    assert call.table is not None
-    out = new_logits(
-        call.weights.shape[0], call.columns, DTYPES[call.selection.dtype], call.q.device
+    """Return the plugin's logits of every key; every row begins at column zero."""
+    blocks, backend = -(-call.columns // PIECE), call.selection.backend
+    dtype = DTYPES[call.selection.dtype]
+    out = new_logits(call.weights.shape[0], blocks * PIECE, dtype, call.q.device)[:, : call.columns]
+    if call.table is not None:
+        return paged_logits(
+            call.q, call.keys, call.weights, call.lengths, call.table,
+            block_size=call.keys.shape[1], out=out, backend=backend,
+        )  # fmt: skip
+    assert call.scales is not None and call.window is not None
+    call.gathered()
+    return ragged_logits(
+        call.q, call.keys, call.scales, call.weights, *call.window, out=out, backend=backend
     )
-    return paged_logits(
-        call.q, call.keys, call.weights, call.lengths, call.table,
-        block_size=call.keys.shape[1], out=out, backend=call.selection.backend,
-    )  # fmt: skip
 
 
 def _maxima_of(scores: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the blocks' scores, as ``block_maxima`` has them, of logits by :func:`_whole`.
+    """Write the blocks' scores, as ``block_maxima`` has them, of logits by :func:`_every_score`.
 
     Columns past a row's keys hold anything. They belong to its newest block, which scores infinity,
     and to later blocks, which the selection does not read.
@@ -260,11 +279,8 @@ def select(call: Deferred, k: int, out: torch.Tensor, paged: Paged | None = None
     """
     backend, next_n = call.selection.backend, call.next_n
     consumer = call.mask is not None
-    if consumer and call.table is None and call.columns <= WHOLE_COLUMNS:
-        call.scores = _whole(call)
-        assert call.mask is not None and call.candidates is not None
-        if call.columns > call.candidates.shape[1] * PIECE:  # else every block is a candidate
-            call.mask(call.scores, row_ks=None, row_ke=call.lengths)
+    if consumer and call.window and (call.gather is None or call.columns <= WHOLE_COLUMNS):
+        call.scores = every_score(call)
     elif not consumer and call.scores is None and _held(call) <= k:
         call.scores = _every_score(call)
     if call.scores is not None:
@@ -287,6 +303,22 @@ def _held(call: Deferred) -> int:
     return 0 if call.candidates is None else call.candidates.shape[1]
 
 
+def every_score(call: Deferred) -> torch.Tensor:
+    """Return the plugin's logits of every key, masked as by vLLM: what its selection reads."""
+    if call.scores is not None:
+        return call.scores
+    scores = _every_score(call)
+    # Where a row has no more blocks than candidates, every block is one.
+    if call.mask is not None and call.columns > _held(call) * PIECE:
+        call.mask(scores, **_from_zero(call))
+    return scores
+
+
+def _from_zero(call: Deferred) -> dict[str, Any]:
+    """Return which columns the rows of the plugin's logits have, where vLLM's have others."""
+    return {} if call.window is None else {"row_ks": None, "row_ke": call.lengths}
+
+
 def _select_among_candidates(
     call: Deferred, k: int, out: torch.Tensor, paged: Paged | None
 ) -> None:
@@ -296,17 +328,15 @@ def _select_among_candidates(
     scores = new_logits(rows, columns, DTYPES[call.selection.dtype], out.device)
     # Not read: with it, columns past a row's visible keys are not written.
     visible = torch.empty(rows, dtype=torch.int32, device=out.device)
-    if call.table is None:
-        assert call.scales is not None and call.window is not None
-        ops.candidate_logits_ragged(
-            call.q, call.keys, call.scales, call.weights, blocks, *call.window,
-            out=scores, out_lengths=visible, backend=backend,
-        )  # fmt: skip
-    else:
-        ops.candidate_logits(
-            call.q, call.keys, call.weights, blocks, call.lengths, call.table,
-            block_size=call.keys.shape[1], out=scores, out_lengths=visible, backend=backend,
-        )  # fmt: skip
+    q, cache, table = call.q, call.keys, call.table
+    if table is None:
+        assert call.gather is not None and call.window is not None
+        q, cache = q[:, None], call.gather.cache
+        table = call.gather.tables(call.window[0], call.columns)
+    ops.candidate_logits(
+        q, cache, call.weights, blocks, call.lengths, table,
+        block_size=cache.shape[1], out=scores, out_lengths=visible, backend=backend,
+    )  # fmt: skip
     ops.select_candidates(
         scores, blocks, call.lengths, k, next_n=call.next_n, out=out, backend=backend,
         block_table=None if paged is None else paged.table,

@@ -93,7 +93,7 @@ KINDS = (
         "DeepSeek-V4.1 consumer",
         lambda layer: layer.candidates == "consumer",
         ("bf16", "fp32"),
-        ("candidate_logits", "candidate_logits_ragged", "ragged_logits", "select_candidates"),
+        ("candidate_logits", "ragged_logits", "select_candidates"),
         with_slots=True,
         followers=True,
         candidates=True,

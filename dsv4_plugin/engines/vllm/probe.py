@@ -148,9 +148,10 @@ SEAMS = (
                 ),
             ),
         ),
-        puts="the same op, with that argument in batches of nothing but decode rows; the op's "
-        "arguments also say which kind of layer calls. Only where the model is not compiled, so "
-        "that no compiler traces the call",
+        puts="the same op, with that argument in batches of nothing but decode rows; it also tells "
+        "which kind of layer calls, and whose the rows of a draft are. Breakable graphs keep it "
+        "for their eager calls. Only where the model is not compiled, so that no compiler traces "
+        "the call",
         why="vLLM fills every row with -1 before every selection, in a kernel of its own, and the "
         "layer never passes the argument",
         until="the layer passes it, or vLLM's top-k is known to write every row",
@@ -196,7 +197,8 @@ SEAMS = (
                 ),
             ),
         ),
-        puts="the plugin's gather of the quantised keys of a prefill chunk, FP8 pages only",
+        puts="the plugin's gather of the quantised keys of a prefill chunk, FP8 pages only. Where "
+        "logits are deferred it waits until something reads the keys",
         why="the same bytes with fewer instructions; a platform without vLLM's compiled op has one",
         until="vLLM's kernel reaches the byte floor",
     ),
