@@ -1,7 +1,7 @@
 """The figures of DeepSeek-V4.1's index layers, made from the committed results.
 
-:func:`server` makes what stands between the ``v41-server`` markers of the README, :func:`step` and
-:func:`layers` what stands between ``v41-step`` and ``v41-layers`` in docs/results.md.
+:func:`server`, :func:`step` and :func:`layers` make what stands between the ``v41-server``,
+``v41-step`` and ``v41-layers`` markers of docs/results.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Cells = dict[tuple[str, int, int], float]  # op, rows, keys → µs
 
 
 def server() -> str:
-    """Return the Markdown between the ``v41-server`` markers of the README."""
+    """Return the Markdown between the ``v41-server`` markers of docs/results.md."""
     document = load(SERVER)
     about = document["machine"]
     kernels = {
