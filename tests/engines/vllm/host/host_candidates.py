@@ -297,16 +297,16 @@ def test_keys_are_gathered_for_a_reader_only(engine, on, monkeypatch, batch, wid
     monkeypatch.setattr(candidates, "WHOLE_COLUMNS", 0 if wide else 1 << 20)
     monkeypatch.setenv("DSV4_TOPK", "fp32")
     if broken:
-        name = "ops.select_candidates" if wide else "topk"
-        real, seen = candidates.topk, []
+        name = "engines.vllm.candidates.ops.select_candidates" if wide else "topk"
+        real, seen = dsv4_plugin.topk, []
 
         def fails_at_the_consumer(*args, **kwargs):
             seen.append(args)
-            if wide or len(seen) > 2:
+            if wide or len(seen) > 4:  # after two chunks of the plain layer and the source
                 raise RuntimeError("no kernel image is available")
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(f"dsv4_plugin.engines.vllm.candidates.{name}", fails_at_the_consumer)
+        monkeypatch.setattr(f"dsv4_plugin.{name}", fails_at_the_consumer)
     model = Model(engine, batch)
     model.problem.metadata.prefill.chunks = list(in_two_chunks(model.problem))
     got = model()
