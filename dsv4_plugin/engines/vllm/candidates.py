@@ -1,9 +1,7 @@
 """DeepSeek-V4.1's candidate blocks: logits that are computed once it is known which are needed.
 
-vLLM's source layer scores every key, publishes the best blocks of each row, and selects. Its
-consumer layers score every key again, mask all keys outside of those blocks, and select. For such
-a layer the plugin computes nothing when vLLM asks for the logits. It returns a tensor of their
-shape that holds no memory and carries the call (:class:`.deferred.Deferred`). The calls that follow
+When vLLM asks for the logits of a layer with candidates, the plugin computes nothing. It returns a
+tensor of their shape that carries the call (:class:`.deferred.Deferred`). The calls that follow
 decide what is computed:
 
 * a source computes the maxima of the blocks (and the logits, where they are small), and publishes
@@ -38,25 +36,16 @@ from dsv4_plugin.engines.vllm.context import (
 from dsv4_plugin.engines.vllm.deferred import Deferred, Gather
 from dsv4_plugin.engines.vllm.layers import PIECE
 from dsv4_plugin.engines.vllm.probe import APPLY_MASK, SELECT_BLOCKS
-from dsv4_plugin.engines.vllm.slots import Paged
+from dsv4_plugin.engines.vllm.slots import Paged, select_into
 from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.ops import candidates as ops
 from dsv4_plugin.ops.logits import new_logits, paged_logits, ragged_logits
-from dsv4_plugin.ops.topk import topk
 from dsv4_plugin.state import state
 
 __all__ = [
-    "PIECE",
-    "READERS",
-    "apply_mask",
-    "defer_gathered",
-    "defer_paged",
-    "deferred_of",
-    "every_score",
-    "readers_in_place",
-    "select",
-    "select_blocks",
-]
+    "PIECE", "READERS", "apply_mask", "defer_gathered", "defer_paged", "deferred_of",
+    "every_score", "readers_in_place", "select", "select_blocks",
+]  # fmt: skip
 
 READERS = ("candidates", "topk.decode", "topk.prefill")  # the seams that read deferred logits
 # A source whose logits take at most so many bytes keeps them for its own top-k. A larger one
@@ -277,21 +266,14 @@ def select(call: Deferred, k: int, out: torch.Tensor, paged: Paged | None = None
 
     ``paged`` takes slots and counts beside the indices ``out``.
     """
-    backend, next_n = call.selection.backend, call.next_n
     consumer = call.mask is not None
     if consumer and call.window and (call.gather is None or call.columns <= WHOLE_COLUMNS):
         call.scores = every_score(call)
     elif not consumer and call.scores is None and _held(call) <= k:
         call.scores = _every_score(call)
     if call.scores is not None:
-        topk(
-            call.scores, call.lengths, k, next_n=next_n, backend=backend,
-            page_table=None if paged is None else paged.table,
-            page_size=64 if paged is None else paged.page_size,
-            out=out if paged is None else paged.slots,
-            out_raw=None if paged is None else out,
-            out_counts=None if paged is None else paged.counts,
-        )  # fmt: skip
+        how = {"next_n": call.next_n, "backend": call.selection.backend}
+        select_into(call.scores, call.lengths, k, out, paged, **how)
     else:
         _select_among_candidates(call, k, out, paged)
     if consumer:

@@ -12,36 +12,31 @@ from dsv4_plugin.engines.shared.decision import Selection
 __all__ = ["Deferred", "Gather"]
 
 
+@dataclass(slots=True)
 class Gather:
     """The gather of a prefill chunk's keys, which runs once something reads them.
 
-    vLLM gathers the keys of a chunk's requests once, and later chunks of these requests read them
-    as well. ``cache`` has the keys, ``table`` the pages of each request, and ``begins`` where each
-    request's keys begin among the gathered ones.
+    Later chunks of the same requests read them as well. ``cache`` has the keys, ``table`` the pages
+    of each request, ``begins`` where each request's keys begin among the gathered ones.
     """
 
-    def __init__(
-        self,
-        run: Callable[[], None],
-        cache: torch.Tensor,
-        table: torch.Tensor,
-        begins: torch.Tensor,
-    ) -> None:
-        self._run: Callable[[], None] | None = run
-        self.cache, self._table, self._begins = cache, table, begins
+    run: Callable[[], None] | None
+    cache: torch.Tensor
+    table: torch.Tensor
+    begins: torch.Tensor
 
     def __call__(self) -> None:
         """Gather the keys, if that has not been done yet."""
-        run, self._run = self._run, None
+        run, self.run = self.run, None
         if run is not None:
             run()
 
     def tables(self, starts: torch.Tensor, columns: int) -> torch.Tensor:
         """Return the pages of each row, which begins at ``starts`` and has at most ``columns``."""
-        table = self._table[:, : -(-columns // self.cache.shape[1])]
+        table = self.table[:, : -(-columns // self.cache.shape[1])]
         if len(table) == 1:
             return table.expand(len(starts), -1)
-        request = torch.searchsorted(self._begins, starts, right=True) - 1
+        request = torch.searchsorted(self.begins, starts, right=True) - 1
         return table[request.clamp(0, len(table) - 1)]
 
 

@@ -2,15 +2,10 @@
 
 It tells the kind of the layer that calls, and the requests of a decode batch.
 
-vLLM fills every row with -1 before every selection. ``vllm::sparse_attn_indexer`` has an argument
-that leaves the fill out, ``skip_topk_buffer_clear``, which the layer never passes. The plugin
-passes it for a batch of nothing but decode rows: its top-k then writes every slot of every row.
-Where it turns out at the call that vLLM's own code selects after all, the rows get the fill that it
-counts on (:func:`fill_skipped_rows`).
-
-The fill stays where a row may be left over: with a prefill in the batch (a prompt shorter than one
-compressed key has no row of scores), with rows that pad a batch, and while pieces of a model are
-captured, because those pieces are called again with other batches.
+vLLM fills every row with -1 before every selection. The op has an argument that leaves the fill
+out, which the layer never passes. The plugin passes it for a batch of nothing but decode rows: its
+top-k then writes every slot of every row. Where vLLM's own code selects after all, the rows get the
+fill first (:func:`fill_skipped_rows`). ``docs/vllm.md`` says where a row may be left over.
 """
 
 from __future__ import annotations

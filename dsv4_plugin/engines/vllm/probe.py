@@ -11,18 +11,9 @@ from dsv4_plugin.engines.shared.seam import Place, Seam
 from dsv4_plugin.engines.shared.source import Site
 
 __all__ = [
-    "APPLY_MASK",
-    "DEEP_GEMM",
-    "INDEXER",
-    "NEIGHBOURS",
-    "OP",
-    "SEAMS",
-    "SELECT_BLOCKS",
-    "SKIP_FILL",
-    "TO_SLOTS",
-    "TO_SLOTS_TAKES",
-    "look",
-]
+    "APPLY_MASK", "DEEP_GEMM", "INDEXER", "NEIGHBOURS", "OP", "SEAMS", "SELECT_BLOCKS",
+    "SKIP_FILL", "TO_SLOTS", "TO_SLOTS_TAKES", "look",
+]  # fmt: skip
 
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 TOPK = "vllm.model_executor.layers.indexer_topk"

@@ -16,7 +16,7 @@ import torch
 import dsv4_plugin as ops
 from dsv4_plugin.engines.shared import adapter, logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
-from dsv4_plugin.engines.shared.decision import DTYPES, KS, Decision, Selection
+from dsv4_plugin.engines.shared.decision import DTYPES, KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
 from dsv4_plugin.engines.shared.tensors import (
     LENGTHS,
@@ -31,6 +31,7 @@ from dsv4_plugin.engines.vllm import candidates, fill
 from dsv4_plugin.engines.vllm.context import LogitsTag, Requests, by_name, tag_logits, tag_of
 from dsv4_plugin.engines.vllm.deferred import Gather
 from dsv4_plugin.engines.vllm.probe import TO_SLOTS_TAKES
+from dsv4_plugin.engines.vllm.slots import select_into
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.state import state
@@ -272,17 +273,9 @@ def _select(
             paged = store.places(tag, out, next_n)
         if deferred is not None:
             candidates.select(deferred, k, out, paged)
-        elif paged is None:
-            ops.topk(
-                scores, lengths(), k, next_n=next_n, row_starts=starts, out=out,
-                backend=selection.backend,
-            )  # fmt: skip
         else:
-            ops.topk(
-                scores, lengths(), k, next_n=next_n, page_table=paged.table,
-                page_size=paged.page_size, out=paged.slots, out_raw=out, out_counts=paged.counts,
-                backend=selection.backend,
-            )  # fmt: skip
+            how = {"next_n": next_n, "row_starts": starts, "backend": selection.backend}
+            select_into(scores, lengths(), k, out, paged, **how)
         if paged is not None:
             now.call.slots = store.note(paged, out, selection.followers)
             if now.call.slots is not None:
@@ -462,49 +455,32 @@ def gather(
     now = adapter.current()
     decision = now.in_force()
     selection, fp8 = decision.selection, _is_fp8_cache(kv_cache, dst_k, dst_scale)
-    run = functools.partial(
-        _gather, original, decision, fp8, kv_cache, dst_k, dst_scale, block_table, cu_seq_lens
-    )
+
+    def run() -> None:
+        if decision.gather is not None and fp8:
+            try:
+                ops.gather_indexer_cache(
+                    kv_cache, block_table, cu_seq_lens, block_size=kv_cache.shape[1],
+                    head_dim=dst_k.shape[1], out=(dst_k, dst_scale), backend=decision.gather,
+                )  # fmt: skip
+            except Exception as error:
+                if decision.strict:
+                    raise
+                if not isinstance(error, UnmetError):  # that one is about this call's form only
+                    now.switch_off("gather", error)
+            else:
+                state.count("gather", dst_k.shape[0])
+                state.count(f"gather.{decision.gather}", dst_k.shape[0])
+                return
+        if decision.enabled:
+            state.count("gather.upstream", rows_of(dst_k))
+        original(kv_cache, dst_k, dst_scale, block_table, cu_seq_lens)
+
     now.call.gather = None
     if fp8 and selection is not None and selection.candidates and _by_plugin(now, selection):
         now.call.gather = Gather(run, kv_cache, block_table, cu_seq_lens)
     else:
         run()
-
-
-def _gather(
-    original: Callable[..., None],
-    decision: Decision,
-    fp8: bool,
-    kv_cache: torch.Tensor,
-    dst_k: torch.Tensor,
-    dst_scale: torch.Tensor,
-    block_table: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
-) -> None:
-    if decision.gather is not None and fp8:
-        try:
-            ops.gather_indexer_cache(
-                kv_cache,
-                block_table,
-                cu_seq_lens,
-                block_size=kv_cache.shape[1],
-                head_dim=dst_k.shape[1],
-                out=(dst_k, dst_scale),
-                backend=decision.gather,
-            )
-        except Exception as error:
-            if decision.strict:
-                raise
-            if not isinstance(error, UnmetError):  # that one is about this call's form only
-                adapter.current().switch_off("gather", error)
-        else:
-            state.count("gather", dst_k.shape[0])
-            state.count(f"gather.{decision.gather}", dst_k.shape[0])
-            return
-    if decision.enabled:
-        state.count("gather.upstream", rows_of(dst_k))
-    original(kv_cache, dst_k, dst_scale, block_table, cu_seq_lens)
 
 
 def _is_fp8_cache(kv_cache: torch.Tensor, dst_k: torch.Tensor, dst_scale: torch.Tensor) -> bool:
