@@ -25,7 +25,8 @@ struct PagedConfig {
   using Page = dsv4::Page<kPageKeys>;
   static constexpr int kHeads = kHeads_;
   static constexpr int kRows = kOneRow ? 1 : kMmaColumns / kHeads;
-  static constexpr int kStages = kOneRow ? 4 : 5;  // blocks of keys in the ring
+  // Blocks of keys in the ring.
+  static constexpr int kStages = kOneRow && kHeads == 64 ? 4 : 5;
   static constexpr int kCtas = kOneRow ? 4 : 2;    // a multiprocessor
   static constexpr bool kMaxima = kMaxima_;        // of pieces are written
 };

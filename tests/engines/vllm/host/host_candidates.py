@@ -248,7 +248,7 @@ def test_narrow_prefill_chunks_are_scored_whole(engine, on, monkeypatch):
     from dsv4_plugin.engines.vllm import candidates
 
     used = []
-    for name in ("candidate_logits", "candidate_logits_ragged"):
+    for name in ("candidate_select", "candidate_logits_ragged"):
         own = getattr(candidates.ops, name)
         monkeypatch.setattr(
             candidates.ops,
@@ -362,8 +362,7 @@ def check_same_scores(model, got, want):
 BROKEN = {
     "block_maxima": "source",
     "select_blocks": "source",
-    "candidate_logits": "consumer",
-    "select_candidates": "consumer",
+    "candidate_select": "consumer",
 }
 
 
