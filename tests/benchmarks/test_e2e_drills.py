@@ -77,7 +77,7 @@ def test_a_v41_model_has_drills_of_its_own(tmp_path: Path) -> None:
         "topk failed at a call and was switched off (RuntimeError: drill: "
         "candidate_select); the engine serves"
     ]
-    assert len(own) == 6
+    assert len(own) == 5
 
 
 @pytest.mark.parametrize(

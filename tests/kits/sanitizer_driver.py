@@ -202,6 +202,8 @@ LOGITS = (
     Logits("paged, next_n 2", 6, (1000, 65), next_n=2),
     Logits("paged, next_n 4, 32 heads", 8, (129, 1000), next_n=4, heads=32),
     Logits("paged, next_n 6", 12, (700, 64, 63), next_n=6),
+    Logits("paged, next_n 6, 32 heads", 12, (700, 64, 63), next_n=6, heads=32),
+    Logits("paged, next_n 5, 32 heads, one request", 5, (900,), next_n=5, heads=32),
     Logits("paged, float32", 3, (700, 65, 64), dtype="float32"),
     Logits("paged, float16", 3, (700, 65, 64), dtype="float16"),
     Logits("paged, pages apart", 3, (700, 65, 64), pad=448),
@@ -247,6 +249,7 @@ CHAINS = (
     Chain("candidates, pages of 32, next_n 2, 64 heads", 6, (700, 65), block_size=32, next_n=2,
           heads=64),
     Chain("candidates, next_n 4, float32", 8, (129, 1000), next_n=4, dtype="float32", held=9, k=70),
+    Chain("candidates, next_n 6", 12, (129, 1000), next_n=6),
     Chain("candidates, one row, float16", 1, (5000,), dtype="float16", held=601),
     Chain("candidates, any numbers", 6, (700, 65, 3000), garbage=True),
 )  # fmt: skip
