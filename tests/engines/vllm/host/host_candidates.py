@@ -297,7 +297,7 @@ def test_keys_are_gathered_for_a_reader_only(engine, on, monkeypatch, batch, wid
     monkeypatch.setattr(candidates, "WHOLE_COLUMNS", 0 if wide else 1 << 20)
     monkeypatch.setenv("DSV4_TOPK", "fp32")
     if broken:
-        name = "ops.select_candidates" if wide else "topk"
+        name = "ops.candidate_select" if wide else "topk"
         real, seen = candidates.topk, []
 
         def fails_at_the_consumer(*args, **kwargs):
@@ -474,8 +474,7 @@ NO_BLOCKS = "the plugin selects no candidate blocks here, and vLLM's are in no o
 SAID = {  # of each kind what the line says of the top-k: how it is done, or why vLLM does it
     "all served": ((), {}, (SERVED, SERVED, SERVED)),
     "no library": (
-        ("block_maxima", "select_blocks", "candidate_logits", "select_candidates", "paged_logits",
-         "ragged_logits"),
+        ("block_maxima", "select_blocks", "candidate_select", "paged_logits", "ragged_logits"),
         {},
         (f"fp32 by torch on the engine's float32 logits at SparseIndexerTopk.forward, "
          f"vllm._custom_ops.top_k_per_row_prefill (not bf16: {NO_LIBRARY}",
@@ -598,7 +597,7 @@ def requests_of(monkeypatch):
     seen = []
     for module, name in (
         (candidates.ops, "block_maxima"),
-        (candidates.ops, "candidate_logits"),
+        (candidates.ops, "candidate_select"),
         (logits, "paged_logits"),
     ):
         own = getattr(module, name)
