@@ -133,14 +133,23 @@ def candidate_select(
 ) -> None:
     """Score the keys of the candidates into ``logits`` and select the ``k`` best.
 
-    See :func:`dsv4_plugin.candidate_select`. The second kernel begins before the first one ends, and
-    counts on being the next one in the stream.
+    See :func:`dsv4_plugin.candidate_select`. The second kernel begins before the first one ends,
+    and counts on being the next one in the stream.
     """
     candidate_logits(
         q, pages, weights, candidates, lengths, block_table, logits, None, block_size, piece
     )
     _function("dsv4_select_behind_logits")(
-        logits, candidates, lengths, out, out_slots, out_counts, page_table, k, q.shape[1], page_size
+        logits,
+        candidates,
+        lengths,
+        out,
+        out_slots,
+        out_counts,
+        page_table,
+        k,
+        q.shape[1],
+        page_size,
     )
 
 

@@ -478,8 +478,8 @@ def candidate_select(
         block_size: keys a page of ``cache``.
         piece: keys a block.
         dtype: what is selected on, bfloat16, float16 or float32.
-        page_table: ``[rows, pages]`` or ``[batch, pages]`` int32 page numbers for ``out_slots``, the
-            ``block_table`` of :func:`select_candidates`; may be ``block_table``.
+        page_table: ``[rows, pages]`` or ``[batch, pages]`` int32 page numbers for ``out_slots``,
+            the ``block_table`` of :func:`select_candidates`; may be ``block_table``.
         page_size: keys a page of ``page_table``.
         out: as in :func:`select_candidates`.
         out_slots: as there.

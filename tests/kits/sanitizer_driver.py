@@ -422,8 +422,10 @@ class ChainCall:
         select_candidates(logits, chosen, n, path.k, next_n=path.next_n, out=out, out_slots=slots,
                           block_table=table, page_size=path.block_size, backend="cuda")  # fmt: skip
         again, places = (self._filled(path.k, -7, torch.int32) for _ in range(2))
-        candidate_select(*pages, chosen, n, table, path.k, dtype=self.dtype, page_table=table,
-                         page_size=path.block_size, out=again, out_slots=places, **more)  # fmt: skip
+        candidate_select(
+            *pages, chosen, n, table, path.k, dtype=self.dtype, page_table=table,
+            page_size=path.block_size, out=again, out_slots=places, **more,
+        )  # fmt: skip
         if not (torch.equal(again, out) and torch.equal(places, slots)):
             raise AssertionError(f"{path.name}: the chain selects otherwise")
         longest = max(1, int(case.lengths.max()))

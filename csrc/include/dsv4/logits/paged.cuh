@@ -25,11 +25,11 @@ struct PagedConfig {
   using Page = dsv4::Page<kPageKeys>;
   static constexpr int kHeads = kHeads_;
   static constexpr int kRows = kRows_;
-  // Blocks of keys in the ring: of one row as many as four CTAs have room for where a multiprocessor
-  // is not kept busy by 64 heads (64 x 256K: 588 us, with five 543).
+  // Blocks of keys in the ring: of one row as many as four CTAs have room for where a
+  // multiprocessor is not kept busy by 64 heads (64 x 256K: 588 us, with five 543).
   static constexpr int kStages = kRows == 1 && kHeads == 64 ? 4 : 5;
   static constexpr int kCtas = kRows == 1 ? 4 : 2;  // a multiprocessor
-  static constexpr bool kMaxima = kMaxima_;        // of pieces are written
+  static constexpr bool kMaxima = kMaxima_;         // of pieces are written
 };
 
 // Rows first ... first + count - 1 of a request, at most kRows; `row` is the first of them among

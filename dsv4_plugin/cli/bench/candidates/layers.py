@@ -92,8 +92,10 @@ class PluginOps:
                                backend=self.backend)  # fmt: skip
 
     def _among(self, g: Group, candidates: torch.Tensor) -> None:
-        ops.candidate_select(g.q, self.pool.cache, g.weights, candidates, self.lengths, g.table,
-                             self.k, dtype=self.dtype, out=self.out, backend=self.backend)  # fmt: skip
+        ops.candidate_select(
+            g.q, self.pool.cache, g.weights, candidates, self.lengths, g.table, self.k,
+            dtype=self.dtype, out=self.out, backend=self.backend,
+        )  # fmt: skip
 
     def consumer(self, g: Group) -> None:
         """A layer that uses candidates."""
@@ -154,7 +156,10 @@ class PluginOps:
         if not bool(same_bits(self.scored, masked).all()):
             return "candidate_logits: other scores than paged_logits"
         best = oracle.selection(masked, lists, n, self.k)
-        for op, call in (("select_candidates", self.select_candidates), ("consumer", self.consumer)):
+        for op, call in (
+            ("select_candidates", self.select_candidates),
+            ("consumer", self.consumer),
+        ):
             self.out.fill_(-7)
             call(g)
             if not torch.equal(self.out, best):
