@@ -173,7 +173,7 @@ DRILLS = (
         _fault("candidate_seam"), never=("candidates.source", "candidates.consumer"),
         upstream=False, kind=model.V41,
     ),
-    *map(_candidates, ("block_maxima", "select_blocks", "candidate_logits", "select_candidates")),
+    *map(_candidates, ("block_maxima", "select_blocks", "candidate_select")),
 )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ is how the two talk:
 The plugin's own status file (``DSV4_STATUS_DIR``) is written whenever a counter changes.
 
 ``E2E_FAULT`` breaks something of the plugin's, for drills (:mod:`.drills`): the name of an op
-(``topk``, ``logits``, ``gather``, ``block_maxima``, ``select_blocks``, ``candidate_logits``,
-``select_candidates``) makes that op raise at every call, ``capability`` makes the plugin see a GPU
+(``topk``, ``logits``, ``gather``, ``block_maxima``, ``select_blocks``,
+``candidate_select``) makes that op raise at every call, ``capability`` makes the plugin see a GPU
 of compute capability 7.5; an engine's side has further ones.
 """
 
@@ -49,8 +49,7 @@ FAULTS = {
     "gather": ("dsv4_plugin", "gather_indexer_cache"),
     "block_maxima": ("dsv4_plugin.ops.candidates", "block_maxima"),
     "select_blocks": ("dsv4_plugin.ops.candidates", "select_blocks"),
-    "candidate_logits": ("dsv4_plugin.ops.candidates", "candidate_logits"),
-    "select_candidates": ("dsv4_plugin.ops.candidates", "select_candidates"),
+    "candidate_select": ("dsv4_plugin.ops.candidates", "candidate_select"),
     "capability": ("dsv4_plugin.ops.dispatch", "capability"),
 }
 

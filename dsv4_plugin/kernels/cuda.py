@@ -28,6 +28,7 @@ __all__ = [
     "block_maxima",
     "candidate_logits",
     "candidate_logits_ragged",
+    "candidate_select",
     "gather_indexer_cache",
     "missing",
     "paged_logits",
@@ -111,6 +112,45 @@ select_blocks = _compiled("dsv4_select_blocks", fixed=True)
 candidate_logits = _compiled("dsv4_candidate_logits", fixed=True)
 candidate_logits_ragged = _compiled("dsv4_candidate_logits_ragged", fixed=True)
 select_candidates = _compiled("dsv4_select_candidates", fixed=True)
+
+
+def candidate_select(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    weights: torch.Tensor,
+    candidates: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    logits: torch.Tensor,
+    out: torch.Tensor,
+    out_slots: torch.Tensor | None,
+    out_counts: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    k: int,
+    block_size: int,
+    page_size: int,
+    piece: int,
+) -> None:
+    """Score the keys of the candidates into ``logits`` and select the ``k`` best.
+
+    See :func:`dsv4_plugin.candidate_select`. The second kernel begins before the first one ends,
+    and counts on being the next one in the stream.
+    """
+    candidate_logits(
+        q, pages, weights, candidates, lengths, block_table, logits, None, block_size, piece
+    )
+    _function("dsv4_select_behind_logits")(
+        logits,
+        candidates,
+        lengths,
+        out,
+        out_slots,
+        out_counts,
+        page_table,
+        k,
+        q.shape[1],
+        page_size,
+    )
 
 
 def topk_with(

@@ -17,6 +17,7 @@ __all__ = [
     "block_maxima",
     "candidate_logits",
     "candidate_logits_ragged",
+    "candidate_select",
     "select_blocks",
     "select_candidates",
 ]
@@ -244,3 +245,33 @@ def select_candidates(
         if block_table.shape[0] != rows:
             block_table = block_table.repeat_interleave(next_n, 0)
         out_slots.copy_(reference.to_slots(position, block_table, page_size))
+
+
+def candidate_select(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    weights: torch.Tensor,
+    candidates: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    logits: torch.Tensor,
+    out: torch.Tensor,
+    out_slots: torch.Tensor | None,
+    out_counts: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    k: int,
+    block_size: int,
+    page_size: int,
+    piece: int,
+) -> None:
+    """Score the keys of the candidates into ``logits`` and select the ``k`` best.
+
+    See :func:`dsv4_plugin.candidate_select`.
+    """
+    candidate_logits(
+        q, pages, weights, candidates, lengths, block_table, logits, None, block_size, piece
+    )
+    select_candidates(
+        logits, candidates, lengths, out, out_slots, out_counts, page_table, k, q.shape[1],
+        page_size, piece,
+    )  # fmt: skip

@@ -6,6 +6,7 @@ keys ``piece · b … piece · b + piece - 1``. A row sees its first ``length`` 
 block is block ``(length - 1) // piece``, the only one that it may see in part.
 
     block_maxima ─► select_blocks ─► candidates ─► candidate_logits ─► select_candidates ─► indices
+                                                   └────────── candidate_select ──────────┘
 
 **Candidates** are int32 ``[rows, K]``: a row's blocks in ascending order, each one that the row
 sees, then -1. :func:`select_blocks` writes them so, and the promises below are for such candidates.
@@ -39,6 +40,7 @@ __all__ = [
     "block_maxima",
     "candidate_logits",
     "candidate_logits_ragged",
+    "candidate_select",
     "select_blocks",
     "select_candidates",
 ]
@@ -67,6 +69,10 @@ def _new_scores(candidates: torch.Tensor, piece: int, dtype: torch.dtype, **_: A
 
 def _new_blocks(maxima: torch.Tensor, k: int, **_: Any) -> torch.Tensor:
     return indices(maxima, k)
+
+
+def _new_chosen(candidates: torch.Tensor, k: int, **_: Any) -> torch.Tensor:
+    return indices(candidates, k)
 
 
 @op(_new_maxima, outputs=("out", "logits"))
@@ -421,24 +427,10 @@ def select_candidates(
             f"candidates, got {columns}"
         )
     checks.lengths_for(lengths, rows, next_n, device)
-    if block_table is not None:
-        checks.table("block_table", block_table, rows, next_n, device)
-    elif out_slots is not None:
-        raise ValueError("out_slots needs block_table, which has the pages of the slots")
-    shape, given = (rows, k), out
-    if out is None:
-        out = indices(logits, k)
-    else:
-        checks.out_matrix("out", out, shape, (torch.int32,), device, "logits")
-    if out_slots is not None:
-        checks.out_matrix("out_slots", out_slots, shape, (torch.int32,), device, "logits")
-    if out_counts is not None:
-        checks.out_vector("out_counts", out_counts, rows, device, "logits")
-    checks.separate(
-        (("out", given), ("out_slots", out_slots), ("out_counts", out_counts)),
-        (("logits", logits), ("candidates", candidates), ("lengths", lengths),
-         ("block_table", block_table)),
-    )  # fmt: skip
+    inputs = ("logits", logits), ("candidates", candidates), ("lengths", lengths)
+    out = _chosen(
+        "logits", logits, k, out, out_slots, out_counts, "block_table", block_table, next_n, inputs
+    )
     if rows:
         held = candidates.shape[1]
         call = Call("select_candidates", device, logits.dtype, k, piece=piece, candidates=held)
@@ -447,6 +439,121 @@ def select_candidates(
             page_size, piece,
         )  # fmt: skip
     return out
+
+
+@op(_new_chosen, outputs=("out", "out_slots", "out_counts"))
+def candidate_select(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weights: torch.Tensor,
+    candidates: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    k: int,
+    *,
+    block_size: int = 64,
+    piece: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    page_table: torch.Tensor | None = None,
+    page_size: int = 64,
+    out: torch.Tensor | None = None,
+    out_slots: torch.Tensor | None = None,
+    out_counts: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Score the keys of every row's candidates and select the ``k`` best: a layer's work in decode.
+
+    The answer is that of :func:`select_candidates` on :func:`candidate_logits`, with the promises
+    of both, and comes sooner: with few rows the selection reads lengths and candidates while the
+    scores are still being made. All arguments are checked before anything is computed.
+
+    Args:
+        q: as in :func:`candidate_logits`.
+        cache: as there.
+        weights: as there.
+        candidates: as there.
+        lengths: as there.
+        block_table: as there.
+        k: as in :func:`select_candidates`.
+        block_size: keys a page of ``cache``.
+        piece: keys a block.
+        dtype: what is selected on, bfloat16, float16 or float32.
+        page_table: ``[rows, pages]`` or ``[batch, pages]`` int32 page numbers for ``out_slots``,
+            the ``block_table`` of :func:`select_candidates`; may be ``block_table``.
+        page_size: keys a page of ``page_table``.
+        out: as in :func:`select_candidates`.
+        out_slots: as there.
+        out_counts: as there.
+        backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
+
+    Returns:
+        ``out``, or a new ``[rows, k]`` int32 tensor.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
+        UnmetError: ``backend`` cannot serve the call.
+
+    Source: vLLM's dense logits, ``apply_candidate_mask`` and top-k of a layer with candidates.
+    """
+    checks.size("k", k)
+    checks.size("piece", piece)
+    checks.size("page_size", page_size)
+    checks.dtype_in("dtype", dtype, checks.LOGITS_DTYPES)
+    q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
+    batch, next_n, heads, head_dim = q.shape
+    checks.candidates(candidates, batch * next_n, q.device, "q")
+    inputs = (("q", q), ("cache", cache), ("weights", weights), ("candidates", candidates),
+              ("lengths", lengths), ("block_table", block_table))  # fmt: skip
+    out = _chosen(
+        "q", candidates, k, out, out_slots, out_counts, "page_table", page_table, next_n, inputs
+    )
+    if batch * next_n:
+        call = Call(
+            "candidate_select", q.device, dtype, k, head_dim=head_dim, heads=heads,
+            block_size=block_size, piece=piece, candidates=candidates.shape[1],
+            alignment=alignment(pages, q),
+        )  # fmt: skip
+        has_keys = pages.shape[0] > 0 and block_table.shape[1] > 0
+        run = resolve(call, backend, has_keys=has_keys)
+        run(
+            q, pages, weights, candidates, lengths, block_table,
+            _new_scores(candidates, piece, dtype), out, out_slots, out_counts, page_table, k,
+            block_size, page_size, piece,
+        )  # fmt: skip
+    return out
+
+
+def _chosen(
+    owner: str,
+    rows_of_it: torch.Tensor,
+    k: int,
+    out: torch.Tensor | None,
+    out_slots: torch.Tensor | None,
+    out_counts: torch.Tensor | None,
+    table_name: str,
+    table: torch.Tensor | None,
+    next_n: int,
+    inputs: tuple[tuple[str, torch.Tensor], ...],
+) -> torch.Tensor:
+    """Check the outputs of a selection and the table of their slots; return ``out`` or a new one.
+
+    ``rows_of_it`` has the rows, on the device that is ``owner``'s.
+    """
+    rows, device = rows_of_it.shape[0], rows_of_it.device
+    if table is not None:
+        checks.table(table_name, table, rows, next_n, device)
+    elif out_slots is not None:
+        raise ValueError(f"out_slots needs {table_name}, which has the pages of the slots")
+    for name, given in (("out", out), ("out_slots", out_slots)):
+        if given is not None:
+            checks.out_matrix(name, given, (rows, k), (torch.int32,), device, owner)
+    if out_counts is not None:
+        checks.out_vector("out_counts", out_counts, rows, device, owner)
+    checks.separate(
+        (("out", out), ("out_slots", out_slots), ("out_counts", out_counts)),
+        (*inputs, (table_name, table)),
+    )
+    return indices(rows_of_it, k) if out is None else out
 
 
 def _scores_out(

@@ -78,6 +78,7 @@ _FORMS: dict[str, dict[str, str]] = {
             "select_blocks",
             "candidate_logits",
             "candidate_logits_ragged",
+            "candidate_select",
             "select_candidates",
         )
     },
@@ -85,7 +86,8 @@ _FORMS: dict[str, dict[str, str]] = {
 
 
 _READS = ("read", "read_mxfp4", "gather")
-_PAGED = ("paged_logits", "block_maxima", "candidate_logits")  # by the matrix unit, from pages
+# by the matrix unit, from pages
+_PAGED = ("paged_logits", "block_maxima", "candidate_logits", "candidate_select")
 
 
 def _unmet_cuda(call: Call) -> list[str]:

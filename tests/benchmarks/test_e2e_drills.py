@@ -72,12 +72,12 @@ def test_a_v41_model_has_drills_of_its_own(tmp_path: Path) -> None:
     assert found["model"]["model_type"] == "deepseek_v41"
     by_name = {d["name"]: d for d in found["drills"]}
     assert list(by_name) == ["off", *own]
-    assert by_name["candidate_logits"]["environment"]["E2E_FAULT"] == "candidate_logits"
-    assert by_name["candidate_logits"]["said"] == [
+    assert by_name["candidate_select"]["environment"]["E2E_FAULT"] == "candidate_select"
+    assert by_name["candidate_select"]["said"] == [
         "topk failed at a call and was switched off (RuntimeError: drill: "
-        "candidate_logits); the engine serves"
+        "candidate_select); the engine serves"
     ]
-    assert len(own) == 6
+    assert len(own) == 5
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from dsv4_plugin import (
     block_maxima,
     candidate_logits,
     candidate_logits_ragged,
+    candidate_select,
     gather_indexer_cache,
     paged_logits,
     ragged_logits,
@@ -366,6 +367,12 @@ def columns_in_place_of_positions(logits, chosen, lengths, k, **named):
     return select_candidates(logits, every, lengths, k, **named)
 
 
+def a_key_beside(*arguments, **named):
+    out = candidate_select(*arguments, **named)
+    out[:, :1] += 1
+    return out
+
+
 def holes_are_keys(logits, chosen, lengths, k, **named):
     """Candidates that are none are taken for block 0."""
     return select_candidates(logits, chosen.clamp(min=0), lengths, k, **named)
@@ -381,6 +388,7 @@ CANDIDATE_MISTAKES = {  # op, function, what is said, rows that remain
     "the first key": ("candidate_logits_ragged", from_the_first_key, "all keys|row sees", 1),
     "columns": ("select_candidates", columns_in_place_of_positions, "stable sort|does not see", 1),
     "holes": ("select_candidates", holes_are_keys, "stable sort|count", 1),
+    "another key": ("candidate_select", a_key_beside, "stable sort|does not see|slot", 1),
 }
 
 
@@ -400,6 +408,7 @@ def test_no_input_of_the_logits_may_be_written_to():
         "select_blocks": ("the scores", "lengths"),
         "candidate_logits": ("q", "the cache", "weights", "candidates", "lengths", "block_table"),
         "candidate_logits_ragged": ("q", "k", "k_scale", "weights", "candidates", "row_starts"),
+        "candidate_select": ("q", "the cache", "weights", "candidates", "lengths", "block_table"),
         "select_candidates": ("the scores", "candidates", "lengths"),
     }
     for op, names in cases.items():
@@ -471,7 +480,7 @@ def test_a_case_that_names_cuda_is_one_that_the_kernels_take():
     from dsv4_plugin.cli.fuzz.logits_run import problem_of
 
     ops = ("paged_logits", "ragged_logits", "select", "block_maxima", "candidate_logits",
-           "candidate_logits_ragged")  # fmt: skip
+           "candidate_logits_ragged", "candidate_select")  # fmt: skip
     for op in ops:
         looked_at = 0
         for seed in range(60):

@@ -143,7 +143,7 @@ def drilled() -> tuple[str, dict[str, int]]:
     if fault == "candidate_seam":
         why = "the engine's own code stays at candidates (vllm.….select_candidate_blocks takes …)"
         return why, all_of_it
-    if fault in ("block_maxima", "select_blocks", "candidate_logits", "select_candidates"):
+    if fault in ("block_maxima", "select_blocks", "candidate_select"):
         return f"topk {off} {fault}); the engine serves", {**upstream, "gather": 1}
     if fault in ("topk", "logits"):
         return f"topk {off} {fault}); upstream serves", {**upstream, "gather": 1}

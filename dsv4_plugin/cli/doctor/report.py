@@ -246,6 +246,7 @@ def _ops() -> Data:
             "candidate_logits",
             "candidate_logits_ragged",
             "select_candidates",
+            "candidate_select",
         )
         for dtype in (torch.bfloat16, torch.float32)
     ]

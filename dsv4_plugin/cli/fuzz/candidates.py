@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from dsv4_plugin.cli.checks import candidate_oracles as oracle
-from dsv4_plugin.cli.checks.oracles import Wrong, same_bits
+from dsv4_plugin.cli.checks.oracles import Wrong, same_bits, slots_of
 from dsv4_plugin.cli.fuzz.case import CaseError, flag, number, one_of
 from dsv4_plugin.cli.fuzz.logits import (
     DTYPES,
@@ -34,10 +34,12 @@ __all__ = [
     "BlockMaximaCase",
     "CandidateLogitsCase",
     "CandidateLogitsRaggedCase",
+    "CandidateSelectCase",
     "candidates_of",
     "draw_candidates",
     "draw_maxima",
     "draw_ragged",
+    "draw_select",
     "run",
 ]
 
@@ -109,6 +111,20 @@ class CandidateLogitsCase(_Candidates, PagedLogitsCase):
 
 
 @dataclass(frozen=True)
+class CandidateSelectCase(_Candidates, PagedLogitsCase):
+    """One call of the chain to indices, in which ``counted`` means out_counts."""
+
+    op: ClassVar[str] = "candidate_select"
+    k: int = number(512, 1, 2048, "k")
+    slots: int = flag("out_slots, by the block table")
+
+    def _plainer(self, **more: Any) -> Iterator[Any]:
+        yield from super()._plainer(**more, slots=0)
+        for k in smaller(self.k):
+            yield self.but(k=k)
+
+
+@dataclass(frozen=True)
 class CandidateLogitsRaggedCase(_Candidates, RaggedLogitsCase):
     """One call of the candidates' logits on gathered keys."""
 
@@ -153,6 +169,14 @@ def draw_candidates(seed: int, device: str, backends: tuple[str, ...]) -> Candid
     return _with_candidates(r, case, device, backends)
 
 
+def draw_select(seed: int, device: str, backends: tuple[str, ...]) -> CandidateSelectCase:
+    """Draw chains to indices, of as many scores."""
+    r = random.Random(f"candidate_select {seed}")
+    case = paged_case(r, CandidateSelectCase, device, backends, _PAGES)
+    case = _with_candidates(r, case, device, backends)
+    return case.but(k=r.choice((512, 512, 2048, 1, 7, 64)), slots=r.randint(0, 1))
+
+
 def draw_ragged(seed: int, device: str, backends: tuple[str, ...]) -> CandidateLogitsRaggedCase:
     """Draw candidates' logits on gathered keys, as many."""
     r = random.Random(f"candidate_logits_ragged {seed}")
@@ -186,7 +210,14 @@ def candidates_of(case: Any, n: list[int], first: int, step: int) -> torch.Tenso
 def run(case: Any, device: str, op: Callable[..., Any]) -> None:
     """Run a case with ``op`` and raise :class:`Wrong` for what is not as promised."""
     problem = problem_of(case, device)
-    run_parts(problem, (_maxima if isinstance(case, BlockMaximaCase) else _scored)(problem, op))
+    parts = (
+        _maxima
+        if isinstance(case, BlockMaximaCase)
+        else _selected
+        if isinstance(case, CandidateSelectCase)
+        else _scored
+    )
+    run_parts(problem, parts(problem, op))
 
 
 def _dense(problem: Any, columns: int = 0) -> torch.Tensor:
@@ -264,15 +295,12 @@ def _maxima(problem: Any, op: Callable[..., Any]) -> Parts:
     return call, clean, check
 
 
-def _scored(problem: Any, op: Callable[..., Any]) -> Parts:
-    case, rows = problem.case, problem.rows
-    dtype, columns = DTYPES[case.dtype], case.out_columns
-    out = problem.scratch()
+def _lists(problem: Any) -> torch.Tensor:
+    """Make the candidates, which are drawn anew with everything else."""
+    case = problem.case
     chosen = problem.guarded(
-        "candidates", rows, case.held, torch.int32, stride=case.held + case.c_gap
+        "candidates", problem.rows, case.held, torch.int32, stride=case.held + case.c_gap
     )
-    count = problem.vector("out_lengths", rows) if case.counted else None
-    at = 4 if isinstance(case, RaggedLogitsCase) else 3  # where candidates stand
 
     def draw(step: int) -> None:
         n = _keys_seen(problem).tolist()
@@ -280,6 +308,16 @@ def _scored(problem: Any, op: Callable[..., Any]) -> Parts:
 
     problem.more = draw
     problem.fill(0)
+    return chosen
+
+
+def _scored(problem: Any, op: Callable[..., Any]) -> Parts:
+    case, rows = problem.case, problem.rows
+    dtype, columns = DTYPES[case.dtype], case.out_columns
+    out = problem.scratch()
+    count = problem.vector("out_lengths", rows) if case.counted else None
+    at = 4 if isinstance(case, RaggedLogitsCase) else 3  # where candidates stand
+    chosen = _lists(problem)
 
     def call() -> torch.Tensor:
         given = problem.arguments()
@@ -306,5 +344,50 @@ def _scored(problem: Any, op: Callable[..., Any]) -> Parts:
             raise_wrong(~right[:, None], f"{context}out_lengths is not what the row sees")
             wrong &= _first(count, columns)
         raise_wrong(wrong, f"{context}a score is not that of all keys")
+
+    return call, clean, check
+
+
+def _selected(problem: Any, op: Callable[..., Any]) -> Parts:
+    case, rows, k = problem.case, problem.rows, problem.case.k
+
+    def indices(name: str) -> torch.Tensor:
+        return problem.output(name, rows, k, torch.int32, stride=k + case.gap)
+
+    out = indices("out") if case.out >= 0 or case.graph else None
+    slots = indices("out_slots") if case.slots else None
+    counts = problem.vector("out_counts", rows) if case.counted else None
+    chosen = _lists(problem)
+
+    def call() -> torch.Tensor:
+        given = problem.arguments()
+        return op(
+            *given[:3], chosen, *given[3:], k, piece=case.piece, dtype=DTYPES[case.dtype],
+            page_table=problem.table if case.slots else None, page_size=case.block, out=out,
+            out_slots=slots, out_counts=counts, backend=case.backend, **problem.keywords(),
+        )  # fmt: skip
+
+    def clean() -> None:
+        for tensor in (slots, counts):
+            if tensor is not None:
+                dirty(tensor)
+
+    def check(got: torch.Tensor, context: str) -> None:
+        if (tuple(got.shape), got.dtype) != ((rows, k), torch.int32):
+            raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
+        n = problem.per_row
+        if slots is not None:
+            want = slots_of(got, problem.table, case.block, problem.next_n)
+            raise_wrong(slots.ne(want), f"{context}a slot is not the page's")
+        if case.chosen == "any":
+            seen = (got == -1) | ((got >= 0) & (got < n[:, None]))
+            raise_wrong(~seen, f"{context}a position that the row does not see")
+            return
+        scored = oracle.scores(_dense(problem), chosen, _keys_seen(problem), case.piece)
+        want = oracle.selection(scored, chosen, n, k, case.piece)
+        raise_wrong(got.ne(want), f"{context}not what a stable sort selects")
+        if counts is not None:
+            right = counts.long() == oracle.visible(chosen, n, case.piece).clamp(max=k)
+            raise_wrong(~right[:, None], f"{context}out_counts is not what the row has")
 
     return call, clean, check

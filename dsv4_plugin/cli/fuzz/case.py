@@ -48,6 +48,7 @@ def function_of(name: str) -> Callable[..., Any]:
         "select_blocks": ours.select_blocks,
         "candidate_logits": ours.candidate_logits,
         "candidate_logits_ragged": ours.candidate_logits_ragged,
+        "candidate_select": ours.candidate_select,
         "select_candidates": ours.select_candidates,
     }
     return functions[name]

@@ -63,6 +63,9 @@ OPS: dict[str, Op] = {
     "candidate_logits_ragged": Op(
         candidates.CandidateLogitsRaggedCase, candidates.draw_ragged, candidates.run, 1
     ),
+    "candidate_select": Op(
+        candidates.CandidateSelectCase, candidates.draw_select, candidates.run, 1
+    ),
     "select_candidates": Op(
         candidate_selections.SelectCandidatesCase,
         candidate_selections.draw_candidates,

@@ -36,7 +36,7 @@ ENGINES = ("vllm", "sglang", "flashinfer", "torch")  # whose kernels --against l
 # The ops that `fuzz` draws cases of.
 FUZZED = ("topk", "read", "read_mxfp4", "gather", "paged_logits", "ragged_logits", "select",
           "block_maxima", "select_blocks", "candidate_logits", "candidate_logits_ragged",
-          "select_candidates")  # fmt: skip
+          "candidate_select", "select_candidates")  # fmt: skip
 
 # Drawn scores -> what they are.
 RECALL_KINDS = {

@@ -304,25 +304,18 @@ def _from_zero(call: Deferred) -> dict[str, Any]:
 def _select_among_candidates(
     call: Deferred, k: int, out: torch.Tensor, paged: Paged | None
 ) -> None:
-    backend, blocks = call.selection.backend, call.candidates
-    assert blocks is not None
-    rows, columns = blocks.shape[0], blocks.shape[1] * PIECE
-    scores = new_logits(rows, columns, DTYPES[call.selection.dtype], out.device)
-    # Not read: with it, columns past a row's visible keys are not written.
-    visible = torch.empty(rows, dtype=torch.int32, device=out.device)
+    assert call.candidates is not None
     q, cache, table = call.q, call.keys, call.table
     if table is None:
         assert call.gather is not None and call.window is not None
         q, cache = q[:, None], call.gather.cache
         table = call.gather.tables(call.window[0], call.columns)
-    ops.candidate_logits(
-        q, cache, call.weights, blocks, call.lengths, table,
-        block_size=cache.shape[1], out=scores, out_lengths=visible, backend=backend,
-    )  # fmt: skip
-    ops.select_candidates(
-        scores, blocks, call.lengths, k, next_n=call.next_n, out=out, backend=backend,
-        block_table=None if paged is None else paged.table,
+    ops.candidate_select(
+        q, cache, call.weights, call.candidates, call.lengths, table, k,
+        block_size=cache.shape[1], dtype=DTYPES[call.selection.dtype], out=out,
+        page_table=None if paged is None else paged.table,
         page_size=64 if paged is None else paged.page_size,
         out_slots=None if paged is None else paged.slots,
         out_counts=None if paged is None else paged.counts,
+        backend=call.selection.backend,
     )  # fmt: skip

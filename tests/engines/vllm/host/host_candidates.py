@@ -248,7 +248,7 @@ def test_narrow_prefill_chunks_are_scored_whole(engine, on, monkeypatch):
     from dsv4_plugin.engines.vllm import candidates
 
     used = []
-    for name in ("candidate_logits", "candidate_logits_ragged"):
+    for name in ("candidate_select", "candidate_logits_ragged"):
         own = getattr(candidates.ops, name)
         monkeypatch.setattr(
             candidates.ops,
@@ -297,7 +297,7 @@ def test_keys_are_gathered_for_a_reader_only(engine, on, monkeypatch, batch, wid
     monkeypatch.setattr(candidates, "WHOLE_COLUMNS", 0 if wide else 1 << 20)
     monkeypatch.setenv("DSV4_TOPK", "fp32")
     if broken:
-        name = "engines.vllm.candidates.ops.select_candidates" if wide else "topk"
+        name = "engines.vllm.candidates.ops.candidate_select" if wide else "topk"
         real, seen = dsv4_plugin.topk, []
 
         def fails_at_the_consumer(*args, **kwargs):
@@ -362,8 +362,7 @@ def check_same_scores(model, got, want):
 BROKEN = {
     "block_maxima": "source",
     "select_blocks": "source",
-    "candidate_logits": "consumer",
-    "select_candidates": "consumer",
+    "candidate_select": "consumer",
 }
 
 
@@ -475,8 +474,7 @@ NO_BLOCKS = "the plugin selects no candidate blocks here, and vLLM's are in no o
 SAID = {  # of each kind what the line says of the top-k: how it is done, or why vLLM does it
     "all served": ((), {}, (SERVED, SERVED, SERVED)),
     "no library": (
-        ("block_maxima", "select_blocks", "candidate_logits", "select_candidates", "paged_logits",
-         "ragged_logits"),
+        ("block_maxima", "select_blocks", "candidate_select", "paged_logits", "ragged_logits"),
         {},
         ("fp32 by torch on the engine's float32 logits",  # or bf16, where it can write that
          f"the engine's ({OWN}; {NO_LIBRARY})",
@@ -606,7 +604,7 @@ def requests_of(monkeypatch):
     seen = []
     for module, name in (
         (candidates.ops, "block_maxima"),
-        (candidates.ops, "candidate_logits"),
+        (candidates.ops, "candidate_select"),
         (logits, "paged_logits"),
     ):
         own = getattr(module, name)

@@ -93,7 +93,7 @@ def test_an_upstream_that_publishes_other_blocks_is_seen(engine, monkeypatch, sp
     assert found["agree"] < found["entries"] and found["equal"] < found["rows"]
 
 
-WRONG = {"select_blocks": "blocks", "select_candidates": "decode"}
+WRONG = {"select_blocks": "blocks", "candidate_select": "decode"}
 
 
 @pytest.mark.parametrize("op", WRONG)
@@ -108,9 +108,12 @@ def test_a_wrong_plugin_is_a_warning(engine, monkeypatch, op, caplog):
         answer = real(scores, *args, **kwargs)
         out = kwargs["out"]
         at = out.clamp_min(0).long()
-        if op == "select_candidates":  # its columns are those of the candidates
-            blocks = args[0].long()
-            at = (out[:, :, None] // 8 == blocks[:, None]).int().argmax(2) * 8 + out % 8
+        if op == "candidate_select":  # its first argument are the queries
+            cache, weights, _, lengths, table, _ = args
+            scores = candidates.paged_logits(
+                scores, cache, weights, lengths, table, block_size=kwargs["block_size"],
+                dtype=torch.float32,
+            )  # fmt: skip
         value = scores.gather(1, at.clamp(0, scores.shape[1] - 1)).masked_fill(out < 0, -torch.inf)
         if op == "select_blocks":  # infinity is the newest block's
             value = value.masked_fill(value == torch.inf, -torch.inf)
