@@ -19,7 +19,7 @@ __all__ = ["Client", "at_once", "random_prompt", "together"]
 T = TypeVar("T")
 R = TypeVar("R")
 
-FIRST_WORD = 3  # below are the special tokens
+FIRST_WORD = 8  # below are the special tokens
 WORDS = 19_000  # of the tokenizer that examples/make_tiny_v4.py writes
 
 
