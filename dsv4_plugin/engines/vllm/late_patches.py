@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,17 +86,12 @@ def patch_slots(now: VllmAdapter) -> None:
 
 
 class IndexerOp:
-    """In place of ``torch.ops.vllm.sparse_attn_indexer``: the same op, by :func:`.fill.run_op`.
+    """In place of ``torch.ops.vllm.sparse_attn_indexer``: the same op, by :func:`.fill.run_op`."""
 
-    vLLM's breakable CUDA graphs keep the function below the op, and call it eagerly at a replay.
-    ``breaks`` is vLLM's decorator for that: with it the graph keeps this stand-in.
-    """
-
-    def __init__(self, breaks: Callable[[Any], Any]) -> None:
+    def __init__(self) -> None:
         self.resolved: Any = torch.ops.vllm.sparse_attn_indexer
         arguments = self.resolved.default._schema.arguments
-        at = {argument.name: place for place, argument in enumerate(arguments)}
-        self._run = breaks(lambda *args, **kwargs: fill.run_op(self.resolved, at, args, kwargs))
+        self.at = {argument.name: place for place, argument in enumerate(arguments)}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.resolved, name)
@@ -106,7 +100,7 @@ class IndexerOp:
         """Call the op."""
         if torch.compiler.is_compiling():
             return self.resolved(*args, **kwargs)
-        return self._run(*args, **kwargs)
+        return fill.run_op(self.resolved, self.at, args, kwargs)
 
 
 def unmet_op(now: VllmAdapter, config: Any) -> list[str]:
@@ -121,8 +115,7 @@ def unmet_op(now: VllmAdapter, config: Any) -> list[str]:
 def patch_op(now: VllmAdapter) -> None:
     """Stand in for the indexer's op."""
     if not now.patches.get("topk.fill"):
-        op = IndexerOp(getattr(now.indexer, "eager_break_during_capture", lambda run: run))
-        patch = now.ledger.replace(torch.ops.vllm, "sparse_attn_indexer", op, OP)
+        patch = now.ledger.replace(torch.ops.vllm, "sparse_attn_indexer", IndexerOp(), OP)
         now.patches["topk.fill"] = [patch]
 
 

@@ -140,9 +140,8 @@ SEAMS = (
             ),
         ),
         puts="the same op, with that argument in batches of nothing but decode rows; it also tells "
-        "which kind of layer calls, and whose the rows of a draft are. Breakable graphs keep it "
-        "for their eager calls. Only where the model is not compiled, so that no compiler traces "
-        "the call",
+        "which kind of layer calls, and whose the rows of a draft are. Only where the model is not "
+        "compiled, so that no compiler traces the call",
         why="vLLM fills every row with -1 before every selection, in a kernel of its own, and the "
         "layer never passes the argument",
         until="the layer passes it, or vLLM's top-k is known to write every row",

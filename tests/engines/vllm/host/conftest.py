@@ -16,6 +16,7 @@ import torch
 from kits.told import forget
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] = "1"  # vLLM's own choice for DeepSeek-V4 and V4.1
 
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 

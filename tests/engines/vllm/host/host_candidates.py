@@ -720,11 +720,11 @@ class Segment:
 
 @pytest.mark.parametrize("batch", ["mixed", "two rows a request"])
 def test_a_breakable_graph_is_served_at_every_replay(engine, on, monkeypatch, batch):
-    """vLLM records the eager call of the indexer once, and makes it again with other batches."""
+    """vLLM's attention breaks the graph around the indexer's layer, and a replay calls that."""
+    attention = importlib.import_module("vllm.models.deepseek_v41.attention").DeepseekV4Attention
     breakable = importlib.import_module("vllm.compilation.breakable_cudagraph")
     monkeypatch.setattr(breakable, "weak_ref_tensor", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Segment)
-    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")  # to 0.32 the decorator asks for it
     model = Model(engine, BATCHES[batch])
     layers = model.build()
     graph = breakable.BreakableCUDAGraphCapture()
@@ -738,7 +738,13 @@ def test_a_breakable_graph_is_served_at_every_replay(engine, on, monkeypatch, ba
     def record():
         with graph:
             for layer, problem in zip(layers, model.problems, strict=True):
-                layer(problem.hidden, problem.query, None, problem.weights)
+                owner = types.SimpleNamespace(
+                    indexer=types.SimpleNamespace(indexer_op=layer), forward_mqa=lambda *_: None
+                )
+                q = problem.query
+                attention._sparse_indexer_and_attn(
+                    owner, problem.hidden, q, None, problem.weights, q, q, q, q
+                )
 
     step(record)
     assert graph.num_eager_breaks == 3
