@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.server import measure, model
-from benchmarks.server.options import about, add_common, checked, make_server, place, words
+from benchmarks.server.options import about, add_common, checked, make_server, place
 from benchmarks.server.server import stop
 from benchmarks.tool import tool
 from dsv4_plugin.cli.ab import AbError
 from dsv4_plugin.cli.ab.console import Console
+from dsv4_plugin.cli.ab.engines import split
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import Parser, UsageError, held, interruptible
 
@@ -46,7 +47,7 @@ def _arguments(text: str) -> tuple[str, list[str]]:
     name, equals, rest = text.partition("=")
     if not name or not equals:
         raise UsageError("must be NAME=ARGUMENTS")
-    return name, words(rest)
+    return name, split(rest, "--arguments")
 
 
 def _crowd(text: str) -> tuple[int, int]:

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.server.engines import ENGINES, Engine
 from benchmarks.server.model import Model
 from benchmarks.server.server import Server
+from dsv4_plugin.cli.ab import environment
 from dsv4_plugin.cli.ab.console import Console
+from dsv4_plugin.cli.ab.engines import split
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import UsageError
 from dsv4_plugin.cli.shared.secrets import Secrets
 
-__all__ = ["about", "add_common", "engine", "checked", "make_server", "place", "words"]
+__all__ = ["about", "add_common", "engine", "checked", "make_server", "place"]
 
 
 def add_common(
@@ -53,20 +52,12 @@ def add_common(
     )
     add(
         "--server-command",
-        type=words,
+        type=partial(split, option="--server-command"),
         metavar="COMMAND",
         help="what gets the model and the arguments (default: the engine's, of this Python)",
     )
     add("--commit", help="of the plugin, where neither git nor the version says it")
     add("serve", nargs="*", help="after --: further arguments for every server")
-
-
-def words(text: str) -> list[str]:
-    """Split a text as a shell would."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UsageError(f"{text!r} cannot be split: {error}") from error
 
 
 def checked(a: argparse.Namespace, servers: int) -> Secrets:
@@ -99,7 +90,7 @@ def make_server(
     folder: Path,
     position: int,
     name: str,
-    environment: Mapping[str, str],
+    variables: Mapping[str, str],
     arguments: Sequence[str],
     *,
     served: Model,
@@ -119,29 +110,17 @@ def make_server(
         *arguments,
     ]
     return Server(
-        name, of, environment, a.model, own, a.port + position, given, console,
+        name, of, variables, a.model, own, a.port + position, given, console,
         a.server_command or (), weights,
     )  # fmt: skip
 
 
 def about(a: argparse.Namespace) -> dict[str, Any]:
-    """Return machine and versions; asked of a child, so that this process takes no GPU memory."""
-    code = (
-        "import json; from dsv4_plugin.cli.checks.timing import machine; "
-        "print(json.dumps(machine()))"
+    """Return machine and versions."""
+    machine = environment.machine()
+    machine |= environment.versions(
+        sys.executable, os.environ, "torch", "triton", engine(a).shipped.distribution
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace"
-    )
-    try:
-        machine = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        machine = {"error": done.stderr[-500:]}
-    try:
-        machine[a.engine] = metadata.version(engine(a).shipped.distribution)
-    except metadata.PackageNotFoundError:
-        machine[a.engine] = None
-    machine["gpus"] = a.gpus
     if a.commit:
         machine["commit"] = a.commit
-    return {"machine": machine}
+    return {"machine": machine, "gpus": a.gpus}

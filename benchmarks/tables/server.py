@@ -119,7 +119,7 @@ def sglang() -> str:
 
 def _off_against_on(key: str, engine: str, name: str, document: dict[str, Any]) -> list[str]:
     """Return the table of a run of ``off`` and ``on``."""
-    about, gpus = document["machine"], document["machine"]["gpus"]
+    about, gpus = document["machine"], document["gpus"]
     layers = document["model"]["num_hidden_layers"]
     lines = [
         f"{engine} {about[key]}, {layers} layers of random weights, "

@@ -107,7 +107,7 @@ def test_an_sglang_server_on_two_gpus(
     arguments = " ".join(on["arguments"])
     for part in ("--max-total-tokens 4096 ", "--tp-size 2 ", "--disable-radix-cache"):
         assert part in arguments
-    assert "--kv-cache-memory-bytes" not in arguments and found["machine"]["gpus"] == 2
+    assert "--kv-cache-memory-bytes" not in arguments and found["gpus"] == 2
     # Counters, memory and rows of both ranks.
     assert len(off["status"]) == len(on["status"]) == len(on["memory"]["end"]) == 2
     assert len({status["pid"] for status in on["status"]}) == 2
