@@ -1,7 +1,8 @@
 """DeepSeek-V4.1's index layers in TokenSpeed's own code: its backend's ``select_global``, on a CPU.
 
-The backend, the facade, the registry, the Hopper kernel's Python around DeepGEMM and its selections
-run as they are. Its Triton kernels and its DeepSelect need a GPU: torch stands in for them, each
+On a GPU the facade, the registry and the Hopper kernel are TokenSpeed's own. On a CPU the backend,
+the facade, the registry and the Hopper kernel's Python around DeepGEMM and its selections run as
+they are. TokenSpeed's Triton kernels and its DeepSelect need a GPU: torch stands in for them, each
 with the results its documentation states, and raises where the kernel would not take the call.
 """
 
@@ -19,7 +20,7 @@ import torch
 from kits.host_parts import HEAD_DIM, KEY_BYTES, oracle
 from kits.stand_ins import Empty
 
-__all__ = ["BLOCKS", "LAYERS", "OnGpu", "Step", "V41"]
+__all__ = ["BLOCKS", "HEADS", "LAYERS", "PIECE", "K", "OnGpu", "Step", "V41"]
 
 PAGE, K, HEADS, PIECE, BLOCKS = 64, 512, 32, 8, 128
 LAYERS = ("plain", "source", "consumer")
@@ -54,15 +55,19 @@ class V41:
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
-        engine.pose(8)
+        if engine.device == "cpu":
+            engine.pose(8)
         # By their sub-modules: their __init__ import every op.
         _bare("tokenspeed_kernel", "ops.attention.mla")
         self.facade: Any = importlib.import_module(OP)
         self.triton: Any = importlib.import_module(f"{OP}.triton")
         self.hopper: Any = importlib.import_module(f"{OP}.deep_gemm")
-        engine.pose(9)
-        self._stand_in()
         self._backend: Any = None
+        if engine.device == "cpu":
+            engine.pose(9)
+            self._stand_in()
+        else:  # each variant is compiled by the first call that needs it
+            self.hopper.row_select.warmup = lambda *args: None
 
     @property
     def backend(self) -> Any:
