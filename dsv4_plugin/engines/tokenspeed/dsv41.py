@@ -44,10 +44,10 @@ PREFILL_BYTES = 256 << 20
 WHOLE_COLUMNS = 40_960
 # The ops that have to write a dtype before a layer is served in it.
 LOGITS_OPS = {
-    "plain": ("paged_logits", "ragged_logits", "block_maxima", "candidate_logits"),
-    "source": ("block_maxima", "select_blocks", "candidate_logits", "ragged_logits",
-               "select_candidates"),
-    "consumer": ("candidate_logits", "ragged_logits", "select_candidates"),
+    "plain": ("paged_logits", "ragged_logits", "block_maxima", "select_blocks",
+              "candidate_select"),
+    "source": ("block_maxima", "select_blocks", "candidate_select", "ragged_logits"),
+    "consumer": ("candidate_select", "ragged_logits", "select_candidates"),
 }  # fmt: skip
 
 
@@ -247,7 +247,10 @@ def _prefill(call: _Call, most: int, pick: Any) -> None:
             part.columns,
         ))  # fmt: skip
         if part.candidates is not None:
-            _select(part, pick(scores, part.candidates), part.candidates)
+            ops.select_candidates(
+                pick(scores, part.candidates), part.candidates, part.visible, part.k,
+                out=part.rows, out_counts=part.lengths, backend=part.chosen.backend,
+            )  # fmt: skip
             continue
         if part.blocks.shape[1]:
             maxima = part.scratch(part.columns // PIECE)
@@ -306,18 +309,8 @@ def _by_blocks(call: _Call, held: int) -> None:
 def _among(call: _Call, candidates: torch.Tensor | None) -> None:
     """Score the keys of candidates, and select among them."""
     assert candidates is not None
-    scores = call.scratch(candidates.shape[1] * PIECE)
-    # Not read: with it, columns past a row's visible keys are not written.
-    seen = torch.empty(len(call), dtype=torch.int32, device=call.q.device)
-    ops.candidate_logits(
-        call.q[:, None], call.cache, call.weights, candidates, call.visible, call.table,
-        block_size=PAGE, out=scores, out_lengths=seen, backend=call.chosen.backend,
-    )  # fmt: skip
-    _select(call, scores, candidates)
-
-
-def _select(call: _Call, scores: torch.Tensor, candidates: torch.Tensor) -> None:
-    ops.select_candidates(
-        scores, candidates, call.visible, call.k, out=call.rows, out_counts=call.lengths,
+    ops.candidate_select(
+        call.q[:, None], call.cache, call.weights, candidates, call.visible, call.table, call.k,
+        block_size=PAGE, dtype=DTYPES[call.chosen.dtype], out=call.rows, out_counts=call.lengths,
         backend=call.chosen.backend,
     )  # fmt: skip

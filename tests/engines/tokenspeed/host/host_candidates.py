@@ -321,15 +321,15 @@ def test_without_our_read_the_prefill_is_tokenspeeds(engine, load, v41, caplog):
 
 # op -> the step in which it is called
 OPS = {
-    "block_maxima": ("decode", False), "select_blocks": ("decode", False),
-    "topk": ("decode", False), "candidate_logits": ("decode", False),
-    "select_candidates": ("decode", False), "gather_indexer_cache": ("prefill", False),
+    "block_maxima": "decode", "select_blocks": "decode",
+    "topk": "decode", "candidate_select": "decode",
+    "select_candidates": "prefill", "gather_indexer_cache": "prefill",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_that_raises_is_tokenspeeds_call(engine, load, v41, op, monkeypatch, caplog):
-    step = Step(v41, blocks=2048, **STEPS[OPS[op][0]])
+    step = Step(v41, blocks=2048, **STEPS[OPS[op]])
     load(DSV4_TOPK="fp32")
     monkeypatch.setattr(f"dsv4_plugin.{op}", broken)
     check_scores(step, step.run(), step.expected(torch.float32))
