@@ -18,7 +18,7 @@ RELEASES = Releases(
     "TokenSpeed", "hosts", ("tokenspeed/{}/runtime", "tokenspeed/{}/kernel"),
     ("--sglang", "", "--tokenspeed", ",".join(VERSIONS)), "TOKENSPEED_",
 )  # fmt: skip
-FEWEST_CASES = 185
+FEWEST_CASES = 320
 
 
 @pytest.mark.slow
