@@ -142,7 +142,11 @@ class Engine:
             "index_k_format": "fp8_scaled",
         }  # fmt: skip
         features = None
-        if mode.startswith("dsa"):
+        if mode == "dsv41_index_topk":
+            roles = {"x": dense(torch.bfloat16)}
+            wanted = {"index_heads": 32, "index_k_format": "fp8_scaled", "index_shards": 1,
+                      "native_indexer": True}  # fmt: skip
+        elif mode.startswith("dsa"):
             roles = {"q": dense(torch.bfloat16), "weights": dense(torch.float32)}
             wanted["index_k_layout"] = "page_planar"
             if mode == "dsa_decode_topk":

@@ -23,6 +23,7 @@ import torch
 
 from dsv4_plugin.engines.shared import logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
+from dsv4_plugin.engines.shared.candidates import PIECE, maxima_of
 from dsv4_plugin.engines.shared.decision import DTYPES, Selection
 from dsv4_plugin.engines.shared.tensors import widen
 from dsv4_plugin.engines.vllm.adapter import current
@@ -34,7 +35,6 @@ from dsv4_plugin.engines.vllm.context import (
     tag_of,
 )
 from dsv4_plugin.engines.vllm.deferred import Deferred, Gather
-from dsv4_plugin.engines.vllm.layers import PIECE
 from dsv4_plugin.engines.vllm.probe import APPLY_MASK, SELECT_BLOCKS
 from dsv4_plugin.engines.vllm.slots import Paged, select_into
 from dsv4_plugin.kernels.reference import row_lengths
@@ -169,7 +169,7 @@ def _publish(call: Deferred, out: torch.Tensor) -> torch.Tensor:
     maxima = new_logits(rows, -(-call.columns // PIECE), dtype, device)
     if call.table is None:
         call.scores = _every_score(call)
-        _maxima_of(call.scores, call.lengths, maxima)
+        maxima_of(call.scores, call.lengths, maxima)
     else:
         if rows * call.columns * dtype.itemsize <= KEPT_BYTES:
             call.scores = new_logits(rows, call.columns, dtype, device)
@@ -214,19 +214,6 @@ def _every_score(call: Deferred) -> torch.Tensor:
     return ragged_logits(
         call.q, call.keys, call.scales, call.weights, *call.window, out=out, backend=backend
     )
-
-
-def _maxima_of(scores: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the blocks' scores, as ``block_maxima`` has them, of logits by :func:`_every_score`.
-
-    Columns past a row's keys hold anything. They belong to its newest block, which scores infinity,
-    and to later blocks, which the selection does not read.
-    """
-    rows, blocks = out.shape
-    torch.amax(scores.as_strided((rows, blocks, PIECE), (scores.stride(0), PIECE, 1)), 2, out=out)
-    out.masked_fill_(out.isnan(), torch.inf)
-    newest = torch.div(lengths - 1, PIECE, rounding_mode="floor").clamp(0, blocks - 1)
-    out.scatter_(1, newest.to(torch.int64)[:, None], torch.inf)
 
 
 # --- the consumers ---------------------------------------------------------------------------

@@ -18,7 +18,7 @@ RELEASES = Releases(
     "TokenSpeed", "hosts", ("tokenspeed/{}/runtime", "tokenspeed/{}/kernel"),
     ("--sglang", "", "--tokenspeed", ",".join(VERSIONS)), "TOKENSPEED_",
 )  # fmt: skip
-FEWEST_CASES = 129
+FEWEST_CASES = 320
 
 
 @pytest.mark.slow
@@ -34,8 +34,19 @@ def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
     found = RELEASES.run_driver(version, tmp_path / "found.json")
     assert found["version"].startswith(f"TokenSpeed {version} ")
     rows = {(row["part"], row["variant"]): row for row in found["results"]}
-    calls = {part for part, variant in rows if variant == "bf16 own"}
-    assert len(calls) == 3 and len(rows) == 3 * 4 + 4  # the Triton kernels are for a GPU
+    own = [row for row in found["results"] if row["variant"] == "bf16 own"]
+    v41 = [row for row in own if row["part"].startswith("v41")]
+    assert [row["part"].split()[1:3] for row in v41] == [
+        [layer, phase] for phase in ("decode", "prefill")
+        for layer in ("plain", "source", "consumer")
+    ]  # fmt: skip
+    for row in v41:
+        assert row["exact"] and row["recall"] > 0.95
+        assert row["kernel"] == "dsv4_plugin_dsv41_index_topk"
+        assert row["counters"]["topk.dsv41_index_topk.bf16.torch"] == 1
+    calls = {row["part"] for row in own} - {row["part"] for row in v41}
+    # The Triton kernels are for a GPU.
+    assert len(calls) == 3 and len(rows) == 3 * 4 + len(v41) + 4
     for call in calls:
         mode = "prefill" if call.startswith("prefill") else "decode"
         for dtype in ("fp32", "bf16"):
@@ -46,7 +57,7 @@ def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
     (read,) = (row for row in found["results"] if row["variant"] == "on" and "read" in row["part"])
     assert read["exact"] and read["counters"]["read.fp8"] == 1
     assert {n for n, s in found["seams"].items() if s["engaged"]} == {
-        "topk.dsa_decode_topk", "topk.dsa_prefill_topk", "read.fp8"
+        "topk.dsa_decode_topk", "topk.dsa_prefill_topk", "topk.dsv41_index_topk", "read.fp8"
     }  # fmt: skip
     # Every variant of a call before the next call: a run that is cut short has whole calls.
     order = [row["part"] for row in found["results"] if row["part"] in calls]
