@@ -123,9 +123,9 @@ def fields_text() -> str:
     from dsv4_plugin.cli.fuzz.engine import OPS
 
     lines = ["A case is op:field=value,... with the fields that are not at their default."]
-    for name, op in OPS.items():
+    for name, kind in OPS.items():
         lines += ["", f"{name}:"]
-        lines += [f"  {left:18s} {right}" for left, right in describe(op.kind)]
+        lines += [f"  {left:18s} {right}" for left, right in describe(kind)]
     return "\n".join(lines)
 
 
@@ -133,7 +133,7 @@ def _one(text: str, device: str) -> int:
     from dsv4_plugin.cli.fuzz.engine import OPS, run_case
 
     try:
-        case = parse(text, {name: op.kind for name, op in OPS.items()})
+        case = parse(text, OPS)
         failure = run_case(case, device)
     except (CaseError, UnmetError) as error:
         raise UsageError(str(error)) from error
