@@ -21,7 +21,7 @@ from kits.bench_command import bench
 from dsv4_plugin.cli.bench import upstream as installed
 from dsv4_plugin.cli.bench.command import engines
 from dsv4_plugin.cli.bench.logits import cases as logits_cases
-from dsv4_plugin.cli.bench.topk.check import Reference
+from dsv4_plugin.cli.bench.topk.check import judge
 from dsv4_plugin.cli.bench.upstream import prepared, torch_peers
 from dsv4_plugin.cli.checks import topk_cases as cases
 from dsv4_plugin.cli.checks.topk_cases import Problem
@@ -61,8 +61,8 @@ def test_torch_has_a_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     file = tmp_path / "chain.json"
     assert bench("chain", "--device", "cpu", "--against", "torch", "--json", file) == 0
     rows = json.loads(file.read_text())["results"]
-    theirs = [row for row in rows if row["implementation"] == "torch + torch"]
-    assert len(theirs) == 2 and all(row["exact"] and row["right"] for row in theirs)
+    peer = [row for row in rows if row["implementation"] == "torch + torch"]
+    assert len(peer) == 2 and all(row["exact"] and row["right"] for row in peer)
     assert "not among the peers" not in capsys.readouterr().out
 
 
@@ -76,14 +76,14 @@ def test_torch_masks_pads_and_counts_from_the_start() -> None:
     for k in (1, 8, 300):
         out = torch.full((4, k), -2, dtype=torch.int32)
         torch_peers.prefill(logits, starts, starts + lengths, k, out)
-        assert Reference(Problem(logits, lengths, starts), k).judge(out, k).why == ""
+        assert judge(Problem(logits, lengths, starts), out).why == ""
         for call in (
             torch_peers.decode,
             lambda x, n, k, out: torch_peers.paged(x, n, table, k, out),
         ):
             out.fill_(-2)
             call(logits, lengths, k, out)
-            assert Reference(Problem(logits, lengths), k).judge(out, k).why == ""
+            assert judge(Problem(logits, lengths), out).why == ""
     table = torch.tensor([[3, 1, 2, 0]], dtype=torch.int32)
     out = torch.full((1, 4), -2, dtype=torch.int32)
     scores = torch.zeros(1, 256)

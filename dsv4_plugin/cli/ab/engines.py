@@ -152,7 +152,7 @@ def client_command(
     engine: Engine, command: Sequence[str], more: Sequence[str], url: str, model: str | None,
     load: Workload, seed: int, result: Path,
 ) -> list[str]:  # fmt: skip
-    """Return the command of a client; one that names ``{result}`` gets no options of ours."""
+    """Return the command of a client; one that names ``{result}`` gets no more options."""
     whole = list(command)
     if not any("{result}" in part for part in whole):
         whole += engine.flags(url, model, load, seed, result)

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import torch
 
 __all__ = [
+    "RULES",
+    "TIES",
     "Ranking",
     "Wrong",
     "check_selection",
@@ -61,6 +63,7 @@ RULES = (
     "the order is not by value, then index",
     "the columns do not ascend, with -1 after them",
 )
+TIES = 4  # the rule of ties; those before it are of the set
 
 
 def faults(

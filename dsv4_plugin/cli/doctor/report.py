@@ -23,7 +23,7 @@ from dsv4_plugin import envs
 from dsv4_plugin.cli.shared.run import UsageError, interruptible
 from dsv4_plugin.errors import SettingError
 
-__all__ = ["collect", "render", "run", "run_hosts"]
+__all__ = ["collect", "render", "run", "run_engines"]
 
 PACKAGES = {
     "torch": "torch",
@@ -52,7 +52,7 @@ WIDTH = 96
 Data = dict[str, Any]
 
 
-def run_hosts(specs: Sequence[str], as_json: bool = False, folder: Path | None = None) -> int:
+def run_engines(specs: Sequence[str], as_json: bool = False, folder: Path | None = None) -> int:
     """Print the seams of releases that are not installed; without ``specs`` the newest of each.
 
     Returns:

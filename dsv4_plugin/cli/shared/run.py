@@ -46,7 +46,7 @@ PLAIN = {
 
 
 class UsageError(ValueError, argparse.ArgumentTypeError):
-    """What a user of a command can repair: an option or a file of theirs."""
+    """What a user of a command can repair: an option, or a file that one names."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -215,7 +215,7 @@ class Secrets:
 
     Args:
         environs: environments; the values of secret names are known from then on.
-        commands: command lines; as are theirs.
+        commands: command lines; so are those of their secret options.
     """
 
     def __init__(
