@@ -14,7 +14,7 @@ from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.fuzz.case import CaseError, describe, parse
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.choices import FUZZED
-from dsv4_plugin.cli.shared.run import UsageError, interruptible, need_torch
+from dsv4_plugin.cli.shared.run import UsageError, device_of, interruptible
 from dsv4_plugin.errors import UnmetError
 
 if TYPE_CHECKING:
@@ -60,12 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: it cannot be run like this, or no case was tried.
     """
-    need_torch()
+    device = device_of(arguments.device)
     import torch
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("there is no CUDA device here; nothing was tried")
     if device == "cpu":  # Triton's kernels run on a CPU through its interpreter only
         os.environ.setdefault("TRITON_INTERPRET", "1")
         torch.set_num_threads(1)  # the tensors are small

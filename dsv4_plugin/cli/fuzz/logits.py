@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
+from dsv4_plugin.cli.checks.topk_cases import DTYPES
 from dsv4_plugin.cli.fuzz.case import (
     FORMS,
     CaseError,
@@ -26,7 +25,6 @@ from dsv4_plugin.cli.fuzz.case import (
 
 __all__ = ["DTYPES", "LogitsCase", "PagedLogitsCase", "RaggedLogitsCase", "SelectCase"]
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _EDGES = (0, 1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025)
 
 

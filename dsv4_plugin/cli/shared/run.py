@@ -29,6 +29,7 @@ __all__ = [
     "Parser",
     "Run",
     "UsageError",
+    "device_of",
     "ended",
     "held",
     "interruptible",
@@ -184,6 +185,21 @@ def need_torch() -> None:
         lost_signals()
         raise UsageError(f"torch cannot be imported ({type(error).__name__}: {error})") from error
     lost_signals()
+
+
+def device_of(asked: str | None) -> str:
+    """Return ``cuda`` or ``cpu``: what was asked for, or ``cuda`` where there is one.
+
+    Raises:
+        UsageError: torch cannot be imported, or there is no CUDA device.
+    """
+    need_torch()
+    import torch
+
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise UsageError("there is no CUDA device here; nothing was tried")
+    return asked or ("cuda" if there else "cpu")
 
 
 @contextlib.contextmanager

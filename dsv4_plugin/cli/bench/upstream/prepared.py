@@ -19,6 +19,7 @@ import torch
 from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE
 
 __all__ = [
+    "Maker",
     "Prepared",
     "capturing",
     "imported",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Maker = Callable[[], Callable[..., Any]]  # returns a kernel, or raises why there is none
 
 
 def capturing() -> bool:
@@ -94,7 +96,7 @@ def imported(name: str) -> Any:
         raise LookupError(f"{name} cannot be imported ({reason(error)})") from error
 
 
-def tried(name: str, make: Callable[[], Callable[..., Any]]) -> dict[str, Callable[..., Any] | str]:
+def tried(name: str, make: Maker) -> dict[str, Callable[..., Any] | str]:
     """Return the kernel that ``make`` gives by name, or why there is none."""
     try:
         return {name: make()}
