@@ -24,10 +24,7 @@ __all__ = ["ENGINES", "SpecError", "matrix", "probe", "render"]
 ENGINES = {
     "vllm": (("vllm",), "dsv4_plugin.engines.vllm.probe"),
     "sglang": (("sglang",), "dsv4_plugin.engines.sglang.probe"),
-    "tokenspeed": (
-        ("tokenspeed", "tokenspeed-kernel"),
-        "dsv4_plugin.engines.tokenspeed.probe",
-    ),
+    "tokenspeed": (("tokenspeed", "tokenspeed-kernel"), "dsv4_plugin.engines.tokenspeed.probe"),
 }
 _SPEC = re.compile(r"(?P<engine>[a-z]+)(==(?P<version>[\w.+!-]+)|@(?P<place>.+))?")
 

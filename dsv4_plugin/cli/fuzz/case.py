@@ -93,10 +93,7 @@ def flag(about: str, draw: Sequence[int] = (0, 1)) -> Any:
 
 
 def one_of(
-    choices: Sequence[str],
-    about: str,
-    draw: Sequence[str] = (),
-    plain: Sequence[str] = (),
+    choices: Sequence[str], about: str, draw: Sequence[str] = (), plain: Sequence[str] = ()
 ) -> Any:
     """Declare a field that is one of some words, the first by default.
 

@@ -219,9 +219,7 @@ class Secrets:
     """
 
     def __init__(
-        self,
-        environs: Iterable[Mapping[str, str]] = (),
-        commands: Iterable[Sequence[str]] = (),
+        self, environs: Iterable[Mapping[str, str]] = (), commands: Iterable[Sequence[str]] = ()
     ) -> None:
         found: list[str] = []
         for environ in environs:

@@ -15,10 +15,7 @@ from dsv4_plugin.cli.checks import exact
 __all__ = ["TOLERANCE", "Sample"]
 
 # By device: the tensor cores, the torch reference.
-TOLERANCE = {
-    "cuda": exact.TOLERANCE["cuda", "normal"],
-    "cpu": exact.TOLERANCE["torch", "normal"],
-}
+TOLERANCE = {"cuda": exact.TOLERANCE["cuda", "normal"], "cpu": exact.TOLERANCE["torch", "normal"]}
 MOST_ROWS, MOST_COLUMNS = 16, 4096
 EDGE = 64  # the first and the last columns of a row are always looked at
 

@@ -11,13 +11,7 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.cli.bench.upstream.prepared import (
-    Prepared,
-    imported,
-    need,
-    release,
-    schedule_of,
-)
+from dsv4_plugin.cli.bench.upstream.prepared import Prepared, imported, need, release, schedule_of
 from dsv4_plugin.cli.checks.topk_cases import KS, PAGE_SIZE
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 
