@@ -14,14 +14,8 @@ from dsv4_plugin.cli.shared import numbers
 from dsv4_plugin.cli.shared.run import UsageError
 
 __all__ = [
-    "ENGINES",
-    "Engine",
-    "Workload",
-    "client_command",
-    "load_result",
-    "server_command",
-    "split",
-]
+    "ENGINES", "Engine", "Workload", "client_command", "load_result", "server_command", "split",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

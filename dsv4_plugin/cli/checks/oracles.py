@@ -13,18 +13,9 @@ from collections.abc import Iterable
 import torch
 
 __all__ = [
-    "RULES",
-    "TIES",
-    "Ranking",
-    "Wrong",
-    "check_selection",
-    "faults",
-    "fp8_keys",
-    "mxfp4_keys",
-    "same_bits",
-    "slots_of",
-    "table",
-]
+    "RULES", "TIES", "Ranking", "Wrong", "check_selection", "faults", "fp8_keys", "mxfp4_keys",
+    "same_bits", "slots_of", "table",
+]  # fmt: skip
 
 _CHUNK = 1 << 24  # scores looked at in one step: 128 MiB of float64
 

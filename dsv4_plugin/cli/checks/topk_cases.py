@@ -19,25 +19,10 @@ from dsv4_plugin.cli.shared.choices import KS, TOPK_DTYPES
 from dsv4_plugin.cli.shared.choices import TOPK_SUITES as SUITES
 
 __all__ = [
-    "ADVERSARIAL",
-    "ADVERSARIAL_SHAPES",
-    "CAPACITIES",
-    "COLUMNS",
-    "DTYPES",
-    "EDGES",
-    "GROUP_EDGES",
-    "KS",
-    "ODD_KS",
-    "PAGE_SIZE",
-    "ROWS",
-    "ROW_EDGES",
-    "SUITES",
-    "Case",
-    "Problem",
-    "plateau",
-    "short_lengths",
-    "suite",
-]
+    "ADVERSARIAL", "ADVERSARIAL_SHAPES", "CAPACITIES", "COLUMNS", "DTYPES", "EDGES", "GROUP_EDGES",
+    "KS", "ODD_KS", "PAGE_SIZE", "ROWS", "ROW_EDGES", "SUITES", "Case", "Problem", "plateau",
+    "short_lengths", "suite",
+]  # fmt: skip
 
 ROWS = (1, 8, 32, 64, 128)
 COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)

@@ -22,16 +22,9 @@ from dsv4_plugin.cli.fuzz.logits_run import problem_of
 from dsv4_plugin.cli.fuzz.tensors import Parts, bits, check_form, dirty, raise_wrong, run_parts
 
 __all__ = [
-    "BlockMaximaCase",
-    "CandidateLogitsCase",
-    "CandidateLogitsRaggedCase",
-    "CandidateSelectCase",
-    "candidates_of",
-    "chosen_field",
-    "piece_field",
-    "piece_of",
-    "run",
-]
+    "BlockMaximaCase", "CandidateLogitsCase", "CandidateLogitsRaggedCase", "CandidateSelectCase",
+    "candidates_of", "chosen_field", "piece_field", "piece_of", "run",
+]  # fmt: skip
 
 _WILD = (-1, -7, -(1 << 31), (1 << 31) - 1, 1 << 28, 1 << 29)  # blocks of no row
 

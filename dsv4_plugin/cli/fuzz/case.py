@@ -21,21 +21,9 @@ from typing import Any, ClassVar, TypeVar
 import dsv4_plugin
 
 __all__ = [
-    "FORMS",
-    "Case",
-    "CaseError",
-    "KeptCase",
-    "RequestsCase",
-    "backend_of",
-    "describe",
-    "flag",
-    "function_of",
-    "number",
-    "numbers",
-    "one_of",
-    "parse",
-    "smaller",
-]
+    "FORMS", "Case", "CaseError", "KeptCase", "RequestsCase", "backend_of", "describe", "flag",
+    "function_of", "number", "numbers", "one_of", "parse", "smaller",
+]  # fmt: skip
 
 T = TypeVar("T", bound="Case")
 K = TypeVar("K", bound="KeptCase")

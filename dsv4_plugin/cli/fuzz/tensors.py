@@ -13,17 +13,9 @@ from dsv4_plugin.cli.checks.replay import captured
 from dsv4_plugin.cli.fuzz.case import FORMS
 
 __all__ = [
-    "Parts",
-    "Requests",
-    "Tensors",
-    "bits",
-    "check_form",
-    "check_indices",
-    "dirty",
-    "page_view",
-    "raise_wrong",
-    "run_parts",
-]
+    "Parts", "Requests", "Tensors", "bits", "check_form", "check_indices", "dirty", "page_view",
+    "raise_wrong", "run_parts",
+]  # fmt: skip
 
 _DIRT = 0xAB  # the bytes that outputs are filled with
 _REMEMBERED = 1 << 23  # elements; a larger input is not copied to be compared

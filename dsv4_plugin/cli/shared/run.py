@@ -25,18 +25,9 @@ from dsv4_plugin.cli.shared import secrets
 from dsv4_plugin.errors import SettingError, UnmetError
 
 __all__ = [
-    "Interrupted",
-    "Parser",
-    "Run",
-    "UsageError",
-    "device_of",
-    "ended",
-    "held",
-    "interruptible",
-    "lost_signals",
-    "need_torch",
-    "reading",
-]
+    "Interrupted", "Parser", "Run", "UsageError", "device_of", "ended", "held", "interruptible",
+    "lost_signals", "need_torch", "reading",
+]  # fmt: skip
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What stands for a character that a stream cannot encode; "?" for the others.

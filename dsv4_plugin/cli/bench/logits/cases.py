@@ -18,18 +18,9 @@ from dsv4_plugin.cli.shared.choices import KS
 from dsv4_plugin.cli.shared.choices import LOGITS_SUITES as SUITES
 
 __all__ = [
-    "CHAIN_SHAPES",
-    "DTYPES",
-    "KEY_BYTES",
-    "KS",
-    "PAGE_SIZE",
-    "SUITES",
-    "Case",
-    "Paged",
-    "Ragged",
-    "chain",
-    "suite",
-]
+    "CHAIN_SHAPES", "DTYPES", "KEY_BYTES", "KS", "PAGE_SIZE", "SUITES", "Case", "Paged", "Ragged",
+    "chain", "suite",
+]  # fmt: skip
 
 HEADS, HEAD_DIM, PAGE_SIZE = 64, 128, 64
 KEY_BYTES = HEAD_DIM + 4  # 128 e4m3 values and a float32 scale

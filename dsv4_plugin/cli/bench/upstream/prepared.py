@@ -19,18 +19,9 @@ import torch
 from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE
 
 __all__ = [
-    "Maker",
-    "Prepared",
-    "capturing",
-    "imported",
-    "lengths_of",
-    "need",
-    "reason",
-    "release",
-    "schedule_of",
-    "tried",
-    "zeros_for",
-]
+    "Maker", "Prepared", "capturing", "imported", "lengths_of", "need", "reason", "release",
+    "schedule_of", "tried", "zeros_for",
+]  # fmt: skip
 
 T = TypeVar("T")
 Maker = Callable[[], Callable[..., Any]]  # returns a kernel, or raises why there is none
