@@ -141,6 +141,6 @@ class _Files:
                 node, pid = str(report["node"]), str(int(report["pid"]))
                 own = [(m, [node, name, pid], value) for m, name, value in _samples(report)]
                 found += own if processes.alive(report) else []
-            except Exception:  # not one of ours, or gone meanwhile
+            except Exception:  # no status of the plugin, or gone meanwhile
                 continue
         return found

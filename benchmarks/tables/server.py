@@ -45,14 +45,14 @@ def modes() -> str:
     ]
     words = document["command"]
     given = [b for a, b in itertools.pairwise(words) if a == "--arguments"]
-    own_of = {name: own for name, _, own in (word.partition("=") for word in given)}
+    arguments_of = {name: more for name, _, more in (word.partition("=") for word in given)}
     for name, server in servers.items():
-        own = own_of.get(name)
+        more = arguments_of.get(name)
         counters = server["status"][0]["counters"] if server["status"] else {}
         calls = [counters.get(f"topk.{kind}", 0) for kind in ("decode", "prefill")]
         alike = outputs["as_baseline"].get(name)
         lines.append(
-            f"| {name} | {f'`{own}`' if own else 'default graphs'} | "
+            f"| {name} | {f'`{more}`' if more else 'default graphs'} | "
             f"{' / '.join(map(str, calls)) if counters else 'no plugin'} | "
             f"{sum(outputs['repeatable'][name])} | "
             f"{sum(a['identical'] for a in alike) if alike else ''} |"
@@ -82,7 +82,7 @@ def drills() -> str:
     lines = [
         f"{_where(document['machine'], DRILLS)}:",
         "",
-        "| drill | what is broken | requests answered | decode calls, ours / upstream's | passed |",
+        "| drill | what is broken | requests answered | decode calls, plugin / engine | passed |",
         "|---|---|---|---|---|",
     ]
     for drill in document["drills"]:

@@ -16,28 +16,11 @@ import torch
 from dsv4_plugin.kernels.arguments import TopkArgs
 
 __all__ = [
-    "ALIGNMENT",
-    "BLOCK_SIZES",
-    "CAPABILITIES",
-    "HEADS",
-    "HEAD_DIM",
-    "LIBRARY",
-    "MAX_CANDIDATES",
-    "PIECE",
-    "SOLO",
-    "block_maxima",
-    "candidate_logits",
-    "candidate_logits_ragged",
-    "candidate_select",
-    "gather_indexer_cache",
-    "missing",
-    "paged_logits",
-    "ragged_logits",
-    "read_indexer_cache",
-    "select_blocks",
-    "select_candidates",
-    "topk",
-]
+    "ALIGNMENT", "BLOCK_SIZES", "CAPABILITIES", "HEADS", "HEAD_DIM", "LIBRARY", "MAX_CANDIDATES",
+    "PIECE", "SOLO", "block_maxima", "candidate_logits", "candidate_logits_ragged",
+    "candidate_select", "gather_indexer_cache", "missing", "paged_logits", "ragged_logits",
+    "read_indexer_cache", "select_blocks", "select_candidates", "topk",
+]  # fmt: skip
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 CAPABILITIES = ((9, 0),)  # what csrc/build.py compiles for

@@ -14,13 +14,9 @@ from dsv4_plugin.kernels.arguments import MAX_INT32, TopkArgs
 from dsv4_plugin.kernels.reference import SCALE_BYTES, planes, row_lengths
 
 __all__ = [
-    "block_maxima",
-    "candidate_logits",
-    "candidate_logits_ragged",
-    "candidate_select",
-    "select_blocks",
-    "select_candidates",
-]
+    "block_maxima", "candidate_logits", "candidate_logits_ragged", "candidate_select",
+    "select_blocks", "select_candidates",
+]  # fmt: skip
 
 # Elements made at a time: of scores, or of float64 keys and dot products (64 MiB).
 _CHUNK = 1 << 23

@@ -37,13 +37,9 @@ from dsv4_plugin.ops.topk import indices
 from dsv4_plugin.ops.torch_library import op
 
 __all__ = [
-    "block_maxima",
-    "candidate_logits",
-    "candidate_logits_ragged",
-    "candidate_select",
-    "select_blocks",
-    "select_candidates",
-]
+    "block_maxima", "candidate_logits", "candidate_logits_ragged", "candidate_select",
+    "select_blocks", "select_candidates",
+]  # fmt: skip
 
 
 def _new_maxima(

@@ -15,34 +15,11 @@ import torch
 from dsv4_plugin.kernels.arguments import MAX_INT32, MAX_K, TopkArgs
 
 __all__ = [
-    "E4M3_DTYPES",
-    "INDEX_DTYPES",
-    "INTEGER_DTYPES",
-    "LOGITS_DTYPES",
-    "OUT_DTYPES",
-    "as_pages",
-    "as_slots",
-    "bounds",
-    "candidates",
-    "dtype_in",
-    "geometry",
-    "head_weights",
-    "keys",
-    "lengths_for",
-    "on_device",
-    "out_matrix",
-    "positive",
-    "queries",
-    "scores",
-    "separate",
-    "sequence_ends",
-    "sequences",
-    "size",
-    "slots_within",
-    "table",
-    "tensor",
-    "topk",
-]
+    "E4M3_DTYPES", "INDEX_DTYPES", "INTEGER_DTYPES", "LOGITS_DTYPES", "OUT_DTYPES", "as_pages",
+    "as_slots", "bounds", "candidates", "dtype_in", "geometry", "head_weights", "keys",
+    "lengths_for", "on_device", "out_matrix", "positive", "queries", "scores", "separate",
+    "sequence_ends", "sequences", "size", "slots_within", "table", "tensor", "topk",
+]  # fmt: skip
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

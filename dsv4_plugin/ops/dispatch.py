@@ -40,49 +40,26 @@ class Call(NamedTuple):
     alignment: int = 16  # of every row that is read or written in vectors, in bytes
 
 
+def _forms(function: str, reference: str, *backends: str) -> dict[str, str]:
+    """Return where a function is, ``module:function``, by backend; ``reference`` has torch's."""
+    modules = {"cuda": "cuda", "triton": "triton_cache", "torch": reference}
+    return {name: f"dsv4_plugin.kernels.{modules[name]}:{function}" for name in backends}
+
+
 # op → backend → "module:function". An op that has no entry for a backend has no such form.
 _FORMS: dict[str, dict[str, str]] = {
-    "topk": {
-        "cuda": "dsv4_plugin.kernels.cuda:topk",
-        "torch": "dsv4_plugin.kernels.reference:topk",
-    },
-    "read": {
-        "cuda": "dsv4_plugin.kernels.cuda:read_indexer_cache",
-        "triton": "dsv4_plugin.kernels.triton_cache:read_indexer_cache",
-        "torch": "dsv4_plugin.kernels.reference:read_indexer_cache",
-    },
-    "read_mxfp4": {
-        "triton": "dsv4_plugin.kernels.triton_cache:read_indexer_cache_mxfp4",
-        "torch": "dsv4_plugin.kernels.reference:read_indexer_cache_mxfp4",
-    },
-    "gather": {
-        "cuda": "dsv4_plugin.kernels.cuda:gather_indexer_cache",
-        "triton": "dsv4_plugin.kernels.triton_cache:gather_indexer_cache",
-        "torch": "dsv4_plugin.kernels.reference:gather_indexer_cache",
-    },
-    "paged_logits": {
-        "cuda": "dsv4_plugin.kernels.cuda:paged_logits",
-        "torch": "dsv4_plugin.kernels.reference_logits:paged_logits",
-    },
-    "ragged_logits": {
-        "cuda": "dsv4_plugin.kernels.cuda:ragged_logits",
-        "torch": "dsv4_plugin.kernels.reference_logits:ragged_logits",
-    },
+    "topk": _forms("topk", "reference", "cuda", "torch"),
+    "read": _forms("read_indexer_cache", "reference", *ORDER),
+    "read_mxfp4": _forms("read_indexer_cache_mxfp4", "reference", "triton", "torch"),
+    "gather": _forms("gather_indexer_cache", "reference", *ORDER),
+    "paged_logits": _forms("paged_logits", "reference_logits", "cuda", "torch"),
+    "ragged_logits": _forms("ragged_logits", "reference_logits", "cuda", "torch"),
     **{
-        op: {
-            "cuda": f"dsv4_plugin.kernels.cuda:{op}",
-            "torch": f"dsv4_plugin.kernels.reference_candidates:{op}",
-        }
-        for op in (
-            "block_maxima",
-            "select_blocks",
-            "candidate_logits",
-            "candidate_logits_ragged",
-            "candidate_select",
-            "select_candidates",
-        )
+        op: _forms(op, "reference_candidates", "cuda", "torch")
+        for op in ("block_maxima", "select_blocks", "candidate_logits", "candidate_logits_ragged",
+                   "candidate_select", "select_candidates")
     },
-}
+}  # fmt: skip
 
 
 _READS = ("read", "read_mxfp4", "gather")

@@ -138,8 +138,8 @@ def test_answers_other_than_upstreams_are_an_error_where_upstream_repeats_itself
     other.wrong.clear()
     assert drills._compare(other, unsteady)["upstream_repeats_itself"] == [False]
     assert other.wrong == []
-    ours, lost = result("on", [[[1, 2]], [[1, 3]]]), result("topk", [[[]], [[]]])
-    for each in (ours, lost):
+    plugin, lost = result("on", [[[1, 2]], [[1, 3]]]), result("topk", [[[]], [[]]])
+    for each in (plugin, lost):
         drills._compare(each, base)
         assert each.wrong == []
     slept = result("sleep", [[[1, 2]], [[1, 3]]])

@@ -31,7 +31,7 @@ from dsv4_plugin.cli.fuzz.topk import TopkCase
 from dsv4_plugin.cli.shared.choices import FUZZED
 from dsv4_plugin.errors import UnmetError
 
-KINDS = {name: op.kind for name, op in OPS.items()}
+KINDS = OPS
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +60,8 @@ def test_a_case_is_its_own_repetition():
                 assert case == op.draw(seed, device, backends)
                 assert parse(str(case), KINDS) == case
                 case.check()
-        assert {line.partition("=")[0] for line, _ in describe(op.kind)} >= {"seed", "backend"}
-        assert name == op.kind.op
+        assert {line.partition("=")[0] for line, _ in describe(op)} >= {"seed", "backend"}
+        assert name == op.op
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_case_is_its_own_repetition():
         ("topk:raw=1", "raw needs pages"),
         ("topk:graph=1,streams=1", "exclude each other"),
         ("read:head=6", "multiple of 4"),
-        ("read:only=99", "below tokens"),
+        ("read:keep=99/99", "keep must be two of 16"),
         ("paged_logits:requests=2,lengths=1/2/3", "lengths must have 2 entries"),
         ("paged_logits:loose=1,form=batch", "loose needs a form"),
         ("paged_logits:flat=1,next_n=2", "flat needs next_n 1"),
@@ -352,7 +352,7 @@ def past_the_length(q, cache, weights, chosen, lengths, table, **named):
 
 def a_candidate_of_the_row_before(q, cache, weights, chosen, *more, **named):
     chosen = chosen.clone()
-    chosen[1:, 0] = chosen[:-1, 0]
+    chosen[1:, 0] = chosen[:-1, 0].clone()
     return candidate_logits(q, cache, weights, chosen, *more, **named)
 
 
@@ -569,7 +569,7 @@ def test_the_fields_are_shown(capsys):
     assert cli.main(["fuzz", "--fields", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     for op in OPS.values():
-        for name in (field.name for field in dataclasses.fields(op.kind)):
+        for name in (field.name for field in dataclasses.fields(op)):
             assert f"  {name}=" in shown
 
 

@@ -57,7 +57,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             "server",
             "served",
             "reads",
-            "hosts",
+            "engines",
         )
     ],
 )

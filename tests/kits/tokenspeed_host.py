@@ -38,7 +38,7 @@ STANDS_IN = {
 
 STANDS_IN_ON_GPU = {
     "tokenspeed_triton, where it is not installed": "Triton: TokenSpeed's kernels compiled by it",
-    "the model, scheduler and memory pools": "random queries and keys in tensors like theirs",
+    "the model, scheduler and memory pools": "random queries and keys in tensors like TokenSpeed's",
 }
 
 PAGE = 64
@@ -129,7 +129,7 @@ class Engine:
         return self.registry_module.KernelRegistry.get()
 
     def discover(self) -> list[str]:
-        """Load the kernel plugins through their entry points; returns what ours registered."""
+        """Load the kernel plugins through their entry points; returns the plugin's."""
         loaded = self.plugins.discover_plugins(force=True)
         return [name for info in loaded if info.name == "dsv4" for name in info.kernel_names]
 

@@ -90,7 +90,7 @@ def test_the_page_is_linked_from_the_readme() -> None:
 # command exactly one pattern.
 IN_THE_TRANSCRIPT = [r"(DSV4_BUILD_CUDA=1 )?pip install \.", r"dsv4-plugin doctor"]
 SMALLER_IN_THE_TRANSCRIPT = [r"dsv4-plugin (recall|fuzz|soak|bench) .*"]  # minutes, not seconds
-A_STEP_OF_CI = [r"make (demo|env|test|lint|docs)", r"dsv4-plugin doctor --hosts"]
+A_STEP_OF_CI = [r"make (demo|env|test|lint|docs)", r"dsv4-plugin doctor --engines"]
 NEEDS_AN_ENGINE_AND_A_GPU = [r"(\w+=\S+ )*(vllm|sglang|tokenspeed) serve .*"]
 NEEDS_AN_ENGINE_BUT_HAS_A_DRY_RUN = [r"dsv4-plugin ab .*"]
 NEEDS_A_GPU = [r"make test-gpu"]
@@ -151,8 +151,8 @@ def test_its_dry_run_starts_nothing_and_accepts_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ours, dashes, engines = command.partition(" -- ")
-    argv = [*shlex.split(ours)[1:], "--dry-run", *dashes.split(), *engines.split()]
+    before, dashes, engines = command.partition(" -- ")
+    argv = [*shlex.split(before)[1:], "--dry-run", *dashes.split(), *engines.split()]
     assert cli.main(argv) == 0
     said = capsys.readouterr().out
     assert "A: DSV4_PLUGIN=0 " in said and "B: DSV4_PLUGIN=1 " in said and engines in said

@@ -17,7 +17,7 @@ __all__ = ["Evidence", "judge", "look"]
 
 # What the adapters log (engines/shared/adapter.py, tokenspeed/readers.py).
 _ACTIVE = re.compile(r"dsv4 active in ")
-_OURS = re.compile(r"\bdsv4\b", re.IGNORECASE)
+_OF_PLUGIN = re.compile(r"\bdsv4\b", re.IGNORECASE)
 SHOWN = 5  # lines of the log in an error
 
 
@@ -81,7 +81,7 @@ def look(server: Server) -> Evidence:
         evidence.looked_at.append("log")
         with server.log.open(errors="replace") as lines:
             for line in lines:
-                if not _OURS.search(line):
+                if not _OF_PLUGIN.search(line):
                     continue
                 told = server.secrets.text(line.strip())[:500]
                 (evidence.lines if _ACTIVE.search(line) else evidence.said).append(told)

@@ -14,14 +14,8 @@ from dsv4_plugin.cli.shared import numbers
 from dsv4_plugin.cli.shared.run import UsageError
 
 __all__ = [
-    "ENGINES",
-    "Engine",
-    "Workload",
-    "client_command",
-    "load_result",
-    "server_command",
-    "split",
-]
+    "ENGINES", "Engine", "Workload", "client_command", "load_result", "server_command", "split",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,7 +146,7 @@ def client_command(
     engine: Engine, command: Sequence[str], more: Sequence[str], url: str, model: str | None,
     load: Workload, seed: int, result: Path,
 ) -> list[str]:  # fmt: skip
-    """Return the command of a client; one that names ``{result}`` gets no options of ours."""
+    """Return the command of a client; one that names ``{result}`` gets no more options."""
     whole = list(command)
     if not any("{result}" in part for part in whole):
         whole += engine.flags(url, model, load, seed, result)

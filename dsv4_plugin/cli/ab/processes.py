@@ -115,7 +115,7 @@ class Process:
                 continue
             left = self.living()
             for pid in left:
-                with contextlib.suppress(OSError):  # gone, or not ours to end
+                with contextlib.suppress(OSError):  # gone, or another user's
                     os.kill(pid, number)
             end = time.monotonic() + seconds
             while left and time.monotonic() < end:

@@ -86,7 +86,7 @@ class Server:
         self._began = 0.0
 
     def start(self, timeout: float) -> float:
-        """Start it, if it is ours to start, and wait until it is healthy; returns the seconds.
+        """Start it, if it has a command, and wait until it is healthy; returns the seconds.
 
         Raises:
             AbError: the port is taken, it ended, or it is not healthy in time.
@@ -144,7 +144,7 @@ class Server:
         return ask(self.url, self._health, most=0).status == 200
 
     def check(self) -> None:
-        """Raise :class:`AbError` if it is ours and has ended."""
+        """Raise :class:`AbError` if it was started here and has ended."""
         if self.process is not None and self.process.ended() is not None:
             raise self.process.died("without being asked to")
 

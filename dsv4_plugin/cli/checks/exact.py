@@ -7,10 +7,9 @@ Shares no code with the package. Beside a score there is its *magnitude*
 
 from __future__ import annotations
 
-import functools
-import math
-
 import torch
+
+from dsv4_plugin.cli.checks.oracles import table
 
 __all__ = ["TOLERANCE", "codes", "outside", "paged", "ragged", "scores", "wide"]
 
@@ -27,23 +26,9 @@ TOLERANCE = {
 _CHUNK = 1 << 22  # dot products made at a time: 32 MiB of float64
 
 
-def _e4m3(byte: int) -> float:
-    sign, exponent, mantissa = byte >> 7, (byte >> 3) & 15, byte & 7
-    if exponent == 15 and mantissa == 7:
-        return math.nan
-    size = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
-    return -size if sign else size
-
-
-@functools.cache
-def _values(device: torch.device) -> torch.Tensor:
-    table = [_e4m3(byte) for byte in range(256)]
-    return torch.tensor(table, dtype=torch.float64, device=device)
-
-
 def wide(x: torch.Tensor) -> torch.Tensor:
     """Turn e4m3 bytes into float64."""
-    return _values(x.device)[x.contiguous().view(torch.uint8).int()]
+    return table("e4m3", x.device)[x.contiguous().view(torch.uint8).int()]
 
 
 def codes(shape: tuple[int, ...], kind: str, g: torch.Generator) -> torch.Tensor:

@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 __all__ = [
-    "ADAPTERS",
-    "CANDIDATE_SUITES",
-    "ENGINES",
-    "FUZZED",
-    "KS",
-    "LOGITS_DTYPES",
-    "LOGITS_SUITES",
-    "RECALL_DTYPES",
-    "RECALL_KINDS",
-    "SGLANG_CALLS",
-    "TOKENSPEED_CALLS",
-    "TOPK_DTYPES",
+    "ADAPTERS", "CANDIDATE_SUITES", "ENGINES", "FUZZED", "KS", "LOGITS_DTYPES", "LOGITS_SUITES",
+    "RECALL_DTYPES", "RECALL_KINDS", "SGLANG_CALLS", "TOKENSPEED_CALLS", "TOPK_DTYPES",
     "TOPK_SUITES",
-]
+]  # fmt: skip
 
 KS = (512, 1024, 2048)  # of the models; the last is the most that the top-k takes
 

@@ -248,11 +248,11 @@ class FullWidth:
         if not torch.equal(self.out, self.of.out):
             return "source: other indices than those of the plugin in float32"
         of = oracle.maxima(self.dense[:, : self.of.columns], self.of.lengths)
-        mine, theirs = (
+        full, plugin = (
             of.gather(1, x.clamp(min=0).long()).masked_fill(x < 0, -torch.inf).sort(1).values
             for x in (self.chosen, self.of.chosen)
         )
-        if not torch.equal(mine, theirs):  # up to ties
+        if not torch.equal(full, plugin):  # up to ties
             return "source: other blocks than those of the plugin in float32"
         self.consumer(g, self.of.lists[id(g)])
         self.of.consumer(g)
