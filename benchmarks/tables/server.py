@@ -16,7 +16,7 @@ from benchmarks.tables import readme as figures
 __all__ = ["DRILLS", "MODES", "SGLANG", "TP2", "drills", "modes", "sglang", "tp2"]
 
 MODES = "h200_vllm_modes.json"
-DRILLS = "h200_vllm_drills.json"
+DRILLS = ("h200_vllm033_drills.json", "h200_vllm_drills.json")
 TP2 = "h200_vllm_tp2.json"
 SGLANG = "h200_sglang_e2e.json"
 
@@ -77,10 +77,14 @@ def modes() -> str:
 
 
 def drills() -> str:
-    """Return the Markdown between the ``drills`` markers."""
-    document = figures.load(DRILLS)
+    """Return the Markdown between the ``drills`` markers: a table a file."""
+    return "\n\n".join(map(_drills, DRILLS))
+
+
+def _drills(name: str) -> str:
+    document = figures.load(name)
     lines = [
-        f"{_where(document['machine'], DRILLS)}:",
+        f"{_where(document['machine'], name)}:",
         "",
         "| drill | what is broken | requests answered | decode calls, plugin / engine | passed |",
         "|---|---|---|---|---|",
