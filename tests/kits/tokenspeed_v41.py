@@ -42,7 +42,7 @@ UNUSED = (
 class OnGpu(torch.Tensor):
     """A tensor in the CPU's memory that says that it is on a GPU."""
 
-    is_cuda = True  # type: ignore[assignment]
+    is_cuda = True
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -102,10 +102,11 @@ class Layers:
                 name = f"v41 {layer} {'prefill' if phase else 'decode'} {rows}x{columns}"
                 yield name, functools.partial(self._run, name, layer, phase, rows, columns)
 
-    def _step_of(self, *shape: Any) -> _Step:
+    def _step_of(self, rows: int, columns: int, prefill: bool) -> _Step:
+        shape = rows, columns, prefill
         if self._step is None or self._step[0] != shape:
             self._step = None
-            self._step = shape, _Step.make(*shape, self.device)
+            self._step = shape, _Step.make(rows, columns, prefill, self.device)
         return self._step[1]
 
     def _run(
@@ -170,11 +171,13 @@ class Layers:
         backend = backend_for(self.device)
         if whole:
             ends = torch.tensor([0, out.shape[1]], dtype=torch.int32, device=self.device)
-            keys = ops.gather_indexer_cache(
+            values, scales = ops.gather_indexer_cache(
                 t.cache, t.table[:1], ends, block_size=PAGE, backend=backend
             )
             starts = torch.zeros_like(t.visible)
-            ops.ragged_logits(q, *keys, weights, starts, t.visible, out=out, backend=backend)
+            ops.ragged_logits(
+                q, values, scales, weights, starts, t.visible, out=out, backend=backend
+            )
         else:
             ops.paged_logits(
                 q[:, None], t.cache, weights, t.visible, t.table, block_size=PAGE, out=out,
