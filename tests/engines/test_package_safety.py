@@ -33,7 +33,7 @@ FORBIDDEN_CALLS = {
 FORBIDDEN_DOTTED = {"torch.load", "torch.hub", "torch.compile", "torch.utils.cpp_extension"}
 PROGRAMS = {"cli/doctor/releases.py": {"pip"}, "cli/checks/provenance.py": {"git", "nvidia-smi"}}
 # `ab` starts servers that the user names and asks them over HTTP: this folder alone may do that.
-SERVERS = ("cli/ab/",)
+SERVERS = ("cli/ab/", "cli/shared/requests.py")
 SERVER_NETWORK = {"http", "socket", "urllib"}
 # Where files are written, and who names them.
 WRITES = {
