@@ -1,4 +1,4 @@
-"""The tables of docs/vllm.md, made from the committed results.
+"""The tables of docs/development/vllm.md, made from the committed results.
 
 ``python -m benchmarks.tables modes`` (``drills``) prints what stands between the
 markers of that name.
@@ -101,7 +101,7 @@ def _drills(name: str) -> str:
 
 
 def tp2() -> str:
-    """Return the Markdown between the ``tp2`` markers of docs/vllm.md."""
+    """Return the Markdown between the ``tp2`` markers of docs/development/vllm.md."""
     document = figures.load(TP2)
     lines = _off_against_on("vllm", "vLLM", TP2, document)
     ranks = document["servers"]["on"]["rows"]

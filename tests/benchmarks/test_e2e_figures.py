@@ -1,4 +1,4 @@
-"""The tables of docs/vllm.md are those of the committed results."""
+"""The tables of docs/development/vllm.md are those of the committed results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kits.packaging_tools import ROOT
 from benchmarks.tables import readme as figures
 from benchmarks.tables import server as tables
 
-PAGE = ROOT / "docs" / "vllm.md"
+PAGE = ROOT / "docs" / "development" / "vllm.md"
 
 
 @pytest.mark.parametrize("mark", ["modes", "drills"])
@@ -29,9 +29,11 @@ def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> dict:
 def test_a_drill_that_did_not_pass_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    document = changed(tmp_path, monkeypatch, tables.DRILLS)
+    name = tables.DRILLS[0]
+    monkeypatch.setattr(tables, "DRILLS", (name,))
+    document = changed(tmp_path, monkeypatch, name)
     document["drills"][1] |= {"passed": False, "wrong": ["a request of 40 tokens: lost"]}
-    (tmp_path / tables.DRILLS).write_text(json.dumps(document))
+    (tmp_path / name).write_text(json.dumps(document))
     (line,) = (line for line in tables.drills().splitlines() if line.startswith("| on |"))
     assert line.endswith("| no: a request of 40 tokens: lost |")
 
