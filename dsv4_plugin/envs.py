@@ -137,7 +137,7 @@ VARIABLES: tuple[Variable, ...] = (
         "",
         "A directory: every process in which the plugin is at work writes its counters there, "
         "one small JSON file a process (`dsv4-plugin ab` reads them), and the engine's `/metrics` "
-        "has them ([docs/troubleshooting.md](docs/troubleshooting.md#metrics)). Unset: no file is "
+        "has them ([docs/metrics.md](docs/metrics.md)). Unset: no file is "
         "written.",
         path=True,
     ),

@@ -15,6 +15,6 @@
 | :mod:`.vllm_side`, :mod:`.sglang_side` | how that is loaded; contexts by copying |
 
 ``examples/make_tiny_v4.py`` and ``make_tiny_v41.py`` write the model that is served,
-:mod:`benchmarks.tables.server` the tables of docs/vllm.md. None of this imports an engine or needs
-torch in its own process, except the sides, which run inside the server.
+:mod:`benchmarks.tables.server` the tables of docs/development/vllm.md. None of this imports an
+engine or needs torch in its own process, except the sides, which run inside the server.
 """

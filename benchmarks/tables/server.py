@@ -1,4 +1,4 @@
-"""The tables of docs/vllm.md, made from the committed results.
+"""The tables of docs/development/vllm.md, made from the committed results.
 
 ``python -m benchmarks.tables modes`` (``drills``) prints what stands between the
 markers of that name.

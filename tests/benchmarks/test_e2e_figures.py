@@ -1,4 +1,4 @@
-"""The tables of docs/vllm.md are those of the committed results."""
+"""The tables of docs/development/vllm.md are those of the committed results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kits.packaging_tools import ROOT
 from benchmarks.tables import readme as figures
 from benchmarks.tables import server as tables
 
-PAGE = ROOT / "docs" / "vllm.md"
+PAGE = ROOT / "docs" / "development" / "vllm.md"
 
 
 @pytest.mark.parametrize("mark", ["modes", "drills"])

@@ -5,7 +5,8 @@ It tells the kind of the layer that calls, and the requests of a decode batch.
 vLLM fills every row with -1 before every selection. The op has an argument that leaves the fill
 out, which the layer never passes. The plugin passes it for a batch of nothing but decode rows: its
 top-k then writes every slot of every row. Where vLLM's own code selects after all, the rows get the
-fill first (:func:`fill_skipped_rows`). ``docs/vllm.md`` says where a row may be left over.
+fill first (:func:`fill_skipped_rows`). ``docs/development/vllm.md`` says where a row may be left
+over.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The seams of vLLM, one record each. A release that moves one gets a further form here.
 
 ``dsv4-plugin doctor`` shows what :func:`look` finds in vLLM's source, :mod:`.install` patches what
-the same records find in the imported modules, and the table in ``docs/vllm.md`` is made of them.
+the same records find in the imported modules, and the table in ``docs/development/vllm.md`` is made
+of them.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 vLLM's attention turns the indices of its layer into slots of the KV cache, and counts them, in a
 kernel of its own. It takes those of the top-k instead if its arguments are, by address and shape,
 those of the top-k, in the same forward pass and with no other top-k in between. All of this is
-known on the host. ``docs/vllm.md`` says why the answer is the same, and whose memory it is.
+known on the host. ``docs/development/vllm.md`` says why the answer is the same, and whose memory
+it is.
 """
 
 from __future__ import annotations
