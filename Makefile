@@ -11,6 +11,7 @@ VENV     ?= .venv
 VLLM_ENV ?= .venvs/vllm-cpu
 HOSTS_ENV ?= .venvs/hosts-cpu
 AUDIT    ?= .venvs/audit
+DOCS_ENV ?= .venvs/docs
 TORCH    ?= torch==2.13.0
 ARGS     ?=
 JOBS     ?= 2
@@ -28,6 +29,8 @@ else
   PY    := $(VENV)/bin/python
   READY := $(VENV)/.ready
 endif
+# The tools of the group "docs" in pyproject.toml and no more: neither torch nor the package.
+DOCS_PY  := $(DOCS_ENV)/bin/python
 
 # csrc is here so that a changed kernel is rebuilt before the tests run.
 CSRC   := $(wildcard csrc/* csrc/bindings/* csrc/include/dsv4/*/*)
@@ -46,7 +49,7 @@ $(VENV)/.ready: pyproject.toml $(CSRC)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip
 	$(VENV)/bin/python -m pip install -q $(TORCH)
-	$(VENV)/bin/python -m pip install -q -e '.[test,dev,docs]'
+	$(VENV)/bin/python -m pip install -q -e '.[test,dev]'
 	touch $@
 
 # Two releases of vLLM without their CUDA stack, for the demo and tests/engines/vllm: some 2 GB, once.
@@ -78,9 +81,15 @@ format: $(READY)  ## put everything into the one format
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(CPPTREE)
 
+$(DOCS_ENV)/.ready: pyproject.toml
+	test -x $(DOCS_PY) || $(PYTHON) -m venv $(DOCS_ENV)
+	$(DOCS_PY) -m pip install -q --upgrade 'pip>=25.1'
+	$(DOCS_PY) -m pip install -q --group docs
+	touch $@
+
 # Not --quiet: it hides the warnings from --strict too, which then passes.
-docs: $(READY)  ## build the documentation site in build/site; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+docs: $(DOCS_ENV)/.ready  ## build the documentation site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --strict
 
 audit: $(READY)  ## known vulnerabilities of what the package depends on (pip-audit; needs PyPI)
 	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install -q pip-audit; }

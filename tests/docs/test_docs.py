@@ -9,6 +9,7 @@ import ast
 import functools
 import importlib.util
 import re
+import sys
 from types import ModuleType
 
 import pytest
@@ -20,6 +21,7 @@ from benchmarks.tables import readme as figures
 DOCS = ROOT / "docs"
 PAGES = sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md"))
 VARIES = "\0"
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
 
 
 def hooks() -> ModuleType:
@@ -39,6 +41,20 @@ def test_a_warning_ends_the_build() -> None:
     recipe = re.search(r"^docs:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
     assert recipe and "mkdocs build --strict" in recipe[1]
     assert "-q" not in recipe[1]  # MkDocs 1.6 counts no warning that it does not show
+
+
+def test_the_site_is_built_without_torch() -> None:
+    """Its environment has the tools of one group, and the hook needs none but them."""
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^docs: \$\(DOCS_ENV\)/.ready ", makefile, re.M)
+    (group,) = re.findall(r"pip install -q --group (.*)", makefile)
+    listed = re.search(rf"^\[dependency-groups\]\n{group} = \[(.*)\]", PYPROJECT, re.M)
+    assert listed and re.findall(r'"([\w-]+)', listed[1]) == ["mkdocs-material"]
+    tree = ast.parse((DOCS / "hooks.py").read_text())
+    used = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    used |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    tops = {str(name).partition(".")[0] for name in used}
+    assert tops - set(sys.stdlib_module_names) == {"mkdocs"}
 
 
 @pytest.mark.parametrize(
