@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin.kernels import reference_candidates
+from dsv4_plugin.kernels.arguments import reads_fp4
 from dsv4_plugin.kernels.device import alignment
 from dsv4_plugin.ops import checks, torch_library
 from dsv4_plugin.ops.dispatch import Call, resolve
@@ -112,13 +113,14 @@ def block_maxima(
               ("block_table", block_table))  # fmt: skip
     given = out
     out = new_result(out, rows, -(-columns // piece), dtype, q.device)
+    checks.scores_dtype("out", out.dtype, q)
     checks.separate((("out", given), ("logits", logits)), inputs)
     if logits is not None and out.dtype != logits.dtype:
         raise ValueError(f"logits must be of the dtype of out ({out.dtype}), got {logits.dtype}")
     if rows and out.shape[1] and (logits is None or logits.shape[1]):
         call = Call(
             "block_maxima", q.device, out.dtype, head_dim=head_dim, heads=heads,
-            block_size=block_size, piece=piece, alignment=alignment(pages, q),
+            block_size=block_size, piece=piece, fp4=reads_fp4(q), alignment=alignment(pages, q),
         )  # fmt: skip
         run = resolve(call, backend)
         if pages.shape[0] == 0:  # no page that a kernel could be pointed at
@@ -277,10 +279,11 @@ def candidate_logits(
     inputs = (("q", q), ("cache", cache), ("weights", weights), ("candidates", candidates),
               ("lengths", lengths), ("block_table", block_table))  # fmt: skip
     out = _scores_out(out, out_lengths, candidates, piece, dtype, inputs)
+    checks.scores_dtype("out", out.dtype, q)
     if rows:
         call = Call(
             "candidate_logits", q.device, out.dtype, head_dim=head_dim, heads=heads,
-            block_size=block_size, piece=piece, candidates=candidates.shape[1],
+            block_size=block_size, piece=piece, candidates=candidates.shape[1], fp4=reads_fp4(q),
             alignment=alignment(pages, q),
         )  # fmt: skip
         run = resolve(call, backend)
