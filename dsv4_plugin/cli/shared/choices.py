@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ADAPTERS",
+    "CACHES",
     "CANDIDATE_SUITES",
     "ENGINES",
     "FUZZED",
@@ -25,6 +26,7 @@ TOPK_SUITES = ("decode", "served", "narrow", "adversarial", "prefill", "paged")
 LOGITS_DTYPES = TOPK_DTYPES
 LOGITS_SUITES = ("decode", "next_n", "varied", "prefill")
 CANDIDATE_SUITES = ("decode", "prefill")
+CACHES = ("fp8", "fp4")  # of the index layers of V4.1
 ADAPTERS = ("sglang", "tokenspeed")
 SGLANG_CALLS = ("paged", "paged_raw", "dsa", "prefill")  # that benchmarks.engines times
 TOKENSPEED_CALLS = (

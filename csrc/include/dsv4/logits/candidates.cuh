@@ -24,6 +24,10 @@ struct CandidateConfig {
   static constexpr int kHeads = kHeads_, kRows = 1;
   static constexpr int kStages = 4;  // blocks of keys in the ring
   static constexpr int kCtas = 4;    // a multiprocessor
+  using Rows = RowSet<kHeads, kRows>;
+  using Ring = KeyRing<kStages>;
+  template <class Copy>
+  using Pipeline = BlockPipeline<CandidateConfig, Copy>;
 };
 
 // ---- Where the keys of a row's pieces are
@@ -205,13 +209,12 @@ class CandidateList {
 
 // Begins the copy of a block's pieces to a slot of the ring: 16 keys a turn, so that the piece of a
 // turn is the same for all lanes of a warp. What is not there leaves its part of the slot as it is.
-template <class Config, class Pieces>
-__device__ __forceinline__ void copy_pieces(const PipelineShared<Config>& shared,
-                                            const Pieces& pieces, CandidateList<Pieces>& list,
-                                            int32_t turn, int slot) {
+template <int kSlots, class Pieces>
+__device__ __forceinline__ void copy_pieces(const KeyRing<kSlots>& ring, const Pieces& pieces,
+                                            CandidateList<Pieces>& list, int32_t turn, int slot) {
   const int thread = threadIdx.x % kGroupThreads;
   constexpr int kEach = kGroupThreads * 16 / kKeyBytes;  // keys a turn
-  uint8_t* keys = shared.ring.keys + slot * kBlockValues;
+  uint8_t* keys = ring.keys + slot * kBlockValues;
   list.advance(turn);
 #pragma unroll
   for (int pass = 0; pass < kBlockKeys / kEach; ++pass) {
@@ -226,7 +229,7 @@ __device__ __forceinline__ void copy_pieces(const PipelineShared<Config>& shared
                        pieces.values(place) + key % kPieceKeys * kKeyBytes + chunk * 16);
     }
   }
-  float* scales = shared.ring.scales + slot * kBlockKeys;
+  float* scales = ring.scales + slot * kBlockKeys;
   constexpr int kScales = Pieces::kScaleAlign / 4;  // a thread
   const int first = thread * kScales;
   const int piece = first / kPieceKeys % kPieces;
@@ -262,13 +265,13 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
     CandidateList<Pieces> list(p, pieces, row, first, last);
     if (again) __syncthreads();  // no thread still reads the row before
     again = true;
-    shared.rows.copy(0, pieces.query, p.queries.weights + row * p.queries.weight_stride);
+    shared.rows.copy(0, pieces.query, p.queries.weights_of(row));
     list.begin();
 
     const auto copy = [&](int32_t turn, int slot) {
-      copy_pieces(shared, pieces, list, turn, slot);
+      copy_pieces(shared.ring, pieces, list, turn, slot);
     };
-    BlockPipeline<Config, decltype(copy)> pipeline(shared, last - first, copy);
+    typename Config::template Pipeline<decltype(copy)> pipeline(shared, last - first, copy);
     Out* out = static_cast<Out*>(p.output.out) + row * p.output.stride;
     pipeline.run([&](int32_t turn, const float (&score)[1]) {
       const int32_t seen = list.recall_seen(turn, own_key() / kPieceKeys);

@@ -28,6 +28,11 @@ struct PagedConfig {
   static constexpr int kStages = kOneRow ? 4 : 5;  // blocks of keys in the ring
   static constexpr int kCtas = kOneRow ? 4 : 2;    // a multiprocessor
   static constexpr bool kMaxima = kMaxima_;        // of pieces are written
+  static constexpr int kGroup = kOneRow ? 1 : kAllRows;
+  using Rows = RowSet<kHeads, kRows>;
+  using Ring = KeyRing<kStages>;
+  template <class Copy>
+  using Pipeline = BlockPipeline<PagedConfig, Copy>;
 };
 
 // Rows first ... first + count - 1 of a request, at most kRows; `row` is the first of them among
@@ -54,7 +59,7 @@ __device__ __forceinline__ void copy_rows(const Queries& queries, const RequestR
   for (int j = 0; j < Config::kRows; ++j) {
     if (Config::kRows > 1 && j >= rows.count) continue;
     shared.rows.copy(j, queries.row(rows.request, rows.first + j),
-                     queries.weights + (rows.row + j) * queries.weight_stride);
+                     queries.weights_of(rows.row + j));
   }
 }
 
@@ -96,14 +101,11 @@ __device__ __forceinline__ void score_range(const PagedLogitsParams& p, const Bl
     for (int part = 0; part < Page::kOfBlock; ++part) {
       const int32_t page = pages.get(turn, part);
       if (!p.keys.exists(page)) continue;
-      const uint8_t* from = p.keys.page(page);
-      shared.ring.template copy<16, Page::kKeys>(
-          slot, from, reinterpret_cast<const float*>(from + Page::kScales), Page::kKeys,
-          part * Page::kKeys);
+      shared.ring.template copy_page<Page>(slot, p.keys.page(page), part);
     }
   };
   const int32_t turns = (range.last - range.first + range.step - 1) / range.step;
-  BlockPipeline<Config, decltype(copy)> pipeline(shared, turns, copy);
+  typename Config::template Pipeline<decltype(copy)> pipeline(shared, turns, copy);
   Out* out[kOwn];
   Out* maxima[kOwn];
   int32_t length[kOwn];
@@ -139,22 +141,21 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
   using Pages = PageNumbers<Config::Page::kOfBlock>;
   extern __shared__ __align__(kSwizzleBytes) uint8_t memory[];
   const PipelineShared<Config> shared(memory);
-  constexpr bool kOneRow = Config::kRows == 1;
-  const int32_t next_n = kOneRow ? 1 : p.queries.next_n;
   pdl_wait();
   pdl_launch_dependents();
 
   // A single request's length, pages and query are on their way at the same time: its table row may
   // be read beyond the length, not beyond its width.
-  const bool single = p.batch == 1;
+  const RowGroups<Config::kGroup> groups(p);
+  const bool single = groups.count == 1;
   const int32_t step = static_cast<int32_t>(gridDim.x);
-  BlockList<kOneRow> list(p);
+  BlockList<Config::kGroup> list(groups);
   BlockRange range{0, static_cast<int32_t>(blockIdx.x), 0, step};
   Pages pages(p.keys.block_table, single ? p.keys.table_width : 0, range.first, step);
   uint32_t block = 0, end = 0;  // of the list
   if (single) {
     copy_rows(p.queries, RequestRows(p.queries, 0, 0, Config::kRows), shared);
-    range.last = static_cast<int32_t>(blocks_of<kOneRow>(p, 0));
+    range.last = static_cast<int32_t>(groups.blocks(0));
     end = range.first < range.last ? 1 : 0;
   } else {
     const uint32_t total = list.total();
@@ -168,11 +169,12 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
       range = list.find(block, end);
       if (range.first >= range.last) break;
       const int32_t entries = min(range.last * Config::Page::kOfBlock, p.keys.table_width);
-      pages =
-          Pages(p.keys.block_table + range.request * p.keys.table_stride, entries, range.first, 1);
+      pages = Pages(p.keys.block_table + groups.request(range.group) * p.keys.table_stride, entries,
+                    range.first, 1);
     }
-    for (int32_t first = 0; first < next_n; first += Config::kRows) {
-      const RequestRows rows(p.queries, range.request, first, Config::kRows);
+    const int32_t request = groups.request(range.group), last = groups.end(range.group);
+    for (int32_t first = groups.begin(range.group); first < last; first += Config::kRows) {
+      const RequestRows rows(p.queries, request, first, Config::kRows);
       if (!copied) {
         __syncthreads();  // no thread still reads the rows before
         copy_rows(p.queries, rows, shared);
