@@ -138,6 +138,10 @@ int32_t set_paged_keys(PagedKeys& keys, const TensorView& pages, const TensorVie
                               << most << " pages, >= " << need << "] with unit inner stride";
   }
   check_aligned("pages", data(pages), pages.size(0) > 1 ? pages.stride(0) : 0);
+  if (reads_fp4(q) && pages.size(0) > 1 && (pages.stride(0) < 0 || pages.stride(0) > UINT32_MAX)) {
+    TVM_FFI_THROW(ValueError) << "pages are " << pages.stride(0)
+                              << " bytes apart; FP4 keys take 0 to " << UINT32_MAX;
+  }
   keys.cache = static_cast<const uint8_t*>(data(pages));
   keys.page_stride = pages.stride(0);
   keys.pages = static_cast<int32_t>(pages.size(0));

@@ -12,7 +12,7 @@ import torch
 from dsv4_plugin.cli.checks import exact
 from dsv4_plugin.cli.checks.exact import TOLERANCE, codes, wide
 from dsv4_plugin.cli.checks.exact import ragged as ragged_oracle
-from dsv4_plugin.cli.checks.inputs import fp8_cache, mxfp4_cache
+from dsv4_plugin.cli.checks.inputs import FP4_SCALES, fp8_cache, mxfp4_cache
 
 __all__ = [
     "FP4_SCALES", "TOLERANCE", "D", "Paged", "bits", "check", "codes", "oracle", "paged",
@@ -20,8 +20,6 @@ __all__ = [
 ]  # fmt: skip
 
 D = 128
-# Scale bytes by the kind of FP4 keys: "fp4" has exact dot products in float32.
-FP4_SCALES = {"fp4": (123, 127), "fp4 wide": (64, 191)}
 
 
 @dataclass

@@ -6,7 +6,20 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["DISTRIBUTIONS", "fp8_cache", "mxfp4_cache", "poison_tail", "scores", "slot_list"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "FP4_SCALES",
+    "fp8_cache",
+    "mxfp4_cache",
+    "poison_tail",
+    "scores",
+    "slot_list",
+]
+
+
+# First and last scale byte by the kind of the queries (exact.codes): the products of "fp4" can be
+# added in float32 without rounding.
+FP4_SCALES = {"fp4": (123, 127), "fp4 wide": (64, 191)}
 
 
 def fp8_cache(

@@ -61,6 +61,11 @@ class LogitsCase(KeptCase):
     graph: int = number(0, 0, 64, "replays of a CUDA graph with other content and lengths")
 
     @property
+    def content(self) -> str:
+        """Kind of queries and keys, as :mod:`dsv4_plugin.cli.checks.exact` calls it."""
+        return self.kind
+
+    @property
     def columns(self) -> int:
         """Keys that a row can see."""
         raise NotImplementedError
@@ -83,9 +88,9 @@ class LogitsCase(KeptCase):
 
     def _plainer(self, **more: Any) -> Iterator[Any]:
         plain: dict[str, Any] = {
-            "graph": 0, **more, "wide": 0, "nan": 0, "poison": 0, "codes": 0, "q_gap": 0,
-            "w_gap": 0, "gap": 0, "offset": 0, "out": 0, "backend": "auto", "head": 128,
-            "dtype": "float32", "kind": "normal",
+            "graph": 0, "wide": 0, "nan": 0, "poison": 0, "codes": 0, "q_gap": 0, "w_gap": 0,
+            "gap": 0, "offset": 0, "out": 0, "backend": "auto", "head": 128, "dtype": "float32",
+            "kind": "normal", **more,
         }  # fmt: skip
         for name, value in plain.items():
             if getattr(self, name) != value:
@@ -124,6 +129,17 @@ class PagedLogitsCase(LogitsCase, RequestsCase):
     gone: int = flag("some pages are none")
     padding: str = one_of(("valid", "none", "far", "low"), "pages past the length")
     table_gap: int = number(0, 0, 4096, "elements between two rows of the block table")
+    fp4: int = flag("FP4 keys, queries and weights of bfloat16")
+
+    @property
+    def content(self) -> str:
+        """Kind of queries and keys."""
+        return {"normal": "fp4", "bytes": "fp4 wide"}[self.kind] if self.fp4 else self.kind
+
+    @property
+    def key_bytes(self) -> tuple[int, int]:
+        """Bytes of a key's values and of its scales."""
+        return (self.head // 2, self.head // 32) if self.fp4 else (self.head, 4)
 
     @property
     def columns(self) -> int:
@@ -137,8 +153,10 @@ class PagedLogitsCase(LogitsCase, RequestsCase):
             raise CaseError(f"loose needs a form with a length for every row, got {self.form}")
         if self.flat and self.next_n > 1:
             raise CaseError(f"flat needs next_n 1, got {self.next_n}")
-        if (self.block * (self.head + 4) + self.pad) % 4:
+        if (self.block * sum(self.key_bytes) + self.pad) % 4:
             raise CaseError("pages must be multiples of 4 bytes apart")
+        if self.fp4 and (self.head % 32 or self.q_gap % 2 or self.dtype != "bfloat16"):
+            raise CaseError("fp4 needs head of a multiple of 32, an even q_gap, dtype bfloat16")
 
     def requests_of(self, step: int) -> list[int]:
         """Return the lengths of the requests that are kept; ``step`` counts replays."""
@@ -174,9 +192,10 @@ class PagedLogitsCase(LogitsCase, RequestsCase):
             yield self.but(keep="", requests=count)
         if self.form != "rows":
             yield self.but(form="rows")
+        plain: dict[str, Any] = {"dtype": "bfloat16", "fp4": 1} if self.fp4 else {}
         yield from self._plainer(
             loose=0, flat=0, gone=0, padding="valid", table="ordered", table_gap=0, pad=0, view=2,
-            next_n=1, block=64,
+            next_n=1, block=64, **plain,
         )  # fmt: skip
         if self.next_n > 2:
             yield self.but(next_n=2)
@@ -366,13 +385,27 @@ def paged_case(
         pages, pad = 4, (3 << 28) - size
     form = r.choice(FORMS)
     out = r.choice((-1, 0, 0, width * block + r.choice((1, 9, 64)), r.randint(1, width * block)))
-    return case.but(
+    case = case.but(
         requests=batch, next_n=next_n, lengths=r.choice(("full", "any", "any", "any")), form=form,
         loose=int(form in EACH_ROW and r.random() < 0.4), width=width, block=block, pages=pages,
         pad=pad, view=r.choice((2, 2, 3, 4)), flat=int(next_n == 1 and r.random() < 0.3),
         table=r.choice(("shuffled", "shuffled", "any", "same", "ordered")),
         gone=int(r.random() < 0.3), padding=r.choice(("valid", "none", "far", "low")),
         table_gap=r.choice((0, 0, 1, 3, 60)), out=out,
+    )  # fmt: skip
+    return _fp4(case, odd) if random.Random(f"fp4 {case.seed}").random() < 0.3 else case
+
+
+def _fp4(case: Any, odd: bool) -> Any:
+    """Return the case with FP4 keys; ``odd``: it may be one that only the torch form takes."""
+    block, head = case.block, case.head - case.head % 32
+    if not odd:  # what the CUDA kernel takes, in as many columns
+        block, head = 64, 128
+    size = block * (head // 2 + head // 32)
+    pad = case.pad + -(size + case.pad) % (4 if odd else 16)
+    return case.but(
+        fp4=1, dtype="bfloat16", heads=case.heads if odd else 32, head=head, block=block, pad=pad,
+        width=max(1, case.columns // block), q_gap=case.q_gap - case.q_gap % 2, codes=0,
     )  # fmt: skip
 
 

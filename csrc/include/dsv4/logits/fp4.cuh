@@ -1,77 +1,79 @@
 // Index logits of FP4 keys: the kernels of paged.cuh and candidates.cuh with the keys of
-// fp4_keys.cuh and the scores of fp4_pipeline.cuh. What serves a call, and its launch.
+// fp4_keys.cuh and the scores of fp4_score.cuh. What serves a call, and its launch.
 //
 // Rows of a request share one decoding of its keys: up to six of them. More rows, a chunk of
 // prefill, are cut into groups of four, which are worked on like requests with the same keys.
 #pragma once
 
+#include <cstdint>
+
 #include "dsv4/logits/candidates.cuh"
-#include "dsv4/logits/fp4_pipeline.cuh"
+#include "dsv4/logits/fp4_score.cuh"
 #include "dsv4/logits/launch_resident.cuh"
 #include "dsv4/logits/paged.cuh"
 
 namespace dsv4 {
 
-template <int kRows_, int kCtas_>
-struct Fp4Config {
-  static constexpr int kHeads = kFp4Heads, kRows = kRows_;
-  static constexpr int kStages = 4;     // blocks of keys in the ring; CandidateList takes up to 5
-  static constexpr int kCtas = kCtas_;  // a multiprocessor
-  using Rows = Fp4Rows<kRows>;
-  using Ring = Fp4Ring<kStages>;
+// The shared memory of a CTA, by its configuration.
+template <class Config>
+struct Fp4Shared : Fp4Rows<Config::kRows> {
+  using Fp4Rows<Config::kRows>::Fp4Rows;
 };
 
-template <int kRows, int kCtas, bool kMaxima_>
-struct Fp4PagedConfig : Fp4Config<kRows, kCtas> {
+// ---- All keys of a request ----------------------------------------------------------------------
+
+template <int kRows_, int kCtas_, bool kMaxima_>
+struct Fp4PagedConfig {
   using Page = Fp4Page;
+  using Shared = Fp4Shared<Fp4PagedConfig>;
+  static constexpr int kRows = kRows_;
+  static constexpr int kCtas = kCtas_;  // a multiprocessor
   static constexpr bool kMaxima = kMaxima_;
   static constexpr int kGroup = kRows;
-  template <class Copy>
-  using Pipeline = Fp4Pipeline<Fp4PagedConfig, Copy>;
 };
 
-struct Fp4CandidateConfig : Fp4Config<1, 5> {
-  template <class Copy>
-  using Pipeline = Fp4Pipeline<Fp4CandidateConfig, Copy>;
-};
+// score_range() copies them, while keys are on their way.
+template <class Config>
+__device__ __forceinline__ void copy_rows(const Queries&, const RequestRows&,
+                                          const Fp4Shared<Config>&) {}
 
-struct Fp4Pieces : PagedPieces<Fp4Page::kKeys> {
-  static constexpr int kValues = kPieceKeys * Fp4Page::kKeyBytes;
-  static constexpr int kPieceScales = kPieceKeys * Fp4Page::kKeyScales;
-  using PagedPieces::PagedPieces;
-
-  __device__ __forceinline__ const uint8_t* values(int32_t place) const {
-    return keys.page(place / kOfPage) + place % kOfPage * kValues;
-  }
-  __device__ __forceinline__ const uint8_t* scales(int32_t place) const {
-    return keys.page(place / kOfPage) + Fp4Page::kScales + place % kOfPage * kPieceScales;
-  }
-};
-
-// Begins the copy of the warp's two pieces of a block. What is not there leaves its part of the
-// slot as it is.
-template <int kSlots>
-__device__ __forceinline__ void copy_pieces(const Fp4Ring<kSlots>& ring, const Fp4Pieces& pieces,
-                                            CandidateList<Fp4Pieces>& list, int32_t turn,
-                                            int slot) {
-  uint8_t* to = ring.slot(slot);
-  const int first = ring.warp() * 2;
-  list.advance(turn);
+template <class Out, class Config>
+__device__ __forceinline__ void score_range(const PagedLogitsParams& p, const BlockRange& range,
+                                            PageNumbers<1>& pages, const RequestRows& rows,
+                                            const Fp4Shared<Config>& shared) {
+  constexpr int kRows = Config::kRows, kWarpKeys = 16;
+  const int warp = threadIdx.x % kGroupThreads / kWarpSize;
+  const uint8_t* values =
+      p.keys.cache + warp * kWarpKeys * Fp4Page::kKeyBytes + Fp4Values::value_offset();
+  const uint8_t* scales = p.keys.cache + Fp4Page::kScales + warp * kWarpKeys * Fp4Page::kKeyScales +
+                          Fp4Values::scale_offset();
+  const uint32_t stride = static_cast<uint32_t>(p.keys.page_stride);  // less than 2^32
+  hold(values);
+  hold(scales);
+  const auto load = [&](int32_t turn, Fp4Keys& keys) {
+    const int32_t page = pages.get(turn, 0);
+    keys.mark = p.keys.exists(page);
+    if (!keys.mark) return;
+    const uint8_t* const codes = values + uint64_t{static_cast<uint32_t>(page)} * stride;
+    const uint8_t* const factors = scales + uint64_t{static_cast<uint32_t>(page)} * stride;
+    keys.low.load(codes, factors);
+    keys.high.load(codes + 8 * Fp4Page::kKeyBytes, factors + 8 * Fp4Page::kKeyScales);
+  };
+  const auto copy = [&] {
 #pragma unroll
-  for (int piece = 0; piece < 2; ++piece) {
-    const int32_t place = list.place(turn, first + piece);
-    const int at = lane_id() * 16;
-    if (place >= 0) {
-      copy_piece_chunk(to + ring.values() + piece * Fp4Pieces::kValues + at,
-                       pieces.values(place) + at);
+    for (int j = 0; j < kRows; ++j) {
+      if (kRows > 1 && j >= rows.count) continue;
+      shared.copy(j, p.queries.row(rows.request, rows.first + j),
+                  p.queries.weights_of(rows.row + j));
     }
-  }
-  constexpr int kChunks = Fp4Pieces::kPieceScales / 16;  // of a piece's scales
-  const int32_t place = list.place(turn, first + lane_id() / kChunks % 2);
-  if (lane_id() < 2 * kChunks && place >= 0) {
-    copy_piece_chunk(to + ring.scales() + lane_id() * 16,
-                     pieces.scales(place) + lane_id() % kChunks * 16);
-  }
+  };
+  RangeOutput<Out, Config> output(p, rows);
+  output.hold_pointers();
+  const int32_t turns = (range.last - range.first + range.step - 1) / range.step;
+  score_fp4<kRows>(shared, turns, load, copy,
+                   [&](int32_t turn, int32_t there, const float (&score)[kOwnRows<kRows>]) {
+                     output.write((range.first + turn * range.step) * kBlockKeys, there, score);
+                   });
 }
 
 template <int kRows, int kCtas>
@@ -106,6 +108,48 @@ inline cudaError_t launch_fp4(const PagedLogitsParams& p, int device, cudaStream
     default:
       return launch_fp4_rows<4, 3>(p, sms, device, stream);
   }
+}
+
+// ---- The keys of candidates ---------------------------------------------------------------------
+
+struct Fp4CandidateConfig {
+  using Shared = Fp4Shared<Fp4CandidateConfig>;
+  static constexpr int kRows = 1;
+  static constexpr int kCtas = 5;  // a multiprocessor
+};
+
+struct Fp4Pieces : PagedPieces<Fp4Page::kKeys> {
+  using PagedPieces::PagedPieces;
+
+  // A place's values and scales, of which this thread loads a part.
+  __device__ __forceinline__ void load(int32_t place, Fp4Values& key) const {
+    const uint8_t* const page = keys.page(place / kOfPage);
+    const int32_t first = place % kOfPage * kPieceKeys;
+    key.load(page + first * Fp4Page::kKeyBytes + Fp4Values::value_offset(),
+             page + Fp4Page::kScales + first * Fp4Page::kKeyScales + Fp4Values::scale_offset());
+  }
+};
+
+template <class Out>
+__device__ __forceinline__ void score_pieces(const PagedCandidateParams& p, const Fp4Pieces& pieces,
+                                             CandidateList<Fp4Pieces>& list, int32_t row,
+                                             int32_t first, int32_t last,
+                                             const Fp4Shared<Fp4CandidateConfig>& shared) {
+  list.begin();
+  const int warp = threadIdx.x % kGroupThreads / kWarpSize;
+  const auto load = [&](int32_t turn, Fp4Keys& keys) {
+    list.advance(turn);
+    keys.mark = list.seen(turn, own_key() / kPieceKeys);
+    const int32_t low = list.place(turn, 2 * warp), high = list.place(turn, 2 * warp + 1);
+    if (low >= 0) pieces.load(low, keys.low);
+    if (high >= 0) pieces.load(high, keys.high);
+  };
+  const auto copy = [&] { shared.copy(0, pieces.query, p.queries.weights_of(row)); };
+  Out* const out = static_cast<Out*>(p.output.out) + row * p.output.stride;
+  score_fp4<1>(shared, last - first, load, copy,
+               [&](int32_t turn, int32_t seen, const float (&score)[1]) {
+                 write_piece<Out>(p, out, first + turn, seen, score[0]);
+               });
 }
 
 inline cudaError_t launch_fp4(const PagedCandidateParams& p, int device, cudaStream_t stream) {

@@ -53,10 +53,6 @@ struct KeyRing {
   uint8_t* keys;  // [kSlots][64][kKeyBytes], a multiple of kSwizzleBytes
   float* scales;  // [kSlots][64]
 
-  KeyRing() = default;
-  __device__ __forceinline__ explicit KeyRing(uint8_t* memory)
-      : keys(memory), scales(reinterpret_cast<float*>(memory + kSlots * kBlockValues)) {}
-
   // Begins the copy of kKeys keys to a slot, from its key `at` on; of the first `count` of them,
   // what is past them stays. The keys are at multiples of 16 bytes, the scales of kScaleAlign.
   template <int kScaleAlign, int kKeys = kBlockKeys>
@@ -71,13 +67,6 @@ struct KeyRing {
     } else {
       if (thread < count) copy_word(to_scales + thread, from_scales + thread);
     }
-  }
-
-  // The same of a page, which is part `part` of a block.
-  template <class Page>
-  __device__ __forceinline__ void copy_page(int32_t slot, const uint8_t* from, int part) const {
-    copy<16, Page::kKeys>(slot, from, reinterpret_cast<const float*>(from + Page::kScales),
-                          Page::kKeys, part * Page::kKeys);
   }
 
   __device__ __forceinline__ float scale(int32_t slot) const {

@@ -6,7 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "dsv4/common/launch.cuh"
-#include "dsv4/logits/pipeline.cuh"
+#include "dsv4/logits/score.cuh"
 
 namespace dsv4 {
 
@@ -14,7 +14,7 @@ namespace dsv4 {
 template <auto kKernel, class Config, class Params>
 inline cudaError_t launch_resident(const Params& p, int64_t blocks, int sms, int device,
                                    cudaStream_t stream) {
-  constexpr int kBytes = PipelineShared<Config>::kBytes;
+  constexpr int kBytes = Config::Shared::kBytes;
   const cudaError_t allowed = allow_shared_memory<kKernel>(device, kBytes);
   if (allowed != cudaSuccess) return allowed;
   const int64_t resident = int64_t{Config::kCtas} * sms;

@@ -29,10 +29,7 @@ struct PagedConfig {
   static constexpr int kCtas = kOneRow ? 4 : 2;    // a multiprocessor
   static constexpr bool kMaxima = kMaxima_;        // of pieces are written
   static constexpr int kGroup = kOneRow ? 1 : kAllRows;
-  using Rows = RowSet<kHeads, kRows>;
-  using Ring = KeyRing<kStages>;
-  template <class Copy>
-  using Pipeline = BlockPipeline<PagedConfig, Copy>;
+  using Shared = PipelineShared<PagedConfig>;
 };
 
 // Rows first ... first + count - 1 of a request, at most kRows; `row` is the first of them among
@@ -87,40 +84,37 @@ __device__ __forceinline__ void write_maximum(Out* row, int32_t key, int32_t len
   round_to(pinned ? INFINITY : score, row + piece);
 }
 
-// A range's blocks against rows of its request, which are on their way.
-template <class Out, class Config, class Pages>
-__device__ __forceinline__ void score_range(const PagedLogitsParams& p, const BlockRange& range,
-                                            Pages& pages, const RequestRows& rows,
-                                            const PipelineShared<Config>& shared) {
-  using Page = typename Config::Page;
-  constexpr int kRows = Config::kRows, kOwn = kOwnRows<kRows>;
+// Where the scores of a thread go, of rows of a request.
+template <class Out, class Config>
+struct RangeOutput {
+  static constexpr int kRows = Config::kRows, kOwn = kOwnRows<kRows>;
 
-  // A page that does not exist leaves its part of the slot as it is.
-  const auto copy = [&](int32_t turn, int slot) {
-#pragma unroll
-    for (int part = 0; part < Page::kOfBlock; ++part) {
-      const int32_t page = pages.get(turn, part);
-      if (!p.keys.exists(page)) continue;
-      shared.ring.template copy_page<Page>(slot, p.keys.page(page), part);
-    }
-  };
-  const int32_t turns = (range.last - range.first + range.step - 1) / range.step;
-  typename Config::template Pipeline<decltype(copy)> pipeline(shared, turns, copy);
-  Out* out[kOwn];
+  Out* out[kOwn];  // of own_key(), or null where there is none
   Out* maxima[kOwn];
   int32_t length[kOwn];
+  bool scores;
+
+  __device__ __forceinline__ RangeOutput(const PagedLogitsParams& p, const RequestRows& rows)
+      : scores(!Config::kMaxima || p.output.out != nullptr) {
 #pragma unroll
-  for (int o = 0; o < kOwn; ++o) {
-    const int32_t at = first_own_row<kRows>() + o, row = rows.row + at;
-    length[o] = kRows == 1 || at < rows.count ? clip_length(p.lengths.of(row), p.columns) : 0;
-    out[o] = static_cast<Out*>(p.output.out) + row * p.output.stride + own_key();
-    maxima[o] = static_cast<Out*>(p.maxima.out) + row * p.maxima.stride;
+    for (int o = 0; o < kOwn; ++o) {
+      const int32_t at = first_own_row<kRows>() + o, row = rows.row + at;
+      length[o] = kRows == 1 || at < rows.count ? clip_length(p.lengths.of(row), p.columns) : 0;
+      out[o] = static_cast<Out*>(p.output.out) + row * p.output.stride + own_key();
+      maxima[o] = static_cast<Out*>(p.maxima.out) + row * p.maxima.stride;
+    }
   }
-  const bool scores = !Config::kMaxima || p.output.out != nullptr;
-  pipeline.run([&](int32_t turn, const float (&score)[kOwn]) {
-    const bool there =
-        p.keys.exists(pages.recall(turn, Page::kOfBlock == 1 ? 0 : own_key() / Page::kKeys));
-    const int32_t key = (range.first + turn * range.step) * kBlockKeys;
+
+  __device__ __forceinline__ void hold_pointers() {
+#pragma unroll
+    for (int o = 0; o < kOwn; ++o) {
+      hold(out[o]);
+      if (Config::kMaxima) hold(maxima[o]);
+    }
+  }
+
+  // The scores of own_key() of the block from `key` on. `there`: the key's page exists.
+  __device__ __forceinline__ void write(int32_t key, bool there, const float (&score)[kOwn]) const {
 #pragma unroll
     for (int o = 0; o < kOwn; ++o) {
       Out rounded;
@@ -132,6 +126,35 @@ __device__ __forceinline__ void score_range(const PagedLogitsParams& p, const Bl
                              seen ? widen(rounded) : -INFINITY);
       }
     }
+  }
+};
+
+// A range's blocks against rows of its request, which are on their way.
+template <class Out, class Config, class Pages>
+__device__ __forceinline__ void score_range(const PagedLogitsParams& p, const BlockRange& range,
+                                            Pages& pages, const RequestRows& rows,
+                                            const PipelineShared<Config>& shared) {
+  using Page = typename Config::Page;
+
+  // A page that does not exist leaves its part of the slot as it is.
+  const auto copy = [&](int32_t turn, int slot) {
+#pragma unroll
+    for (int part = 0; part < Page::kOfBlock; ++part) {
+      const int32_t page = pages.get(turn, part);
+      if (!p.keys.exists(page)) continue;
+      const uint8_t* from = p.keys.page(page);
+      shared.ring.template copy<16, Page::kKeys>(
+          slot, from, reinterpret_cast<const float*>(from + Page::kScales), Page::kKeys,
+          part * Page::kKeys);
+    }
+  };
+  const int32_t turns = (range.last - range.first + range.step - 1) / range.step;
+  BlockPipeline<Config, decltype(copy)> pipeline(shared, turns, copy);
+  const RangeOutput<Out, Config> output(p, rows);
+  pipeline.run([&](int32_t turn, const float (&score)[kOwnRows<Config::kRows>]) {
+    const bool there =
+        p.keys.exists(pages.recall(turn, Page::kOfBlock == 1 ? 0 : own_key() / Page::kKeys));
+    output.write((range.first + turn * range.step) * kBlockKeys, there, score);
   });
 }
 
@@ -140,7 +163,7 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
     paged_logits_kernel(const __grid_constant__ PagedLogitsParams p) {
   using Pages = PageNumbers<Config::Page::kOfBlock>;
   extern __shared__ __align__(kSwizzleBytes) uint8_t memory[];
-  const PipelineShared<Config> shared(memory);
+  const typename Config::Shared shared(memory);
   pdl_wait();
   pdl_launch_dependents();
 

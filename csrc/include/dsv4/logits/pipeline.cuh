@@ -11,22 +11,22 @@
 
 namespace dsv4 {
 
-// The shared memory of a CTA, one warpgroup. Config: Rows, kRows of them that are scored together,
-// and the Ring of their keys.
+// The shared memory of a CTA, one warpgroup. Config: kHeads, kRows that are scored together,
+// kStages of the ring.
 template <class Config>
 struct PipelineShared {
-  using Rows = typename Config::Rows;
-  using Ring = typename Config::Ring;
+  using Rows = RowSet<Config::kHeads, Config::kRows>;
+  using Ring = KeyRing<Config::kStages>;
   static constexpr int kBytes = Rows::kBytes + Ring::kBytes;
 
   Rows rows;
   Ring ring;
 
-  __device__ __forceinline__ explicit PipelineShared(uint8_t* memory)
-      : ring(memory + Config::kRows * Rows::kQueryBytes) {
+  __device__ __forceinline__ explicit PipelineShared(uint8_t* memory) {
     rows.queries = memory;
-    rows.weights = reinterpret_cast<decltype(rows.weights)>(
-        memory + Config::kRows * Rows::kQueryBytes + Ring::kBytes);
+    ring.keys = memory + Config::kRows * Rows::kQueryBytes;
+    ring.scales = reinterpret_cast<float*>(ring.keys + Config::kStages * kBlockValues);
+    rows.weights = ring.scales + Config::kStages * kBlockKeys;
   }
 };
 
