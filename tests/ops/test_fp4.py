@@ -133,6 +133,17 @@ def test_block_maxima(next_n, backend, device):
         scored.assert_untouched()
 
 
+@pytest.mark.parametrize("kind", FP4_SCALES)
+@pytest.mark.parametrize("next_n", NEXT_N)
+def test_a_score_does_not_depend_on_the_rows_beside_it(next_n, kind, backend, device):
+    case = draw([200] * 12, next_n, kind).to(device)
+    q, cache, weights, n, table = case.arguments
+    got = paged_logits(*case.arguments, backend=backend)
+    table = table.repeat_interleave(next_n, 0)
+    alone = paged_logits(q.flatten(0, 1), cache, weights, n, table, backend=backend)
+    equal_bits(got, alone, valid(n, got.shape[1]))
+
+
 @pytest.mark.parametrize("next_n", [1, 2, 6])
 @pytest.mark.parametrize("counted", [False, True])
 def test_candidates(counted, next_n, backend, device):
