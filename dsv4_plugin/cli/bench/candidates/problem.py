@@ -10,6 +10,7 @@ the L2 holds, and the calls of a graph take them in turn: keys come from memory,
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ class Pool:
         g = torch.Generator(device=device).manual_seed(0)
         many = (max(rows, requests * 2), HEADS)
         if cache == "fp4":
-            some = {"generator": g, "device": device, "dtype": torch.uint8}
+            some: Any = {"generator": g, "device": device, "dtype": torch.uint8}
             self.keys = torch.randint(0, 256, (width, self.form.values), **some)
             self.scales = torch.randint(123, 128, (width, self.form.scales), **some)
             self.q = exact.codes((*many, HEAD_DIM), "fp4", g)
