@@ -57,9 +57,10 @@ struct RowGroups {
     const int32_t row = request(group) * next_n, last = end(group) - 1;
     int64_t length = p.lengths.of(row + last);
     if (kMost != 1 && !p.lengths.shared) {
-#pragma unroll 1
-      for (int32_t j = begin(group); j < last; ++j) {
-        const int64_t other = p.lengths.of(row + j);
+      const int32_t first = begin(group);
+#pragma unroll(kCut ? kMost - 1 : 1)  // of few rows all lengths are on their way at the same time
+      for (int32_t j = first; j < (kCut ? first + kMost - 1 : last); ++j) {
+        const int64_t other = p.lengths.of(row + (kCut ? min(j, last) : j));
         length = other > length ? other : length;
       }
     }
@@ -76,7 +77,7 @@ class BlockList {
   // Blocks of all groups.
   __device__ __forceinline__ uint32_t total() {
     uint32_t sum = 0;
-#pragma unroll 1
+#pragma unroll(RowGroups<kMost>::kCut ? 4 : 1)
     for (int32_t base = 0; base < groups_.count; base += kWarpSize) {
       sum += blocks(base + lane_id());
     }
