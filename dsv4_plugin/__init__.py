@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         block_maxima,
         candidate_logits,
         candidate_logits_ragged,
+        candidate_select,
         select_blocks,
         select_candidates,
     )
@@ -33,6 +34,7 @@ __all__ = [
     "block_maxima",
     "candidate_logits",
     "candidate_logits_ragged",
+    "candidate_select",
     "gather_indexer_cache",
     "paged_logits",
     "ragged_logits",
@@ -51,6 +53,7 @@ _WHERE = {
     "block_maxima": "dsv4_plugin.ops.candidates",
     "candidate_logits": "dsv4_plugin.ops.candidates",
     "candidate_logits_ragged": "dsv4_plugin.ops.candidates",
+    "candidate_select": "dsv4_plugin.ops.candidates",
     "gather_indexer_cache": "dsv4_plugin.ops.cache",
     "paged_logits": "dsv4_plugin.ops.logits",
     "ragged_logits": "dsv4_plugin.ops.logits",

@@ -19,10 +19,10 @@ _LINE_OF_A_PROCESS = "%(levelname)s %(asctime)s [dsv4 pid %(process)d] %(message
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to stderr what no handler of the host gets.
+    """Writes to stderr what no handler of the engine gets.
 
     Engines configure their own loggers and not always the root logger: without this an INFO line
-    of ours would be dropped, and an A/B could not tell that the plugin engaged.
+    of the plugin would be dropped, and an A/B could not tell that the plugin engaged.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:

@@ -32,7 +32,11 @@ METRICS = {
         "name",
     ),
     "dsv4_seam_engaged": ("1 where dsv4_plugin serves a seam of the engine, else 0", "seam"),
-    "dsv4_switched_off": ("1 for a part of dsv4_plugin that failed and serves no more", "part"),
+    "dsv4_switched_off": (
+        '1 for a part of dsv4_plugin that failed and serves no more; part "any" is always there',
+        "part",
+    ),
+    "dsv4_info": ("1 for each process in which dsv4_plugin serves, with its version", "version"),
 }
 _gauges: dict[str, Any] = {}
 _collector: _Files | None = None
@@ -44,8 +48,10 @@ def _samples(report: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
         yield "dsv4_calls", name, float(number)
     for name, seam in report["seams"].items():
         yield "dsv4_seam_engaged", name, float(seam["engaged"])
+    yield "dsv4_switched_off", "any", float(bool(report["failures"]))
     for part in report["failures"]:
         yield "dsv4_switched_off", part, 1.0
+    yield "dsv4_info", report["plugin"], 1.0
 
 
 def publish(report: dict[str, Any]) -> None:
@@ -135,6 +141,6 @@ class _Files:
                 node, pid = str(report["node"]), str(int(report["pid"]))
                 own = [(m, [node, name, pid], value) for m, name, value in _samples(report)]
                 found += own if processes.alive(report) else []
-            except Exception:  # not one of ours, or gone meanwhile
+            except Exception:  # no status of the plugin, or gone meanwhile
                 continue
         return found

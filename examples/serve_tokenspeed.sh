@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serve DeepSeek-V4 with TokenSpeed and the kernels of dsv4_plugin in its indexer.
 #
-#   pip install "tokenspeed>=0.1.1" dsv4-plugin    # or: pip install .   in a checkout
+#   DSV4_BUILD_CUDA=1 pip install .    # in a checkout, beside tokenspeed>=0.1.1
 #   MODEL=... TP=4 examples/serve_tokenspeed.sh [more options of tokenspeed serve]
 #
 # TokenSpeed lets a plugin add no options, so the switch is the environment: DSV4_PLUGIN=0 serves
@@ -11,7 +11,8 @@ set -euo pipefail
 
 export DSV4_PLUGIN="${DSV4_PLUGIN:-1}" DSV4_TOPK="${DSV4_TOPK:-auto}"
 
-dsv4-plugin doctor || true # says what is here and why not more; exit code 1 is not an error
+# Says what is here and why not more. Exit code 1 is no error; 2 is a wrong setting.
+dsv4-plugin doctor || test $? -eq 1
 
 exec tokenspeed serve --model "${MODEL:-deepseek-ai/DeepSeek-V4-Flash}" \
     --tensor-parallel-size "${TP:-4}" \

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Serve DeepSeek-V4 with vLLM and the exact top-k of dsv4_plugin in its indexer.
 #
-#   pip install "vllm>=0.26" dsv4-plugin    # or: pip install .   in a checkout
+#   DSV4_BUILD_CUDA=1 pip install .    # in a checkout, beside vllm>=0.26
 #   MODEL=... TP=4 examples/serve_vllm.sh [more options of vllm serve]
 #
 # DSV4_PLUGIN=0 serves with vLLM's own code: the other side of an A/B (docs/ab.md). What engaged is
 # one line of each worker: "dsv4 active in vLLM ...".
 set -euo pipefail
 
-dsv4-plugin doctor || true # says what is here and why not more; exit code 1 is not an error
+# Says what is here and why not more. Exit code 1 is no error; 2 is a wrong setting.
+dsv4-plugin doctor || test $? -eq 1
 
 exec vllm serve "${MODEL:-deepseek-ai/DeepSeek-V4-Flash}" --plugin dsv4 \
     --tensor-parallel-size "${TP:-4}" \

@@ -16,6 +16,11 @@ TOP_K = 512
 MAX_TOKENS = 1 << 20
 VOCABULARY = 129_280
 WORDS = 20_000
+# SGLang renders a chat at its start and asks for the names of the real one's.
+SPECIAL = (
+    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<unk>", "<｜User｜>", "<｜Assistant｜>",
+    "<think>", "</think>", "<｜deepseek_image｜>",
+)  # fmt: skip
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 1}
@@ -95,16 +100,15 @@ def word(token: int) -> str:
 
 def tokenizer() -> dict[str, Any]:
     """Return the content of tokenizer.json: words between blanks, which come back as they went."""
-    special = ("<bos>", "<eos>", "<unk>")
-    vocabulary = {name: i for i, name in enumerate(special)}
-    vocabulary |= {word(i): i for i in range(len(special), WORDS)}
+    vocabulary = {name: i for i, name in enumerate(SPECIAL)}
+    vocabulary |= {word(i): i for i in range(len(SPECIAL), WORDS)}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": name, **flags, "special": True} for i, name in enumerate(special)
+            {"id": i, "content": name, **flags, "special": True} for i, name in enumerate(SPECIAL)
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "WhitespaceSplit"},
@@ -122,9 +126,9 @@ def write(folder: Path, configuration: dict[str, Any]) -> None:
         "tokenizer.json": tokenizer(),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<bos>",
-            "eos_token": "<eos>",
-            "unk_token": "<unk>",
+            "bos_token": SPECIAL[0],
+            "eos_token": SPECIAL[1],
+            "unk_token": SPECIAL[2],
             "add_bos_token": False,
             "clean_up_tokenization_spaces": False,
             "model_max_length": MAX_TOKENS,

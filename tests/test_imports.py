@@ -107,6 +107,34 @@ def test_no_circle() -> None:
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
 
 
+WALKS = {  # of CONTRIBUTING.md
+    "a logits tensor": [
+        "engines.vllm.install", "engines.vllm.wrappers", "engines.shared.fallback", "ops.topk",
+        "ops.dispatch", "kernels.cuda",
+    ],
+    "DSV4_TOPK": [
+        "engines.vllm.policy", "engines.shared.logits", "engines.shared.decision", "ops.dispatch",
+        "envs",
+    ],
+    "bench topk": [
+        "cli.main", "cli.bench.command", "cli.bench.topk.command", "cli.bench.suites",
+        "cli.bench.cells", "cli.checks.timing",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_a_walk_has_no_way_back_up(walk: str) -> None:
+    """No stop imports, on whatever way, one that comes before it."""
+    stops = [f"dsv4_plugin.{stop}" for stop in WALKS[walk]]
+    for at, stop in enumerate(stops):
+        reached, new = set(), {stop}
+        while new:
+            reached |= new
+            new = {n for m in new for _, n in imports(m) if n in MODULES} - reached
+        assert not reached & set(stops[:at]), stop
+
+
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["no-such-command"], []])
 def test_the_command_line_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -66,3 +67,12 @@ def test_require_gpu_fails_without_a_device(tmp_path: Path) -> None:
     code, said = run_pytest(tmp_path, body, "--require-gpu", ci=False)
     assert code != 0
     assert "1 tests need one" in said
+
+
+def test_the_results_file_counts_the_tests_and_names_what_failed(tmp_path: Path) -> None:
+    body = "def test_x(): pass\n\ndef test_y(): assert False"
+    file = tmp_path / "suite.json"
+    code, _ = run_pytest(tmp_path, body, "--results", str(file), ci=False)
+    found = json.loads(file.read_text())
+    assert code != 0 and found["tests"] == {"passed": 2, "failed": 1, "error": 0, "skipped": 0}
+    assert [name.rpartition("::")[2] for name in found["failures"]] == ["test_y"]

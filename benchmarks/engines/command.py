@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "parser"]
 
+MODELS = ("v4", "v41")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts one after the other; returns the exit code."""
@@ -180,6 +182,7 @@ def parser() -> Parser:
     add("--more", type=Path, nargs="+", default=[], help="folders to put last on sys.path")
     add("--shapes", nargs="+", type=_shape, metavar="ROWSxCOLUMNS", help="shapes of decode")
     add("--prefill", nargs="+", type=_shape, metavar="QUERIESxKEYS", help="of prefill")
+    add("--model", nargs="+", choices=MODELS, default=MODELS, help="TokenSpeed: whose calls")
     return parser
 
 

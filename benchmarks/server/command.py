@@ -1,7 +1,7 @@
 """``python -m benchmarks.server``: servers side by side, the steps in turn, one results file.
 
-All servers run at the same time on one GPU, each with its own weights and cache; only one is asked
-at a time, so that what the GPU does is that one's. This takes half the time of one after the
+All servers run at the same time on the same GPUs, each with its own weights and cache; only one is
+asked at a time, so that what the GPUs do is that one's. This takes half the time of one after the
 other, and A and B meet the same clocks: every figure comes from pairs.
 """
 
@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.server import measure, model
-from benchmarks.server.options import about, add_common, checked, engine, make_server, place, words
-from benchmarks.server.server import ServerError
+from benchmarks.server.options import about, add_common, checked, make_server, place
+from benchmarks.server.server import stop
 from benchmarks.tool import tool
+from dsv4_plugin.cli.ab import AbError
+from dsv4_plugin.cli.ab.console import Console
+from dsv4_plugin.cli.ab.engines import split
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import Parser, UsageError, held, interruptible
 
@@ -44,7 +47,7 @@ def _arguments(text: str) -> tuple[str, list[str]]:
     name, equals, rest = text.partition("=")
     if not name or not equals:
         raise UsageError("must be NAME=ARGUMENTS")
-    return name, words(rest)
+    return name, split(rest, "--arguments")
 
 
 def _crowd(text: str) -> tuple[int, int]:
@@ -64,7 +67,7 @@ def parser() -> Parser:
     )  # fmt: skip
     add(
         "--arguments", type=_arguments, action="append", default=[], metavar="NAME=ARGUMENTS",
-        help="further arguments of vllm serve for this server; it is compared with the first "
+        help="further arguments for this server; it is compared with the first "
         "server that has the same",
     )  # fmt: skip
     add("--contexts", type=numbers.LENGTH, nargs="*", default=[8 << 10, 64 << 10, 128 << 10],
@@ -119,28 +122,28 @@ class Run:
         }
         served = model.read(arguments.model)
         self.results["model"] = served.about
-        share = 0.85 / len(wished)
-        serve = [
-            *engine(arguments, served, max_num_seqs=arguments.max_num_seqs, memory_share=share),
-            *(["--load-format", "auto"] if arguments.checkpoint else []),
-            *arguments.serve,
-        ]
         own = dict(arguments.arguments)
         if unknown := sorted(set(own) - {name for name, _ in wished}):
             raise UsageError(f"--arguments {unknown[0]}: no --server has this name")
         self.bases = bases([(name, own.get(name, [])) for name, _ in wished])
+        self.console = Console(self.secrets)
         self.servers = [
-            make_server(arguments, folder, i, name, environment, [*serve, *own.get(name, [])])
+            make_server(
+                arguments, folder, i, name, environment, [*arguments.serve, *own.get(name, [])],
+                served=served, requests=arguments.max_num_seqs, share=0.85 / len(wished),
+                console=self.console, weights=not arguments.checkpoint,
+            )
             for i, (name, environment) in enumerate(wished)
-        ]
+        ]  # fmt: skip
         self.traces = measure.Traces(served)
         self.copies = True
         self.over = threading.Event()
 
     def say(self, text: str) -> None:
         """Show progress."""
-        line = f"[{time.monotonic() - self.began:6.1f} s] {self.secrets.text(text)}"
-        print(line, flush=True)
+        self.console.say(text)
+        if self.console.signals:  # the reader has gone
+            raise BrokenPipeError
 
     def left(self) -> float:
         """Seconds of the budget."""
@@ -166,20 +169,16 @@ class Run:
         except Exception as error:
             self.results["skipped"].append(f"{name}: {type(error).__name__}: {error}"[:1500])
             self.say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
-            gone = [s for s in self.servers if not s.alive()]
             if self.over.is_set():
-                raise ServerError(f"{name} was broken off: the budget was spent") from error
-            if gone:
-                raise ServerError(
-                    f"{gone[0].name} ended during {name}\n{gone[0].errors()}"
-                ) from error
+                raise AbError(f"{name} was broken off: the budget was spent") from error
+            for server in self.servers:
+                server.check()
         self.save()
 
     def _break_off(self) -> None:
         """End the servers under a step that goes on and on: its requests end with an error."""
         self.over.set()
-        for server in self.servers:
-            server.stop()
+        stop(self.servers)
 
     def run(self) -> None:
         """Start, measure, stop; the file has what there is, however it ends."""
@@ -190,16 +189,15 @@ class Run:
         end.start()
         try:
             for server in self.servers:
-                server.start(weights=not self.a.checkpoint)
-            self.results |= about(self.a.commit)
+                server.begin()
+            self.results |= about(self.a)
             self.save()
-            deadline = self.began + min(self.a.ready, self.a.budget - RESERVE_S)
             for server in self.servers:
-                server.wait(deadline)
+                server.wait(min(self.a.ready, self.a.budget - RESERVE_S))
                 self.say(f"{server.name} serves after {server.ready_s} s")
             self.measure()
             self.results["complete"] = not self.results["skipped"]
-        except ServerError as error:
+        except AbError as error:
             said = self.secrets.text(str(error))
             self.results["error"] = said[:4000]
             self.say(said[:3000])
@@ -213,7 +211,13 @@ class Run:
     def _stop(self) -> None:
         self.results["servers"] = {s.name: s.about() for s in self.servers}
         for server in self.servers:
-            server.stop()
+            found = server.workers()
+            if found.failures or len(found.engaged) not in (0, self.a.gpus):
+                where = f"at work in {len(found.engaged)} of {self.a.gpus} processes"
+                said = "; ".join([*found.failures, where])
+                self.results["skipped"].append(f"{server.name}: {said}")
+        self.results["skipped"] += stop(self.servers)
+        self.results["complete"] &= not self.results["skipped"]
         for case, by_server in self.traces.results().items():
             context, count = map(int, case.split("x"))
             self.results["profiles"].append(

@@ -28,10 +28,13 @@ from benchmarks.server import model
 from benchmarks.server.client import at_once, random_prompt
 from benchmarks.server.measure import agreement
 from benchmarks.server.options import about, add_common, checked, engine, make_server, place
-from benchmarks.server.server import Server, ServerError
+from benchmarks.server.server import Server, stop
 from benchmarks.tool import tool
+from dsv4_plugin.cli.ab import AbError
+from dsv4_plugin.cli.ab.console import Console
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import Parser, held, interruptible
+from dsv4_plugin.cli.shared.secrets import Secrets
 
 __all__ = ["BASE", "DRILLS", "Drill", "main"]
 
@@ -44,12 +47,12 @@ PLUGIN = re.compile(r"\[dsv4[^]]*\] (.*)")
 LIBRARY = "_C.so"
 
 
-def _sleep(server: Server) -> None:
-    """Put the engine to sleep and wake it up."""
-    server.client.post("/sleep?level=1")
+def _sleep(server: Server, level: int) -> None:
+    """Put the engine to sleep and wake it up. Level 2 does not bring the weights back."""
+    server.client.read(f"/sleep?level={level}", {})
     if not json.loads(server.client.read("/is_sleeping"))["is_sleeping"]:
         raise RuntimeError("it does not sleep after /sleep")
-    server.client.post("/wake_up")
+    server.client.read("/wake_up", {})
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,15 @@ class Drill:
     Attributes:
         name: of the drill and its server.
         what: what is broken.
-        says: the line that has to be in the log, once in each process.
+        says: the line that has to be in the log, once for each kind of layer in each process.
         environment: of the server.
         arguments: of its ``vllm serve``.
         counts: counters that must be above zero at the end.
         never: counters that must be zero.
         upstream: whether the answers must be those of :data:`BASE`, where it repeats its own.
         library: whether the plugin has its compiled library.
-        act: done between two rounds of requests; the answers of both must be the same, likewise.
+        act: done between two rounds of requests.
+        same: whether the answers of both rounds must be the same, likewise.
         kind: the only kind of model that it is for, as :mod:`.model` calls it.
     """
 
@@ -80,6 +84,7 @@ class Drill:
     upstream: bool = True
     library: bool = True
     act: Callable[[Server], None] | None = None
+    same: bool = True
     kind: str | None = None
 
 
@@ -147,7 +152,15 @@ DRILLS = (
     Drill(
         "sleep", "nothing: the engine sleeps (level 1) and wakes up between two rounds",
         r"top-k: bf16 by cuda", {"DSV4_PLUGIN": "1", "VLLM_SERVER_DEV_MODE": "1"},
-        ("--enable-sleep-mode",), counts=_ALL, never=(), upstream=False, act=_sleep,
+        ("--enable-sleep-mode",), counts=_ALL, never=(), upstream=False,
+        act=partial(_sleep, level=1),
+    ),
+    Drill(
+        "sleep2", "nothing: the engine sleeps at level 2, where the shadow's counters must survive",
+        r"top-k: fp32 by cuda",
+        {"DSV4_PLUGIN": "1", "DSV4_TOPK": "fp32", "DSV4_SHADOW": "1", "VLLM_SERVER_DEV_MODE": "1"},
+        ("--enable-sleep-mode",), counts=("topk.decode", "topk.prefill"), never=(),
+        upstream=False, act=partial(_sleep, level=2), same=False,
     ),
     Drill(
         "candidates", "nothing: the plugin serves the source of the candidates and its consumers",
@@ -160,7 +173,7 @@ DRILLS = (
         _fault("candidate_seam"), never=("candidates.source", "candidates.consumer"),
         upstream=False, kind=model.V41,
     ),
-    *map(_candidates, ("block_maxima", "select_blocks", "candidate_logits", "select_candidates")),
+    *map(_candidates, ("block_maxima", "select_blocks", "candidate_select")),
 )  # fmt: skip
 
 
@@ -209,9 +222,10 @@ def _look(result: Result) -> None:
         {m[1] for line in server.lines(PLUGIN, 999, 4000) if (m := PLUGIN.search(line))}
     )
     clear = [line for line in result.lines if re.search(drill.says, line)]
-    if len(clear) != 1:
-        result.note(f"{len(clear)} lines of the log say {drill.says!r}, not one")
-    for status in server.status():
+    kinds = {line.partition(":")[0] for line in clear}
+    if len(clear) != max(len(kinds), 1):
+        result.note(f"{len(clear)} lines of the log say {drill.says!r}, not one a kind of layer")
+    for status in server.workers().processes:
         for name, count in status.get("counters", {}).items():
             result.counters[name] = result.counters.get(name, 0) + count
         result.shadow.update(status.get("shadow") or {})
@@ -225,18 +239,18 @@ def _look(result: Result) -> None:
             result.note(f"the shadow of {kind} saw {seen}")
 
 
-def _run(result: Result, deadline: float, timeout: float) -> None:
+def _run(result: Result, ready: float, timeout: float) -> None:
     """Wait for one server and do its drill."""
     try:
-        result.server.wait(deadline)
+        result.server.wait(ready)
         _answers(result, "1", timeout)
         if result.drill.act is not None:
             result.drill.act(result.server)
         _answers(result, "2", timeout)
-        if result.server.client.get("/health") != 200:
+        if not result.server.healthy():
             result.note("/health is not 200 at the end")
         time.sleep(STATUS_S)
-    except (ServerError, OSError, RuntimeError) as error:
+    except (AbError, OSError, RuntimeError) as error:
         result.note(f"{type(error).__name__}: {error}"[:2000])
     with contextlib.suppress(OSError):
         _look(result)
@@ -252,7 +266,7 @@ def _compare(result: Result, base: Result) -> dict[str, Any]:
     found = [agreement(a, b) if a and b else None for a, b in zip(*last, strict=False)]
     if result.drill.upstream:
         _all_same(result, repeats, found, "the answers are not upstream's")
-    if result.drill.act is not None and len(result.alone) == 2:
+    if result.drill.act is not None and result.drill.same and len(result.alone) == 2:
         rounds = [agreement(a, b) if a and b else None for a, b in zip(*result.alone, strict=True)]
         _all_same(result, repeats, rounds, "the answers of the two rounds differ")
     return {"upstream_repeats_itself": repeats, "answers": found}
@@ -294,15 +308,19 @@ def parser() -> Parser:
 
 
 def drill(
-    a: argparse.Namespace, folder: Path, found: list[dict[str, Any]], saved: Callable[[], None]
-) -> None:
+    a: argparse.Namespace, folder: Path, found: list[dict[str, Any]], saved: Callable[[], None],
+    secrets: Secrets,
+) -> None:  # fmt: skip
     """Do the drills; ``found`` grows as it goes, and ``saved`` is called after each group."""
     served = model.read(a.model)
-    serve = [*engine(a, served, max_num_seqs=16, memory_share=0.05), "--plugin", "dsv4", *a.serve]
+    console = Console(secrets)
     results: list[Result] = []
     for i, each in enumerate(_wanted(a)):
-        arguments = [*serve, *each.arguments]
-        server = make_server(a, folder, i, each.name, each.environment, arguments)
+        server = make_server(
+            a, folder, i, each.name, each.environment,
+            [*engine(a).wish, *a.serve, *each.arguments],
+            served=served, requests=16, share=0.05, console=console,
+        )  # fmt: skip
         results.append(Result(each, server))
     for i in range(0, len(results), a.at_once):
         some = results[i : i + a.at_once]
@@ -325,12 +343,12 @@ def _together(a: argparse.Namespace, some: list[Result]) -> None:
         for result in some:
             if not result.drill.library:
                 _without_library(result.server)
-            result.server.start()
-        deadline = time.monotonic() + a.ready
-        list(pool.map(partial(_run, deadline=deadline, timeout=a.timeout), some))
+            result.server.begin()
+        list(pool.map(partial(_run, ready=a.ready, timeout=a.timeout), some))
     finally:
         with held():  # the servers first: what waits for their answers ends with them
-            at_once(lambda r: r.server.stop(), some)
+            for said in stop([result.server for result in some]):
+                print(said, flush=True)
             pool.shutdown(cancel_futures=True)
 
 
@@ -374,8 +392,8 @@ def _main(a: argparse.Namespace) -> int:
     save()
     with interruptible() as work, place(a) as folder:
         results["model"] = model.read(a.model).about
-        results |= about(a.commit)
-        drill(a, folder, results["drills"], save)
+        results |= about(a)
+        drill(a, folder, results["drills"], save, secrets)
     passed = bool(results["drills"]) and all(d["passed"] for d in results["drills"])
     results["complete"] = work.whole and passed
     save()

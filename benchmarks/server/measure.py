@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.server.client import at_once, random_prompt, time_per_token, together
+from benchmarks.server.engines import CHUNK
 from benchmarks.server.model import Model
 from benchmarks.server.server import Server
 from dsv4_plugin.cli.ab.intervals import ratio
@@ -33,7 +34,6 @@ __all__ = [
     "warm",
 ]
 
-CHUNK = 8192  # --max-num-batched-tokens
 # A context is whole chunks and this: the end of it is computed, whatever comes before is copied.
 TAIL = 512
 SETTLED = 1.2
@@ -130,7 +130,7 @@ def contexts(
     server in which copying fails computes the rest: that counts as computed.
     """
     prompts = [random_prompt(context + TAIL, 10 * context + i) for i in range(count)]
-    copy = copy and context > 2 * CHUNK
+    copy = copy and context > 2 * CHUNK and all(server.engine.copies for server in servers)
     failed: list[str] = []
 
     def one(server: Server) -> None:
@@ -247,11 +247,11 @@ def profile(
     """
     before = {p.name for p in server.traces.iterdir()}
     if len(prompts) == 1:
-        server.client.post("/start_profile", {})
+        _begin_profile(server)
         try:
             server.client.complete(prompts[0], tokens)
         finally:
-            server.client.post("/stop_profile", {})
+            server.client.read("/stop_profile", {})
     else:
         _profile_crowd(server, prompts)
     for _ in range(40):
@@ -270,6 +270,10 @@ def profile(
     return f"{server.name}: no trace was written"
 
 
+def _begin_profile(server: Server) -> None:
+    server.client.read("/start_profile", server.engine.profile(server.traces))
+
+
 def _profile_crowd(server: Server, prompts: Sequence[Sequence[int]]) -> None:
     begun = threading.Semaphore(0)
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -278,9 +282,9 @@ def _profile_crowd(server: Server, prompts: Sequence[Sequence[int]]) -> None:
             for p in prompts
         ]
         if all(begun.acquire(timeout=60) for _ in prompts):
-            server.client.post("/start_profile", {})
+            _begin_profile(server)
             time.sleep(CROWD_S)
-            server.client.post("/stop_profile", {})
+            server.client.read("/stop_profile", {})
         for answer in answers:
             answer.result()
 

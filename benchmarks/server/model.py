@@ -1,4 +1,4 @@
-"""What a model's configuration says of its indexer, and what vLLM has to be told to serve it."""
+"""What a model's configuration says of its indexer, and of what it has besides."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ class Model:
         kind: :data:`V4`, :data:`V41` or another ``model_type``.
         indexers: layers with an indexer.
         writers: layers that write a key of their own to an indexer's cache in each step.
-        arguments: what ``vllm serve`` needs for it.
+        images: whether it takes images as well.
+        tables: whether it has tables of n-grams.
         about: what the results say of it.
     """
 
     kind: str
     indexers: int
     writers: int
-    arguments: tuple[str, ...]
     about: dict[str, Any]
+    images: bool = False
+    tables: bool = False
 
 
 def read(folder: Path) -> Model:
@@ -56,10 +58,8 @@ def _model(config: dict[str, Any]) -> Model:
     text = config.get("text_config", config)  # V4.1 has its layers there
     about = {"model_type": kind, **{key: text[key] for key in _TOLD if key in text}}
     if kind == V41:
-        arguments = ["--limit-mm-per-prompt", '{"image": 0}']
-        if text.get("engram_layer_ids"):  # tables of n-grams: on the GPU, as everything else is
-            arguments += ["--engram-config", '{"cpu_offload": false}']
         keys, indices = text["kv_source_layer_ids"], text["index_source_layer_ids"]
-        return Model(kind, len(indices), len(keys), tuple(arguments), about)
+        tables = bool(text.get("engram_layer_ids"))
+        return Model(kind, len(indices), len(keys), about, images=True, tables=tables)
     layers = text.get("compress_ratios", []).count(4) or text["num_hidden_layers"]
-    return Model(kind, layers, layers, ("--block-size", "256") if kind == V4 else (), about)
+    return Model(kind, layers, layers, about)

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import shlex
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.server import measure
+from benchmarks.server.engines import ENGINES, Engine
 from benchmarks.server.model import Model
-from benchmarks.server.server import VLLM, Server
+from benchmarks.server.server import Server
+from dsv4_plugin.cli.ab import environment
+from dsv4_plugin.cli.ab.console import Console
+from dsv4_plugin.cli.ab.engines import split
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import UsageError
 from dsv4_plugin.cli.shared.secrets import Secrets
 
-__all__ = ["about", "add_common", "engine", "checked", "make_server", "place", "words"]
-
-GRAPHS = (1, 2, 4, 8, 16, 32, 64)  # requests of a captured batch
+__all__ = ["about", "add_common", "engine", "checked", "make_server", "place"]
 
 
 def add_common(
@@ -38,8 +35,14 @@ def add_common(
     add("--json", type=outputs.file, required=True, help="the results")
     add("--ready", type=numbers.SECONDS, default=ready,
         help=f"seconds for the servers to start (default: {ready})")  # fmt: skip
+    add("--engine", choices=tuple(ENGINES), default="vllm", help="whose servers (default: vllm)")
+    add("--tensor-parallel-size", "--tp-size", type=numbers.COUNT, default=1, dest="gpus",
+        metavar="N", help="GPUs of each server, which share them all (default: 1)")  # fmt: skip
     add("--kv-gib", type=numbers.POSITIVE, default=kv_gib,
-        help=f"cache of each server (default: {kv_gib})")  # fmt: skip
+        help=f"cache of each server, on each GPU (vLLM; default: {kv_gib})")  # fmt: skip
+    add("--kv-tokens", type=numbers.LENGTH,
+        help="cache of each server in tokens (SGLang; default: one request of --max-model-len and "
+        "a chunk of each other)")  # fmt: skip
     add("--max-model-len", type=numbers.LENGTH, default=max_model_len)
     add("--port", type=numbers.PORT, default=port, help="of the first server; the others follow")
     add(
@@ -47,18 +50,14 @@ def add_common(
         type=outputs.folder,
         help="logs and traces (default: a temporary folder, removed)",
     )
-    add("--vllm", type=words, metavar="COMMAND",
-        help="what to run as vllm (default: the vLLM of this Python)")  # fmt: skip
+    add(
+        "--server-command",
+        type=partial(split, option="--server-command"),
+        metavar="COMMAND",
+        help="what gets the model and the arguments (default: the engine's, of this Python)",
+    )
     add("--commit", help="of the plugin, where neither git nor the version says it")
-    add("serve", nargs="*", help="after --: further arguments of vllm serve, for every server")
-
-
-def words(text: str) -> list[str]:
-    """Split a text as a shell would."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UsageError(f"{text!r} cannot be split: {error}") from error
+    add("serve", nargs="*", help="after --: further arguments for every server")
 
 
 def checked(a: argparse.Namespace, servers: int) -> Secrets:
@@ -71,7 +70,7 @@ def checked(a: argparse.Namespace, servers: int) -> Secrets:
         raise UsageError(f"--port {a.port}: {servers} servers need as many ports up to 65535")
     if a.folder is not None:
         outputs.make_folder("--folder", a.folder)
-    return Secrets([os.environ], [a.argv, a.vllm or ()])
+    return Secrets([os.environ], [a.argv, a.server_command or ()])
 
 
 @contextlib.contextmanager
@@ -81,20 +80,9 @@ def place(a: argparse.Namespace) -> Iterator[Path]:
         yield (a.folder or Path(temporary)).absolute()
 
 
-def engine(
-    a: argparse.Namespace, model: Model, *, max_num_seqs: int, memory_share: float
-) -> list[str]:
-    """Return the arguments of ``vllm serve`` that all servers of a run have."""
-    sizes = [str(n) for n in GRAPHS if n <= max_num_seqs]
-    return [
-        *model.arguments,
-        "--max-model-len", str(a.max_model_len),
-        "--max-num-seqs", str(max_num_seqs),
-        "--max-num-batched-tokens", str(measure.CHUNK),
-        "--kv-cache-memory-bytes", str(int(a.kv_gib * 2**30)),
-        "--gpu-memory-utilization", f"{memory_share:.2f}",
-        "--seed", "0", "--cudagraph-capture-sizes", *sizes,
-    ]  # fmt: skip
+def engine(a: argparse.Namespace) -> Engine:
+    """Return the engine of a run."""
+    return ENGINES[a.engine]
 
 
 def make_server(
@@ -102,34 +90,37 @@ def make_server(
     folder: Path,
     position: int,
     name: str,
-    environment: Mapping[str, str],
+    variables: Mapping[str, str],
     arguments: Sequence[str],
+    *,
+    served: Model,
+    requests: int,
+    share: float,
+    console: Console,
+    weights: bool = True,
 ) -> Server:
-    """Return one server of a run, the ``position`` its port; its folder is emptied."""
-    own = folder / name
-    shutil.rmtree(own, ignore_errors=True)
-    own.mkdir(parents=True)
-    port = a.port + position
-    return Server(name, environment, a.model, own, port, arguments, a.vllm or VLLM)
+    """Return one server of a run, the ``position`` its port; its folder is emptied.
+
+    ``requests`` at once, ``share`` of a GPU's memory; ``arguments`` come last.
+    """
+    own, of = folder / name, engine(a)
+    given = [
+        *of.arguments(served, own / "traces", a, requests, share),
+        *([of.parallel, str(a.gpus)] if a.gpus > 1 else []),
+        *arguments,
+    ]
+    return Server(
+        name, of, variables, a.model, own, a.port + position, given, console,
+        a.server_command or (), weights,
+    )  # fmt: skip
 
 
-def about(commit: str | None) -> dict[str, Any]:
-    """Return machine and versions; asked of a child, so that this process takes no GPU memory."""
-    code = (
-        "import json; from dsv4_plugin.cli.checks.timing import machine; "
-        "print(json.dumps(machine()))"
+def about(a: argparse.Namespace) -> dict[str, Any]:
+    """Return machine and versions."""
+    machine = environment.machine()
+    machine |= environment.versions(
+        sys.executable, os.environ, "torch", "triton", engine(a).shipped.distribution
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace"
-    )
-    try:
-        machine = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        machine = {"error": done.stderr[-500:]}
-    try:
-        machine["vllm"] = metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        machine["vllm"] = None
-    if commit:
-        machine["commit"] = commit
-    return {"machine": machine}
+    if a.commit:
+        machine["commit"] = a.commit
+    return {"machine": machine, "gpus": a.gpus}

@@ -1,4 +1,4 @@
-"""A vLLM server as a child process: start, wait, read its log, stop."""
+"""A server that is measured: what is loaded into its processes, its log, its workers."""
 
 from __future__ import annotations
 
@@ -6,150 +6,99 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.server.client import Client
-from benchmarks.server.vllm_side import COPY, OPTIONS
+from benchmarks.server.client import Client, at_once
+from benchmarks.server.engines import NAME, Engine
+from benchmarks.server.side import COPY, OPTIONS
+from dsv4_plugin.cli.ab import AbError, servers
+from dsv4_plugin.cli.ab.console import Console
+from dsv4_plugin.cli.ab.engagement import Evidence, look
 from dsv4_plugin.cli.shared.run import held
 
-__all__ = ["MODEL", "VLLM", "Server", "ServerError"]
+__all__ = ["Server", "stop"]
 
-MODEL = "v4"
-VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 HOST = "127.0.0.1"
-SIDE = "benchmarks.server.vllm_side:register"
-CACHE = re.compile(r"KV cache size: ([\d,]+) tokens")
-GRAPHS = re.compile(r"Graph capturing finished in .* took (-?[\d.]+) GiB")
-# What the prefix cache keeps of the sliding windows: the end of a prompt, and not a piece of every
-# 256 tokens. Those pieces are ten times what a context itself takes, and push it out. 0.33 does so
-# by itself, and warns that it does not know the variable.
-CACHING = {"VLLM_PREFIX_CACHE_RETENTION_INTERVAL": "0"}
-TOLD = re.compile(
-    r"dsv4|graph captur|Graph capturing|KV cache size|Model loading took|init engine|"
-    r"took .* seconds|Using .* backend|Available KV|WARNING.*(?:topk|indexer)",
-    re.I,
-)
-WRONG = re.compile(r"ERROR|Error|Traceback|raise |assert|CUDA out of memory")
+PATIENCE = ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0))
 
 
-class ServerError(RuntimeError):
-    """A server did not start, or is gone."""
-
-
-class Server:
+class Server(servers.Server):
     """One server and its folder.
 
     Args:
         name: how it is called in the results.
+        engine: whose it is.
         environment: variables on top of this process's.
         model: folder of the model, as examples/make_tiny_v4.py or make_tiny_v41.py writes it.
         folder: for its log, traces and status; made anew.
         port: where it listens.
-        arguments: further arguments of ``vllm serve``.
-        command: what stands for ``vllm``.
+        arguments: of the engine's command, behind the model.
+        console: says what happens.
+        command: what gets the model and the arguments (default: the engine's).
+        weights: whether they are random.
     """
 
     def __init__(
-        self,
-        name: str,
-        environment: Mapping[str, str],
-        model: Path,
-        folder: Path,
-        port: int,
-        arguments: Sequence[str] = (),
-        command: Sequence[str] = VLLM,
-    ) -> None:
-        self.name, self.environment = name, dict(environment)
-        self.folder, self.log = folder, folder / "serve.log"
+        self, name: str, engine: Engine, environment: Mapping[str, str], model: Path, folder: Path,
+        port: int, arguments: Sequence[str], console: Console, command: Sequence[str] = (),
+        weights: bool = True,
+    ) -> None:  # fmt: skip
+        self.engine, self.folder = engine, folder
+        self.environment = dict(environment)
         self.traces = folder / "traces"
-        self.client = Client(HOST, port, MODEL)
-        profiler = {
-            "profiler": "torch",
-            "torch_profiler_dir": str(self.traces),
-            "torch_profiler_with_stack": False,
-            "torch_profiler_use_gzip": False,
-            "torch_profiler_dump_cuda_time_total": False,
-            "ignore_frontend": True,
-        }
-        self.arguments = [
-            "serve", str(model.absolute()), "--served-model-name", MODEL,
-            "--host", HOST, "--port", str(port),
-            "--load-format", "dummy", "--kv-cache-dtype", "fp8",
-            "--profiler-config", json.dumps(profiler), *arguments,
-        ]  # fmt: skip
-        self.command = [*command, *self.arguments]
-        self.process: subprocess.Popen[bytes] | None = None
-        self.started = 0.0
         self.ready_s: float | None = None
         self.captured: list[dict[str, float]] = []  # memory when it began to serve
+        shutil.rmtree(folder, ignore_errors=True)
+        self.traces.mkdir(parents=True)
+        self.arguments = [
+            str(model.absolute()), "--served-model-name", NAME, "--host", HOST, "--port", str(port),
+            "--load-format", "dummy" if weights else "auto", *arguments,
+        ]  # fmt: skip
+        url = f"http://{HOST}:{port}"
+        super().__init__(
+            name, url, console, log=folder / "serve.log", status=folder / "status", cwd=folder,
+            command=[*(command or (sys.executable, *engine.shipped.server)), *self.arguments],
+            environ=self._environ_of(weights), patience=PATIENCE,
+        )  # fmt: skip
+        self.client = Client(url, engine)
 
-    def start(self, weights: bool = True) -> None:
-        """Start it; :meth:`wait` says when it serves."""
+    def _environ_of(self, weights: bool) -> dict[str, str]:
+        """Put :mod:`.side` on the path, and return the variables."""
         side = self.folder / "path"
         info = side / "dsv4_e2e-0.dist-info"
-        info.mkdir(parents=True, exist_ok=True)
+        info.mkdir(parents=True)
         # The engine's processes import this folder from the checkout, and the plugin from where it
-        # is installed.
+        # is installed: they run elsewhere.
         (side / "benchmarks").symlink_to(Path(__file__).resolve().parents[1])
-        self.traces.mkdir(exist_ok=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dsv4-e2e\nVersion: 0\n")
-        (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\ndsv4_e2e = {SIDE}\n")
+        entry = f"[{self.engine.group}]\ndsv4_e2e = {self.engine.side}\n"
+        (info / "entry_points.txt").write_text(entry)
         (self.folder / OPTIONS).write_text(json.dumps({"weights": weights, "fast_start": True}))
-        environment = {**CACHING, **os.environ, **self.environment, "E2E_DIR": str(self.folder)}
-        environment["PYTHONPATH"] = os.pathsep.join(
-            p for p in (str(side), environment.get("PYTHONPATH", "")) if p
-        )
-        if allowed := environment.get("VLLM_PLUGINS"):
-            environment["VLLM_PLUGINS"] = f"{allowed},dsv4_e2e"
-        self.started = time.monotonic()
-        with self.log.open("wb") as out, held():  # no server is started and not remembered
-            self.process = subprocess.Popen(
-                self.command,
-                env=environment,
-                cwd=self.folder,  # the plugin that is installed, not one in the folder at hand
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        environ = {**self.engine.environment, **os.environ, **self.environment}
+        environ["E2E_DIR"] = str(self.folder)
+        environ["DSV4_STATUS_DIR"] = str(self.folder / "status")
+        paths = (str(side), environ.get("PYTHONPATH", ""))
+        environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        if allowed := environ.get(self.engine.allowed):
+            environ[self.engine.allowed] = f"{allowed},dsv4_e2e"
+        return environ
 
-    def alive(self) -> bool:
-        """Whether the process is there."""
-        return self.process is not None and self.process.poll() is None
+    def begin(self) -> None:
+        """Start it; :meth:`wait` says when it serves."""
+        with held():  # no server is started and not remembered
+            super().begin()
 
-    def wait(self, deadline: float) -> None:
-        """Wait until it answers ``/health``.
-
-        Raises:
-            ServerError: it ended, or ``deadline`` (of ``time.monotonic``) passed; with the log.
-        """
-        while True:
-            if not self.alive():
-                raise ServerError(f"{self.name} ended while starting\n{self.errors()}")
-            with contextlib.suppress(OSError):
-                if self.client.get("/health") == 200:
-                    self.ready_s = round(time.monotonic() - self.started, 1)
-                    self.captured = self.memory()
-                    return
-            if time.monotonic() > deadline:
-                raise ServerError(f"{self.name} was not ready in time\n{self.errors()}")
-            time.sleep(0.25)
-
-    def stop(self, grace_s: float = 10) -> None:
-        """End it and what it started."""
-        process, self.process = self.process, None
-        if process is None:
-            return
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(grace_s)
+    def wait(self, timeout: float) -> float:
+        """Wait until it serves, ``timeout`` seconds from its start; returns the seconds."""
+        seconds = super().wait(timeout)
+        self.ready_s = round(seconds, 1)
+        self.captured = self.memory()
+        return seconds
 
     def copy_contexts(self, on: bool) -> None:
         """Let long prompts be copied instead of computed, or no longer."""
@@ -166,36 +115,41 @@ class Server:
 
     def lines(self, pattern: re.Pattern[str], most: int = 40, width: int = 400) -> list[str]:
         """Return the log's last lines that match."""
+        assert self.log is not None
         try:
             text = self.log.read_text(errors="replace")
         except OSError:
             return []
         return [line[:width] for line in text.splitlines() if pattern.search(line)][-most:]
 
+    def _numbers(self, pattern: re.Pattern[str]) -> list[float]:
+        found = (pattern.search(line) for line in self.lines(pattern))
+        return [float(m[1].replace(",", "")) for m in found if m]
+
     def cache_tokens(self) -> int | None:
         """Return how many tokens the cache holds, as the log says, or None where it does not."""
-        found = [m[1] for line in self.lines(CACHE) if (m := CACHE.search(line))]
-        return int(found[-1].replace(",", "")) if found else None
-
-    def errors(self) -> str:
-        """Return what the log says went wrong, or its end."""
-        return "\n".join(self.lines(WRONG) or self.lines(re.compile("."), 20))
-
-    def status(self) -> list[dict[str, Any]]:
-        """Return ``dsv4_plugin.status()`` of each of its processes with the model."""
-        return self._told("status")
-
-    def memory(self) -> list[dict[str, float]]:
-        """Return what torch has of the GPU in each of these processes, in GiB."""
-        return self._told("memory")
-
-    def _told(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(p.read_text()) for p in sorted(self.folder.glob(f"{name}-*.json"))]
+        found = self._numbers(self.engine.cache)
+        return int(found[-1]) if found else None
 
     def graphs_gib(self) -> float | None:
         """Return the memory of the captured graphs, as the log says, or None."""
-        found = [m[1] for line in self.lines(GRAPHS) if (m := GRAPHS.search(line))]
-        return float(found[-1]) if found else None
+        found = self._numbers(self.engine.graphs)
+        return found[-1] if found else None
+
+    def workers(self) -> Evidence:
+        """Return what its living processes say of the plugin: counters, failures."""
+        return look(self)
+
+    def memory(self) -> list[dict[str, float]]:
+        """Return what torch has of the GPU in each of its processes with the model, in GiB."""
+        return self._told("memory")
+
+    def rows(self) -> list[dict[str, int]]:
+        """Return what each of these processes scored of the rows of its prefills."""
+        return self._told("rows")
+
+    def _told(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(p.read_text()) for p in sorted(self.folder.glob(f"{name}-*.json"))]
 
     def about(self) -> dict[str, Any]:
         """Return what the results say of this server."""
@@ -208,6 +162,22 @@ class Server:
                 "serving": self.captured,
                 "end": self.memory(),
             },
-            "status": self.status(),
-            "log": self.lines(TOLD),
+            "status": self.workers().processes,
+            "rows": self.rows(),
+            "log": self.lines(self.engine.told),
         }
+
+
+def stop(some: Sequence[Server]) -> list[str]:
+    """Stop servers at the same time; returns what would not be stopped."""
+    left: list[str] = []
+
+    def one(server: Server) -> None:
+        try:
+            server.stop()
+        except AbError as error:
+            left.append(str(error))
+
+    with contextlib.suppress(ValueError):  # no server
+        at_once(one, some)
+    return left

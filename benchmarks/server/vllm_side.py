@@ -1,110 +1,98 @@
-"""What is loaded into the vLLM server that is measured: a ``vllm.general_plugins`` entry point.
+"""What is loaded into a vLLM server that is measured (:mod:`.side`): a ``vllm.general_plugins``.
 
-:mod:`.server` puts it on the path of the servers it starts and nowhere else. The folder named by
-``E2E_DIR`` is how the two talk:
+Random weights: vLLM's ``--load-format dummy`` takes ±1e-3, and 0.26 derives one tensor of
+DeepSeek-V4 only when it loads a checkpoint, so that its first layer fails. Fast start: a warm-up of
+router shapes is left out.
 
-``options.json``
-    ``weights``: fill the weights with random values of a useful size. vLLM's ``--load-format
-    dummy`` takes ±1e-3, which FP8 rounds to zero; and 0.26 derives one tensor of DeepSeek-V4 only
-    when it loads a checkpoint, so that its first layer fails. ``fast_start``: leave out a warm-up
-    of router shapes that this model does not have.
-``copy``
-    While this file is there, contexts are made by copying: of a long prompt the first chunk is
-    computed, and each further whole chunk gets the cache pages of the one before instead of a
-    forward pass. What decodes afterwards reads real keys, one chunk's of them again and again; a
-    million tokens take seconds instead of minutes.
-``status-<pid>.json``
-    ``dsv4_plugin.status()`` of the process with the model, whenever it changes.
-``memory-<pid>.json``
-    What torch has of the GPU's memory in that process, likewise.
+Contexts by copying: of a long prompt the first chunk is computed, and each further whole chunk gets
+the cache pages of the one before instead of a forward pass. What decodes afterwards reads real
+keys, one chunk's of them again and again; a million tokens take seconds instead of minutes.
 
-``E2E_FAULT`` breaks something of the plugin's, for drills (:mod:`.drills`): the name of an op
-(``topk``, ``logits``, ``gather``, ``block_maxima``, ``select_blocks``, ``candidate_logits``,
-``select_candidates``) makes that op raise at every call, ``capability`` makes the plugin see a GPU
-of compute capability 7.5, ``seam`` and ``candidate_seam`` give one function that it patches other
-parameters.
+``E2E_FAULT`` can be ``seam`` or ``candidate_seam`` as well: one function that the plugin patches
+gets other parameters.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import json
 import logging
 import os
-import threading
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin import log, status
+from benchmarks.server.side import COPY, FAULTS, fill, folder, options, tally, watch
+from dsv4_plugin import log
 from dsv4_plugin.engines.shared.import_hooks import after_import
 
-__all__ = ["COPY", "OPTIONS", "register"]
+__all__ = ["RUNNERS", "SEAMS", "register"]
 
-OPTIONS = "options.json"
-COPY = "copy"
+INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")  # V1, V2
 WHOLE_CHUNK = 4096  # tokens of a forward pass from which it is worth copying
-STATUS_EVERY_S = 1.0
-FAULTS = {
-    "topk": ("dsv4_plugin", "topk"),
-    "logits": ("dsv4_plugin.ops.logits", "paged_logits"),
-    "gather": ("dsv4_plugin", "gather_indexer_cache"),
-    "block_maxima": ("dsv4_plugin.ops.candidates", "block_maxima"),
-    "select_blocks": ("dsv4_plugin.ops.candidates", "select_blocks"),
-    "candidate_logits": ("dsv4_plugin.ops.candidates", "candidate_logits"),
-    "select_candidates": ("dsv4_plugin.ops.candidates", "select_candidates"),
-    "capability": ("dsv4_plugin.ops.dispatch", "capability"),
+SEAMS = {
     "seam": ("vllm._custom_ops", "top_k_per_row_prefill"),
     "candidate_seam": (
         "vllm.model_executor.kernels.attention.dsa.candidate_blocks", "select_candidate_blocks",
     ),
 }  # fmt: skip
-SEAMS = ("seam", "candidate_seam")  # broken before the plugin, and vLLM's own imports, look
 
 
 def register() -> None:
     """Leave notes with Python's import system; imports neither vLLM nor torch."""
-    folder = os.environ.get("E2E_DIR")
-    if not folder:
+    where = folder()
+    if where is None:
         return
-    options = json.loads((Path(folder) / OPTIONS).read_text())
-    if options.get("weights"):
+    wished = options()
+    if wished.get("weights"):
         after_import("vllm.model_executor.model_loader.dummy_loader", _weights)
-    if options.get("fast_start"):
+    if wished.get("fast_start"):
         after_import("vllm.model_executor.warmup.kernel_warmup", _no_router_warmup)
     fault = os.environ.get("E2E_FAULT", "")
-    if fault in SEAMS:
-        _break(fault)
-    for module in RUNNERS:
-        after_import(module, functools.partial(_runner, Path(folder)))
-
-
-def _break(fault: str) -> None:
-    if fault not in FAULTS:
-        raise ValueError(f"E2E_FAULT is {fault!r}; it can be {', '.join(map(repr, FAULTS))}")
-    module, name = FAULTS[fault]
-    if fault in SEAMS:
+    if fault in SEAMS:  # before the plugin, and vLLM's own imports, look
+        module, name = SEAMS[fault]
         after_import(module, functools.partial(_renamed, name=name))
-        return
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(f"drill: {fault}")
-
-    value = (lambda device: (7, 5)) if fault == "capability" else fail
-    setattr(importlib.import_module(module), name, value)
+    elif fault and fault not in FAULTS:
+        known = ", ".join(map(repr, (*FAULTS, *SEAMS)))
+        raise ValueError(f"E2E_FAULT is {fault!r}; it can be {known}")
+    for module in RUNNERS:
+        after_import(module, functools.partial(_runner, where))
 
 
 def _renamed(module: Any, name: str) -> None:
-    """Give a function of vLLM's the same behaviour under parameters that nobody knows."""
+    """Give a function of vLLM the same behaviour under other parameters.
+
+    A module of vLLM that has imported the function by name before gets the changed one too.
+    """
     original = getattr(module, name)
 
     def changed(*anything: Any) -> Any:
         return original(*anything)
 
     setattr(module, name, changed)
+    for other in [m for key, m in sys.modules.items() if key.partition(".")[0] == "vllm"]:
+        for alias in [key for key, value in vars(other).items() if value is original]:
+            setattr(other, alias, changed)
+
+
+def _shares() -> None:
+    """Note how many rows of a prefill this rank scores, and of how many (0.32 and later).
+
+    Asked again and again: the plugin waits for the import of this module, and one may wait.
+    """
+    owner = getattr(sys.modules.get(INDEXER), "PrefillRowShard", None)
+    if owner is None or hasattr(owner.__init__, "__wrapped__"):
+        return
+    original = owner.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, num_decode_tokens: int, sizes: list[int], rank: int) -> None:
+        original(self, num_decode_tokens, sizes, rank)
+        tally["prefill"] += sum(sizes)
+        tally[f"prefill of rank {rank}"] += sizes[rank]
+
+    owner.__init__ = init
 
 
 # --- weights ---------------------------------------------------------------------------------
@@ -142,47 +130,6 @@ def _weights(loader: Any) -> None:
     loader.DummyModelLoader.load_weights = load_weights
 
 
-def fill(name: str, tensor: Any, experts: int, seed: int) -> None:
-    """Fill one tensor so that activations stay near 1; the same values for the same ``seed``.
-
-    A matrix gets a standard deviation of 1/√inputs, FP8 and FP4 ones by their scales (2⁻⁶, 2⁻⁷:
-    powers of two, as the checkpoint has them); norms get 1, biases and sinks 0, integer tables
-    (which experts a token goes to) different experts in each row.
-    """
-    import torch
-
-    if tensor.device.type == "meta" or tensor.numel() == 0:
-        return
-    g = torch.Generator(device=tensor.device).manual_seed(seed)
-    with torch.no_grad():
-        if tensor.dtype == torch.uint8:  # packed FP4, and its scales
-            if "scale" in name:
-                tensor.fill_(127 - 7)
-            else:
-                tensor.random_(0, 256, generator=g)
-        elif tensor.dtype == torch.float8_e8m0fnu:
-            tensor.view(torch.uint8).fill_(127 - 6)
-        elif tensor.dtype == torch.float8_e4m3fn:
-            for part in tensor if tensor.dim() == 3 else (tensor,):
-                values = torch.randn(part.shape, device=tensor.device, generator=g)
-                part.copy_(values.to(tensor.dtype))
-        elif not tensor.is_floating_point():
-            if tensor.dim() == 2:
-                rows = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
-                columns = torch.arange(tensor.shape[1], device=tensor.device)[None, :]
-                tensor.copy_((rows + columns) % experts)
-            else:
-                tensor.zero_()
-        elif any(part in name for part in ("base", "bias", "sink")):
-            tensor.zero_()
-        elif "ape" in name:
-            tensor.normal_(0, 0.1, generator=g)
-        elif tensor.dim() >= 2:
-            tensor.normal_(0, tensor.shape[-1] ** -0.5, generator=g)
-        else:
-            tensor.fill_(1)
-
-
 def _no_router_warmup(module: Any) -> None:
     if hasattr(module, "_warmup_ll_bf16_router_gemm"):
         module._warmup_ll_bf16_router_gemm = lambda *model: None  # 0.33 gives it one
@@ -191,55 +138,15 @@ def _no_router_warmup(module: Any) -> None:
 # --- the process with the model ----------------------------------------------------------------
 
 
-def _runner(folder: Path, module: Any) -> None:
+def _runner(where: Path, module: Any) -> None:
     owner: Any = getattr(module, "GPUModelRunner", None)
     if hasattr(owner, "_model_forward"):
-        owner._model_forward = _copying(folder / COPY, owner._model_forward)
+        owner._model_forward = _copying(where / COPY, owner._model_forward)
     elif hasattr(owner, "load_model") and hasattr(owner, "execute_model"):
-        owner.load_model = _copying_model(folder / COPY, owner.load_model)
+        owner.load_model = _copying_model(where / COPY, owner.load_model)
     else:
         log.say(logging.WARNING, "e2e: contexts cannot be copied in this vLLM; they are computed")
-    _once(folder)
-
-
-@functools.cache
-def _once(folder: Path) -> None:
-    """Do what a process needs once, whichever of vLLM's runners it imports."""
-    fault = os.environ.get("E2E_FAULT", "")
-    if fault and fault not in SEAMS:
-        _break(fault)
-    threading.Thread(target=_report, args=(folder,), daemon=True, name="e2e-status").start()
-
-
-def _report(folder: Path) -> None:
-    said: dict[str, Any] = {}
-    while True:
-        seen = {"status": status(), "memory": _memory()}
-        for name, now in seen.items():
-            if now is None or now == said.get(name):
-                continue
-            if name == "memory" or now["engine"] is not None:
-                file = folder / f"{name}-{os.getpid()}.json"
-                part = file.with_suffix(".part")
-                part.write_text(json.dumps(now, indent=1) + "\n")
-                part.replace(file)
-                said[name] = now
-        time.sleep(STATUS_EVERY_S)
-
-
-def _memory() -> dict[str, float] | None:
-    """Return what torch has of the GPU, in GiB; None in a process that does not use it."""
-    import torch
-
-    if not torch.cuda.is_initialized():
-        return None
-    kinds = ("allocated_bytes", "reserved_bytes")
-    stats = torch.cuda.memory_stats()
-    return {
-        f"{kind.partition('_')[0]}{suffix}_gib": round(stats[f"{kind}.all.{which}"] / 2**30, 3)
-        for kind in kinds
-        for which, suffix in (("current", ""), ("peak", "_peak"))
-    }
+    watch(_shares)
 
 
 def _copying_model(flag: Path, load: Callable[..., Any]) -> Callable[..., Any]:

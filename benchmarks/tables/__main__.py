@@ -15,7 +15,7 @@ TABLES = {
     "readme": readme.readme, "server": readme.server, "gain": readme.gain,
     "served": readme.served, "reads": readme.reads, "recall": readme.recall,
     "ratios": readme.ratios, "logits": logits.markdown,
-    "sglang": engines.sglang, "tokenspeed": engines.tokenspeed, "hosts": engines.hosts,
+    "sglang": engines.sglang, "tokenspeed": engines.tokenspeed, "engines": engines.engines,
     "modes": server.modes, "drills": server.drills,
     "expected": expected.expected, "v41-server": candidates.server,
     "v41-step": candidates.step, "v41-layers": candidates.layers,

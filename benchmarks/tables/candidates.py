@@ -1,7 +1,7 @@
 """The figures of DeepSeek-V4.1's index layers, made from the committed results.
 
-:func:`server` makes what stands between the ``v41-server`` markers of the README, :func:`step` and
-:func:`layers` what stands between ``v41-step`` and ``v41-layers`` in docs/results.md.
+:func:`server`, :func:`step` and :func:`layers` make what stands between the ``v41-server``,
+``v41-step`` and ``v41-layers`` markers of docs/results.md.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from benchmarks.tables.readme import load
 __all__ = ["CANDIDATES", "SERVER", "layers", "ratios", "server", "step"]
 
 CANDIDATES, SERVER = "h200_candidates.json", "h200_vllm_v41.json"
+MEMORY = "h200_vllm_v41_memory.json"
 PLUGIN, FULL_WIDTH = ("dsv4", "bfloat16"), ("full width", "float32")
 Cells = dict[tuple[str, int, int], float]  # op, rows, keys → µs
 
 
 def server() -> str:
-    """Return the Markdown between the ``v41-server`` markers of the README."""
+    """Return the Markdown between the ``v41-server`` markers of docs/results.md."""
     document = load(SERVER)
     about = document["machine"]
     kernels = {
@@ -48,13 +49,27 @@ def server() -> str:
             f"| {row['concurrency']} x {row['context']:,} | {row['off']:.2f} / {row['on']:.2f} | "
             f"{row['ratio']:.3f} ({low:.3f} – {high:.3f}) | {busy} | {indexer} |"
         )
-    # Not the memory of the captured graphs: vLLM takes it from the free memory of the GPU, and
-    # both servers captured at the same time.
-    peak = " / ".join(
-        f"{document['servers'][name]['memory']['end'][0]['allocated_peak_gib']:.1f}"
+    return "\n".join([*lines, "", memory()])
+
+
+def memory() -> str:
+    """Say what torch holds of the GPU when a server with graphs of many rows begins to serve.
+
+    Not vLLM's own figure of its graphs: it is taken from the free memory of the GPU, and both
+    servers captured at the same time.
+    """
+    document = load(MEMORY)
+    held = " / ".join(
+        f"{document['servers'][name]['memory']['serving'][0]['reserved_gib']:.1f}"
         for name in ("off", "on")
     )
-    return "\n".join([*lines, "", f"torch allocated {peak} GiB at most."])
+    command = document["command"]
+    rows = command[command.index("--max-num-seqs") + 1]
+    return (
+        f"With graphs of up to {rows} rows, each as wide as a million keys, torch holds {held} GiB "
+        f"of the GPU when the server begins to serve (`benchmarks/results/{MEMORY}`, of commit "
+        f"{document['machine']['commit'][:7]}; nothing else was measured in that run)."
+    )
 
 
 def step() -> str:

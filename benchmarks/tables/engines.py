@@ -1,6 +1,6 @@
-"""The figures of docs/sglang.md, docs/tokenspeed.md and the README's ``hosts``, from the results.
+"""The figures of docs/sglang.md, docs/tokenspeed.md and the README's ``engines``, from the results.
 
-``python -m benchmarks.tables sglang`` (or ``tokenspeed``, ``hosts``) prints what
+``python -m benchmarks.tables sglang`` (or ``tokenspeed``, ``engines``) prints what
 stands between the markers of that name.
 """
 
@@ -13,7 +13,7 @@ from benchmarks.engines.forward.variants import OFF, VARIANTS
 from benchmarks.tables import readme as figures
 from dsv4_plugin.cli.shared.choices import SGLANG_CALLS, TOKENSPEED_CALLS
 
-__all__ = ["hosts", "sglang", "tokenspeed"]
+__all__ = ["engines", "sglang", "tokenspeed"]
 
 ADAPTERS, SGLANG, TOKENSPEED = "h100_adapters.json", "h100_sglang.json", "h100_tokenspeed.json"
 CALLS = {"sglang": SGLANG_CALLS, "tokenspeed": TOKENSPEED_CALLS}
@@ -36,15 +36,15 @@ def sglang() -> str:
     return "\n".join([
         f"{_head(forward, SGLANG)} {forward['version']}, k = 512, a layer's "
         "`forward_c4_indexer` with its projections, µs in a CUDA graph: without the plugin, and "
-        "with it for `DSV4_TOPK` on DeepGEMM's logits and on ours (`own`). `raw`: with the row's "
-        "indices too; `v1`: where SGLang is told to take its older top-k.",
+        "with it for `DSV4_TOPK` on DeepGEMM's logits and on the plugin's (`plugin`). `raw`: with "
+        "the row's indices too; `v1`: where SGLang is told to take its older top-k.",
         "",
         *table,
         "",
         *(_against(_default(cells), name, [OFF], "SGLang's default") for name in VARIANTS),
         f"- {_checked(forward)} The agreement is with SGLang's own selection on float32 scores; "
-        f"that of `fp32` is at least {_least(cells, 'fp32')}, of `fp32 own` "
-        f"{_least(cells, 'fp32 own')}.",
+        f"that of `fp32` is at least {_least(cells, 'fp32')}, of `fp32 plugin` "
+        f"{_least(cells, 'fp32 plugin')}.",
         "",
         f"{_head(adapters, ADAPTERS)} The top-k alone, in the form of each call, by `--part "
         f"kernels`; SGLang's two kernels read float32.{_missing(adapters, 'sglang')}",
@@ -52,10 +52,10 @@ def sglang() -> str:
         *_table("call, rows x columns", alone, _names(alone), {}),
         "",
         *(
-            _against(alone, ours, [theirs], theirs)
-            for ours in ("dsv4 bfloat16", "dsv4 float32")
-            for theirs in _names(alone)
-            if not theirs.startswith("dsv4")
+            _against(alone, plugin, [engine], engine)
+            for plugin in ("dsv4 bfloat16", "dsv4 float32")
+            for engine in _names(alone)
+            if not engine.startswith("dsv4")
         ),
     ])  # fmt: skip
 
@@ -67,27 +67,27 @@ def tokenspeed() -> str:
     alone = _selections(every)
     reads = {name: row for name, row in every.items() if name not in alone}
     names = _names(alone)
-    theirs = [name for name in names if not name.startswith("dsv4")]
+    peers = [name for name in names if not name.startswith("dsv4")]
     parts = _forward(driver)
     return "\n".join([
         f"{_head(adapters, ADAPTERS)} The registered kernels beside TokenSpeed's own, k = 512, "
-        "scores and selection in one call, µs in a CUDA graph, by `--part kernels`. Without `own "
-        f"logits` DeepGEMM writes them.{_missing(adapters, 'tokenspeed')}",
+        "scores and selection in one call, µs in a CUDA graph, by `--part kernels`. Without "
+        f"`plugin logits` DeepGEMM writes them.{_missing(adapters, 'tokenspeed')}",
         "",
         *_table(
             "call, rows x columns", alone, names, {},
-            ("recall of ours in bf16, fp32", lambda row: ", ".join(
+            ("recall of the plugin in bf16, fp32", lambda row: ", ".join(
                 f"{row[name]['recall']:.3f}" for name in ("dsv4 bfloat16", "dsv4 float32")
                 if "recall" in row.get(name, {})) or "–"),
         ),
         "",
-        *(_against(alone, name, theirs, " and ".join(theirs)) for name in names
+        *(_against(alone, name, peers, " and ".join(peers)) for name in names
           if name.startswith("dsv4")),
         "- Recall is the share of the best by float64 scores of the bfloat16 queries; TokenSpeed, "
         "which does not round the queries to FP8, has at least "
-        f"{min(_recalls(alone, theirs)):.3f}, ours at least "
-        f"{min(_recalls(alone, [n for n in names if n not in theirs])):.3f} on average over the "
-        "rows of a cell. Ours is checked to be exact on the scores that it selected on.",
+        f"{min(_recalls(alone, peers)):.3f}, the plugin at least "
+        f"{min(_recalls(alone, [n for n in names if n not in peers])):.3f} on average over the "
+        "rows of a cell. The plugin is checked to be exact on the scores that it selected on.",
         "",
         *([*_table("reads, slots x pages", reads, _names(reads), {}), ""] if reads else []),
         f"{_head(driver, TOKENSPEED)} {driver['version']}, its facades by "
@@ -104,16 +104,16 @@ def tokenspeed() -> str:
     ])  # fmt: skip
 
 
-def hosts() -> str:
-    """Return the Markdown between the ``hosts`` markers of the README."""
+def engines() -> str:
+    """Return the Markdown between the ``engines`` markers of the README."""
     forward, adapters, driver = map(figures.load, (SGLANG, ADAPTERS, TOKENSPEED))
     cells, alone = _default(_forward(forward)), _cells(adapters, "sglang")
     newest = max(name for name in _names(alone) if not name.startswith("dsv4"))
-    theirs = _selections(_cells(adapters, "tokenspeed"))
-    peers = [name for name in _names(theirs) if not name.startswith("dsv4")]
+    scored = _selections(_cells(adapters, "tokenspeed"))
+    peers = [name for name in _names(scored) if not name.startswith("dsv4")]
     return "\n".join([
         f"On one {forward['machine']['gpu']}, the time of a call in a CUDA graph over that of the "
-        "engine's own, from our worst to our best (below 1: ours is faster):",
+        "engine's own, from the plugin's worst to its best (below 1: the plugin is faster):",
         "",
         f"- {forward['version']}'s `forward_c4_indexer` (`benchmarks/results/{SGLANG}`): "
         + "; ".join(f"`{name}` {_span(cells, name, [OFF])}" for name in VARIANTS) + f". "
@@ -122,12 +122,12 @@ def hosts() -> str:
             f"{name.removeprefix('dsv4 ')} {_span(alone, name, [newest])}"
             for name in ("dsv4 bfloat16", "dsv4 float32")
         ) + ".",
-        f"- TokenSpeed's kernels by `--part kernels`, {len(theirs)} cells: "
+        f"- TokenSpeed's kernels by `--part kernels`, {len(scored)} cells: "
         + "; ".join(
-            f"{name.removeprefix('dsv4 ')} {_span(theirs, name, peers)}"
-            for name in _names(theirs) if name.startswith("dsv4")
+            f"{name.removeprefix('dsv4 ')} {_span(scored, name, peers)}"
+            for name in _names(scored) if name.startswith("dsv4")
         ) + ". They score queries rounded to FP8, TokenSpeed's do not: the recall is at least "
-        f"{min(_recalls(theirs, [n for n in _names(theirs) if n not in peers])):.3f} on average "
+        f"{min(_recalls(scored, [n for n in _names(scored) if n not in peers])):.3f} on average "
         f"over the rows of a cell.{_missing(adapters, 'tokenspeed')} Its facades (`{TOKENSPEED}`): "
         f"{_results(driver)}.{_missing(driver)}",
     ])  # fmt: skip
@@ -142,9 +142,10 @@ def _forward(document: Any) -> Cells:
     """Return the timed parts of a driver's file by variant."""
     cells: Cells = {}
     for row in document["results"]:
-        timed = row.get("us") is not None and row["variant"] in (OFF, *VARIANTS)
+        variant = row["variant"].replace(" own", " plugin")  # as older files have it
+        timed = row.get("us") is not None and variant in (OFF, *VARIANTS)
         if timed and not row["part"].startswith("read"):
-            cells.setdefault(row["part"].replace(" k512", ""), {})[row["variant"]] = row
+            cells.setdefault(row["part"].replace(" k512", ""), {})[variant] = row
     return cells
 
 
@@ -175,7 +176,8 @@ def _cells(document: Any, suite: str) -> Cells:
     for row in document["results"]:
         if row["suite"] == suite and row["k"] in (512, None):
             name = f"`{row['call']}` {row['rows']} x {row['columns']}"
-            cells.setdefault(name, {})[row["implementation"]] = row
+            implementation = row["implementation"].replace(" own logits", " plugin logits")
+            cells.setdefault(name, {})[implementation] = row
     calls = list(CALLS[suite])
     return dict(sorted(cells.items(), key=lambda item: calls.index(item[0].split("`")[1])))
 
@@ -222,30 +224,30 @@ def _agreement(row: Row | None) -> str:
     return f"{row['agreement']:.4f}, {row['agreement_worst']:.4f}"
 
 
-def _ratios(cells: Cells, ours: str, theirs: Iterable[str]) -> dict[str, float]:
-    """Return ours over the fastest of theirs, where both were measured and right."""
+def _ratios(cells: Cells, one: str, others: Iterable[str]) -> dict[str, float]:
+    """Return an implementation over the fastest of others, where both were right."""
     found = {}
     for name, row in cells.items():
-        bars = [row[t]["us"] for t in theirs if t in row and row[t]["us"] and _sound(row[t])]
-        if bars and ours in row and row[ours]["us"] and _sound(row[ours]):
-            found[name] = row[ours]["us"] / min(bars)
+        bars = [row[t]["us"] for t in others if t in row and row[t]["us"] and _sound(row[t])]
+        if bars and one in row and row[one]["us"] and _sound(row[one]):
+            found[name] = row[one]["us"] / min(bars)
     return found
 
 
-def _against(cells: Cells, ours: str, theirs: list[str], what: str) -> str:
-    ratios = _ratios(cells, ours, theirs)
+def _against(cells: Cells, one: str, others: list[str], what: str) -> str:
+    ratios = _ratios(cells, one, others)
     if not ratios:
-        return f"- {ours} beside {what}: not measured."
+        return f"- {one} beside {what}: not measured."
     slower = sum(r > 1 for r in ratios.values())
     worst, best = (pick(ratios, key=ratios.__getitem__) for pick in (max, min))
     return (
-        f"- {ours} beside {what}: slower in {slower} of {len(ratios)}, the ratio from "
+        f"- {one} beside {what}: slower in {slower} of {len(ratios)}, the ratio from "
         f"{ratios[worst]:.2f} ({worst}) to {ratios[best]:.2f} ({best})."
     )
 
 
-def _span(cells: Cells, ours: str, theirs: list[str]) -> str:
-    ratios = _ratios(cells, ours, theirs).values()
+def _span(cells: Cells, one: str, others: list[str]) -> str:
+    ratios = _ratios(cells, one, others).values()
     if not ratios:
         return "not measured"
     slower = sum(r > 1 for r in ratios)
@@ -275,7 +277,8 @@ def _missing(document: Any, suite: str | None = None) -> str:
         names = [name for name in document["not_run"] if suite is None or name.startswith(suite)]
     elif suite is None:  # files of before `not_run`
         rows = document["results"]
-        names = [v for v in VARIANTS if all(row["variant"] != v for row in rows)]
+        seen = {row["variant"].replace(" own", " plugin") for row in rows}
+        names = [v for v in VARIANTS if v not in seen]
         names = [f"the plugin ({', '.join(names)})"] if names else []
         names += [kind for kind in ("prefill", "read")
                   if not any(row["part"].startswith(kind) for row in rows)]  # fmt: skip

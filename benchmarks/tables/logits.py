@@ -27,38 +27,39 @@ def markdown() -> str:
 def _logits_lines(document: Any) -> list[str]:
     rows = [row for row in document["results"] if row["suite"] == "decode"]
     half = [row for row in rows if row["dtype"] == "bfloat16"]
-    ours = {_cell(row): row for row in half if row["implementation"] == PLUGIN}
+    plugin = {_cell(row): row for row in half if row["implementation"] == PLUGIN}
     best = best_peers(half, "bfloat16")
     peers = dict.fromkeys(row["implementation"] for row in half if row["implementation"] != PLUGIN)
     lines = [
         f"Index logits on one {document['machine']['gpu']} (CUDA graphs, warm, bfloat16, µs; "
-        f"`benchmarks/results/{LOGITS}`): ours / {' or '.join(peers)} / the keys' bytes at "
+        f"`benchmarks/results/{LOGITS}`): the plugin / {' or '.join(peers)} / the keys' bytes at "
         "the read rate:",
         "",
-        *_table(ours, lambda cell: [
-            ours[cell]["warm_us"], best.get((0, *cell), {}).get("warm_us"), ours[cell]["floor_us"]
+        *_table(plugin, lambda cell: [
+            plugin[cell]["warm_us"], best.get((0, *cell), {}).get("warm_us"),
+            plugin[cell]["floor_us"],
         ]),
     ]  # fmt: skip
     every = [row for row in document["results"] if row["implementation"] == PLUGIN]
     right = all(row["right"] for row in every)
     what = "the fastest of them in each cell"
-    text = _against(_ratios(ours, best, "warm_us"), what)
-    cold = _ratios(ours, best_peers(half, "bfloat16", "cold_us"), "cold_us")
+    text = _against(_ratios(plugin, best, "warm_us"), what)
+    cold = _ratios(plugin, best_peers(half, "bfloat16", "cold_us"), "cold_us")
     if cold:
         text += _against(cold, what, "With keys that no cache has, against")
     return [
         *lines, "",
-        f"{text}Ours is {'within' if right else 'NOT within'} the stated bound in every cell.",
+        f"{text}The plugin is {'' if right else 'NOT '}within the stated bound in every cell.",
         *_other_shapes(document),
     ]  # fmt: skip
 
 
 def _ratios(
-    ours: dict[tuple[int, int], Any], best: dict[tuple[int, int, int], Any], field: str
+    plugin: dict[tuple[int, int], Any], best: dict[tuple[int, int, int], Any], field: str
 ) -> list[float]:
     return [
         row[field] / best[(0, *cell)][field]
-        for cell, row in ours.items()
+        for cell, row in plugin.items()
         if row[field] is not None and (0, *cell) in best
     ]
 
@@ -77,13 +78,13 @@ def _other_shapes(document: Any) -> list[str]:
         name = f"{row['batch']:,} x {row['columns']:,} keys"
         name += ", prefill" if prefill else f", {row['next_n']} queries a request"
         of = cells.setdefault(name, {})
-        mine = row["implementation"] == PLUGIN
+        of_plugin = row["implementation"] == PLUGIN
         if sound(row) and row["warm_us"] is not None:
-            of[mine] = min(row["warm_us"], of.get(mine, math.inf))
-    lines = ["", "| bfloat16, warm, µs | ours | the fastest of them |", "|---|---|---|"]
+            of[of_plugin] = min(row["warm_us"], of.get(of_plugin, math.inf))
+    lines = ["", "| bfloat16, warm, µs | the plugin | the fastest of them |", "|---|---|---|"]
     for name, of in cells.items():
         lines.append(
-            f"| {name} | " + " | ".join(_us(of.get(mine)) for mine in (True, False)) + " |"
+            f"| {name} | " + " | ".join(_us(of.get(side)) for side in (True, False)) + " |"
         )
     return lines
 
@@ -98,35 +99,35 @@ def _chain_lines(document: Any) -> list[str]:
         "vLLM 0.33's": document["vllm_choice"],
         "SGLang 0.5.23's": document["sglang_choice"],
     }
-    theirs: dict[str, dict[tuple[int, int, int], float]] = {name: {} for name in choices}
+    engines: dict[str, dict[tuple[int, int, int], float]] = {name: {} for name in choices}
     for name, topk in choices.items():
         for row in rows:
             if row["implementation"].endswith(chain_name("", topk)) and sound(row):
                 key = (row["k"], *_cell(row))
-                theirs[name][key] = min(row["warm_us"], theirs[name].get(key, math.inf))
+                engines[name][key] = min(row["warm_us"], engines[name].get(key, math.inf))
     half = [row for row in rows if row["dtype"] == "bfloat16" and row["implementation"] == PLUGIN]
     k = min(row["k"] for row in half)
-    ours = {_cell(row): row for row in half if row["k"] == k}
+    plugin = {_cell(row): row for row in half if row["k"] == k}
     lines = [
         f"From the keys to indices in one graph on one {document['machine']['gpu']} (warm, µs; "
-        f"`benchmarks/results/{CHAIN}`), k = {k}: ours in bfloat16 / {' / '.join(choices)} "
+        f"`benchmarks/results/{CHAIN}`), k = {k}: the plugin in bfloat16 / {' / '.join(choices)} "
         "in float32:",
         "",
-        *_table(ours, lambda cell: [
-            ours[cell]["warm_us"], *(theirs[name].get((k, *cell)) for name in choices)
+        *_table(plugin, lambda cell: [
+            plugin[cell]["warm_us"], *(engines[name].get((k, *cell)) for name in choices)
         ]),
         "",
     ]  # fmt: skip
     for name in choices:
         ratios = [
-            row["warm_us"] / theirs[name][(row["k"], *_cell(row))]
+            row["warm_us"] / engines[name][(row["k"], *_cell(row))]
             for row in half
-            if (row["k"], *_cell(row)) in theirs[name]
+            if (row["k"], *_cell(row)) in engines[name]
         ]
         if ratios:
             lines.append(_against(ratios, f"{name} chain").strip())
     exact = all(sound(row) for row in rows if row["implementation"] == PLUGIN)
-    lines.append(f"Ours is {'exact in every cell' if exact else 'NOT exact in some cell'}.")
+    lines.append(f"The plugin is {'exact in every cell' if exact else 'NOT exact in some cell'}.")
     return lines
 
 
@@ -135,18 +136,18 @@ def _cell(row: Any) -> tuple[int, int]:
 
 
 def _table(
-    ours: dict[tuple[int, int], Any], found_in: Callable[[tuple[int, int]], list[float | None]]
+    plugin: dict[tuple[int, int], Any], found_in: Callable[[tuple[int, int]], list[float | None]]
 ) -> list[str]:
     """Return a table requests x keys; a figure that is not there is a dash."""
-    columns = sorted({c for _, c in ours})
+    columns = sorted({c for _, c in plugin})
     lines = [
         "| requests | " + " | ".join(f"{c // 1024}K" for c in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
-    for batch in sorted({b for b, _ in ours}):
+    for batch in sorted({b for b, _ in plugin}):
         cells = []
         for c in columns:
-            found = found_in((batch, c)) if (batch, c) in ours else []
+            found = found_in((batch, c)) if (batch, c) in plugin else []
             cells.append(" / ".join(map(_us, found)))
         lines.append(f"| {batch} | " + " | ".join(cells) + " |")
     return lines
@@ -159,5 +160,5 @@ def _against(ratios: list[float], what: str, begin: str = "Against") -> str:
     mean = geomean(ratios)
     return (
         f"{begin} {what} the geometric mean of the ratio over {len(ratios)} cells is "
-        f"{mean:.2f}; ours is slower in {slower} (worst {max(ratios):.2f}). "
+        f"{mean:.2f}; the plugin is slower in {slower} (worst {max(ratios):.2f}). "
     )

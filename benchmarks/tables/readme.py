@@ -57,9 +57,9 @@ def readme() -> str:
     for rows in _ROWS:
         cells = []
         for c in _COLUMNS:
-            ours = warm["bfloat16", 512, rows, c, "dsv4"]
-            theirs = warm["float32", 512, rows, c, upstream]
-            cells.append(f"{ours:.1f} / {theirs:.1f}")
+            plugin = warm["bfloat16", 512, rows, c, "dsv4"]
+            engine = warm["float32", 512, rows, c, upstream]
+            cells.append(f"{plugin:.1f} / {engine:.1f}")
         lines.append(f"| {rows} | " + " | ".join(cells) + " |")
     ratios, best = [], []
     fastest = best_peers(_decode(topk), "bfloat16")

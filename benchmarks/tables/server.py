@@ -13,10 +13,12 @@ from typing import Any
 from benchmarks.server.measure import agreement
 from benchmarks.tables import readme as figures
 
-__all__ = ["DRILLS", "MODES", "drills", "modes"]
+__all__ = ["DRILLS", "MODES", "SGLANG", "TP2", "drills", "modes", "sglang", "tp2"]
 
 MODES = "h200_vllm_modes.json"
-DRILLS = "h200_vllm_drills.json"
+DRILLS = ("h200_vllm033_drills.json", "h200_vllm_drills.json")
+TP2 = "h200_vllm_tp2.json"
+SGLANG = "h200_sglang_e2e.json"
 
 
 def _where(about: dict[str, Any], name: str) -> str:
@@ -43,14 +45,14 @@ def modes() -> str:
     ]
     words = document["command"]
     given = [b for a, b in itertools.pairwise(words) if a == "--arguments"]
-    own_of = {name: own for name, _, own in (word.partition("=") for word in given)}
+    arguments_of = {name: more for name, _, more in (word.partition("=") for word in given)}
     for name, server in servers.items():
-        own = own_of.get(name)
+        more = arguments_of.get(name)
         counters = server["status"][0]["counters"] if server["status"] else {}
         calls = [counters.get(f"topk.{kind}", 0) for kind in ("decode", "prefill")]
         alike = outputs["as_baseline"].get(name)
         lines.append(
-            f"| {name} | {f'`{own}`' if own else 'default graphs'} | "
+            f"| {name} | {f'`{more}`' if more else 'default graphs'} | "
             f"{' / '.join(map(str, calls)) if counters else 'no plugin'} | "
             f"{sum(outputs['repeatable'][name])} | "
             f"{sum(a['identical'] for a in alike) if alike else ''} |"
@@ -75,12 +77,16 @@ def modes() -> str:
 
 
 def drills() -> str:
-    """Return the Markdown between the ``drills`` markers."""
-    document = figures.load(DRILLS)
+    """Return the Markdown between the ``drills`` markers: a table a file."""
+    return "\n\n".join(map(_drills, DRILLS))
+
+
+def _drills(name: str) -> str:
+    document = figures.load(name)
     lines = [
-        f"{_where(document['machine'], DRILLS)}:",
+        f"{_where(document['machine'], name)}:",
         "",
-        "| drill | what is broken | requests answered | decode calls, ours / upstream's | passed |",
+        "| drill | what is broken | requests answered | decode calls, plugin / engine | passed |",
         "|---|---|---|---|---|",
     ]
     for drill in document["drills"]:
@@ -92,3 +98,48 @@ def drills() -> str:
             f"{'yes' if drill['passed'] else 'no: ' + '; '.join(drill['wrong'])} |"
         )
     return "\n".join(lines)
+
+
+def tp2() -> str:
+    """Return the Markdown between the ``tp2`` markers of docs/vllm.md."""
+    document = figures.load(TP2)
+    lines = _off_against_on("vllm", "vLLM", TP2, document)
+    ranks = document["servers"]["on"]["rows"]
+    for rank in range(len(ranks)):
+        name = f"prefill of rank {rank}"
+        rows = next(of for of in ranks if name in of)
+        lines.append(
+            f"Rank {rank} scored {rows[name]:,} of the {rows['prefill']:,} rows that vLLM shared "
+            f"among the ranks; of all its {rows['topk.prefill']:,} rows of prefill the plugin "
+            f"selected {rows['topk.prefill'] - rows.get('topk.prefill.upstream', 0):,}."
+        )
+    return "\n".join(lines)
+
+
+def sglang() -> str:
+    """Return the Markdown between the ``sglang-server`` markers of docs/sglang.md."""
+    return "\n".join(_off_against_on("sglang", "SGLang", SGLANG, figures.load(SGLANG)))
+
+
+def _off_against_on(key: str, engine: str, name: str, document: dict[str, Any]) -> list[str]:
+    """Return the table of a run of ``off`` and ``on``."""
+    about, gpus = document["machine"], document["gpus"]
+    layers = document["model"]["num_hidden_layers"]
+    lines = [
+        f"{engine} {about[key]}, {layers} layers of random weights, "
+        f"{'one' if gpus == 1 else gpus} {about['gpu']}, commit {about['commit'][:7]} "
+        f"(`benchmarks/results/{name}`), without the plugin / with it:",
+        "",
+        "| requests x tokens | ms a token, or s to the first | ratio (95 % interval) |",
+        "|---|---|---|",
+    ]
+    digits = {"tpot_ms": (2, "ms"), "ttft_s": (3, "s to the first token")}
+    for row in document["summary"]:
+        if row["figure"] in digits:
+            places, unit = digits[row["figure"]]
+            low, high = row["interval95"]
+            lines.append(
+                f"| {row['concurrency']} x {row['context']:,} | {row['off']:.{places}f} / "
+                f"{row['on']:.{places}f} {unit} | {row['ratio']:.3f} ({low:.3f} – {high:.3f}) |"
+            )
+    return [*lines, ""]

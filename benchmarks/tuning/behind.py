@@ -114,12 +114,12 @@ def after_logits(ran: Sequence[Kernel]) -> list[float]:
     Raises:
         RuntimeError: something else does.
     """
-    ours = [kernel for kernel in ran if "dsv4::" in kernel.name]
+    kernels = [kernel for kernel in ran if "dsv4::" in kernel.name]
     took = []
-    for i, kernel in enumerate(ours):
+    for i, kernel in enumerate(kernels):
         if "paged_logits" not in kernel.name:
             continue
-        after = ours[i + 1] if i + 1 < len(ours) else None
+        after = kernels[i + 1] if i + 1 < len(kernels) else None
         if after is None or "topk" not in after.name:
             raise RuntimeError(f"behind logits ran {after.name if after else 'nothing'}")
         took.append(after.end - kernel.end)

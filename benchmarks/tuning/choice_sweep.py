@@ -18,7 +18,7 @@ import torch
 from benchmarks.tuning.behind import Behind
 from dsv4_plugin import topk
 from dsv4_plugin.cli.bench.cells import DIRTY, Row
-from dsv4_plugin.cli.bench.topk.check import Reference
+from dsv4_plugin.cli.bench.topk.check import judge
 from dsv4_plugin.cli.bench.topk.served import Elsewhere
 from dsv4_plugin.cli.checks.timing import time_graph
 from dsv4_plugin.cli.checks.topk_cases import Case, Problem
@@ -75,13 +75,12 @@ class Sweep:
             problem = case.make("cuda")
         else:
             problem, score = self.behind.problem(case)
-        reference = Reference(problem, case.k)
         source = problem.logits.clone() if self.elsewhere else None
         width = case.width or case.columns
         every = [None, *choices(case.rows, width, self.sms, self.solos)]
         calls = [self._call(case, problem, choice) for choice in every]
         mine = [
-            self._row(case, reference, source, choice, *call)
+            self._row(case, problem, source, choice, *call)
             for choice, call in zip(every, calls, strict=True)
         ]
         if self.behind is not None:
@@ -109,14 +108,14 @@ class Sweep:
     def _row(
         self,
         case: Case,
-        reference: Reference,
+        problem: Problem,
         source: torch.Tensor | None,
         choice: tuple[int, int, int] | None,
         call: Callable[[], Any],
         out: torch.Tensor,
     ) -> Row:
         call()
-        judged = reference.judge(out, case.k, ties=True)
+        judged = judge(problem, out, ties=True)
         row: Row = {
             "dtype": case.dtype, "k": case.k, "rows": case.rows, "columns": case.columns,
             "width": case.width or case.columns, "threads": choice[0] if choice else TABLE,
@@ -128,7 +127,7 @@ class Sweep:
         }  # fmt: skip
         if self.elsewhere is not None and source is not None:
             us = self.elsewhere.served_us(
-                case.dtype, call, reference.problem.logits, source, replays=self.replays
+                case.dtype, call, problem.logits, source, replays=self.replays
             )
             row["served_us"] = round(us, 3)
         return row

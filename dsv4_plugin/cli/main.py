@@ -16,14 +16,12 @@ __all__ = ["main"]
 # name -> (module with add_arguments() and run(), neither of which imports torch before the options
 # are read; what it does)
 COMMANDS = {
-    "doctor": (
-        "dsv4_plugin.cli.doctor.command",
-        "say what is here, what engages, and why not",
+    "doctor": ("dsv4_plugin.cli.doctor.command", "say what is here, what engages, and why not"),
+    "status": (
+        "dsv4_plugin.cli.status",
+        "in which processes of a running server the plugin serves",
     ),
-    "ab": (
-        "dsv4_plugin.cli.ab.command",
-        "a server without the plugin against one with it",
-    ),
+    "ab": ("dsv4_plugin.cli.ab.command", "a server without the plugin against one with it"),
     "bench": ("dsv4_plugin.cli.bench.command", "time the ops against the peers that can be loaded"),
     "fuzz": ("dsv4_plugin.cli.fuzz.command", "random calls of the ops, checked and shrunk"),
     "recall": (

@@ -7,6 +7,7 @@ them (``docs/packaging.md``). It is loaded when it is first needed and never com
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,12 @@ import torch
 from dsv4_plugin.kernels.arguments import TopkArgs
 
 __all__ = [
-    "ALIGNMENT",
-    "BLOCK_SIZES",
-    "CAPABILITIES",
-    "FP4_FORM",
-    "HEADS",
-    "HEAD_DIM",
-    "LIBRARY",
-    "MAX_CANDIDATES",
-    "PIECE",
-    "SOLO",
-    "block_maxima",
-    "candidate_logits",
-    "candidate_logits_ragged",
-    "gather_indexer_cache",
-    "missing",
-    "paged_logits",
-    "ragged_logits",
-    "read_indexer_cache",
-    "select_blocks",
-    "select_candidates",
+    "ALIGNMENT", "BLOCK_SIZES", "CAPABILITIES", "FP4_FORM", "HEADS", "HEAD_DIM", "LIBRARY",
+    "MAX_CANDIDATES", "PIECE", "SOLO", "block_maxima", "candidate_logits",
+    "candidate_logits_ragged", "candidate_select", "gather_indexer_cache", "missing",
+    "paged_logits", "ragged_logits", "read_indexer_cache", "select_blocks", "select_candidates",
     "topk",
-]
+]  # fmt: skip
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 CAPABILITIES = ((9, 0),)  # what csrc/build.py compiles for
@@ -84,6 +69,75 @@ def topk(args: TopkArgs) -> None:
     _function("dsv4_topk")(*args)
 
 
+def _compiled(name: str, fixed: bool = False) -> Callable[..., None]:
+    """Return a function of the library as an implementation: it takes what the reference takes.
+
+    Args:
+        name: of the function.
+        fixed: it is compiled for one value of the last argument, and does not take it.
+    """
+
+    def with_all(*args: Any) -> None:
+        _function(name)(*args)
+
+    def but_for_last(*args: Any) -> None:
+        _function(name)(*args[:-1])
+
+    return but_for_last if fixed else with_all
+
+
+paged_logits = _compiled("dsv4_paged_logits")
+ragged_logits = _compiled("dsv4_ragged_logits")
+# for HEAD_DIM:
+read_indexer_cache = _compiled("dsv4_read", fixed=True)
+gather_indexer_cache = _compiled("dsv4_gather", fixed=True)
+# for PIECE:
+block_maxima = _compiled("dsv4_block_maxima", fixed=True)
+select_blocks = _compiled("dsv4_select_blocks", fixed=True)
+candidate_logits = _compiled("dsv4_candidate_logits", fixed=True)
+candidate_logits_ragged = _compiled("dsv4_candidate_logits_ragged", fixed=True)
+select_candidates = _compiled("dsv4_select_candidates", fixed=True)
+
+
+def candidate_select(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    weights: torch.Tensor,
+    candidates: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    logits: torch.Tensor,
+    out: torch.Tensor,
+    out_slots: torch.Tensor | None,
+    out_counts: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    k: int,
+    block_size: int,
+    page_size: int,
+    piece: int,
+) -> None:
+    """Score the keys of the candidates into ``logits`` and select the ``k`` best.
+
+    See :func:`dsv4_plugin.candidate_select`. The second kernel begins before the first one ends,
+    and counts on being the next one in the stream.
+    """
+    candidate_logits(
+        q, pages, weights, candidates, lengths, block_table, logits, None, block_size, piece
+    )
+    _function("dsv4_select_behind_logits")(
+        logits,
+        candidates,
+        lengths,
+        out,
+        out_slots,
+        out_counts,
+        page_table,
+        k,
+        q.shape[1],
+        page_size,
+    )
+
+
 def topk_with(
     logits: torch.Tensor,
     lengths: torch.Tensor,
@@ -118,143 +172,3 @@ def topk_with(
     )
     longest = SOLO.get(threads, 0) if solo is None else solo
     _function("dsv4_topk_with")(*args, threads, cluster, longest)
-
-
-def read_indexer_cache(
-    pages: torch.Tensor,
-    slots: torch.Tensor,
-    out: torch.Tensor,
-    block_size: int,
-    head_dim: int,
-) -> None:
-    """Dequantise the FP8 keys at ``slots`` into ``out``; see :mod:`dsv4_plugin.ops.cache`."""
-    if slots.dtype not in (torch.int32, torch.int64) or not slots.is_contiguous():
-        slots = slots.to(torch.int64).contiguous()
-    _function("dsv4_read")(pages, slots, out, block_size)
-
-
-def gather_indexer_cache(
-    pages: torch.Tensor,
-    block_table: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
-    values_out: torch.Tensor,
-    scales_out: torch.Tensor | None,
-    block_size: int,
-    head_dim: int,
-) -> None:
-    """Gather the keys of every sequence; see :mod:`dsv4_plugin.ops.cache`."""
-    _function("dsv4_gather")(
-        pages, block_table, cu_seq_lens.contiguous(), values_out, scales_out, block_size
-    )
-
-
-def paged_logits(
-    q: torch.Tensor,
-    pages: torch.Tensor,
-    weights: torch.Tensor,
-    lengths: torch.Tensor,
-    block_table: torch.Tensor,
-    out: torch.Tensor,
-    next_n: int,
-    block_size: int,
-) -> None:
-    """Score the keys of every request's pages; see :func:`dsv4_plugin.paged_logits`."""
-    _function("dsv4_paged_logits")(q, pages, weights, lengths, block_table, out, block_size)
-
-
-def ragged_logits(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    row_starts: torch.Tensor,
-    row_ends: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    """Score a window of gathered keys for every row; see :func:`dsv4_plugin.ragged_logits`."""
-    _function("dsv4_ragged_logits")(q, k, k_scale, weights, row_starts, row_ends, out)
-
-
-def block_maxima(
-    q: torch.Tensor,
-    pages: torch.Tensor,
-    weights: torch.Tensor,
-    lengths: torch.Tensor,
-    block_table: torch.Tensor,
-    out: torch.Tensor,
-    logits: torch.Tensor | None,
-    next_n: int,
-    block_size: int,
-    piece: int,
-) -> None:
-    """Score every block of keys; see :func:`dsv4_plugin.block_maxima`."""
-    _function("dsv4_block_maxima")(q, pages, weights, lengths, block_table, out, logits, block_size)
-
-
-def select_blocks(
-    maxima: torch.Tensor,
-    lengths: torch.Tensor,
-    out: torch.Tensor,
-    out_counts: torch.Tensor | None,
-    k: int,
-    next_n: int,
-    piece: int,
-) -> None:
-    """Select the ``k`` best blocks of every row; see :func:`dsv4_plugin.select_blocks`."""
-    _function("dsv4_select_blocks")(maxima, lengths, out, out_counts, k, next_n)
-
-
-def candidate_logits(
-    q: torch.Tensor,
-    pages: torch.Tensor,
-    weights: torch.Tensor,
-    candidates: torch.Tensor,
-    lengths: torch.Tensor,
-    block_table: torch.Tensor,
-    out: torch.Tensor,
-    out_lengths: torch.Tensor | None,
-    next_n: int,
-    block_size: int,
-    piece: int,
-) -> None:
-    """Score the keys of every row's candidates; see :func:`dsv4_plugin.candidate_logits`."""
-    _function("dsv4_candidate_logits")(
-        q, pages, weights, candidates, lengths, block_table, out, out_lengths, block_size
-    )
-
-
-def candidate_logits_ragged(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    candidates: torch.Tensor,
-    row_starts: torch.Tensor,
-    row_ends: torch.Tensor,
-    out: torch.Tensor,
-    out_lengths: torch.Tensor | None,
-    piece: int,
-) -> None:
-    """Score candidates among gathered keys; see :func:`dsv4_plugin.candidate_logits_ragged`."""
-    _function("dsv4_candidate_logits_ragged")(
-        q, k, k_scale, weights, candidates, row_starts, row_ends, out, out_lengths
-    )
-
-
-def select_candidates(
-    logits: torch.Tensor,
-    candidates: torch.Tensor,
-    lengths: torch.Tensor,
-    out: torch.Tensor,
-    out_slots: torch.Tensor | None,
-    out_counts: torch.Tensor | None,
-    block_table: torch.Tensor | None,
-    k: int,
-    next_n: int,
-    piece: int,
-    page_size: int,
-) -> None:
-    """Select the ``k`` best keys of the candidates; see :func:`dsv4_plugin.select_candidates`."""
-    _function("dsv4_select_candidates")(
-        logits, candidates, lengths, out, out_slots, out_counts, block_table, k, next_n, page_size
-    )

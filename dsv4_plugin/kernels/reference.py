@@ -14,18 +14,9 @@ import torch
 from dsv4_plugin.kernels.arguments import MAX_INT32, TopkArgs
 
 __all__ = [
-    "gather_indexer_cache",
-    "mxfp4_values",
-    "ordered_key",
-    "planes",
-    "read_indexer_cache",
-    "read_indexer_cache_mxfp4",
-    "row_lengths",
-    "to_slots",
-    "topk",
-    "ue8m0",
-    "widen_e4m3",
-]
+    "gather_indexer_cache", "mxfp4_values", "ordered_key", "planes", "read_indexer_cache",
+    "read_indexer_cache_mxfp4", "row_lengths", "to_slots", "topk", "ue8m0", "widen_e4m3",
+]  # fmt: skip
 
 SCALE_BYTES = 4  # one float32 a key
 MX_BLOCK = 32  # values that share a UE8M0 scale

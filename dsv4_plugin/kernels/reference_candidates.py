@@ -15,12 +15,9 @@ from dsv4_plugin.kernels.reference import planes, row_lengths
 from dsv4_plugin.kernels.reference_logits import key_bytes, key_scales
 
 __all__ = [
-    "block_maxima",
-    "candidate_logits",
-    "candidate_logits_ragged",
-    "select_blocks",
-    "select_candidates",
-]
+    "block_maxima", "candidate_logits", "candidate_logits_ragged", "candidate_select",
+    "select_blocks", "select_candidates",
+]  # fmt: skip
 
 # Elements made at a time: of scores, or of float64 keys and dot products (64 MiB).
 _CHUNK = 1 << 23
@@ -34,12 +31,11 @@ def block_maxima(
     block_table: torch.Tensor,
     out: torch.Tensor,
     logits: torch.Tensor | None,
-    next_n: int,
     block_size: int,
     piece: int,
 ) -> None:
     """Score every block of keys; see :func:`dsv4_plugin.block_maxima`."""
-    batch, rows = q.shape[0], out.shape[0]
+    (batch, next_n), rows = q.shape[:2], out.shape[0]
     columns = out.shape[1] * piece
     if logits is not None:
         columns = min(columns, logits.shape[1])
@@ -54,7 +50,7 @@ def block_maxima(
         else:
             scores = logits[of, :columns]
         reference_logits.paged_logits(
-            q[part], pages, weights[of], n[of], block_table[part], scores, next_n, block_size
+            q[part], pages, weights[of], n[of], block_table[part], scores, block_size
         )
         held = out[of, :blocks]
         held.copy_(_maxima(scores, n[of], held, piece))
@@ -134,7 +130,6 @@ def candidate_logits(
     block_table: torch.Tensor,
     out: torch.Tensor,
     out_lengths: torch.Tensor | None,
-    next_n: int,
     block_size: int,
     piece: int,
 ) -> None:
@@ -143,7 +138,7 @@ def candidate_logits(
     All columns are written here, those past ``out_lengths`` too.
     """
     rows, held = candidates.shape
-    heads, head_dim = q.shape[2:]
+    _, next_n, heads, head_dim = q.shape
     width = block_table.shape[1]
     n = row_lengths(lengths, rows, next_n).clamp(0, width * block_size)
     if out_lengths is not None:
@@ -226,8 +221,8 @@ def select_candidates(
     block_table: torch.Tensor | None,
     k: int,
     next_n: int,
-    piece: int,
     page_size: int,
+    piece: int,
 ) -> None:
     """Select the ``k`` best keys of every row's candidates.
 
@@ -247,3 +242,33 @@ def select_candidates(
         if block_table.shape[0] != rows:
             block_table = block_table.repeat_interleave(next_n, 0)
         out_slots.copy_(reference.to_slots(position, block_table, page_size))
+
+
+def candidate_select(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    weights: torch.Tensor,
+    candidates: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    logits: torch.Tensor,
+    out: torch.Tensor,
+    out_slots: torch.Tensor | None,
+    out_counts: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    k: int,
+    block_size: int,
+    page_size: int,
+    piece: int,
+) -> None:
+    """Score the keys of the candidates into ``logits`` and select the ``k`` best.
+
+    See :func:`dsv4_plugin.candidate_select`.
+    """
+    candidate_logits(
+        q, pages, weights, candidates, lengths, block_table, logits, None, block_size, piece
+    )
+    select_candidates(
+        logits, candidates, lengths, out, out_slots, out_counts, page_table, k, q.shape[1],
+        page_size, piece,
+    )  # fmt: skip

@@ -94,14 +94,13 @@ def paged_logits(
     lengths: torch.Tensor,
     block_table: torch.Tensor,
     out: torch.Tensor,
-    next_n: int,
     block_size: int,
 ) -> None:
     """Score the keys of every request's pages; see :func:`dsv4_plugin.paged_logits`.
 
     All pages of the table are scored here, and what lies past a row's length is then left out.
     """
-    batch, _, heads, head_dim = q.shape
+    batch, next_n, heads, head_dim = q.shape
     rows, columns = out.shape
     held_bytes = key_bytes(q)
     blocks = min(block_table.shape[1], -(-columns // block_size))

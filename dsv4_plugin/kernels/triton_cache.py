@@ -20,11 +20,8 @@ import triton.language as tl
 from dsv4_plugin.kernels.device import alignment, capability
 
 __all__ = [
-    "INTERPRETED",
-    "gather_indexer_cache",
-    "read_indexer_cache",
-    "read_indexer_cache_mxfp4",
-]
+    "INTERPRETED", "gather_indexer_cache", "read_indexer_cache", "read_indexer_cache_mxfp4",
+]  # fmt: skip
 
 
 @triton.jit

@@ -20,12 +20,20 @@ from typing import Any
 import torch
 
 from dsv4_plugin.kernels.device import alignment
-from dsv4_plugin.ops import checks, torch_library
+from dsv4_plugin.ops import checks
 from dsv4_plugin.ops.dispatch import Call, resolve
+from dsv4_plugin.ops.torch_library import op
 
 __all__ = ["gather_indexer_cache", "read_indexer_cache", "read_indexer_cache_mxfp4"]
 
 
+def _new_keys(
+    cache: torch.Tensor, slot_mapping: torch.Tensor, head_dim: int, dtype: torch.dtype, **_: Any
+) -> torch.Tensor:
+    return torch.empty(slot_mapping.shape[0], head_dim, dtype=dtype, device=cache.device)
+
+
+@op(_new_keys)
 def read_indexer_cache(
     cache: torch.Tensor,
     slot_mapping: torch.Tensor,
@@ -66,6 +74,7 @@ def read_indexer_cache(
     return _read("read", cache, slot_mapping, block_size, head_dim, dtype, out, backend)
 
 
+@op(_new_keys)
 def read_indexer_cache_mxfp4(
     cache: torch.Tensor,
     slot_mapping: torch.Tensor,
@@ -87,15 +96,15 @@ def read_indexer_cache_mxfp4(
 
 _GATHERED = (torch.float8_e4m3fn, torch.uint8, *checks.OUT_DTYPES)
 
-# op → (its name in torch.ops, bytes a key, what head_dim must be a multiple of)
+# kind → (bytes a key, what head_dim must be a multiple of)
 _READS = {
-    "read": ("read_indexer_cache", lambda head_dim: head_dim + 4, 4),
-    "read_mxfp4": ("read_indexer_cache_mxfp4", lambda head_dim: head_dim // 2 + head_dim // 32, 32),
+    "read": (lambda head_dim: head_dim + 4, 4),
+    "read_mxfp4": (lambda head_dim: head_dim // 2 + head_dim // 32, 32),
 }
 
 
 def _read(
-    op: str,
+    kind: str,
     cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     block_size: int,
@@ -104,14 +113,7 @@ def _read(
     out: torch.Tensor | None,
     backend: str | None,
 ) -> torch.Tensor:
-    name, row_bytes, multiple = _READS[op]
-    if torch_library.through_dispatcher(cache, slot_mapping, out):
-        if out is None:
-            return torch_library.functional(name)(
-                cache, slot_mapping, block_size, head_dim, dtype, backend
-            )
-        torch_library.mutating(name)(cache, slot_mapping, out, block_size, head_dim, backend)
-        return out
+    row_bytes, multiple = _READS[kind]
     checks.geometry(block_size, head_dim, multiple)
     pages = checks.as_pages(cache, block_size, row_bytes(head_dim))
     checks.tensor("slot_mapping", slot_mapping, checks.INTEGER_DTYPES, (1,))
@@ -127,7 +129,7 @@ def _read(
         checks.separate((("out", out),), (("cache", cache), ("slot_mapping", slot_mapping)))
     if tokens:
         aligned = alignment(pages, out)
-        call = Call(op, cache.device, out.dtype, head_dim=head_dim, alignment=aligned)
+        call = Call(kind, cache.device, out.dtype, head_dim=head_dim, alignment=aligned)
         run = resolve(call, backend)
         if pages.shape[0] == 0:  # no page that padding could be read from
             out.zero_()
@@ -195,14 +197,7 @@ def gather_indexer_cache(
             raise ValueError(f"out must be (values, scales), got {len(out)} elements")
         values, scales = out
         checks.tensor("out[1]", scales, (torch.float32, torch.uint8), (1, 2))
-    if torch_library.through_dispatcher(cache, block_table, cu_seq_lens, values, scales):
-        torch_library.mutating("gather_indexer_cache")(
-            cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend
-        )
-    else:
-        _fill_gathered(
-            cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend
-        )
+    _fill_gathered(cache, block_table, cu_seq_lens, values, scales, block_size, head_dim, backend)
     return out
 
 
@@ -230,12 +225,13 @@ def _new_gathered(
     return values, torch.empty(total, dtype=torch.float32, device=device)
 
 
+@op(None, outputs=("values", "scales"), name="gather_indexer_cache")
 def _fill_gathered(
     cache: torch.Tensor,
     block_table: torch.Tensor,
     cu_seq_lens: torch.Tensor,
     values: torch.Tensor,
-    scales: torch.Tensor | None,
+    scales: torch.Tensor | None = None,
     block_size: int = 64,
     head_dim: int = 128,
     backend: str | None = None,
@@ -280,33 +276,3 @@ def _fill_gathered(
         run = resolve(call, backend)
         ends = cu_seq_lens.contiguous()
         run(pages, block_table, ends, values, scales, block_size, head_dim)
-
-
-def _new_keys(
-    cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    head_dim: int = 128,
-    dtype: torch.dtype = torch.float32,
-    **_: Any,
-) -> torch.Tensor:
-    return torch.empty(slot_mapping.shape[0], head_dim, dtype=dtype, device=cache.device)
-
-
-for _function in (read_indexer_cache, read_indexer_cache_mxfp4):
-    torch_library.register(
-        f"{_function.__name__}(Tensor cache, Tensor slot_mapping, int block_size=64, "
-        "int head_dim=128, ScalarType? dtype=None, str? backend=None) -> Tensor",
-        _function,
-        _new_keys,
-    )
-    torch_library.register(
-        f"{_function.__name__}_out(Tensor cache, Tensor slot_mapping, Tensor(a!) out, "
-        "int block_size=64, int head_dim=128, str? backend=None) -> ()",
-        _function,
-    )
-torch_library.register(
-    "gather_indexer_cache_out(Tensor cache, Tensor block_table, Tensor cu_seq_lens, "
-    "Tensor(a!) values, Tensor(b!)? scales, int block_size=64, int head_dim=128, "
-    "str? backend=None) -> ()",
-    _fill_gathered,
-)

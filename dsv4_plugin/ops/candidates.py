@@ -6,6 +6,7 @@ keys ``piece · b … piece · b + piece - 1``. A row sees its first ``length`` 
 block is block ``(length - 1) // piece``, the only one that it may see in part.
 
     block_maxima ─► select_blocks ─► candidates ─► candidate_logits ─► select_candidates ─► indices
+                                                   └────────── candidate_select ──────────┘
 
 **Candidates** are int32 ``[rows, K]``: a row's blocks in ascending order, each one that the row
 sees, then -1. :func:`select_blocks` writes them so, and the promises below are for such candidates.
@@ -22,23 +23,56 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.kernels import reference_candidates
 from dsv4_plugin.kernels.arguments import reads_fp4
 from dsv4_plugin.kernels.device import alignment
-from dsv4_plugin.ops import checks, torch_library
+from dsv4_plugin.ops import checks
 from dsv4_plugin.ops.dispatch import Call, resolve
-from dsv4_plugin.ops.logits import new_logits, new_result, paged_arguments, ragged_arguments
+from dsv4_plugin.ops.logits import (
+    new_logits,
+    new_result,
+    paged_arguments,
+    ragged_arguments,
+    rows_of,
+)
 from dsv4_plugin.ops.topk import indices
+from dsv4_plugin.ops.torch_library import op
 
 __all__ = [
-    "block_maxima",
-    "candidate_logits",
-    "candidate_logits_ragged",
-    "select_blocks",
-    "select_candidates",
-]
+    "block_maxima", "candidate_logits", "candidate_logits_ragged", "candidate_select",
+    "select_blocks", "select_candidates",
+]  # fmt: skip
 
 
+def _new_maxima(
+    q: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    piece: int,
+    dtype: torch.dtype,
+    logits: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    checks.size("block_size", block_size)
+    checks.size("piece", piece)
+    blocks = (block_table.shape[1] * block_size + piece - 1) // piece
+    return new_logits(rows_of(q), blocks, dtype if logits is None else logits.dtype, q.device)
+
+
+def _new_scores(candidates: torch.Tensor, piece: int, dtype: torch.dtype, **_: Any) -> torch.Tensor:
+    checks.size("piece", piece)
+    rows, held = candidates.shape
+    return new_logits(rows, held * piece, dtype, candidates.device)
+
+
+def _new_blocks(maxima: torch.Tensor, k: int, **_: Any) -> torch.Tensor:
+    return indices(maxima, k)
+
+
+def _new_chosen(candidates: torch.Tensor, k: int, **_: Any) -> torch.Tensor:
+    return indices(candidates, k)
+
+
+@op(_new_maxima, outputs=("out", "logits"))
 def block_maxima(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -89,18 +123,6 @@ def block_maxima(
 
     Source: vLLM's ``select_candidate_blocks`` (0.31 and later), up to its order of ties.
     """
-    if torch_library.through_dispatcher(q, cache, weights, lengths, block_table, out, logits):
-        dtype = dtype if logits is None else logits.dtype
-        if out is None and logits is None:
-            return torch_library.functional("block_maxima")(
-                q, cache, weights, lengths, block_table, block_size, piece, dtype, backend
-            )
-        if out is None:
-            out = _new_maxima(q, block_table, block_size, piece, dtype)
-        torch_library.mutating("block_maxima")(
-            q, cache, weights, lengths, block_table, out, logits, block_size, piece, backend
-        )
-        return out
     checks.size("piece", piece)
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
     batch, next_n, heads, head_dim = q.shape
@@ -122,13 +144,12 @@ def block_maxima(
             "block_maxima", q.device, out.dtype, head_dim=head_dim, heads=heads,
             block_size=block_size, piece=piece, fp4=reads_fp4(q), alignment=alignment(pages, q),
         )  # fmt: skip
-        run = resolve(call, backend)
-        if pages.shape[0] == 0:  # no page that a kernel could be pointed at
-            run = reference_candidates.block_maxima
-        run(q, pages, weights, lengths, block_table, out, logits, next_n, block_size, piece)
+        run = resolve(call, backend, has_keys=pages.shape[0] > 0)
+        run(q, pages, weights, lengths, block_table, out, logits, block_size, piece)
     return out
 
 
+@op(_new_blocks, outputs=("out", "out_counts"))
 def select_blocks(
     maxima: torch.Tensor,
     lengths: torch.Tensor,
@@ -170,17 +191,6 @@ def select_blocks(
 
     Source: vLLM's ``select_candidate_blocks`` (0.31 and later), which leaves ties and order open.
     """
-    if torch_library.through_dispatcher(maxima, lengths, out, out_counts):
-        if out is None and out_counts is None:
-            return torch_library.functional("select_blocks")(
-                maxima, lengths, k, piece, next_n, backend
-            )
-        if out is None:
-            out = indices(maxima, k)
-        torch_library.mutating("select_blocks")(
-            maxima, lengths, out, out_counts, k, piece, next_n, backend
-        )
-        return out
     rows = checks.scores("maxima", maxima).shape[0]
     checks.size("k", k)
     checks.size("piece", piece)
@@ -202,6 +212,7 @@ def select_blocks(
     return out
 
 
+@op(_new_scores, outputs=("out", "out_lengths"))
 def candidate_logits(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -257,20 +268,6 @@ def candidate_logits(
 
     Source: vLLM's dense logits with ``apply_candidate_mask``, without the columns that it masks.
     """
-    tensors = (q, cache, weights, candidates, lengths, block_table, out, out_lengths)
-    if torch_library.through_dispatcher(*tensors):
-        if out is None and out_lengths is None:
-            return torch_library.functional("candidate_logits")(
-                q, cache, weights, candidates, lengths, block_table, block_size, piece, dtype,
-                backend,
-            )  # fmt: skip
-        if out is None:
-            out = _new_scores(candidates, piece, dtype)
-        torch_library.mutating("candidate_logits")(
-            q, cache, weights, candidates, lengths, block_table, out, out_lengths, block_size,
-            piece, backend,
-        )  # fmt: skip
-        return out
     checks.size("piece", piece)
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
     batch, next_n, heads, head_dim = q.shape
@@ -286,16 +283,14 @@ def candidate_logits(
             block_size=block_size, piece=piece, candidates=candidates.shape[1], fp4=reads_fp4(q),
             alignment=alignment(pages, q),
         )  # fmt: skip
-        run = resolve(call, backend)
-        if pages.shape[0] == 0 or block_table.shape[1] == 0:
-            run = reference_candidates.candidate_logits  # no page that a kernel could be pointed at
-        run(
-            q, pages, weights, candidates, lengths, block_table, out, out_lengths, next_n,
-            block_size, piece,
-        )  # fmt: skip
+        has_keys = pages.shape[0] > 0 and block_table.shape[1] > 0
+        resolve(call, backend, has_keys=has_keys)(
+            q, pages, weights, candidates, lengths, block_table, out, out_lengths, block_size, piece
+        )
     return out
 
 
+@op(_new_scores, outputs=("out", "out_lengths"))
 def candidate_logits_ragged(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -341,19 +336,6 @@ def candidate_logits_ragged(
 
     Source: vLLM's dense logits of prefill with ``apply_candidate_mask``.
     """
-    tensors = (q, k, k_scale, weights, candidates, row_starts, row_ends, out, out_lengths)
-    if torch_library.through_dispatcher(*tensors):
-        if out is None and out_lengths is None:
-            return torch_library.functional("candidate_logits_ragged")(
-                q, k, k_scale, weights, candidates, row_starts, row_ends, piece, dtype, backend
-            )
-        if out is None:
-            out = _new_scores(candidates, piece, dtype)
-        torch_library.mutating("candidate_logits_ragged")(
-            q, k, k_scale, weights, candidates, row_starts, row_ends, out, out_lengths, piece,
-            backend,
-        )  # fmt: skip
-        return out
     checks.size("piece", piece)
     q, k = ragged_arguments(q, k, k_scale, weights, row_starts, row_ends)
     rows, heads, head_dim = q.shape
@@ -367,13 +349,12 @@ def candidate_logits_ragged(
             "candidate_logits_ragged", q.device, out.dtype, head_dim=head_dim, heads=heads,
             piece=piece, candidates=candidates.shape[1], alignment=alignment(k, q),
         )  # fmt: skip
-        run = resolve(call, backend)
-        if k.shape[0] == 0:  # no key that a kernel could be pointed at
-            run = reference_candidates.candidate_logits_ragged
+        run = resolve(call, backend, has_keys=k.shape[0] > 0)
         run(q, k, k_scale, weights, candidates, row_starts, row_ends, out, out_lengths, piece)
     return out
 
 
+@op(indices, outputs=("out", "out_slots", "out_counts"))
 def select_candidates(
     logits: torch.Tensor,
     candidates: torch.Tensor,
@@ -432,19 +413,6 @@ def select_candidates(
 
     Source: the top-k that vLLM runs over rows masked by ``apply_candidate_mask``.
     """
-    tensors = (logits, candidates, lengths, out, block_table, out_slots, out_counts)
-    if torch_library.through_dispatcher(*tensors):
-        if out is None and out_slots is None and out_counts is None:
-            return torch_library.functional("select_candidates")(
-                logits, candidates, lengths, k, piece, next_n, block_table, page_size, backend
-            )
-        if out is None:
-            out = indices(logits, k)
-        torch_library.mutating("select_candidates")(
-            logits, candidates, lengths, out, out_slots, out_counts, block_table, k, piece, next_n,
-            page_size, backend,
-        )  # fmt: skip
-        return out
     rows, columns = checks.scores("logits", logits).shape
     device = logits.device
     checks.size("k", k)
@@ -458,32 +426,134 @@ def select_candidates(
             f"candidates, got {columns}"
         )
     checks.lengths_for(lengths, rows, next_n, device)
-    if block_table is not None:
-        checks.table("block_table", block_table, rows, next_n, device)
-    elif out_slots is not None:
-        raise ValueError("out_slots needs block_table, which has the pages of the slots")
-    shape, given = (rows, k), out
-    if out is None:
-        out = indices(logits, k)
-    else:
-        checks.out_matrix("out", out, shape, (torch.int32,), device, "logits")
-    if out_slots is not None:
-        checks.out_matrix("out_slots", out_slots, shape, (torch.int32,), device, "logits")
-    if out_counts is not None:
-        checks.out_vector("out_counts", out_counts, rows, device, "logits")
-    checks.separate(
-        (("out", given), ("out_slots", out_slots), ("out_counts", out_counts)),
-        (("logits", logits), ("candidates", candidates), ("lengths", lengths),
-         ("block_table", block_table)),
-    )  # fmt: skip
+    inputs = ("logits", logits), ("candidates", candidates), ("lengths", lengths)
+    out = _chosen(
+        "logits", logits, k, out, out_slots, out_counts, "block_table", block_table, next_n, inputs
+    )
     if rows:
         held = candidates.shape[1]
         call = Call("select_candidates", device, logits.dtype, k, piece=piece, candidates=held)
         resolve(call, backend)(
-            logits, candidates, lengths, out, out_slots, out_counts, block_table, k, next_n, piece,
-            page_size,
+            logits, candidates, lengths, out, out_slots, out_counts, block_table, k, next_n,
+            page_size, piece,
         )  # fmt: skip
     return out
+
+
+@op(_new_chosen, outputs=("out", "out_slots", "out_counts"))
+def candidate_select(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weights: torch.Tensor,
+    candidates: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    k: int,
+    *,
+    block_size: int = 64,
+    piece: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    page_table: torch.Tensor | None = None,
+    page_size: int = 64,
+    out: torch.Tensor | None = None,
+    out_slots: torch.Tensor | None = None,
+    out_counts: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Score the keys of every row's candidates and select the ``k`` best: a layer's work in decode.
+
+    The answer is that of :func:`select_candidates` on :func:`candidate_logits`, with the promises
+    of both, and comes sooner: with few rows the selection reads lengths and candidates while the
+    scores are still being made. All arguments are checked before anything is computed.
+
+    Args:
+        q: as in :func:`candidate_logits`.
+        cache: as there.
+        weights: as there.
+        candidates: as there.
+        lengths: as there.
+        block_table: as there.
+        k: as in :func:`select_candidates`.
+        block_size: keys a page of ``cache``.
+        piece: keys a block.
+        dtype: what is selected on, bfloat16, float16 or float32.
+        page_table: ``[rows, pages]`` or ``[batch, pages]`` int32 page numbers for ``out_slots``,
+            the ``block_table`` of :func:`select_candidates`; may be ``block_table``.
+        page_size: keys a page of ``page_table``.
+        out: as in :func:`select_candidates`.
+        out_slots: as there.
+        out_counts: as there.
+        backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
+
+    Returns:
+        ``out``, or a new ``[rows, k]`` int32 tensor.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
+        UnmetError: ``backend`` cannot serve the call.
+
+    Source: vLLM's dense logits, ``apply_candidate_mask`` and top-k of a layer with candidates.
+    """
+    checks.size("k", k)
+    checks.size("piece", piece)
+    checks.size("page_size", page_size)
+    checks.dtype_in("dtype", dtype, checks.LOGITS_DTYPES)
+    q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
+    checks.scores_dtype("dtype", dtype, q)
+    batch, next_n, heads, head_dim = q.shape
+    checks.candidates(candidates, batch * next_n, q.device, "q")
+    inputs = (("q", q), ("cache", cache), ("weights", weights), ("candidates", candidates),
+              ("lengths", lengths), ("block_table", block_table))  # fmt: skip
+    out = _chosen(
+        "q", candidates, k, out, out_slots, out_counts, "page_table", page_table, next_n, inputs
+    )
+    if batch * next_n:
+        call = Call(
+            "candidate_select", q.device, dtype, k, head_dim=head_dim, heads=heads,
+            block_size=block_size, piece=piece, candidates=candidates.shape[1], fp4=reads_fp4(q),
+            alignment=alignment(pages, q),
+        )  # fmt: skip
+        has_keys = pages.shape[0] > 0 and block_table.shape[1] > 0
+        run = resolve(call, backend, has_keys=has_keys)
+        run(
+            q, pages, weights, candidates, lengths, block_table,
+            _new_scores(candidates, piece, dtype), out, out_slots, out_counts, page_table, k,
+            block_size, page_size, piece,
+        )  # fmt: skip
+    return out
+
+
+def _chosen(
+    owner: str,
+    rows_of_it: torch.Tensor,
+    k: int,
+    out: torch.Tensor | None,
+    out_slots: torch.Tensor | None,
+    out_counts: torch.Tensor | None,
+    table_name: str,
+    table: torch.Tensor | None,
+    next_n: int,
+    inputs: tuple[tuple[str, torch.Tensor], ...],
+) -> torch.Tensor:
+    """Check the outputs of a selection and the table of their slots; return ``out`` or a new one.
+
+    ``rows_of_it`` has the rows, on the device that is ``owner``'s.
+    """
+    rows, device = rows_of_it.shape[0], rows_of_it.device
+    if table is not None:
+        checks.table(table_name, table, rows, next_n, device)
+    elif out_slots is not None:
+        raise ValueError(f"out_slots needs {table_name}, which has the pages of the slots")
+    for name, given in (("out", out), ("out_slots", out_slots)):
+        if given is not None:
+            checks.out_matrix(name, given, (rows, k), (torch.int32,), device, owner)
+    if out_counts is not None:
+        checks.out_vector("out_counts", out_counts, rows, device, owner)
+    checks.separate(
+        (("out", out), ("out_slots", out_slots), ("out_counts", out_counts)),
+        (*inputs, (table_name, table)),
+    )
+    return indices(rows_of_it, k) if out is None else out
 
 
 def _scores_out(
@@ -503,91 +573,3 @@ def _scores_out(
         checks.out_vector("out_lengths", out_lengths, rows, device, "q")
     checks.separate((("out", out), ("out_lengths", out_lengths)), inputs)
     return new_result(out, rows, columns, dtype, device)
-
-
-# ---- torch.ops.dsv4 ------------------------------------------------------------------------------
-
-
-def _new_maxima(
-    q: torch.Tensor,
-    block_table: torch.Tensor,
-    block_size: int = 64,
-    piece: int = 8,
-    dtype: torch.dtype = torch.bfloat16,
-    **_: Any,
-) -> torch.Tensor:
-    checks.size("block_size", block_size)
-    checks.size("piece", piece)
-    rows = q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
-    blocks = (block_table.shape[1] * block_size + piece - 1) // piece
-    return new_logits(rows, blocks, dtype, q.device)
-
-
-def _new_scores(
-    candidates: torch.Tensor, piece: int = 8, dtype: torch.dtype = torch.bfloat16, **_: Any
-) -> torch.Tensor:
-    checks.size("piece", piece)
-    rows, held = candidates.shape
-    return new_logits(rows, held * piece, dtype, candidates.device)
-
-
-_PAGED = "Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor block_table"
-_CANDIDATES = (
-    "Tensor q, Tensor cache, Tensor weights, Tensor candidates, Tensor lengths, Tensor block_table"
-)
-_RAGGED = (
-    "Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor candidates, Tensor row_starts, "
-    "Tensor row_ends"
-)
-_NEW = "ScalarType? dtype=None, str? backend=None) -> Tensor"
-_FILLED = "str? backend=None) -> ()"
-_SELECTION = "int piece=8, int next_n=1, "
-
-torch_library.register(
-    f"block_maxima({_PAGED}, int block_size=64, int piece=8, {_NEW}", block_maxima, _new_maxima
-)
-torch_library.register(
-    f"block_maxima_out({_PAGED}, Tensor(a!) out, Tensor(b!)? logits, int block_size=64, "
-    f"int piece=8, {_FILLED}",
-    block_maxima,
-)
-torch_library.register(
-    f"select_blocks(Tensor maxima, Tensor lengths, int k, {_SELECTION}str? backend=None) -> Tensor",
-    select_blocks,
-    lambda maxima, k, **_: indices(maxima, k),
-)
-torch_library.register(
-    "select_blocks_out(Tensor maxima, Tensor lengths, Tensor(a!) out, Tensor(b!)? out_counts, "
-    f"int k, {_SELECTION}{_FILLED}",
-    select_blocks,
-)
-torch_library.register(
-    f"candidate_logits({_CANDIDATES}, int block_size=64, int piece=8, {_NEW}",
-    candidate_logits,
-    _new_scores,
-)
-torch_library.register(
-    f"candidate_logits_out({_CANDIDATES}, Tensor(a!) out, Tensor(b!)? out_lengths, "
-    f"int block_size=64, int piece=8, {_FILLED}",
-    candidate_logits,
-)
-torch_library.register(
-    f"candidate_logits_ragged({_RAGGED}, int piece=8, {_NEW}", candidate_logits_ragged, _new_scores
-)
-torch_library.register(
-    f"candidate_logits_ragged_out({_RAGGED}, Tensor(a!) out, Tensor(b!)? out_lengths, "
-    f"int piece=8, {_FILLED}",
-    candidate_logits_ragged,
-)
-torch_library.register(
-    "select_candidates(Tensor logits, Tensor candidates, Tensor lengths, int k, "
-    f"{_SELECTION}Tensor? block_table=None, int page_size=64, str? backend=None) -> Tensor",
-    select_candidates,
-    lambda logits, k, **_: indices(logits, k),
-)
-torch_library.register(
-    "select_candidates_out(Tensor logits, Tensor candidates, Tensor lengths, Tensor(a!) out, "
-    "Tensor(b!)? out_slots, Tensor(c!)? out_counts, Tensor? block_table, int k, "
-    f"{_SELECTION}int page_size=64, {_FILLED}",
-    select_candidates,
-)

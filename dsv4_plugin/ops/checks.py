@@ -15,35 +15,11 @@ import torch
 from dsv4_plugin.kernels.arguments import MAX_INT32, MAX_K, TopkArgs, reads_fp4
 
 __all__ = [
-    "E4M3_DTYPES",
-    "INDEX_DTYPES",
-    "INTEGER_DTYPES",
-    "LOGITS_DTYPES",
-    "OUT_DTYPES",
-    "as_pages",
-    "as_slots",
-    "bounds",
-    "candidates",
-    "dtype_in",
-    "geometry",
-    "head_weights",
-    "keys",
-    "lengths_for",
-    "on_device",
-    "out_matrix",
-    "positive",
-    "queries",
-    "scores",
-    "scores_dtype",
-    "separate",
-    "sequence_ends",
-    "sequences",
-    "size",
-    "slots_within",
-    "table",
-    "tensor",
-    "topk",
-]
+    "E4M3_DTYPES", "INDEX_DTYPES", "INTEGER_DTYPES", "LOGITS_DTYPES", "OUT_DTYPES", "as_pages",
+    "as_slots", "bounds", "candidates", "dtype_in", "geometry", "head_weights", "keys",
+    "lengths_for", "on_device", "out_matrix", "positive", "queries", "scores", "scores_dtype",
+    "separate", "sequence_ends", "sequences", "size", "slots_within", "table", "tensor", "topk",
+]  # fmt: skip
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,7 +65,9 @@ def dtype_in(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> None:
 
 def positive(name: str, value: Any, most: int | None = None) -> None:
     """Check that ``value`` is an int in 1 … ``most``."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if type(value) is not int and (
+        isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))
+    ):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < 1 or (most is not None and value > most):
         limit = f"1 to {most}" if most is not None else "at least 1"
@@ -397,19 +375,23 @@ def separate(outputs: _Named, inputs: _Named) -> None:
     Only addresses, shapes and strides are looked at. Slices of one buffer that lie between each
     other, such as its left and its right columns, are separate.
     """
-    written = [(name, t, *_span(t)) for name, t in outputs if t is not None]
+    written: list[tuple[str, torch.Tensor, int, int]] = []
+    for name, t in outputs:
+        if t is not None:
+            begin = t.data_ptr()
+            end = _end(t, begin)
+            for other, u, first, last in written:
+                if begin < last and first < end and _meet(t, u):
+                    raise _shared(other, u, name, t)
+            written.append((name, t, begin, end))
     if not written:
         return
-    for at, (name, t, begin, end) in enumerate(written):
-        for other, u, first, last in written[:at]:
-            if begin < last and first < end and _meet(t, u):
-                raise _shared(other, u, name, t)
-    for name, read in inputs:
-        if read is not None:
-            begin, end = _span(read)
+    for name, t in inputs:
+        if t is not None:
+            begin = t.data_ptr()
             for other, u, first, last in written:
-                if begin < last and first < end and _meet(read, u):
-                    raise _shared(other, u, name, read)
+                if begin < last and first < _end(t, begin) and _meet(t, u):
+                    raise _shared(other, u, name, t)
 
 
 def _shared(output: str, written: torch.Tensor, name: str, t: torch.Tensor) -> ValueError:
@@ -419,13 +401,12 @@ def _shared(output: str, written: torch.Tensor, name: str, t: torch.Tensor) -> V
     )
 
 
-def _span(t: torch.Tensor) -> tuple[int, int]:
-    """Return the addresses of a tensor's first byte and of the one past its last."""
-    begin = t.data_ptr()
+def _end(t: torch.Tensor, begin: int) -> int:
+    """Return the address past a tensor's last byte; ``begin`` is that of its first."""
     if t.is_contiguous():
-        return begin, begin + t.nbytes
+        return begin + t.nbytes
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return begin, begin + (last + 1) * t.element_size()
+    return begin + (last + 1) * t.element_size()
 
 
 def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -41,52 +41,31 @@ class Call(NamedTuple):
     alignment: int = 16  # of every row that is read or written in vectors, in bytes
 
 
+def _forms(function: str, reference: str, *backends: str) -> dict[str, str]:
+    """Return where a function is, ``module:function``, by backend; ``reference`` has torch's."""
+    modules = {"cuda": "cuda", "triton": "triton_cache", "torch": reference}
+    return {name: f"dsv4_plugin.kernels.{modules[name]}:{function}" for name in backends}
+
+
 # op → backend → "module:function". An op that has no entry for a backend has no such form.
 _FORMS: dict[str, dict[str, str]] = {
-    "topk": {
-        "cuda": "dsv4_plugin.kernels.cuda:topk",
-        "torch": "dsv4_plugin.kernels.reference:topk",
-    },
-    "read": {
-        "cuda": "dsv4_plugin.kernels.cuda:read_indexer_cache",
-        "triton": "dsv4_plugin.kernels.triton_cache:read_indexer_cache",
-        "torch": "dsv4_plugin.kernels.reference:read_indexer_cache",
-    },
-    "read_mxfp4": {
-        "triton": "dsv4_plugin.kernels.triton_cache:read_indexer_cache_mxfp4",
-        "torch": "dsv4_plugin.kernels.reference:read_indexer_cache_mxfp4",
-    },
-    "gather": {
-        "cuda": "dsv4_plugin.kernels.cuda:gather_indexer_cache",
-        "triton": "dsv4_plugin.kernels.triton_cache:gather_indexer_cache",
-        "torch": "dsv4_plugin.kernels.reference:gather_indexer_cache",
-    },
-    "paged_logits": {
-        "cuda": "dsv4_plugin.kernels.cuda:paged_logits",
-        "torch": "dsv4_plugin.kernels.reference_logits:paged_logits",
-    },
-    "ragged_logits": {
-        "cuda": "dsv4_plugin.kernels.cuda:ragged_logits",
-        "torch": "dsv4_plugin.kernels.reference_logits:ragged_logits",
-    },
+    "topk": _forms("topk", "reference", "cuda", "torch"),
+    "read": _forms("read_indexer_cache", "reference", *ORDER),
+    "read_mxfp4": _forms("read_indexer_cache_mxfp4", "reference", "triton", "torch"),
+    "gather": _forms("gather_indexer_cache", "reference", *ORDER),
+    "paged_logits": _forms("paged_logits", "reference_logits", "cuda", "torch"),
+    "ragged_logits": _forms("ragged_logits", "reference_logits", "cuda", "torch"),
     **{
-        op: {
-            "cuda": f"dsv4_plugin.kernels.cuda:{op}",
-            "torch": f"dsv4_plugin.kernels.reference_candidates:{op}",
-        }
-        for op in (
-            "block_maxima",
-            "select_blocks",
-            "candidate_logits",
-            "candidate_logits_ragged",
-            "select_candidates",
-        )
+        op: _forms(op, "reference_candidates", "cuda", "torch")
+        for op in ("block_maxima", "select_blocks", "candidate_logits", "candidate_logits_ragged",
+                   "candidate_select", "select_candidates")
     },
-}
+}  # fmt: skip
 
 
 _READS = ("read", "read_mxfp4", "gather")
-_PAGED = ("paged_logits", "block_maxima", "candidate_logits")  # by the matrix unit, from pages
+# by the matrix unit, from pages
+_PAGED = ("paged_logits", "block_maxima", "candidate_logits", "candidate_select")
 
 
 def _unmet_cuda(call: Call) -> list[str]:
@@ -206,11 +185,13 @@ def _load(call: Call, backend: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
-def resolve(call: Call, backend: str | None = None) -> Callable[..., Any]:
+def resolve(call: Call, backend: str | None = None, *, has_keys: bool = True) -> Callable[..., Any]:
     """Return the function that serves ``call``.
 
     ``backend`` ``None`` means the setting ``DSV4_BACKEND``, which binds every op that has an
-    implementation of that kind; an explicit ``backend`` binds in any case.
+    implementation of that kind; an explicit ``backend`` binds in any case. Without ``has_keys``
+    there is no memory that a kernel could be pointed at: the reference serves a call that can be
+    met.
 
     Raises:
         UnmetError: an explicit choice cannot be met; the message has every reason.
@@ -219,4 +200,5 @@ def resolve(call: Call, backend: str | None = None) -> Callable[..., Any]:
         backend = value("backend")
         if backend not in _FORMS[call.op]:
             backend = "auto"
-    return _load(call, backend)
+    run = _load(call, backend)
+    return run if has_keys else _load(call, "torch")

@@ -22,15 +22,44 @@ import torch
 from dsv4_plugin.kernels import reference_logits
 from dsv4_plugin.kernels.arguments import TopkArgs, reads_fp4
 from dsv4_plugin.kernels.device import alignment
-from dsv4_plugin.ops import checks, torch_library
+from dsv4_plugin.ops import checks
 from dsv4_plugin.ops.dispatch import Call, resolve
 from dsv4_plugin.ops.topk import indices, prepare
+from dsv4_plugin.ops.torch_library import op
 
 __all__ = ["paged_logits", "ragged_logits", "select"]
 
 ROW_BYTES = 16  # what rows of a new result are aligned to
 
 
+def new_logits(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return an uninitialised ``[rows, columns]`` whose rows start at multiples of 16 bytes."""
+    step = ROW_BYTES // dtype.itemsize
+    stride = max(1, (columns + step - 1) // step) * step
+    return torch.empty_strided((rows, columns), (stride, 1), dtype=dtype, device=device)
+
+
+def _new_paged(
+    q: torch.Tensor, block_table: torch.Tensor, block_size: int, dtype: torch.dtype, **_: Any
+) -> torch.Tensor:
+    return new_logits(rows_of(q), block_table.shape[1] * block_size, dtype, q.device)
+
+
+def _new_ragged(q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype, **_: Any) -> torch.Tensor:
+    return new_logits(q.shape[0], k.shape[0], dtype, q.device)
+
+
+def _new_indices(q: torch.Tensor, k: int, **_: Any) -> torch.Tensor:
+    checks.size("k", k)
+    return torch.empty(rows_of(q), k, dtype=torch.int32, device=q.device)
+
+
+def rows_of(q: torch.Tensor) -> int:
+    """Return how many rows ``q`` has, as a caller may give it."""
+    return q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
+
+
+@op(_new_paged)
 def paged_logits(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -86,15 +115,6 @@ def paged_logits(
     Source: the contract of DeepGEMM's paged MQA logits, which the engines call; for FP4 keys the
     scores of ``fp4_index_logits_paged`` in SGLang (0.5.22 and later).
     """
-    if torch_library.through_dispatcher(q, cache, weights, lengths, block_table, out):
-        if out is None:
-            return torch_library.functional("paged_logits")(
-                q, cache, weights, lengths, block_table, block_size, dtype, backend
-            )
-        torch_library.mutating("paged_logits")(
-            q, cache, weights, lengths, block_table, out, block_size, backend
-        )
-        return out
     out, run, arguments = _prepare_paged(
         q, cache, weights, lengths, block_table, block_size, dtype, out, backend
     )
@@ -134,12 +154,11 @@ def _prepare_paged(
         "paged_logits", device, out.dtype, head_dim=head_dim, heads=heads,
         block_size=block_size, fp4=reads_fp4(q), alignment=alignment(pages, q),
     )  # fmt: skip
-    run = resolve(call, backend)
-    if pages.shape[0] == 0:  # no page that a kernel could be pointed at
-        run = reference_logits.paged_logits
-    return out, run, (q, pages, weights, lengths, block_table, out, next_n, block_size)
+    run = resolve(call, backend, has_keys=pages.shape[0] > 0)
+    return out, run, (q, pages, weights, lengths, block_table, out, block_size)
 
 
+@op(_new_ragged)
 def ragged_logits(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -183,15 +202,6 @@ def ragged_logits(
 
     Source: the contract of DeepGEMM's MQA logits, in its compressed form.
     """
-    if torch_library.through_dispatcher(q, k, k_scale, weights, row_starts, row_ends, out):
-        if out is None:
-            return torch_library.functional("ragged_logits")(
-                q, k, k_scale, weights, row_starts, row_ends, dtype, backend
-            )
-        torch_library.mutating("ragged_logits")(
-            q, k, k_scale, weights, row_starts, row_ends, out, backend
-        )
-        return out
     q, k = ragged_arguments(q, k, k_scale, weights, row_starts, row_ends)
     rows, heads, head_dim = q.shape
     device = q.device
@@ -203,13 +213,12 @@ def ragged_logits(
             "ragged_logits", device, out.dtype, head_dim=head_dim, heads=heads,
             alignment=alignment(k, q),
         )  # fmt: skip
-        run = resolve(call, backend)
-        if k.shape[0] == 0:  # no key that a kernel could be pointed at
-            run = reference_logits.ragged_logits
+        run = resolve(call, backend, has_keys=k.shape[0] > 0)
         run(q, k, k_scale, weights, row_starts, row_ends, out)
     return out
 
 
+@op(_new_indices, outputs=("out", "out_raw", "logits"))
 def select(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -260,20 +269,6 @@ def select(
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
         UnmetError: ``backend`` cannot serve the call.
     """
-    tensors = (q, cache, weights, lengths, block_table, page_table, out, out_raw, logits)
-    if torch_library.through_dispatcher(*tensors):
-        if out is None and out_raw is None and logits is None:
-            return torch_library.functional("select")(
-                q, cache, weights, lengths, block_table, k, block_size, dtype, page_table,
-                page_size, sort, backend,
-            )  # fmt: skip
-        if out is None:
-            out = _new_indices(q, k)
-        torch_library.mutating("select")(
-            q, cache, weights, lengths, block_table, out, out_raw, logits, page_table, k,
-            block_size, dtype, page_size, sort, backend,
-        )  # fmt: skip
-        return out
     # No length may reach past the table: there is no key to be selected.
     scores, score, scored = _prepare_paged(
         q, cache, weights, lengths, block_table, block_size, dtype, logits, backend,
@@ -345,13 +340,6 @@ def ragged_arguments(
     return q, k
 
 
-def new_logits(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return an uninitialised ``[rows, columns]`` whose rows start at multiples of 16 bytes."""
-    step = ROW_BYTES // dtype.itemsize
-    stride = max(1, (columns + step - 1) // step) * step
-    return torch.empty_strided((rows, columns), (stride, 1), dtype=dtype, device=device)
-
-
 def new_result(
     out: torch.Tensor | None,
     rows: int,
@@ -368,66 +356,3 @@ def new_result(
     checks.out_matrix("out", out, (rows, out.shape[1]), checks.LOGITS_DTYPES, device, "q")
     checks.separate((("out", out),), inputs)
     return out
-
-
-# ---- torch.ops.dsv4 ------------------------------------------------------------------------------
-
-
-def _rows(q: torch.Tensor) -> int:
-    return q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
-
-
-def _new_paged(
-    q: torch.Tensor,
-    block_table: torch.Tensor,
-    block_size: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
-    **_: Any,
-) -> torch.Tensor:
-    return new_logits(_rows(q), block_table.shape[1] * block_size, dtype, q.device)
-
-
-def _new_ragged(
-    q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype = torch.bfloat16, **_: Any
-) -> torch.Tensor:
-    return new_logits(q.shape[0], k.shape[0], dtype, q.device)
-
-
-def _new_indices(q: torch.Tensor, k: int, **_: Any) -> torch.Tensor:
-    checks.size("k", k)
-    return torch.empty(_rows(q), k, dtype=torch.int32, device=q.device)
-
-
-_PAGED = "Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor block_table"
-_RAGGED = "Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor row_starts, Tensor row_ends"
-
-torch_library.register(
-    f"paged_logits({_PAGED}, int block_size=64, ScalarType? dtype=None, str? backend=None) "
-    "-> Tensor",
-    paged_logits,
-    _new_paged,
-)
-torch_library.register(
-    f"paged_logits_out({_PAGED}, Tensor(a!) out, int block_size=64, str? backend=None) -> ()",
-    paged_logits,
-)
-torch_library.register(
-    f"ragged_logits({_RAGGED}, ScalarType? dtype=None, str? backend=None) -> Tensor",
-    ragged_logits,
-    _new_ragged,
-)
-torch_library.register(
-    f"ragged_logits_out({_RAGGED}, Tensor(a!) out, str? backend=None) -> ()", ragged_logits
-)
-torch_library.register(
-    f"select({_PAGED}, int k, int block_size=64, ScalarType? dtype=None, Tensor? page_table=None, "
-    "int page_size=64, bool sort=False, str? backend=None) -> Tensor",
-    select,
-    _new_indices,
-)
-torch_library.register(
-    f"select_out({_PAGED}, Tensor(a!) out, Tensor(b!)? out_raw, Tensor(c!)? logits, "
-    "Tensor? page_table, int k, int block_size=64, ScalarType? dtype=None, int page_size=64, "
-    "bool sort=False, str? backend=None) -> ()",
-    select,
-)

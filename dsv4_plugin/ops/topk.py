@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from dsv4_plugin.kernels.arguments import TopkArgs
-from dsv4_plugin.ops import checks, torch_library
+from dsv4_plugin.ops import checks
 from dsv4_plugin.ops.dispatch import Call, resolve
+from dsv4_plugin.ops.torch_library import op
 
 __all__ = ["indices", "prepare", "topk"]
 
 
+def indices(logits: torch.Tensor, k: int, **_: Any) -> torch.Tensor:
+    """Return a new ``[rows, k]`` for the indices of a selection, once ``k`` is checked."""
+    checks.size("k", k)
+    return torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
+
+
+@op(indices, outputs=("out", "out_raw", "out_counts"))
 def topk(
     logits: torch.Tensor,
     lengths: torch.Tensor,
@@ -74,19 +83,6 @@ def topk(
 
     Source: vLLM #40811 for the bfloat16 input; the engines' top-k kernels for the forms.
     """
-    tensors = (logits, lengths, row_starts, page_table, out, out_raw, out_counts)
-    if torch_library.through_dispatcher(*tensors):
-        if out is None and out_raw is None and out_counts is None:
-            return torch_library.functional("topk")(
-                logits, lengths, k, next_n, row_starts, page_table, page_size, sort, backend
-            )
-        if out is None:
-            out = indices(logits, k)
-        torch_library.mutating("topk")(
-            logits, lengths, out, out_raw, row_starts, page_table, k, next_n, page_size, sort,
-            backend, out_counts,
-        )  # fmt: skip
-        return out
     filled = indices(checks.scores("logits", logits), k) if out is None else out
     args = TopkArgs(
         logits, lengths, filled, out_raw, row_starts, page_table, k, next_n, page_size, sort,
@@ -94,12 +90,6 @@ def topk(
     )  # fmt: skip
     prepare(args, out, backend)(args)
     return filled
-
-
-def indices(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Return a new ``[rows, k]`` for the indices of a selection, once ``k`` is checked."""
-    checks.size("k", k)
-    return torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
 
 
 def prepare(
@@ -121,17 +111,3 @@ def prepare(
 
 def _nothing(args: TopkArgs) -> None:
     """Run in place of an implementation where there is no row."""
-
-
-torch_library.register(
-    "topk(Tensor logits, Tensor lengths, int k, int next_n=1, Tensor? row_starts=None, "
-    "Tensor? page_table=None, int page_size=64, bool sort=False, str? backend=None) -> Tensor",
-    topk,
-    lambda logits, k, **_: indices(logits, k),
-)
-torch_library.register(
-    "topk_out(Tensor logits, Tensor lengths, Tensor(a!) out, Tensor(b!)? out_raw, "
-    "Tensor? row_starts, Tensor? page_table, int k, int next_n=1, int page_size=64, "
-    "bool sort=False, str? backend=None, Tensor(c!)? out_counts=None) -> ()",
-    topk,
-)

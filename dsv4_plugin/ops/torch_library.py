@@ -1,121 +1,177 @@
-"""``torch.ops.dsv4.*``: schemas, fakes, and the bypass that keeps eager calls cheap.
+"""The way that every op has through torch: ``torch.ops.dsv4.*``, and past it where that is free.
 
-A call through the dispatcher to a Python implementation costs some 2.5 µs on the host, a direct
-call a tenth of that. So the public functions ask :func:`through_dispatcher` first: only a
-compiler, a fake or functional tensor or an active dispatch mode goes through ``torch.ops``.
+A public op is a plain function under :func:`op`, which reads its signature and does the rest: the
+schemas, the fakes, ``torch.compile``, and the choice between the dispatcher and a direct call. A
+call through the dispatcher to a Python implementation costs some 2.5 µs on the host, a direct call
+a tenth of that. So only a compiler, a fake or functional tensor or an active dispatch mode goes
+through ``torch.ops``.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from types import NoneType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from dsv4_plugin.ops import checks
 
-__all__ = ["functional", "mutating", "register", "registered", "through_dispatcher"]
+__all__ = ["op", "overload", "registered", "through_dispatcher"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _LIBRARY = torch.library.Library("dsv4", "DEF")
 registered: list[str] = []
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 
-def functional(op: str) -> Callable[..., Any]:
-    """Return the ``torch.ops.dsv4`` overload of ``op`` that makes its output."""
-    return getattr(torch.ops.dsv4, op).default
+# annotation → type in a schema
+_TYPES = {
+    "torch.Tensor": "Tensor",
+    "torch.Tensor | None": "Tensor?",
+    "torch.dtype": "ScalarType",
+    "str | None": "str?",
+    "int": "int",
+    "bool": "bool",
+}
+# What most arguments that are no tensors are; others take the longer question.
+_NO_TENSORS = frozenset({NoneType, int, bool, str, torch.dtype})
 
 
-def mutating(op: str) -> Callable[..., Any]:
-    """Return the ``torch.ops.dsv4`` overload of ``op`` that fills its outputs."""
-    return getattr(torch.ops.dsv4, f"{op}_out").default
+def op(
+    new: Callable[..., Tensor] | None, outputs: tuple[str, ...] = ("out",), name: str = ""
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Make a function a public op, registered in two forms as ``torch.ops.dsv4``.
 
+    ``<name>`` takes the function's parameters but for the outputs, and makes its result.
+    ``<name>_out`` fills outputs: it takes the parameters without a default, the outputs, and then
+    the others. The function itself always gets plain tensors.
 
-def through_dispatcher(*tensors: Any) -> bool:
-    """Return whether a call on these arguments has to be seen by torch's dispatcher.
-
-    Behind the dispatcher the answer is no: :func:`register` hands on plain tensors, also for a
-    subclass of a tensor, which has no dispatch of its own.
+    Args:
+        new: takes the function's arguments by name, what it does not need in ``**_``, and makes the
+            first output from their shapes. None: there is no form that makes its result.
+        outputs: the parameters that the op writes. The first is the op's result.
+        name: of the op, where it is not that of the function.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-    ):
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        called = name or function.__name__
+        parameters = inspect.signature(function).parameters.values()
+        in_order = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        given = {p.name: p.default for p in parameters if p.default is not p.empty}
+        inputs = [p for p in parameters if p.name not in outputs]
+        if new is not None:
+            make = new
+            _register(called, [*map(_input, inputs)], function, lambda **x: make(**{**given, **x}))
+        first = [_input(p) for p in inputs if p.name not in given]
+        then = [_input(p) for p in inputs if p.name in given]
+        written = [
+            f"Tensor({chr(ord('a') + i)}!)" + (f" {o}" if i == 0 else f"? {o}=None")
+            for i, o in enumerate(outputs)
+        ]
+        _register(f"{called}_out", [*first, *written, *then], function)
+
+        @wraps(function)
+        def public(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if not through_dispatcher(args, kwargs):
+                return function(*args, **kwargs)
+            named: dict[str, Any] = {
+                **given,
+                **dict(zip(in_order[: len(args)], args, strict=True)),
+                **kwargs,
+            }
+            if all(named[output] is None for output in outputs):
+                return overload(called)(**{n: x for n, x in named.items() if n not in outputs})
+            if new is not None and named[outputs[0]] is None:
+                named[outputs[0]] = new(**named)
+            overload(f"{called}_out")(**named)
+            return named[outputs[0]]
+
+        return public
+
+    return decorate
+
+
+def _input(parameter: inspect.Parameter) -> str:
+    """Return a parameter as a schema has it."""
+    text = f"{_TYPES[str(parameter.annotation)]} {parameter.name}"
+    if parameter.default is parameter.empty:
+        return text
+    return f"{text}={str(parameter.default).removeprefix('torch.')}"
+
+
+def overload(name: str) -> Callable[..., Any]:
+    """Return an op of ``torch.ops.dsv4``."""
+    return getattr(torch.ops.dsv4, name).default
+
+
+def through_dispatcher(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a call on these arguments has to be seen by torch's dispatcher."""
+    if is_compiling() or _dispatch_modes() or _function_modes():
         return True
-    for t in tensors:
-        kind = type(t)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
-            if t.is_meta:
+    for values in (args, kwargs.values()):
+        for value in values:
+            kind = type(value)
+            if kind is Tensor or kind is Parameter:
+                if value.is_meta:
+                    return True
+            elif kind not in _NO_TENSORS and isinstance(value, Tensor):
                 return True
-        elif isinstance(t, torch.Tensor):
-            return True
     return False
 
 
-def register(
-    schema: str, function: Callable[..., Any], fake: Callable[..., Any] | None = None
+def _register(
+    name: str,
+    arguments: list[str],
+    function: Callable[..., Any],
+    new: Callable[..., Tensor] | None = None,
 ) -> None:
-    """Define ``torch.ops.dsv4.*``. Each file of ops registers its own functions at its end.
-
-    The op calls the function with plain tensors, so the call does not come back here.
-
-    Args:
-        schema: of the op, its name first. Its arguments are parameters of ``function``, by name.
-            The op leaves out a ``dtype`` of None.
-        function: the public function. Its result counts for an op that makes a tensor.
-        fake: takes the arguments that it needs, and makes the tensor. None: the op makes none.
-    """
-    parsed = torch._C.parse_schema(f"dsv4::{schema}")
-    names = [argument.name for argument in parsed.arguments]
+    """Define ``torch.ops.dsv4.<name>``; without ``new`` it returns nothing."""
+    names = [argument.split()[1].partition("=")[0] for argument in arguments]
+    sizes = [n for n, argument in zip(names, arguments, strict=True) if argument[:4] == "int "]
 
     def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        named = dict(zip(names, args, strict=False)) | kwargs
-        return {name: x for name, x in named.items() if name != "dtype" or x is not None}
+        return dict(zip(names, args, strict=False)) | kwargs
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        result = function(**{name: _plain(x) for name, x in by_name(args, kwargs).items()})
-        return result if parsed.returns else None
+        result = function(**{n: _plain(value) for n, value in by_name(args, kwargs).items()})
+        return None if new is None else result
 
-    def make(*args: Any, **kwargs: Any) -> Any:
-        return fake(**by_name(args, kwargs)) if fake else None
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        named = by_name(args, kwargs)
+        for n in sizes:
+            if n in named:
+                checks.size(n, named[n])
+        _check_devices(names[0], named)
+        return None if new is None else new(**named)
 
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
+    _LIBRARY.define(f"{name}({', '.join(arguments)}) -> {'()' if new is None else 'Tensor'}")
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    _LIBRARY._register_fake(name, _checked(schema, make))
+    _LIBRARY._register_fake(name, fake)
     registered.append(name)
 
 
 def _plain(value: Any) -> Any:
     """Return a tensor of a subclass, which has no dispatch of its own, as a plain one."""
-    if not isinstance(value, torch.Tensor) or type(value) in (torch.Tensor, torch.nn.Parameter):
+    if not isinstance(value, Tensor) or type(value) in (Tensor, Parameter):
         return value
     with torch._C.DisableTorchFunctionSubclass():
-        return value.as_subclass(torch.Tensor)
+        return value.as_subclass(Tensor)
 
 
-def _checked(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``fake`` behind the checks that shapes alone allow: sizes, and one device for all.
-
-    A tensor on the meta device makes torch call the fake, whatever the others are on.
-    """
-    arguments = [(a.name, str(a.type)) for a in torch._C.parse_schema(f"dsv4::{schema}").arguments]
-    owner = arguments[0][0]
-    sizes = [name for name, kind in arguments if kind == "int"]
-
-    @functools.wraps(fake)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        given = {name: value for (name, _), value in zip(arguments, args, strict=False)} | kwargs
-        for name in sizes:
-            if name in given:
-                checks.size(name, given[name])
-        device = given[owner].device
-        for name, value in given.items():
-            if isinstance(value, torch.Tensor) and value.device != device:
-                meta = device.type == "meta" or value.device.type == "meta"
-                if meta or name != "slot_mapping":  # slots are copied to the cache's device
-                    checks.on_device(name, value, device, owner)
-        return fake(*args, **kwargs)
-
-    return checked
+def _check_devices(owner: str, given: dict[str, Any]) -> None:
+    """Check that all tensors are on one device: on meta, torch calls the fake if one of them is."""
+    device = given[owner].device
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.device != device:
+            meta = device.type == "meta" or value.device.type == "meta"
+            if meta or name != "slot_mapping":  # slots are copied to the cache's device
+                checks.on_device(name, value, device, owner)

@@ -76,18 +76,18 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
                          "read_fp8", "read_mxfp4")
         ),
     }  # fmt: skip
-    ours = [r for r in rows if r["implementation"].startswith("dsv4")]
-    assert len(ours) == 2 + 2 + 1 + 2 + 4 * 2 + 3
-    assert all(r["exact"] and r["us"] > 0 for r in ours)
-    assert all(r["lowest_index"] for r in ours if r["k"])
-    scored = [r for r in ours if r["suite"] == "tokenspeed" and r["k"]]
+    plugin = [r for r in rows if r["implementation"].startswith("dsv4")]
+    assert len(plugin) == 2 + 2 + 1 + 2 + 4 * 2 + 3
+    assert all(r["exact"] and r["us"] > 0 for r in plugin)
+    assert all(r["lowest_index"] for r in plugin if r["k"])
+    scored = [r for r in plugin if r["suite"] == "tokenspeed" and r["k"]]
     assert all(r["recall"] > 0.9 and r["recall_worst"] <= r["recall"] for r in scored)
 
     by = {(r["call"], r["implementation"]): r for r in rows}
     assert by["paged_raw", "sglang"]["exact"] and "lowest_index" not in by["paged", "sglang"]
     assert not by["paged", "wrong"]["exact"] and by["paged", "wrong"]["why"]
-    theirs = by["dsa_decode", "tokenspeed"]
-    assert theirs["recall"] < 0.9 and "exact" not in theirs  # its scores are not seen
+    engine = by["dsa_decode", "tokenspeed"]
+    assert engine["recall"] < 0.9 and "exact" not in engine  # its scores are not seen
     refused = by["dsa_decode_slots", "tokenspeed"]
     assert refused["us"] is None and "logical offsets only" in refused["error"]
     assert by["read_fp8", "loop"]["graph"] is False and by["read_fp8", "loop"]["exact"]
@@ -144,7 +144,11 @@ def test_a_run_that_is_cut_short_names_what_is_missing(tmp_path: Path) -> None:
     ]
 
 
-PAGES = {"sglang": "docs/sglang.md", "tokenspeed": "docs/tokenspeed.md", "hosts": "docs/results.md"}
+PAGES = {
+    "sglang": "docs/sglang.md",
+    "tokenspeed": "docs/tokenspeed.md",
+    "engines": "docs/results.md",
+}
 
 
 @pytest.mark.parametrize("mark", PAGES)
@@ -174,11 +178,11 @@ def test_what_an_incomplete_file_has_not_is_named(results: Path) -> None:
               ("dsa_decode", 1, 8192)]  # fmt: skip
     file.write_text(json.dumps(document | {"results": first}))
     words = "**Incomplete:** the run was stopped; missing: `dsa_decode` after 1 x 8192, `dsa_decode"
-    assert words in figures.tokenspeed() and words in figures.hosts()
+    assert words in figures.tokenspeed() and words in figures.engines()
     assert "none of these calls is missing" in figures.sglang()
     words = "missing: tokenspeed gather 7 x 9."
     change(file, not_run=["tokenspeed gather 7 x 9"])
-    assert words in figures.tokenspeed() and words in figures.hosts()
+    assert words in figures.tokenspeed() and words in figures.engines()
     change(results / figures.TOKENSPEED, not_run=["read on"], complete=False)
     assert "missing: read on." in figures.tokenspeed()
     for name in (figures.ADAPTERS, figures.TOKENSPEED):

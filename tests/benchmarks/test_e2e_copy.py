@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.server import vllm_side
+from benchmarks.server import side, vllm_side
 
 CHUNK = vllm_side.WHOLE_CHUNK
 SIZES = (256, 64)  # tokens of a page, in two groups of layers
@@ -57,7 +57,7 @@ class Runs:
 
 @pytest.fixture
 def flag(tmp_path: Path) -> Path:
-    return tmp_path / vllm_side.COPY
+    return tmp_path / side.COPY
 
 
 class First(Runs):
@@ -92,7 +92,7 @@ def step(request: pytest.FixtureRequest, flag: Path, monkeypatch: pytest.MonkeyP
     )
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.forward_context", context)
-    monkeypatch.setattr(vllm_side, "_once", lambda folder: None)
+    monkeypatch.setattr(vllm_side, "watch", lambda each: None)
     vllm_side._runner(flag.parent, SimpleNamespace(GPUModelRunner=owner))
     if request.param is Second:
         assert runner.load_model() == "loaded"
@@ -155,7 +155,7 @@ def test_tokens_without_a_slot_move_no_page(step: Any, flag: Path) -> None:
 def test_a_runner_of_another_form_is_left_alone(
     flag: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_side, "_once", lambda folder: None)
+    monkeypatch.setattr(vllm_side, "watch", lambda each: None)
     vllm_side._runner(flag.parent, SimpleNamespace(GPUModelRunner=type("GPUModelRunner", (), {})))
     assert "contexts cannot be copied" in caplog.text
 

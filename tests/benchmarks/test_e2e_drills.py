@@ -7,13 +7,14 @@ import json
 import logging
 import re
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kits.e2e_servers import FAKE, free_ports, tiny_model
 
-from benchmarks.server import drills, vllm_side
+from benchmarks.server import drills, sglang_side, side, vllm_side
 from dsv4_plugin.engines.shared import adapter, import_hooks
 from dsv4_plugin.engines.shared.decision import INERT
 
@@ -37,7 +38,7 @@ def run(model: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict[str, An
     out = tmp_path / "drills.json"
     code = drills.main(
         ["--model", str(model), "--json", str(out), "--folder", str(tmp_path / "run"),
-         "--vllm", FAKE, "--port", str(free_ports(len(ALL))), *arguments]
+         "--server-command", FAKE, "--port", str(free_ports(len(ALL))), *arguments]
     )  # fmt: skip
     return code, json.loads(out.read_text())
 
@@ -71,12 +72,12 @@ def test_a_v41_model_has_drills_of_its_own(tmp_path: Path) -> None:
     assert found["model"]["model_type"] == "deepseek_v41"
     by_name = {d["name"]: d for d in found["drills"]}
     assert list(by_name) == ["off", *own]
-    assert by_name["candidate_logits"]["environment"]["E2E_FAULT"] == "candidate_logits"
-    assert by_name["candidate_logits"]["said"] == [
+    assert by_name["candidate_select"]["environment"]["E2E_FAULT"] == "candidate_select"
+    assert by_name["candidate_select"]["said"] == [
         "topk failed at a call and was switched off (RuntimeError: drill: "
-        "candidate_logits); the engine serves"
+        "candidate_select); the engine serves"
     ]
-    assert len(own) == 6
+    assert len(own) == 5
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_a_v41_model_has_drills_of_its_own(tmp_path: Path) -> None:
         ({"FAKE_SILENT": "1"}, ["topk"], "0 lines of the log say 'topk failed at a call"),
         ({"FAKE_LOSES": "50"}, ["topk"], "a request of 50 tokens: RuntimeError: completion: 1 to"),
         ({"FAKE_HANGS": "40"}, ["topk"], "a request of 40 tokens: TimeoutError"),
-        ({"FAKE_DIES": "no GPU"}, ["topk"], "topk ended while starting\nRuntimeError: no GPU"),
+        ({"FAKE_DIES": "no GPU"}, ["topk"], "RuntimeError: no GPU"),
         ({"FAKE_HIGHER": "2"}, ["shadow"], "the shadow of decode saw {'rows': 9, 'higher': 2}"),
         ({"FAKE_FORGETS": "1"}, ["sleep"], "the answers of the two rounds differ"),
     ],
@@ -108,9 +109,8 @@ def test_what_goes_wrong_is_named(
 
 def result(name: str, alone: list[list[list[int]]], **counters: int) -> drills.Result:
     (drill,) = (d for d in drills.DRILLS if d.name == name)
-    server = types.SimpleNamespace(
-        name=name, lines=lambda *args: [], status=lambda: [{"counters": counters}]
-    )
+    found = types.SimpleNamespace(processes=[{"counters": counters}])
+    server = types.SimpleNamespace(name=name, lines=lambda *args: [], workers=lambda: found)
     return drills.Result(drill, server, alone=alone)  # type: ignore[arg-type]
 
 
@@ -138,8 +138,8 @@ def test_answers_other_than_upstreams_are_an_error_where_upstream_repeats_itself
     other.wrong.clear()
     assert drills._compare(other, unsteady)["upstream_repeats_itself"] == [False]
     assert other.wrong == []
-    ours, lost = result("on", [[[1, 2]], [[1, 3]]]), result("topk", [[[]], [[]]])
-    for each in (ours, lost):
+    plugin, lost = result("on", [[[1, 2]], [[1, 3]]]), result("topk", [[[]], [[]]])
+    for each in (plugin, lost):
         drills._compare(each, base)
         assert each.wrong == []
     slept = result("sleep", [[[1, 2]], [[1, 3]]])
@@ -163,15 +163,12 @@ def test_the_drills_look_for_what_the_plugin_says(
     assert [bool(re.search(drill.says, record.message)) for record in caplog.records] == [True]
 
 
-OPS = [fault for fault in vllm_side.FAULTS if fault not in vllm_side.SEAMS]
-
-
-@pytest.mark.parametrize("fault", OPS)
+@pytest.mark.parametrize("fault", side.FAULTS)
 def test_a_fault_breaks_what_the_adapter_calls(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, name = vllm_side.FAULTS[fault]
+    place, name = side.FAULTS[fault]
     module = importlib.import_module(place)
     monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
-    vllm_side._break(fault)
+    side.break_op(fault)
     if fault == "capability":
         assert getattr(module, name)(None) == (7, 5)
     else:
@@ -181,12 +178,15 @@ def test_a_fault_breaks_what_the_adapter_calls(fault: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("fault", vllm_side.SEAMS)
 def test_a_seam_under_other_parameters_does_the_same(
-    fault: str, monkeypatch: pytest.MonkeyPatch
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / side.OPTIONS).write_text("{}")
+    monkeypatch.setenv("E2E_DIR", str(tmp_path))
+    monkeypatch.setenv("E2E_FAULT", fault)
     waiting: dict[str, Any] = {}
     monkeypatch.setattr(vllm_side, "after_import", waiting.__setitem__)
-    place, name = vllm_side.FAULTS[fault]
-    vllm_side._break(fault)
+    place, name = vllm_side.SEAMS[fault]
+    vllm_side.register()
     module = types.SimpleNamespace(**{name: lambda logits, starts: (logits, starts)})
     waiting[place](module)
     assert getattr(module, name)(1, 2) == (1, 2)
@@ -197,17 +197,23 @@ def test_a_seam_under_other_parameters_does_the_same(
 def test_a_seam_is_broken_before_the_plugin_looks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / vllm_side.OPTIONS).write_text("{}")
+    (tmp_path / side.OPTIONS).write_text("{}")
     monkeypatch.setenv("E2E_DIR", str(tmp_path))
     asked: list[str] = []
     monkeypatch.setattr(vllm_side, "after_import", lambda name, callback: asked.append(name))
     for fault in vllm_side.SEAMS:
         monkeypatch.setenv("E2E_FAULT", fault)
         vllm_side.register()
-        assert vllm_side.FAULTS[fault][0] in asked
+        assert vllm_side.SEAMS[fault][0] in asked
     assert import_hooks.after_import is not vllm_side.after_import
 
 
-def test_an_unknown_fault_is_an_error() -> None:
+@pytest.mark.parametrize("register", [vllm_side.register, sglang_side.register])
+def test_an_unknown_fault_is_an_error(
+    register: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / side.OPTIONS).write_text("{}")
+    monkeypatch.setenv("E2E_DIR", str(tmp_path))
+    monkeypatch.setenv("E2E_FAULT", "x")
     with pytest.raises(ValueError, match="E2E_FAULT is 'x'; it can be 'topk', 'logits', 'gather'"):
-        vllm_side._break("x")
+        register()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import pytest
 from kits.e2e_servers import FAKE, free_ports, tiny_model
 from kits.packaging_tools import ROOT
 
-from benchmarks.server import client, command, measure, server, vllm_side
-from benchmarks.server.model import V4, V41, read
+from benchmarks.server import client, command, engines, measure, side
+from benchmarks.server.model import V4, V41, Model, read
 from dsv4_plugin.cli.shared import numbers
 from dsv4_plugin.cli.shared.run import UsageError
 
@@ -29,7 +30,7 @@ def run(model: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict[str, An
     out = tmp_path / "results.json"
     code = command.main(
         ["--model", str(model), "--json", str(out), "--folder", str(tmp_path / "run"),
-         "--vllm", FAKE, "--port", str(free_ports(2)), *arguments]
+         "--server-command", FAKE, "--port", str(free_ports(2)), *arguments]
     )  # fmt: skip
     return code, json.loads(out.read_text())
 
@@ -79,8 +80,49 @@ def test_two_servers_are_measured_in_turn(
     about = found["servers"]["on"]
     assert about["environment"] == {"FAKE_MS": "12", "FAKE_OTHER": "3"}
     assert [s["engine"] for s in about["status"]] == ["fake"]
-    assert any("dsv4 stands in" in line and server.SIDE in line for line in about["log"])
+    assert any(
+        "dsv4 stands in" in line and engines.ENGINES["vllm"].side in line for line in about["log"]
+    )
     assert found["machine"]["plugin"] and found["command"][2] == "benchmarks.server"
+
+
+def test_an_sglang_server_on_two_gpus(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "TAIL", 16)
+    code, found = run(
+        model, tmp_path, "--engine", "sglang", "--tp-size", "2", "--kv-tokens", "4K",
+        "--server", "off:DSV4_PLUGIN=0", "--server", "on:FAKE_MS=6,SGLANG_PLUGINS=dsv4",
+        "--contexts", "128", "--ttft", "256", "--profile", "128", "--outputs", "50",
+        "--copy-contexts", "--tokens", "20", "--pairs", "3", "--", "--disable-radix-cache",
+    )  # fmt: skip
+    assert (code, found["complete"], found["skipped"]) == (0, True, [])
+    assert found["tpot_ms"][0]["context_made"] == "computed"
+    assert {row["figure"] for row in found["summary"]} == {"tpot_ms", "ttft_s", "chain_us_layer"}
+    outputs = found["outputs"]
+    assert outputs["as_baseline"]["on"] == [
+        {"identical": True, "first_difference": None, "share": 1.0}
+    ]
+    off, on = found["servers"]["off"], found["servers"]["on"]
+    arguments = " ".join(on["arguments"])
+    for part in ("--max-total-tokens 4096 ", "--tp-size 2 ", "--disable-radix-cache"):
+        assert part in arguments
+    assert "--kv-cache-memory-bytes" not in arguments and found["gpus"] == 2
+    # Counters, memory and rows of both ranks.
+    assert len(off["status"]) == len(on["status"]) == len(on["memory"]["end"]) == 2
+    assert len({status["pid"] for status in on["status"]}) == 2
+    assert all(status["counters"]["topk.decode"] == 2 for status in on["status"])
+    assert sorted(map(str, on["rows"])) == [f"{{'prefill of rank {rank}': 5}}" for rank in (0, 1)]
+    assert any(engines.ENGINES["sglang"].side in line for line in on["log"])
+
+
+def test_a_rank_in_which_the_plugin_does_nothing_is_an_error(model: Path, tmp_path: Path) -> None:
+    code, found = run(
+        model, tmp_path, "--tensor-parallel-size", "2", "--server", "off:DSV4_PLUGIN=0",
+        "--server", "on:FAKE_LAZY=1", "--contexts", "64", "--pairs", "1", "--tokens", "20",
+    )  # fmt: skip
+    assert code == 1 and found["complete"] is False
+    assert found["skipped"] == ["on: at work in 1 of 2 processes"]
 
 
 def test_a_v41_model_is_served_and_its_chain_is_split(
@@ -109,20 +151,29 @@ def test_a_v41_model_is_served_and_its_chain_is_split(
     }
 
 
+def told_to_vllm(model: Model) -> list[str]:
+    """What is said of this model alone."""
+    a = argparse.Namespace(max_model_len=1, kv_gib=1)
+    given = engines.ENGINES["vllm"].arguments(model, Path(), a, 1, 0.5)
+    return given[4 : given.index("--max-model-len")]
+
+
 def test_what_a_model_needs_of_vllm(tmp_path: Path) -> None:
     v4 = read(tiny_model(tmp_path / "v4"))
     assert (v4.kind, v4.indexers, v4.writers) == (V4, 3, 3)
-    assert v4.arguments == ("--block-size", "256")
+    assert told_to_vllm(v4) == ["--block-size", "256"]
     folder = tiny_model(tmp_path / "v41", "v41")
     v41 = read(folder)
     assert (v41.kind, v41.indexers, v41.writers) == (V41, 3, 2)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["engram_layer_ids"] = [1]
     (folder / "config.json").write_text(json.dumps(config))
-    assert read(folder).arguments[2:] == ("--engram-config", '{"cpu_offload": false}')
+    images = ["--limit-mm-per-prompt", '{"image": 0}']
+    assert told_to_vllm(v41) == images
+    assert told_to_vllm(read(folder)) == [*images, "--engram-config", '{"cpu_offload": false}']
     (folder / "config.json").write_text('{"model_type": "deepseek_v32", "num_hidden_layers": 5}')
     other = read(folder)
-    assert (other.indexers, other.writers, other.arguments) == (5, 5, ())
+    assert (other.indexers, other.writers, told_to_vllm(other)) == (5, 5, [])
 
 
 def test_a_folder_without_a_model_is_refused(
@@ -208,7 +259,7 @@ def test_what_the_cache_does_not_hold_is_not_begun(
 def test_a_server_that_ends_is_an_error_with_its_log(model: Path, tmp_path: Path) -> None:
     code, found = run(model, tmp_path, "--server", "off", "--server", "on:FAKE_DIES=no GPU here")
     assert code == 1 and found["complete"] is False
-    assert found["error"].startswith("on ended while starting\n")
+    assert found["error"].startswith("server on ended with exit code 1 without being asked to")
     assert "RuntimeError: no GPU here" in found["error"]
 
 
@@ -248,9 +299,9 @@ def test_numbers_and_prompts() -> None:
     assert min(prompt) >= client.FIRST_WORD and max(prompt) < client.WORDS
 
 
-def answer(first: float, each: float, tokens: int) -> client.Answer:
+def answer(first: float, each: float, tokens: int) -> engines.Answer:
     times = [first + i * each for i in range(tokens)]
-    return client.Answer(0.0, times, [1] * tokens, list(range(tokens)))
+    return engines.Answer(0.0, times, [1] * tokens, list(range(tokens)))
 
 
 def test_time_per_token_is_taken_where_all_decode() -> None:
@@ -272,7 +323,9 @@ def test_the_first_answers_of_a_shape_need_not_overlap(monkeypatch: pytest.Monke
     """They may be computed and compiled for one after the other; what is timed must overlap."""
     sent = []
 
-    def one_after_the_other(pairs: list[tuple[Any, list[int]]], tokens: int) -> list[client.Answer]:
+    def one_after_the_other(
+        pairs: list[tuple[Any, list[int]]], tokens: int
+    ) -> list[engines.Answer]:
         sent.append((pairs, tokens))
         return [answer(float(i), 0.01, tokens) for i in range(len(pairs))]
 
@@ -298,7 +351,7 @@ def test_weights_are_of_a_useful_size_and_the_same_every_time() -> None:
     import torch
 
     def made(name: str, tensor: torch.Tensor, seed: int = 3) -> torch.Tensor:
-        vllm_side.fill(name, tensor, experts=16, seed=seed)
+        side.fill(name, tensor, experts=16, seed=seed)
         return tensor
 
     matrix = made("weight", torch.empty(64, 1024, dtype=torch.bfloat16))

@@ -165,7 +165,7 @@ def test_sglang_dsa(backend, device, monkeypatch):
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("next_n", [1, 2])
 def test_vllm_own_decode(backend, device, name, next_n, monkeypatch):
-    """Logits and top-k through vLLM's patched names, with the schedule that ours do not need."""
+    """Logits and top-k through vLLM's patched names, with a schedule that the plugin leaves."""
     monkeypatch.setattr(adapter.Adapter, "intact", lambda self, name: True)
     adapter.current().decide(Decision(True, True, Selection(name, backend, False, "plugin")))
     batch, pages = 4, WIDTHS[device] // PAGE // 8

@@ -21,7 +21,7 @@ from kits.bench_command import bench
 from dsv4_plugin.cli.bench import upstream as installed
 from dsv4_plugin.cli.bench.command import engines
 from dsv4_plugin.cli.bench.logits import cases as logits_cases
-from dsv4_plugin.cli.bench.topk.check import Reference
+from dsv4_plugin.cli.bench.topk.check import judge
 from dsv4_plugin.cli.bench.upstream import prepared, torch_peers
 from dsv4_plugin.cli.checks import topk_cases as cases
 from dsv4_plugin.cli.checks.topk_cases import Problem
@@ -61,8 +61,8 @@ def test_torch_has_a_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     file = tmp_path / "chain.json"
     assert bench("chain", "--device", "cpu", "--against", "torch", "--json", file) == 0
     rows = json.loads(file.read_text())["results"]
-    theirs = [row for row in rows if row["implementation"] == "torch + torch"]
-    assert len(theirs) == 2 and all(row["exact"] and row["right"] for row in theirs)
+    peer = [row for row in rows if row["implementation"] == "torch + torch"]
+    assert len(peer) == 2 and all(row["exact"] and row["right"] for row in peer)
     assert "not among the peers" not in capsys.readouterr().out
 
 
@@ -76,14 +76,14 @@ def test_torch_masks_pads_and_counts_from_the_start() -> None:
     for k in (1, 8, 300):
         out = torch.full((4, k), -2, dtype=torch.int32)
         torch_peers.prefill(logits, starts, starts + lengths, k, out)
-        assert Reference(Problem(logits, lengths, starts), k).judge(out, k).why == ""
+        assert judge(Problem(logits, lengths, starts), out).why == ""
         for call in (
             torch_peers.decode,
             lambda x, n, k, out: torch_peers.paged(x, n, table, k, out),
         ):
             out.fill_(-2)
             call(logits, lengths, k, out)
-            assert Reference(Problem(logits, lengths), k).judge(out, k).why == ""
+            assert judge(Problem(logits, lengths), out).why == ""
     table = torch.tensor([[3, 1, 2, 0]], dtype=torch.int32)
     out = torch.full((1, 4), -2, dtype=torch.int32)
     scores = torch.zeros(1, 256)
@@ -247,7 +247,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
 
 
 def kernel(engine: str, form: str, name: str) -> Any:
-    found = installed.ENGINES[engine].kernels(form)
+    found = installed.kernels(engine, form)
     assert callable(found[name]), found
     return found[name]
 
@@ -430,7 +430,7 @@ def test_flashinfer(calls: Calls) -> None:
 
 def test_what_an_installed_engine_has_not_got_is_named(calls: Calls, tmp_path: Path) -> None:
     for engine in OTHERS:
-        assert all(installed.ENGINES[engine].kernels(form) for form in FORMS)
+        assert all(installed.kernels(engine, form) for form in FORMS)
     named = installed.load(OTHERS, ("paged",), None, of="topk").missing
     assert named == {"vllm 0.33.0 paged": "its top-k answers in columns, not in pool slots"}
 
@@ -447,9 +447,9 @@ def test_a_deep_gemm_that_fails_is_named(calls: Calls, tmp_path: Path) -> None:
 def test_an_engine_whose_import_fails_is_named(calls: Calls, tmp_path: Path) -> None:
     (tmp_path / "site/vllm/__init__.py").write_text("raise RuntimeError('half an install')\n")
     for form in FORMS:
-        for why in installed.ENGINES["vllm"].kernels(form).values():
+        for why in installed.kernels("vllm", form).values():
             assert isinstance(why, str)
-    assert "half an install" in str(installed.ENGINES["vllm"].kernels("decode"))
+    assert "half an install" in str(installed.kernels("vllm", "decode"))
 
 
 def test_the_choices_are_the_installed_engines_own(
@@ -479,10 +479,10 @@ def test_a_loaded_library_is_a_peer_without_its_engine(
         cooperative_topk=print, persistent_topk=print, top_k_per_row_decode=print
     )
     monkeypatch.setattr(torch.ops, "_C", ops, raising=False)
-    vllm = installed.ENGINES["vllm"]
-    assert vllm.kernels("decode").keys() == {"vllm (loaded library)"} == {vllm.choice()}
-    assert callable(vllm.kernels("decode")["vllm (loaded library)"])
-    assert vllm.kernels("logits") == {
+    found = installed.kernels("vllm", "decode")
+    assert found.keys() == {"vllm (loaded library)"} == {installed.choice("vllm")}
+    assert callable(found["vllm (loaded library)"])
+    assert installed.kernels("vllm", "logits") == {
         "vllm (loaded library) DeepGEMM": "it is not in the loaded library"
     }
 

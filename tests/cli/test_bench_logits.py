@@ -69,12 +69,12 @@ def test_a_run_of_the_logits(
     document = json.loads(file.read_text())
     assert document["complete"] is True and document["what"] == "logits"
     rows = document["results"]
-    ours = [row for row in rows if row["implementation"] == "dsv4"]
-    assert len(ours) == 4 + 12 + 4 + 4  # decode, next_n, varied, prefill
-    assert all(row["right"] and row["warm_us"] > 0 and row["floor_us"] > 0 for row in ours)
-    assert all((row["cold_us"] is None) == (row["suite"] == "prefill") for row in ours)
+    plugin = [row for row in rows if row["implementation"] == "dsv4"]
+    assert len(plugin) == 4 + 12 + 4 + 4  # decode, next_n, varied, prefill
+    assert all(row["right"] and row["warm_us"] > 0 and row["floor_us"] > 0 for row in plugin)
+    assert all((row["cold_us"] is None) == (row["suite"] == "prefill") for row in plugin)
     gemm = [row for row in rows if row["implementation"] == "gemm"]
-    assert len(gemm) == len(ours) and all(row["right"] for row in gemm)
+    assert len(gemm) == len(plugin) and all(row["right"] for row in gemm)
     wrong = [row for row in rows if row["implementation"] == "wrong"]
     assert len(wrong) == 20 and not any(row["right"] for row in wrong)
     assert all("sampled scores of row 0" in row["why"] for row in wrong)
@@ -110,9 +110,9 @@ def test_a_run_of_the_chain(
     assert document["complete"] is True and document["what"] == "chain"
     assert document["vllm_choice"] == "vllm33" and document["sglang_choice"] == "sglang_v2"
     rows = document["results"]
-    ours = [row for row in rows if row["implementation"] == "dsv4"]
-    assert len(ours) == 8
-    assert all(row["exact"] and row["right"] and row["lowest_index"] for row in ours)
+    plugin = [row for row in rows if row["implementation"] == "dsv4"]
+    assert len(plugin) == 8
+    assert all(row["exact"] and row["right"] and row["lowest_index"] for row in plugin)
     names = {row["implementation"] for row in rows}
     assert names == {"dsv4"} | {
         f"{first} + {last}" for first in ("gemm", "wrong", "narrow")
@@ -123,7 +123,7 @@ def test_a_run_of_the_chain(
     assert all(row["exact"] and row["right"] for row in by_name["gemm + vllm33"])
     assert not any(row["exact"] for row in by_name["gemm + sglang_v2"])
     assert all(row["exact"] and not row["right"] for row in by_name["wrong + vllm33"])
-    for row in ours:  # with what is right only
+    for row in plugin:  # with what is right only
         assert set(row["agreement"]) == {"gemm + vllm33", "narrow + vllm33"}
         mean = row["agreement"]["gemm + vllm33"]["mean"]
         assert mean == 1.0 if row["dtype"] == "float32" else 0.8 < mean <= 1.0
@@ -271,9 +271,9 @@ def test_a_long_row_is_sampled_with_its_ends() -> None:
 
 
 def test_the_shared_indices_are_counted() -> None:
-    ours = torch.tensor([[0, 1, 2, 3], [4, 5, -1, -1]], dtype=torch.int32)
-    theirs = torch.tensor([[3, 2, 9, 8], [5, 4, -1, -1]], dtype=torch.int32)
-    assert shared(ours, theirs, 10) == (0.75, 0.5)
+    plugin = torch.tensor([[0, 1, 2, 3], [4, 5, -1, -1]], dtype=torch.int32)
+    peer = torch.tensor([[3, 2, 9, 8], [5, 4, -1, -1]], dtype=torch.int32)
+    assert shared(plugin, peer, 10) == (0.75, 0.5)
 
 
 # ---- Figures -------------------------------------------------------------------------------------
@@ -324,15 +324,16 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_figures_are_made_from_the_results(results: Path) -> None:
     text = markdown()
     for words in (
-        "Index logits on one GPU", "ours / gemm / the keys' bytes", "| requests | 8K | 64K |",
+        "Index logits on one GPU", "the plugin / gemm / the keys' bytes", "| requests | 8K | 64K |",
         "| 1 | 3.0 / 4.0 / 1.0 |  |", "| 8 |  | 20.0 / 16.0 / 16.0 |",
-        "over 2 cells is 0.97; ours is slower in 1 (worst 1.25). Ours is within the stated bound",
-        "k = 512: ours in bfloat16 / vLLM 0.33's / SGLang 0.5.23's in float32",
+        "over 2 cells is 0.97; the plugin is slower in 1 (worst 1.25). "
+        "The plugin is within the stated bound",
+        "k = 512: the plugin in bfloat16 / vLLM 0.33's / SGLang 0.5.23's in float32",
         "| 1 | 10.0 / 20.0 / 12.5 |",
         "Against vLLM 0.33's chain the geometric mean of the ratio over 2 cells is 0.77; "
-        "ours is slower in 1 (worst 1.20).",
+        "the plugin is slower in 1 (worst 1.20).",
         "Against SGLang 0.5.23's chain the geometric mean of the ratio over 1 cells is 0.80",
-        "Ours is exact in every cell.",
+        "The plugin is exact in every cell.",
     ):  # fmt: skip
         assert words in text, words
     assert "`benchmarks/results/h200_chain.json`" in text

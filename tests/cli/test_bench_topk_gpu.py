@@ -52,7 +52,7 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     wrong = [row for row in rows if not (row["exact"] and row["lowest_index"])]
     assert wrong == []
     for row in rows:
-        # One pass over the scores cannot be beaten by much: its launch does not overlap, ours may.
+        # One pass over the scores cannot be beaten by much: only the plugin's launch may overlap.
         assert row["ratio"] > 0.4, row
         if row["suite"] == "served":  # a launch alone is more than a microsecond
             assert row["served_us"] > 1.0, row

@@ -35,7 +35,7 @@ def one_line(capsys: pytest.CaptureFixture[str], command: str) -> str:
 
 
 def test_every_command_is_here() -> None:
-    assert set(COMMANDS) | {"ab", "doctor"} == set(cli.COMMANDS)
+    assert set(COMMANDS) | {"ab", "doctor", "status"} == set(cli.COMMANDS)
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ COMMANDS = {
     "help": [*CLI, "--help"],
     "doctor": [*CLI, "doctor"],
     "doctor json": [*CLI, "doctor", "--json"],
-    "doctor hosts": [*CLI, "doctor", "--hosts", "vllm@/"],
+    "doctor engines": [*CLI, "doctor", "--engines", "vllm@/"],
     "ab help": [*CLI, "ab", "--help"],
     "bench topk": [*CLI, "bench", "topk", "--device", "cpu", *SMALL],
     "bench chain": [*CLI, "bench", "chain", "--device", "cpu", *SMALL],
@@ -100,7 +100,7 @@ def test_an_interrupted_look_at_releases_prints_whole_json(tmp_path: Path) -> No
         f"open({str(tmp_path / 'mark')!r}, 'w').close()\nimport time\ntime.sleep(100)\n"
     )
     path = os.pathsep.join((str(tmp_path), str(ROOT)))
-    run = start([*CLI, "doctor", "--hosts", "sglang@/", "vllm", "--json"], PYTHONPATH=path)
+    run = start([*CLI, "doctor", "--engines", "sglang@/", "vllm", "--json"], PYTHONPATH=path)
     try:
         while not (tmp_path / "mark").exists():
             assert run.poll() is None

@@ -14,6 +14,7 @@ from dsv4_plugin import (
     block_maxima,
     candidate_logits,
     candidate_logits_ragged,
+    candidate_select,
     gather_indexer_cache,
     paged_logits,
     ragged_logits,
@@ -30,7 +31,7 @@ from dsv4_plugin.cli.fuzz.topk import TopkCase
 from dsv4_plugin.cli.shared.choices import FUZZED
 from dsv4_plugin.errors import UnmetError
 
-KINDS = {name: op.kind for name, op in OPS.items()}
+KINDS = OPS
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +60,8 @@ def test_a_case_is_its_own_repetition():
                 assert case == op.draw(seed, device, backends)
                 assert parse(str(case), KINDS) == case
                 case.check()
-        assert {line.partition("=")[0] for line, _ in describe(op.kind)} >= {"seed", "backend"}
-        assert name == op.kind.op
+        assert {line.partition("=")[0] for line, _ in describe(op)} >= {"seed", "backend"}
+        assert name == op.op
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_a_case_is_its_own_repetition():
         ("topk:raw=1", "raw needs pages"),
         ("topk:graph=1,streams=1", "exclude each other"),
         ("read:head=6", "multiple of 4"),
-        ("read:only=99", "below tokens"),
+        ("read:keep=99/99", "keep must be two of 16"),
         ("paged_logits:requests=2,lengths=1/2/3", "lengths must have 2 entries"),
         ("paged_logits:loose=1,form=batch", "loose needs a form"),
         ("paged_logits:flat=1,next_n=2", "flat needs next_n 1"),
@@ -351,7 +352,7 @@ def past_the_length(q, cache, weights, chosen, lengths, table, **named):
 
 def a_candidate_of_the_row_before(q, cache, weights, chosen, *more, **named):
     chosen = chosen.clone()
-    chosen[1:, 0] = chosen[:-1, 0]
+    chosen[1:, 0] = chosen[:-1, 0].clone()
     return candidate_logits(q, cache, weights, chosen, *more, **named)
 
 
@@ -364,6 +365,12 @@ def from_the_first_key(q, k, scale, weights, chosen, starts, ends, **named):
 def columns_in_place_of_positions(logits, chosen, lengths, k, **named):
     every = torch.arange(chosen.shape[1]).int().expand_as(chosen).where(chosen >= 0, chosen)
     return select_candidates(logits, every, lengths, k, **named)
+
+
+def a_key_beside(*arguments, **named):
+    out = candidate_select(*arguments, **named)
+    out[:, :1] += 1
+    return out
 
 
 def holes_are_keys(logits, chosen, lengths, k, **named):
@@ -381,6 +388,7 @@ CANDIDATE_MISTAKES = {  # op, function, what is said, rows that remain
     "the first key": ("candidate_logits_ragged", from_the_first_key, "all keys|row sees", 1),
     "columns": ("select_candidates", columns_in_place_of_positions, "stable sort|does not see", 1),
     "holes": ("select_candidates", holes_are_keys, "stable sort|count", 1),
+    "another key": ("candidate_select", a_key_beside, "stable sort|does not see|slot", 1),
 }
 
 
@@ -400,6 +408,7 @@ def test_no_input_of_the_logits_may_be_written_to():
         "select_blocks": ("the scores", "lengths"),
         "candidate_logits": ("q", "the cache", "weights", "candidates", "lengths", "block_table"),
         "candidate_logits_ragged": ("q", "k", "k_scale", "weights", "candidates", "row_starts"),
+        "candidate_select": ("q", "the cache", "weights", "candidates", "lengths", "block_table"),
         "select_candidates": ("the scores", "candidates", "lengths"),
     }
     for op, names in cases.items():
@@ -471,7 +480,7 @@ def test_a_case_that_names_cuda_is_one_that_the_kernels_take():
     from dsv4_plugin.cli.fuzz.logits_run import problem_of
 
     ops = ("paged_logits", "ragged_logits", "select", "block_maxima", "candidate_logits",
-           "candidate_logits_ragged")  # fmt: skip
+           "candidate_logits_ragged", "candidate_select")  # fmt: skip
     for op in ops:
         looked_at = 0
         for seed in range(60):
@@ -560,7 +569,7 @@ def test_the_fields_are_shown(capsys):
     assert cli.main(["fuzz", "--fields", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     for op in OPS.values():
-        for name in (field.name for field in dataclasses.fields(op.kind)):
+        for name in (field.name for field in dataclasses.fields(op)):
             assert f"  {name}=" in shown
 
 

@@ -1,4 +1,7 @@
-"""Load on a GPU: `dsv4-plugin soak` for twenty seconds."""
+"""Load on a GPU: `dsv4-plugin soak` for twenty seconds.
+
+It looks at the memory of the whole device, so it fails beside another process that uses the GPU.
+"""
 
 import pytest
 

@@ -184,8 +184,8 @@ def test_other_outputs_are_refused_too(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "file").write_text("x")
     for command, said in (
         (["fuzz", "--device", "cpu", "--trace", str(tmp_path)], "--trace cannot be written"),
-        (["doctor", "--hosts", "vllm", "--folder", str(tmp_path / "file")], "is no folder"),
-        (["doctor", "--hosts", "vllm", "--folder", "/proc/none"], "cannot be used"),
+        (["doctor", "--engines", "vllm", "--folder", str(tmp_path / "file")], "is no folder"),
+        (["doctor", "--engines", "vllm", "--folder", "/proc/none"], "cannot be used"),
         (["ab", "--model", "m", "--out", str(tmp_path / "file" / "x")], "--out cannot be used"),
         (["ab", "--model", "m", "--out", "/proc/none"], "cannot be used"),
     ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""``dsv4-plugin doctor --hosts``: releases that pip brings, probed without importing an engine."""
+"""``dsv4-plugin doctor --engines``: releases that pip brings, probed without an import."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_newest_and_a_named_release(
     wheel(index, "0.5.1", {"sglang/__init__.py": ""})
     wheel(index, "0.5.2", FILES)
     kept = tmp_path / "kept"
-    arguments = ["doctor", "--hosts", "sglang", "sglang==0.5.1", "--folder", str(kept)]
+    arguments = ["doctor", "--engines", "sglang", "sglang==0.5.1", "--folder", str(kept)]
     assert cli.main([*arguments, "--json"]) == 1
     newest, old = json.loads(capsys.readouterr().out)
     assert (newest["version"], old["version"]) == ("0.5.2", "0.5.1")
@@ -107,7 +107,7 @@ def test_a_release_that_cannot_be_had_is_an_entry(
     index: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wheel(index, "0.5.2", FILES)
-    assert cli.main(["doctor", "--hosts", "vllm==77", "sglang"]) == 1
+    assert cli.main(["doctor", "--engines", "vllm==77", "sglang"]) == 1
     out = capsys.readouterr().out
     assert "pip cannot bring vllm==77 (ERROR: No matching distribution" in out
     assert "found" in out
@@ -118,7 +118,7 @@ def test_a_wrong_spec_is_an_error_before_pip_runs(
     spec: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(releases, "_download", None)
-    assert cli.main(["doctor", "--hosts", spec]) == 2
+    assert cli.main(["doctor", "--engines", spec]) == 2
     assert "ENGINE==VERSION" in capsys.readouterr().err
 
 

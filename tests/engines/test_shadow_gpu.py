@@ -229,9 +229,10 @@ def test_replays_begin_anew_where_the_memory_was_given_away(backend, device, hel
     for _ in range(3):
         again()
     assert settled(device)["decode"]["rows"] >= 3 * ROWS
-    for kept in shadow.kept.values():
-        kept.counters.fill_(held)
-        kept.seal.fill_(held)
+    for (seam, _), kept in shadow.kept.items():
+        if seam == "decode":  # one of an earlier test is not called, so nothing mends its mirror
+            kept.counters.fill_(held)
+            kept.seal.fill_(held)
     for turn in (1, 2):
         again()
         found = settled(device)["decode"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kits.packaging_tools import ROOT
 
-FAKE = f"{sys.executable} {ROOT / 'tests' / 'kits' / 'e2e_fake_vllm.py'}"
+FAKE = f"{sys.executable} {ROOT / 'tests' / 'kits' / 'e2e_fake_server.py'}"
 
 
 def free_ports(count: int) -> int:

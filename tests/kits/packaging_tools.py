@@ -120,7 +120,7 @@ def reachable(tree: Path, roots: Sequence[str]) -> set[str]:
             elif isinstance(node, ast.ImportFrom):
                 todo += [str(node.module), *(f"{node.module}.{a.name}" for a in node.names)]
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                todo.append(node.value)
+                todo.append(node.value.partition(":")[0])  # "module:function" too
     return found
 
 

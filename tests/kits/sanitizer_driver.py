@@ -24,6 +24,7 @@ from dsv4_plugin import (
     block_maxima,
     candidate_logits,
     candidate_logits_ragged,
+    candidate_select,
     paged_logits,
     ragged_logits,
     select,
@@ -202,6 +203,8 @@ LOGITS = (
     Logits("paged, next_n 2", 6, (1000, 65), next_n=2),
     Logits("paged, next_n 4, 32 heads", 8, (129, 1000), next_n=4, heads=32),
     Logits("paged, next_n 6", 12, (700, 64, 63), next_n=6),
+    Logits("paged, next_n 6, 32 heads", 12, (700, 64, 63), next_n=6, heads=32),
+    Logits("paged, next_n 5, 32 heads, one request", 5, (900,), next_n=5, heads=32),
     Logits("paged, float32", 3, (700, 65, 64), dtype="float32"),
     Logits("paged, float16", 3, (700, 65, 64), dtype="float16"),
     Logits("paged, pages apart", 3, (700, 65, 64), pad=448),
@@ -256,6 +259,7 @@ CHAINS = (
     Chain("candidates, pages of 32, next_n 2, 64 heads", 6, (700, 65), block_size=32, next_n=2,
           heads=64),
     Chain("candidates, next_n 4, float32", 8, (129, 1000), next_n=4, dtype="float32", held=9, k=70),
+    Chain("candidates, next_n 6", 12, (129, 1000), next_n=6),
     Chain("candidates, one row, float16", 1, (5000,), dtype="float16", held=601),
     Chain("candidates, any numbers", 6, (700, 65, 3000), garbage=True),
     Chain("candidates, FP4", 9, (20_000, 1, 300, 0, 16_385), held=2048, k=512, kind="fp4"),
@@ -433,6 +437,13 @@ class ChainCall:
         out, slots = (self._filled(path.k, -7, torch.int32) for _ in range(2))
         select_candidates(logits, chosen, n, path.k, next_n=path.next_n, out=out, out_slots=slots,
                           block_table=table, page_size=path.block_size, backend="cuda")  # fmt: skip
+        again, places = (self._filled(path.k, -7, torch.int32) for _ in range(2))
+        candidate_select(
+            *pages, chosen, n, table, path.k, dtype=self.dtype, page_table=table,
+            page_size=path.block_size, out=again, out_slots=places, **more,
+        )  # fmt: skip
+        if not (torch.equal(again, out) and torch.equal(places, slots)):
+            raise AssertionError(f"{path.name}: the chain selects otherwise")
         held = -(-case.lengths.clamp(min=0) // 8)
         maxima = torch.full((rows, blocks), -torch.inf, dtype=self.dtype)
         for r, count in enumerate(held.tolist()):

@@ -263,7 +263,7 @@ class Engine:
             context.get_token_to_kv_pool = pool
 
     def logits_of(self, name: str | None = None) -> Call:
-        """Return the last call that made logits: DeepGEMM's, or ours."""
+        """Return the last call that made logits: DeepGEMM's, or the plugin's."""
         return [c for c in self.calls if c.logits is not None and name in (None, c.name)][-1]
 
 
@@ -362,11 +362,11 @@ class Layer:
 
     def _gathered(self, layer_id, seq_len_tensor, page_indices, seq_len_sum, max_seq_len):
         if self.engine.device != "cpu":  # as DeepSeekV4IndexerPool.get_index_k_scale_buffer does
-            theirs = importlib.import_module("sglang.kernels.ops.kvcache.dsa_index_k_cache")
+            engine = importlib.import_module("sglang.kernels.ops.kvcache.dsa_index_k_cache")
             pool = types.SimpleNamespace(
                 page_size=PAGE, index_page_size=PAGE, index_head_dim=HEAD_DIM, quant_block_size=128
             )
-            return theirs.GetKAndS.execute(
+            return engine.GetKAndS.execute(
                 pool, self.problem.cache, page_indices=page_indices, seq_len_tensor=seq_len_tensor,
                 seq_len_sum=seq_len_sum, max_seq_len=max_seq_len,
             )  # fmt: skip

@@ -87,9 +87,14 @@ class SkipPolicy:
             from dsv4_plugin.cli.checks.timing import machine
 
             kinds = ("passed", "failed", "error", "skipped")
-            counts = {k: len(terminalreporter.stats.get(k, [])) for k in kinds}
+            reports = {k: terminalreporter.stats.get(k, []) for k in kinds}
+            found = {
+                "machine": machine(),
+                "tests": {k: len(some) for k, some in reports.items()},
+                "failures": sorted(r.nodeid for k in ("failed", "error") for r in reports[k]),
+            }
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"machine": machine(), "tests": counts}, indent=1) + "\n")
+            file.write_text(json.dumps(found, indent=1) + "\n")
         if self.left_for_gpu:
             line(f"dsv4: {self.left_for_gpu} tests left for the GPU machine (make test-gpu)")
         for reason, tests in self.skips.items():

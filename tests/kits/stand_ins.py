@@ -14,7 +14,7 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["alias", "stand_in"]
+__all__ = ["Empty", "alias", "stand_in"]
 
 
 class _Anything:
@@ -40,7 +40,9 @@ class _Anything:
         return importlib.import_module("pydantic_core.core_schema").any_schema()
 
 
-class _Empty(types.ModuleType):
+class Empty(types.ModuleType):
+    """A module in which everything is found."""
+
     __path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -61,7 +63,7 @@ class _Finder:
         return None
 
     def create_module(self, spec: Any) -> types.ModuleType:
-        module = _Empty(spec.name)
+        module = Empty(spec.name)
         module.__file__ = "<stand-in>"
         return module
 

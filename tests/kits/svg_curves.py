@@ -37,7 +37,7 @@ def check_same(drawn: Path, committed: Path) -> None:
     now, then = curves(drawn), curves(committed)
     assert [[len(c) for c in panel] for panel in now] == [[len(c) for c in panel] for panel in then]
     assert any(now), "there is no curve at all"
-    for mine, theirs in zip(now, then, strict=True):
-        for a, b in zip(mine, theirs, strict=True):
+    for after, before in zip(now, then, strict=True):
+        for a, b in zip(after, before, strict=True):
             flat = [value for point in a for value in point]
             assert flat == pytest.approx([v for point in b for v in point], abs=2e-3)

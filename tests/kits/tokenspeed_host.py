@@ -38,7 +38,7 @@ STANDS_IN = {
 
 STANDS_IN_ON_GPU = {
     "tokenspeed_triton, where it is not installed": "Triton: TokenSpeed's kernels compiled by it",
-    "the model, scheduler and memory pools": "random queries and keys in tensors like theirs",
+    "the model, scheduler and memory pools": "random queries and keys in tensors like TokenSpeed's",
 }
 
 PAGE = 64
@@ -129,7 +129,7 @@ class Engine:
         return self.registry_module.KernelRegistry.get()
 
     def discover(self) -> list[str]:
-        """Load the kernel plugins through their entry points; returns what ours registered."""
+        """Load the kernel plugins through their entry points; returns the plugin's."""
         loaded = self.plugins.discover_plugins(force=True)
         return [name for info in loaded if info.name == "dsv4" for name in info.kernel_names]
 
@@ -142,7 +142,11 @@ class Engine:
             "index_k_format": "fp8_scaled",
         }  # fmt: skip
         features = None
-        if mode.startswith("dsa"):
+        if mode == "dsv41_index_topk":
+            roles = {"x": dense(torch.bfloat16)}
+            wanted = {"index_heads": 32, "index_k_format": "fp8_scaled", "index_shards": 1,
+                      "native_indexer": True}  # fmt: skip
+        elif mode.startswith("dsa"):
             roles = {"q": dense(torch.bfloat16), "weights": dense(torch.float32)}
             wanted["index_k_layout"] = "page_planar"
             if mode == "dsa_decode_topk":

@@ -27,9 +27,9 @@ def forget() -> None:
 
 
 def told(caplog) -> list[str]:
-    """Return the lines of ours at DEBUG so far."""
-    ours = [r for r in caplog.records if r.name == "dsv4_plugin"]
-    return [r.getMessage() for r in ours if r.levelno == logging.DEBUG]
+    """Return the lines of the plugin at DEBUG so far."""
+    plugin = [r for r in caplog.records if r.name == "dsv4_plugin"]
+    return [r.getMessage() for r in plugin if r.levelno == logging.DEBUG]
 
 
 def check_warned(caplog, variable: str, value: str) -> None:

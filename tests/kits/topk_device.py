@@ -14,6 +14,7 @@ from dsv4_plugin import topk
 from dsv4_plugin.cli.checks import canary
 from dsv4_plugin.cli.checks.inputs import scores
 from dsv4_plugin.cli.checks.topk_cases import DTYPES
+from dsv4_plugin.cli.fuzz.tensors import bits  # noqa: F401
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -50,9 +51,16 @@ def ints(values, dtype=torch.int32):
     return torch.tensor(list(values), dtype=dtype, device=DEVICE)
 
 
-_INTEGERS = {2: torch.int16, 4: torch.int32}
-
-
-def bits(x):
-    """The bits of a tensor, for comparisons that NaN does not spoil."""
-    return x.contiguous().view(_INTEGERS[x.dtype.itemsize])
+def check_on_two_streams(both, lengths, k, times):
+    """Select in two tensors on two streams at once: there is no state that calls share."""
+    want = [run(x, lengths, k) for x in both]
+    streams = [torch.cuda.Stream() for _ in both]
+    outs = [[torch.empty_like(want[0]) for _ in range(times)] for _ in both]
+    torch.cuda.synchronize()
+    for i in range(times):
+        for stream, x, out in zip(streams, both, outs, strict=True):
+            with torch.cuda.stream(stream):
+                run(x, lengths, k, out=out[i])
+    torch.cuda.synchronize()
+    for w, some in zip(want, outs, strict=True):
+        assert torch.equal(torch.stack(some), w.expand(times, *w.shape))

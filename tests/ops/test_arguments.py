@@ -89,6 +89,11 @@ def drawn(op: str) -> dict[str, Any]:
             **scored, "candidates": blocks, "block_size": 64, "piece": 8,
             "out": torch.empty(ROWS, 24), "out_lengths": torch.empty(ROWS, dtype=I32),
         },
+        "candidate_select": {
+            **scored, "candidates": blocks, "k": K, "block_size": 64, "piece": 8,
+            "page_table": pages, "page_size": 64, "out": chosen["out"],
+            "out_slots": chosen["out_raw"], "out_counts": torch.empty(ROWS, dtype=I32),
+        },
         "candidate_logits_ragged": {
             "q": scored["q"][:, 0], "k": case.cache[0, : 60 * D].reshape(60, D),
             "k_scale": torch.ones(60), "weights": case.weights, "candidates": blocks,
@@ -107,7 +112,8 @@ def drawn(op: str) -> dict[str, Any]:
 
 OPS = ("topk", "read_indexer_cache", "read_indexer_cache_mxfp4", "gather_indexer_cache",
        "paged_logits", "ragged_logits", "select", "block_maxima", "select_blocks",
-       "candidate_logits", "candidate_logits_ragged", "select_candidates")  # fmt: skip
+       "candidate_logits", "candidate_logits_ragged", "candidate_select",
+       "select_candidates")  # fmt: skip
 OUTPUTS = ("out", "out_raw", "out_counts", "out_lengths", "out_slots", "logits")
 SIZES = ("k", "next_n", "page_size", "block_size", "head_dim", "piece")
 
@@ -371,7 +377,7 @@ def test_a_size_below_one_is_refused(op: str, name: str, value: int) -> None:
                 made_by(**without(given))
 
 
-@pytest.mark.parametrize("op", ["topk", "select", "select_candidates"])
+@pytest.mark.parametrize("op", ["topk", "select", "select_candidates", "candidate_select"])
 def test_a_size_that_is_too_large_is_refused(op: str) -> None:
     for name, value in (("k", 2049), ("page_size", 1 << 31), ("page_size", 1 << 40)):
         for form in FORMS:

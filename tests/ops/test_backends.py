@@ -83,6 +83,8 @@ def test_auto_takes_the_best_form_an_op_has(machine: Machine) -> None:
         (Call("candidate_logits", GPU, torch.float32, candidates=2048), HOPPER, None, "cuda"),
         (Call("candidate_logits", GPU, torch.float32, candidates=2049), HOPPER, None, "torch"),
         (Call("candidate_logits", GPU, torch.float32, heads=16), HOPPER, None, "torch"),
+        (Call("candidate_select", GPU, torch.float16, 512, block_size=32), HOPPER, None, "cuda"),
+        (Call("candidate_select", GPU, torch.float16, 512, block_size=16), HOPPER, None, "torch"),
         (Call("candidate_logits_ragged", GPU, torch.float32), AMPERE, None, "torch"),
         (Call("select_candidates", GPU, torch.float32, 512, candidates=64), HOPPER, None, "cuda"),
         (Call("ragged_logits", GPU, torch.float16), HOPPER, None, "cuda"),

@@ -23,6 +23,7 @@ from dsv4_plugin import (
     block_maxima,
     candidate_logits,
     candidate_logits_ragged,
+    candidate_select,
     paged_logits,
     ragged_logits,
     select,
@@ -580,6 +581,70 @@ def test_slots_and_counts(page_size, per_request, backend, device):
     assert torch.equal(none, want) and bool((slots == -1).all())
 
 
+# --- the chain of a consumer ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [64, 32])
+@pytest.mark.parametrize("heads", [64, 32])
+@pytest.mark.parametrize("next_n", [1, 2, 4, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_chain_is_its_two_ops(dtype, next_n, heads, block_size, backend, device):
+    """Indices, slots and counts of `select_candidates` on `candidate_logits`."""
+    batch = 12 // next_n
+    case = draw(SHORT[: batch * next_n], next_n, heads, block_size).to(device)
+    q, cache, weights, n, table = case.arguments
+    chosen = select_blocks(block_maxima(*case.arguments, block_size=block_size, backend=backend),
+                           n, 17, next_n=next_n, backend=backend)  # fmt: skip
+    more = {"block_size": block_size, "dtype": dtype, "backend": backend}
+    scored = candidate_logits(q, cache, weights, chosen, n, table, **more)
+    places = torch.arange(-1, 2 * len(table) * 9 - 1, 2, device=device).int().view(len(table), 9)
+    for k in (1, 7, 64, 136, 200):
+        outs = []
+        for _ in range(2):
+            guard, out, _ = guarded(len(n), k, torch.int32, device, gap=3)
+            slot_guard, slots, _ = guarded(len(n), k, torch.int32, device)
+            counts = torch.full((len(n),), -9, dtype=torch.int32, device=device)
+            outs.append((out, slots, counts, guard, slot_guard))
+        want, got = outs
+        select_candidates(
+            scored, chosen, n, k, next_n=next_n, block_table=places, page_size=24, out=want[0],
+            out_slots=want[1], out_counts=want[2], backend=backend,
+        )  # fmt: skip
+        back = candidate_select(
+            q, cache, weights, chosen, n, table, k, page_table=places, page_size=24, out=got[0],
+            out_slots=got[1], out_counts=got[2], **more,
+        )  # fmt: skip
+        assert back is got[0]
+        assert torch.equal(got[0], oracle.selection(scored, chosen, n, k))
+        for a, b in zip(got[:3], want[:3], strict=True):
+            assert torch.equal(a, b), k
+        got[3].assert_untouched()
+        got[4].assert_untouched()
+        alone = candidate_select(q, cache, weights, chosen, n, table, k, **more)
+        assert torch.equal(alone, want[0])
+
+
+def test_the_chain_of_any_candidates_is_safe(backend, device):
+    """Uninitialised lists; and nothing to score: no row, no page."""
+    case = draw([512, 100, 0, 1, 9, -1, 300, 513]).to(device)
+    q, cache, weights, n, table = case.arguments
+    chosen = _any_candidates(8, 64).to(device)
+    for k in (7, 512, 600):
+        guard, out, _ = guarded(8, k, torch.int32, device)
+        candidate_select(q, cache, weights, chosen, n, table, k, out=out, backend=backend)
+        guard.assert_untouched()
+        assert bool(((out == -1) | ((out >= 0) & (out < n[:, None]))).all())
+    none = candidate_select(
+        q[:0], cache, weights[:0], chosen[:0], n[:0], table[:0], 5, backend=backend
+    )
+    assert none.shape == (0, 5)
+    ascending = torch.arange(64, device=device).int().expand(8, -1).contiguous()
+    for pages, width in ((cache[:0], table), (cache, table[:, :0])):
+        got = candidate_select(q, pages, weights, ascending, n, width, 512, backend=backend)
+        scored = torch.full((8, 512), -torch.inf, device=device)
+        assert torch.equal(got, oracle.selection(scored, ascending, n, 512))
+
+
 def test_short_rows_need_no_scores(backend, device):
     """A row that sees no more than k columns has all of them, whatever lies in its scores."""
     n = torch.tensor([100, 64, 3, 0], device=device)
@@ -764,5 +829,5 @@ def test_paged_logits_and_select_on_pages_of_32(backend, device):
 
 def test_the_names_are_public():
     for name in ("block_maxima", "select_blocks", "candidate_logits", "candidate_logits_ragged",
-                 "select_candidates"):  # fmt: skip
+                 "candidate_select", "select_candidates"):  # fmt: skip
         assert name in dsv4_plugin.__all__ and callable(getattr(dsv4_plugin, name))

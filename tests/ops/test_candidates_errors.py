@@ -21,6 +21,7 @@ def int32(*shape: int) -> torch.Tensor:
 CASE = draw([192, 64, 5, 0], 2, heads=3)
 PAGED = dict(zip(("q", "cache", "weights", "lengths", "block_table"), CASE.arguments, strict=True))
 CHOSEN = int32(ROWS, K)
+CHOSEN_TOO = int32(ROWS, 8)
 RAGGED = {
     "q": CASE.q.flatten(0, 1),
     "k": torch.zeros(9, 128, dtype=torch.uint8),
@@ -35,6 +36,7 @@ GOOD = {
     "select_blocks": {"maxima": torch.zeros(ROWS, 24), "lengths": CASE.lengths, "k": K},
     "candidate_logits": PAGED | {"candidates": CHOSEN},
     "candidate_logits_ragged": RAGGED,
+    "candidate_select": PAGED | {"candidates": CHOSEN, "k": 8},
     "select_candidates": {
         "logits": torch.zeros(ROWS, COLUMNS), "candidates": CHOSEN, "lengths": CASE.lengths, "k": 8,
     },
@@ -146,6 +148,25 @@ BAD = {
         ({"row_starts": int32(3)}, ValueError, r"row_starts.*\[4\].*\(3,\)"),
         ({"row_starts": torch.zeros(ROWS)}, TypeError, "row_starts.*float32"),
         ({"row_ends": int32(8)[::2]}, ValueError, "row_ends.*contiguous"),
+    ],
+    "candidate_select": [
+        *ON_PAGES, *PIECE, *DTYPE, *CANDIDATES,
+        *(case for case in SELECTED if not {"next_n", "lengths"} & set(case[0])),
+        ({"backend": "cuda"}, UnmetError, "q has 3 heads, the kernels need 32 or 64"),
+        ({"backend": "cuda", "block_size": 16}, UnmetError, "block_size is 16.*32 or 64"),
+        (
+            {"backend": "cuda", "candidates": int32(ROWS, 2049)}, UnmetError,
+            "2049 candidates, more than 2048",
+        ),
+        ({"page_table": int32(3, 3)}, ValueError, r"page_table.*4 rows.*\(3, 3\)"),
+        ({"page_table": TABLE.long()}, TypeError, "page_table.*int32.*int64"),
+        ({"page_size": 0}, ValueError, "page_size.*1 to .*0"),
+        ({"out_slots": int32(ROWS, 8)}, ValueError, "out_slots needs page_table"),
+        (
+            {"out_slots": int32(ROWS, 7), "page_table": int32(ROWS, 3)}, ValueError,
+            r"out_slots.*\(4, 8\).*\(4, 7\)",
+        ),
+        ({"out": CHOSEN_TOO, "candidates": CHOSEN_TOO}, ValueError, "out.*candidates"),
     ],
     "select_candidates": [
         *SELECTED, *PIECE[:-1], *CANDIDATES,

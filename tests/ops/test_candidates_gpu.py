@@ -14,6 +14,7 @@ from dsv4_plugin import (
     block_maxima,
     candidate_logits,
     candidate_logits_ragged,
+    candidate_select,
     paged_logits,
     ragged_logits,
     select_blocks,
@@ -88,6 +89,12 @@ def test_the_chains_of_long_rows(rows, keys, block_size):
         )
         assert torch.equal(index, oracle.selection(got, chosen, n, 512))
         assert torch.equal(index, topk(exact, n, 512, **CUDA)), "of all keys"
+        places = torch.empty_like(slots)
+        both = candidate_select(
+            q, cache, weights, chosen, n, table, 512, page_table=table, page_size=block_size,
+            out_slots=places, **more,
+        )  # fmt: skip
+        assert torch.equal(both, index) and torch.equal(places, slots)
         at = index.clamp(min=0).long()
         page = table.long().gather(1, at // block_size)
         assert torch.equal(
@@ -120,6 +127,10 @@ def test_batches(batch, next_n, heads):
             equal_bits(got, oracle.scores(exact, chosen, n), context=f"{held} candidates")
             index = select_candidates(got, chosen, n, 50, **CUDA)
             assert torch.equal(index, oracle.selection(got, chosen, n, 50)), held
+            both = candidate_select(
+                q, cache, weights, chosen, n, table, 50, block_size=size, **CUDA
+            )
+            assert torch.equal(both, index), held
 
 
 @pytest.mark.parametrize("rows", [1, 5, 70, 300])
@@ -336,12 +347,17 @@ def test_graph_follows_lengths_candidates_and_tables(block_size, next_n):
         )
         select_candidates(scored, chosen, n, k, next_n=next_n, out=out, **CUDA)
 
+    def chain(out):
+        candidate_select(
+            q, cache, weights, chosen, n, table, k, block_size=block_size, out=out, **CUDA
+        )
+
     def step():
-        consumer(outs[0])  # before the source: the buffer is an earlier step's
+        chain(outs[0])  # before the source: the buffer is an earlier step's
         block_maxima(q, cache, weights, n, table, block_size=block_size, out=found, **CUDA)
         select_blocks(found, n, held, next_n=next_n, out=chosen, **CUDA)
         consumer(outs[1])
-        consumer(outs[2])
+        chain(outs[2])
 
     step()
     torch.cuda.synchronize()
@@ -376,6 +392,9 @@ def test_call_after_call_gives_the_same_bits():
         chosen = select_blocks(found, n, 2048, **CUDA)
         scored = candidate_logits(q, cache, weights, chosen, n, table, **CUDA)
         index = select_candidates(scored, chosen, n, 512, **CUDA)
+        assert torch.equal(
+            candidate_select(q, cache, weights, chosen, n, table, 512, **CUDA), index
+        )
         now = found.masked_fill(~valid(-(-n // 8), found.shape[1]), 0), chosen, scored, index
         first = first or now
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(first, now, strict=True))

@@ -15,6 +15,7 @@ from dsv4_plugin import (
     block_maxima,
     candidate_logits,
     candidate_logits_ragged,
+    candidate_select,
     paged_logits,
     ragged_logits,
     select,
@@ -165,6 +166,8 @@ def test_candidates(counted, next_n, backend, device):
     picked = select_candidates(got, chosen, n, 64, backend=backend)
     assert torch.equal(picked, topk(scores, n, 64, backend=backend))
     assert torch.equal(picked, select(*case.arguments, 64, backend=backend))
+    once = candidate_select(q, cache, weights, chosen, n, table, 64, backend=backend)
+    assert torch.equal(picked, once)
 
 
 def test_candidates_of_any_kind(backend, device):
@@ -237,6 +240,9 @@ def test_refused(change, error, words):
     chosen = torch.zeros(2, 1, dtype=torch.int32)
     with pytest.raises(error, match=words):
         candidate_logits(q, cache, weights, chosen, n, table, **more)
+    if "out" not in change:
+        with pytest.raises(error, match=words.replace("out", "dtype")):
+            candidate_select(q, cache, weights, chosen, n, table, 1, **more)
 
 
 def test_the_cache_must_have_fp4_keys():

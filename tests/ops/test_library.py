@@ -15,6 +15,7 @@ from dsv4_plugin import (
     block_maxima,
     candidate_logits,
     candidate_logits_ragged,
+    candidate_select,
     gather_indexer_cache,
     paged_logits,
     ragged_logits,
@@ -115,9 +116,20 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
             (logits(), lengths()[:2], K, 2, torch.tensor([0, 3, 1, 2]), pages()[:2], 16, True),
         ],
         "topk_out": [
-            (logits(), lengths(), new(), None, None, None, K),
-            (logits(), lengths(), new(), new(), torch.tensor([0, 3, 1, 2]), pages(), K, 1, 16),
-            (logits(), lengths(), new(), None, None, None, K, 1, 64, False, None, lengths()),
+            (logits(), lengths(), K, new()),
+            (
+                logits(),
+                lengths(),
+                K,
+                new(),
+                new(),
+                None,
+                1,
+                torch.tensor([0, 3, 1, 2]),
+                pages(),
+                16,
+            ),
+            (logits(), lengths(), K, new(), None, lengths()),
         ],
         "paged_logits": [(*full(),), (*full(2), 64, torch.float32)],
         "paged_logits_out": [(*scored(), torch.zeros(4, 64))],
@@ -125,8 +137,8 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
         "ragged_logits_out": [(*windows(), torch.zeros(4, 20))],
         "select": [(*scored(), K), (*scored(2), K, 64, torch.float32, pages(), 16, True)],
         "select_out": [
-            (*scored(), new(), None, None, None, K),
-            (*scored(), new(), new(), torch.zeros(4, 64), pages(), K, 64, torch.float32, 16),
+            (*scored(), K, new()),
+            (*scored(), K, new(), new(), torch.zeros(4, 64), 64, torch.float32, pages(), 16),
         ],
         "block_maxima": [(*full(),), (*full(2), 32, 4, torch.float32)],
         "block_maxima_out": [
@@ -135,8 +147,8 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "select_blocks": [(logits(), lengths(), K), (logits(), lengths()[:2], K, 4, 2)],
         "select_blocks_out": [
-            (logits(), lengths(), new(), None, K),
-            (logits(), lengths(), new(), lengths(), K, 4),
+            (logits(), lengths(), K, new()),
+            (logits(), lengths(), K, new(), lengths(), 4),
         ],
         "candidate_logits": [
             (*with_candidates(),),
@@ -154,13 +166,21 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
             (*windows_with_candidates(), torch.zeros(4, 24), None),
             (*windows_with_candidates(), torch.zeros(4, 24), lengths()),
         ],
+        "candidate_select": [
+            (*with_candidates(), K),
+            (*with_candidates(2), K, 32, 4, torch.float32, pages(), 16),
+        ],
+        "candidate_select_out": [
+            (*with_candidates(), K, new()),
+            (*with_candidates(), K, new(), new(), lengths(), 64, 8, torch.float16, pages(), 16),
+        ],
         "select_candidates": [
             (*of_candidates(), K),
             (logits(4, 12), *of_candidates()[1:], K, 4),
         ],
         "select_candidates_out": [
-            (*of_candidates(), new(), None, None, None, K),
-            (*of_candidates(), new(), new(), lengths(), pages(), K, 8, 1, 16),
+            (*of_candidates(), K, new()),
+            (*of_candidates(), K, new(), new(), lengths(), 8, 1, pages(), 16),
         ],
     }
 
@@ -282,6 +302,18 @@ def score_gathered_out(*arguments: torch.Tensor) -> torch.Tensor:
     return candidate_logits_ragged(*arguments, out_lengths=count) + count[:, None]
 
 
+def best_of_candidates(*arguments: torch.Tensor) -> torch.Tensor:
+    return candidate_select(*arguments, K) + 1
+
+
+def best_of_candidates_out(*arguments: torch.Tensor) -> torch.Tensor:
+    slots, counts = torch.empty(4, K, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
+    out = candidate_select(
+        *arguments, K, page_table=pages(), page_size=16, out_slots=slots, out_counts=counts
+    )
+    return torch.cat([out, slots, counts[:, None].expand(4, K)])
+
+
 def best_candidates(*arguments: torch.Tensor) -> torch.Tensor:
     return select_candidates(*arguments, K) + 1
 
@@ -315,6 +347,8 @@ FUNCTIONS: list[tuple[Callable[..., torch.Tensor], Callable[[], tuple[torch.Tens
     (score_candidates_out, with_candidates),
     (score_gathered, windows_with_candidates),
     (score_gathered_out, windows_with_candidates),
+    (best_of_candidates, with_candidates),
+    (best_of_candidates_out, with_candidates),
     (best_candidates, of_candidates),
     (best_candidates_out, of_candidates),
 ]
@@ -392,6 +426,7 @@ def test_fakes_of_the_candidate_ops(dtype: torch.dtype) -> None:
     for function, inputs in (
         (select_blocks, (logits().to(dtype), lengths())),
         (select_candidates, (of_candidates()[0].to(dtype), *of_candidates()[1:])),
+        (candidate_select, with_candidates()),
     ):
         with FakeTensorMode() as mode:
             fake = function(*map(mode.from_tensor, inputs), K)
@@ -454,8 +489,7 @@ def test_plain_tensors_go_around_the_dispatcher(
     def refuse(op: str) -> Any:
         raise AssertionError(f"{op} went through torch.ops")
 
-    monkeypatch.setattr(torch_library, "functional", refuse)
-    monkeypatch.setattr(torch_library, "mutating", refuse)
+    monkeypatch.setattr(torch_library, "overload", refuse)
     assert torch.equal(function(*inputs()), want)
     with pytest.raises(AssertionError, match="went through"), Seen():
         function(*inputs())
@@ -472,6 +506,7 @@ def test_the_dispatcher_and_the_direct_road_agree() -> None:
         ("select_blocks", select_blocks, (logits(), lengths(), K)),
         ("candidate_logits", candidate_logits, with_candidates()),
         ("candidate_logits_ragged", candidate_logits_ragged, windows_with_candidates()),
+        ("candidate_select", candidate_select, (*with_candidates(), K)),
         ("select_candidates", select_candidates, (*of_candidates(), K)),
     ):
         direct = function(*arguments)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kits.oracles import check_selection
-from kits.topk_device import DEVICE, draw, ints, run
+from kits.topk_device import DEVICE, check_on_two_streams, draw, ints, run
 
 pytestmark = pytest.mark.gpu
 
@@ -47,15 +47,4 @@ def test_two_streams_share_no_workspace():
     """The same shape on two streams at once, 50 times, the scores of one the other's negatives."""
     both = [draw("normal", 16, 70_000, "bfloat16")]
     both.append(both[0].neg())
-    lengths = ints([70_000] * 16)
-    want = [run(x, lengths, 512) for x in both]
-    streams = [torch.cuda.Stream() for _ in both]
-    outs = [[torch.empty_like(want[0]) for _ in range(50)] for _ in both]
-    torch.cuda.synchronize()
-    for i in range(50):
-        for stream, x, out in zip(streams, both, outs, strict=True):
-            with torch.cuda.stream(stream):
-                run(x, lengths, 512, out=out[i])
-    torch.cuda.synchronize()
-    for w, some in zip(want, outs, strict=True):
-        assert all(torch.equal(out, w) for out in some)
+    check_on_two_streams(both, ints([70_000] * 16), 512, 50)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kits.oracles import Ranking, check_selection
-from kits.topk_device import DEVICE, draw, ints, run
+from kits.topk_device import DEVICE, check_on_two_streams, draw, ints, run
 
 from dsv4_plugin import topk
 from dsv4_plugin.cli.checks.topk_cases import DTYPES, ROW_EDGES
@@ -88,18 +88,7 @@ def test_two_streams():
 def test_one_call_on_two_streams():
     """The same shape on two streams at once: there is no state that calls share."""
     both = [draw("normal", 16, 100_000, "bfloat16", seed=i) for i in (0, 1)]
-    lengths = ints([100_000] * 16)
-    want = [run(x, lengths, 512) for x in both]
-    streams = [torch.cuda.Stream() for _ in both]
-    outs = [[torch.empty_like(want[0]) for _ in range(100)] for _ in both]
-    torch.cuda.synchronize()
-    for i in range(100):
-        for stream, x, out in zip(streams, both, outs, strict=True):
-            with torch.cuda.stream(stream):
-                run(x, lengths, 512, out=out[i])
-    torch.cuda.synchronize()
-    for w, some in zip(want, outs, strict=True):
-        assert torch.equal(torch.stack(some), w.expand(100, *w.shape))
+    check_on_two_streams(both, ints([100_000] * 16), 512, 100)
 
 
 @pytest.mark.parametrize("columns", [8192, 50_000])

@@ -47,7 +47,7 @@ def test_what_nothing_imports_is_seen(tmp_path: Path) -> None:
     package = tmp_path / "dsv4_plugin" / "sub"
     package.mkdir(parents=True)
     for name, text in {
-        "../__init__.py": "LAZY = {'late': 'dsv4_plugin.late'}", "../late.py": "",
+        "../__init__.py": "LAZY = {'late': 'dsv4_plugin.late:function'}", "../late.py": "",
         "../main.py": "def f():\n    from dsv4_plugin.sub import a", "../alone.py": "",
         "__init__.py": "", "a.py": "import dsv4_plugin.sub.b", "b.py": "", "c.py": "",
     }.items():  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from kits.host_tensors import ARENA, PAGE, Decode, Prefill, in_row, key_values, 
 from kits.tokenspeed_host import STANDS_IN, STANDS_IN_ON_GPU, Engine
 
 import dsv4_plugin
+from benchmarks.engines.forward import tokenspeed_v41
 from benchmarks.engines.forward.parts import (
     ForwardSide,
     agreement,
@@ -35,6 +36,7 @@ DECODE = {"cuda": [(1, 8192), (8, 65_536)], "cpu": [(2, 700)]}
 PREFILL = {"cuda": [(512, 8192)], "cpu": [(4, 1400)]}
 READ = {"cuda": 1024, "cpu": 40}
 SCALE = 0.1
+OWN = ("bf16 own",)  # V4.1 is served on the plugin's own logits
 
 
 class Side(ForwardSide):
@@ -46,6 +48,7 @@ class Side(ForwardSide):
         self.engine = Engine(self.device)
         self.decode = arguments.shapes or DECODE[self.device]
         self.prefill = arguments.prefill or PREFILL[self.device]
+        self.v41 = tokenspeed_v41.Layers(self.engine, arguments)
         self.off: dict[str, torch.Tensor] = {}
         self.own_read: Any = None
         self._seams: Row = {}
@@ -70,6 +73,13 @@ class Side(ForwardSide):
 
     def parts(self) -> Iterator[Part]:
         """Give all parts in their order."""
+        if "v41" in self.arguments.model:
+            for name, run in self.v41.cells():
+                yield from self._beside(name, run, OWN)
+        if "v4" in self.arguments.model:
+            yield from self._v4()
+
+    def _v4(self) -> Iterator[Part]:
         made: dict[str, Callable[[str], list[Row]]] = {}
         for k in self.arguments.k:
             for rows, columns in self.decode:
@@ -80,15 +90,21 @@ class Side(ForwardSide):
                 name = f"prefill {rows}x{columns} k{k}"
                 made[name] = functools.partial(self._prefill, name, rows, columns, k)
         for name, run in made.items():
-            if self.device == "cuda":  # its Triton kernels take tensors on a GPU only
-                yield Part(f"{name} {OFF}", functools.partial(run, OFF))
-            yield Part(f"load the plugin for {name}", self._load)
-            for variant in VARIANTS:
-                yield Part(f"{name} {variant}", functools.partial(self._with, variant, run))
-            yield Part(f"take the plugin out after {name}", self._take_out)
+            yield from self._beside(name, run, tuple(VARIANTS))
         yield Part(f"read {OFF}", functools.partial(self._read, OFF))
         yield Part("load the plugin for read", self._load)
         yield Part("read on", functools.partial(self._read, "on"))
+
+    def _beside(
+        self, name: str, run: Callable[[str], list[Row]], variants: Sequence[str]
+    ) -> Iterator[Part]:
+        """Give one call without the plugin and in its variants."""
+        if self.device == "cuda":  # its Triton kernels take tensors on a GPU only
+            yield Part(f"{name} {OFF}", functools.partial(run, OFF))
+        yield Part(f"load the plugin for {name}", self._load)
+        for variant in variants:
+            yield Part(f"{name} {variant}", functools.partial(self._with, variant, run))
+        yield Part(f"take the plugin out after {name}", self._take_out)
 
     def _plugin(self) -> list[str]:
         return sorted(n for n in self.engine.registry._by_name if n.startswith("dsv4_plugin"))
@@ -99,7 +115,7 @@ class Side(ForwardSide):
         before = self._plugin()
         self.engine.load_runtime_plugins()
         new = self._plugin()
-        return [{"part": "load the plugin", "variant": "on", "right": not before and len(new) == 4,
+        return [{"part": "load the plugin", "variant": "on", "right": not before and len(new) == 5,
                  "kernel": ", ".join(new)}]  # fmt: skip
 
     def _take_out(self) -> list[Row]:

@@ -10,6 +10,6 @@ OFF = "off"
 VARIANTS: dict[str, dict[str, str]] = {
     "fp32": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "engine"},
     "bf16": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "engine"},
-    "fp32 own": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "plugin"},
-    "bf16 own": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "plugin"},
+    "fp32 plugin": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "plugin"},
+    "bf16 plugin": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "plugin"},
 }

@@ -18,7 +18,7 @@ import torch
 
 import dsv4_plugin as ops
 from dsv4_plugin.cli.bench.cells import Row
-from dsv4_plugin.cli.bench.topk.check import Reference
+from dsv4_plugin.cli.bench.topk.check import judge
 from dsv4_plugin.cli.checks.topk_cases import Problem
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.decision import Decision, Selection
@@ -98,7 +98,7 @@ def backend_for(device: str) -> str:
 def named(topk: Selection) -> str:
     """Name a run of the plugin: the scores' dtype, and who writes them where that is a choice."""
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[topk.dtype]
-    return f"dsv4 {dtype}{' own logits' if topk.logits == 'plugin' else ''}"
+    return f"dsv4 {dtype}{' plugin logits' if topk.logits == 'plugin' else ''}"
 
 
 @contextlib.contextmanager
@@ -139,13 +139,12 @@ class Scores:
         """Judge row-local indices by the scores that were noted."""
         if self.problem is None:
             return {"exact": False, "why": "no scores were seen"}
-        k = local.shape[1]
-        return verdict(Reference(self.problem, k), local, ties=True)
+        return verdict(self.problem, local, ties=True)
 
 
-def verdict(reference: Reference, local: torch.Tensor, *, ties: bool) -> Row:
+def verdict(problem: Problem, local: torch.Tensor, *, ties: bool) -> Row:
     """Return what a results row says of an answer."""
-    found = reference.judge(local, local.shape[1], ties=ties)
+    found = judge(problem, local, ties=ties)
     row: Row = {"exact": found.exact}
     if ties:
         row["lowest_index"] = found.ties

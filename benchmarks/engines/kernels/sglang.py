@@ -14,7 +14,6 @@ from kits.host_tensors import PAGE, deep_gemm_buffer, in_row, page_table
 from benchmarks.engines.kernels.cells import Run, Task, backend_for, named, shapes_of, verdict
 from dsv4_plugin.cli.bench.cells import DIRTY, Row
 from dsv4_plugin.cli.bench.peers import Peers
-from dsv4_plugin.cli.bench.topk.check import Reference
 from dsv4_plugin.cli.checks.inputs import poison_tail, scores
 from dsv4_plugin.cli.checks.topk_cases import Problem
 from dsv4_plugin.cli.shared.choices import SGLANG_CALLS
@@ -56,7 +55,7 @@ def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
         buffer.copy_(made)
         poison_tail(buffer, lengths)
     del made
-    references = {n: Reference(Problem(logits[n].nan_to_num(0.0), lengths), k) for n in DTYPES}
+    problems = {name: Problem(logits[name], lengths) for name in DTYPES}
     # Each run has outputs of its own: the pool slots, and the raw indices where the call has them.
     runs = []
 
@@ -71,7 +70,7 @@ def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
 
         def judge() -> Row:
             local = in_row(out[0], table)
-            row = verdict(references[dtype], local, ties=plugin)
+            row = verdict(problems[dtype], local, ties=plugin)
             if raw is not None and not torch.equal(raw, local):
                 row |= {"exact": False, "why": "slots and raw indices differ"}
             return row

@@ -246,8 +246,9 @@ class _Plan:
         command = split(a.server_command or "", "--server-command")
         own = split(getattr(a, f"args_{side.lower()}"), f"--args-{side.lower()}")
         return server_command(
-            command or self.engine.serve(a.python, a.model), [*more, *own], a.host, self.ports[side]
-        )
+            command or [a.python, *self.engine.server, a.model], [*more, *own], a.host,
+            self.ports[side],
+        )  # fmt: skip
 
     def url(self, side: str) -> str:
         """Return where a side answers."""

@@ -5,20 +5,19 @@ An A/B in which B ran upstream's code as well would measure noise and call it a 
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dsv4_plugin.cli.ab import Refused
 from dsv4_plugin.cli.ab.servers import Server
-from dsv4_plugin.processes import alive
+from dsv4_plugin.cli.shared import statuses
 
 __all__ = ["Evidence", "judge", "look"]
 
 # What the adapters log (engines/shared/adapter.py, tokenspeed/readers.py).
 _ACTIVE = re.compile(r"dsv4 active in ")
-_OURS = re.compile(r"\bdsv4\b", re.IGNORECASE)
+_OF_PLUGIN = re.compile(r"\bdsv4\b", re.IGNORECASE)
 SHOWN = 5  # lines of the log in an error
 
 
@@ -34,16 +33,12 @@ class Evidence:
     @property
     def engaged(self) -> list[dict[str, Any]]:
         """The processes in which a call was served by the plugin."""
-        return [p for p in self.processes if any(_served(p).values())]
+        return [p for p in self.processes if statuses.served(p)]
 
     @property
     def failures(self) -> list[str]:
         """What was switched off after an error."""
-        return [
-            f"process {p.get('pid')}: {part} {why}"
-            for p in self.processes
-            for part, why in p.get("failures", {}).items()
-        ]
+        return statuses.failures(self.processes)
 
     def summary(self) -> str:
         """Say in one line what was found."""
@@ -63,10 +58,10 @@ class Evidence:
         found = []
         for p in self.engaged:
             counters = p["counters"]
-            for name in _served(p):
+            for name in statuses.served(p):
                 if counters.get(f"{name}.upstream", 0):
                     found.append(f"some calls of {name} went to the engine's own code")
-            asked = {"logits.plugin", "logits.bf16"} & set(_served(p))
+            asked = {"logits.plugin", "logits.bf16"} & set(statuses.served(p))
             if asked and counters.get("logits.upstream"):
                 found.append("some logits were the engine's, in float32")
         return list(dict.fromkeys(found))
@@ -76,45 +71,21 @@ class Evidence:
         return {**asdict(self), "summary": self.summary()}
 
 
-def _served(process: dict[str, Any]) -> dict[str, int]:
-    counters = process.get("counters", {})
-    return {n: c for n, c in counters.items() if c > 0 and not n.endswith(".upstream")}
-
-
 def look(server: Server) -> Evidence:
     """Collect what there is about a server."""
     evidence = Evidence()
     if server.status is not None:
         evidence.looked_at.append("status files")
-        for file in sorted(server.status.glob("*.json")):
-            try:
-                data = json.loads(file.read_text())
-            except (OSError, ValueError, RecursionError):
-                continue
-            if isinstance(data, dict) and isinstance(data.get("counters"), dict) and alive(data):
-                evidence.processes.append(_sound(data))
+        evidence.processes = statuses.of_folder(server.status)
     if server.log is not None and server.log.is_file():
         evidence.looked_at.append("log")
         with server.log.open(errors="replace") as lines:
             for line in lines:
-                if not _OURS.search(line):
+                if not _OF_PLUGIN.search(line):
                     continue
                 told = server.secrets.text(line.strip())[:500]
                 (evidence.lines if _ACTIVE.search(line) else evidence.said).append(told)
     return evidence
-
-
-def _sound(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a status with counters that are numbers and failures that have names."""
-    failures = data.get("failures") or {}
-    return {
-        **data,
-        "counters": {
-            str(name): n for name, n in data["counters"].items()
-            if isinstance(n, int) and not isinstance(n, bool)
-        },
-        "failures": failures if isinstance(failures, dict) else {"a part": str(failures)},
-    }  # fmt: skip
 
 
 def judge(

@@ -14,14 +14,8 @@ from dsv4_plugin.cli.shared import numbers
 from dsv4_plugin.cli.shared.run import UsageError
 
 __all__ = [
-    "ENGINES",
-    "Engine",
-    "Workload",
-    "client_command",
-    "load_result",
-    "server_command",
-    "split",
-]
+    "ENGINES", "Engine", "Workload", "client_command", "load_result", "server_command", "split",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,14 +59,10 @@ class Engine:
 
     distribution: str
     port: int
-    serve: Callable[[str, str], list[str]]  # python, model
+    server: tuple[str, ...]  # python's arguments, before the model
     client: tuple[str, ...]  # python's arguments
     flags: Callable[[str, str | None, Workload, int, Path], list[str]]
     read: Callable[[Path], Any]
-
-
-def _vllm_serve(python: str, model: str) -> list[str]:
-    return [python, "-m", "vllm.entrypoints.cli.main", "serve", model]
 
 
 def _vllm_flags(url: str, model: str | None, load: Workload, seed: int, result: Path) -> list[str]:
@@ -85,10 +75,6 @@ def _vllm_flags(url: str, model: str | None, load: Workload, seed: int, result: 
         "--metric-percentiles", "99", "--disable-tqdm", "--save-result", "--save-detailed",
         "--result-dir", str(result.parent), "--result-filename", result.name,
     ]  # fmt: skip
-
-
-def _sglang_serve(python: str, model: str) -> list[str]:
-    return [python, "-m", "sglang.launch_server", "--model-path", model]
 
 
 def _sglang_flags(
@@ -116,11 +102,12 @@ def _last_line(file: Path) -> Any:
 
 ENGINES: Mapping[str, Engine] = {
     "vllm": Engine(
-        "vllm", 8000, _vllm_serve, ("-m", "vllm.entrypoints.cli.main", "bench", "serve"),
-        _vllm_flags, _one,
+        "vllm", 8000, ("-m", "vllm.entrypoints.cli.main", "serve"),
+        ("-m", "vllm.entrypoints.cli.main", "bench", "serve"), _vllm_flags, _one,
     ),
     "sglang": Engine(
-        "sglang", 30000, _sglang_serve, ("-m", "sglang.bench_serving"), _sglang_flags, _last_line
+        "sglang", 30000, ("-m", "sglang.launch_server", "--model-path"),
+        ("-m", "sglang.bench_serving"), _sglang_flags, _last_line,
     ),
 }  # fmt: skip
 
@@ -159,7 +146,7 @@ def client_command(
     engine: Engine, command: Sequence[str], more: Sequence[str], url: str, model: str | None,
     load: Workload, seed: int, result: Path,
 ) -> list[str]:  # fmt: skip
-    """Return the command of a client; one that names ``{result}`` gets no options of ours."""
+    """Return the command of a client; one that names ``{result}`` gets no more options."""
     whole = list(command)
     if not any("{result}" in part for part in whole):
         whole += engine.flags(url, model, load, seed, result)

@@ -16,11 +16,12 @@ from pathlib import Path
 from dsv4_plugin.cli.ab import AbError
 from dsv4_plugin.cli.ab.console import Console
 
-__all__ = ["Process", "tail"]
+__all__ = ["PATIENCE", "Patience", "Process", "tail"]
 
 LINES = 30  # of a log, in an error
 # How long each signal has to work. An engine that is told to end frees its GPU memory itself.
-PATIENCE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0))
+Patience = tuple[tuple[signal.Signals, float], ...]
+PATIENCE: Patience = ((signal.SIGINT, 20.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0))
 
 
 class Process:
@@ -28,7 +29,7 @@ class Process:
 
     def __init__(
         self, name: str, command: Sequence[str], environ: Mapping[str, str], log: Path,
-        console: Console, mark: str | None = None,
+        console: Console, mark: str | None = None, cwd: Path | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.command = list(command)
@@ -41,6 +42,7 @@ class Process:
                 self._popen = subprocess.Popen(
                     self.command,
                     env=dict(environ),
+                    cwd=cwd,
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
@@ -100,18 +102,20 @@ class Process:
         except (OSError, ValueError):
             return False
 
-    def stop(self) -> None:
+    def stop(self, patience: Patience | None = None) -> None:
         """End it and whatever it started: SIGINT, then SIGTERM, then SIGKILL.
+
+        ``patience``: each signal, and the seconds it has to work (default: ``PATIENCE``).
 
         Raises:
             AbError: something of it is alive after SIGKILL.
         """
-        for number, seconds in PATIENCE:
+        for number, seconds in patience or PATIENCE:
             if self._console.urgent and number != signal.SIGKILL:
                 continue
             left = self.living()
             for pid in left:
-                with contextlib.suppress(OSError):  # gone, or not ours to end
+                with contextlib.suppress(OSError):  # gone, or another user's
                     os.kill(pid, number)
             end = time.monotonic() + seconds
             while left and time.monotonic() < end:

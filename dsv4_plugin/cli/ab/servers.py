@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import http.client
 import json
 import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from dsv4_plugin.cli.ab import AbError
 from dsv4_plugin.cli.ab.console import Console
-from dsv4_plugin.cli.ab.processes import Process
+from dsv4_plugin.cli.ab.processes import Patience, Process
+from dsv4_plugin.cli.shared.requests import ask
 
 __all__ = ["Server", "free_port", "version"]
 
 POLL_S = 0.5
 SAY_EVERY_S = 15.0
-ANSWER_S = 5.0  # how long a server may take for an answer
 PORT_S = 2.0  # how long a port may be held by what has just ended
 
 
@@ -48,38 +44,13 @@ def free_port(host: str, port: int, console: Console, patience: float = 0.0) -> 
         console.pause(POLL_S)
 
 
-def _get(url: str, path: str, most: int = 0) -> tuple[int, str, bytes]:
-    """Ask for a path: the status, in words what came, and up to ``most`` bytes of the body.
-
-    The status is 0 where nothing came that is HTTP. Proxies are for other machines.
-    """
-    at = urlsplit(url)
-    user, _, place = at.netloc.rpartition("@")
-    whole = at._replace(netloc=place, path=at.path.rstrip("/") + path).geturl()
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        request = urllib.request.Request(whole)
-        if user:
-            word = base64.b64encode(unquote(user).encode()).decode()
-            request.add_header("Authorization", f"Basic {word}")
-        with opener.open(request, timeout=ANSWER_S) as answer:
-            return answer.status, f"HTTP {answer.status}", answer.read(most) if most else b""
-    except urllib.error.HTTPError as error:
-        return error.code, f"HTTP {error.code}", b""
-    except http.client.HTTPException as error:  # another protocol, or half of an answer
-        return 0, f"no answer that is HTTP: {type(error).__name__}: {str(error)!r:.100}", b""
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        return 0, f"no answer: {reason!s:.100}", b""
-
-
 def version(url: str) -> str | None:
     """Return the version that a server says it is of, or None."""
     for path in ("/version", "/server_info", "/get_server_info"):
-        status, _, body = _get(url, path, most=1 << 20)
-        if status == 200:
+        reply = ask(url, path, most=1 << 20)
+        if reply.status == 200:
             try:
-                found = json.loads(body).get("version")
+                found = json.loads(reply.body).get("version")
             except (ValueError, AttributeError, RecursionError):
                 continue
             if isinstance(found, str):
@@ -90,13 +61,15 @@ def version(url: str) -> str | None:
 class Server:
     """Answers at ``url``. Started here if ``command`` is given, else somebody else's.
 
-    ``status`` is the folder of ``DSV4_STATUS_DIR`` and ``log`` the log, where they are known.
+    ``status`` is the folder of ``DSV4_STATUS_DIR`` and ``log`` the log, where they are known;
+    ``cwd`` is where the command runs.
     """
 
     def __init__(
         self, name: str, url: str, console: Console, *, health: str = "/health",
         command: Sequence[str] = (), environ: Mapping[str, str] | None = None,
-        log: Path | None = None, status: Path | None = None,
+        log: Path | None = None, status: Path | None = None, cwd: Path | None = None,
+        patience: Patience | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.url = url.rstrip("/")
@@ -108,48 +81,74 @@ class Server:
         self._health = health
         self._command = list(command)
         self._environ = environ
+        self._cwd = cwd
+        self._patience = patience
+        self._began = 0.0
 
     def start(self, timeout: float) -> float:
-        """Start it, if it is ours to start, and wait until it is healthy; returns the seconds.
+        """Start it, if it has a command, and wait until it is healthy; returns the seconds.
 
         Raises:
             AbError: the port is taken, it ended, or it is not healthy in time.
         """
-        began = time.monotonic()
+        self.begin()
+        return self.wait(timeout)
+
+    def begin(self) -> None:
+        """Start it, if it is ours to start; :meth:`wait` says when it serves.
+
+        Raises:
+            AbError: the port is taken, or there is no such program.
+        """
+        self._began = time.monotonic()
         if self._command:
             assert self.log is not None and self._environ is not None
             at = urlsplit(self.url)
             free_port(at.hostname or "", at.port or 0, self._console, PORT_S)
             mark = f"DSV4_STATUS_DIR={self._environ['DSV4_STATUS_DIR']}"
             self.process = Process(
-                f"server {self.name}", self._command, self._environ, self.log, self._console, mark
-            )
-        said = began
+                f"server {self.name}", self._command, self._environ, self.log, self._console, mark,
+                self._cwd,
+            )  # fmt: skip
+
+    def wait(self, timeout: float) -> float:
+        """Wait until it is healthy; returns the seconds since :meth:`begin`.
+
+        Raises:
+            AbError: it ended, or is not healthy ``timeout`` seconds after :meth:`begin`.
+        """
+        said = 0.0
         while True:
             self.check()
-            status, answer, _ = _get(self.url, self._health)
-            now = time.monotonic()
-            if status == 200:
+            reply = ask(self.url, self._health, most=0)
+            seconds = time.monotonic() - self._began
+            if reply.status == 200:
                 self.check()  # it is this one that answered
-                return now - began
-            if now - began > timeout:
-                last = f"; its last line: {self.process.last_line()}" if self.process else ""
+                return seconds
+            if seconds > timeout:
                 raise AbError(
                     f"server {self.name} is not healthy after {timeout:g} s "
-                    f"({answer} at {self.url}{self._health}){last}"
+                    f"({reply.said} at {self.url}{self._health}){self._last('; its last line: ')}"
                 )
-            if now - said > SAY_EVERY_S:
-                said = now
-                last = f": {self.process.last_line()}" if self.process else ""
-                self._console.say(f"{self.name}: waiting for /health, {now - began:.0f} s{last}")
+            if seconds - said > SAY_EVERY_S:
+                said = seconds
+                waits = f"{self.name}: waiting for {self._health}, {seconds:.0f} s"
+                self._console.say(f"{waits}{self._last(': ')}")
             self._console.pause(POLL_S)
 
+    def _last(self, before: str) -> str:
+        return before + self.process.last_line() if self.process else ""
+
+    def healthy(self) -> bool:
+        """Whether it answers that it is."""
+        return ask(self.url, self._health, most=0).status == 200
+
     def check(self) -> None:
-        """Raise :class:`AbError` if it is ours and has ended."""
+        """Raise :class:`AbError` if it was started here and has ended."""
         if self.process is not None and self.process.ended() is not None:
             raise self.process.died("without being asked to")
 
     def stop(self) -> None:
         """Stop it, if it was started here."""
         if self.process is not None:
-            self.process.stop()
+            self.process.stop(self._patience)

@@ -82,8 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if what != "read":
             grid(one)
             one.add_argument(
-                "--dtype", nargs="+", help="of the scores (default: bfloat16 float32)"
-                f"{'; narrow is float32 read as bfloat16' if what == 'topk' else ''}",
+                "--dtype", nargs="+", help="of the scores (default: bfloat16 float32)",
                 choices=tuple(choices.TOPK_DTYPES) if what == "topk" else choices.LOGITS_DTYPES,
             )  # fmt: skip
             timing(one)

@@ -12,7 +12,7 @@ import torch
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache
 from dsv4_plugin.cli import plots
 from dsv4_plugin.cli.bench.floor import copy_rate
-from dsv4_plugin.cli.bench.upstream import ENGINES
+from dsv4_plugin.cli.bench.upstream import kernels
 from dsv4_plugin.cli.checks.inputs import fp8_cache
 from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.checks.timing import time_graph
@@ -52,7 +52,7 @@ def bench_read(
 
     ``rows`` grows as it goes, and ``saved`` is called after each figure.
     """
-    peers = {name: call for e in engines for name, call in ENGINES[e].kernels("gather").items()}
+    peers = {name: call for e in engines for name, call in kernels(e, "gather").items()}
     for name, why in peers.items():
         if isinstance(why, str):
             progress(f"{name} is not compared: {why}")

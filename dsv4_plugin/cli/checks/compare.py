@@ -11,16 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
-    "PLUGIN",
-    "Cell",
-    "Ratio",
-    "best_peers",
-    "chain_name",
-    "geomean",
-    "ratios",
-    "right",
-    "sound",
-]
+    "PLUGIN", "Cell", "Ratio", "best_peers", "chain_name", "geomean", "ratios", "right", "sound",
+]  # fmt: skip
 
 PLUGIN = "dsv4"  # how the plugin's implementation is named in results
 

@@ -7,11 +7,11 @@ Shares no code with the package. Beside a score there is its *magnitude*
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any
 
 import torch
+
+from dsv4_plugin.cli.checks.oracles import table
 
 __all__ = ["TOLERANCE", "codes", "outside", "paged", "ragged", "scores", "wide"]
 
@@ -33,23 +33,9 @@ _FP4_DOT, _FP4_SUM = 2.0**-20, 2.0**-19
 _CHUNK = 1 << 22  # dot products made at a time: 32 MiB of float64
 
 
-def _e4m3(byte: int) -> float:
-    sign, exponent, mantissa = byte >> 7, (byte >> 3) & 15, byte & 7
-    if exponent == 15 and mantissa == 7:
-        return math.nan
-    size = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
-    return -size if sign else size
-
-
-@functools.cache
-def _values(device: torch.device) -> torch.Tensor:
-    table = [_e4m3(byte) for byte in range(256)]
-    return torch.tensor(table, dtype=torch.float64, device=device)
-
-
 def wide(x: torch.Tensor) -> torch.Tensor:
     """Turn e4m3 bytes into float64."""
-    return _values(x.device)[x.contiguous().view(torch.uint8).int()]
+    return table("e4m3", x.device)[x.contiguous().view(torch.uint8).int()]
 
 
 def codes(shape: tuple[int, ...], kind: str, g: torch.Generator) -> torch.Tensor:
@@ -62,7 +48,7 @@ def codes(shape: tuple[int, ...], kind: str, g: torch.Generator) -> torch.Tensor
         size = torch.exp2(torch.randint(-20, 20, shape, **some))
         return (torch.randn(shape, **some) * size).bfloat16()
     if kind == "fp4":
-        value = _e2m1(g.device)[torch.randint(0, 16, shape, **some)].unflatten(-1, (-1, 32))
+        value = table("e2m1", g.device)[torch.randint(0, 16, shape, **some)].unflatten(-1, (-1, 32))
         scale = torch.exp2(torch.randint(-2, 2, (*value.shape[:-1], 1), **some))
         return (value * scale).flatten(-2).bfloat16()
     if kind == "normal":
@@ -70,12 +56,6 @@ def codes(shape: tuple[int, ...], kind: str, g: torch.Generator) -> torch.Tensor
         return drawn.clamp(-448, 448).to(torch.float8_e4m3fn)
     drawn = torch.randint(0, 254, shape, generator=g, device=g.device)
     return (drawn + (drawn >= 0x7F)).to(torch.uint8).view(torch.float8_e4m3fn)
-
-
-@functools.cache
-def _e2m1(device: torch.device) -> torch.Tensor:
-    sizes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    return torch.tensor(sizes + [-x for x in sizes], dtype=torch.float64, device=device)
 
 
 def _fp4_scores(
@@ -87,8 +67,8 @@ def _fp4_scores(
     """
     heads = q.shape[1:3]
     nibbles = torch.stack((packed % 16, packed // 16), -1).flatten(-2).long()
-    size = torch.exp2(scale.double() - 127).masked_fill(scale == 255, math.nan)
-    keys = _e2m1(q.device)[nibbles].unflatten(-1, (-1, 32)) * size[..., None]
+    size = table("ue8m0", q.device)[scale.long()]
+    keys = table("e2m1", q.device)[nibbles].unflatten(-1, (-1, 32)) * size[..., None]
     a, b = q.double().flatten(1, 2), keys.flatten(-2).transpose(1, 2)
     dot, error = torch.bmm(a, b), torch.bmm(a.abs(), b.abs()) * _FP4_DOT
     w = weights.double()[..., None]

@@ -13,15 +13,9 @@ from collections.abc import Iterable
 import torch
 
 __all__ = [
-    "Ranking",
-    "Wrong",
-    "check_selection",
-    "faults",
-    "fp8_keys",
-    "mxfp4_keys",
-    "same_bits",
-    "slots_of",
-]
+    "RULES", "TIES", "Ranking", "Wrong", "check_selection", "faults", "fp8_keys", "mxfp4_keys",
+    "same_bits", "slots_of", "table",
+]  # fmt: skip
 
 _CHUNK = 1 << 24  # scores looked at in one step: 128 MiB of float64
 
@@ -61,6 +55,7 @@ RULES = (
     "the order is not by value, then index",
     "the columns do not ascend, with -1 after them",
 )
+TIES = 4  # the rule of ties; those before it are of the set
 
 
 def faults(
@@ -267,9 +262,11 @@ _E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 @functools.cache
-def _table(name: str, device: torch.device) -> torch.Tensor:
+def table(name: str, device: torch.device) -> torch.Tensor:
+    """Return what the codes of a format stand for, in float64: ``e4m3``, ``e2m1``, ``ue8m0``."""
     if name == "e4m3":
-        return torch.tensor([_e4m3(byte) for byte in range(256)], device=device)
+        values = [_e4m3(byte) for byte in range(256)]
+        return torch.tensor(values, dtype=torch.float64, device=device)
     if name == "e2m1":
         return torch.tensor([*_E2M1, *(-x for x in _E2M1)], dtype=torch.float64, device=device)
     scales = [2.0 ** (byte - 127) for byte in range(255)] + [float("nan")]
@@ -294,7 +291,7 @@ def fp8_keys(
     quad = _bytes_at(cache, page, block_size * head_dim + position * 4, 4)
     word = quad[:, 0] | quad[:, 1] << 8 | quad[:, 2] << 16 | quad[:, 3] << 24
     scale = (word - ((word >> 31) << 32)).int().view(torch.float32)
-    return codes, scale, _table("e4m3", cache.device)[codes] * scale[:, None]
+    return codes, scale, table("e4m3", cache.device).float()[codes] * scale[:, None]
 
 
 def mxfp4_keys(
@@ -305,8 +302,8 @@ def mxfp4_keys(
     packed = _bytes_at(cache, page, position * row, row)
     codes = torch.stack((packed % 16, packed // 16), dim=2).reshape(len(packed), head_dim)
     scale = _bytes_at(cache, page, block_size * row + position * blocks, blocks)
-    numbers = _table("e2m1", cache.device)[codes]
-    return (numbers * _table("ue8m0", cache.device)[scale].repeat_interleave(32, 1)).float()
+    numbers = table("e2m1", cache.device)[codes]
+    return (numbers * table("ue8m0", cache.device)[scale].repeat_interleave(32, 1)).float()
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

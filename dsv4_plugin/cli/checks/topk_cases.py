@@ -8,7 +8,9 @@ kernel is one more entry in :data:`EDGES` or :data:`CAPACITIES`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -17,25 +19,10 @@ from dsv4_plugin.cli.shared.choices import KS, TOPK_DTYPES
 from dsv4_plugin.cli.shared.choices import TOPK_SUITES as SUITES
 
 __all__ = [
-    "ADVERSARIAL",
-    "ADVERSARIAL_SHAPES",
-    "CAPACITIES",
-    "COLUMNS",
-    "DTYPES",
-    "EDGES",
-    "GROUP_EDGES",
-    "KS",
-    "ODD_KS",
-    "PAGE_SIZE",
-    "ROWS",
-    "ROW_EDGES",
-    "SUITES",
-    "Case",
-    "Problem",
-    "plateau",
-    "short_lengths",
-    "suite",
-]
+    "ADVERSARIAL", "ADVERSARIAL_SHAPES", "CAPACITIES", "COLUMNS", "DTYPES", "EDGES", "GROUP_EDGES",
+    "KS", "ODD_KS", "PAGE_SIZE", "ROWS", "ROW_EDGES", "SUITES", "Case", "Problem", "plateau",
+    "short_lengths", "suite",
+]  # fmt: skip
 
 ROWS = (1, 8, 32, 64, 128)
 COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)
@@ -231,43 +218,19 @@ def plateau(
 # ---- The suites of the benchmark -----------------------------------------------------------------
 
 
-def _grid(
-    name: str, dtypes: Sequence[str], ks: Sequence[int], rows: Sequence[int], columns: Sequence[int]
-) -> Iterator[Case]:
-    for dtype in dtypes:
-        for r in rows:
-            for c in columns:
-                for k in ks:
-                    yield Case(name, dtype, k, r, c)
-
-
-def _narrow(dtypes: Sequence[str], ks: Sequence[int], rows: Sequence[int]) -> Iterator[Case]:
-    for dtype in dtypes:
-        for r in rows:
-            for width in (0, NARROW_WIDTH):
-                for k in ks:
-                    yield Case("narrow", dtype, k, r, NARROW_LENGTH, width=width)
-
-
-def _adversarial(
-    dtypes: Sequence[str], ks: Sequence[int], shapes: Sequence[tuple[int, int]]
-) -> Iterator[Case]:
-    for dtype in dtypes:
-        for r, c in shapes:
-            for kind in ("normal", *ADVERSARIAL):
-                for k in ks:
-                    yield Case("adversarial", dtype, k, r, c, kind=kind)
-
-
-def _prefill(
-    dtypes: Sequence[str], ks: Sequence[int], rows: Sequence[int], columns: Sequence[int]
-) -> Iterator[Case]:
-    for dtype in dtypes:
-        for r in rows:
-            for c in columns:
-                for windows in ("full", "causal"):
-                    for k in ks:
-                        yield Case("prefill", dtype, k, r, c, windows=windows)
+# suite → k, rows, columns, and what else makes cells of each of these
+_Suite = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[dict[str, Any]]]
+_USUAL: Sequence[dict[str, Any]] = ({},)
+_GRIDS: dict[str, _Suite] = {
+    "decode": (KS, ROWS, COLUMNS, _USUAL),
+    "served": (SERVED_KS, SERVED_ROWS, SERVED_COLUMNS, _USUAL),
+    "narrow": (KS, ROWS, (NARROW_LENGTH,), ({}, {"width": NARROW_WIDTH})),
+    "prefill": (
+        PREFILL_KS, PREFILL_ROWS, PREFILL_COLUMNS, ({"windows": "full"}, {"windows": "causal"})
+    ),
+    "paged": (KS, PAGED_ROWS, PAGED_COLUMNS, _USUAL),
+    "adversarial": ((512, 2048), (), (), [{"kind": kind} for kind in ("normal", *ADVERSARIAL)]),
+}  # fmt: skip
 
 
 def suite(
@@ -283,25 +246,19 @@ def suite(
     Arguments replace the suite's own lists; for ``adversarial``, whose shapes belong together,
     ``rows`` and ``columns`` choose among them.
     """
-    types = tuple(dtypes or ("bfloat16", "float32"))
-    if name == "decode":
-        return list(_grid(name, types, ks or KS, rows or ROWS, columns or COLUMNS))
-    if name == "served":
-        chosen = rows or SERVED_ROWS, columns or SERVED_COLUMNS
-        return list(_grid(name, types, ks or SERVED_KS, *chosen))
+    if name not in _GRIDS:
+        raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")
+    usual_ks, usual_rows, usual_columns, every = _GRIDS[name]
     if name == "narrow":
-        return list(_narrow(types, ks or KS, rows or ROWS))
+        columns = None  # its rows have one length
+    shapes: Iterable[tuple[int, int]] = itertools.product(
+        rows or usual_rows, columns or usual_columns
+    )
     if name == "adversarial":
         shapes = [
             (r, c)
             for r, c in ADVERSARIAL_SHAPES
             if (not rows or r in rows) and (not columns or c in columns)
         ]
-        return list(_adversarial(types, ks or (512, 2048), shapes))
-    if name == "prefill":
-        chosen = rows or PREFILL_ROWS, columns or PREFILL_COLUMNS
-        return list(_prefill(types, ks or PREFILL_KS, *chosen))
-    if name == "paged":
-        chosen = rows or PAGED_ROWS, columns or PAGED_COLUMNS
-        return list(_grid(name, types, ks or KS, *chosen))
-    raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")
+    cells = itertools.product(dtypes or ("bfloat16", "float32"), shapes, every, ks or usual_ks)
+    return [Case(name, dtype, k, r, c, **more) for dtype, (r, c), more, k in cells]

@@ -14,14 +14,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``dsv4-plugin doctor``."""
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     parser.add_argument(
-        "--hosts", nargs="*", metavar="RELEASE",
+        "--engines", nargs="*", metavar="RELEASE",
         help="the seams in releases that pip downloads: vllm==0.33.0, sglang (the newest), "
         "tokenspeed@FOLDER; none: the newest of each engine",
     )  # fmt: skip
     parser.add_argument(
         "--folder",
         type=outputs.folder,
-        help="with --hosts: keep there what was downloaded (default: nowhere)",
+        help="with --engines: keep there what was downloaded (default: nowhere)",
     )
 
 
@@ -33,10 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from dsv4_plugin.cli.doctor import report
 
-    if arguments.hosts is not None:
+    if arguments.engines is not None:
         if arguments.folder is not None:
             outputs.make_folder("--folder", arguments.folder)
-        return report.run_hosts(arguments.hosts, arguments.json, arguments.folder)
+        return report.run_engines(arguments.engines, arguments.json, arguments.folder)
     if arguments.folder is not None:
-        raise UsageError("--folder is for --hosts")
+        raise UsageError("--folder is for --engines")
     return report.run(as_json=arguments.json)

@@ -1,4 +1,4 @@
-"""``dsv4-plugin doctor --hosts``: the seams in releases that are not installed.
+"""``dsv4-plugin doctor --engines``: the seams in releases that are not installed.
 
 pip brings the wheels (nothing they depend on, nothing is built or run), their Python files are
 unpacked, and the probes of the adapters read them: no engine is imported or installed.
@@ -24,10 +24,7 @@ __all__ = ["ENGINES", "SpecError", "matrix", "probe", "render"]
 ENGINES = {
     "vllm": (("vllm",), "dsv4_plugin.engines.vllm.probe"),
     "sglang": (("sglang",), "dsv4_plugin.engines.sglang.probe"),
-    "tokenspeed": (
-        ("tokenspeed", "tokenspeed-kernel"),
-        "dsv4_plugin.engines.tokenspeed.probe",
-    ),
+    "tokenspeed": (("tokenspeed", "tokenspeed-kernel"), "dsv4_plugin.engines.tokenspeed.probe"),
 }
 _SPEC = re.compile(r"(?P<engine>[a-z]+)(==(?P<version>[\w.+!-]+)|@(?P<place>.+))?")
 
@@ -62,7 +59,7 @@ def matrix(
          "complete": False}
         for engine, version, place in wanted
     ]  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="dsv4-hosts-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="dsv4-engines-") as scratch:
         root = Path(scratch) if folder is None else folder
         for number, parts in enumerate(wanted):
             found[number] = _release(*parts, root) | {"complete": True}

@@ -23,7 +23,7 @@ from dsv4_plugin import envs
 from dsv4_plugin.cli.shared.run import UsageError, interruptible
 from dsv4_plugin.errors import SettingError
 
-__all__ = ["collect", "render", "run", "run_hosts"]
+__all__ = ["collect", "render", "run", "run_engines"]
 
 PACKAGES = {
     "torch": "torch",
@@ -52,7 +52,7 @@ WIDTH = 96
 Data = dict[str, Any]
 
 
-def run_hosts(specs: Sequence[str], as_json: bool = False, folder: Path | None = None) -> int:
+def run_engines(specs: Sequence[str], as_json: bool = False, folder: Path | None = None) -> int:
     """Print the seams of releases that are not installed; without ``specs`` the newest of each.
 
     Returns:
@@ -226,31 +226,21 @@ def _ops() -> Data:
     from dsv4_plugin.ops import dispatch as backends
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    half, single = torch.bfloat16, torch.float32
+    asked = {
+        ("topk",): (half, torch.float16, single),
+        ("read", "read_mxfp4", "gather"): (single, half),
+        # From the third on they are what DeepSeek-V4.1 has besides.
+        ("paged_logits", "ragged_logits", "block_maxima", "select_blocks", "candidate_logits",
+         "candidate_logits_ragged", "select_candidates", "candidate_select"): (half, single),
+        ("gather",): (torch.uint8,),  # the keys stay quantised, which is what engines ask for
+    }  # fmt: skip
     calls = [
-        backends.Call("topk", device, dtype, TOPK_K)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        backends.Call(op, device, dtype, TOPK_K if op == "topk" else 0)
+        for ops, dtypes in asked.items()
+        for op in ops
+        for dtype in dtypes
     ]
-    calls += [
-        backends.Call(op, device, dtype)
-        for op in ("read", "read_mxfp4", "gather")
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    calls += [
-        backends.Call(op, device, dtype)
-        for op in (
-            "paged_logits",
-            "ragged_logits",
-            # What DeepSeek-V4.1 has besides.
-            "block_maxima",
-            "select_blocks",
-            "candidate_logits",
-            "candidate_logits_ragged",
-            "select_candidates",
-        )
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
-    # The gather that keeps the keys quantised, which is what engines ask for.
-    calls.append(backends.Call("gather", device, torch.uint8))
     try:
         wish = envs.value("backend")
     except SettingError:

@@ -8,42 +8,46 @@ by :mod:`~dsv4_plugin.cli.checks.candidate_oracles`: the same bits, without a to
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from dsv4_plugin.cli.checks import candidate_oracles as oracle
-from dsv4_plugin.cli.checks.oracles import Wrong, same_bits
+from dsv4_plugin.cli.checks.oracles import same_bits, slots_of
 from dsv4_plugin.cli.fuzz.case import CaseError, flag, number, one_of
-from dsv4_plugin.cli.fuzz.logits import (
-    DTYPES,
-    LogitsCase,
-    PagedLogitsCase,
-    RaggedLogitsCase,
-    paged_case,
-    ragged_case,
-)
+from dsv4_plugin.cli.fuzz.logits import DTYPES, LogitsCase, PagedLogitsCase, RaggedLogitsCase
 from dsv4_plugin.cli.fuzz.logits_run import problem_of
-from dsv4_plugin.cli.fuzz.tensors import Parts, bits, dirty, raise_wrong, run_parts
-from dsv4_plugin.cli.fuzz.topk import smaller
+from dsv4_plugin.cli.fuzz.tensors import Parts, bits, check_form, dirty, raise_wrong, run_parts
 
 __all__ = [
-    "CHOSEN",
-    "BlockMaximaCase",
-    "CandidateLogitsCase",
-    "CandidateLogitsRaggedCase",
-    "candidates_of",
-    "draw_candidates",
-    "draw_maxima",
-    "draw_ragged",
-    "run",
-]
+    "BlockMaximaCase", "CandidateLogitsCase", "CandidateLogitsRaggedCase", "CandidateSelectCase",
+    "candidates_of", "chosen_field", "piece_field", "piece_of", "run",
+]  # fmt: skip
 
-CHOSEN = ("visible", "all", "any")
 _WILD = (-1, -7, -(1 << 31), (1 << 31) - 1, 1 << 28, 1 << 29)  # blocks of no row
-_PAGES = (64, 64, 32)
+
+
+def piece_field() -> Any:
+    """Declare the keys of a block."""
+    return number(8, 1, 64, "keys a block")
+
+
+def chosen_field() -> Any:
+    """Declare what candidates there are."""
+    return one_of(
+        ("visible", "all", "any"),
+        "some of the blocks that a row sees, its first ones, or any numbers",
+        draw=("visible", "visible", "all", "any"),
+        plain=("all", "visible"),
+    )
+
+
+def piece_of(r: random.Random, backend: str, backends: tuple[str, ...]) -> int:
+    """Draw the keys of a block: others than 8 where only the torch form need take them."""
+    odd = backend == "torch" or "cuda" not in backends
+    return r.choice((8, 8, 1, 3, 16)) if odd else 8
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class BlockMaximaCase(PagedLogitsCase):
     """One call of the block maxima, in which ``out`` counts blocks."""
 
     op: ClassVar[str] = "block_maxima"
-    piece: int = number(8, 1, 64, "keys a block")
+    piece: int = piece_field()
     scored: int = number(-1, -1, 1 << 24, "columns of logits; 0: all; -1: none is given")
 
     @property
@@ -65,19 +69,26 @@ class BlockMaximaCase(PagedLogitsCase):
         room = (self.out if self.out > 0 else self.out_columns) * self.piece
         return room if self.scored < 0 else min(room, self.scored or self.columns)
 
-    def _plainer(self, **more: Any) -> Iterator[Any]:
-        yield from super()._plainer(**more, scored=-1, piece=8)
+    blocks = (64, 64, 32)
+
+    @classmethod
+    def _draw(cls, r: random.Random, gpu: bool, backends: tuple[str, ...]) -> Any:
+        case = cls._some(r, gpu, backends)
+        case = case.but(piece=piece_of(r, case.backend, backends))
+        blocks, columns = case.out_columns, case.columns
+        return case.but(
+            out=r.choice((-1, 0, 0, 0, blocks + r.choice((1, 9)), r.randint(1, blocks))),
+            scored=r.choice((-1, -1, 0, 0, columns + r.choice((1, 64)), r.randint(1, columns))),
+        )
 
 
 @dataclass(frozen=True)
 class _Candidates(LogitsCase):
-    piece: int = number(8, 1, 64, "keys a block")
-    held: int = number(8, 1, 4096, "candidates a row")
-    chosen: str = one_of(
-        CHOSEN, "some of the blocks that a row sees, its first ones, or any numbers"
-    )
+    piece: int = piece_field()
+    held: int = number(8, 1, 4096, "candidates a row", plain=1)
+    chosen: str = chosen_field()
     counted: int = flag("out_lengths is given")
-    c_gap: int = number(0, 0, 4096, "elements between the candidates of two rows")
+    c_gap: int = number(0, 0, 4096, "elements between the candidates of two rows", (0, 0, 1, 3, 60))
 
     @property
     def out_columns(self) -> int:
@@ -95,10 +106,16 @@ class _Candidates(LogitsCase):
         if self.out > 0:
             raise CaseError(f"out must be 0 or -1, as wide as the candidates, got {self.out}")
 
-    def _plainer(self, **more: Any) -> Iterator[Any]:
-        yield from super()._plainer(**more, counted=0, c_gap=0, piece=8, chosen="visible")
-        for held in smaller(self.held):
-            yield self.but(held=held)
+    blocks = (64, 64, 32)
+
+    @classmethod
+    def _draw(cls, r: random.Random, gpu: bool, backends: tuple[str, ...]) -> Any:
+        case = cls._some(r, gpu, backends)
+        piece = piece_of(r, case.backend, backends)
+        most = 400_000 if gpu else 4000
+        held = r.choice((1, 2, 9, 64, 512, 2048) if gpu else (1, 2, 5, 9, 33))
+        held = max(1, min(held, most // (case.rows * piece)))
+        return case.but(piece=piece, held=held, out=r.choice((-1, 0, 0)))
 
 
 @dataclass(frozen=True)
@@ -109,55 +126,19 @@ class CandidateLogitsCase(_Candidates, PagedLogitsCase):
 
 
 @dataclass(frozen=True)
+class CandidateSelectCase(_Candidates, PagedLogitsCase):
+    """One call of the chain to indices, in which ``counted`` means out_counts."""
+
+    op: ClassVar[str] = "candidate_select"
+    k: int = number(512, 1, 2048, "k", (512, 512, 2048, 1, 7, 64), plain=1)
+    slots: int = flag("out_slots, by the block table")
+
+
+@dataclass(frozen=True)
 class CandidateLogitsRaggedCase(_Candidates, RaggedLogitsCase):
     """One call of the candidates' logits on gathered keys."""
 
     op: ClassVar[str] = "candidate_logits_ragged"
-
-
-# ---- Drawing -------------------------------------------------------------------------------------
-
-
-def _any_form(case: Any, backends: tuple[str, ...]) -> bool:
-    """Return whether the case may be one that only the torch form takes."""
-    return case.backend == "torch" or "cuda" not in backends
-
-
-def draw_maxima(seed: int, device: str, backends: tuple[str, ...]) -> BlockMaximaCase:
-    """Draw block maxima; on a GPU up to some 100 000 scores, elsewhere some thousand."""
-    r = random.Random(f"block_maxima {seed}")
-    case = paged_case(r, BlockMaximaCase, device, backends, _PAGES)
-    case = case.but(piece=r.choice((8, 8, 1, 3, 16)) if _any_form(case, backends) else 8)
-    blocks, columns = case.out_columns, case.columns
-    return case.but(
-        out=r.choice((-1, 0, 0, 0, blocks + r.choice((1, 9)), r.randint(1, blocks))),
-        scored=r.choice((-1, -1, 0, 0, columns + r.choice((1, 64)), r.randint(1, columns))),
-    )
-
-
-def _with_candidates(r: random.Random, case: Any, device: str, backends: tuple[str, ...]) -> Any:
-    piece = r.choice((8, 8, 1, 3, 16)) if _any_form(case, backends) else 8
-    most = 400_000 if device == "cuda" else 4000
-    held = r.choice((1, 2, 9, 64, 512, 2048) if device == "cuda" else (1, 2, 5, 9, 33))
-    held = max(1, min(held, most // (case.rows * piece)))
-    return case.but(
-        piece=piece, held=held, chosen=r.choice(("visible", "visible", "all", "any")),
-        counted=r.randint(0, 1), c_gap=r.choice((0, 0, 1, 3, 60)), out=r.choice((-1, 0, 0)),
-    )  # fmt: skip
-
-
-def draw_candidates(seed: int, device: str, backends: tuple[str, ...]) -> CandidateLogitsCase:
-    """Draw candidates' logits; on a GPU up to some 100 000 scores, elsewhere some thousand."""
-    r = random.Random(f"candidate_logits {seed}")
-    case = paged_case(r, CandidateLogitsCase, device, backends, _PAGES)
-    return _with_candidates(r, case, device, backends)
-
-
-def draw_ragged(seed: int, device: str, backends: tuple[str, ...]) -> CandidateLogitsRaggedCase:
-    """Draw candidates' logits on gathered keys, as many."""
-    r = random.Random(f"candidate_logits_ragged {seed}")
-    case = ragged_case(r, CandidateLogitsRaggedCase, device, backends)
-    return _with_candidates(r, case, device, backends)
 
 
 def candidates_of(case: Any, n: list[int], first: int, step: int) -> torch.Tensor:
@@ -186,7 +167,8 @@ def candidates_of(case: Any, n: list[int], first: int, step: int) -> torch.Tenso
 def run(case: Any, device: str, op: Callable[..., Any]) -> None:
     """Run a case with ``op`` and raise :class:`Wrong` for what is not as promised."""
     problem = problem_of(case, device)
-    run_parts(problem, (_maxima if isinstance(case, BlockMaximaCase) else _scored)(problem, op))
+    parts = {BlockMaximaCase: _maxima, CandidateSelectCase: _selected}.get(type(case), _scored)
+    run_parts(problem, parts(problem, op))
 
 
 def _dense(problem: Any, columns: int = 0) -> torch.Tensor:
@@ -238,48 +220,50 @@ def _maxima(problem: Any, op: Callable[..., Any]) -> Parts:
             backend=case.backend, **problem.keywords(),
         )  # fmt: skip
 
-    def clean() -> None:
-        if logits is not None:
-            dirty(logits)
-
-    def check(got: torch.Tensor, context: str) -> None:
-        if (tuple(got.shape), got.dtype) != ((rows, blocks), dtype):
-            raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
+    def check(got: torch.Tensor) -> None:
+        check_form(got, (rows, blocks), dtype)
         n = _keys_seen(problem)
         dense = _dense(problem, blocks * case.piece)  # a length may be past the block table
         want = oracle.maxima(dense, n, case.piece)
         some = min(blocks, want.shape[1])
         inside = _first(-(-n // case.piece), blocks)
         wrong = inside[:, :some] & ~same_bits(got[:, :some], want[:, :some])
-        raise_wrong(wrong, f"{context}the score of a block is not its keys'")
+        raise_wrong(wrong, "the score of a block is not its keys'")
         if out is not None:
-            _past(got, inside, f"{context}a score past a row's blocks was written")
+            _past(got, inside, "a score past a row's blocks was written")
         if logits is not None:
             some = min(logits.shape[1], case.columns)
             inside = _first(n, logits.shape[1])
             wrong = inside[:, :some] & ~same_bits(logits[:, :some], dense[:, :some])
-            raise_wrong(wrong, f"{context}a score is not that of all keys")
-            _past(logits, inside, f"{context}a score past a row's length was written")
+            raise_wrong(wrong, "a score is not that of all keys")
+            _past(logits, inside, "a score past a row's length was written")
 
-    return call, clean, check
+    return call, (logits,), check
+
+
+def _lists(problem: Any) -> torch.Tensor:
+    """Make the candidates, which are drawn anew with everything else."""
+    case = problem.case
+    chosen = problem.guarded(
+        "candidates", problem.rows, case.held, torch.int32, stride=case.held + case.c_gap
+    )
+
+    def draw(step: int) -> None:
+        n = _keys_seen(problem).tolist()
+        chosen.copy_(candidates_of(case, n, case.kept[0] * case.each, step))
+
+    problem.more = draw
+    problem.fill(0)
+    return chosen
 
 
 def _scored(problem: Any, op: Callable[..., Any]) -> Parts:
     case, rows = problem.case, problem.rows
     dtype, columns = DTYPES[case.dtype], case.out_columns
     out = problem.scratch()
-    chosen = problem.guarded(
-        "candidates", rows, case.held, torch.int32, stride=case.held + case.c_gap
-    )
     count = problem.vector("out_lengths", rows) if case.counted else None
     at = 4 if isinstance(case, RaggedLogitsCase) else 3  # where candidates stand
-
-    def draw(step: int) -> None:
-        n = _keys_seen(problem).tolist()
-        chosen.copy_(candidates_of(case, n, case.kept[0] * problem.next_n, step))
-
-    problem.more = draw
-    problem.fill(0)
+    chosen = _lists(problem)
 
     def call() -> torch.Tensor:
         given = problem.arguments()
@@ -288,23 +272,57 @@ def _scored(problem: Any, op: Callable[..., Any]) -> Parts:
             out_lengths=count, backend=case.backend, **problem.keywords(),
         )  # fmt: skip
 
-    def clean() -> None:
-        if count is not None:
-            dirty(count)
-
-    def check(got: torch.Tensor, context: str) -> None:
-        if (tuple(got.shape), got.dtype) != ((rows, columns), dtype):
-            raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
+    def check(got: torch.Tensor) -> None:
+        check_form(got, (rows, columns), dtype)
         n = _keys_seen(problem)
         wrong = ~same_bits(got, oracle.scores(_dense(problem), chosen, n, case.piece))
         if count is not None:
             if case.chosen == "any":  # no order, so no count: a number that fits is all
                 fits = (count >= 0) & (count <= columns)
-                raise_wrong(~fits[:, None], f"{context}out_lengths is no number of columns")
+                raise_wrong(~fits[:, None], "out_lengths is no number of columns")
                 return
             right = count.long() == oracle.visible(chosen, n, case.piece)
-            raise_wrong(~right[:, None], f"{context}out_lengths is not what the row sees")
+            raise_wrong(~right[:, None], "out_lengths is not what the row sees")
             wrong &= _first(count, columns)
-        raise_wrong(wrong, f"{context}a score is not that of all keys")
+        raise_wrong(wrong, "a score is not that of all keys")
 
-    return call, clean, check
+    return call, (count,), check
+
+
+def _selected(problem: Any, op: Callable[..., Any]) -> Parts:
+    case, rows, k = problem.case, problem.rows, problem.case.k
+
+    def indices(name: str) -> torch.Tensor:
+        return problem.output(name, rows, k, torch.int32, stride=k + case.gap)
+
+    out = indices("out") if case.out >= 0 or case.graph else None
+    slots = indices("out_slots") if case.slots else None
+    counts = problem.vector("out_counts", rows) if case.counted else None
+    chosen = _lists(problem)
+
+    def call() -> torch.Tensor:
+        given = problem.arguments()
+        return op(
+            *given[:3], chosen, *given[3:], k, piece=case.piece, dtype=DTYPES[case.dtype],
+            page_table=problem.table if case.slots else None, page_size=case.block, out=out,
+            out_slots=slots, out_counts=counts, backend=case.backend, **problem.keywords(),
+        )  # fmt: skip
+
+    def check(got: torch.Tensor) -> None:
+        check_form(got, (rows, k), torch.int32)
+        n = problem.per_row
+        if slots is not None:
+            want = slots_of(got, problem.table, case.block, problem.next_n)
+            raise_wrong(slots.ne(want), "a slot is not the page's")
+        if case.chosen == "any":
+            seen = (got == -1) | ((got >= 0) & (got < n[:, None]))
+            raise_wrong(~seen, "a position that the row does not see")
+            return
+        scored = oracle.scores(_dense(problem), chosen, _keys_seen(problem), case.piece)
+        want = oracle.selection(scored, chosen, n, k, case.piece)
+        raise_wrong(got.ne(want), "not what a stable sort selects")
+        if counts is not None:
+            right = counts.long() == oracle.visible(chosen, n, case.piece).clamp(max=k)
+            raise_wrong(~right[:, None], "out_counts is not what the row has")
+
+    return call, (slots, counts), check

@@ -14,7 +14,7 @@ from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.fuzz.case import CaseError, describe, parse
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.choices import FUZZED
-from dsv4_plugin.cli.shared.run import UsageError, interruptible, need_torch
+from dsv4_plugin.cli.shared.run import UsageError, device_of, interruptible
 from dsv4_plugin.errors import UnmetError
 
 if TYPE_CHECKING:
@@ -60,12 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: it cannot be run like this, or no case was tried.
     """
-    need_torch()
+    device = device_of(arguments.device)
     import torch
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("there is no CUDA device here; nothing was tried")
     if device == "cpu":  # Triton's kernels run on a CPU through its interpreter only
         os.environ.setdefault("TRITON_INTERPRET", "1")
         torch.set_num_threads(1)  # the tensors are small
@@ -123,9 +120,9 @@ def fields_text() -> str:
     from dsv4_plugin.cli.fuzz.engine import OPS
 
     lines = ["A case is op:field=value,... with the fields that are not at their default."]
-    for name, op in OPS.items():
+    for name, kind in OPS.items():
         lines += ["", f"{name}:"]
-        lines += [f"  {left:18s} {right}" for left, right in describe(op.kind)]
+        lines += [f"  {left:18s} {right}" for left, right in describe(kind)]
     return "\n".join(lines)
 
 
@@ -133,7 +130,7 @@ def _one(text: str, device: str) -> int:
     from dsv4_plugin.cli.fuzz.engine import OPS, run_case
 
     try:
-        case = parse(text, {name: op.kind for name, op in OPS.items()})
+        case = parse(text, OPS)
         failure = run_case(case, device)
     except (CaseError, UnmetError) as error:
         raise UsageError(str(error)) from error

@@ -8,68 +8,37 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Any
 
 import torch
 
 from dsv4_plugin.cli.checks.oracles import Wrong
-from dsv4_plugin.cli.fuzz import (
-    cache,
-    candidate_selections,
-    candidates,
-    logits,
-    logits_run,
-    topk,
-)
+from dsv4_plugin.cli.fuzz import cache, candidate_selections, candidates, logits, logits_run, topk
 from dsv4_plugin.cli.fuzz.case import Case, CaseError, function_of
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.ops.dispatch import Call, unmet
 
-__all__ = ["OPS", "Failure", "Op", "Report", "backends_here", "fuzz", "run_case", "shrink"]
+__all__ = ["OPS", "RUNS", "Failure", "Report", "backends_here", "fuzz", "run_case", "shrink"]
 
 
-@dataclass(frozen=True)
-class Op:
-    """How the cases of one op are drawn and run."""
-
-    kind: type[Case]
-    draw: Callable[[int, str, tuple[str, ...]], Case]  # (seed, device, backends)
-    run: Callable[[Any, str, Callable[..., Any]], None]  # (case, device, the function)
-    weight: int  # cases of it among those of all ops
-
-
-# A new op: its module beside these, and a line here.
-OPS: dict[str, Op] = {
-    "topk": Op(topk.TopkCase, topk.draw, topk.run, 7),
-    "read": Op(cache.ReadCase, cache.draw_read, cache.run, 1),
-    "read_mxfp4": Op(
-        cache.ReadMxfp4Case, partial(cache.draw_read, kind=cache.ReadMxfp4Case), cache.run, 1
-    ),
-    "gather": Op(cache.GatherCase, cache.draw_gather, cache.run, 1),
-    "paged_logits": Op(logits.PagedLogitsCase, logits.draw_paged, logits_run.run, 2),
-    "ragged_logits": Op(logits.RaggedLogitsCase, logits.draw_ragged, logits_run.run, 1),
-    "select": Op(logits.SelectCase, logits.draw_select, logits_run.run, 1),
-    "block_maxima": Op(candidates.BlockMaximaCase, candidates.draw_maxima, candidates.run, 1),
-    "select_blocks": Op(
-        candidate_selections.SelectBlocksCase,
-        candidate_selections.draw_blocks,
-        candidate_selections.run,
-        1,
-    ),
-    "candidate_logits": Op(
-        candidates.CandidateLogitsCase, candidates.draw_candidates, candidates.run, 1
-    ),
-    "candidate_logits_ragged": Op(
-        candidates.CandidateLogitsRaggedCase, candidates.draw_ragged, candidates.run, 1
-    ),
-    "select_candidates": Op(
-        candidate_selections.SelectCandidatesCase,
-        candidate_selections.draw_candidates,
-        candidate_selections.run,
-        1,
-    ),
+# A new op: its module beside these, and a line here. A run takes a case, a device, the function.
+RUNS: dict[type[Case], Callable[[Any, str, Callable[..., Any]], None]] = {
+    topk.TopkCase: topk.run,
+    cache.ReadCase: cache.run,
+    cache.ReadMxfp4Case: cache.run,
+    cache.GatherCase: cache.run,
+    logits.PagedLogitsCase: logits_run.run,
+    logits.RaggedLogitsCase: logits_run.run,
+    logits.SelectCase: logits_run.run,
+    candidates.BlockMaximaCase: candidates.run,
+    candidate_selections.SelectBlocksCase: candidate_selections.run,
+    candidates.CandidateLogitsCase: candidates.run,
+    candidates.CandidateLogitsRaggedCase: candidates.run,
+    candidates.CandidateSelectCase: candidates.run,
+    candidate_selections.SelectCandidatesCase: candidate_selections.run,
 }
+OPS: dict[str, type[Case]] = {kind.op: kind for kind in RUNS}
+_WEIGHTS = {"topk": 7, "paged_logits": 2}  # cases among those of all ops; 1 for the others
 
 
 @dataclass
@@ -128,7 +97,7 @@ def run_case(case: Case, device: str, function: Callable[..., Any] | None = None
     """
     case.check()
     try:
-        OPS[case.op].run(case, device, function or function_of(case.op))
+        RUNS[OPS[case.op]](case, device, function or function_of(case.op))
     except (CaseError, UnmetError):
         raise
     except Wrong as wrong:
@@ -194,7 +163,7 @@ def fuzz(
         name: tuple(b for b in backends_here(name, device) if backends is None or b in backends)
         for name in dict.fromkeys(ops)
     }
-    names = [name for name, some in here.items() if some for _ in range(OPS[name].weight)]
+    names = [name for name, some in here.items() if some for _ in range(_WEIGHTS.get(name, 1))]
     if not names:
         wanted = ", ".join(backends or ())
         raise UnmetError(f"fuzzing {', '.join(here)} on {device}", [f"no {wanted} there"])

@@ -16,10 +16,20 @@ import torch
 
 from dsv4_plugin.cli.checks import exact
 from dsv4_plugin.cli.checks.inputs import FP4_SCALES
-from dsv4_plugin.cli.checks.oracles import Wrong, check_selection, same_bits
+from dsv4_plugin.cli.checks.oracles import same_bits
 from dsv4_plugin.cli.fuzz.logits import DTYPES, PagedLogitsCase, RaggedLogitsCase, SelectCase
-from dsv4_plugin.cli.fuzz.tensors import Parts, Tensors, bits, dirty, raise_wrong, run_parts
-from dsv4_plugin.cli.fuzz.topk import EACH_ROW, lengths_tensor
+from dsv4_plugin.cli.fuzz.tensors import (
+    Parts,
+    Requests,
+    Tensors,
+    bits,
+    check_form,
+    check_indices,
+    dirty,
+    page_view,
+    raise_wrong,
+    run_parts,
+)
 from dsv4_plugin.kernels.device import alignment
 from dsv4_plugin.ops.dispatch import Call, choose
 
@@ -31,14 +41,20 @@ _NOWHERE = (-1, (1 << 31) - 1, -(1 << 31))  # no pages of any cache
 
 
 class _Problem(Tensors):
-    """The tensors of a case that scores keys."""
+    """The tensors of a case that scores keys.
 
-    batch: int
+    The two kinds of calls have in common: ``arguments()`` and ``keywords()`` of the call, its
+    result left out; ``take(rows, next_n)``, the arguments of a call of some rows;
+    ``exact(columns)``, scores and magnitudes of so many columns at least; ``counts(columns)``, how
+    many scores each row has in a result of so many.
+    """
+
+    rows: int
     next_n: int
+    keys: torch.Tensor  # where keys are read
 
-    def __init__(self, case: Any, device: str) -> None:
-        super().__init__(case, device)
-        self.index = torch.int64 if case.wide else torch.int32
+    def _queries(self) -> None:
+        case = self.case
         self.fp4 = bool(getattr(case, "fp4", 0))
         size = case.heads * case.head * (2 if self.fp4 else 1)
         self.bytes = self.guarded("q", self.rows, size, torch.uint8, stride=size + case.q_gap)
@@ -46,10 +62,6 @@ class _Problem(Tensors):
             "weights", self.rows, case.heads, torch.bfloat16 if self.fp4 else torch.float32,
             stride=case.heads + case.w_gap,
         )  # fmt: skip
-
-    @property
-    def rows(self) -> int:
-        return self.batch * self.next_n
 
     def scratch(self) -> torch.Tensor | None:
         """Make the tensor that scores are written to; None if none is given."""
@@ -62,18 +74,12 @@ class _Problem(Tensors):
             stride=columns + case.gap, offset=case.offset,
         )  # fmt: skip
 
-    def _begin(self, step: int, units: int) -> tuple[int, torch.Generator, random.Random]:
-        """Draw the queries of a step; returns what the rest of it is drawn from."""
-        seed = self.case.seed + step
+    def _begin(self, step: int) -> tuple[int, torch.Generator, random.Random]:
+        """Draw the queries and weights of a step; returns what the rest of it is drawn from."""
+        case, seed = self.case, self.case.seed + step
         r = random.Random(f"content {seed}")
         g = torch.Generator(device=self.device).manual_seed(seed)
-        self._draw_queries(g, units, r)
-        return seed, g, r
-
-    def _draw_queries(self, g: torch.Generator, units: int, r: random.Random) -> None:
-        """Fill queries and weights; ``units`` are drawn, those that are kept are taken."""
-        case = self.case
-        rows, first = units * self.next_n, case.kept[0] * self.next_n
+        rows, first = getattr(case, case.unit) * case.each, case.kept[0] * case.each
         drawn = exact.codes((rows, case.heads * case.head), case.content, g)
         weights = torch.randn(rows, case.heads, generator=g, device=self.device) * 0.1
         if case.nan:
@@ -85,6 +91,7 @@ class _Problem(Tensors):
             weights[r.randrange(rows), r.randrange(case.heads)] = torch.nan
         self.bytes.copy_(drawn.view(torch.uint8)[first : first + self.rows])
         self.weights.copy_(weights[first : first + self.rows])
+        return seed, g, r
 
     def _draw_keys(self, g: torch.Generator, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw bytes and scales of keys: powers of two, as engines write them, and odd ones."""
@@ -105,74 +112,47 @@ class _Problem(Tensors):
             return codes.view(torch.bfloat16)
         return codes if self.case.codes else codes.view(torch.float8_e4m3fn)
 
-    # What the two kinds of calls differ in.
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Return the arguments of the call, its result left out."""
-        raise NotImplementedError
-
-    def keywords(self) -> dict[str, Any]:
-        return {}
-
-    def take(self, rows: torch.Tensor, next_n: int) -> tuple[Any, ...]:
-        """Return the arguments of a call of some rows, ``next_n`` a request."""
-        raise NotImplementedError
-
     def served(self) -> str:
         """Return the implementation that the case calls."""
-        raise NotImplementedError
-
-    def exact(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores and magnitudes ``[rows, columns]`` or of more columns."""
-        raise NotImplementedError
-
-    def counts(self, columns: int) -> torch.Tensor:
-        """Return how many scores each row has in a result of so many columns."""
-        raise NotImplementedError
-
-    def _served(self, keys: torch.Tensor, **more: int) -> str:
         case = self.case
         call = Call(
             "paged_logits" if case.op == "select" else case.op,
             self.bytes.device, DTYPES[case.dtype], head_dim=case.head, heads=case.heads,
-            piece=getattr(case, "piece", 8), candidates=getattr(case, "held", 0), fp4=self.fp4,
-            alignment=alignment(keys, self.bytes), **more,
+            block_size=getattr(case, "block", 64), piece=getattr(case, "piece", 8),
+            candidates=getattr(case, "held", 0), fp4=self.fp4,
+            alignment=alignment(self.keys, self.bytes),
         )  # fmt: skip
         return choose(call, case.backend)
 
 
-class _PagedProblem(_Problem):
+class _PagedProblem(_Problem, Requests):
     def __init__(self, case: PagedLogitsCase, device: str) -> None:
-        self.batch, self.next_n = case.kept[1], case.next_n
         super().__init__(case, device)
-        row = sum(case.key_bytes)
-        size = case.block * row
+        self._queries()
+        size = case.block * sum(case.key_bytes)
         self.pages = self.guarded(
             "the cache", case.pages, size, torch.uint8, stride=size + case.pad
         )
-        shape = {2: (size,), 3: (case.block, row), 4: (case.block, 1, row)}[case.view]
-        inner = {2: (1,), 3: (row, 1), 4: (row, row, 1)}[case.view]
-        self.cache = self.pages.as_strided(
-            (case.pages, *shape), (size + case.pad, *inner), self.pages.storage_offset()
-        )
+        self.keys = self.pages
+        self.cache = page_view(self.pages, case.view, case.block)
         self.table = self.guarded(
             "block_table", self.batch, case.width, torch.int32, stride=case.width + case.table_gap
         )
-        self.lengths = lengths_tensor(case.form, self.batch, case.next_n, self.index, device)
-        self.inputs["lengths"] = self.lengths
-        self.per_row = torch.zeros(self.rows, dtype=torch.int64, device=device)
         self.page_table: torch.Tensor | None = None
         if isinstance(case, SelectCase) and case.page:
-            width = -(-case.columns // case.page)
-            self.page_table = self.table if case.page < 0 else self.guarded(
-                "page_table", self.batch, width, torch.int32, stride=width + 3
-            )  # fmt: skip
+            pages = -(-case.columns // case.page)
+            own = case.page > 0
+            self.page_table = self.table_of("page_table", pages) if own else self.table
         self.fill(0)
 
     def fill(self, step: int) -> None:
         case = self.case
-        seed, g, r = self._begin(step, case.requests)
-        self._draw_lengths(step)
+        seed, g, r = self._begin(step)
+        less = None
+        if case.loose:
+            shape = (case.requests, case.next_n)
+            less = torch.randint(0, 71, shape, generator=torch.Generator().manual_seed(seed))
+        self.fill_lengths(step, less)
         self._draw_table(torch.Generator().manual_seed(seed))
         value_bytes, scale_bytes = case.key_bytes
         split = case.block * value_bytes
@@ -191,23 +171,8 @@ class _PagedProblem(_Problem):
             values.masked_fill_(unseen[:, :, None], 0x7F)
             scales.masked_fill_(unseen[:, :, None], 0xFF)
         if self.page_table is not None and self.page_table is not self.table:
-            shape = case.requests, self.page_table.shape[1]
-            slots = torch.randint(-1, 10_000, shape, generator=torch.Generator().manual_seed(seed))
-            self.page_table.copy_(slots[case.kept[0] :][: self.batch])
+            self.fill_table(self.page_table, torch.Generator().manual_seed(seed))
         self.remember(step)
-
-    def _draw_lengths(self, step: int) -> None:
-        case, device = self.case, self.device
-        lengths = torch.tensor(case.requests_of(step), dtype=torch.int64, device=device)
-        if case.loose:
-            g = torch.Generator().manual_seed(case.seed + step)
-            less = torch.randint(0, 71, (case.requests, case.next_n), generator=g)
-            ahead = -less[case.kept[0] :][: self.batch].to(device)
-        else:
-            ahead = torch.arange(1 - case.next_n, 1, device=device)
-        self.per_row.copy_((lengths[:, None] + ahead).reshape(-1))
-        each = case.form in EACH_ROW
-        self.lengths.copy_((self.per_row if each else lengths).view(self.lengths.shape))
 
     def _needed(self) -> torch.Tensor:
         """Return how many keys of each entry of the table some row sees."""
@@ -243,7 +208,7 @@ class _PagedProblem(_Problem):
             nowhere = _NOWHERE[("none", "far", "low").index(case.padding)]
             self.table.masked_fill_(self._needed() == 0, nowhere)
 
-    def _queries(self) -> torch.Tensor:
+    def _typed_queries(self) -> torch.Tensor:
         case, stride = self.case, self.bytes.stride(0)
         size = self.bytes.shape[1] // case.heads
         shape = self.batch, case.next_n, case.heads, size
@@ -252,7 +217,7 @@ class _PagedProblem(_Problem):
         return self.typed(q[:, 0] if case.flat else q)
 
     def arguments(self) -> tuple[Any, ...]:
-        return self._queries(), self.cache, self.weights, self.lengths, self.table
+        return self._typed_queries(), self.cache, self.weights, self.lengths, self.table
 
     def keywords(self) -> dict[str, Any]:
         return {"block_size": self.case.block}
@@ -261,9 +226,6 @@ class _PagedProblem(_Problem):
         q = self.bytes[rows].unflatten(1, (self.case.heads, -1)).unflatten(0, (-1, next_n))
         table = self.table[rows[::next_n] // self.next_n]
         return self.typed(q), self.cache, self.weights[rows], self.per_row[rows], table
-
-    def served(self) -> str:
-        return self._served(self.pages, block_size=self.case.block)
 
     def exact(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         case = self.case
@@ -277,11 +239,13 @@ class _PagedProblem(_Problem):
 
 class _RaggedProblem(_Problem):
     def __init__(self, case: RaggedLogitsCase, device: str) -> None:
-        self.batch, self.next_n = case.kept[1], 1
         super().__init__(case, device)
+        self.batch = self.rows = case.kept[1]
+        self.next_n = 1
+        self._queries()
         keys, size = case.keys, case.keys * case.head
         held = self.guarded("k", 1, size, torch.uint8, offset=case.k_offset)
-        self.k = held.view(keys, case.head)
+        self.k = self.keys = held.view(keys, case.head)
         self.scale = self.guarded("k_scale", 1, keys, torch.float32)[0]
         self.starts, self.ends = (
             self.guarded(name, 1, self.rows, self.index)[0] for name in ("row_starts", "row_ends")
@@ -290,7 +254,7 @@ class _RaggedProblem(_Problem):
 
     def fill(self, step: int) -> None:
         case = self.case
-        _, g, r = self._begin(step, case.queries)
+        _, g, r = self._begin(step)
         starts, ends = case.windows(step)
         self.starts.copy_(torch.tensor(starts))
         self.ends.copy_(torch.tensor(ends))
@@ -312,6 +276,9 @@ class _RaggedProblem(_Problem):
             self.scale.masked_fill_(unseen, torch.nan)
         self.remember(step)
 
+    def keywords(self) -> dict[str, Any]:
+        return {}
+
     def arguments(self) -> tuple[Any, ...]:
         return self._of(self.bytes, self.weights, self.starts, self.ends)
 
@@ -323,9 +290,6 @@ class _RaggedProblem(_Problem):
         return self._of(
             self.bytes[rows], *(x[rows] for x in (self.weights, self.starts, self.ends))
         )
-
-    def served(self) -> str:
-        return self._served(self.k)
 
     def exact(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         q = self.bytes.contiguous().unflatten(1, (self.case.heads, self.case.head))
@@ -362,24 +326,21 @@ def _logits(problem: Any, op: Callable[..., Any]) -> Parts:
             *problem.arguments(), dtype=dtype, out=out, backend=case.backend, **problem.keywords()
         )
 
-    def check(got: torch.Tensor, context: str) -> None:
-        if (tuple(got.shape), got.dtype) != (shape, dtype):
-            raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
+    def check(got: torch.Tensor) -> None:
+        check_form(got, shape, dtype)
         n = problem.counts(shape[1])
         inside = torch.arange(shape[1], device=got.device) < n[:, None]
         if out is not None:
             untouched = dirty(torch.empty_like(got, memory_format=torch.contiguous_format))
-            raise_wrong(
-                ~inside & (bits(got) != bits(untouched)),
-                f"{context}a score past a row's length was written",
-            )
-        _against_float64(problem, got, inside, context)
-        _against_itself(problem, op, got, inside, context)
+            changed = ~inside & (bits(got) != bits(untouched))
+            raise_wrong(changed, "a score past a row's length was written")
+        _against_float64(problem, got, inside)
+        _against_itself(problem, op, got, inside)
 
-    return call, lambda: None, check
+    return call, (), check
 
 
-def _against_float64(problem: Any, got: torch.Tensor, inside: torch.Tensor, context: str) -> None:
+def _against_float64(problem: Any, got: torch.Tensor, inside: torch.Tensor) -> None:
     columns = got.shape[1]
     score, size = problem.exact(columns)
     served = problem.served()
@@ -392,11 +353,11 @@ def _against_float64(problem: Any, got: torch.Tensor, inside: torch.Tensor, cont
         ends = float(low[row, column]), float(high[row, column])
         return f"{float(got[row, column])}, not {ends[0]} to {ends[1]}"
 
-    raise_wrong(wrong & inside, f"{context}a score is not the one of float64", values)
+    raise_wrong(wrong & inside, "a score is not the one of float64", values)
 
 
 def _against_itself(
-    problem: Any, op: Callable[..., Any], got: torch.Tensor, inside: torch.Tensor, context: str
+    problem: Any, op: Callable[..., Any], got: torch.Tensor, inside: torch.Tensor
 ) -> None:
     """Hold rows computed alone, and the batch reversed, against the scores, bit for bit."""
     case, rows = problem.case, problem.rows
@@ -410,14 +371,14 @@ def _against_itself(
     if problem.batch > 1:
         order = every.view(-1, problem.next_n).flip(0).reshape(-1)
         turned = again(order, problem.next_n)[order]  # reversing twice is no change
-        raise_wrong(inside & ~same_bits(turned, got), f"{context}another score in a reversed batch")
+        raise_wrong(inside & ~same_bits(turned, got), "another score in a reversed batch")
     if rows > 1:
         drawn = random.Random(f"alone {case.seed}").randrange(rows)
         some = sorted({0, drawn, rows - 1})
         alone = torch.cat([again(every[row : row + 1], 1) for row in some])
         different = torch.zeros_like(inside)
         different[some] = ~same_bits(alone, got[some])
-        raise_wrong(inside & different, f"{context}another score where a row is alone")
+        raise_wrong(inside & different, "another score where a row is alone")
 
 
 def _select(problem: Any, op: Callable[..., Any]) -> Parts:
@@ -444,31 +405,17 @@ def _select(problem: Any, op: Callable[..., Any]) -> Parts:
             **paging, **problem.keywords(),
         )  # fmt: skip
 
-    def clean() -> None:
-        for tensor in (raw, scratch):
-            if tensor is not None:
-                dirty(tensor)
-
-    def check(got: torch.Tensor, context: str) -> None:
+    def check(got: torch.Tensor) -> None:
         from dsv4_plugin import paged_logits, topk
 
-        if (tuple(got.shape), got.dtype) != ((rows, k), torch.int32):
-            raise Wrong(f"{context}the answer is {got.dtype} {tuple(got.shape)}")
+        check_form(got, (rows, k), torch.int32)
         logits = dirty(torch.empty(rows, columns, dtype=dtype, device=got.device))
         paged_logits(*problem.arguments(), out=logits, backend=case.backend, **problem.keywords())
-        index = got if problem.page_table is None else raw
-        if index is not None:
-            try:
-                check_selection(
-                    logits, problem.per_row, k, index, sort=bool(case.sort), ascending=True
-                )
-            except Wrong as wrong:
-                raise Wrong(f"{context}{wrong}", wrong.rows) from None
+        check_indices(problem, logits, got if problem.page_table is None else raw)
         want_raw = None if raw is None else torch.empty_like(raw)
         want = topk(logits, problem.lengths, k, next_n=case.next_n, out_raw=want_raw, **paging)
         for name, a, b in (("an index", got, want), ("a raw index", raw, want_raw)):
-            if a is None or b is None:
-                continue
-            raise_wrong(a != b, f"{context}{name} is not that of the two ops")
+            if a is not None and b is not None:
+                raise_wrong(a != b, f"{name} is not that of the two ops")
 
-    return call, clean, check
+    return call, (raw, scratch), check

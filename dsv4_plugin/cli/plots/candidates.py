@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dsv4_plugin.cli.plots.cells import over_columns
 from dsv4_plugin.cli.shared import outputs
 from dsv4_plugin.cli.shared.run import UsageError
 
@@ -23,7 +24,6 @@ def draw(document: Row, file: Path) -> None:
     """
     outputs.require()
     from matplotlib import pyplot
-    from matplotlib.ticker import NullLocator
 
     rows = [row for row in document["results"] if row["suite"] == "decode"]
     if not rows:
@@ -44,12 +44,8 @@ def draw(document: Row, file: Path) -> None:
                     axis.plot(*zip(*line, strict=True), style, color=f"C{index}", markersize=3.5,
                               label=f"{name} {dtype}, {_rows(count)}")  # fmt: skip
         axis.set_title("step: eight index layers" if op == "step" else f"{op} layer")
-        axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        ticks = sorted({row["columns"] for row in rows})
-        axis.set_xticks(ticks, [f"{n // 1024}K" for n in ticks])
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xlabel("keys a row")
+        over_columns(axis, rows, "keys a row")
         axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
     axes[0][0].set_ylabel("µs")
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -9,7 +9,7 @@ from dsv4_plugin.cli.checks.compare import PLUGIN, best_peers
 from dsv4_plugin.cli.shared import outputs
 from dsv4_plugin.cli.shared.run import UsageError
 
-__all__ = ["TITLE", "draw"]
+__all__ = ["TITLE", "draw", "over_columns"]
 
 Row = dict[str, Any]
 Line = list[tuple[int, float]]
@@ -20,6 +20,17 @@ FLOOR = {  # what is drawn as the floor, by what was measured
     "chain": "bytes of the keys",
 }
 TITLE = {"topk": "Exact top-k", "logits": "Index logits", "chain": "Index logits and exact top-k"}
+
+
+def over_columns(axis: Any, rows: list[Row], label: str) -> None:
+    """Make the x axis of a panel that of the rows' columns, in powers of two."""
+    from matplotlib.ticker import NullLocator
+
+    axis.set_xscale("log", base=2)
+    ticks = sorted({row["columns"] for row in rows})
+    axis.set_xticks(ticks, [f"{n // 1024}K" for n in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel(label)
 
 
 def draw(document: Row, file: Path, *, k: int | None = None) -> None:
@@ -34,7 +45,6 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     """
     outputs.require()
     from matplotlib import pyplot
-    from matplotlib.ticker import NullLocator
 
     decode = [row for row in document["results"] if row.get("suite", "decode") == "decode"]
     own = [row for row in decode if row["implementation"] == PLUGIN]
@@ -63,12 +73,8 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
             below.plot(*zip(*line, strict=True), **_style(name, others))
         below.axhline(1.0, color="0.6", linewidth=0.8)
         above.set_title(f"{count} row{'s' if count > 1 else ''}")
-        above.set_xscale("log", base=2)
         above.set_yscale("log")
-        ticks = sorted({row["columns"] for row in rows})
-        below.set_xticks(ticks, [f"{c // 1024}K" for c in ticks])
-        below.xaxis.set_minor_locator(NullLocator())
-        below.set_xlabel("columns")
+        over_columns(below, rows, "columns")
         for axis in (above, below):
             axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
         if axis is axes[1][0]:

@@ -171,12 +171,12 @@ def _line(row: Row) -> str:
 
 
 def _beside(results: Sequence[Row]) -> str:
-    """Say our mean recall of bfloat16 beside the paper's."""
-    ours = [100 * row["mean"] for row in results if row["dtype"] == "bfloat16" and row["rows"]]
+    """Say the mean recall of bfloat16 here beside the paper's."""
+    means = [100 * row["mean"] for row in results if row["dtype"] == "bfloat16" and row["rows"]]
     text = f"the paper: {100 * PAPER['recall']:.1f} % with bfloat16 scores ({PAPER['source']})"  # type: ignore[operator]
-    if not ours:
+    if not means:
         return text
-    return f"bfloat16 here: {min(ours):.2f} … {max(ours):.2f} % (mean of a cell)\n{text}"
+    return f"bfloat16 here: {min(means):.2f} … {max(means):.2f} % (mean of a cell)\n{text}"
 
 
 def table(document: Row) -> str:

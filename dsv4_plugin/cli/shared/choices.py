@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 __all__ = [
-    "ADAPTERS",
-    "CACHES",
-    "CANDIDATE_SUITES",
-    "ENGINES",
-    "FUZZED",
-    "KS",
-    "LOGITS_DTYPES",
-    "LOGITS_SUITES",
-    "RECALL_DTYPES",
-    "RECALL_KINDS",
-    "SGLANG_CALLS",
-    "TOKENSPEED_CALLS",
-    "TOPK_DTYPES",
-    "TOPK_SUITES",
-]
+    "ADAPTERS", "CACHES", "CANDIDATE_SUITES", "ENGINES", "FUZZED", "KS", "LOGITS_DTYPES",
+    "LOGITS_SUITES", "RECALL_DTYPES", "RECALL_KINDS", "SGLANG_CALLS", "TOKENSPEED_CALLS",
+    "TOPK_DTYPES", "TOPK_SUITES",
+]  # fmt: skip
 
 KS = (512, 1024, 2048)  # of the models; the last is the most that the top-k takes
 
@@ -38,7 +27,7 @@ ENGINES = ("vllm", "sglang", "flashinfer", "torch")  # whose kernels --against l
 # The ops that `fuzz` draws cases of.
 FUZZED = ("topk", "read", "read_mxfp4", "gather", "paged_logits", "ragged_logits", "select",
           "block_maxima", "select_blocks", "candidate_logits", "candidate_logits_ragged",
-          "select_candidates")  # fmt: skip
+          "candidate_select", "select_candidates")  # fmt: skip
 
 # Drawn scores -> what they are.
 RECALL_KINDS = {

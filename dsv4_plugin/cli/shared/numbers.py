@@ -9,17 +9,8 @@ from collections.abc import Callable
 from dsv4_plugin.cli.shared.run import UsageError
 
 __all__ = [
-    "BUDGET",
-    "COUNT",
-    "LENGTH",
-    "MINUTES",
-    "POSITIVE",
-    "PORT",
-    "SECONDS",
-    "SEED",
-    "real",
-    "whole",
-]
+    "BUDGET", "COUNT", "LENGTH", "MINUTES", "POSITIVE", "PORT", "SECONDS", "SEED", "real", "whole",
+]  # fmt: skip
 
 UNITS = {"k": 1024, "m": 1024 * 1024}
 

@@ -17,18 +17,9 @@ from typing import Any
 from dsv4_plugin.cli.shared.run import UsageError
 
 __all__ = [
-    "PLOTS",
-    "apart",
-    "check_plot",
-    "file",
-    "folder",
-    "is_stream",
-    "make_folder",
-    "plot",
-    "save",
-    "text_of",
-    "write",
-]
+    "PLOTS", "apart", "check_plot", "file", "folder", "is_stream", "make_folder", "plot", "save",
+    "text_of", "write",
+]  # fmt: skip
 
 PLOTS = (".png", ".svg", ".pdf")
 OPTIONS = ("json", "plot", "trace")  # the options of all commands that name a file to write

@@ -25,17 +25,9 @@ from dsv4_plugin.cli.shared import secrets
 from dsv4_plugin.errors import SettingError, UnmetError
 
 __all__ = [
-    "Interrupted",
-    "Parser",
-    "Run",
-    "UsageError",
-    "ended",
-    "held",
-    "interruptible",
-    "lost_signals",
-    "need_torch",
-    "reading",
-]
+    "Interrupted", "Parser", "Run", "UsageError", "device_of", "ended", "held", "interruptible",
+    "lost_signals", "need_torch", "reading",
+]  # fmt: skip
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What stands for a character that a stream cannot encode; "?" for the others.
@@ -46,7 +38,7 @@ PLAIN = {
 
 
 class UsageError(ValueError, argparse.ArgumentTypeError):
-    """What a user of a command can repair: an option or a file of theirs."""
+    """What a user of a command can repair: an option, or a file that one names."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -184,6 +176,21 @@ def need_torch() -> None:
         lost_signals()
         raise UsageError(f"torch cannot be imported ({type(error).__name__}: {error})") from error
     lost_signals()
+
+
+def device_of(asked: str | None) -> str:
+    """Return ``cuda`` or ``cpu``: what was asked for, or ``cuda`` where there is one.
+
+    Raises:
+        UsageError: torch cannot be imported, or there is no CUDA device.
+    """
+    need_torch()
+    import torch
+
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise UsageError("there is no CUDA device here; nothing was tried")
+    return asked or ("cuda" if there else "cpu")
 
 
 @contextlib.contextmanager

@@ -215,13 +215,11 @@ class Secrets:
 
     Args:
         environs: environments; the values of secret names are known from then on.
-        commands: command lines; as are theirs.
+        commands: command lines; so are those of their secret options.
     """
 
     def __init__(
-        self,
-        environs: Iterable[Mapping[str, str]] = (),
-        commands: Iterable[Sequence[str]] = (),
+        self, environs: Iterable[Mapping[str, str]] = (), commands: Iterable[Sequence[str]] = ()
     ) -> None:
         found: list[str] = []
         for environ in environs:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.shared import numbers, outputs
-from dsv4_plugin.cli.shared.run import UsageError, interruptible, need_torch
+from dsv4_plugin.cli.shared.run import device_of, interruptible
 
 if TYPE_CHECKING:
     from dsv4_plugin.cli.soak.load import Result
@@ -34,15 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: there is no such device, or nothing was replayed.
     """
-    need_torch()
-    import torch
-
+    device = device_of(arguments.device)
     from dsv4_plugin.cli.checks.timing import machine
     from dsv4_plugin.cli.soak.load import Result, shape_on, soak
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("there is no CUDA device here")
     result = Result(device, shape_on(device))
     document: dict[str, Any] = {
         "machine": machine(), "what": "soak", "complete": False, **asdict(result)

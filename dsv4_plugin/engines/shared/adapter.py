@@ -36,14 +36,18 @@ class CallContext(threading.local):
 
     ``kind``: the kind of layer whose indexer runs; None outside of one that the plugin can tell.
     ``selection``: how that indexer selects (SGLang). ``request_bf16``: the DeepGEMM call below
-    writes bfloat16. ``fill_skipped``: the call of the op leaves out the fill with -1. ``slots``:
-    what the last top-k wrote for the attention.
+    writes bfloat16. ``fill_skipped``: the call of the op leaves out the fill with -1. ``gather``:
+    the key gather that waits for a reader. ``requests``: whose the rows of a decode batch are,
+    where the engine has made a request of each. ``slots``: what the last top-k wrote for the
+    attention.
     """
 
     kind: Hashable | None = None
     selection: Selection | None = None
     request_bf16 = False
     fill_skipped = False
+    gather: Any = None
+    requests: Any = None
     slots: Any = None
 
 
@@ -206,7 +210,6 @@ class Adapter:
         passed: PassedOver,
         also: Mapping[str, str | None] | None = None,
         gather: tuple[str | None, Sequence[str]] | None = None,
-        note: str = "",
     ) -> None:
         """Log in one line what engaged for ``what``, where, and why not; note it at the seams.
 
@@ -227,7 +230,7 @@ class Adapter:
                 state.seams[name].where or "?" for name in names if name.startswith("topk")
             )
             parts.append(
-                f"top-k: {selection.dtype} by {selection.backend} on {selection.on}{note} at "
+                f"top-k: {selection.dtype} by {selection.backend} on {selection.on} at "
                 f"{where}" + (f" ({why})" if why else "")
             )
         active = selection is not None

@@ -29,16 +29,8 @@ from dsv4_plugin.ops import logits as ops
 from dsv4_plugin.state import state
 
 __all__ = [
-    "AUTO",
-    "choose",
-    "dense",
-    "failed",
-    "is_gathered",
-    "is_paged",
-    "paged",
-    "select",
-    "unmet",
-]
+    "AUTO", "choose", "dense", "failed", "is_gathered", "is_paged", "paged", "select", "unmet",
+]  # fmt: skip
 
 # Whose logits DSV4_LOGITS=auto takes: the first that can be had in the dtype. In bfloat16 the
 # plugin's kernel is faster for one request and level with DeepGEMM for many

@@ -219,14 +219,15 @@ def watch(
     seam: str,
     plugin: torch.Tensor,
     engine: Callable[[torch.Tensor], torch.Tensor | None],
-    scores: torch.Tensor | None = None,
+    scores: torch.Tensor | Callable[[], torch.Tensor] | None = None,
     lengths: Callable[[], torch.Tensor] | None = None,
     starts: torch.Tensor | None = None,
 ) -> None:
     """Run the engine's selection and count how far it agrees with ``plugin``; never raises.
 
     ``engine(scratch)`` fills ``scratch`` (int32, the shape of ``plugin``, filled with -1), or
-    returns what it allocated itself. The rest is as :func:`compare` takes it.
+    returns what it allocated itself. The rest is as :func:`compare` takes it; ``scores`` may be a
+    function that computes them.
 
     Counting begins anew with the first call that is not captured after one that was: an engine
     warms up and captures on scores that mean nothing. It does as well where the counters are not
@@ -252,7 +253,7 @@ def watch(
             found.counters,
             plugin,
             scratch if other_set is None else other_set,
-            scores,
+            scores() if callable(scores) else scores,
             None if lengths is None else lengths(),
             starts,
         )

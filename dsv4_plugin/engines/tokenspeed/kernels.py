@@ -20,7 +20,10 @@ from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 from dsv4_plugin.errors import UnmetError
 
-__all__ = ["dsa_decode", "dsa_prefill", "dsv4_decode", "dsv4_prefill", "gather_slots", "quantise"]
+__all__ = [
+    "dsa_decode", "dsa_prefill", "dsv4_decode", "dsv4_prefill", "gather_slots", "logits_of",
+    "quantise",
+]  # fmt: skip
 
 HEAD_DIM = 128
 KEY_BYTES = HEAD_DIM + 4
@@ -84,7 +87,7 @@ def _paged_logits(
 ) -> torch.Tensor:  # fmt: skip
     if selection.logits == "plugin":
         pages = _pages(plane, page_size)
-        return _read(
+        return logits_of(
             shared_logits.paged(selection, q.unsqueeze(1), pages, weights, ctx, table, width)
         )
     deep_gemm = _deep_gemm()
@@ -107,7 +110,9 @@ def _dense_logits(
 ) -> torch.Tensor:  # fmt: skip
     """With ``max_seqlen_k`` rows begin at column zero; the plugin's begin there always."""
     if selection.logits == "plugin":
-        return _read(shared_logits.dense(selection, q, keys, weights, starts, ends, max_seqlen_k))
+        return logits_of(
+            shared_logits.dense(selection, q, keys, weights, starts, ends, max_seqlen_k)
+        )
     deep_gemm = _deep_gemm()
     args = (keys, weights.contiguous(), starts, ends)
     kwargs = {"clean_logits": False, "max_seqlen_k": max_seqlen_k}
@@ -119,7 +124,8 @@ def _dense_logits(
     return deep_gemm.fp8_mqa_logits(q.contiguous(), *args, **kwargs)
 
 
-def _read(logits: torch.Tensor | None) -> torch.Tensor:
+def logits_of(logits: torch.Tensor | None) -> torch.Tensor:
+    """Return logits of the plugin's; None: it does not take the call."""
     if logits is None:
         raise UnmetError(
             "the plugin's logits", ["the call has dtypes, shapes or strides of another form"]

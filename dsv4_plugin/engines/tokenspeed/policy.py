@@ -14,23 +14,31 @@ from dsv4_plugin import envs
 from dsv4_plugin.engines.shared import adapter, decision, logits, shadow
 from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
+from dsv4_plugin.engines.tokenspeed import dsv41
 
 __all__ = ["decide"]
 
 
 @dataclass(frozen=True)
 class _Kind:
+    """Calls that get one decision; V4.1's have a ``layer`` and reasons why they are ``unfit``."""
+
     mode: str
     k: int
     device: torch.device
+    layer: str = ""
+    unfit: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.mode}, k {self.k}, {self.device}"
+        of = f"DeepSeek-V4.1 {self.layer} layers, " if self.layer else ""
+        return f"{of}{self.mode}, k {self.k}, {self.device}"
 
 
-def decide(mode: str, k: int, device: torch.device) -> Selection | None:
+def decide(
+    mode: str, k: int, device: torch.device, layer: str = "", unfit: tuple[str, ...] = ()
+) -> Selection | None:
     """Return how a call of ``mode`` selects, or None: TokenSpeed's own kernel."""
-    kind, now = _Kind(mode, k, device), adapter.current()
+    kind, now = _Kind(mode, k, device, layer, unfit), adapter.current()
 
     def report(selection: Selection | None, passed: decision.PassedOver) -> None:
         now.report(str(kind), (f"topk.{mode}",), selection, passed)
@@ -46,13 +54,19 @@ def decide(mode: str, k: int, device: torch.device) -> Selection | None:
 def _possible(
     settings: envs.Settings, kind: _Kind, dtype: str
 ) -> tuple[Selection | None, list[str]]:
+    def engine() -> list[str]:
+        if kind.layer:
+            return ["candidates are selected from the plugin's own logits"]
+        return _deep_gemm(dtype, "prefill" if "prefill" in kind.mode else "decode")
+
+    which = dsv41.LOGITS_OPS.get(kind.layer, ("paged_logits", "ragged_logits"))
     return logits.select(
         settings,
         dtype,
-        decision.unfit_k(kind.k),
+        [*kind.unfit, *decision.unfit_k(kind.k)],
         [(kind.device, kind.k)],
-        lambda: _deep_gemm(dtype, "prefill" if "prefill" in kind.mode else "decode"),
-        lambda backend: logits.unmet(dtype, backend, kind.device),
+        engine,
+        lambda backend: logits.unmet(dtype, backend, kind.device, which),
     )
 
 

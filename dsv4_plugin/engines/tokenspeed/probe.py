@@ -6,21 +6,29 @@ from dsv4_plugin.engines.shared import seam
 from dsv4_plugin.engines.shared.seam import Place, Seam
 from dsv4_plugin.engines.shared.source import Site
 
-__all__ = ["MODES", "OPS", "READERS", "SEAMS", "look"]
+__all__ = ["DSV41", "MODES", "OPS", "READERS", "SEAMS", "look"]
 
 OPS = "tokenspeed.runtime.layers.attention.deepseek_v4_ops"
 REGISTRY = "tokenspeed_kernel.registry"
 FACADES = "tokenspeed_kernel.ops.attention"
+DSV41 = "dsv41_index_topk"
 # mode -> what its facade hands a kernel, of which the first are looked for.
 MODES: dict[str, tuple[str, ...]] = {
     "dsa_decode_topk": ("q", "weights", "seq_lens", "block_table"),
     "dsa_prefill_topk": ("q", "weights", "kv_workspace_slots", "row_starts", "row_ends"),
     "dsv4_decode_topk": ("index_q", "weights", "index_k_cache", "context_lens", "block_table"),
     "dsv4_prefill_topk": ("index_q", "weights", "index_k_cache", "block_table", "cu_seq_lens"),
-}
+    DSV41: (
+        "index_q", "weights", "index_cache", "page_table", "visible_lens", "candidate_blocks",
+        "topk", "candidate_topk", "candidate_block_size", "query_chunk_size", "score_chunk_size",
+        "process_group", "out",
+    ),
+}  # fmt: skip
 _HOPPER = "on Hopper DeepSeek-V4 takes this way, with portable Triton logits, radix launches, a "
 _HOPPER += "scatter and a sort"
 _DSV4 = "costs nothing, and serves an engine that routes there"
+_DSV41 = "on Hopper DeepSeek-V4.1's layers write, copy and read float32 logits of all keys; at "
+_DSV41 += "prefill consumers do, too"
 _PUTS = {
     "dsa_decode_topk": "logits by the plugin or DeepGEMM, and the plugin's top-k: q bfloat16, "
     "weights float32 or bfloat16, `q_len` 1, 32 or 64 heads, head_dim 128, pages of 64, k 512, "
@@ -29,17 +37,21 @@ _PUTS = {
     "`max_logits_bytes`; the keys by one vectorised gather by slot, from strided arenas too",
     "dsv4_decode_topk": "the same for FP8 queries",
     "dsv4_prefill_topk": "the same for FP8 queries",
+    DSV41: "the plugin's logits, blocks and keys of DeepSeek-V4.1's layers, decode and prefill: "
+    "index_q bfloat16, 32 or 64 heads that are not divided among ranks, pages of 64 in FP8, blocks "
+    "of 8, int32 tables",
 }
 
 
 def _mode(mode: str) -> Seam:
     registry = (Place(REGISTRY, n) for n in ("register_kernel", "KernelRegistry", "Priority"))
-    facade = Place(f"{FACADES}.{mode.partition('_')[0]}", mode, MODES[mode])
+    family, _, op = mode.partition("_")
+    facade = Place(f"{FACADES}.{family}", op if mode == DSV41 else mode, MODES[mode])
     return Seam(
         f"topk.{mode}",
         ((facade, *registry),),
         puts=_PUTS[mode],
-        why=_HOPPER if mode.startswith("dsa") else _DSV4,
+        why=_DSV41 if mode == DSV41 else _HOPPER if mode.startswith("dsa") else _DSV4,
         until="TokenSpeed has a kernel for these traits that reads bfloat16 logits, is exact and "
         "is not slower",
     )

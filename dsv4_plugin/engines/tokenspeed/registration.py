@@ -17,7 +17,7 @@ from dsv4_plugin.engines.shared.adapter import end
 from dsv4_plugin.engines.shared.decision import DTYPES, KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
 from dsv4_plugin.engines.shared.tensors import rows_of
-from dsv4_plugin.engines.tokenspeed import adapter, kernels, policy, probe
+from dsv4_plugin.engines.tokenspeed import adapter, dsv41, kernels, policy, probe
 from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.kernels import cuda
 from dsv4_plugin.state import state
@@ -31,6 +31,7 @@ _PLUGIN: dict[str, Callable[..., Any]] = {
     "dsa_prefill_topk": kernels.dsa_prefill,
     "dsv4_decode_topk": kernels.dsv4_decode,
     "dsv4_prefill_topk": kernels.dsv4_prefill,
+    probe.DSV41: dsv41.index_topk,
 }
 _FEATURES = {
     "dsa_decode_topk": {"logical_offsets", "batch_invariant"},
@@ -107,6 +108,8 @@ def _signatures(mode: str) -> frozenset[Any]:
     from tokenspeed_kernel.signature import dense_tensor_format as dense
     from tokenspeed_kernel.signature import format_signature
 
+    if mode == probe.DSV41:
+        return frozenset({format_signature(x=dense(torch.bfloat16))})
     if mode.startswith("dsa"):
         return frozenset(
             format_signature(q=dense(torch.bfloat16), weights=dense(weights))
@@ -117,6 +120,9 @@ def _signatures(mode: str) -> frozenset[Any]:
 
 
 def _traits(mode: str) -> dict[str, frozenset[Any]]:
+    """Return what the registry looks at; V4.1's op looks itself, and says why a call is unfit."""
+    if mode == probe.DSV41:
+        return {}
     traits: dict[str, frozenset[Any]] = {
         "index_heads": frozenset({32, 64}),  # what DeepGEMM has
         "head_dim": frozenset({128}),
@@ -164,14 +170,18 @@ def _kernel(mode: str) -> Callable[..., Any]:
         index = kwargs.get("q", kwargs.get("index_q"))
         q = index[0] if isinstance(index, tuple) else index
         assert isinstance(q, torch.Tensor)
-        chosen = policy.decide(mode, kwargs["topk"], q.device)
+        chosen = _decide(mode, kwargs, q.device)
         result: list[Any] = []
 
         def by_plugin(selection: Selection) -> None:
-            result.append(plugin(selection, **kwargs))
+            try:
+                result.append(plugin(selection, **kwargs))
+            except UnmetError as error:
+                log.once(logging.INFO, f"{error}; the engine's own kernel serves such calls")
+                raise
 
         def by_engine() -> None:
-            result.append(_next(mode, q, kwargs)(**kwargs))
+            result.append(_by_engine(mode, q, kwargs))
 
         dtype = DTYPES[chosen.dtype] if chosen is not None else torch.float32
         serve(mode, chosen, dtype, by_plugin, by_engine, rows=rows_of(q))
@@ -180,6 +190,42 @@ def _kernel(mode: str) -> Callable[..., Any]:
     kernel.__name__ = f"{SOLUTION}_{mode}"
     kernel.__doc__ = plugin.__doc__
     return kernel
+
+
+def _decide(mode: str, kwargs: Mapping[str, Any], device: torch.device) -> Selection | None:
+    """Return how a call selects, or None: TokenSpeed's own kernel."""
+    if mode != probe.DSV41:
+        return policy.decide(mode, kwargs["topk"], device)
+    if dsv41.is_prefill(kwargs) and _setting("indexer_read") == "off":
+        log.once(logging.INFO, f"DSV4_INDEXER_READ=off: {mode} of prefill stays the engine's")
+        return None
+    layer, unfit = dsv41.layer_of(kwargs), dsv41.unfit(kwargs)
+    return policy.decide(mode, kwargs["topk"], device, layer, unfit)
+
+
+def _by_engine(mode: str, q: torch.Tensor, kwargs: Mapping[str, Any]) -> Any:
+    """Run the kernel that TokenSpeed would have chosen without the plugin."""
+    if mode != probe.DSV41:
+        return _next(mode, q, kwargs)(**kwargs)
+    if dsv41.layer_of(kwargs) == "source" and adapter.ensure().decision.enabled:
+        state.count("candidates.source.engine", rows_of(q))
+    from tokenspeed_kernel.ops.attention.dsv41 import index_topk
+    from tokenspeed_kernel.platform import current_platform
+    from tokenspeed_kernel.registry import KernelRegistry
+    from tokenspeed_kernel.selection import NoKernelFoundError, resolve_kernel_override
+
+    registry = KernelRegistry.get()
+    specs = registry.get_for_operator(FAMILY, mode, platform=current_platform())
+    specs = [spec for spec in specs if spec.solution != SOLUTION]  # highest priority first
+    if specs and resolve_kernel_override(FAMILY, mode, None):  # whatever else is asked for
+        return registry.get_impl(specs[-1].name)(**kwargs)
+    # The facade alone knows the traits of a call: it is asked for one solution after the other.
+    for solution in dict.fromkeys(spec.solution for spec in specs):
+        try:
+            return index_topk(**kwargs, solution=solution)
+        except NoKernelFoundError:
+            continue
+    raise UnmetError(f"{mode} by a kernel of TokenSpeed's own", ["the registry has no other"])
 
 
 def _next(mode: str, q: torch.Tensor, kwargs: Mapping[str, Any]) -> Callable[..., Any]:

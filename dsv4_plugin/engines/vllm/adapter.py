@@ -14,7 +14,8 @@ __all__ = ["VllmAdapter", "current"]
 class VllmAdapter(adapter.Adapter):
     """``indexer`` is vLLM's indexer module, ``slots`` what the top-k writes for the attention.
 
-    ``published``: the forward pass and the buffer in which the plugin wrote candidate blocks last.
+    ``configs`` are the configurations under which layers were built. ``published``: the forward
+    pass and the buffer in which the plugin wrote candidate blocks last.
     """
 
     def __init__(self, indexer: Any = None) -> None:
@@ -22,6 +23,7 @@ class VllmAdapter(adapter.Adapter):
         super().__init__(f"vLLM {version}")
         self.indexer = indexer
         self.slots = SlotStore()
+        self.configs: list[Any] = []
         self.published: tuple[Any, int] | None = None
 
     @property

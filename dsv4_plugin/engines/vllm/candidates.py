@@ -1,9 +1,7 @@
 """DeepSeek-V4.1's candidate blocks: logits that are computed once it is known which are needed.
 
-vLLM's source layer scores every key, publishes the best blocks of each row, and selects. Its
-consumer layers score every key again, mask all keys outside of those blocks, and select. For such
-a layer the plugin computes nothing when vLLM asks for the logits. It returns a tensor of their
-shape that holds no memory and carries the call (:class:`.deferred.Deferred`). The calls that follow
+When vLLM asks for the logits of a layer with candidates, the plugin computes nothing. It returns a
+tensor of their shape that carries the call (:class:`.deferred.Deferred`). The calls that follow
 decide what is computed:
 
 * a source computes the maxima of the blocks (and the logits, where they are small), and publishes
@@ -23,9 +21,11 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.engines.shared import logits
+from dsv4_plugin.engines.shared import logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
+from dsv4_plugin.engines.shared.candidates import PIECE, maxima_of
 from dsv4_plugin.engines.shared.decision import DTYPES, Selection
+from dsv4_plugin.engines.shared.tensors import widen
 from dsv4_plugin.engines.vllm.adapter import current
 from dsv4_plugin.engines.vllm.context import (
     LogitsTag,
@@ -34,26 +34,18 @@ from dsv4_plugin.engines.vllm.context import (
     tag_logits,
     tag_of,
 )
-from dsv4_plugin.engines.vllm.deferred import Deferred
-from dsv4_plugin.engines.vllm.layers import PIECE
+from dsv4_plugin.engines.vllm.deferred import Deferred, Gather
 from dsv4_plugin.engines.vllm.probe import APPLY_MASK, SELECT_BLOCKS
-from dsv4_plugin.engines.vllm.slots import Paged
+from dsv4_plugin.engines.vllm.slots import Paged, select_into
+from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.ops import candidates as ops
 from dsv4_plugin.ops.logits import new_logits, paged_logits, ragged_logits
-from dsv4_plugin.ops.topk import topk
 from dsv4_plugin.state import state
 
 __all__ = [
-    "PIECE",
-    "READERS",
-    "apply_mask",
-    "defer_gathered",
-    "defer_paged",
-    "deferred_of",
-    "readers_in_place",
-    "select",
-    "select_blocks",
-]
+    "PIECE", "READERS", "apply_mask", "defer_gathered", "defer_paged", "deferred_of",
+    "every_score", "readers_in_place", "select", "select_blocks",
+]  # fmt: skip
 
 READERS = ("candidates", "topk.decode", "topk.prefill")  # the seams that read deferred logits
 # A source whose logits take at most so many bytes keeps them for its own top-k. A larger one
@@ -61,7 +53,9 @@ READERS = ("candidates", "topk.decode", "topk.prefill")  # the seams that read d
 # blocks.
 KEPT_BYTES = 256 << 20
 # A prefill chunk of a consumer with at most so many columns is scored whole: there many rows share
-# the read of a key, and a candidate's keys are read for one row.
+# the read of a key, and a candidate's keys are read for one row. A wider one is scored from the
+# cache, so that its keys are not gathered: a candidate block is the same kilobyte in both places,
+# and the pages cost a lookup that the kernel does ahead.
 WHOLE_COLUMNS = 40_960
 
 
@@ -88,7 +82,7 @@ def defer_paged(
     if not logits.is_paged(q[0], cache, weights, lengths, table):
         return None
     return _defer(
-        Deferred(selection, columns, q[0], cache, None, weights, lengths, table, None, engine)
+        Deferred(selection, columns, q[0], cache, None, weights, lengths, table, None, None, engine)
     )
 
 
@@ -96,6 +90,7 @@ def defer_gathered(
     selection: Selection,
     engine: Callable[[], torch.Tensor],
     width: int,
+    gather: Gather | None,
     q: Any,
     keys: Any,
     weights: Any,
@@ -104,7 +99,7 @@ def defer_gathered(
 ) -> torch.Tensor | None:
     """Return deferred logits of prefill; None: the call has another form.
 
-    ``width`` 0: a column for every key, as vLLM has it to 0.32.
+    ``width`` 0: a column for every key, as vLLM has it to 0.32. ``gather``: that of the keys.
     """
     if not logits.is_gathered(q[0], keys, weights, starts, ends):
         return None
@@ -113,7 +108,7 @@ def defer_gathered(
     return _defer(
         Deferred(
             selection, columns, q[0], values, scales.reshape(-1), weights, lengths, None,
-            (starts, ends), engine,
+            (starts, ends), gather, engine,
         )
     )  # fmt: skip
 
@@ -142,7 +137,7 @@ def select_blocks(original: Callable[..., None], *args: Any, **kwargs: Any) -> N
     out = given["out"]
     if _takes(call, given["block_size"], out):
         try:
-            _publish(call, out)
+            maxima = _publish(call, out)
         except Exception as error:
             logits.failed(error)
             call.scores = None
@@ -150,6 +145,7 @@ def select_blocks(original: Callable[..., None], *args: Any, **kwargs: Any) -> N
             call.candidates = out
             current().published = _place(out)
             state.count("candidates.source", len(out))
+            _watch_blocks(original, given, call, maxima)
             return None
     state.count("candidates.source.engine", len(out))
     return original(**{**given, "logits": call.engine_logits()})
@@ -166,13 +162,14 @@ def _takes(call: Deferred, block_size: Any, blocks: Any) -> bool:
     )
 
 
-def _publish(call: Deferred, out: torch.Tensor) -> None:
+def _publish(call: Deferred, out: torch.Tensor) -> torch.Tensor:
+    """Write the candidate blocks; returns the blocks' scores."""
     rows, device = out.shape[0], out.device
     dtype, backend = DTYPES[call.selection.dtype], call.selection.backend
     maxima = new_logits(rows, -(-call.columns // PIECE), dtype, device)
     if call.table is None:
-        call.scores = _whole(call)
-        _maxima_of(call.scores, call.lengths, maxima)
+        call.scores = _every_score(call)
+        maxima_of(call.scores, call.lengths, maxima)
     else:
         if rows * call.columns * dtype.itemsize <= KEPT_BYTES:
             call.scores = new_logits(rows, call.columns, dtype, device)
@@ -183,42 +180,40 @@ def _publish(call: Deferred, out: torch.Tensor) -> None:
     ops.select_blocks(
         maxima, call.lengths, out.shape[1], next_n=call.next_n, out=out, backend=backend
     )
+    return maxima
 
 
-def _whole(call: Deferred) -> torch.Tensor:
-    """Return the plugin's logits of a prefill chunk; every row begins at column zero."""
-    assert call.scales is not None and call.window is not None
-    rows, blocks = call.weights.shape[0], -(-call.columns // PIECE)
-    out = new_logits(rows, blocks * PIECE, DTYPES[call.selection.dtype], call.q.device)
-    return ragged_logits(
-        call.q, call.keys, call.scales, call.weights, *call.window,
-        out=out[:, : call.columns], backend=call.selection.backend,
-    )  # fmt: skip
+def _watch_blocks(
+    original: Callable[..., None], given: dict[str, Any], call: Deferred, maxima: torch.Tensor
+) -> None:
+    """Let the shadow compare the blocks with those that vLLM selects on the same scores."""
+    rows = len(maxima)
+
+    def engine(scratch: torch.Tensor) -> None:
+        scores = widen(every_score(call))
+        original(**{**given, "logits": scores, "out": scratch, **_from_zero(call)})
+
+    def lengths() -> torch.Tensor:
+        return (row_lengths(call.lengths, rows, call.next_n) + PIECE - 1) // PIECE
+
+    shadow.watch("blocks", given["out"], engine, maxima, lengths)
 
 
 def _every_score(call: Deferred) -> torch.Tensor:
-    """Return the plugin's logits of decode."""
-    assert call.table is not None
-    out = new_logits(
-        call.weights.shape[0], call.columns, DTYPES[call.selection.dtype], call.q.device
+    """Return the plugin's logits of every key; every row begins at column zero."""
+    blocks, backend = -(-call.columns // PIECE), call.selection.backend
+    dtype = DTYPES[call.selection.dtype]
+    out = new_logits(call.weights.shape[0], blocks * PIECE, dtype, call.q.device)[:, : call.columns]
+    if call.table is not None:
+        return paged_logits(
+            call.q, call.keys, call.weights, call.lengths, call.table,
+            block_size=call.keys.shape[1], out=out, backend=backend,
+        )  # fmt: skip
+    assert call.scales is not None and call.window is not None
+    call.gathered()
+    return ragged_logits(
+        call.q, call.keys, call.scales, call.weights, *call.window, out=out, backend=backend
     )
-    return paged_logits(
-        call.q, call.keys, call.weights, call.lengths, call.table,
-        block_size=call.keys.shape[1], out=out, backend=call.selection.backend,
-    )  # fmt: skip
-
-
-def _maxima_of(scores: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the blocks' scores, as ``block_maxima`` has them, of logits by :func:`_whole`.
-
-    Columns past a row's keys hold anything. They belong to its newest block, which scores infinity,
-    and to later blocks, which the selection does not read.
-    """
-    rows, blocks = out.shape
-    torch.amax(scores.as_strided((rows, blocks, PIECE), (scores.stride(0), PIECE, 1)), 2, out=out)
-    out.masked_fill_(out.isnan(), torch.inf)
-    newest = torch.div(lengths - 1, PIECE, rounding_mode="floor").clamp(0, blocks - 1)
-    out.scatter_(1, newest.to(torch.int64)[:, None], torch.inf)
 
 
 # --- the consumers ---------------------------------------------------------------------------
@@ -258,24 +253,14 @@ def select(call: Deferred, k: int, out: torch.Tensor, paged: Paged | None = None
 
     ``paged`` takes slots and counts beside the indices ``out``.
     """
-    backend, next_n = call.selection.backend, call.next_n
     consumer = call.mask is not None
-    if consumer and call.table is None and call.columns <= WHOLE_COLUMNS:
-        call.scores = _whole(call)
-        assert call.mask is not None and call.candidates is not None
-        if call.columns > call.candidates.shape[1] * PIECE:  # else every block is a candidate
-            call.mask(call.scores, row_ks=None, row_ke=call.lengths)
+    if consumer and call.window and (call.gather is None or call.columns <= WHOLE_COLUMNS):
+        call.scores = every_score(call)
     elif not consumer and call.scores is None and _held(call) <= k:
         call.scores = _every_score(call)
     if call.scores is not None:
-        topk(
-            call.scores, call.lengths, k, next_n=next_n, backend=backend,
-            page_table=None if paged is None else paged.table,
-            page_size=64 if paged is None else paged.page_size,
-            out=out if paged is None else paged.slots,
-            out_raw=None if paged is None else out,
-            out_counts=None if paged is None else paged.counts,
-        )  # fmt: skip
+        how = {"next_n": call.next_n, "backend": call.selection.backend}
+        select_into(call.scores, call.lengths, k, out, paged, **how)
     else:
         _select_among_candidates(call, k, out, paged)
     if consumer:
@@ -287,30 +272,37 @@ def _held(call: Deferred) -> int:
     return 0 if call.candidates is None else call.candidates.shape[1]
 
 
+def every_score(call: Deferred) -> torch.Tensor:
+    """Return the plugin's logits of every key, masked as by vLLM: what its selection reads."""
+    if call.scores is not None:
+        return call.scores
+    scores = _every_score(call)
+    # Where a row has no more blocks than candidates, every block is one.
+    if call.mask is not None and call.columns > _held(call) * PIECE:
+        call.mask(scores, **_from_zero(call))
+    return scores
+
+
+def _from_zero(call: Deferred) -> dict[str, Any]:
+    """Return which columns the rows of the plugin's logits have, where vLLM's have others."""
+    return {} if call.window is None else {"row_ks": None, "row_ke": call.lengths}
+
+
 def _select_among_candidates(
     call: Deferred, k: int, out: torch.Tensor, paged: Paged | None
 ) -> None:
-    backend, blocks = call.selection.backend, call.candidates
-    assert blocks is not None
-    rows, columns = blocks.shape[0], blocks.shape[1] * PIECE
-    scores = new_logits(rows, columns, DTYPES[call.selection.dtype], out.device)
-    # Not read: with it, columns past a row's visible keys are not written.
-    visible = torch.empty(rows, dtype=torch.int32, device=out.device)
-    if call.table is None:
-        assert call.scales is not None and call.window is not None
-        ops.candidate_logits_ragged(
-            call.q, call.keys, call.scales, call.weights, blocks, *call.window,
-            out=scores, out_lengths=visible, backend=backend,
-        )  # fmt: skip
-    else:
-        ops.candidate_logits(
-            call.q, call.keys, call.weights, blocks, call.lengths, call.table,
-            block_size=call.keys.shape[1], out=scores, out_lengths=visible, backend=backend,
-        )  # fmt: skip
-    ops.select_candidates(
-        scores, blocks, call.lengths, k, next_n=call.next_n, out=out, backend=backend,
-        block_table=None if paged is None else paged.table,
+    assert call.candidates is not None
+    q, cache, table = call.q, call.keys, call.table
+    if table is None:
+        assert call.gather is not None and call.window is not None
+        q, cache = q[:, None], call.gather.cache
+        table = call.gather.tables(call.window[0], call.columns)
+    ops.candidate_select(
+        q, cache, call.weights, call.candidates, call.lengths, table, k,
+        block_size=cache.shape[1], dtype=DTYPES[call.selection.dtype], out=out,
+        page_table=None if paged is None else paged.table,
         page_size=64 if paged is None else paged.page_size,
         out_slots=None if paged is None else paged.slots,
         out_counts=None if paged is None else paged.counts,
+        backend=call.selection.backend,
     )  # fmt: skip

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dsv4_plugin.engines.vllm.deferred import Deferred
 
-__all__ = ["LogitsTag", "by_name", "forward_pass", "tag_logits", "tag_of"]
+__all__ = ["LogitsTag", "Requests", "by_name", "forward_pass", "tag_logits", "tag_of"]
 
 _ATTRIBUTE = "_dsv4_logits"
+
+
+class Requests(NamedTuple):
+    """Decode requests of ``rows`` rows each, of which vLLM has made requests of one row.
+
+    ``table``: the pages of the requests, as the attention has them; None where vLLM keeps none.
+    """
+
+    rows: int
+    table: torch.Tensor | None
 
 
 @dataclass(slots=True)
@@ -21,12 +31,14 @@ class LogitsTag:
 
     Other callers of the same top-k (GLM's pooled indexer, V4.1's specialised decode) bring logits
     without a tag. ``shifted``: every row begins at column zero, though the caller passes where it
-    begins among all keys (the plugin's prefill logits in the releases to 0.32). ``table`` and
-    ``page_size``: the pages that the logits were computed on, where the top-k needs them.
-    ``deferred``: the logits are not computed yet, and the tensor holds none.
+    begins among all keys (the plugin's prefill logits in the releases to 0.32). ``next_n``: the
+    rows of a request at decode. ``table`` and ``page_size``: the pages that the logits were
+    computed on, where the top-k needs them. ``deferred``: the logits are not computed yet, and the
+    tensor holds none.
     """
 
     shifted: bool = False
+    next_n: int = 1
     table: torch.Tensor | None = None
     page_size: int = 0
     deferred: Deferred | None = None

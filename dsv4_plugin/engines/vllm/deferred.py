@@ -1,4 +1,4 @@
-"""A call for index logits that are not computed yet: what DeepSeek-V4.1's candidate layers get."""
+"""Calls of DeepSeek-V4.1's candidate layers that wait until it is known what is needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,35 @@ import torch
 
 from dsv4_plugin.engines.shared.decision import Selection
 
-__all__ = ["Deferred"]
+__all__ = ["Deferred", "Gather"]
+
+
+@dataclass(slots=True)
+class Gather:
+    """The gather of a prefill chunk's keys, which runs once something reads them.
+
+    Later chunks of the same requests read them as well. ``cache`` has the keys, ``table`` the pages
+    of each request, ``begins`` where each request's keys begin among the gathered ones.
+    """
+
+    run: Callable[[], None] | None
+    cache: torch.Tensor
+    table: torch.Tensor
+    begins: torch.Tensor
+
+    def __call__(self) -> None:
+        """Gather the keys, if that has not been done yet."""
+        run, self.run = self.run, None
+        if run is not None:
+            run()
+
+    def tables(self, starts: torch.Tensor, columns: int) -> torch.Tensor:
+        """Return the pages of each row, which begins at ``starts`` and has at most ``columns``."""
+        table = self.table[:, : -(-columns // self.cache.shape[1])]
+        if len(table) == 1:
+            return table.expand(len(starts), -1)
+        request = torch.searchsorted(self.begins, starts, right=True) - 1
+        return table[request.clamp(0, len(table) - 1)]
 
 
 @dataclass(slots=True)
@@ -21,12 +49,13 @@ class Deferred:
         columns: of the logits that vLLM expects.
         q: FP8 queries, ``[batch, next_n, heads, 128]`` at decode, ``[rows, heads, 128]`` at
             prefill.
-        keys: the FP8 cache at decode, the gathered values at prefill.
+        keys: the FP8 cache at decode, at prefill the gathered values, once ``gather`` has run.
         scales: of the gathered keys at prefill, None at decode.
         weights: ``[rows, heads]``.
         lengths: the keys that each row sees, in a form that the plugin's ops take.
         table: the block table at decode, None at prefill.
         window: at prefill where each row's keys begin and end among the gathered ones.
+        gather: the gather of these keys; None where the engine has run its own.
         engine: computes vLLM's own logits.
         mask: masks logits as vLLM does for a consumer, once vLLM has asked for that; takes
             ``row_ks`` and ``row_ke`` for logits whose rows begin elsewhere than vLLM's.
@@ -43,6 +72,7 @@ class Deferred:
     lengths: torch.Tensor
     table: torch.Tensor | None
     window: tuple[torch.Tensor, torch.Tensor] | None
+    gather: Gather | None
     engine: Callable[[], torch.Tensor]
     mask: Callable[..., None] | None = None
     scores: torch.Tensor | None = None
@@ -58,8 +88,14 @@ class Deferred:
         """Whether the plugin has what it selects from."""
         return self.scores is not None or self.candidates is not None
 
+    def gathered(self) -> None:
+        """Make sure that gathered keys are there."""
+        if self.gather is not None:
+            self.gather()
+
     def engine_logits(self) -> torch.Tensor:
         """Compute vLLM's own logits, masked where vLLM would have masked them by now."""
+        self.gathered()
         logits = self.engine()
         if self.mask is not None:
             self.mask(logits)

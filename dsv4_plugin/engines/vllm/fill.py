@@ -1,14 +1,11 @@
-"""The stand-in for vLLM's indexer op: it tells the kind of layer, and skips the fill with -1.
+"""The stand-in for vLLM's indexer op: it tells whose rows these are, and skips the fill with -1.
 
-vLLM fills every row with -1 before every selection. ``vllm::sparse_attn_indexer`` has an argument
-that leaves the fill out, ``skip_topk_buffer_clear``, which the layer never passes. The plugin
-passes it for a batch of nothing but decode rows: its top-k then writes every slot of every row.
-Where it turns out at the call that vLLM's own code selects after all, the rows get the fill that it
-counts on (:func:`fill_skipped_rows`).
+It tells the kind of the layer that calls, and the requests of a decode batch.
 
-The fill stays where a row may be left over: with a prefill in the batch (a prompt shorter than one
-compressed key has no row of scores), with rows that pad a batch, and while pieces of a model are
-captured, because those pieces are called again with other batches.
+vLLM fills every row with -1 before every selection. The op has an argument that leaves the fill
+out, which the layer never passes. The plugin passes it for a batch of nothing but decode rows: its
+top-k then writes every slot of every row. Where vLLM's own code selects after all, the rows get the
+fill first (:func:`fill_skipped_rows`). ``docs/vllm.md`` says where a row may be left over.
 """
 
 from __future__ import annotations
@@ -21,7 +18,8 @@ import torch
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.decision import KS
 from dsv4_plugin.engines.vllm import layers
-from dsv4_plugin.engines.vllm.context import forward_pass
+from dsv4_plugin.engines.vllm.adapter import VllmAdapter
+from dsv4_plugin.engines.vllm.context import Requests, forward_pass
 from dsv4_plugin.engines.vllm.probe import SKIP_FILL
 from dsv4_plugin.state import state
 
@@ -42,8 +40,10 @@ def run_op(op: Any, at: Mapping[str, int], args: tuple[Any, ...], kwargs: dict[s
 
     if now.kinds:
         call.kind = now.kinds.get(layers.key_of_call(given))
+    metadata, mode = _batch(given)
+    call.requests = _requests(now, metadata, mode)
     try:
-        if given(SKIP_FILL) or not _every_row_is_selected(now, given):
+        if given(SKIP_FILL) or not _every_row_is_selected(now, given, metadata, mode):
             return op(*args, **kwargs)
         place = at[SKIP_FILL]
         if len(args) > place:
@@ -55,7 +55,7 @@ def run_op(op: Any, at: Mapping[str, int], args: tuple[Any, ...], kwargs: dict[s
         return op(*args, **kwargs)
     finally:
         call.fill_skipped = False
-        call.kind = None
+        call.gather = call.kind = call.requests = None
 
 
 def fill_skipped_rows(out: Any) -> None:
@@ -64,7 +64,9 @@ def fill_skipped_rows(out: Any) -> None:
         out.fill_(-1)
 
 
-def _every_row_is_selected(now: adapter.Adapter, given: Callable[[str], Any]) -> bool:
+def _every_row_is_selected(
+    now: adapter.Adapter, given: Callable[[str], Any], metadata: Any, mode: str | None
+) -> bool:
     """Whether the plugin's top-k will write all rows of the batch; asked of the host only."""
     selection = now.in_force().selection
     if selection is None or not selection.skip_fill:
@@ -79,14 +81,8 @@ def _every_row_is_selected(now: adapter.Adapter, given: Callable[[str], Any]) ->
         or not now.intact("topk.decode")
     ):
         return False
-    context = forward_pass()
-    mode = getattr(getattr(context, "cudagraph_runtime_mode", None), "name", None)
-    metadata_of = getattr(context, "attn_metadata", None)
-    if mode not in ("NONE", "FULL") or not isinstance(metadata_of, dict):
-        return False
-    metadata = metadata_of.get(layers.plain_name(given("k_cache_prefix")))
     decode = getattr(metadata, "decode", None)
-    if metadata is None or decode is None:
+    if mode not in ("NONE", "FULL") or decode is None:
         return False
     rows, requests = metadata.num_decode_tokens, decode.decode_lens.shape[0]
     return bool(
@@ -97,4 +93,49 @@ def _every_row_is_selected(now: adapter.Adapter, given: Callable[[str], Any]) ->
         and requests > 0
         and rows % requests == 0
         and decode.global_seq_lens is None
+    )
+
+
+def _batch(given: Callable[[str], Any]) -> tuple[Any, str | None]:
+    """Return vLLM's metadata of the batch, and the mode in which CUDA graphs run it."""
+    context = forward_pass()
+    mode = getattr(getattr(context, "cudagraph_runtime_mode", None), "name", None)
+    metadata_of = getattr(context, "attn_metadata", None)
+    if not isinstance(metadata_of, dict):
+        return None, mode
+    return metadata_of.get(layers.plain_name(given("k_cache_prefix"))), mode
+
+
+def _requests(now: adapter.Adapter, metadata: Any, mode: str | None) -> Requests | None:
+    """Return whose rows these are, where vLLM has made a request of each; asked of the host only.
+
+    Without a kernel for so many rows a request (on Hopper: all but 1, 2 and 4) vLLM repeats a
+    request's block table for each row. From 0.30 on its metadata say of how many rows every request
+    is. They hold for every replay of a full graph if such graphs are captured for uniform batches
+    only. Under adaptive verification the numbers of rows are known on the device only.
+    """
+    decode: Any = getattr(metadata, "decode", None)
+    rows = getattr(decode, "write_max_decode_len", 0)
+    if (
+        rows < 2
+        or not decode.decode_is_uniform
+        or decode.requires_padding
+        or decode.global_seq_lens is not None
+        or getattr(decode, "indices", None) is not None
+        or decode.decode_lens.shape[0] != metadata.num_decode_tokens
+        or metadata.num_decodes * rows != metadata.num_decode_tokens
+        or not isinstance(now, VllmAdapter)
+        or any(_rows_vary(config, mode) for config in now.configs)
+    ):
+        return None
+    table = getattr(metadata, "block_table", None)
+    return Requests(rows, None if table is None else table[: metadata.num_decodes])
+
+
+def _rows_vary(config: Any, mode: str | None) -> bool:
+    """Whether a batch may have other numbers of rows than its metadata say, or than its graph."""
+    speculative = getattr(config, "speculative_config", None)
+    graphs = getattr(getattr(config, "compilation_config", None), "cudagraph_mode", None)
+    return bool(getattr(speculative, "enable_adaptive_verification", False)) or (
+        mode == "FULL" and (graphs is None or graphs.mixed_mode().name == "FULL")
     )

@@ -15,21 +15,14 @@ from typing import Any
 import torch
 
 from dsv4_plugin.engines.shared import decision
+from dsv4_plugin.engines.shared.candidates import PIECE
 from dsv4_plugin.kernels.arguments import MAX_K
 
 __all__ = [
-    "KINDS",
-    "PIECE",
-    "Layer",
-    "LayerKind",
-    "key",
-    "key_of_call",
-    "kind_of",
-    "plain_name",
+    "KINDS", "Layer", "LayerKind", "key", "key_of_call", "kind_of", "plain_name",
     "see",
-]
+]  # fmt: skip
 
-PIECE = 8  # keys of a candidate block, as the kernels have it
 # The version in a model's type or architecture. V4.1 is deepseek_v41, deepseek_v4_1 and the like.
 _VERSION = re.compile(r"deepseek[_-]?v([0-9]+(?:[._p-]?[0-9]+)*)")
 
@@ -84,7 +77,7 @@ KINDS = (
         "DeepSeek-V4.1 source",
         lambda layer: layer.candidates == "source",
         ("bf16", "fp32"),
-        ("block_maxima", "select_blocks", "candidate_logits", "ragged_logits", "select_candidates"),
+        ("block_maxima", "select_blocks", "candidate_select", "ragged_logits"),
         with_slots=True,
         followers=True,
         candidates=True,
@@ -93,7 +86,7 @@ KINDS = (
         "DeepSeek-V4.1 consumer",
         lambda layer: layer.candidates == "consumer",
         ("bf16", "fp32"),
-        ("candidate_logits", "candidate_logits_ragged", "ragged_logits", "select_candidates"),
+        ("candidate_select", "ragged_logits"),
         with_slots=True,
         followers=True,
         candidates=True,

@@ -19,10 +19,9 @@ from dsv4_plugin.engines.shared import activation, decision, logits, shadow
 from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection, unique
 from dsv4_plugin.engines.vllm import late_patches
 from dsv4_plugin.engines.vllm.adapter import VllmAdapter, current
-from dsv4_plugin.engines.vllm.layers import Layer, LayerKind, kind_of, see
+from dsv4_plugin.engines.vllm.layers import KINDS, Layer, LayerKind, kind_of, see
 from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.ops import dispatch as backends
-from dsv4_plugin.state import state
 
 __all__ = ["built"]
 
@@ -41,6 +40,8 @@ def built(layer: Any) -> None:
     activation.configure_log()
     facts.process(now.engine)
     seen = see(layer, config, now.platform)
+    if not any(config is known for known in now.configs):
+        now.configs.append(config)
     if not envs.asked():
         log.debug(f"{seen.name}: the plugin is not switched on; vLLM's own code runs")
         now.decide(INERT)
@@ -92,7 +93,10 @@ class _Group:
 
 
 def _groups(now: VllmAdapter, config: Any) -> list[_Group]:
-    """Group the layers by kind, or into one group where calls of several kinds look the same."""
+    """Group the layers by kind, or into one group where calls of several kinds look the same.
+
+    In the order of :data:`.layers.KINDS`: a consumer's decision depends on the source's.
+    """
     of: dict[LayerKind, list[tuple[Any, Layer]]] = {}
     for layer, seen in now.layers.items():
         of.setdefault(kind_of(seen), []).append((layer, seen))
@@ -100,7 +104,7 @@ def _groups(now: VllmAdapter, config: Any) -> list[_Group]:
     if alike:
         together = [pair for pairs in of.values() for pair in pairs]
         return [_Group(tuple(of), together, "; ".join(alike))]
-    return [_Group((kind,), pairs) for kind, pairs in of.items()]
+    return [_Group((kind,), of[kind]) for kind in KINDS if kind in of]
 
 
 def _decide(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
@@ -110,7 +114,7 @@ def _decide(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
         group.selection, group.passed = decision.choose_selection(
             settings,
             group.dtypes,
-            functools.partial(_possible, now, settings, config, group),
+            functools.partial(_possible, now, settings, config, group, _no_blocks(groups, group)),
             f"{so_far} {group} so far" if so_far > 1 else f"the first of the {group}",
         )
         group.gather, group.gather_why = _choose_gather(settings, group, now)
@@ -129,6 +133,17 @@ def _decide(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
     now.decisions, now.decision = decisions, common
     for group in groups:
         _report(now, group)
+
+
+def _no_blocks(groups: list[_Group], group: _Group) -> list[str]:
+    """Return why the candidates of a group are not the plugin's, if it has none of its own."""
+    uses = {layer.candidates for layer in group.seen}
+    if "consumer" not in uses or "source" in uses:
+        return []
+    for other in groups:
+        if other.selection is not None and any(x.candidates == "source" for x in other.seen):
+            return []
+    return ["the plugin selects no candidate blocks here, and vLLM's are in no order"]
 
 
 def _kinds(layers: list[Layer]) -> dict[Hashable, Hashable]:
@@ -151,7 +166,8 @@ def _act(now: VllmAdapter, groups: list[_Group], config: Any) -> None:
         late_patches.patch_op(now)
     for group in groups:
         if group.selection is not None:
-            shadow.prepare(group.seen[0].device, "decode", "prefill")
+            blocks = ("blocks",) if group.candidates else ()
+            shadow.prepare(group.seen[0].device, "decode", "prefill", *blocks)
             if group.selection.slots:
                 for layer, _ in group.layers:
                     buffer = layer.topk_indices_buffer
@@ -159,10 +175,15 @@ def _act(now: VllmAdapter, groups: list[_Group], config: Any) -> None:
 
 
 def _possible(
-    now: VllmAdapter, settings: envs.Settings, config: Any, group: _Group, dtype: str
+    now: VllmAdapter,
+    settings: envs.Settings,
+    config: Any,
+    group: _Group,
+    reasons: list[str],
+    dtype: str,
 ) -> tuple[Selection | None, list[str]]:
     """Return how top-k in ``dtype`` can be done for every layer, or every reason why it cannot."""
-    reasons = [reason for layer in group.seen for reason in layer.unfit]
+    reasons = [reason for layer in group.seen for reason in layer.unfit] + reasons
     if reasons and group.alike:
         reasons.append(f"calls of these kinds look the same: {group.alike}")
     for name in ("guard", "topk.decode", "topk.prefill", "logits"):
@@ -318,18 +339,13 @@ def _say(seen: Layer) -> None:
 
 def _report(now: VllmAdapter, group: _Group) -> None:
     """Say in one line what engaged for these layers."""
-    selection, note = group.selection, ""
-    also = dict(group.also or {})
-    also["budget"] = None
-    if not now.narrow_selections():
-        also["budget"] = "logits are float32"
-    elif state.seams["budget"].where is not None:
-        note = " (half the bytes, so twice the rows in a prefill chunk's budget)"
+    selection, also = group.selection, dict(group.also or {})
+    also["budget"] = None if now.narrow_selections() else "logits are float32"
     topks = ("topk.decode", "topk.prefill")
     names = (*topks, "logits") if selection else (*topks, "topk.slots", "topk.fill", "logits")
     if group.candidates:
         names = (*names, "candidates")
     now.report(
         str(group), names, selection, group.passed or {}, also,
-        (group.gather, group.gather_why or []), note,
+        (group.gather, group.gather_why or []),
     )  # fmt: skip

@@ -11,18 +11,9 @@ from dsv4_plugin.engines.shared.seam import Place, Seam
 from dsv4_plugin.engines.shared.source import Site
 
 __all__ = [
-    "APPLY_MASK",
-    "DEEP_GEMM",
-    "INDEXER",
-    "NEIGHBOURS",
-    "OP",
-    "SEAMS",
-    "SELECT_BLOCKS",
-    "SKIP_FILL",
-    "TO_SLOTS",
-    "TO_SLOTS_TAKES",
-    "look",
-]
+    "APPLY_MASK", "DEEP_GEMM", "INDEXER", "NEIGHBOURS", "OP", "SEAMS", "SELECT_BLOCKS",
+    "SKIP_FILL", "TO_SLOTS", "TO_SLOTS_TAKES", "look",
+]  # fmt: skip
 
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 TOPK = "vllm.model_executor.layers.indexer_topk"
@@ -148,9 +139,9 @@ SEAMS = (
                 ),
             ),
         ),
-        puts="the same op, with that argument in batches of nothing but decode rows; the op's "
-        "arguments also say which kind of layer calls. Only where the model is not compiled, so "
-        "that no compiler traces the call",
+        puts="the same op, with that argument in batches of nothing but decode rows; it also tells "
+        "which kind of layer calls, and whose the rows of a draft are. Only where the model is not "
+        "compiled, so that no compiler traces the call",
         why="vLLM fills every row with -1 before every selection, in a kernel of its own, and the "
         "layer never passes the argument",
         until="the layer passes it, or vLLM's top-k is known to write every row",
@@ -196,7 +187,8 @@ SEAMS = (
                 ),
             ),
         ),
-        puts="the plugin's gather of the quantised keys of a prefill chunk, FP8 pages only",
+        puts="the plugin's gather of the quantised keys of a prefill chunk, FP8 pages only. Where "
+        "logits are deferred it waits until something reads the keys",
         why="the same bytes with fewer instructions; a platform without vLLM's compiled op has one",
         until="vLLM's kernel reaches the byte floor",
     ),

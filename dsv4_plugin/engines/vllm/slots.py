@@ -1,21 +1,9 @@
 """The pool slots that the plugin's decode top-k writes beside its indices, for the attention.
 
-vLLM's C4A attention turns the indices of its layer into slots of the KV cache, and counts them, in
-a kernel of its own after every top-k. The plugin's top-k writes both while it has the indices at
-hand. The attention takes them instead of running its kernel if its arguments are, by address and
-shape, those of the top-k, in the same forward pass and with no other top-k in between. All of this
-is known on the host: nothing waits for the GPU.
-
-**Why the answer is the same.** Row ``r`` of the top-k belongs to request ``r // next_n``. The
-attention's rows are those of as many requests in the same order. Where it has as many rows of as
-many requests, every request has ``next_n`` rows, so its map from rows to requests is the same. A
-row that pads a CUDA graph has length zero, hence no index, no slot and the count zero in both.
-
-**Whose memory it is.** vLLM has one buffer of indices for all layers, and the plugin one pair of
-buffers for each such buffer, allocated when the first layer is built. The address is therefore the
-same in every captured graph. What orders the writing of indices by one layer and the reading by the
-next one, over streams too, orders these buffers as well. A tensor made at the call would belong to
-the stream of the indexer, which to 0.32 is not the attention's stream.
+vLLM's attention turns the indices of its layer into slots of the KV cache, and counts them, in a
+kernel of its own. It takes those of the top-k instead if its arguments are, by address and shape,
+those of the top-k, in the same forward pass and with no other top-k in between. All of this is
+known on the host. ``docs/vllm.md`` says why the answer is the same, and whose memory it is.
 """
 
 from __future__ import annotations
@@ -26,9 +14,10 @@ from typing import Any
 
 import torch
 
+import dsv4_plugin as ops
 from dsv4_plugin.engines.vllm.context import LogitsTag, forward_pass
 
-__all__ = ["PATIENCE", "Note", "Paged", "SlotStore"]
+__all__ = ["PATIENCE", "Note", "Paged", "SlotStore", "select_into"]
 
 # After this many unread results the plugin stops writing slots: the model's attention reads none.
 PATIENCE = 64
@@ -62,6 +51,24 @@ class Note:
     table: tuple[Any, ...]
     paged: Paged
     followers: bool
+
+
+def select_into(
+    scores: torch.Tensor,
+    lengths: torch.Tensor,
+    k: int,
+    out: torch.Tensor,
+    paged: Paged | None,
+    **how: Any,
+) -> None:
+    """Select the indices ``out``, with slots and counts where ``paged`` takes them."""
+    if paged is None:
+        ops.topk(scores, lengths, k, out=out, **how)
+    else:
+        ops.topk(
+            scores, lengths, k, page_table=paged.table, page_size=paged.page_size,
+            out=paged.slots, out_raw=out, out_counts=paged.counts, **how,
+        )  # fmt: skip
 
 
 class SlotStore:

@@ -28,8 +28,10 @@ from dsv4_plugin.engines.shared.tensors import (
 )  # fmt: skip
 from dsv4_plugin.engines.vllm import adapter as vllm_adapter
 from dsv4_plugin.engines.vllm import candidates, fill
-from dsv4_plugin.engines.vllm.context import LogitsTag, by_name, tag_logits, tag_of
+from dsv4_plugin.engines.vllm.context import LogitsTag, Requests, by_name, tag_logits, tag_of
+from dsv4_plugin.engines.vllm.deferred import Gather
 from dsv4_plugin.engines.vllm.probe import TO_SLOTS_TAKES
+from dsv4_plugin.engines.vllm.slots import select_into
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.kernels.reference import row_lengths
 from dsv4_plugin.state import state
@@ -63,7 +65,7 @@ def paged_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
     selection = now.in_force().selection
     if selection is None:
         return original(*args, **kwargs)
-    given, out = by_name(_PAGED, args, kwargs), None
+    given, out = _by_request(by_name(_PAGED, args, kwargs), now.call.requests), None
     if _by_plugin(now, selection) and _plain_form(given, _PAGED_NEEDS, _PAGED_KNOWS):
         values = tuple(given[name] for name in _PAGED if name != "schedule_metadata")
         if selection.candidates:
@@ -78,7 +80,32 @@ def paged_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
         table, cache = given.get("block_tables"), given.get("kv_cache")
         if isinstance(table, torch.Tensor) and isinstance(cache, torch.Tensor) and cache.dim() >= 3:
             tag.table, tag.page_size = table, cache.shape[1]
+            own = now.call.requests
+            if own and own.table is not None and given["q"][0].shape[1] == own.rows:
+                tag.table, tag.next_n = own.table, own.rows
     return out
+
+
+def _by_request(given: dict[str, Any], requests: Requests | None) -> dict[str, Any]:
+    """Return the arguments with the rows of a request together, so that its keys are read once.
+
+    The kernel scores 128 heads in a pass over the keys. An odd row of 64 heads would fill half of
+    one, and what that costs was not measured.
+    """
+    if requests is None or not _plain_form(given, _PAGED_NEEDS, _PAGED_KNOWS):
+        return given
+    (q, scale), lengths, table = (given[x] for x in ("q", "context_lens", "block_tables"))
+    if not (q.shape[1] == 1 and len(q) == lengths.numel() == len(table)):
+        return given
+    if q.shape[2] > 32 and requests.rows % 2:
+        return given
+    shape = (-1, requests.rows)
+    return {
+        **given,
+        "q": (q.squeeze(1).unflatten(0, shape), scale),
+        "context_lens": lengths.reshape(shape),
+        "block_tables": table[:: requests.rows],
+    }
 
 
 def dense_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -89,25 +116,26 @@ def dense_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
     shifted, for :func:`prefill_topk`.
     """
     now = adapter.current()
-    selection = now.in_force().selection
-    if selection is None:
-        return original(*args, **kwargs)
-    given = by_name(_DENSE, args, kwargs)
+    selection, gather = now.in_force().selection, now.call.gather
+    given, out = by_name(_DENSE, args, kwargs), None
     width = given.get("max_seqlen_k", 0)  # a bool here is the clean_logits of older releases
     if (
-        _by_plugin(now, selection)
+        selection is not None
+        and _by_plugin(now, selection)
         and type(width) is int
         and _plain_form(given, _DENSE_NEEDS, _DENSE_KNOWS)
     ):
         values = tuple(given[name] for name in _DENSE[:-1])
         if selection.candidates:
             engine = functools.partial(_by_engine, now, original, args, kwargs)
-            out = candidates.defer_gathered(selection, engine, width, *values)
+            out = candidates.defer_gathered(selection, engine, width, gather, *values)
         else:
             out = _computed(logits.dense, selection, *values, width, shifted=not width)
-        if out is not None:
-            return out
-    return _by_engine(now, original, args, kwargs)
+    if out is None:
+        if gather is not None:
+            gather()
+        out = _by_engine(now, original, args, kwargs)
+    return out
 
 
 def _by_plugin(now: Adapter, selection: Selection) -> bool:
@@ -223,17 +251,18 @@ def _select(
     next_n: int,
     engine: Callable[[torch.Tensor, torch.Tensor], None],
     readable: bool,
-    again: Callable[[torch.Tensor], None] | None = None,
+    again: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> None:
     """Run the plugin's top-k on tagged logits, or ``engine`` on the same arguments.
 
-    ``engine(scores, out)`` reads float32. ``again(out)`` is the same for the shadow, where a call
-    can be cut into parts.
+    ``engine(scores, out)`` reads float32. ``again(scores, out)`` is the same for the shadow, where
+    a call can be cut into parts.
     """
     now = adapter.current()
     now.call.slots = None  # an earlier note does not describe the indices any more
     tag = tag_of(scores)
     deferred = None if tag is None else tag.deferred
+    next_n = next_n if tag is None else max(next_n, tag.next_n)
     selection = now.in_force().selection
     if tag is None or not readable or k not in KS or (deferred and not deferred.ready):
         selection = None
@@ -244,28 +273,30 @@ def _select(
             paged = store.places(tag, out, next_n)
         if deferred is not None:
             candidates.select(deferred, k, out, paged)
-        elif paged is None:
-            ops.topk(
-                scores, lengths(), k, next_n=next_n, row_starts=starts, out=out,
-                backend=selection.backend,
-            )  # fmt: skip
         else:
-            ops.topk(
-                scores, lengths(), k, next_n=next_n, page_table=paged.table,
-                page_size=paged.page_size, out=paged.slots, out_raw=out, out_counts=paged.counts,
-                backend=selection.backend,
-            )  # fmt: skip
+            how = {"next_n": next_n, "row_starts": starts, "backend": selection.backend}
+            select_into(scores, lengths(), k, out, paged, **how)
         if paged is not None:
             now.call.slots = store.note(paged, out, selection.followers)
             if now.call.slots is not None:
                 state.count("topk.slots")
 
     def watch() -> None:
+        @functools.cache
+        def every() -> torch.Tensor:
+            return scores if deferred is None else candidates.every_score(deferred)
+
+        def beside(scratch: torch.Tensor) -> None:
+            if again is None:
+                engine(widen(every()), scratch)
+            else:
+                again(every(), scratch)
+
         shadow.watch(
             kind,
             out,
-            again or (lambda scratch: engine(plain(scores), scratch)),
-            scores,
+            beside,
+            every,
             lambda: row_lengths(lengths(), scores.shape[0], next_n),
             starts,
         )
@@ -274,10 +305,8 @@ def _select(
         fill.fill_skipped_rows(out)
         engine(plain(scores if deferred is None else deferred.engine_logits()), out)
 
-    # The engine's selection of deferred logits has to score every key: the shadow does not watch.
     dtype = scores.dtype if deferred is None else DTYPES[deferred.selection.dtype]
-    beside = watch if deferred is None else None
-    serve(kind, selection, dtype, by_plugin, by_engine, beside, scores.shape[0])
+    serve(kind, selection, dtype, by_plugin, by_engine, watch, scores.shape[0])
 
 
 def decode_topk(
@@ -302,7 +331,11 @@ def decode_topk(
         and seq_lens.numel() in (scores.shape[0], scores.shape[0] // next_n)
         and scores.shape[0] % next_n == 0
     )
-    _select("decode", scores, lambda: seq_lens, None, out, k, next_n, engine, readable)
+
+    def lengths() -> torch.Tensor:
+        return seq_lens.reshape(-1) if seq_lens.numel() == scores.shape[0] else seq_lens
+
+    _select("decode", scores, lengths, None, out, k, next_n, engine, readable)
 
 
 def topk_op_by_engine(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -346,28 +379,21 @@ def prefill_topk(
         and starts.dim() == ends.dim() == 1
     )
 
+    def run(plain: torch.Tensor, rows: slice, from_zero: bool, into: torch.Tensor) -> None:
+        first, last = starts[rows], ends[rows]
+        if from_zero:
+            first, last = torch.zeros_like(first), last - first
+        original(plain, first, last, into, len(plain), plain.stride(0), plain.stride(1), k)
+
     def engine(plain: torch.Tensor, into: torch.Tensor) -> None:
-        part(plain, starts, ends, into)
+        run(plain, slice(None), shifted, into)
 
-    def again(scratch: torch.Tensor) -> None:
-        for rows in shadow.parts(scores):
-            part(widen(scores[rows]), starts[rows], ends[rows], scratch[rows])
+    def again(every: torch.Tensor, scratch: torch.Tensor) -> None:
+        for rows in shadow.parts(every):
+            run(widen(every[rows]), rows, shifted or deferred, scratch[rows])
 
-    def part(
-        plain: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, into: torch.Tensor
-    ) -> None:
-        if shifted:
-            plain = _unshifted(plain, starts)
-        original(plain, starts, ends, into, len(plain), plain.stride(0), plain.stride(1), k)
-
-    begin = None if shifted else starts
+    begin = None if shifted or deferred else starts
     _select("prefill", scores, lambda: ends - starts, begin, out, k, 1, engine, readable, again)
-
-
-def _unshifted(scores: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Move every row back to the columns of all keys; what is outside of a window is anything."""
-    column = torch.arange(scores.shape[1], device=scores.device) - starts[:, None]
-    return scores.gather(1, column.clamp_min(0))
 
 
 def take_slots(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -422,32 +448,39 @@ def gather(
     block_table: torch.Tensor,
     cu_seq_lens: torch.Tensor,
 ) -> None:
-    """Gather the quantised keys of a prefill chunk; anything but FP8 pages is vLLM's."""
+    """Gather the quantised keys of a prefill chunk; anything but FP8 pages is vLLM's.
+
+    Where the logits are deferred it waits for a reader. A consumer of wide chunks has none.
+    """
     now = adapter.current()
     decision = now.in_force()
-    if decision.gather is not None and _is_fp8_cache(kv_cache, dst_k, dst_scale):
-        try:
-            ops.gather_indexer_cache(
-                kv_cache,
-                block_table,
-                cu_seq_lens,
-                block_size=kv_cache.shape[1],
-                head_dim=dst_k.shape[1],
-                out=(dst_k, dst_scale),
-                backend=decision.gather,
-            )
-        except Exception as error:
-            if decision.strict:
-                raise
-            if not isinstance(error, UnmetError):  # that one is about this call's form only
-                now.switch_off("gather", error)
-        else:
-            state.count("gather", dst_k.shape[0])
-            state.count(f"gather.{decision.gather}", dst_k.shape[0])
-            return
-    if decision.enabled:
-        state.count("gather.upstream", rows_of(dst_k))
-    original(kv_cache, dst_k, dst_scale, block_table, cu_seq_lens)
+    selection, fp8 = decision.selection, _is_fp8_cache(kv_cache, dst_k, dst_scale)
+
+    def run() -> None:
+        if decision.gather is not None and fp8:
+            try:
+                ops.gather_indexer_cache(
+                    kv_cache, block_table, cu_seq_lens, block_size=kv_cache.shape[1],
+                    head_dim=dst_k.shape[1], out=(dst_k, dst_scale), backend=decision.gather,
+                )  # fmt: skip
+            except Exception as error:
+                if decision.strict:
+                    raise
+                if not isinstance(error, UnmetError):  # that one is about this call's form only
+                    now.switch_off("gather", error)
+            else:
+                state.count("gather", dst_k.shape[0])
+                state.count(f"gather.{decision.gather}", dst_k.shape[0])
+                return
+        if decision.enabled:
+            state.count("gather.upstream", rows_of(dst_k))
+        original(kv_cache, dst_k, dst_scale, block_table, cu_seq_lens)
+
+    now.call.gather = None
+    if fp8 and selection is not None and selection.candidates and _by_plugin(now, selection):
+        now.call.gather = Gather(run, kv_cache, block_table, cu_seq_lens)
+    else:
+        run()
 
 
 def _is_fp8_cache(kv_cache: torch.Tensor, dst_k: torch.Tensor, dst_scale: torch.Tensor) -> bool:

@@ -564,7 +564,7 @@ def test_the_example(engine: str, tmp_path: Path) -> None:
 
 
 def test_a_client_of_ones_own(tmp_path: Path, port: int) -> None:
-    """A command that names {result} gets no option of ours."""
+    """A command that names {result} gets no more options."""
     script = tmp_path / "mine.py"
     keys = [metric.keys[0] for metric in METRICS]
     script.write_text(

@@ -7,55 +7,40 @@ missing. ``DSV4_HOSTS_ENV`` names another folder, ``DSV4_SGLANG_VERSIONS`` other
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 from kits.real_client import check
-from kits.release_runner import ROOT, environment, run_cases, run_driver
+from kits.release_runner import Releases, versions
 
 CASES = Path(__file__).resolve().parent / "host"
-MAKE = ROOT / "examples" / "make_hosts_cpu_env.py"
-ENV = Path(os.environ.get("DSV4_HOSTS_ENV") or ROOT / ".venvs" / "hosts-cpu")
-VERSIONS = (os.environ.get("DSV4_SGLANG_VERSIONS") or "0.5.23,0.5.20,0.5.19,0.5.16").split(",")
+VERSIONS = versions("DSV4_SGLANG_VERSIONS", "0.5.23,0.5.20,0.5.19,0.5.16")
+RELEASES = Releases(
+    "SGLang", "hosts", ("sglang/{}",),
+    ("--sglang", ",".join(VERSIONS), "--tokenspeed", ""), "SGLANG_",
+)  # fmt: skip
 FEWEST_CASES = 175
-
-
-@pytest.fixture(scope="session")
-def python() -> Path:
-    return environment(MAKE, ENV, "--sglang", ",".join(VERSIONS), "--tokenspeed", "")
-
-
-def find(python: Path, version: str) -> Path:
-    release = ENV / "sglang" / version
-    if not (python.is_file() and (release / "sglang" / "__init__.py").is_file()):
-        pytest.skip(f"no SGLang {version} in {ENV}: python {MAKE.relative_to(ROOT)} makes it")
-    return release
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
-def test_release(python: Path, version: str, tmp_path: Path) -> None:
-    release = find(python, version)
-    report = tmp_path / "report.xml"
-    run_cases(f"SGLang {version}", python, CASES, [release], report, FEWEST_CASES, ["SGLANG_"])
+def test_release(version: str, tmp_path: Path) -> None:
+    RELEASES.run_cases(version, CASES, tmp_path / "report.xml", FEWEST_CASES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", [VERSIONS[0], VERSIONS[-1]])
-def test_bench_client(python: Path, version: str, tmp_path: Path) -> None:
+def test_bench_client(version: str, tmp_path: Path) -> None:
     """``sglang.bench_serving`` takes what ``dsv4-plugin ab`` gives, and answers what ab reads."""
     script = Path(__file__).with_name("bench_client.py")
-    check("sglang", python, script, [find(python, version)], tmp_path)
+    check("sglang", RELEASES.python, script, RELEASES.find(version), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", [VERSIONS[0], VERSIONS[-1]])
-def test_the_driver_for_a_gpu(python: Path, version: str, tmp_path: Path) -> None:
+def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
     """Without the plugin and with it, in one process; on a GPU the same with the kernels."""
-    found = run_driver(
-        "sglang", python, [find(python, version)], tmp_path / "found.json", ["SGLANG_"]
-    )
+    found = RELEASES.run_driver(version, tmp_path / "found.json")
     assert found["version"] == f"SGLang {version}"
     rows = {(row["part"], row["variant"]): row for row in found["results"]}
     calls = {part for part, variant in rows if variant == "off"}

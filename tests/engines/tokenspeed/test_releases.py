@@ -7,50 +7,46 @@ missing. ``DSV4_HOSTS_ENV`` names another folder, ``DSV4_TOKENSPEED_VERSIONS`` o
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-from kits.release_runner import ROOT, environment, run_cases, run_driver
+from kits.release_runner import Releases, versions
 
 CASES = Path(__file__).resolve().parent / "host"
-MAKE = ROOT / "examples" / "make_hosts_cpu_env.py"
-ENV = Path(os.environ.get("DSV4_HOSTS_ENV") or ROOT / ".venvs" / "hosts-cpu")
-VERSIONS = (os.environ.get("DSV4_TOKENSPEED_VERSIONS") or "0.1.1").split(",")
-FEWEST_CASES = 129
-
-
-@pytest.fixture(scope="session")
-def python() -> Path:
-    return environment(MAKE, ENV, "--sglang", "", "--tokenspeed", ",".join(VERSIONS))
-
-
-def find(python: Path, version: str) -> list[Path]:
-    release = ENV / "tokenspeed" / version
-    kernel, runtime = release / "kernel", release / "runtime"
-    if not (python.is_file() and (kernel / "tokenspeed_kernel" / "__init__.py").is_file()):
-        pytest.skip(f"no TokenSpeed {version} in {ENV}: python {MAKE.relative_to(ROOT)} makes it")
-    return [runtime, kernel]
+VERSIONS = versions("DSV4_TOKENSPEED_VERSIONS", "0.1.1")
+RELEASES = Releases(
+    "TokenSpeed", "hosts", ("tokenspeed/{}/runtime", "tokenspeed/{}/kernel"),
+    ("--sglang", "", "--tokenspeed", ",".join(VERSIONS)), "TOKENSPEED_",
+)  # fmt: skip
+FEWEST_CASES = 320
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
-def test_release(python: Path, version: str, tmp_path: Path) -> None:
-    report = tmp_path / "report.xml"
-    paths = find(python, version)
-    run_cases(f"TokenSpeed {version}", python, CASES, paths, report, FEWEST_CASES, ["TOKENSPEED_"])
+def test_release(version: str, tmp_path: Path) -> None:
+    RELEASES.run_cases(version, CASES, tmp_path / "report.xml", FEWEST_CASES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_driver_for_a_gpu(python: Path, version: str, tmp_path: Path) -> None:
+def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
     """Without the plugin and with it, in one process; on a GPU the same with the kernels."""
-    paths = find(python, version)
-    found = run_driver("tokenspeed", python, paths, tmp_path / "found.json", ["TOKENSPEED_"])
+    found = RELEASES.run_driver(version, tmp_path / "found.json")
     assert found["version"].startswith(f"TokenSpeed {version} ")
     rows = {(row["part"], row["variant"]): row for row in found["results"]}
-    calls = {part for part, variant in rows if variant == "bf16 own"}
-    assert len(calls) == 3 and len(rows) == 3 * 4 + 4  # the Triton kernels are for a GPU
+    own = [row for row in found["results"] if row["variant"] == "bf16 own"]
+    v41 = [row for row in own if row["part"].startswith("v41")]
+    assert [row["part"].split()[1:3] for row in v41] == [
+        [layer, phase] for phase in ("decode", "prefill")
+        for layer in ("plain", "source", "consumer")
+    ]  # fmt: skip
+    for row in v41:
+        assert row["exact"] and row["recall"] > 0.95
+        assert row["kernel"] == "dsv4_plugin_dsv41_index_topk"
+        assert row["counters"]["topk.dsv41_index_topk.bf16.torch"] == 1
+    calls = {row["part"] for row in own} - {row["part"] for row in v41}
+    # The Triton kernels are for a GPU.
+    assert len(calls) == 3 and len(rows) == 3 * 4 + len(v41) + 4
     for call in calls:
         mode = "prefill" if call.startswith("prefill") else "decode"
         for dtype in ("fp32", "bf16"):
@@ -61,7 +57,7 @@ def test_the_driver_for_a_gpu(python: Path, version: str, tmp_path: Path) -> Non
     (read,) = (row for row in found["results"] if row["variant"] == "on" and "read" in row["part"])
     assert read["exact"] and read["counters"]["read.fp8"] == 1
     assert {n for n, s in found["seams"].items() if s["engaged"]} == {
-        "topk.dsa_decode_topk", "topk.dsa_prefill_topk", "read.fp8"
+        "topk.dsa_decode_topk", "topk.dsa_prefill_topk", "topk.dsv41_index_topk", "read.fp8"
     }  # fmt: skip
     # Every variant of a call before the next call: a run that is cut short has whole calls.
     order = [row["part"] for row in found["results"] if row["part"] in calls]
@@ -69,10 +65,7 @@ def test_the_driver_for_a_gpu(python: Path, version: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_run_that_is_cut_short_names_what_is_missing(python: Path, tmp_path: Path) -> None:
-    paths = find(python, VERSIONS[0])
-    found = run_driver(
-        "tokenspeed", python, paths, tmp_path / "found.json", ["TOKENSPEED_"], budget=0
-    )
+def test_a_run_that_is_cut_short_names_what_is_missing(tmp_path: Path) -> None:
+    found = RELEASES.run_driver(VERSIONS[0], tmp_path / "found.json", budget=0)
     assert not found["complete"] and not found["results"]
     assert {"read on", "decode 2x700 k512 logical bf16 own"} <= set(found["not_run"])

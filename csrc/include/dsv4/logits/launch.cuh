@@ -43,15 +43,15 @@ inline cudaError_t with_page(int page_keys, const F& f) {
   return cudaErrorInvalidValue;
 }
 
-template <class Out, int kHeads, bool kOneRow, int kPageKeys>
+template <class Out, int kHeads, int kRows, int kPageKeys>
 inline cudaError_t launch_paged_config(const PagedLogitsParams& p, int64_t blocks, int sms,
                                        int device, cudaStream_t stream) {
   if (p.maxima.out != nullptr) {
-    using Config = PagedConfig<kHeads, kOneRow, kPageKeys, true>;
+    using Config = PagedConfig<kHeads, kRows, kPageKeys, true>;
     return launch_resident<paged_logits_kernel<Out, Config>, Config>(p, blocks, sms, device,
                                                                      stream);
   }
-  using Config = PagedConfig<kHeads, kOneRow, kPageKeys, false>;
+  using Config = PagedConfig<kHeads, kRows, kPageKeys, false>;
   return launch_resident<paged_logits_kernel<Out, Config>, Config>(p, blocks, sms, device, stream);
 }
 
@@ -68,9 +68,15 @@ inline cudaError_t launch_paged_logits(const PagedLogitsParams& p, LogitsType ty
       using Out = std::remove_pointer_t<decltype(out)>;
       constexpr int kHeads = decltype(head_count)::value, kPage = decltype(page)::value;
       if (p.queries.next_n == 1) {
-        return launch_paged_config<Out, kHeads, true, kPage>(p, blocks, sms, device, stream);
+        return launch_paged_config<Out, kHeads, 1, kPage>(p, blocks, sms, device, stream);
       }
-      return launch_paged_config<Out, kHeads, false, kPage>(p, blocks, sms, device, stream);
+      if constexpr (kHeads == 32) {  // a draft of five tokens and the one before it
+        if (p.queries.next_n == 5 || p.queries.next_n == 6) {
+          return launch_paged_config<Out, kHeads, 6, kPage>(p, blocks, sms, device, stream);
+        }
+      }
+      constexpr int kRows = kMmaColumns / kHeads;
+      return launch_paged_config<Out, kHeads, kRows, kPage>(p, blocks, sms, device, stream);
     });
   });
 }

@@ -19,6 +19,10 @@ struct CandidateTopkParams : TopkParams {
   const int32_t* candidates;  // [rows, count], stride(1) == 1
   int64_t candidate_stride;
   int32_t count;
+  // The kernel before this one in the stream writes the scores and nothing else, and has let this
+  // one start behind its own wait (candidate_logits_kernel). So all that is read beside the scores
+  // was written by kernels that have ended, and need not be waited for.
+  bool early;
 };
 
 struct CandidateWindow : RowWindow {
@@ -141,6 +145,7 @@ struct CandidateForm {
   using Window = CandidateWindow;
   using Output = CandidateOutput;
   static constexpr bool kSorts = false;
+  static __device__ __forceinline__ bool early(const Params& p) { return p.early; }
 
   // Bytes of shared memory that Output::start fills.
   static size_t kept_bytes(const Params& p) { return (Output::kList + p.count) * sizeof(int32_t); }

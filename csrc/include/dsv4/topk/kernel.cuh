@@ -62,10 +62,14 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   const typename Config::Form::Source source(p, row);
   const auto* scores =
       static_cast<const typename Policy::Scalar*>(p.logits) + row * p.logits_stride;
-  pdl_wait();
-  // Not before the wait: then kernels after the next would start as well, and their waiting CTAs
-  // would crowd those of one launch onto few multiprocessors (128 x 8K: 5.3 us instead of 4.0).
-  pdl_launch_dependents();
+  const auto wait = [] {
+    pdl_wait();
+    // Not before the wait: then kernels after the next would start as well, and their waiting CTAs
+    // would crowd those of one launch onto few multiprocessors (128 x 8K: 5.3 us instead of 4.0).
+    pdl_launch_dependents();
+  };
+  const bool early = Config::Form::early(p);
+  if (!early) wait();
 
   const typename Config::Form::Window window = source.read(p);
   if (cluster.rank == 0) p.write_count(row, window.length);
@@ -82,6 +86,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
       TopkSlice<Config> slice(p, plan, smem, units, row, cluster);
       Output::keep(p, row, window, slice.kept(), slice.begin, slice.count);
       joined = true;
+      if (early) wait();
       const int32_t share = together ? cluster.divide_up(units.count) : units.count;
       const bool held = share <= Config::kHeld * Config::kThreads;
       if (!TopkSteps<Config>(slice, held).run() && cluster.rank == 0) {
@@ -99,6 +104,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   if constexpr (Config::kCluster) {
     if (!joined) cluster_wait();  // no CTA leaves the start-up barrier half done
   }
+  if (early && !joined) wait();  // what is launched next counts on the kernel before this one, too
 }
 
 }  // namespace dsv4

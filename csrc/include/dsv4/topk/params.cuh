@@ -151,6 +151,8 @@ struct RowForm {
   using Window = RowWindow;
   using Output = RowOutput;
   static constexpr bool kSorts = true;
+  // Whether all but the scores may be read before griddepcontrol.wait.
+  static __device__ __forceinline__ bool early(const Params&) { return false; }
 
   static size_t kept_bytes(const Params&) { return 0; }
 };

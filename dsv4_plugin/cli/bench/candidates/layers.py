@@ -39,7 +39,7 @@ class PluginOps:
     ) -> None:  # fmt: skip
         self.pool, self.rows, self.columns, self.k, self.backend = pool, rows, columns, k, backend
         device = torch.device(pool.device)
-        self.held = held
+        self.held, self.dtype = held, dtype
         self.lengths = torch.full((rows,), columns, dtype=torch.int32, device=device)
         self.half_lengths = self.lengths // 2
         width = width or pool.width
@@ -85,26 +85,25 @@ class PluginOps:
         ops.select_blocks(self.maxima, self.lengths, self.held, out=self.chosen,
                            backend=self.backend)  # fmt: skip
 
-    def _score(self, g: Group, candidates: torch.Tensor) -> None:
-        ops.candidate_logits(g.q, self.pool.cache, g.weights, candidates, self.lengths, g.table,
-                              out=self.scored, backend=self.backend)  # fmt: skip
-
-    def _select(self, candidates: torch.Tensor) -> None:
-        ops.select_candidates(self.scored, candidates, self.lengths, self.k, out=self.out,
-                               backend=self.backend)  # fmt: skip
-
     def candidate_logits(self, g: Group) -> None:
         """The scores of the candidates' keys."""
-        self._score(g, self.lists[id(g)])
+        ops.candidate_logits(g.q, self.pool.cache, g.weights, self.lists[id(g)], self.lengths,
+                              g.table, out=self.scored, backend=self.backend)  # fmt: skip
 
     def select_candidates(self, g: Group) -> None:
         """The best of them."""
-        self._select(self.lists[id(g)])
+        ops.select_candidates(self.scored, self.lists[id(g)], self.lengths, self.k, out=self.out,
+                               backend=self.backend)  # fmt: skip
+
+    def _among(self, g: Group, candidates: torch.Tensor) -> None:
+        ops.candidate_select(
+            g.q, self.pool.cache, g.weights, candidates, self.lengths, g.table, self.k,
+            dtype=self.dtype, out=self.out, backend=self.backend,
+        )  # fmt: skip
 
     def consumer(self, g: Group) -> None:
         """A layer that uses candidates."""
-        self.candidate_logits(g)
-        self.select_candidates(g)
+        self._among(g, self.lists[id(g)])
 
     def source(self, g: Group) -> None:
         """The layer that chooses them."""
@@ -116,8 +115,7 @@ class PluginOps:
         """The same without the scores of all keys: the best k lie in the best k + 1 blocks."""
         self.block_maxima(g, None)
         self.select_blocks()
-        self._score(g, self.chosen)
-        self._select(self.chosen)
+        self._among(g, self.chosen)
 
     def step(self, g: Group) -> None:
         """All index layers of a decode step."""
@@ -129,8 +127,7 @@ class PluginOps:
             ops.topk(self.dense, self.half_lengths, self.k, out=self.out, backend=self.backend)
         self.source(g)
         for _ in range(CONSUMERS):
-            self._score(g, self.chosen)
-            self._select(self.chosen)
+            self._among(g, self.chosen)
 
     def why_wrong(self) -> str:
         """Return what is wrong with the answers, by the oracles, or an empty string."""
@@ -158,12 +155,19 @@ class PluginOps:
         if not torch.equal(self.out, by_candidates):
             return "source by candidates: other indices"
         self.scored.fill_(torch.nan)
-        self.consumer(g)
+        self.candidate_logits(g)
         masked = oracle.scores(scores, lists, n)
         if not bool(same_bits(self.scored, masked).all()):
             return "candidate_logits: other scores than paged_logits"
-        if not torch.equal(self.out, oracle.selection(masked, lists, n, self.k)):
-            return "select_candidates: other indices"
+        best = oracle.selection(masked, lists, n, self.k)
+        for op, call in (
+            ("select_candidates", self.select_candidates),
+            ("consumer", self.consumer),
+        ):
+            self.out.fill_(-7)
+            call(g)
+            if not torch.equal(self.out, best):
+                return f"{op}: other indices"
         return ""
 
 
@@ -248,11 +252,11 @@ class FullWidth:
         if not torch.equal(self.out, self.of.out):
             return "source: other indices than those of the plugin in float32"
         of = oracle.maxima(self.dense[:, : self.of.columns], self.of.lengths)
-        mine, theirs = (
+        full, plugin = (
             of.gather(1, x.clamp(min=0).long()).masked_fill(x < 0, -torch.inf).sort(1).values
             for x in (self.chosen, self.of.chosen)
         )
-        if not torch.equal(mine, theirs):  # up to ties
+        if not torch.equal(full, plugin):  # up to ties
             return "source: other blocks than those of the plugin in float32"
         self.consumer(g, self.of.lists[id(g)])
         self.of.consumer(g)

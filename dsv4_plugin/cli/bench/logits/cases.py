@@ -7,33 +7,26 @@ are shuffled over the cache. A :class:`Case` with ``k`` is a cell of the chain.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from dsv4_plugin.cli.checks.topk_cases import DTYPES
 from dsv4_plugin.cli.shared.choices import KS
 from dsv4_plugin.cli.shared.choices import LOGITS_SUITES as SUITES
 
 __all__ = [
-    "CHAIN_SHAPES",
-    "DTYPES",
-    "KEY_BYTES",
-    "KS",
-    "PAGE_SIZE",
-    "SUITES",
-    "Case",
-    "Paged",
-    "Ragged",
-    "chain",
-    "suite",
-]
+    "CHAIN_SHAPES", "DTYPES", "KEY_BYTES", "KS", "PAGE_SIZE", "SUITES", "Case", "Paged", "Ragged",
+    "chain", "suite",
+]  # fmt: skip
 
 HEADS, HEAD_DIM, PAGE_SIZE = 64, 128, 64
 KEY_BYTES = HEAD_DIM + 4  # 128 e4m3 values and a float32 scale
 MOST_CACHE = 40 << 30
 E4M3_MAX = 448.0
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEFAULT_DTYPES = ("bfloat16", "float32")
 
 # Requests and keys of each.
@@ -226,6 +219,15 @@ def _cache(pages: int, g: torch.Generator) -> torch.Tensor:
 # ---- The suites ----------------------------------------------------------------------------------
 
 
+# suite → requests and keys of each, and what else makes cells of these
+_GRIDS: dict[str, tuple[Sequence[tuple[int, int]], Sequence[dict[str, Any]]]] = {
+    "decode": ((), ({},)),
+    "next_n": (NEXT_N_SHAPES, [{"next_n": next_n} for next_n in NEXT_N]),
+    "varied": (VARIED_SHAPES, ({"lengths": "varied"},)),
+    "prefill": (PREFILL_SHAPES, ({"lengths": "causal"},)),
+}
+
+
 def suite(
     name: str,
     *,
@@ -239,29 +241,20 @@ def suite(
     suite's lists; elsewhere both together replace its shapes, and one alone chooses among them.
     Cells whose cache is larger than 40 GiB are left out.
     """
-    types = tuple(dtypes or DEFAULT_DTYPES)
-    return [case for case in _cells(name, types, rows, columns) if case.cache_bytes <= MOST_CACHE]
-
-
-def _cells(
-    name: str, types: Sequence[str], rows: Sequence[int] | None, columns: Sequence[int] | None
-) -> Iterator[Case]:
-    if name == "decode":
-        for batch in rows or BATCHES:
-            for context in columns or CONTEXTS:
-                yield from (Case(name, dtype, batch, context) for dtype in types)
-    elif name == "next_n":
-        for batch, context in _shapes(NEXT_N_SHAPES, rows, columns):
-            for next_n in NEXT_N:
-                yield from (Case(name, dtype, batch, context, next_n) for dtype in types)
-    elif name in ("varied", "prefill"):
-        shapes, lengths = (
-            (VARIED_SHAPES, "varied") if name == "varied" else (PREFILL_SHAPES, "causal")
-        )
-        for batch, context in _shapes(shapes, rows, columns):
-            yield from (Case(name, dtype, batch, context, lengths=lengths) for dtype in types)
-    else:
+    if name not in _GRIDS:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")
+    usual, every = _GRIDS[name]
+    if name == "decode":
+        shapes = list(itertools.product(rows or BATCHES, columns or CONTEXTS))
+    else:
+        shapes = _shapes(usual, rows, columns)
+    cells = (
+        Case(name, dtype, batch, context, **more)
+        for (batch, context), more, dtype in itertools.product(
+            shapes, every, dtypes or DEFAULT_DTYPES
+        )
+    )
+    return [case for case in cells if case.cache_bytes <= MOST_CACHE]
 
 
 def _shapes(

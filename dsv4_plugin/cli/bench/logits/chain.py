@@ -19,7 +19,7 @@ from dsv4_plugin.cli.bench.cells import DIRTY, Cell, Row
 from dsv4_plugin.cli.bench.logits.cases import DTYPES, Case, Paged
 from dsv4_plugin.cli.bench.logits.check import Sample
 from dsv4_plugin.cli.bench.logits.measure import KeyBench, Problem, peer_logits
-from dsv4_plugin.cli.bench.topk.check import Reference
+from dsv4_plugin.cli.bench.topk.check import judge
 from dsv4_plugin.cli.checks.compare import PLUGIN, chain_name, sound
 from dsv4_plugin.cli.checks.topk_cases import Problem as Scores
 from dsv4_plugin.ops.logits import new_logits
@@ -68,14 +68,13 @@ class ChainBench(KeyBench):
         held = self._held(group[0])
         problem = held[0]
         assert isinstance(problem, Paged)
-        most = max(case.k for case in group)
         sample = Sample(problem)
-        references: dict[tuple[str, str], tuple[Reference, str]] = {}
+        references: dict[tuple[str, str], tuple[Scores, str]] = {}
         self._begun, self._answers = len(self.results), {}
 
         def cell(case: Case) -> tuple[float, str]:
             runs = self._implementations(case, problem)
-            text = self._cell(case, held, runs, references, most, sample)
+            text = self._cell(case, held, runs, references, sample)
             kept = self._answers.setdefault(case.k, {})
             kept |= {(name, case.dtype): run.out for name, run in runs.items()}
             return self._floor_us(case), text
@@ -91,18 +90,17 @@ class ChainBench(KeyBench):
         case: Case,
         held: list[Problem],
         runs: dict[str, _Run],
-        references: dict[tuple[str, str], tuple[Reference, str]],
-        most: int,
+        references: dict[tuple[str, str], tuple[Scores, str]],
         sample: Sample,
     ) -> str:
         problem = held[0]
         assert isinstance(problem, Paged)
 
-        def reference(name: str) -> tuple[Reference, str]:
+        def reference(name: str) -> tuple[Scores, str]:
             if (name, case.dtype) not in references:
                 logits = self._logits(name, problem, DTYPES[case.dtype])[:, : case.columns]
                 wrong = sample.why_wrong(logits)
-                references[name, case.dtype] = Reference(Scores(logits, problem.n), most), wrong
+                references[name, case.dtype] = Scores(logits, problem.n), wrong
             return references[name, case.dtype]
 
         def warm(name: str) -> Row:
@@ -110,10 +108,10 @@ class ChainBench(KeyBench):
             run.soil()
             run(problem)
             scores, wrong = reference(name)
-            before = scores.judge(run.out, case.k, ties=name == PLUGIN)
+            before = judge(scores, run.out, ties=name == PLUGIN)
             run.soil()
             us = self._time(case, functools.partial(run, problem))
-            after = scores.judge(run.out, case.k, ties=name == PLUGIN)
+            after = judge(scores, run.out, ties=name == PLUGIN)
             row = self._figures(case, us)
             row |= {"exact": before.exact and after.exact, "right": not wrong}
             if name == PLUGIN:

@@ -1,8 +1,6 @@
 """Whether logits are right: a sample of them against float64, within the tests' tolerance.
 
-A sampled score is right if it is what some sum within the tolerance of the exact one rounds to: the
-two ends of that interval, rounded to the dtype of the logits, hold it between them. The tolerance
-is a share of the score's *magnitude* ``scale · Σ_h |w_h| · Σ_d |q_d · k_d|`` (docs/numerics.md).
+What is right is said by :func:`dsv4_plugin.cli.checks.exact.outside`.
 """
 
 from __future__ import annotations
@@ -17,10 +15,7 @@ from dsv4_plugin.cli.checks import exact
 __all__ = ["TOLERANCE", "Sample"]
 
 # By device: the tensor cores, the torch reference.
-TOLERANCE = {
-    "cuda": exact.TOLERANCE["cuda", "normal"],
-    "cpu": exact.TOLERANCE["torch", "normal"],
-}
+TOLERANCE = {"cuda": exact.TOLERANCE["cuda", "normal"], "cpu": exact.TOLERANCE["torch", "normal"]}
 MOST_ROWS, MOST_COLUMNS = 16, 4096
 EDGE = 64  # the first and the last columns of a row are always looked at
 
@@ -57,9 +52,8 @@ class Sample:
     def why_wrong(self, logits: torch.Tensor) -> str:
         """Return what is wrong with ``logits`` first, or an empty string."""
         for row, columns, score, size in self._parts:
-            got, error = logits[row, columns], size * self.tolerance
-            low, high = (score - error).to(got.dtype), (score + error).to(got.dtype)
-            wrong = ~((got >= low) & (got <= high))
+            got = logits[row, columns]
+            wrong = exact.outside(got, score, size, self.tolerance)[0]
             if bool(wrong.any()):
                 at = int(wrong.nonzero()[0])
                 return (

@@ -25,7 +25,7 @@ from dsv4_plugin.cli.bench.cells import (
     launches_for,
     time_cold,
 )
-from dsv4_plugin.cli.bench.topk.check import Reference
+from dsv4_plugin.cli.bench.topk.check import judge
 from dsv4_plugin.cli.bench.topk.served import Elsewhere
 from dsv4_plugin.cli.checks.compare import PLUGIN
 from dsv4_plugin.cli.checks.timing import time_calls
@@ -43,13 +43,7 @@ class Bench(CellBench):
         problem = group[0].make(self.device)
         floor_us = floor.floor_us(problem, launches=self._launches(group[0], None))
         copies = self._copies(problem.logits, group[0].bytes_read)
-        most = max(case.k for case in group)
-        reference = Reference(problem, most)
-
-        def cell(case: Case) -> tuple[float, str]:
-            return floor_us, self._cell(case, copies, reference, floor_us)
-
-        return cell
+        return lambda case: (floor_us, self._cell(case, copies, problem, floor_us))
 
     def _copies(self, logits: torch.Tensor, read: int) -> list[torch.Tensor]:
         """Return the scores and copies of them, of each of which a call reads ``read`` bytes."""
@@ -85,10 +79,9 @@ class Bench(CellBench):
         )  # fmt: skip
 
     def _cell(
-        self, case: Case, copies: list[torch.Tensor], reference: Reference, floor_us: float
+        self, case: Case, copies: list[torch.Tensor], problem: Problem, floor_us: float
     ) -> str:
         """Measure every implementation in one cell; returns what the progress line shows."""
-        problem = reference.problem
         held = [dataclasses.replace(problem, logits=x) for x in copies]
         runs = self._implementations(case)
         about: Row = {
@@ -98,7 +91,7 @@ class Bench(CellBench):
         }  # fmt: skip
 
         def warm(name: str) -> Row:
-            row = self._warm(case, runs[name], held[0], reference, floor_us, plugin=name == PLUGIN)
+            row = self._warm(case, runs[name], held[0], floor_us, plugin=name == PLUGIN)
             if case.suite == "served":
                 row["served_us"] = self._served(case, runs[name], held[0])
             return row
@@ -110,20 +103,17 @@ class Bench(CellBench):
 
         return self.measure(case, about, runs, warm, cold)
 
-    def _warm(
-        self, case: Case, run: Run, problem: Problem, reference: Reference, floor_us: float,
-        plugin: bool,
-    ) -> Row:  # fmt: skip
+    def _warm(self, case: Case, run: Run, problem: Problem, floor_us: float, plugin: bool) -> Row:
         shape = (case.rows, case.k)
         out = torch.full(shape, DIRTY, dtype=torch.int32, device=self.device)
         run(problem, out)
-        before = reference.judge(out, case.k, ties=plugin)
+        before = judge(problem, out, ties=plugin)
         out.fill_(DIRTY)
         us = time_calls(
             [functools.partial(run, problem, out)], self.device,
             launches=self._launches(case, floor_us), replays=self.replays,
         )  # fmt: skip
-        after = reference.judge(out, case.k, ties=plugin)
+        after = judge(problem, out, ties=plugin)
         row: Row = {
             "warm_us": round(us, 3),
             "cold_us": None,

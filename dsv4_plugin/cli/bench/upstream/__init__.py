@@ -1,8 +1,13 @@
 """The kernels of the engines that are installed here, as peers of the benchmarks.
 
-One file an engine. Each has ``kernels(form)``, which returns kernels by name in the conventions of
-:mod:`dsv4_plugin.cli.bench.peers`, or, in place of a function, why there is none. Every
-function says which one of the engine it calls, and how the engine calls it itself.
+One file an engine, with
+
+* ``name()``: what its kernels are called, with its release; None where it is not installed,
+* ``FORMS``: what it has of each form (:mod:`dsv4_plugin.cli.bench.peers`): the end of a kernel's
+  name, and what makes the kernel, or why there is none,
+* ``CHOICE``: the end of the name of the top-k that the engine runs itself, None for no engine.
+
+Every kernel says which function of the engine it calls, and how the engine calls it itself.
 """
 
 from __future__ import annotations
@@ -13,13 +18,34 @@ from pathlib import Path
 from dsv4_plugin.cli.bench import peers
 from dsv4_plugin.cli.bench.peers import Call, Peers
 from dsv4_plugin.cli.bench.upstream import flashinfer_peers, sglang_peers, torch_peers, vllm_peers
+from dsv4_plugin.cli.bench.upstream.prepared import Maker, tried
 from dsv4_plugin.cli.shared import choices
 
-__all__ = ["ENGINES", "load"]
+__all__ = ["ENGINES", "choice", "kernels", "load"]
 
 ENGINES = dict(
     zip(choices.ENGINES, (vllm_peers, sglang_peers, flashinfer_peers, torch_peers), strict=True)
 )
+
+
+def kernels(engine: str, form: str) -> dict[str, Call | str]:
+    """Return an engine's kernels of a form by name; in place of a kernel, why there is none."""
+    module = ENGINES[engine]
+    name = module.name()
+    if name is None:
+        return {engine: "it is not installed here"}
+    forms: dict[str, tuple[tuple[str, Maker | str], ...]] = module.FORMS
+    found: dict[str, Call | str] = {}
+    for end, make in forms[form]:
+        found |= {name + end: make} if isinstance(make, str) else tried(name + end, make)
+    return found
+
+
+def choice(engine: str) -> str | None:
+    """Return the name of the top-k that an engine runs itself, None where there is none."""
+    module = ENGINES[engine]
+    name, end = module.name(), module.CHOICE
+    return None if name is None or end is None else name + end
 
 
 def load(engines: Sequence[str], forms: Sequence[str], file: Path | None, *, of: str) -> Peers:
@@ -30,7 +56,5 @@ def load(engines: Sequence[str], forms: Sequence[str], file: Path | None, *, of:
     """
     found = peers.load(file, peers.FORMS_OF[of])
     for engine in dict.fromkeys(engines):
-        module = ENGINES[engine]
-        named: dict[str, dict[str, Call | str]] = {form: module.kernels(form) for form in forms}
-        found.add(engine, named, module.choice())
+        found.add(engine, {form: kernels(engine, form) for form in forms}, choice(engine))
     return found

@@ -16,35 +16,20 @@ from dsv4_plugin.cli.bench.upstream.prepared import (
     lengths_of,
     need,
     release,
-    tried,
     zeros_for,
 )
 from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE
 
-__all__ = ["choice", "kernels"]
+__all__ = ["CHOICE", "FORMS", "name"]
+
+CHOICE = None  # FlashInfer is no engine, and ends no chain
 
 _windows = Prepared("the windows' lengths")
 
 
-def choice() -> str | None:
-    """Return None: FlashInfer is no engine, and ends no chain."""
-    return None
-
-
-def kernels(form: str) -> dict[str, Any]:
-    """Return FlashInfer's kernels of a form, or why there are none."""
-    name = release("flashinfer", "flashinfer-python")
-    if name is None:
-        return {"flashinfer": "it is not installed here"}
-    if form == "decode":
-        return tried(name, _decode)
-    if form == "prefill":
-        return tried(f"{name} prefill", _prefill)
-    if form == "paged":
-        return tried(f"{name} paged", _paged)
-    if form == "gather":
-        return {f"{name} gather": "no gather of this cache is known of it"}
-    return {f"{name} logits": "no function of it that scores this cache is called by an engine"}
+def name() -> str | None:
+    """Return FlashInfer's name with its release, None where it is not installed."""
+    return release("flashinfer", "flashinfer-python")
 
 
 def _function(name: str) -> Any:
@@ -119,3 +104,14 @@ def _paged() -> Any:
         transform(logits, page_table, lengths, k, page_size=PAGE_SIZE, out=out, **more)
 
     return paged
+
+
+_UNUSED = (" logits", "no function of it that scores this cache is called by an engine")
+FORMS = {
+    "decode": (("", _decode),),
+    "prefill": ((" prefill", _prefill),),
+    "paged": ((" paged", _paged),),
+    "gather": ((" gather", "no gather of this cache is known of it"),),
+    "logits": (_UNUSED,),
+    "ragged_logits": (_UNUSED,),
+}

@@ -19,19 +19,12 @@ import torch
 from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE
 
 __all__ = [
-    "Prepared",
-    "capturing",
-    "imported",
-    "lengths_of",
-    "need",
-    "reason",
-    "release",
-    "schedule_of",
-    "tried",
-    "zeros_for",
-]
+    "Maker", "Prepared", "capturing", "imported", "lengths_of", "need", "reason", "release",
+    "schedule_of", "tried", "zeros_for",
+]  # fmt: skip
 
 T = TypeVar("T")
+Maker = Callable[[], Callable[..., Any]]  # returns a kernel, or raises why there is none
 
 
 def capturing() -> bool:
@@ -94,7 +87,7 @@ def imported(name: str) -> Any:
         raise LookupError(f"{name} cannot be imported ({reason(error)})") from error
 
 
-def tried(name: str, make: Callable[[], Callable[..., Any]]) -> dict[str, Callable[..., Any] | str]:
+def tried(name: str, make: Maker) -> dict[str, Callable[..., Any] | str]:
     """Return the kernel that ``make`` gives by name, or why there is none."""
     try:
         return {name: make()}

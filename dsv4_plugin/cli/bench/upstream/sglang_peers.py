@@ -17,13 +17,14 @@ from dsv4_plugin.cli.bench.upstream.prepared import (
     need,
     release,
     schedule_of,
-    tried,
     zeros_for,
 )
 from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 
-__all__ = ["choice", "kernels"]
+__all__ = ["CHOICE", "FORMS", "name"]
+
+CHOICE = " v2"
 
 # Where the top-k of DeepSeek-V4 is: from 0.5.17 on, and before.
 MODULES = ("sglang.kernels.ops.attention.dsv4.topk", "sglang.jit_kernel.dsv4.topk")
@@ -36,28 +37,9 @@ _windows = Prepared("the windows' lengths")
 _schedules = Prepared("DeepGEMM's schedule")
 
 
-def kernels(form: str) -> dict[str, Any]:
-    """Return SGLang's kernels of a form, or why there are none."""
-    name = release("sglang")
-    if name is None:
-        return {"sglang": "it is not installed here"}
-    if form == "decode":
-        return tried(f"{name} v2", _decode) | tried(f"{name} bf16_small", _small)
-    if form == "prefill":
-        return tried(f"{name} ragged_v2", _prefill)
-    if form == "paged":
-        return tried(f"{name} v2", _paged) | tried(f"{name} bf16_small", _small_paged)
-    if form == "gather":
-        return {f"{name} gather": "it gathers from its memory pool, by no function of tensors"}
-    gemm = f"{name} DeepGEMM"
-    return tried(gemm if form == "logits" else f"{gemm} prefill",
-                 _logits if form == "logits" else _ragged_logits)  # fmt: skip
-
-
-def choice() -> str | None:
-    """Return the name of what SGLang runs itself, None where there is no SGLang."""
-    name = release("sglang")
-    return None if name is None else f"{name} v2"
+def name() -> str | None:
+    """Return SGLang's name with its release, None where it is not installed."""
+    return release("sglang")
 
 
 def _topk() -> Any:
@@ -257,3 +239,13 @@ def _ragged_logits() -> Any:
         return _wide(module, name, dtype)((q, None), *rest, **more, logits_dtype=dtype)
 
     return ragged_logits
+
+
+FORMS = {
+    "decode": ((" v2", _decode), (" bf16_small", _small)),
+    "prefill": ((" ragged_v2", _prefill),),
+    "paged": ((" v2", _paged), (" bf16_small", _small_paged)),
+    "gather": ((" gather", "it gathers from its memory pool, by no function of tensors"),),
+    "logits": ((" DeepGEMM", _logits),),
+    "ragged_logits": ((" DeepGEMM prefill", _ragged_logits),),
+}

@@ -13,9 +13,9 @@ import torch
 from dsv4_plugin.cli.bench.upstream.prepared import Prepared, capturing, lengths_of, zeros_for
 from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE
 
-__all__ = ["choice", "kernels"]
+__all__ = ["CHOICE", "FORMS", "name"]
 
-NAME = "torch"
+NAME, CHOICE = "torch", ""
 HEAD_DIM = 128
 
 # One shape at a time: they are as large as the scores.
@@ -23,17 +23,9 @@ _buffers = Prepared(NAME, most=1)
 _facts = Prepared(NAME)
 
 
-def choice() -> str | None:
-    """Return the top-k that ends torch's chain."""
+def name() -> str:
+    """Return the name of torch's kernels."""
     return NAME
-
-
-def kernels(form: str) -> dict[str, Any]:
-    """Return torch's kernel of a form."""
-    if form == "gather":
-        return {NAME: "it has no gather of the quantised cache; its reads are the rows 'torch'"}
-    return {NAME: {"decode": decode, "prefill": prefill, "paged": paged, "logits": logits,
-                   "ragged_logits": ragged_logits}[form]}  # fmt: skip
 
 
 def decode(logits: torch.Tensor, lengths: torch.Tensor, k: int, out: torch.Tensor) -> None:
@@ -166,3 +158,13 @@ def ragged_logits(
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.numel()
+
+
+FORMS: dict[str, tuple[tuple[str, Any], ...]] = {
+    "decode": (("", lambda: decode),),
+    "prefill": (("", lambda: prefill),),
+    "paged": (("", lambda: paged),),
+    "gather": (("", "it has no gather of the quantised cache; its reads are the rows 'torch'"),),
+    "logits": (("", lambda: logits),),
+    "ragged_logits": (("", lambda: ragged_logits),),
+}

@@ -11,18 +11,13 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.cli.bench.upstream.prepared import (
-    Prepared,
-    imported,
-    need,
-    release,
-    schedule_of,
-    tried,
-)
+from dsv4_plugin.cli.bench.upstream.prepared import Prepared, imported, need, release, schedule_of
 from dsv4_plugin.cli.checks.topk_cases import KS, PAGE_SIZE
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 
-__all__ = ["choice", "kernels"]
+__all__ = ["CHOICE", "FORMS", "name"]
+
+CHOICE = ""
 
 LIBRARY = "vllm (loaded library)"
 COOPERATIVE_ROWS = 32  # up to 0.32; later releases name their own
@@ -32,32 +27,8 @@ _workspaces = Prepared("vllm's workspace")
 _schedules = Prepared("vllm's schedule")
 
 
-def kernels(form: str) -> dict[str, Any]:
-    """Return vLLM's kernels of a form, or why there are none."""
-    name = _name()
-    if name is None:
-        return {"vllm": "it is not installed here"}
-    if form == "decode":
-        return tried(name, _decode)
-    if form == "prefill":
-        return tried(f"{name} prefill", _prefill)
-    if form == "paged":
-        return {f"{name} paged": "its top-k answers in columns, not in pool slots"}
-    if form == "gather":
-        return tried(f"{name} cp_gather", _gather)
-    gemm = f"{name} DeepGEMM"
-    if name == LIBRARY:
-        return {gemm: "it is not in the loaded library"}
-    return tried(gemm if form == "logits" else f"{gemm} prefill",
-                 _logits if form == "logits" else _ragged_logits)  # fmt: skip
-
-
-def choice() -> str | None:
-    """Return the name of what vLLM runs itself, None where there is no vLLM."""
-    return _name()
-
-
-def _name() -> str | None:
+def name() -> str | None:
+    """Return vLLM's name with its release, or the loaded library's; None where there is neither."""
     loaded = _has("_C", "persistent_topk") or _has(*GATHER)
     return release("vllm") or (LIBRARY if loaded else None)
 
@@ -83,7 +54,7 @@ def _op(namespace: str, name: str) -> Any:
 
 
 def _cooperative_rows() -> int:
-    if _name() == LIBRARY:
+    if name() == LIBRARY:
         return COOPERATIVE_ROWS
     try:
         module = imported("vllm.model_executor.layers.indexer_topk")
@@ -161,14 +132,16 @@ def _gather() -> Any:
 # ---- DeepGEMM ------------------------------------------------------------------------------------
 
 
-def _deep_gemm(name: str) -> Any:
+def _deep_gemm(function: str) -> Any:
+    if name() == LIBRARY:
+        raise LookupError("it is not in the loaded library")
     module = imported("vllm.utils.deep_gemm")
-    if not callable(getattr(module, name, None)):
-        raise LookupError(f"vllm.utils.deep_gemm has no {name}")
+    if not callable(getattr(module, function, None)):
+        raise LookupError(f"vllm.utils.deep_gemm has no {function}")
     resolve = getattr(module, "_lazy_init", None)
     if resolve is not None:
         resolve()
-    if getattr(module, f"_{name}_impl", None) is None:
+    if getattr(module, f"_{function}_impl", None) is None:
         raise LookupError("vLLM finds no DeepGEMM here")
     return module
 
@@ -194,8 +167,8 @@ def _parameters(function: Any) -> tuple[str, ...]:
 
 
 def _logits() -> Any:
-    name = "fp8_fp4_paged_mqa_logits"
-    module = _deep_gemm(name)
+    function = "fp8_fp4_paged_mqa_logits"
+    module = _deep_gemm(function)
 
     def logits(
         q: torch.Tensor, cache: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor,
@@ -208,7 +181,7 @@ def _logits() -> Any:
         the lengths, once a step. vLLM asks for float32; for bfloat16 the DeepGEMM function below is
         called with ``logits_dtype``, which 0.33's has not.
         """
-        call = _of_dtype(module, name, dtype)
+        call = _of_dtype(module, function, dtype)
         held = schedule_of(module, lengths, _schedules)
         width = block_table.shape[1] * PAGE_SIZE
         return call((q, None), cache, weights, lengths, block_table, held, width,
@@ -218,8 +191,8 @@ def _logits() -> Any:
 
 
 def _ragged_logits() -> Any:
-    name = "fp8_fp4_mqa_logits"
-    module = _deep_gemm(name)
+    function = "fp8_fp4_mqa_logits"
+    module = _deep_gemm(function)
 
     def ragged_logits(
         q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, weights: torch.Tensor,
@@ -230,10 +203,20 @@ def _ragged_logits() -> Any:
         Arguments: ``(q, None)``, ``(keys, scales)``, weights, starts, ends, and then
         ``clean_logits=False`` or, from 0.33 on, the longest window.
         """
-        call = _of_dtype(module, name, dtype)
+        call = _of_dtype(module, function, dtype)
         more = _more(call, dtype)
         if dtype == torch.float32 and "max_seqlen_k" in _parameters(call):
             more = {"max_seqlen_k": len(k)}
         return call((q, None), (k, k_scale), weights, row_starts, row_ends, **more)
 
     return ragged_logits
+
+
+FORMS = {
+    "decode": (("", _decode),),
+    "prefill": ((" prefill", _prefill),),
+    "paged": ((" paged", "its top-k answers in columns, not in pool slots"),),
+    "gather": ((" cp_gather", _gather),),
+    "logits": ((" DeepGEMM", _logits),),
+    "ragged_logits": ((" DeepGEMM prefill", _ragged_logits),),
+}

@@ -12,14 +12,19 @@ import os
 import pytest
 from kits.told import forget
 
-MODES = ("dsa_decode_topk", "dsa_prefill_topk", "dsv4_decode_topk", "dsv4_prefill_topk")
+MODES = (
+    "dsa_decode_topk", "dsa_prefill_topk", "dsv41_index_topk", "dsv4_decode_topk",
+    "dsv4_prefill_topk",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def _engine():
     from kits.tokenspeed_host import Engine
+    from kits.tokenspeed_v41 import V41
 
     engine = Engine()
+    engine.v41 = V41(engine)
     engine.own = {mode: engine.chosen(mode) for mode in MODES}
     runtime = engine.runtime()
     engine.readers = {n: f for n, f in vars(runtime).items() if n.startswith("read_deepseek_v4")}

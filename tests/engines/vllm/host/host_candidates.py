@@ -6,7 +6,11 @@ tie. The oracle is a stable sort over them.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib
 import logging
+import types
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from conftest import another_reader, canonical
 from kits.host_parts import oracle, read_keys, score
 
 import dsv4_plugin
+from dsv4_plugin.engines.shared import adapter
 
 BLOCKS = 128  # candidates of a row; a row of up to 1,024 keys has all of its blocks
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -46,31 +51,41 @@ class Model:
         rows = len(self.problem.buffer)
         self.candidates = torch.full((rows, blocks), -7, dtype=torch.int32)
 
-    def build(self, *, gpu=90, config=None, candidates=True, **parallel):
+    def build(self, *, gpu=90, config=None, consumer_piece=None, **parallel):
         """The three layers, as vLLM builds them for this model."""
         given = {"candidate_block_size": self.piece}
+        theirs = {"candidate_block_size": consumer_piece or self.piece}
         with self.engine.gpu(gpu), self.engine.config("deepseek_v41", config, **parallel):
             return (
                 self.engine.layer(self.problem),
                 self.engine.layer(
                     self.problem, candidate_blocks=self.candidates, candidate_write=True, **given
                 ),
-                self.engine.layer(self.other, candidate_blocks=self.candidates, **given),
+                self.engine.layer(self.other, candidate_blocks=self.candidates, **theirs),
             )
+
+    @property
+    def problems(self):
+        """What each layer gets."""
+        return self.problem, self.problem, self.other
+
+    @contextlib.contextmanager
+    def pass_of(self, gpu=90):
+        """One forward pass; yields vLLM's context of it."""
+        with (
+            self.engine.gpu(gpu),
+            self.engine.config("deepseek_v41"),
+            self.engine.forward(self.problem),
+        ):
+            yield importlib.import_module("vllm.forward_context").get_forward_context()
 
     def step(self, layers, *, gpu=90):
         """Run them in turn; returns the indices of each."""
         self.engine.calls.clear()
         self.candidates.fill_(-7)
         found = []
-        with (
-            self.engine.gpu(gpu),
-            self.engine.config("deepseek_v41"),
-            self.engine.forward(self.problem),
-        ):
-            for layer, problem in zip(
-                layers, (self.problem, self.problem, self.other), strict=True
-            ):
+        with self.pass_of(gpu):
+            for layer, problem in zip(layers, self.problems, strict=True):
                 problem.buffer.fill_(7)
                 layer(problem.hidden, problem.query, None, problem.weights)
                 found.append(problem.buffer[: len(problem.lengths), : problem.k].clone())
@@ -89,7 +104,8 @@ class Model:
                 requests.append((lambda n, pages=pages: read_keys(problem.cache, pages, n), next_n))
         prefill = problem.metadata.prefill
         if prefill is not None:
-            owner = prefill.chunks[0].cu_seqlen_ks.unique_consecutive(return_counts=True)[1]
+            begins = torch.cat([chunk.cu_seqlen_ks for chunk in prefill.chunks])
+            owner = begins.unique_consecutive(return_counts=True)[1]
             for keys, count in zip(problem.keys, owner.tolist(), strict=True):
                 requests.append((lambda n, keys=keys: keys[:n], count))
         for keys_of, count in requests:
@@ -232,7 +248,7 @@ def test_narrow_prefill_chunks_are_scored_whole(engine, on, monkeypatch):
     from dsv4_plugin.engines.vllm import candidates
 
     used = []
-    for name in ("candidate_logits", "candidate_logits_ragged"):
+    for name in ("candidate_select", "candidate_logits_ragged"):
         own = getattr(candidates.ops, name)
         monkeypatch.setattr(
             candidates.ops,
@@ -246,6 +262,63 @@ def test_narrow_prefill_chunks_are_scored_whole(engine, on, monkeypatch):
         assert torch.equal(got[2], want[2])
         assert ("apply_candidate_mask" in names(engine)) is masked
     assert used == []
+
+
+def in_two_chunks(problem):
+    """Cut the chunk of a prefill by rows, as vLLM does: the second one gathers no keys."""
+    (chunk,) = problem.metadata.prefill.chunks
+    half = chunk.token_start + (chunk.token_end - chunk.token_start) // 2
+    for begin, end in ((chunk.token_start, half), (half, chunk.token_end)):
+        rows = slice(begin - chunk.token_start, end - chunk.token_start)
+        yield dataclasses.replace(
+            chunk,
+            cu_seqlen_ks=chunk.cu_seqlen_ks[rows].contiguous(),
+            cu_seqlen_ke=chunk.cu_seqlen_ke[rows].contiguous(),
+            token_start=begin,
+            token_end=end,
+            skip_kv_gather=begin > chunk.token_start,
+        )
+
+
+PREFILLS = {
+    "one request": {"prefill": ((2500, 40),)},
+    "three requests": {"prefill": ((2500, 40), (900, 17), (3, 3))},
+    "pages of 32 keys": {"prefill": ((1300, 9), (700, 3)), "page_size": 32},
+}
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["served", "broken"])
+@pytest.mark.parametrize("wide", [True, False], ids=["wide", "narrow"])
+@pytest.mark.parametrize("batch", PREFILLS.values(), ids=PREFILLS)
+def test_keys_are_gathered_for_a_reader_only(engine, on, monkeypatch, batch, wide, broken):
+    """A wide chunk of a consumer reads the cache; what fails gets the keys that vLLM reads."""
+    from dsv4_plugin.engines.vllm import candidates
+
+    monkeypatch.setattr(candidates, "WHOLE_COLUMNS", 0 if wide else 1 << 20)
+    monkeypatch.setenv("DSV4_TOPK", "fp32")
+    if broken:
+        name = "engines.vllm.candidates.ops.candidate_select" if wide else "topk"
+        real, seen = dsv4_plugin.topk, []
+
+        def fails_at_the_consumer(*args, **kwargs):
+            seen.append(args)
+            if wide or len(seen) > 4:  # after two chunks of the plain layer and the source
+                raise RuntimeError("no kernel image is available")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(f"dsv4_plugin.{name}", fails_at_the_consumer)
+    model = Model(engine, batch)
+    model.problem.metadata.prefill.chunks = list(in_two_chunks(model.problem))
+    got = model()
+    want, blocks = model.expected(torch.float32)
+    assert torch.equal(model.candidates[: len(blocks)], blocks)
+    if broken:
+        check_same_scores(model, got, want)
+    else:
+        assert all(map(torch.equal, got, want))
+    by_engine = names(engine).count("cp_gather_indexer_k_quant_cache")
+    readers = 2 if wide and not broken else 3  # a gather for both chunks of a layer
+    assert counters().get("gather", 0) + by_engine == readers
 
 
 def test_deferred_logits_hold_no_memory(engine, on, monkeypatch):
@@ -289,8 +362,7 @@ def check_same_scores(model, got, want):
 BROKEN = {
     "block_maxima": "source",
     "select_blocks": "source",
-    "candidate_logits": "consumer",
-    "select_candidates": "consumer",
+    "candidate_select": "consumer",
 }
 
 
@@ -395,14 +467,69 @@ def test_an_explicit_setting_that_cannot_be_met_is_one_error(engine, on, monkeyp
         Model(engine, BATCHES["decode"]).build()
 
 
-def test_one_truthful_line_for_each_kind_of_layer(engine, on, caplog):
-    Model(engine, BATCHES["decode"]).build()
+SERVED = "bf16 by torch on the plugin's bf16 logits"
+NO_LIBRARY = "plugin's logits by torch: the library is not there"
+OWN = "candidates are selected from the plugin's own logits"
+NO_BLOCKS = "the plugin selects no candidate blocks here, and vLLM's are in no order"
+SAID = {  # of each kind what the line says of the top-k: how it is done, or why vLLM does it
+    "all served": ((), {}, (SERVED, SERVED, SERVED)),
+    "no library": (
+        ("block_maxima", "select_blocks", "candidate_select", "paged_logits", "ragged_logits"),
+        {},
+        ("fp32 by torch on the engine's float32 logits",  # or bf16, where it can write that
+         f"the engine's ({OWN}; {NO_LIBRARY})",
+         f"the engine's ({NO_BLOCKS}; {OWN}; {NO_LIBRARY})"),
+    ),
+    "source refused": (
+        ("block_maxima",), {}, (SERVED, f"the engine's ({OWN}; {NO_LIBRARY})",
+                                f"the engine's ({NO_BLOCKS})"),
+    ),
+    "consumer refused": (
+        (), {"consumer_piece": 16},
+        (SERVED, SERVED, "the engine's (candidate blocks have 16 keys, not 8)"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("missing,how,said", SAID.values(), ids=SAID)
+def test_one_truthful_line_for_each_kind_of_layer(
+    engine, on, monkeypatch, caplog, can_bf16, missing, how, said
+):
+    from dsv4_plugin.ops import dispatch
+
+    real = dispatch.unmet
+    monkeypatch.setattr(
+        dispatch, "unmet",
+        lambda call, backend: ["the library is not there"] if call.op in missing
+        else real(call, backend),
+    )  # fmt: skip
+    model = Model(engine, BATCHES["decode"])
+    layers = model.build(**how)
     lines = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
-    for kind in ("plain", "source", "consumer"):
+    assert len(lines) == 3, lines
+    if can_bf16:
+        said = [
+            words.replace(
+                "fp32 by torch on the engine's float32", "bf16 by torch on the engine's bf16"
+            )
+            for words in said
+        ]
+    served = []
+    for kind, words in zip(("plain", "source", "consumer"), said, strict=True):
         (line,) = [x for x in lines if f"DeepSeek-V4.1 {kind} layers" in x]
-        assert "dsv4 active" in line and "bf16 by torch on the plugin's bf16 logits" in line
-    assert len(lines) == 3
-    assert dsv4_plugin.status()["seams"]["candidates"]["engaged"]
+        assert line.startswith("dsv4 active in vLLM") and f"top-k: {words}" in line
+        assert ("not bf16" in line) is words.startswith("fp32")
+        assert "key gather: torch at vllm._custom_ops." in line
+        served.append("the engine's (" not in words)
+    if how:
+        return  # its candidates have other sizes than the source's: such a model cannot run
+    model.step(layers)
+    found = counters()
+    assert found["topk.decode"] == sum(served)
+    assert found.get("topk.decode.upstream", 0) == 3 - sum(served)
+    assert ("candidates.source" in found, "candidates.consumer" in found) == tuple(served[1:])
+    assert dsv4_plugin.status()["seams"]["candidates"]["engaged"] is any(served[1:])
+    assert not {"candidates.source.engine"} & set(found), "nothing is deferred in vain"
 
 
 def test_the_kill_switch(engine, monkeypatch):
@@ -427,3 +554,208 @@ def test_candidates_that_nobody_wrote_are_safe(engine, on):
     got = model.other.buffer[: len(model.other.lengths), : model.other.k]
     for row, length in zip(got, model.other.lengths, strict=True):
         assert bool(((row >= -1) & (row < max(length, 1))).all())
+
+
+# --- drafts: vLLM makes a request of each row -----------------------------------------------------
+
+
+def flatten(problem, rows):
+    """Let vLLM's own code make a request of each row; its path without a Triton kernel."""
+    planner = importlib.import_module("vllm.v1.attention.backends.mla.indexer")
+    metadata = problem.metadata
+    decode, requests, tokens = metadata.decode, metadata.num_decodes, metadata.num_decode_tokens
+    adaptive = types.SimpleNamespace(enable_adaptive_verification=True)
+    width = decode.block_table.shape[1]
+    ints = {"dtype": torch.int32}
+    builder = types.SimpleNamespace(
+        vllm_config=types.SimpleNamespace(speculative_config=adaptive),
+        supports_varlen=False,
+        decode_seq_lens_buffer=torch.zeros(tokens + 5, **ints),
+        decode_lens_buffer=torch.zeros(tokens + 5, **ints),
+        expanded_block_table_buffer=torch.zeros(tokens + 5, width, **ints),
+        arange_buffer=torch.arange(tokens + 5, **ints),
+    )
+    lens = torch.full((requests,), rows, **ints)
+    lengths, table, each, held, padded = (
+        planner.DeepseekV32IndexerMetadataBuilder._prepare_decode_tensors(
+            builder, decode.seq_lens[:, -1], decode.block_table, lens, lens,
+            torch.arange(requests, **ints) * rows, requests, tokens, False, rows, rows,
+        )
+    )  # fmt: skip
+    assert held == tokens and not padded and bool((each == 1).all())
+    own = {field.name for field in dataclasses.fields(metadata)} & {"block_table"}
+    problem.metadata = dataclasses.replace(
+        metadata,
+        decode=dataclasses.replace(
+            decode, block_table=table, seq_lens=lengths.unsqueeze(-1), decode_lens=each,
+            decode_is_uniform=True, write_max_decode_len=rows, per_req_decode_lens=lens,
+        ),
+        **dict.fromkeys(own, decode.block_table),
+    )  # fmt: skip
+    return decode.block_table
+
+
+@pytest.fixture
+def requests_of(monkeypatch):
+    """Requests and rows of each, of every call that scores keys."""
+    from dsv4_plugin.engines.vllm import candidates
+    from dsv4_plugin.ops import logits
+
+    seen = []
+    for module, name in (
+        (candidates.ops, "block_maxima"),
+        (candidates.ops, "candidate_select"),
+        (logits, "paged_logits"),
+    ):
+        own = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda q, *a, _own=own, **k: seen.append(q.shape[:2]) or _own(q, *a, **k)
+        )
+    return seen
+
+
+@pytest.mark.parametrize("rows,dtype", [(3, "fp32"), (6, "bf16")])
+def test_rows_that_vllm_made_requests_of_are_a_requests_again(
+    engine, on, monkeypatch, requests_of, rows, dtype
+):
+    """Keys are read once for the rows of a request, and slots fit the attention's block table."""
+    monkeypatch.setenv("DSV4_TOPK", dtype)
+    monkeypatch.setenv("DSV4_LOGITS", "plugin")
+    monkeypatch.setenv("DSV4_STRICT", "1")
+    importlib.import_module("vllm.models.deepseek_v41.nvidia.flashmla")  # it reads slots
+    model = Model(engine, {"decode": (2000, 3333, 700), "next_n": rows})
+    table = flatten(model.problem, rows)
+    got = model()
+    want, blocks = model.expected(DTYPES[dtype])
+    assert all(map(torch.equal, got, want))
+    assert torch.equal(model.candidates[: len(blocks)], blocks)
+    assert requests_of == [(3, rows)] * 3
+    note = adapter.current().call.slots
+    if not hasattr(model.problem.metadata, "block_table"):  # to 0.31
+        assert note is None
+        return
+    assert note.paged.table.data_ptr() == table.data_ptr() and note.paged.table.shape == table.shape
+    chosen = want[2].clamp_min(0).long()
+    pages = table.repeat_interleave(rows, 0).gather(1, chosen // 64)
+    slots = torch.where(want[2] < 0, -1, pages * 64 + chosen % 64)
+    assert torch.equal(note.paged.slots, slots.int())
+    assert note.paged.counts.tolist() == (want[2] >= 0).sum(1).tolist()
+
+
+@pytest.mark.parametrize("heads,rows,shape", [(64, 6, (2, 6)), (64, 3, (6, 1)), (32, 3, (2, 3))])
+def test_an_odd_row_of_64_heads_stays_a_request(heads, rows, shape):
+    from dsv4_plugin.engines.vllm import wrappers
+    from dsv4_plugin.engines.vllm.context import Requests
+
+    given = {
+        "q": (torch.zeros(2 * rows, 1, heads, 128), None), "kv_cache": None, "weights": None,
+        "context_lens": torch.arange(2 * rows)[:, None], "schedule_metadata": None,
+        "block_tables": torch.arange(2 * rows)[:, None].expand(-1, 4), "max_model_len": 9,
+    }  # fmt: skip
+    mine = wrappers._by_request(given, Requests(rows, None))
+    assert mine["q"][0].shape[:2] == mine["context_lens"].shape == shape
+    assert mine["context_lens"].flatten().tolist() == list(range(2 * rows))
+    assert mine["block_tables"][:, 0].tolist() == list(range(0, 2 * rows, shape[1]))
+
+
+def uneven(model, modes):
+    decode = model.problem.metadata.decode
+    model.problem.metadata.decode = dataclasses.replace(decode, decode_is_uniform=False)
+
+
+def padding(model, modes):
+    decode = model.problem.metadata.decode
+    model.problem.metadata.decode = dataclasses.replace(decode, write_max_decode_len=4)
+
+
+def adaptive(model, modes):
+    (config,) = adapter.current().configs
+    speculative = types.SimpleNamespace(enable_adaptive_verification=True)
+    object.__setattr__(config, "speculative_config", speculative)
+
+
+def mixed_graphs(model, modes):
+    (config,) = adapter.current().configs
+    config.compilation_config.cudagraph_mode = modes.FULL
+    return modes.FULL
+
+
+def decode_graphs(model, modes):
+    (config,) = adapter.current().configs
+    config.compilation_config.cudagraph_mode = modes.FULL_AND_PIECEWISE
+    return modes.FULL
+
+
+@pytest.mark.parametrize("change", [uneven, padding, adaptive, mixed_graphs, decode_graphs])
+def test_only_where_every_request_is_known_to_have_so_many_rows(engine, on, requests_of, change):
+    """A graph for any batch may be replayed with other rows than it was captured with."""
+    model = Model(engine, {"decode": (2000, 3333), "next_n": 6})
+    flatten(model.problem, 6)
+    layers = model.build()
+    mode = change(model, importlib.import_module("vllm.config").CUDAGraphMode)
+    with model.pass_of() as context:
+        context.cudagraph_runtime_mode = mode or context.cudagraph_runtime_mode
+        for layer, problem in zip(layers, model.problems, strict=True):
+            layer(problem.hidden, problem.query, None, problem.weights)
+    want, _ = model.expected(torch.bfloat16)
+    assert torch.equal(model.other.buffer[:12, : model.other.k], want[2])
+    assert requests_of == [(2, 6) if change is decode_graphs else (12, 1)] * 3
+
+
+# --- graphs that break at the indexer -------------------------------------------------------------
+
+
+class Segment:
+    """In place of a CUDA graph: what runs while one is recorded runs at once, and never again."""
+
+    def capture_begin(self, pool=None):
+        pass
+
+    def capture_end(self):
+        pass
+
+    def replay(self):
+        pass
+
+
+@pytest.mark.parametrize("batch", ["mixed", "two rows a request"])
+def test_a_breakable_graph_is_served_at_every_replay(engine, on, monkeypatch, batch):
+    """vLLM's attention breaks the graph around the indexer's layer, and a replay calls that."""
+    attention = importlib.import_module("vllm.models.deepseek_v41.attention").DeepseekV4Attention
+    breakable = importlib.import_module("vllm.compilation.breakable_cudagraph")
+    monkeypatch.setattr(breakable, "weak_ref_tensor", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Segment)
+    model = Model(engine, BATCHES[batch])
+    layers = model.build()
+    graph = breakable.BreakableCUDAGraphCapture()
+    piecewise = importlib.import_module("vllm.config").CUDAGraphMode.PIECEWISE
+
+    def step(run):
+        with model.pass_of() as context:
+            context.cudagraph_runtime_mode = piecewise
+            run()
+
+    def record():
+        with graph:
+            for layer, problem in zip(layers, model.problems, strict=True):
+                owner = types.SimpleNamespace(
+                    indexer=types.SimpleNamespace(indexer_op=layer), forward_mqa=lambda *_: None
+                )
+                q = problem.query
+                attention._sparse_indexer_and_attn(
+                    owner, problem.hidden, q, None, problem.weights, q, q, q, q
+                )
+
+    step(record)
+    assert graph.num_eager_breaks == 3
+    want, _ = model.expected(torch.bfloat16)
+    for _ in range(2):
+        before = counters()["candidates.consumer"]
+        for problem in model.problems:
+            problem.buffer.fill_(7)
+        model.candidates.fill_(-7)
+        step(graph.replay)
+        got = model.other.buffer[: len(model.other.lengths), : model.other.k]
+        assert torch.equal(got, want[2])
+        assert counters()["candidates.consumer"] > before
+    assert not [name for name in counters() if name.endswith((".upstream", ".engine"))]

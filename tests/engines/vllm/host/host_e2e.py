@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,7 +86,7 @@ def test_the_tokenizer_returns_what_it_got(model: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(model))
-    ids = [3, 1295, 1296, 19_999]
+    ids = [8, 1295, 1296, 19_999]
     text = tokenizer.decode(ids)
     assert tokenizer.encode(text, add_special_tokens=False) == ids
     assert max(map(len, text.split())) == 3
@@ -141,8 +143,22 @@ def test_the_runners_have_the_seams_for_copied_contexts() -> None:
 
 def test_the_seams_that_drills_break_are_there() -> None:
     for fault in vllm_side.SEAMS:
-        module, name = vllm_side.FAULTS[fault]
+        module, name = vllm_side.SEAMS[fault]
         try:
             assert source.find(module).binds(name)
         except source.Missing:
             assert fault == "candidate_seam" and VLLM < (0, 30)
+
+
+def test_a_broken_seam_is_broken_where_it_was_imported_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, name = vllm_side.SEAMS["seam"]
+    module = importlib.import_module(path)
+    early = ModuleType("vllm.imported_early")
+    early.alias = getattr(module, name)
+    monkeypatch.setitem(sys.modules, early.__name__, early)
+    monkeypatch.setattr(module, name, early.alias)
+    vllm_side._renamed(module, name)
+    for changed in (getattr(module, name), early.alias):
+        assert list(inspect.signature(changed).parameters) == ["anything"]

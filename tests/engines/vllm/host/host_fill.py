@@ -100,7 +100,8 @@ def test_where_a_row_may_be_left_over_the_fill_stays(engine, on, change):
         def asked():
             given = {"hidden_states": problem.hidden, "k_cache_prefix": prefix,
                      "topk_tokens": 512, "topk_indices_buffer": problem.buffer}  # fmt: skip
-            return fill._every_row_is_selected(adapter.current(), given.get)
+            batch = fill._batch(given.get)
+            return fill._every_row_is_selected(adapter.current(), given.get, *batch)
 
         assert asked()
         change(problem, context)

@@ -11,6 +11,7 @@ import sys
 import pytest
 from host_calls import BATCHES
 
+import dsv4_plugin
 from dsv4_plugin import metrics
 from dsv4_plugin.engines.vllm import register, unregister
 
@@ -43,7 +44,8 @@ def labels(key, name, pid=None):
 
 def other(tmp_path, pid, **more):
     report = {
-        "node": platform.node(), "pid": pid, "counters": {"gather": 4}, "failures": {},
+        "node": platform.node(), "pid": pid, "plugin": "0.1", "failures": {},
+        "counters": {"gather": 4},
         "seams": {"gather": {"where": "x", "engaged": True, "why": None}}, **more,
     }  # fmt: skip
     (tmp_path / f"other-{pid}.json").write_text(json.dumps(report))
@@ -58,7 +60,9 @@ def test_what_a_worker_did_is_served(served, run, engine):
     lines = served()
     assert f"dsv4_calls{labels('name', 'topk.decode')} 1.0" in lines
     assert f"dsv4_seam_engaged{labels('seam', 'topk.prefill')} 1.0" in lines
-    assert not any(line.startswith("dsv4_switched_off") for line in lines)
+    off = [line for line in lines if line.startswith("dsv4_switched_off")]
+    assert off == [f"dsv4_switched_off{labels('part', 'any')} 0.0"]
+    assert f"dsv4_info{labels('version', dsv4_plugin.__version__)} 1.0" in lines
 
 
 def test_a_part_that_failed_is_served(served, run, engine, monkeypatch):
@@ -68,7 +72,8 @@ def test_a_part_that_failed_is_served(served, run, engine, monkeypatch):
     monkeypatch.setattr("dsv4_plugin.topk", broken)
     run(engine.problem(**MIXED), model="deepseek_v32")
     lines = served()
-    assert f"dsv4_switched_off{labels('part', 'topk')} 1.0" in lines
+    for part in ("topk", "any"):
+        assert f"dsv4_switched_off{labels('part', part)} 1.0" in lines
     assert f"dsv4_seam_engaged{labels('seam', 'topk.decode')} 0.0" in lines
     assert f"dsv4_calls{labels('name', 'topk.decode.upstream')} 1.0" in lines
 
@@ -84,14 +89,14 @@ def test_other_processes_count_while_they_live(served, tmp_path):
     other(tmp_path, os.getpid(), started=1)  # an id that is another process's by now
     assert served() == []
     other(tmp_path, child.pid, node="another-machine")
-    assert len(served()) == 2
+    assert len(served()) == 4
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', '{"node": "x", "pid": "?"}'])
 def test_a_file_of_another_form_spoils_nothing(served, tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     other(tmp_path, os.getpid())
-    assert len(served()) == 2
+    assert len(served()) == 4
 
 
 def test_a_folder_that_cannot_be_listed_spoils_nothing(served, monkeypatch):
@@ -105,7 +110,7 @@ def test_a_folder_that_cannot_be_listed_spoils_nothing(served, monkeypatch):
 def test_twice_is_once_and_it_can_be_taken_back(served, tmp_path):
     other(tmp_path, os.getpid())
     register()
-    assert len(served()) == 2
+    assert len(served()) == 4
     unregister()
     assert served() == []
 
@@ -144,7 +149,8 @@ def test_with_several_front_ends_the_multi_process_registry_has_it(engine, monke
     text = generate_latest(get_prometheus_registry()).decode()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("dsv4_"))
     found = {key.partition("{")[0]: float(value) for key, value in values.items()}
-    assert found == {"dsv4_calls": 5.0, "dsv4_seam_engaged": 1.0, "dsv4_switched_off": 1.0}
+    ones = dict.fromkeys(("dsv4_seam_engaged", "dsv4_switched_off", "dsv4_info"), 1.0)
+    assert found == {"dsv4_calls": 5.0} | ones
     assert all(f'node="{platform.node()}"' in key and 'pid="' in key for key in values)
     assert list((tmp_path / "status").glob("*.json"))
 

@@ -1,4 +1,6 @@
-"""Stands for ``vllm serve`` in the tests of the runner: the same answers over HTTP, no model.
+"""Stands for a vLLM or SGLang server in the tests of the runner: the same answers, no model.
+
+    python e2e_fake_server.py MODEL --port N [options of the engine]
 
 FAKE_MS      milliseconds a token
 FAKE_OTHER   a position at which the token differs from other servers'
@@ -10,12 +12,15 @@ FAKE_LOSES   breaks off an answer to a prompt of so many tokens
 FAKE_HANGS   never answers a prompt of so many tokens
 FAKE_HIGHER  so often its shadow saw a score of the engine's above our last
 FAKE_FORGETS gives other answers after it has slept
+FAKE_LAZY    the plugin serves in its first worker only
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,7 +44,7 @@ def option(name: str) -> str:
 
 
 def is_v41() -> bool:
-    config = json.loads((Path(sys.argv[2]) / "config.json").read_text())
+    config = json.loads((Path(sys.argv[1]) / "config.json").read_text())
     return config["model_type"] == "deepseek_v41"
 
 
@@ -74,32 +79,46 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null")
+        if self.path == "/start_profile":  # vLLM has had the folder since its start
+            STATE["traces"] = body.get("output_dir")
         if self.path == "/stop_profile":
-            folder = Path(json.loads(option("--profiler-config"))["torch_profiler_dir"])
+            folder = Path(
+                STATE["traces"] or json.loads(option("--profiler-config"))["torch_profiler_dir"]
+            )
             (folder / f"rank0.{time.time_ns()}.pt.trace.json").write_text(json.dumps(trace(MS)))
-        if self.path in ("/sleep?level=1", "/wake_up"):
+        if self.path in ("/sleep?level=1", "/sleep?level=2", "/wake_up"):
             STATE["sleeping"] = self.path != "/wake_up"
             STATE["slept"] = True
         self.send_response(200)
         self.end_headers()
-        if self.path != "/v1/completions":
+        native = self.path == "/generate"  # SGLang's
+        if not native and self.path != "/v1/completions":
             return
-        if len(body["prompt"]) == int(os.environ.get("FAKE_HANGS", "0")):
+        prompt = body["input_ids" if native else "prompt"]
+        asked = body["sampling_params"] if native else body
+        if len(prompt) == int(os.environ.get("FAKE_HANGS", "0")):
             time.sleep(60)
-        assert body["model"] == option("--served-model-name") and body["temperature"] == 0
+        assert asked["temperature"] == 0 and asked["ignore_eos"] and body["stream"]
+        assert native or body["model"] == option("--served-model-name")
         if "FAKE_FAILS" in os.environ:
             (Path(os.environ["E2E_DIR"]) / "copy").unlink(missing_ok=True)
-        for i in range(body["max_tokens"]):
+        tokens: list[int] = []
+        for i in range(asked["max_new_tokens" if native else "max_tokens"]):
             time.sleep(MS / 1000)
-            if i and len(body["prompt"]) == int(os.environ.get("FAKE_LOSES", "0")):
+            if i and len(prompt) == int(os.environ.get("FAKE_LOSES", "0")):
                 return
             other = i == OTHER or (STATE["slept"] and "FAKE_FORGETS" in os.environ)
-            token = (sum(body["prompt"]) + i + other) % 1000
+            tokens.append((sum(prompt) + i + other) % 1000)
+            if native:
+                meta = {"completion_tokens": i + 1}
+                self.line({"text": "x", "output_ids": tokens, "meta_info": meta})
+                continue
             choice: dict[str, Any] = {"text": "x"}
             if body.get("return_token_ids"):
-                choice["token_ids"] = [token]
+                choice["token_ids"] = tokens[-1:]
             self.line({"choices": [choice], "usage": {"completion_tokens": i + 1}})
-        self.line({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}})
+        if not native:
+            self.line({"choices": [], "usage": {"completion_tokens": len(tokens)}})
         self.wfile.write(b"data: [DONE]\n\n")
 
 
@@ -124,7 +143,7 @@ def drilled() -> tuple[str, dict[str, int]]:
     if fault == "candidate_seam":
         why = "the engine's own code stays at candidates (vllm.….select_candidate_blocks takes …)"
         return why, all_of_it
-    if fault in ("block_maxima", "select_blocks", "candidate_logits", "select_candidates"):
+    if fault in ("block_maxima", "select_blocks", "candidate_select"):
         return f"topk {off} {fault}); the engine serves", {**upstream, "gather": 1}
     if fault in ("topk", "logits"):
         return f"topk {off} {fault}); upstream serves", {**upstream, "gather": 1}
@@ -137,17 +156,27 @@ def drilled() -> tuple[str, dict[str, int]]:
     return f"dsv4 active in vLLM 0.26.0, DeepSeek-V4 layers: {served}", all_of_it
 
 
-STATE = {"sleeping": False, "slept": False}
+def workers() -> list[int]:
+    """The processes with the model: this one, and one more for each further GPU."""
+    sizes = [
+        sys.argv[i + 1] for i, a in enumerate(sys.argv) if a.endswith(("parallel-size", "tp-size"))
+    ]
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    more = [subprocess.Popen(sleep).pid for _ in range(int(sizes[0] if sizes else 1) - 1)]
+    return [os.getpid(), *more]
+
+
+STATE: dict[str, Any] = {"sleeping": False, "slept": False, "traces": None}
 MS = float(os.environ.get("FAKE_MS", "1"))
 OTHER = int(os.environ.get("FAKE_OTHER", "-1"))
 
 if __name__ == "__main__":
-    assert sys.argv[1] == "serve"
     if "FAKE_DIES" in os.environ:
         sys.exit(f"RuntimeError: {os.environ['FAKE_DIES']}")
     from importlib.metadata import entry_points
 
-    found = [e.value for e in entry_points(group="vllm.general_plugins") if e.name == "dsv4_e2e"]
+    group = "vllm.general_plugins" if "--profiler-config" in sys.argv else "sglang.srt.plugins"
+    found = [e.value for e in entry_points(group=group) if e.name == "dsv4_e2e"]
     print("INFO dsv4 stands in, beside", found, flush=True)
     if "FAKE_CACHE" in os.environ:
         print(f"INFO GPU KV cache size: {int(os.environ['FAKE_CACHE']):,} tokens", flush=True)
@@ -157,10 +186,16 @@ if __name__ == "__main__":
         print(f"(EngineCore pid=1) INFO 11-25 23:34:28 [dsv4] {line}", flush=True)
     print("INFO Graph capturing finished in 3 secs, took 1.25 GiB", flush=True)
     folder = Path(os.environ["E2E_DIR"])
-    memory = folder / f"memory-{os.getpid()}.json"
-    memory.write_text(json.dumps({"allocated_gib": 9.0, "reserved_gib": 10.5}))
-    status = folder / f"status-{os.getpid()}.json"
     seen = {"rows": 9, "higher": int(os.environ.get("FAKE_HIGHER", "0"))}
     shadow = {"decode": seen, "prefill": seen} if "DSV4_SHADOW" in os.environ else None
-    status.write_text(json.dumps({"engine": "fake", "counters": counters, "shadow": shadow}))
+    statuses = Path(os.environ["DSV4_STATUS_DIR"])
+    statuses.mkdir()
+    for rank, pid in enumerate(workers()):
+        memory = folder / f"memory-{pid}.json"
+        memory.write_text(json.dumps({"allocated_gib": 9.0, "reserved_gib": 10.5}))
+        (folder / f"rows-{pid}.json").write_text(json.dumps({f"prefill of rank {rank}": 5}))
+        idle = rank and "FAKE_LAZY" in os.environ
+        about = {"pid": pid, "node": platform.node(), "engine": "fake", "shadow": shadow}
+        report = {**about, "counters": {} if idle else counters, "failures": {}}
+        (statuses / f"{pid}.json").write_text(json.dumps(report))
     Server(("127.0.0.1", int(option("--port"))), Handler).serve_forever()

@@ -1,0 +1,215 @@
+"""What differs between the engines whose servers are measured: a record for each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.server.model import V4, Model
+from dsv4_plugin.cli.ab import engines as shipped
+
+__all__ = ["CHUNK", "ENGINES", "NAME", "Answer", "Engine", "Request"]
+
+CHUNK = 8192  # tokens of a forward pass
+NAME = "v4"  # by which a model is asked for
+GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384)  # requests of a captured batch
+_TOLD = (
+    r"dsv4|graph captur|Graph capturing|KV cache size|Model loading took|init engine|"
+    r"took .* seconds|[Uu]s(?:e|ing) .* backend|Available KV|WARNING.*(?:topk|indexer)|"
+    r"max_total_num_tokens|Capture .* end|KV Cache is allocated"
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A greedy completion of exactly ``tokens`` tokens; the rest as in ``Client.complete``."""
+
+    prompt: Sequence[int]
+    tokens: int
+    salt: str | None = None
+    ids: bool = False
+
+
+@dataclass
+class Answer:
+    """One streamed answer; times in seconds of ``time.perf_counter``."""
+
+    sent: float
+    times: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token."""
+        return self.times[0] - self.sent
+
+    @property
+    def total(self) -> int:
+        """How many tokens came."""
+        return sum(self.counts)
+
+    def when(self, tokens: int) -> float:
+        """When so many tokens had come; the last one's time if there are fewer."""
+        came = 0
+        for then, count in zip(self.times, self.counts, strict=True):
+            came += count
+            if came >= tokens:
+                return then
+        return self.times[-1]
+
+    def until(self, time: float) -> int:
+        """How many tokens had come by then."""
+        return sum(n for t, n in zip(self.times, self.counts, strict=True) if t <= time)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine.
+
+    Attributes:
+        shipped: what ``dsv4-plugin ab`` knows of it; its ``server`` is the command.
+        group: the entry points that its processes load plugins from.
+        allowed: the variable that names those that may be loaded.
+        side: what is loaded into its processes for a measurement.
+        environment: variables of its servers.
+        wish: arguments that ask for the plugin, where the engine has some.
+        parallel: the option for the number of GPUs.
+        arguments: model, traces' folder, options of the command, requests at once, share of the
+            GPU's memory → arguments, behind the model's folder.
+        path: where completions are asked for; ``body`` is what is sent.
+        read: a chunk of the stream → how many tokens have come; ids go to the answer.
+        profile: traces' folder → what begins a profile.
+        cache: the tokens that the cache holds, in the log.
+        graphs: the GiB of captured graphs, in the log, once for each capture.
+        copies: whether contexts can be copied.
+    """
+
+    shipped: shipped.Engine
+    group: str
+    allowed: str
+    side: str
+    environment: Mapping[str, str]
+    wish: tuple[str, ...]
+    parallel: str
+    arguments: Callable[[Model, Path, argparse.Namespace, int, float], list[str]]
+    path: str
+    body: Callable[[Request], dict[str, Any]]
+    read: Callable[[dict[str, Any], Answer], int]
+    profile: Callable[[Path], dict[str, Any]]
+    cache: re.Pattern[str]
+    graphs: re.Pattern[str]
+    copies: bool
+    told: re.Pattern[str] = re.compile(_TOLD, re.I)
+
+
+# --- vLLM --------------------------------------------------------------------------------------
+
+
+def _vllm_arguments(
+    model: Model, traces: Path, a: argparse.Namespace, requests: int, share: float
+) -> list[str]:
+    profiler = {
+        "profiler": "torch",
+        "torch_profiler_dir": str(traces),
+        "torch_profiler_with_stack": False,
+        "torch_profiler_use_gzip": False,
+        "torch_profiler_dump_cuda_time_total": False,
+        "ignore_frontend": True,
+    }
+    own = ["--block-size", "256"] if model.kind == V4 else []
+    if model.images:
+        own += ["--limit-mm-per-prompt", '{"image": 0}']
+    if model.tables:  # of n-grams: on the GPU, as everything else is
+        own += ["--engram-config", '{"cpu_offload": false}']
+    sizes = [str(n) for n in GRAPHS if n <= requests]
+    return [
+        "--kv-cache-dtype", "fp8", "--profiler-config", json.dumps(profiler), *own,
+        "--max-model-len", str(a.max_model_len), "--max-num-seqs", str(requests),
+        "--max-num-batched-tokens", str(CHUNK),
+        "--kv-cache-memory-bytes", str(int(a.kv_gib * 2**30)),
+        "--gpu-memory-utilization", f"{share:.2f}",
+        "--seed", "0", "--cudagraph-capture-sizes", *sizes,
+    ]  # fmt: skip
+
+
+def _vllm_body(request: Request) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": NAME,
+        "prompt": list(request.prompt),
+        "max_tokens": request.tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    if request.ids:  # the prompt comes back as well, before the first token
+        body["return_token_ids"] = True
+    if request.salt is not None:
+        body["cache_salt"] = request.salt
+    return body
+
+
+def _vllm_read(chunk: dict[str, Any], answer: Answer) -> int:
+    for choice in chunk["choices"]:
+        answer.tokens += choice.get("token_ids") or ()
+    return chunk["usage"]["completion_tokens"]
+
+
+# --- SGLang ------------------------------------------------------------------------------------
+
+
+def _sglang_arguments(
+    model: Model, traces: Path, a: argparse.Namespace, requests: int, share: float
+) -> list[str]:
+    # The cache is bounded in tokens. The share of the memory bounds the weights as well, and counts
+    # what servers beside this one take.
+    tokens = a.kv_tokens or requests * CHUNK + a.max_model_len
+    return [
+        "--context-length", str(a.max_model_len), "--max-running-requests", str(requests),
+        "--max-total-tokens", str(tokens), "--mem-fraction-static", "0.7",
+        "--chunked-prefill-size", str(CHUNK), "--cuda-graph-max-bs-decode", str(requests),
+        "--random-seed", "0", "--skip-server-warmup",
+    ]  # fmt: skip
+
+
+def _sglang_body(request: Request) -> dict[str, Any]:
+    sampling = {"max_new_tokens": request.tokens, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": list(request.prompt), "stream": True, "sampling_params": sampling}
+    return body if request.salt is None else {**body, "cache_salt": request.salt}
+
+
+def _sglang_read(chunk: dict[str, Any], answer: Answer) -> int:
+    answer.tokens = chunk.get("output_ids") or answer.tokens  # all of them until now
+    return chunk["meta_info"]["completion_tokens"]
+
+
+ENGINES = {
+    "vllm": Engine(
+        shipped.ENGINES["vllm"], "vllm.general_plugins", "VLLM_PLUGINS",
+        "benchmarks.server.vllm_side:register",
+        # What the prefix cache keeps of the sliding windows: the end of a prompt, and not a piece
+        # of every 256 tokens. Those pieces are ten times what a context itself takes, and push it
+        # out. 0.33 does so by itself, and warns that it does not know the variable.
+        {"VLLM_PREFIX_CACHE_RETENTION_INTERVAL": "0"},
+        ("--plugin", "dsv4"), "--tensor-parallel-size", _vllm_arguments,
+        "/v1/completions", _vllm_body, _vllm_read, lambda traces: {},
+        re.compile(r"KV cache size: ([\d,]+) tokens"),
+        re.compile(r"Graph capturing finished in .* took (-?[\d.]+) GiB"),
+        copies=True,
+    ),
+    "sglang": Engine(
+        shipped.ENGINES["sglang"], "sglang.srt.plugins", "SGLANG_PLUGINS",
+        "benchmarks.server.sglang_side:register", {}, (), "--tp-size", _sglang_arguments,
+        "/generate", _sglang_body, _sglang_read,
+        lambda traces: {"output_dir": str(traces), "activities": ["CPU", "GPU"]},
+        re.compile(r"max_total_num_tokens=(\d+)"),
+        re.compile(r"Capture .* end\. .*mem usage=(-?[\d.]+) GB"),
+        copies=False,
+    ),
+}  # fmt: skip

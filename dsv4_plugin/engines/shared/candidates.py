@@ -1,0 +1,28 @@
+"""What the adapters share about candidate blocks (:mod:`dsv4_plugin.ops.candidates`)."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["PIECE", "maxima_of"]
+
+PIECE = 8  # keys of a candidate block, as the kernels have it
+
+
+def maxima_of(scores: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the blocks' scores, as ``block_maxima`` has them, of logits that were written before.
+
+    Columns past a row's keys hold anything. They belong to its newest block, which scores infinity,
+    and to later blocks, which the selection does not read.
+
+    Args:
+        scores: ``[rows, columns]`` with room for whole blocks: ``columns`` may end within one, the
+            row stride may not.
+        lengths: ``[rows]`` keys that each row sees.
+        out: ``[rows, ceil(columns / PIECE)]`` of the dtype of ``scores``.
+    """
+    rows, blocks = out.shape
+    torch.amax(scores.as_strided((rows, blocks, PIECE), (scores.stride(0), PIECE, 1)), 2, out=out)
+    out.masked_fill_(out.isnan(), torch.inf)
+    newest = torch.div(lengths - 1, PIECE, rounding_mode="floor").clamp(0, blocks - 1)
+    out.scatter_(1, newest.to(torch.int64)[:, None], torch.inf)

@@ -1,0 +1,60 @@
+"""Two ranks that share a prefill's rows (0.32 and later), each with the plugin, over gloo.
+
+Each rank scores and selects its rows, and all get the indices of all. What is shown: a rank scores
+its rows and no others, by the plugin; the gathered indices are those of a rank alone; and ranks of
+which one has no plugin, or switches it off in the middle, still meet at the same gathers and have
+the same indices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import two_ranks
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("DSV4_", "PYTEST_"))}
+    outs = [folder / f"{rank}.json" for rank in (0, 1)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, two_ranks.__file__, str(rank), folder / "meet", out],
+            env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank, out in enumerate(outs)
+    ]  # fmt: skip
+    try:
+        for one in started:
+            said, _ = one.communicate(timeout=300)
+            assert one.returncode == 0, said[-6000:]
+    finally:
+        for one in started:
+            one.kill()
+    return [json.loads(out.read_text()) for out in outs]
+
+
+@pytest.mark.parametrize("case", two_ranks.CASES)
+def test_ranks_share_the_rows_of_a_prefill(case, ranks):
+    settings = two_ranks.CASES[case]
+    found = [rank[case] for rank in ranks]
+    sizes = found[0]["sizes"]
+    # Rows are shared by the keys that they see.
+    assert found[1]["sizes"] == sizes and sum(sizes) == 120 and 0 < sizes[0] != sizes[1] > 0
+    for rank, each in enumerate(found):
+        own, served = settings[rank], each["served"]
+        assert each["gathered"] == [[sizes[rank], 512]], "one gather a layer, of its own rows"
+        by_plugin = own.get("DSV4_LOGITS") == "plugin"
+        assert each["scored"] == sizes[rank], "by whomever"
+        assert served.get("logits.plugin", 0) == (sizes[rank] + 2 if by_plugin else 0)
+        selects = own and "fails" not in own
+        assert served.get("topk.prefill", 0) == (sizes[rank] if selects else 0)
+        assert served.get("topk.prefill.upstream", 0) == (sizes[rank] if "fails" in own else 0)
+        assert each["same_as_alone"]
+    # In which order a row has its indices is up to who selects; a gathered row is one rank's.
+    assert found[0]["indices"] == found[1]["indices"]
