@@ -1,6 +1,7 @@
 """What ``DSV4_LOG=debug`` says of a process: its settings, versions, library and GPU.
 
-Nothing here raises, and nothing runs unless that level is in force. The adapters call it where they
+Nothing here raises. But for the warning of a missing library nothing runs unless that level is in
+force. The adapters call it where they
 are installed and where something is decided; what was said once is not said again.
 """
 
@@ -20,7 +21,7 @@ from dsv4_plugin import envs, log
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["device", "process"]
+__all__ = ["device", "library", "process"]
 
 PACKAGES = ("torch", "triton", "apache-tvm-ffi", "vllm", "sglang", "tokenspeed")
 LIBRARY = Path(__file__).resolve().with_name("_C.so")
@@ -70,11 +71,30 @@ def _library() -> str:
     return f"{LIBRARY}, {LIBRARY.stat().st_size} bytes, sha256 {digest[:16]}"
 
 
+def library(capability: tuple[int, int]) -> None:
+    """Warn once where the compiled library is missing on a GPU of a capability that it is for."""
+    from dsv4_plugin.kernels import cuda
+
+    missing = cuda.missing()
+    if missing and capability in cuda.CAPABILITIES:
+        log.once(logging.WARNING, f"the plugin runs without its compiled kernels: {missing}")
+
+
 def device(device: torch.device) -> None:
     """Say what GPU a decision is about, and whether the library loads in this process.
 
-    The engine has put tensors there already: nothing is initialised, nothing waits for the GPU.
+    A library that is missing on a GPU that it is for is a warning; the rest is said at DEBUG. The
+    engine has put tensors there already: nothing is initialised, nothing waits for the GPU.
     """
+    try:
+        import torch
+
+        from dsv4_plugin.kernels import cuda
+
+        if device.type == "cuda" and cuda.missing() and torch.cuda.is_initialized():
+            library(torch.cuda.get_device_capability(device))
+    except Exception as error:  # a log line must not end a server
+        log.once(logging.DEBUG, f"device {device} cannot be asked ({error})")
     if not log.tells_everything():
         return
     try:

@@ -13,12 +13,10 @@ from typing import Any
 from benchmarks.server.measure import agreement
 from benchmarks.tables import readme as figures
 
-__all__ = ["DRILLS", "MODES", "SGLANG", "TP2", "drills", "modes", "sglang", "tp2"]
+__all__ = ["DRILLS", "MODES", "drills", "modes"]
 
 MODES = "h200_vllm_modes.json"
 DRILLS = ("h200_vllm033_drills.json", "h200_vllm_drills.json")
-TP2 = "h200_vllm_tp2.json"
-SGLANG = "h200_sglang_e2e.json"
 
 
 def _where(about: dict[str, Any], name: str) -> str:
@@ -98,48 +96,3 @@ def _drills(name: str) -> str:
             f"{'yes' if drill['passed'] else 'no: ' + '; '.join(drill['wrong'])} |"
         )
     return "\n".join(lines)
-
-
-def tp2() -> str:
-    """Return the Markdown between the ``tp2`` markers of docs/vllm.md."""
-    document = figures.load(TP2)
-    lines = _off_against_on("vllm", "vLLM", TP2, document)
-    ranks = document["servers"]["on"]["rows"]
-    for rank in range(len(ranks)):
-        name = f"prefill of rank {rank}"
-        rows = next(of for of in ranks if name in of)
-        lines.append(
-            f"Rank {rank} scored {rows[name]:,} of the {rows['prefill']:,} rows that vLLM shared "
-            f"among the ranks; of all its {rows['topk.prefill']:,} rows of prefill the plugin "
-            f"selected {rows['topk.prefill'] - rows.get('topk.prefill.upstream', 0):,}."
-        )
-    return "\n".join(lines)
-
-
-def sglang() -> str:
-    """Return the Markdown between the ``sglang-server`` markers of docs/sglang.md."""
-    return "\n".join(_off_against_on("sglang", "SGLang", SGLANG, figures.load(SGLANG)))
-
-
-def _off_against_on(key: str, engine: str, name: str, document: dict[str, Any]) -> list[str]:
-    """Return the table of a run of ``off`` and ``on``."""
-    about, gpus = document["machine"], document["gpus"]
-    layers = document["model"]["num_hidden_layers"]
-    lines = [
-        f"{engine} {about[key]}, {layers} layers of random weights, "
-        f"{'one' if gpus == 1 else gpus} {about['gpu']}, commit {about['commit'][:7]} "
-        f"(`benchmarks/results/{name}`), without the plugin / with it:",
-        "",
-        "| requests x tokens | ms a token, or s to the first | ratio (95 % interval) |",
-        "|---|---|---|",
-    ]
-    digits = {"tpot_ms": (2, "ms"), "ttft_s": (3, "s to the first token")}
-    for row in document["summary"]:
-        if row["figure"] in digits:
-            places, unit = digits[row["figure"]]
-            low, high = row["interval95"]
-            lines.append(
-                f"| {row['concurrency']} x {row['context']:,} | {row['off']:.{places}f} / "
-                f"{row['on']:.{places}f} {unit} | {row['ratio']:.3f} ({low:.3f} – {high:.3f}) |"
-            )
-    return [*lines, ""]

@@ -17,13 +17,14 @@ from dsv4_plugin.kernels.arguments import TopkArgs
 
 __all__ = [
     "ALIGNMENT", "BLOCK_SIZES", "CAPABILITIES", "FP4_FORM", "HEADS", "HEAD_DIM", "LIBRARY",
-    "MAX_CANDIDATES", "PIECE", "SOLO", "block_maxima", "candidate_logits",
+    "MAX_CANDIDATES", "PIECE", "REPAIR", "SOLO", "block_maxima", "candidate_logits",
     "candidate_logits_ragged", "candidate_select", "gather_indexer_cache", "missing",
     "paged_logits", "ragged_logits", "read_indexer_cache", "select_blocks", "select_candidates",
     "topk",
 ]  # fmt: skip
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
+REPAIR = "DSV4_BUILD_CUDA=1 pip install --force-reinstall --no-deps ."
 CAPABILITIES = ((9, 0),)  # what csrc/build.py compiles for
 HEAD_DIM = 128  # what the kernels of the cache and of the logits are written for
 HEADS = (32, 64)  # what those of the logits are written for
@@ -40,8 +41,8 @@ SOLO = {256: 4096, 512: 8192, 1024: 8192}
 def _module() -> tuple[Any, str | None]:
     if not LIBRARY.is_file():
         return None, (
-            f"the compiled library {LIBRARY.name} is not in this installation (built without "
-            "nvcc; see 'Install' in the README)"
+            f"the compiled library {LIBRARY.name} is not in this installation (it was built "
+            f"without nvcc; in a checkout with nvcc: {REPAIR})"
         )
     try:
         import tvm_ffi

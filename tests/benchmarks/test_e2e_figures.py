@@ -29,9 +29,11 @@ def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> dict:
 def test_a_drill_that_did_not_pass_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    document = changed(tmp_path, monkeypatch, tables.DRILLS)
+    name = tables.DRILLS[0]
+    monkeypatch.setattr(tables, "DRILLS", (name,))
+    document = changed(tmp_path, monkeypatch, name)
     document["drills"][1] |= {"passed": False, "wrong": ["a request of 40 tokens: lost"]}
-    (tmp_path / tables.DRILLS).write_text(json.dumps(document))
+    (tmp_path / name).write_text(json.dumps(document))
     (line,) = (line for line in tables.drills().splitlines() if line.startswith("| on |"))
     assert line.endswith("| no: a request of 40 tokens: lost |")
 

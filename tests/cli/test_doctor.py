@@ -12,10 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import dsv4_plugin
 from dsv4_plugin import envs
 from dsv4_plugin.cli import main as cli
 from dsv4_plugin.cli.doctor import report as doctor
+from dsv4_plugin.cli.shared import screen
 from dsv4_plugin.engines.sglang import probe as sglang_probe
 from dsv4_plugin.engines.shared.source import Site
 from dsv4_plugin.engines.tokenspeed import probe as tokenspeed_probe
@@ -35,8 +38,11 @@ PARTS = {
     "vllm",
     "sglang",
     "tokenspeed",
+    "check",
+    "status_dir",
     "exit_code",
     "verdict",
+    "next",
 }
 
 
@@ -68,16 +74,114 @@ def test_json_has_every_part(no_gpu: None, capsys: pytest.CaptureFixture[str]) -
     assert set(data["entry_points"]) == set(doctor.GROUPS)
 
 
-def test_text_fits_and_ends_with_the_verdict(
+def test_it_fits_a_screen_and_ends_with_what_to_do_next(
     no_gpu: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = cli.main(["doctor"])
+    assert cli.main(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert code == 1
-    assert max(len(line) for line in lines[:-1]) <= 100
-    assert lines[-1].startswith("note: ")
+    assert len(lines) <= 24
+    assert max(len(line) for line in lines[:-2]) <= 100
+    assert lines[-2].startswith("note: ") and lines[-1].startswith("next: run doctor on the ")
+
+
+def test_all_has_every_setting(no_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--all"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines[:-2]) <= 100
     for variable in envs.VARIABLES:
         assert any(line.strip().startswith(variable.name) for line in lines)
+
+
+@pytest.mark.parametrize("form", ["short", "all"])
+@pytest.mark.parametrize("columns", [60, 80, 160])
+def test_on_a_terminal_every_line_fits(
+    columns: int, form: str, no_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "columns", lambda: columns)
+    monkeypatch.setenv("DSV4_TOPKK", "bf16")
+    data = doctor.collect()
+    text = doctor.render(data, form == "all")
+    assert max(map(len, text.splitlines())) <= columns
+    assert " ".join(text.split()).endswith(f"{data['verdict']} next: {data['next']}")
+
+
+def test_a_full_report_fits_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three engines, eight GPUs, every setting given, seams that moved."""
+    for variable in envs.VARIABLES:
+        monkeypatch.setenv(variable.name, variable.default)
+    data = doctor.collect()
+    card = {"name": "NVIDIA H20", "capability": "9.0", "multiprocessors": 78, "memory_gib": 96.0}
+    data["gpu"] = {"devices": [card] * 8, "why": None, "cuda": "13.0", "driver": "580"}
+    for engine in doctor.ENGINES:
+        seams = {f"s{i}": {"where": "a.b" if i else None, "why": "it is gone"} for i in range(9)}
+        data[engine] = {"installed": True, "seams": seams, "why": None}
+    text = doctor.render(data)
+    assert len(text.splitlines()) <= 30
+    assert "8 of 9 seams found; s0: not found: it is gone" in text
+
+
+def test_a_status_folder_that_cannot_be_used_is_said(
+    no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for good in ("", str(tmp_path), str(tmp_path / "new" / "folder")):
+        monkeypatch.setenv("DSV4_STATUS_DIR", good)
+        assert doctor.collect()["status_dir"] is None
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("DSV4_STATUS_DIR", str(file))
+    data = doctor.collect()
+    said = f"DSV4_STATUS_DIR {file} cannot be used: {file} is no folder"
+    assert data["verdict"].endswith(f"; no status can be written: {said}")
+    assert said in " ".join(doctor.render(data).split())
+
+
+def test_the_check_compares_with_torch(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._check() == {"ran": False, "exact": None, "why": "there is no GPU"}
+    assert doctor._check("cpu", "torch") == {"ran": True, "exact": True, "why": None}
+    right = dsv4_plugin.topk
+
+    def topk(*args: Any, backend: str) -> torch.Tensor:
+        found = right(*args, backend="torch")
+        return found if backend == "torch" else found.roll(1, 0)
+
+    monkeypatch.setattr(dsv4_plugin, "topk", topk)
+    monkeypatch.setitem(backends._UNMET, "cuda", lambda call: [])
+    data = doctor.collect() | {"check": doctor._check("cpu", "cuda")}
+    assert data["check"]["exact"] is False
+    code, verdict, then = doctor._verdict(data)
+    assert code == 1 and "failed: its answer is not exact" in verdict
+    assert then.startswith("report this") and "ANOTHER answer" in doctor.render(data)
+
+
+def test_a_check_that_raises_is_no_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setitem(backends._UNMET, "cuda", lambda call: [])
+    monkeypatch.setattr(doctor, "_check", broken)
+    data = doctor.collect()
+    assert data["exit_code"] == 1 and "no kernel image is available" in data["verdict"]
+    assert "FAILED: RuntimeError" in doctor.render(data)
+
+
+H20 = {"name": "NVIDIA H20", "capability": "9.0", "multiprocessors": 78, "memory_gib": 96.0}
+REPAIRS = {
+    "no GPU": ({}, "run doctor on the machine of the engine: the kernels need compute capabil"),
+    "an older GPU": ({"gpu": {"devices": [H20 | {"capability": "8.0"}]}}, "run doctor on the mach"),
+    "no library": (
+        {"gpu": {"devices": [H20]}, "library": {"present": False, "loads": False}},
+        f"in a checkout, with nvcc on PATH: `{cuda.REPAIR}`",
+    ),
+    "a broken one": (
+        {"gpu": {"devices": [H20]}, "library": {"present": True, "loads": False}},
+        "`pip install --force-reinstall apache-tvm-ffi`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("parts", "said"), REPAIRS.values(), ids=REPAIRS)
+def test_what_to_do_next(parts: dict[str, Any], said: str, no_gpu: None) -> None:
+    assert doctor._verdict(doctor.collect() | parts)[2].startswith(said)
 
 
 @pytest.mark.parametrize("variable", envs.VARIABLES, ids=lambda v: v.name)
@@ -90,7 +194,8 @@ def test_a_wrong_setting_is_shown_and_is_exit_code_2(
     monkeypatch.setenv(variable.name, "nonsense")
     assert doctor.run(as_json=False) == 2
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith(f"error: a setting is wrong: {variable.name} is 'nonsense'")
+    assert lines[-2].startswith(f"error: a setting is wrong: {variable.name} is 'nonsense'")
+    assert lines[-1] == f"next: correct {variable.name}, or unset it"
     wrong = [line for line in lines if "WRONG" in line]
     assert len(wrong) == 1 and variable.name in wrong[0]
     assert not any("REFUSED" in line for line in lines)
@@ -142,7 +247,9 @@ def test_exit_code_0_where_the_kernels_can_serve(monkeypatch: pytest.MonkeyPatch
     data = doctor.collect()
     assert data["exit_code"] == 0
     assert data["library"]["loads"] is True
-    assert doctor.render(data).splitlines()[-1].startswith("ok: ")
+    assert data["library"]["present"] is cuda.LIBRARY.is_file()
+    assert doctor.render(data).splitlines()[-2].startswith("ok: ")
+    assert data["next"].startswith("`vllm serve --plugin dsv4`")
 
 
 @engines
@@ -179,10 +286,11 @@ def test_what_the_probe_finds_is_shown(
     data = json.loads(capsys.readouterr().out)
     assert data[engine]["seams"]["topk.decode"]["where"] == "SparseIndexerTopk.forward"
     text = doctor.render(data)
-    assert "SparseIndexerTopk.forward" in text and "not found: it is gone" in text
+    assert "0.99.0: 1 of 2 seams found; gather: not found: it is gone" in text
+    assert "SparseIndexerTopk.forward" in doctor.render(data, everything=True)
 
 
-@pytest.mark.parametrize("part", sorted(PARTS - {"exit_code", "verdict"}))
+@pytest.mark.parametrize("part", sorted(PARTS - {"exit_code", "verdict", "next"}))
 def test_a_part_that_breaks_does_not_break_the_report(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

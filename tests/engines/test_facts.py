@@ -12,6 +12,7 @@ import torch
 from kits.own_process import run_alone
 
 from dsv4_plugin import envs, facts, log
+from dsv4_plugin.kernels import cuda
 
 GPU = torch.device("cuda", 0)
 
@@ -66,6 +67,45 @@ def test_a_gpu_is_never_initialised(
     assert gpu.times == 0 and "cuda:0" not in "\n".join(lines())
 
 
+@pytest.mark.parametrize(
+    ("major", "missing", "warned"),
+    [
+        (9, "it was built without nvcc", True),
+        (8, "it was built without nvcc", False),
+        (9, None, False),
+    ],
+)
+def test_a_missing_library_on_a_gpu_that_it_is_for_is_a_warning(
+    major: int,
+    missing: str | None,
+    warned: bool,
+    gpu: types.SimpleNamespace,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is there at DSV4_LOG=warning too, once, and before any other line of a decision."""
+    caplog.set_level(logging.WARNING, logger="dsv4_plugin")
+    monkeypatch.setattr(cuda, "missing", lambda: missing)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    for _ in range(3):
+        facts.device(GPU)
+    facts.device(torch.device("cpu"))
+    said = [(r.levelno, r.getMessage()) for r in caplog.records]
+    want = "the plugin runs without its compiled kernels: it was built without nvcc"
+    assert said == [(logging.WARNING, want)] * warned
+
+
+def test_a_missing_library_names_the_command_that_repairs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_C.so")
+    cuda._module.cache_clear()
+    try:
+        assert "DSV4_BUILD_CUDA=1 pip install --force-reinstall --no-deps ." in str(cuda.missing())
+    finally:
+        cuda._module.cache_clear()
+
+
 def test_a_machine_that_cannot_be_described_ends_nothing(
     gpu: types.SimpleNamespace, lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,8 +127,9 @@ def test_the_arguments_of_the_process_are_not_told(
 
 
 def test_nothing_is_looked_at_below_debug(
-    gpu: types.SimpleNamespace, caplog: pytest.LogCaptureFixture
+    gpu: types.SimpleNamespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cuda, "missing", lambda: None)
     caplog.set_level(logging.INFO, logger="dsv4_plugin")
     facts.device(GPU)
     facts.process("vLLM")

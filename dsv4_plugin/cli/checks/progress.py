@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from dsv4_plugin.cli.shared.screen import clock
+
 __all__ = ["Progress"]
 
 
@@ -35,8 +37,4 @@ class Progress:
         self._done += 1
         took = time.monotonic() - self._since
         left = took / self._done * (self._cells - self._done)
-        self._say(f"[{self._done:3d}/{self._cells} {_clock(took)}, {_clock(left)} left] {line}")
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        self._say(f"[{self._done:3d}/{self._cells} {clock(took)}, {clock(left)} left] {line}")

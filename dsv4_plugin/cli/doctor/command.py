@@ -5,14 +5,23 @@ from __future__ import annotations
 import argparse
 
 from dsv4_plugin.cli.shared import outputs
-from dsv4_plugin.cli.shared.run import UsageError
+from dsv4_plugin.cli.shared.run import UsageError, examples
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``dsv4-plugin doctor``."""
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.description = (
+        "Say what is here, what engages, and why not. The last two lines are the verdict and what "
+        "to do next. Exit code 0: the compiled kernels can serve here. 1: they cannot. 2: a "
+        "setting has a value that it cannot have."
+    )
+    examples(parser, "doctor --all | less", "doctor --engines vllm==0.33.0 sglang")
+    parser.add_argument(
+        "--all", action="store_true", help="everything: each setting, op, entry point and seam"
+    )
+    parser.add_argument("--json", action="store_true", help="everything, as JSON")
     parser.add_argument(
         "--engines", nargs="*", metavar="RELEASE",
         help="the seams in releases that pip downloads: vllm==0.33.0, sglang (the newest), "
@@ -39,4 +48,4 @@ def run(arguments: argparse.Namespace) -> int:
         return report.run_engines(arguments.engines, arguments.json, arguments.folder)
     if arguments.folder is not None:
         raise UsageError("--folder is for --engines")
-    return report.run(as_json=arguments.json)
+    return report.run(arguments.json, arguments.all)

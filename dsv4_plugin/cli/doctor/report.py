@@ -13,15 +13,16 @@ import json
 import os
 import platform
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dsv4_plugin import envs
+from dsv4_plugin.cli.shared import outputs, screen
 from dsv4_plugin.cli.shared.run import UsageError, interruptible
 from dsv4_plugin.errors import SettingError
+from dsv4_plugin.facts import LIBRARY
 
 __all__ = ["collect", "render", "run", "run_engines"]
 
@@ -45,9 +46,12 @@ ENGINES = {
     "sglang": ("SGLang", "sglang"),
     "tokenspeed": ("TokenSpeed", "tokenspeed"),
 }
-SWITCHES = "`vllm serve --plugin dsv4`, `sglang serve --dsv4-topk auto` or `DSV4_PLUGIN=1`"
+SWITCHES = (
+    "`vllm serve --plugin dsv4`, `sglang serve --dsv4-topk auto`, or DSV4_PLUGIN=1 for any engine"
+)
 TOPK_K = 512  # the k of DeepSeek-V4
-WIDTH = 96
+WIDTH = 98
+MOST = 4  # rows of a part on one screen
 
 Data = dict[str, Any]
 
@@ -80,8 +84,8 @@ def run_engines(specs: Sequence[str], as_json: bool = False, folder: Path | None
     return 0 if whole else 1
 
 
-def run(as_json: bool = False) -> int:
-    """Print the report.
+def run(as_json: bool = False, everything: bool = False) -> int:
+    """Print the report, on a screen or with ``everything``.
 
     Returns:
         0 if the compiled kernels can serve here, 1 if the plugin would leave everything to the
@@ -89,7 +93,7 @@ def run(as_json: bool = False) -> int:
     """
     with contextlib.redirect_stdout(sys.stderr):  # an engine that is imported may log to stdout
         data = collect()
-    print(json.dumps(data, indent=2) if as_json else render(data))
+    print(json.dumps(data, indent=2) if as_json else render(data, everything))
     return data["exit_code"]
 
 
@@ -99,15 +103,19 @@ def collect() -> Data:
         "versions": _guarded(_versions),
         "gpu": _guarded(_gpu),
         "library": _guarded(_library),
+        "check": _guarded(_check),
         "settings": _guarded(_settings),
         "unknown_variables": _guarded(_unknown_variables),
+        "status_dir": _guarded(_status_dir),
         "ops": _guarded(_ops),
         "entry_points": _guarded(_entry_points),
     }
     for engine in ENGINES:
         data[engine] = _guarded(functools.partial(_engine, engine))
-    data["exit_code"], verdict = _verdict(data)
+    data["exit_code"], verdict, data["next"] = _verdict(data)
     data["verdict"] = verdict + _unread(data["unknown_variables"])
+    if data["status_dir"]:
+        data["verdict"] += f"; no status can be written: {data['status_dir']}"
     return data
 
 
@@ -183,8 +191,6 @@ def _driver() -> str | None:
 
 
 def _library() -> Data:
-    path = Path(__file__).parents[1] / "_C.so"
-    present = path.is_file()
     torch, broken = _torch()
     why: str | None = broken
     if torch is not None:
@@ -194,7 +200,40 @@ def _library() -> Data:
             why = cuda.missing()
         except (Exception, SystemExit) as error:
             why = f"the loader cannot be imported ({_said(error)})"
-    return {"file": path.name, "present": present, "loads": why is None, "why": why}
+    return {"file": LIBRARY.name, "present": LIBRARY.is_file(), "loads": why is None, "why": why}
+
+
+def _check(device: str = "cuda:0", backend: str = "cuda") -> Data:
+    """Run one top-k by the compiled kernels, and compare it with the torch reference's."""
+    torch, why = _torch()
+    why = why or ("" if torch.cuda.is_available() or device == "cpu" else "there is no GPU")
+    if not why:
+        from dsv4_plugin.ops import dispatch as backends
+
+        call = backends.Call("topk", torch.device(device), torch.bfloat16, TOPK_K)
+        why = "; ".join(backends.unmet(call, backend))
+    if why:
+        return {"ran": False, "exact": None, "why": why}
+    import dsv4_plugin
+
+    logits = torch.randn(2, 8192, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    lengths = torch.tensor([8192, 5000], dtype=torch.int32, device=device)
+    got, want = (
+        dsv4_plugin.topk(logits, lengths, TOPK_K, backend=one).sort(dim=1).values.cpu()
+        for one in (backend, "torch")
+    )
+    return {"ran": True, "exact": bool(torch.equal(got, want)), "why": None}
+
+
+def _status_dir() -> str | None:
+    """Return why no status can be written to DSV4_STATUS_DIR, if it is set."""
+    value = os.environ.get("DSV4_STATUS_DIR", "").strip()
+    try:
+        if value:
+            outputs.folder(value)
+    except UsageError as error:
+        return f"DSV4_STATUS_DIR {value} {error}"
+    return None
 
 
 def _settings() -> dict[str, Data]:
@@ -296,33 +335,63 @@ def _engine(name: str) -> Data:
     return {"installed": True, "seams": seams, "why": None}
 
 
-def _verdict(data: Data) -> tuple[int, str]:
+def _verdict(data: Data) -> tuple[int, str, str]:
+    """Return the exit code, the verdict, and what to do next."""
     settings = data["settings"]
+    report = "report this with the output of `dsv4-plugin doctor --json`"
     if "error" in settings:
-        return 1, f"the settings cannot be read: {settings['error']}"
-    wrong = [row["error"] for row in settings.values() if isinstance(row, dict) and row["error"]]
-    if wrong:
-        return 2, f"a setting is wrong: {wrong[0]}"
+        return 1, f"the settings cannot be read: {settings['error']}", report
+    for name, row in settings.items():
+        if isinstance(row, dict) and row["error"]:
+            return 2, f"a setting is wrong: {row['error']}", f"correct {name}, or unset it"
     if settings["DSV4_PLUGIN"]["value"].strip() == "0":
-        return 1, "DSV4_PLUGIN=0: the plugin changes nothing, whatever else asks for it"
+        said = "DSV4_PLUGIN=0: the plugin changes nothing, whatever else asks for it"
+        return 1, said, "unset DSV4_PLUGIN to have the plugin"
     if "error" in data["ops"]:
-        return 1, f"no op can run here: {data['ops']['error']}"
+        said = f"no op can run here: {data['ops']['error']}"
+        return 1, said, "run doctor in the Python that runs the engine; it has torch"
     ops = [row for row in data["ops"].values() if isinstance(row, dict)]
     refused = [row["error"] for row in ops if row["error"]]
     if refused:
-        return 1, f"what is asked for cannot be had: {refused[0]}"
+        said = f"what is asked for cannot be had: {refused[0]}"
+        return 1, said, f"unset DSV4_BACKEND, or else: {_mend(data)}"
+    check = data["check"]
+    broken = check.get("error") or (check.get("exact") is False and "its answer is not exact")
+    if any(row["auto"] == "cuda" for row in ops) and broken:
+        said = f"the compiled top-k was tried on this GPU and failed: {broken}"
+        return 1, said, f"{report}; set DSV4_PLUGIN=0 until then"
     if any(row["auto"] == "cuda" for row in ops):
-        how = (
-            "; `vllm serve --plugin dsv4`, `sglang serve --dsv4-topk auto` or DSV4_PLUGIN=1 engages"
-        )
-        how = "" if settings["DSV4_PLUGIN"]["value"] else f"{how} them"
-        return 0, f"the compiled kernels can serve here{how}"
+        start = "start the engine" if settings["DSV4_PLUGIN"]["value"] else SWITCHES
+        return 0, "the compiled kernels can serve here", f"{start}; then `dsv4-plugin status URL`"
     why = _why_not_cuda(data)
     names = sorted({row["auto"] for row in ops if row["auto"]})
     if not names:
-        return 1, f"{why}no implementation can run here"
-    return 1, (
+        return 1, f"{why}no implementation can run here", report
+    said = (
         f"{why}the ops run here on {' and '.join(names)}, and an engine's top-k would stay its own"
+    )
+    return 1, said, _mend(data)
+
+
+def _mend(data: Data) -> str:
+    """Return what gives this machine the compiled kernels."""
+    from dsv4_plugin.kernels.cuda import CAPABILITIES, REPAIR
+
+    fitting = {f"{major}.{minor}" for major, minor in CAPABILITIES}
+    devices = data["gpu"].get("devices") or []
+    if not any(device.get("capability") in fitting for device in devices):
+        want = " or ".join(sorted(fitting))
+        return (
+            f"run doctor on the machine of the engine: the kernels need compute capability {want}"
+        )
+    if not data["library"].get("present"):
+        return f"in a checkout, with nvcc on PATH: `{REPAIR}`"
+    if not data["library"].get("loads"):
+        return f"`pip install --force-reinstall apache-tvm-ffi`; if that does not help: `{REPAIR}`"
+    return (
+        "set CUDA_VISIBLE_DEVICES so that this GPU is the first"
+        if len(devices) > 1
+        else ("see the reasons above")
     )
 
 
@@ -347,35 +416,78 @@ def _why_not_cuda(data: Data) -> str:
     return ""
 
 
-def render(data: Data) -> str:
-    """Write the report of :func:`collect` in lines of at most some 100 columns."""
-    lines = ["versions"]
-    lines += _rows(_plain(data["versions"], lambda value: value or "not installed"))
-    lines += ["", "GPU", *_rows(_gpu_rows(data["gpu"]))]
-    lines += ["", "compiled kernels", *_rows([_library_row(data["library"])])]
-    lines += ["", "settings", *_rows(_setting_rows(data))]
-    lines += ["", "what `auto` takes here", *_rows(_op_rows(data["ops"]))]
-    lines += ["", "entry points"]
-    lines += _rows(_plain(data["entry_points"], lambda value: value or "not registered"))
-    for engine, (called, _) in ENGINES.items():
-        lines += ["", f"seams in {called}", *_rows(_seam_rows(data[engine]))]
+def render(data: Data, everything: bool = False) -> str:
+    """Write the report of :func:`collect`: on a screen, or ``everything``.
+
+    On a terminal the lines fit its width. Elsewhere the verdict and what to do next are the last
+    two lines.
+    """
+    width = screen.columns()
+    lines = _everything(data, width or WIDTH) if everything else _screen(data, width or WIDTH)
     mark = {0: "ok", 1: "note", 2: "error"}[data["exit_code"]]
-    lines += ["", f"{mark}: {data['verdict']}"]
-    return "\n".join(lines)
+    lines += ["", *screen.fold(data["verdict"], f"{mark}: ", width)]
+    return "\n".join([*lines, *screen.fold(data["next"], "next: ", width)])
 
 
 Row = tuple[str, str]
 
 
-def _rows(rows: list[Row]) -> list[str]:
-    """Align names and texts, and fold long texts under their own column."""
-    width = max((len(name) for name, _ in rows), default=0) + 2
+def _everything(data: Data, width: int) -> list[str]:
+    parts = {
+        "versions": _plain(data["versions"], lambda value: value or "not installed"),
+        "GPU": _gpu_rows(data["gpu"]),
+        "compiled kernels": [_library_row(data["library"]), _check_row(data["check"])],
+        "settings": _setting_rows(data),
+        "what `auto` takes here": _op_rows(data["ops"]),
+        "entry points": _plain(data["entry_points"], lambda value: value or "not registered"),
+        **{f"seams in {called}": _seam_rows(data[e]) for e, (called, _) in ENGINES.items()},
+    }
     lines = []
-    for name, text in rows:
-        folded = textwrap.wrap(text, WIDTH - width - 2) or [""]
-        lines.append(f"  {name:<{width}}{folded[0]}".rstrip())
-        lines += [" " * (width + 2) + line for line in folded[1:]]
+    for title, rows in parts.items():
+        lines += [*[""][: len(lines)], title]
+        lines += [f"  {line}" for line in screen.pairs(rows, width - 2)]
     return lines
+
+
+def _screen(data: Data, width: int) -> list[str]:
+    """Return what matters: versions, GPU, library, what is set, and what stays the engine's."""
+    versions, points = data["versions"], data["entry_points"]
+    there = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    named = [row for row in _setting_rows(data) if not row[1].endswith(" (default)")]
+    absent = [name for name, value in points.items() if not value]
+    registered = points.get("error") or (
+        f"not registered: {', '.join(absent)}" if absent else "registered"
+    )
+    rows = [
+        ("versions", there),
+        *(("GPU", text if name == "none" else f"{name} {text}") for name, text in
+          _gpu_rows(data["gpu"])[:MOST]),
+        _library_row(data["library"]),
+        _check_row(data["check"]),
+        *(named[:MOST] or [("settings", "all at their defaults")]),
+        *_short(_op_rows(data["ops"])),
+        ("entry points", registered),
+    ]  # fmt: skip
+    for engine, (called, _) in ENGINES.items():
+        seams = _seam_rows(data[engine])
+        moved = [f"{name}: {why}" for name, why in seams if why.startswith("not found")]
+        if not data[engine].get("seams"):
+            rows.append((called, seams[0][1]))
+        else:
+            found = f"{versions.get(engine)}: {len(seams) - len(moved)} of {len(seams)} seams found"
+            rows.append((called, "; ".join([found, *moved])))
+    return [*screen.pairs(rows, width), "(everything: dsv4-plugin doctor --all)"]
+
+
+def _short(rows: list[Row]) -> list[Row]:
+    """Return a row for all ops that the same implementation serves, then why not a better one."""
+    of: dict[str, list[str]] = {}
+    for name, text in rows:
+        if name:
+            of.setdefault(text, []).append(name.split()[0])
+    ops = [("ops", f"{text}: {', '.join(dict.fromkeys(names))}") for text, names in of.items()]
+    reasons = [row for row in rows if not row[0] and "compiled library" not in row[1]]
+    return [*ops[:MOST], *reasons[:MOST]]  # the library has a row of its own
 
 
 def _plain(part: Data, say: Callable[[Any], str]) -> list[Row]:
@@ -405,6 +517,16 @@ def _library_row(library: Data) -> Row:
     return (library["file"], "loads" if library["loads"] else library["why"])
 
 
+def _check_row(check: Data) -> Row:
+    if check.get("ran"):
+        right = "the same" if check["exact"] else "ANOTHER"
+        return ("check", f"one top-k by the kernels on the GPU: {right} answer as torch's")
+    return (
+        "check",
+        f"FAILED: {check['error']}" if "error" in check else f"not run: {check['why']}",
+    )
+
+
 def _setting_rows(data: Data) -> list[Row]:
     settings, unknown = data["settings"], data["unknown_variables"]
     rows = []
@@ -416,6 +538,8 @@ def _setting_rows(data: Data) -> list[Row]:
         else:
             source = "" if row["set"] else " (default)"
             rows.append((name, f"{row['value'] or 'unset'}{source}"))
+    if data["status_dir"]:
+        rows.append(("DSV4_STATUS_DIR", f"NO STATUS: {data['status_dir']}"))
     if "error" in unknown:
         return [*rows, ("error", unknown["error"])]
     for name, like in unknown.items():

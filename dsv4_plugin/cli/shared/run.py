@@ -25,8 +25,8 @@ from dsv4_plugin.cli.shared import secrets
 from dsv4_plugin.errors import SettingError, UnmetError
 
 __all__ = [
-    "Interrupted", "Parser", "Run", "UsageError", "device_of", "ended", "held", "interruptible",
-    "lost_signals", "need_torch", "reading",
+    "Interrupted", "Parser", "Run", "UsageError", "device_of", "ended", "examples", "held",
+    "interruptible", "lost_signals", "need_torch", "reading",
 ]  # fmt: skip
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -56,6 +56,21 @@ class Parser(argparse.ArgumentParser):
         """Raise what is wrong."""
         said = re.sub(r"^argument (-[^:]*): (?=must |cannot |needs )", r"\1 ", message)
         raise UsageError(f"{said} (see {self.prog} --help)")
+
+
+def examples(parser: argparse.ArgumentParser, *lines: str) -> None:
+    """Put command lines, without ``dsv4-plugin``, under a parser's help."""
+    parser.formatter_class = _Help
+    parser.epilog = "\n".join(["examples:", *(f"  dsv4-plugin {line}" for line in lines)])
+
+
+class _Help(argparse.HelpFormatter):
+    """Folds the description, and leaves the lines of the examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return text
+        return super()._fill_text(text, width, indent)
 
 
 def ended(prog: str, body: Callable[[], int], argv: Sequence[str] = ()) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin import envs, log
+from dsv4_plugin import envs, facts, log
 from dsv4_plugin.engines.shared import decision
 from dsv4_plugin.engines.shared.adapter import end
 from dsv4_plugin.engines.shared.decision import DTYPES, KS, Selection
@@ -98,6 +98,8 @@ def _idle(explicit: bool) -> str | None:
     arch = (here.arch_version.major, here.arch_version.minor)
     if here.vendor != "nvidia" or arch not in cuda.CAPABILITIES:
         reasons.append(f"the GPU is {here.device_name} ({arch[0]}.{arch[1]}), not Hopper (9.0)")
+    else:
+        facts.library(arch)
     missing = cuda.missing()
     if missing:
         reasons.append(missing)

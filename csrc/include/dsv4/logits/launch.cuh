@@ -70,11 +70,6 @@ inline cudaError_t launch_paged_logits(const PagedLogitsParams& p, LogitsType ty
       if (p.queries.next_n == 1) {
         return launch_paged_config<Out, kHeads, 1, kPage>(p, blocks, sms, device, stream);
       }
-      if constexpr (kHeads == 32) {  // a draft of five tokens and the one before it
-        if (p.queries.next_n == 5 || p.queries.next_n == 6) {
-          return launch_paged_config<Out, kHeads, 6, kPage>(p, blocks, sms, device, stream);
-        }
-      }
       constexpr int kRows = kMmaColumns / kHeads;
       return launch_paged_config<Out, kHeads, kRows, kPage>(p, blocks, sms, device, stream);
     });

@@ -45,31 +45,6 @@ class BlockPipeline {
   // finish(turn, scores): scores of own_key() of that block, of the rows from first_own_row() on.
   template <class Finish>
   __device__ __forceinline__ void run(const Finish& finish) {
-    if constexpr (kRows * kHeads > kMmaColumns) {
-      run_in_turn(finish);
-    } else {
-      run_overlapped(finish);
-    }
-  }
-
- private:
-  // One set of sums: the matrix unit works for the other CTAs of the multiprocessor meanwhile.
-  template <class Finish>
-  __device__ __forceinline__ void run_in_turn(const Finish& finish) {
-#pragma unroll 1
-    for (int32_t turn = 0; turn < turns_; ++turn) {
-      Sums sums;
-      arrive(turn);
-      if (turn == 0) weights_.load(shared_.rows.weights);
-      begin(sums, turn);
-      mma_wait<0>();
-      give(sums, turn, finish);
-    }
-    copies_wait<0>();
-  }
-
-  template <class Finish>
-  __device__ __forceinline__ void run_overlapped(const Finish& finish) {
     Sums even, odd;
     arrive(0);
     begin(even, 0);
@@ -99,6 +74,7 @@ class BlockPipeline {
     copies_wait<0>();
   }
 
+ private:
   static constexpr int kHeads = Config::kHeads, kRows = Config::kRows, kOwn = kOwnRows<kRows>;
   using Sums = MmaSums<kRows * kHeads>;
 

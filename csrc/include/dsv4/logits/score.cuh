@@ -12,7 +12,7 @@
 namespace dsv4 {
 
 constexpr int kGroupThreads = 128;  // a warpgroup: four warps, sixteen keys each
-constexpr int kMmaColumns = 128;    // rows x heads of which two sets of sums fit the registers
+constexpr int kMmaColumns = 128;    // rows x heads that one instruction takes
 
 // Of the 64 keys: the first of the two whose sums a thread holds (the other is 8 further), and the
 // one whose scores it ends up with.

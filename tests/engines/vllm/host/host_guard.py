@@ -441,12 +441,23 @@ def test_on_cuda_auto_takes_its_own_logits_and_else_deepgemms(
     assert (topk.dtype, topk.backend, topk.request_bf16, topk.logits) == want
 
 
-def test_on_cuda_without_the_library_upstream_is_before_torch(engine, run, monkeypatch):
+def test_on_cuda_without_the_library_upstream_is_before_torch(engine, run, monkeypatch, caplog):
+    from dsv4_plugin.kernels import cuda as kernels
+
     monkeypatch.setenv("DSV4_PLUGIN", "1")
+    monkeypatch.setattr(kernels, "missing", lambda: "_C.so was not built")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     missing = ["the compiled library _C.so is not in this installation"]
     cuda = Cuda(monkeypatch, {("topk", "cuda"): missing, ("gather", "cuda"): missing})
     run.build(engine.problem(**MIXED))
     assert decided() == (None, "triton")
+    said = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "dsv4_plugin"]
+    seen = [what for what in said if "_C.so" in what[1]]
+    assert seen[0] == (
+        "WARNING",
+        "the plugin runs without its compiled kernels: _C.so was not built",
+    )
     assert "_C.so is not in this installation" in why()
     assert "torch" not in {backend for _, backend in cuda.asked}
     monkeypatch.setenv("DSV4_TOPK", "fp32")
