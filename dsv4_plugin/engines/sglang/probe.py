@@ -6,13 +6,14 @@ Nothing is registered for a seam that is not recognised.
 
 from __future__ import annotations
 
-from dsv4_plugin.engines.shared import seam
+from dsv4_plugin.engines.shared import seam, source
 from dsv4_plugin.engines.shared.seam import Place, Seam
 from dsv4_plugin.engines.shared.source import Site
 
-__all__ = ["DSA", "INDEXER", "LOGITS", "PAGED", "SEAMS", "SERVER_ARGS", "look"]
+__all__ = ["DSA", "INDEXER", "LOGITS", "PAGED", "SEAMS", "SERVER_ARGS", "V41", "absent", "look"]
 
 INDEXER = "sglang.srt.layers.attention.dsv4.indexer"
+V41 = "sglang.srt.layers.attention.dsv4.v41_indexer"
 DSA = "sglang.srt.layers.attention.dsa.dsa_topk_backend"
 SERVER_ARGS = "sglang.srt.server_args"
 LOGITS = ("fp8_paged_mqa_logits", "fp8_mqa_logits")
@@ -21,6 +22,15 @@ PAGED = ("scores", "seq_lens", "page_tables", "out_page_indices", "page_size")
 
 def _paged(name: str) -> tuple[Place, ...]:
     return Place(INDEXER, name), Place(INDEXER, f"{name}_v2")
+
+
+def _method(module: str, name: str, *takes: str, field: str = "") -> Place:
+    """Return a method before which the plugin stands: it takes these and no others.
+
+    ``field`` is one of the inputs, of which the plugin makes use.
+    """
+    used = (f"{V41}.types", "", f"    {field}: ") if field else None
+    return Place(f"{V41}.{module}", name, ("self", *takes), exactly=True, used=used)
 
 
 SEAMS = (
@@ -85,7 +95,59 @@ SEAMS = (
         why="for V3.2 and GLM as for V4: exact, with ties to the lowest index",
         until="as topk.paged",
     ),
+    Seam(
+        "topk.candidates",
+        (
+            (
+                Place(
+                    V41, "make_candidate_indexer",
+                    has=("token_to_kv_pool", "req_to_token", "candidate_topk_blocks",
+                         "candidate_block_size"),
+                ),
+                _method("dense_blocks", "DenseBlocksBackend.publish_decode", "inputs",
+                        field="paged_metadata"),
+                _method("dense_blocks", "DenseBlocksBackend.publish_prefill", "inputs",
+                        field="rows_per_request_device"),
+                _method("dense_blocks", "DenseBlocksBackend.consume_decode", "inputs", "published"),
+                _method("dense_blocks", "DenseBlocksBackend.consume_prefill", "inputs", "published"),
+            ),
+        ),
+        puts="an object before the one that serves DeepSeek-V4.1's source and consumers: exact "
+        "candidate blocks, and consumers that score the keys of these only, without a host read",
+        why="on Hopper SGLang's consumers score every key, its choice among equal scores and blocks "
+        "is not the same from run to run in long contexts, and its prefill runs in eager torch",
+        until="SGLang has kernels for Hopper that do the same: where it makes an object of another "
+        "class, the plugin steps aside",
+        upstream="#40574",
+        optional=True,
+    ),
+    Seam(
+        "topk.full",
+        (
+            (
+                Place(V41, "make_full_topk_indexer", has=("token_to_kv_pool", "req_to_token")),
+                _method("full_topk", "FullTopKIndexer.topk_decode", "inputs",
+                        field="paged_metadata"),
+                _method("full_topk", "FullTopKIndexer.topk_prefill", "inputs",
+                        field="rows_per_request_device"),
+            ),
+        ),
+        puts="the same for DeepSeek-V4.1's layers without candidates",
+        why="as topk.candidates",
+        until="as topk.candidates",
+        upstream="#40574",
+        optional=True,
+    ),
 )  # fmt: skip
+
+
+def absent() -> list[str]:
+    """Return the seams of models that this release does not have."""
+    try:
+        source.find(V41)
+    except source.Missing:
+        return [record.name for record in SEAMS if record.optional]
+    return []
 
 
 def look() -> dict[str, Site]:
