@@ -94,7 +94,10 @@ def _run(arguments: argparse.Namespace) -> int:
 def _side(arguments: argparse.Namespace, engines: tuple[str, ...]) -> Any:
     if arguments.part == "kernels":
         return importlib.import_module("benchmarks.engines.kernels.side").Side(arguments, engines)
-    side = importlib.import_module(f"benchmarks.engines.forward.{engines[0]}_side")
+    if arguments.model == "v41" and engines[0] != "sglang":
+        raise UsageError("--model v41 is of --engine sglang")
+    which = f"{engines[0]}_v41" if arguments.model == "v41" else engines[0]
+    side = importlib.import_module(f"benchmarks.engines.forward.{which}_side")
     return side.Side(arguments)
 
 
@@ -178,6 +181,12 @@ def parser() -> Parser:
     kernels.add_argument("--peers", type=Path, metavar="FILE.py", help="the engines' own kernels: "
                          "available_sglang_…() and available_tokenspeed_…()")  # fmt: skip
     add = parser.add_argument_group("--part forward").add_argument
+    add(
+        "--model",
+        choices=("v4", "v41"),
+        default="v4",
+        help="v41: the index layers of DeepSeek-V4.1, SGLang's",
+    )
     add("--site", type=Path, nargs="+", default=[], help="folders to put first on sys.path")
     add("--more", type=Path, nargs="+", default=[], help="folders to put last on sys.path")
     add("--shapes", nargs="+", type=_shape, metavar="ROWSxCOLUMNS", help="shapes of decode")

@@ -4,14 +4,13 @@ On top of :mod:`kits.sglang_host`, from 0.5.22 on. SGLang's own Python runs: the
 its attention backend has them, ``DeepseekV4AttnBackend._low_ratio_index_topk`` with the inputs
 that it makes, ``DeepseekV41Indexer`` (projections, rotation, FP4 rounding), the methods of both
 objects, the metadata, the index pool's readers, and its Triton kernels, on a CPU by Triton's
-interpreter. :data:`STANDS_IN` says what does not run.
+interpreter (``TRITON_INTERPRET=1``). :data:`STANDS_IN` says what does not run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from kits.host_parts import Call, spans_of, upstream_rows
 from kits.sglang_host import Engine
 
-__all__ = ["LAYERS", "STANDS_IN", "V41", "Batch", "Model", "interpret"]
+__all__ = ["LAYERS", "STANDS_IN", "V41", "Batch", "Model"]
 
 STANDS_IN = {
     "SGLang's CUDA kernels of the block maxima and of DeepSelect": "torch, float32 only",
@@ -39,9 +38,34 @@ LAYERS = {2: 2, 8: 2, 14: 2, 20: 1, 24: 1, 28: 1, 32: 1, 36: 1}
 SOURCE = 20
 
 
-def interpret() -> None:
-    """Let Triton's kernels run on a CPU; before anything imports triton."""
-    os.environ["TRITON_INTERPRET"] = "1"
+def _right_bfloat16() -> None:
+    """Let Triton's interpreter round to bfloat16 as a GPU does, and multiply matrices of it.
+
+    It keeps bfloat16 as its bits, cuts off what does not fit, and multiplies the bits.
+    """
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    builder, tl = interpreter.InterpreterBuilder, interpreter.tl
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def wide(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype("uint32") << 16
+        return interpreter.TensorHandle(bits.view("float32"), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, wide(a), wide(b), *rest)
+
+    def cast_impl(self: Any, source: Any, to: Any) -> Any:
+        if (source.dtype.scalar, to.scalar) == (tl.bfloat16, tl.float32):
+            return wide(source)
+        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, to)
+        bits = source.data.view("uint32")
+        even = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("uint16")
+        return interpreter.TensorHandle(even, tl.bfloat16)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
 def _module(name: str) -> Any:
@@ -83,6 +107,7 @@ class V41:
 
     def _replace_kernels(self) -> None:
         calls = self.engine.calls
+        _right_bfloat16()
         platform = _module("srt.runtime_context").get_platform()
         object.__getattribute__(platform, "_overrides")["is_sm90"] = True
         properties = torch.cuda.get_device_properties
@@ -146,11 +171,11 @@ class Model:
 
     def __init__(
         self, v41: V41, context: int, requests: int, *, held: int = 2048, hidden: int = 256,
-        lora: int = 256, seed: int = 0, spread: int = 3,
+        lora: int = 256, seed: int = 0, spread: int = 3, ratios: tuple[int, ...] = (1, 2),
     ) -> None:  # fmt: skip
         self.v41, self.context, self.held = v41, context, held
         self.device = device = torch.device(v41.engine.device)
-        self.hidden, self.lora = hidden, lora
+        self.hidden, self.lora, self.ratios = hidden, lora, ratios
         g = torch.Generator(device=device).manual_seed(seed)
         self.g = g
         pages = -(-context // TOKENS)
@@ -209,14 +234,14 @@ class Model:
 
         pools = {ratio: of(ratio) for ratio in (1, 2)}
         return types.SimpleNamespace(
-            present_ratios=(1, 2),
+            present_ratios=self.ratios,
             get_index_k_page_size=lambda ratio: pools[ratio].page_size,
-            get_index_k_with_scale_buffer=lambda layer: (
-                pools[LAYERS[layer]].get_index_k_with_scale_buffer(0)
-            ),
-            get_low_ratio_index_k_dequant=lambda layer, slots=None: (
-                pools[LAYERS[layer]].get_index_k_dequant(0, slots)
-            ),
+            get_index_k_with_scale_buffer=lambda layer: pools[
+                LAYERS[layer]
+            ].get_index_k_with_scale_buffer(0),
+            get_low_ratio_index_k_dequant=lambda layer, slots=None: pools[
+                LAYERS[layer]
+            ].get_index_k_dequant(0, slots),
         )
 
     def _indexer(self, layer: int) -> Any:
@@ -297,6 +322,8 @@ class Forward:
             for layer in LAYERS
         }
         self.width = width
+        # Queries and weights that are made already: (queries, weights) of a layer.
+        self.made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.metadata = self._metadata()
 
     def _buffer(self, rows: int) -> torch.Tensor:
@@ -337,8 +364,8 @@ class Forward:
             compressed_seq_lens=lengths, use_topk_v2=True, compress_ratio=ratio, **more,
         )  # fmt: skip
 
-    def run(self, layer: int) -> torch.Tensor:
-        """Call a layer as its attention does; returns the slots, a copy."""
+    def run(self, layer: int, copy: bool = True) -> torch.Tensor:
+        """Call a layer as its attention does; returns the slots, a copy or not."""
         model, batch, ratio = self.model, self.batch, LAYERS[layer]
         model.attn.forward_metadata = self.metadata
         mode = self.v41.engine.mode
@@ -354,8 +381,14 @@ class Forward:
             extend_seq_lens_cpu=batch.new,
         )  # fmt: skip
         x, q_lora = self.inputs[layer]
+        indexer = model.indexers[layer]
+        if layer in self.made:
+            indexer.__dict__.update(
+                queries=lambda *_, **__: self.made[layer][0],
+                head_weights=lambda *_: self.made[layer][1],
+            )
         given = types.SimpleNamespace(
-            indexer=model.indexers[layer], layer_id=layer, compress_ratio=ratio,
+            indexer=indexer, layer_id=layer, compress_ratio=ratio,
             freqs_cis=model.freqs,
         )  # fmt: skip
         local = {} if batch.local is None else {"rows_per_request": batch.local}
@@ -363,11 +396,46 @@ class Forward:
         model.attn._low_ratio_index_topk(
             given, x, q_lora, requests, batch.positions, forward, **local
         )
-        return self.out[ratio].clone()
+        return self.out[ratio].clone() if copy else self.out[ratio]
+
+    def prepare(self) -> None:
+        """Let SGLang's own code make queries and weights now, and not in the calls."""
+        freqs = self.model.freqs[self.batch.positions]
+        for layer, indexer in self.model.indexers.items():
+            x, q_lora = self.inputs[layer]
+            cls = type(indexer)
+            self.made[layer] = cls.queries(indexer, q_lora, freqs), cls.head_weights(indexer, x)
+
+    def every(self) -> None:
+        """Call every layer in order."""
+        for layer in LAYERS:
+            self.run(layer, copy=False)
 
     def all(self) -> dict[int, torch.Tensor]:
         """Call every layer in order; returns the slots of each."""
         return {layer: self.run(layer) for layer in LAYERS}
+
+    def positions_of(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        """Return which keys of a batch's only request are in these slots, in their order."""
+        model, ratio = self.model, LAYERS[layer]
+        tokens = model.req_to_token[int(self.batch.requests[0])]
+        of_slot = torch.full((tokens.numel() * 3 // ratio + TOKENS,), -1, device=model.device)
+        keys = torch.arange(len(tokens) // ratio, device=model.device)
+        of_slot[(tokens[::ratio][: len(keys)] // ratio).long()] = keys
+        return of_slot[slots.long()]
+
+    def reference(self, layer: int, row: int, count: int) -> torch.Tensor:
+        """Return the bfloat16 scores of a row's first keys by the plugin's own reference."""
+        from dsv4_plugin import paged_logits
+
+        model, ratio = self.model, LAYERS[layer]
+        q, weights = self.made[layer]
+        pages = model.req_to_token[self.batch.requests[row]][None, :: PAGE * ratio]
+        return paged_logits(
+            q[row : row + 1], model.caches[ratio], weights[row : row + 1],
+            torch.tensor([count], device=model.device), (pages // (PAGE * ratio)).int(),
+            block_size=PAGE, backend="torch",
+        )[0, :count]  # fmt: skip
 
     # --- the truth ------------------------------------------------------------------------------
 

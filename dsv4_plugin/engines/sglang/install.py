@@ -22,6 +22,7 @@ _HOOKS: dict[str, tuple[Callable[..., Any], ...]] = {
     "forward": (wrappers.forward,),
     "topk.paged": (wrappers.topk_v1, wrappers.topk_v2),
     "topk.dsa": (wrappers.topk_dsa,),
+    "budget": (wrappers.row_chunks, wrappers.nonpaged_plan),
     "topk.candidates": (v41.make_candidates,),
     "topk.full": (v41.make_full,),
 }

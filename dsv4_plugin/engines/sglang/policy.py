@@ -52,9 +52,7 @@ class LayerKind:
 _SCAN = ("paged_logits", "block_maxima", "candidate_logits")
 
 KINDS = {
-    "v4": LayerKind(
-        "DeepSeek-V4 indexer", ("bf16", "fp32"), ("forward", "topk.paged"), ("paged",)
-    ),
+    "v4": LayerKind("DeepSeek-V4 indexer", ("bf16", "fp32"), ("forward", "topk.paged"), ("paged",)),
     "dsa": LayerKind(
         "DSA top-k",
         ("fp32",),
@@ -120,7 +118,11 @@ def _get(call: _Call) -> Selection | None:
     names = kind.seams if kind.float32_logits or kind.fp4_ops else (*kind.seams, "logits")
 
     def report(selection: Selection | None, passed: decision.PassedOver) -> None:
-        now.report(str(call), names, selection, passed)
+        also = {}
+        if kind is KINDS["v4"]:
+            narrow = selection is not None and selection.dtype != "fp32"
+            also["budget"] = None if narrow else "logits are float32"
+        now.report(str(call), names, selection, passed, also)
         if selection is not None:
             if "logits" in names and (selection.logits == "plugin" or selection.request_bf16):
                 deep_gemm.patch(now.ledger)

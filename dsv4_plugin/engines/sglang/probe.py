@@ -10,10 +10,22 @@ from dsv4_plugin.engines.shared import seam, source
 from dsv4_plugin.engines.shared.seam import Place, Seam
 from dsv4_plugin.engines.shared.source import Site
 
-__all__ = ["DSA", "INDEXER", "LOGITS", "PAGED", "SEAMS", "SERVER_ARGS", "V41", "absent", "look"]
+__all__ = [
+    "DSA",
+    "INDEXER",
+    "LOGITS",
+    "METADATA",
+    "PAGED",
+    "SEAMS",
+    "SERVER_ARGS",
+    "V41",
+    "absent",
+    "look",
+]
 
 INDEXER = "sglang.srt.layers.attention.dsv4.indexer"
 V41 = "sglang.srt.layers.attention.dsv4.v41_indexer"
+METADATA = "sglang.srt.layers.attention.dsv4.metadata"
 DSA = "sglang.srt.layers.attention.dsa.dsa_topk_backend"
 SERVER_ARGS = "sglang.srt.server_args"
 LOGITS = ("fp8_paged_mqa_logits", "fp8_mqa_logits")
@@ -96,6 +108,26 @@ SEAMS = (
         until="as topk.paged",
     ),
     Seam(
+        "budget",
+        (
+            (
+                Place(METADATA, "plan_indexer_row_chunks", has=("num_rows", "num_cols",
+                                                                "budget_bytes")),
+                Place(
+                    INDEXER, "C4IndexerBackendMixin._get_nonpaged_indexer_plan",
+                    has=("self", "indexer_metadata"),
+                    used=(INDEXER, "C4IndexerBackendMixin._get_nonpaged_indexer_plan",
+                          "budget_bytes=indexer_metadata.mqa_logits_budget_bytes"),
+                ),
+            ),
+        ),
+        puts="twice the bytes in which SGLang counts, once all logits are in two bytes",
+        why="SGLang cuts a long prefill of DeepSeek-V4 so that float32 logits fit its budget, and "
+        "each part reads all keys",
+        until="SGLang asks what its logits take",
+        optional=True,
+    ),
+    Seam(
         "topk.candidates",
         (
             (
@@ -142,12 +174,13 @@ SEAMS = (
 
 
 def absent() -> list[str]:
-    """Return the seams of models that this release does not have."""
+    """Return the seams that a release may be without: those of a model that it does not have."""
+    names = [record.name for record in SEAMS if record.optional]
     try:
         source.find(V41)
     except source.Missing:
-        return [record.name for record in SEAMS if record.optional]
-    return []
+        return names
+    return [name for name in names if not name.startswith("topk.")]
 
 
 def look() -> dict[str, Site]:

@@ -86,7 +86,7 @@ class _Before:
         self._engine, self._layers, self._decided = engine, layers, decided
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # not there yet
+        if name == "_engine":  # not there yet
             raise AttributeError(name)
         return getattr(self._engine, name)
 

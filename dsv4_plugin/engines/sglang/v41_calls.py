@@ -29,7 +29,7 @@ from dsv4_plugin.engines.shared.decision import DTYPES, Selection
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.kernels.arguments import MAX_K
 from dsv4_plugin.ops import candidates as ops
-from dsv4_plugin.ops.logits import new_logits
+from dsv4_plugin.ops.logits import new_logits, paged_logits
 from dsv4_plugin.ops.topk import topk
 
 __all__ = ["PAGE", "PIECE", "Call", "Layers", "decode", "prefill", "unfit"]
@@ -159,9 +159,9 @@ class Call:
 
     def _publish(self, part: Part, candidates: torch.Tensor) -> None:
         """Write the best blocks of every row to ``candidates``, and select among all keys."""
-        rows = len(candidates)
+        rows, held = candidates.shape
         maxima = new_logits(rows, -(-part.columns // PIECE), self.dtype, self.q.device)
-        keep = rows * part.columns * self.dtype.itemsize <= KEPT_BYTES
+        keep = held <= self.k or rows * part.columns * self.dtype.itemsize <= KEPT_BYTES
         scores = new_logits(rows, part.columns, self.dtype, self.q.device) if keep else None
         for run in part.runs:
             at = _within(part, run)
@@ -170,7 +170,7 @@ class Call:
                 logits=None if scores is None else scores[at], backend=self.selection.backend,
             )  # fmt: skip
         ops.select_blocks(
-            maxima, self.lengths[part.rows], candidates.shape[1], next_n=self._next_n(part),
+            maxima, self.lengths[part.rows], held, next_n=self._next_n(part),
             out=candidates, backend=self.selection.backend,
         )  # fmt: skip
         if scores is not None:
@@ -186,7 +186,7 @@ class Call:
         columns = -(-part.columns // PIECE) * PIECE if whole_blocks else part.columns
         out = new_logits(rows, max(columns, 1), self.dtype, self.q.device)
         for run in part.runs:
-            ops.paged_logits(
+            paged_logits(
                 *self._arguments(run), block_size=PAGE, out=out[_within(part, run)],
                 backend=self.selection.backend,
             )  # fmt: skip

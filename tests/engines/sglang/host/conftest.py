@@ -17,6 +17,8 @@ from kits.told import forget
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 INDEXER = "sglang.srt.layers.attention.dsv4.indexer"
+V41 = "sglang.srt.layers.attention.dsv4.v41_indexer"
+BACKEND = "sglang.srt.layers.attention.deepseek_v4_backend"
 
 
 class Start:
@@ -64,6 +66,9 @@ def places(engine):
     owners += [(engine.dsa.DSATopKBackend, "topk_transform")]
     owners += [(engine.deep_gemm, n) for n in ("fp8_paged_mqa_logits", "fp8_mqa_logits")]
     owners += [(ServerArgs, "add_cli_args")]
+    v41 = sys.modules.get(V41)
+    for name in ("make_candidate_indexer", "make_full_topk_indexer"):
+        owners += [(module, name) for module in (v41, sys.modules.get(BACKEND)) if v41]
     return {(owner, name): _plain(vars(owner)[name]) for owner, name in owners}
 
 
@@ -135,3 +140,63 @@ def expected(engine, problem):
 
 def names(engine):
     return {call.name for call in engine.calls}
+
+
+# --- DeepSeek-V4.1 (host_v41_*.py, from 0.5.22 on) ------------------------------------------------
+
+
+class Used:
+    """What one test has called: the plugin's ops, and SGLang's kernels.
+
+    ``shapes`` are those of the queries of the ops that score, ``widths`` those of whole rows.
+    """
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.ops, self.shapes, self.widths = [], [], []
+
+    @property
+    def engine(self):
+        return names(self._engine) & {"scan", "masked scan", "amax8", "deep_select", "topk_v2"}
+
+
+@pytest.fixture
+def used(engine, monkeypatch):
+    from dsv4_plugin.engines.sglang import v41_calls
+
+    found = Used(engine)
+
+    def noting(name, op):
+        def noted(*args, **kwargs):
+            found.ops.append(name)
+            if name in ("paged_logits", "block_maxima", "candidate_logits"):
+                found.shapes.append(tuple(args[0].shape))
+            if name in ("paged_logits", "block_maxima"):
+                out = kwargs["out"] if name == "paged_logits" else kwargs["logits"]
+                found.widths += [] if out is None else [tuple(out.shape)]
+            return op(*args, **kwargs)
+
+        return noted
+
+    for name in ("paged_logits", "topk"):
+        monkeypatch.setattr(v41_calls, name, noting(name, getattr(v41_calls, name)))
+    for name in ("block_maxima", "select_blocks", "candidate_logits", "select_candidates"):
+        monkeypatch.setattr(v41_calls.ops, name, noting(name, getattr(v41_calls.ops, name)))
+    return found
+
+
+@pytest.fixture(scope="session")
+def _v41(_engine):
+    from kits.sglang_v41 import V41
+
+    return V41(_engine)
+
+
+@pytest.fixture
+def make_model(engine, _v41):
+    from kits.sglang_v41 import Model
+
+    def make(*, held, context=1024, requests=6, **more):
+        return Model(_v41, context, requests, held=held, **more)
+
+    return make
