@@ -37,16 +37,15 @@ def main() -> None:
     sys.path += [str(path) for path in arguments.more]
 
     import torch
-    from kits.sglang_host import Engine
-    from kits.sglang_v41 import SOURCE, V41, Model
+    from kits.sglang_v41 import SOURCE, Model, start
 
     from dsv4_plugin.cli.checks.timing import machine
 
-    engine = Engine("cuda")
-    model = Model(V41(engine), KEYS[-1], 1)
+    v41 = start("cuda")
+    model = Model(v41, KEYS[-1], 1)
     found: dict[str, Any] = {
         "machine": machine(), "what": "publish_decode repeated", "runs": arguments.runs,
-        "version": f"SGLang {engine.version}", "results": [],
+        "version": f"SGLang {v41.engine.version}", "results": [],
     }  # fmt: skip
     for weights in WEIGHTS:
         if weights == "close":  # one value and one scale: scores differ by the last bits of sums

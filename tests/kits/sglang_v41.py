@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 
 from kits.host_parts import Call, spans_of, upstream_rows
 from kits.sglang_host import Engine
+from kits.stand_ins import stand_in
 
-__all__ = ["LAYERS", "STANDS_IN", "V41", "Batch", "Model"]
+__all__ = ["LAYERS", "STANDS_IN", "V41", "Batch", "Model", "start"]
 
 STANDS_IN = {
     "SGLang's CUDA kernels of the block maxima and of DeepSelect": "torch, float32 only",
@@ -86,6 +88,20 @@ class _BlockMaxima:
                 part = torch.nn.functional.pad(scores[row, :n], (0, -n % 8), value=-torch.inf)
                 out[row, : -(-n // 8)] = part.view(-1, 8).amax(1)
                 out[row, (n - 1) // 8] = torch.inf
+
+
+def start(device: str) -> V41:
+    """Import SGLang. On a GPU without DeepGEMM, of which V4.1 makes no use there."""
+    missing = []
+    if device != "cpu":
+        missing = stand_in(("deep_gemm",))
+        if missing:
+            os.environ["SGLANG_ENABLE_JIT_DEEPGEMM"] = "0"
+    engine = Engine(device)
+    engine.stood_in += missing
+    if missing:  # the schedule of DeepGEMM's logits
+        engine.envs.SGLANG_FP8_PAGED_MQA_LOGITS_TORCH.set(True)
+    return V41(engine)
 
 
 class V41:

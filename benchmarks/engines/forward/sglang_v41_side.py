@@ -48,8 +48,8 @@ class Side(ForwardSide):
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.device = arguments, arguments.device
         settings({}, self.device)
-        self.engine = Engine(self.device)
-        self.v41 = V41(self.engine)
+        self.v41 = start(self.device)
+        self.engine = self.v41.engine
         self.model = Model(self.v41, CONTEXT[self.device], 1, held=HELD[self.device])
         self.decode = arguments.shapes or DECODE[self.device]
         self.prefill = arguments.prefill or PREFILL[self.device]

@@ -140,16 +140,18 @@ SEAMS = (
                         field="paged_metadata"),
                 _method("dense_blocks", "DenseBlocksBackend.publish_prefill", "inputs",
                         field="rows_per_request_device"),
-                _method("dense_blocks", "DenseBlocksBackend.consume_decode", "inputs", "published"),
-                _method("dense_blocks", "DenseBlocksBackend.consume_prefill", "inputs", "published"),
+                _method("dense_blocks", "DenseBlocksBackend.consume_decode", "inputs",
+                        "published"),
+                _method("dense_blocks", "DenseBlocksBackend.consume_prefill", "inputs",
+                        "published"),
             ),
         ),
         puts="an object before the one that serves DeepSeek-V4.1's source and consumers: exact "
         "candidate blocks, and consumers that score the keys of these only, without a host read",
-        why="on Hopper SGLang's consumers score every key, its choice among equal scores and blocks "
-        "is not the same from run to run in long contexts, and its prefill runs in eager torch",
-        until="SGLang has kernels for Hopper that do the same: where it makes an object of another "
-        "class, the plugin steps aside",
+        why="on Hopper SGLang's consumers score every key, its prefill runs in eager torch, and it "
+        "promises no order among equal scores",
+        until="SGLang has kernels for Hopper that do the same: before an object of another class "
+        "the plugin does not stand",
         upstream="#40574",
         optional=True,
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -18,6 +19,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 INDEXER = "sglang.srt.layers.attention.dsv4.indexer"
 V41 = "sglang.srt.layers.attention.dsv4.v41_indexer"
+FACTORIES = ("make_candidate_indexer", "make_full_topk_indexer")
+METADATA = "sglang.srt.layers.attention.dsv4.metadata"
+BUDGET = ("plan_indexer_row_chunks", "_get_nonpaged_indexer_plan")
+SINCE = "0.5.22"  # the seams of V4.1 and of the budget are there from then on
 BACKEND = "sglang.srt.layers.attention.deepseek_v4_backend"
 
 
@@ -66,9 +71,10 @@ def places(engine):
     owners += [(engine.dsa.DSATopKBackend, "topk_transform")]
     owners += [(engine.deep_gemm, n) for n in ("fp8_paged_mqa_logits", "fp8_mqa_logits")]
     owners += [(ServerArgs, "add_cli_args")]
-    v41 = sys.modules.get(V41)
-    for name in ("make_candidate_indexer", "make_full_topk_indexer"):
-        owners += [(module, name) for module in (v41, sys.modules.get(BACKEND)) if v41]
+    if engine.version >= SINCE:
+        owners += [(module, name) for module in (V41, BACKEND) for name in FACTORIES]
+        owners += [(METADATA, BUDGET[0]), (engine.indexer.C4IndexerBackendMixin, BUDGET[1])]
+    owners = [(import_module(o) if isinstance(o, str) else o, name) for o, name in owners]
     return {(owner, name): _plain(vars(owner)[name]) for owner, name in owners}
 
 

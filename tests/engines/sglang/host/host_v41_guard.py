@@ -158,7 +158,7 @@ def test_nothing_changes(load, make_model, engine, settings):
 def test_an_explicit_setting_that_cannot_be_met(load, make_model, settings, reason):
     load(**settings)
     with pytest.raises(UnmetError, match="DeepSeek-V4.1|cannot be met") as error:
-        make_model(held=0 or 100_000)
+        make_model(held=100_000)
     assert reason in str(error.value) and "100000 candidate blocks" in str(error.value)
 
 
