@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from kits.sglang_host import Engine
-from kits.sglang_v41 import LAYERS, PAGE, SOURCE, STANDS_IN, V41, Forward, K, Model
+from kits.sglang_v41 import LAYERS, PAGE, SOURCE, STANDS_IN, Forward, K, Model, start
 
 import dsv4_plugin
 from benchmarks.engines.forward.parts import ForwardSide, agreement, settings, stands_in
@@ -136,7 +135,9 @@ class Side(ForwardSide):
         self._soil(forward)
         self.seen.clear()
         forward.run(layer, copy=False)
-        out = (forward.raw if prefill else forward.out)[ratio].clone()
+        held = forward.raw[ratio] if prefill else forward.out[ratio]
+        assert held is not None
+        out = held.clone()
         row: Row = {"layer": layer, "right": True}
         at = torch.linspace(0, len(out) - 1, min(len(out), JUDGED)).long().tolist()
         wrong = [why for r in at for why in self._judge(variant, forward, layer, out[r], r)]

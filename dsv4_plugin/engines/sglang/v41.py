@@ -14,6 +14,7 @@ plugin's source has published serves SGLang's consumer too (:mod:`.v41_published
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -113,10 +114,9 @@ class _Before:
             which = "out_page_indices" if read is v41_calls.decode else "out_raw_indices"
 
             def by_engine(scratch: torch.Tensor) -> None:
-                import msgspec  # SGLang's inputs are its structs
-
+                structs: Any = importlib.import_module("msgspec").structs  # as SGLang's inputs are
                 other = {"out_page_indices": None} if which == "out_raw_indices" else {}
-                engine(msgspec.structs.replace(inputs, **{**other, which: scratch}))
+                engine(structs.replace(inputs, **{**other, which: scratch}))
 
             shadow.watch(kind, getattr(inputs, which), by_engine)
 
