@@ -341,6 +341,30 @@ class Forward:
         # Queries and weights that are made already: (queries, weights) of a layer.
         self.made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.metadata = self._metadata()
+        mode = self.v41.engine.mode
+        lengths = list(batch.lengths)
+        self.forward_batch = types.SimpleNamespace(
+            forward_mode={
+                "decode": mode.DECODE, "verify": mode.TARGET_VERIFY, "prefill": mode.EXTEND
+            }[batch.mode],
+            req_pool_indices=1 + torch.arange(len(lengths), device=model.device),
+            batch_size=len(lengths),
+            seq_lens_cpu=lengths,
+            extend_seq_lens=torch.tensor(batch.new, device=model.device),
+            extend_seq_lens_cpu=batch.new,
+        )  # fmt: skip
+        snapshot = getattr(self.v41.scoring, "prefill_k_slots", None)  # from 0.5.23 on
+        if batch.mode == "prefill" and snapshot is not None:
+            self.metadata.low_ratio_index_plans = {}
+            self.metadata.low_ratio_k_slots = {
+                ratio: snapshot(
+                    req_to_token=model.req_to_token,
+                    req_pool_indices=self.forward_batch.req_pool_indices,
+                    seq_lens_cpu=lengths,
+                    ratio=ratio,
+                )
+                for ratio in (1, 2)
+            }
 
     def _buffer(self, rows: int) -> torch.Tensor:
         return torch.full((rows, K), 7, dtype=torch.int32, device=self.model.device)
@@ -384,19 +408,6 @@ class Forward:
         """Call a layer as its attention does; returns the slots, a copy or not."""
         model, batch, ratio = self.model, self.batch, LAYERS[layer]
         model.attn.forward_metadata = self.metadata
-        mode = self.v41.engine.mode
-        lengths = list(batch.lengths)
-        forward = types.SimpleNamespace(
-            forward_mode={
-                "decode": mode.DECODE, "verify": mode.TARGET_VERIFY, "prefill": mode.EXTEND
-            }[batch.mode],
-            req_pool_indices=1 + torch.arange(len(lengths), device=model.device),
-            batch_size=len(lengths),
-            seq_lens_cpu=lengths,
-            extend_seq_lens=torch.tensor(batch.new, device=model.device),
-            extend_seq_lens_cpu=batch.new,
-        )  # fmt: skip
-        x, q_lora = self.inputs[layer]
         indexer = model.indexers[layer]
         if layer in self.made:
             indexer.__dict__.update(
@@ -404,13 +415,13 @@ class Forward:
                 head_weights=lambda *_: self.made[layer][1],
             )
         given = types.SimpleNamespace(
-            indexer=indexer, layer_id=layer, compress_ratio=ratio,
-            freqs_cis=model.freqs,
-        )  # fmt: skip
+            indexer=indexer, layer_id=layer, compress_ratio=ratio, freqs_cis=model.freqs
+        )
+        x, q_lora = self.inputs[layer]
         local = {} if batch.local is None else {"rows_per_request": batch.local}
         requests = None if batch.local is not None else batch.requests
         model.attn._low_ratio_index_topk(
-            given, x, q_lora, requests, batch.positions, forward, **local
+            given, x, q_lora, requests, batch.positions, self.forward_batch, **local
         )
         return self.out[ratio].clone() if copy else self.out[ratio]
 
