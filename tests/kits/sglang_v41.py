@@ -91,15 +91,14 @@ class _BlockMaxima:
 
 
 def start(device: str) -> V41:
-    """Import SGLang. On a GPU without DeepGEMM, of which V4.1 makes no use there."""
+    """Import SGLang; on a GPU without DeepGEMM, of which V4.1 makes no use on Hopper."""
     missing = []
     if device != "cpu":
+        os.environ["SGLANG_ENABLE_JIT_DEEPGEMM"] = "0"
         missing = stand_in(("deep_gemm",))
-        if missing:
-            os.environ["SGLANG_ENABLE_JIT_DEEPGEMM"] = "0"
     engine = Engine(device)
     engine.stood_in += missing
-    if missing:  # the schedule of DeepGEMM's logits
+    if device != "cpu":  # no schedule for DeepGEMM's logits
         engine.envs.SGLANG_FP8_PAGED_MQA_LOGITS_TORCH.set(True)
     return V41(engine)
 
