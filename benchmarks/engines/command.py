@@ -94,10 +94,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _side(arguments: argparse.Namespace, engines: tuple[str, ...]) -> Any:
     if arguments.part == "kernels":
         return importlib.import_module("benchmarks.engines.kernels.side").Side(arguments, engines)
-    if arguments.model == "v41" and engines[0] != "sglang":
-        raise UsageError("--model v41 is of --engine sglang")
-    which = f"{engines[0]}_v41" if arguments.model == "v41" else engines[0]
-    side = importlib.import_module(f"benchmarks.engines.forward.{which}_side")
+    name = "_v41" if engines[0] == "sglang" and list(arguments.model) == ["v41"] else ""
+    side = importlib.import_module(f"benchmarks.engines.forward.{engines[0]}{name}_side")
     return side.Side(arguments)
 
 
@@ -181,17 +179,12 @@ def parser() -> Parser:
     kernels.add_argument("--peers", type=Path, metavar="FILE.py", help="the engines' own kernels: "
                          "available_sglang_…() and available_tokenspeed_…()")  # fmt: skip
     add = parser.add_argument_group("--part forward").add_argument
-    add(
-        "--model",
-        choices=("v4", "v41"),
-        default="v4",
-        help="v41: the index layers of DeepSeek-V4.1, SGLang's",
-    )
     add("--site", type=Path, nargs="+", default=[], help="folders to put first on sys.path")
     add("--more", type=Path, nargs="+", default=[], help="folders to put last on sys.path")
     add("--shapes", nargs="+", type=_shape, metavar="ROWSxCOLUMNS", help="shapes of decode")
     add("--prefill", nargs="+", type=_shape, metavar="QUERIESxKEYS", help="of prefill")
-    add("--model", nargs="+", choices=MODELS, default=MODELS, help="TokenSpeed: whose calls")
+    add("--model", nargs="+", choices=MODELS, default=MODELS, help="whose calls; of "
+        "SGLang V4's, or with v41 alone those of V4.1")  # fmt: skip
     return parser
 
 
