@@ -15,20 +15,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dsv4_plugin import log
 from dsv4_plugin.engines.sglang import policy, v41_calls
 from dsv4_plugin.engines.sglang.v41_calls import Call, Layers
 from dsv4_plugin.engines.sglang.v41_published import Published
-from dsv4_plugin.engines.shared import shadow
-from dsv4_plugin.engines.shared.decision import DTYPES, Selection
+from dsv4_plugin.engines.shared import logits, shadow
+from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.engines.shared.fallback import serve
-from dsv4_plugin.errors import UnmetError
 
 __all__ = ["Candidates", "Full", "make_candidates", "make_full"]
 
@@ -96,19 +93,20 @@ class _Before:
         kind: str,
         inputs: Any,
         read: Callable[[Selection, Layers, Any], Call],
-        plugin: Callable[[Call], Any],
+        plugin: Callable[[Any], Any],
         engine: Callable[[Any], Any],
         fit: bool = True,
     ) -> Any:
         """Return what ``plugin`` makes of a call, or ``engine`` of its inputs."""
         rows, made = len(inputs.positions), []
-
-        def by_plugin(selection: Selection) -> None:
+        selection = self._decided() if fit and rows else None
+        call = None
+        if selection is not None:
             try:
-                made.append(plugin(read(selection, self._layers, inputs)))
-            except UnmetError as error:
-                log.once(logging.INFO, f"{error}; SGLang's own code serves such calls")
-                raise
+                call = read(selection, self._layers, inputs)
+            except Exception as error:
+                logits.failed(error)
+                selection = None
 
         def watch() -> None:
             which = "out_page_indices" if read is v41_calls.decode else "out_raw_indices"
@@ -120,9 +118,10 @@ class _Before:
 
             shadow.watch(kind, getattr(inputs, which), by_engine)
 
-        selection = self._decided() if fit and rows else None
-        dtype = torch.bfloat16 if selection is None else DTYPES[selection.dtype]
-        serve(kind, selection, dtype, by_plugin, lambda: made.append(engine(inputs)), watch, rows)
+        serve(
+            kind, selection, torch.bfloat16, lambda _: made.append(plugin(call)),
+            lambda: made.append(engine(inputs)), watch, rows,
+        )  # fmt: skip
         return made[-1]
 
 

@@ -132,6 +132,9 @@ class Call:
 
     def consumer(self, published: Published) -> None:
         """Select among the keys of the candidates."""
+        if len(published.lengths) != len(self.lengths):
+            had = len(published.lengths)
+            raise UnmetError(_WHAT, [f"the source had {had} rows, not {len(self.lengths)}"])
         for part in self.parts:
             if published.candidates is None or self._all_are_candidates(part):
                 self._among_all(part)

@@ -120,6 +120,39 @@ def test_a_consumer_of_sglangs_own_source_is_sglangs(load, make_model, used, mon
     assert used.ops
 
 
+@pytest.mark.parametrize("settings", [{}, {"DSV4_LOGITS": "plugin"}, {"DSV4_STRICT": "1"}])
+def test_a_call_of_another_form(load, make_model, used, caplog, settings):
+    """It is SGLang's, with a line; where a setting demands the plugin's scores it is an error."""
+    load(**settings)
+    model = make_model(held=HELD)
+    forward = model.forward(model.batch(**SMALL["prefill"]))
+    want = wanted(forward)
+    model.indexers[2].n_local_heads = 16  # heads that are spread over ranks
+    if settings:
+        with pytest.raises(UnmetError, match="spread over ranks"):
+            forward.run(2)
+        return
+    with pytest.raises(RuntimeError):  # SGLang's own makes nothing of such an indexer either
+        forward.run(2)
+    assert not used.ops and any("spread over ranks" in r.getMessage() for r in caplog.records)
+    model.indexers[2].n_local_heads = 32
+    forward.run(2)
+    assert used.ops and torch.equal(forward.raw[2], want[2])
+
+
+def test_metadata_that_is_not_what_it_was(load, make_model, used, caplog):
+    """A release without a field that the plugin reads: one error in the log, and SGLang's call."""
+    load()
+    model = make_model(held=HELD)
+    forward = model.forward(model.batch(**SMALL["prefill"]))
+    want = wanted(forward)
+    size = model.pool.get_index_k_page_size
+    del model.pool.get_index_k_page_size
+    as_good_as(forward, 2, want)
+    model.pool.get_index_k_page_size = size
+    assert not used.ops and "switched off" in caplog.text
+
+
 def test_strict_raises(load, make_model, monkeypatch):
     load(DSV4_STRICT="1")
     model = make_model(held=HELD)
