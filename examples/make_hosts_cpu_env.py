@@ -2,7 +2,7 @@
 """Build the environment in which real SGLang and TokenSpeed code runs on a CPU, for their tests.
 
     python examples/make_hosts_cpu_env.py [--dir .venvs/hosts-cpu]
-        [--sglang 0.5.23,0.5.20,0.5.19,0.5.16] [--tokenspeed 0.1.1]
+        [--sglang 0.5.23,0.5.22,0.5.20,0.5.19,0.5.16] [--tokenspeed 0.1.1]
 
 One environment for both engines (torch, triton and some thirty packages, 2.3 GB) and the Python
 files of each release (some 60 MB) in `sglang/<version>` and `tokenspeed/<version>`. The plugin
@@ -19,7 +19,7 @@ from pathlib import Path
 from cpu_env import ROOT, build_venv, install_plugin, locked, unpack
 
 DEFAULT_DIR = ROOT / ".venvs" / "hosts-cpu"
-SGLANG = ("0.5.23", "0.5.20", "0.5.19", "0.5.16")
+SGLANG = ("0.5.23", "0.5.22", "0.5.20", "0.5.19", "0.5.16")
 # Importing the indexer looks for the sources of its kernels and reads configuration.
 SGLANG_FILES = (".py", ".json", ".cu", ".cuh", ".h", ".hpp", ".cpp")
 # A release of the runtime and the kernel package that it was released with.

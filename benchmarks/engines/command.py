@@ -94,7 +94,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _side(arguments: argparse.Namespace, engines: tuple[str, ...]) -> Any:
     if arguments.part == "kernels":
         return importlib.import_module("benchmarks.engines.kernels.side").Side(arguments, engines)
-    side = importlib.import_module(f"benchmarks.engines.forward.{engines[0]}_side")
+    name = "_v41" if engines[0] == "sglang" and list(arguments.model) == ["v41"] else ""
+    side = importlib.import_module(f"benchmarks.engines.forward.{engines[0]}{name}_side")
     return side.Side(arguments)
 
 
@@ -182,7 +183,8 @@ def parser() -> Parser:
     add("--more", type=Path, nargs="+", default=[], help="folders to put last on sys.path")
     add("--shapes", nargs="+", type=_shape, metavar="ROWSxCOLUMNS", help="shapes of decode")
     add("--prefill", nargs="+", type=_shape, metavar="QUERIESxKEYS", help="of prefill")
-    add("--model", nargs="+", choices=MODELS, default=MODELS, help="TokenSpeed: whose calls")
+    add("--model", nargs="+", choices=MODELS, default=MODELS, help="whose calls; of "
+        "SGLang V4's, or with v41 alone those of V4.1")  # fmt: skip
     return parser
 
 

@@ -1,4 +1,5 @@
-// Logits of all keys, of candidates, and maxima of pieces: validate, fill the params, launch.
+// Logits of all keys, of candidates, and maxima of pieces: validate, fill the params, launch. Paged
+// keys are FP4 where q is bfloat16.
 #include <algorithm>
 #include <cstdint>
 
@@ -9,6 +10,7 @@
 
 #include "device_guard.h"
 #include "dsv4/logits/launch.cuh"
+#include "fp4_logits.h"
 #include "row_lengths.h"
 #include "tensor_checks.h"
 
@@ -42,7 +44,9 @@ LogitsType set_output(const char* name, LogitsOutput& o, const TensorView& out, 
   return type;
 }
 
-// The last two dimensions of q are [heads, 128] bytes without gaps.
+bool reads_fp4(const TensorView& q) { return is_dtype(q, kDLBfloat, 16); }
+
+// The last two dimensions of q are [heads, 128] without gaps.
 void check_heads(const TensorView& q) {
   const int n = q.ndim();
   if (q.size(n - 1) != kKeyBytes || (q.size(n - 2) != 64 && q.size(n - 2) != 32) ||
@@ -50,13 +54,13 @@ void check_heads(const TensorView& q) {
     TVM_FFI_THROW(ValueError) << "q is " << shape_name(q)
                               << "; its last dimensions must be [64 or 32 heads, 128], contiguous";
   }
+  if (reads_fp4(q) && q.size(n - 2) != 32) {
+    TVM_FFI_THROW(ValueError) << "q is " << shape_name(q)
+                              << " of bfloat16; it must have 32 heads for FP4 keys";
+  }
 }
 
-void check_bytes(const char* name, const TensorView& t, int ndim) {
-  if (!is_dtype(t, kDLUInt, 8)) {
-    TVM_FFI_THROW(TypeError) << name << " is " << dtype_name(t.dtype())
-                             << "; it must be uint8, the bytes of float8_e4m3fn";
-  }
+void check_on_gpu(const char* name, const TensorView& t, int ndim) {
   if (t.device().device_type != kDLCUDA) {
     TVM_FFI_THROW(ValueError) << name << " is on " << device_name(t.device())
                               << "; it must be on a GPU";
@@ -67,49 +71,66 @@ void check_bytes(const char* name, const TensorView& t, int ndim) {
   }
 }
 
-void set_weights(Queries& queries, const TensorView& weights, int64_t rows, int64_t heads,
-                 DLDevice device) {
-  if (!is_dtype(weights, kDLFloat, 32)) {
-    TVM_FFI_THROW(TypeError) << "weights is " << dtype_name(weights.dtype())
-                             << "; it must be float32";
+void check_bytes(const char* name, const TensorView& t, int ndim) {
+  if (!is_dtype(t, kDLUInt, 8)) {
+    TVM_FFI_THROW(TypeError) << name << " is " << dtype_name(t.dtype())
+                             << "; it must be uint8, the bytes of float8_e4m3fn";
   }
-  check_device("weights", weights, device);
+  check_on_gpu(name, t, ndim);
+}
+
+void set_weights(Queries& queries, const TensorView& weights, const TensorView& q) {
+  const bool fp4 = reads_fp4(q);
+  const int64_t heads = q.size(q.ndim() - 2),
+                rows = q.ndim() == 4 ? q.size(0) * q.size(1) : q.size(0);
+  if (fp4 ? !is_dtype(weights, kDLBfloat, 16) : !is_dtype(weights, kDLFloat, 32)) {
+    TVM_FFI_THROW(TypeError) << "weights is " << dtype_name(weights.dtype()) << "; it must be "
+                             << (fp4 ? "bfloat16 where q is" : "float32");
+  }
+  check_device("weights", weights, q.device());
   if (weights.ndim() != 2 || weights.size(0) != rows || weights.size(1) != heads ||
       weights.stride(1) != 1) {
     TVM_FFI_THROW(ValueError) << "weights is " << shape_name(weights) << "; it must be [" << rows
                               << ", " << heads << "] with unit inner stride";
   }
-  queries.weights = static_cast<const float*>(data(weights));
-  queries.weight_stride = weights.stride(0);
+  queries.weights = static_cast<const uint8_t*>(data(weights));
+  queries.weight_stride = weights.stride(0) * (fp4 ? 2 : 4);
 }
 
 // q [batch, next_n, heads, 128] and weights [batch * next_n, heads].
 void set_paged_queries(Queries& queries, const TensorView& q, const TensorView& weights) {
-  check_bytes("q", q, 4);
+  if (reads_fp4(q)) {
+    check_on_gpu("q", q, 4);
+  } else {
+    check_bytes("q", q, 4);
+  }
   check_heads(q);
-  const int64_t rows = q.size(0) * q.size(1);
+  const int64_t rows = q.size(0) * q.size(1), bytes = reads_fp4(q) ? 2 : 1;
   if (rows > INT32_MAX) {
     TVM_FFI_THROW(ValueError) << "q has " << rows << " rows; at most " << INT32_MAX
                               << " are allowed";
   }
-  check_aligned("q", data(q), q.stride(0));
-  check_aligned("q", data(q), q.stride(1));
+  check_aligned("q", data(q), q.stride(0) * bytes);
+  check_aligned("q", data(q), q.stride(1) * bytes);
   queries.q = static_cast<const uint8_t*>(data(q));
-  queries.request_stride = q.stride(0);
-  queries.row_stride = q.stride(1);
+  queries.request_stride = q.stride(0) * bytes;
+  queries.row_stride = q.stride(1) * bytes;
   queries.next_n = static_cast<int32_t>(q.size(1));
-  set_weights(queries, weights, rows, q.size(2), q.device());
+  set_weights(queries, weights, q);
 }
 
 // Returns the columns that the table has room for.
 int32_t set_paged_keys(PagedKeys& keys, const TensorView& pages, const TensorView& block_table,
-                       int64_t batch, int64_t block_size, DLDevice device) {
-  if (block_size != 32 && block_size != 64) {
-    TVM_FFI_THROW(ValueError) << "block_size is " << block_size << "; it must be 32 or 64";
+                       const TensorView& q, int64_t block_size) {
+  const DLDevice device = q.device();
+  const int64_t batch = q.size(0);
+  if ((block_size != 32 || reads_fp4(q)) && block_size != 64) {
+    TVM_FFI_THROW(ValueError) << "block_size is " << block_size << "; it must be "
+                              << (reads_fp4(q) ? "64 for FP4 keys" : "32 or 64");
   }
   check_bytes("pages", pages, 2);
   check_device("pages", pages, device);
-  const int64_t need = block_size * (kKeyBytes + 4);
+  const int64_t need = reads_fp4(q) ? Fp4Page::kBytes : block_size * (kKeyBytes + 4);
   // A kernel counts pieces of all pages.
   const int64_t most = INT32_MAX / (block_size / kPieceKeys);
   if (pages.size(1) < need || pages.stride(1) != 1 || pages.size(0) > most) {
@@ -117,6 +138,10 @@ int32_t set_paged_keys(PagedKeys& keys, const TensorView& pages, const TensorVie
                               << most << " pages, >= " << need << "] with unit inner stride";
   }
   check_aligned("pages", data(pages), pages.size(0) > 1 ? pages.stride(0) : 0);
+  if (reads_fp4(q) && pages.size(0) > 1 && (pages.stride(0) < 0 || pages.stride(0) > UINT32_MAX)) {
+    TVM_FFI_THROW(ValueError) << "pages are " << pages.stride(0)
+                              << " bytes apart; FP4 keys take 0 to " << UINT32_MAX;
+  }
   keys.cache = static_cast<const uint8_t*>(data(pages));
   keys.page_stride = pages.stride(0);
   keys.pages = static_cast<int32_t>(pages.size(0));
@@ -153,21 +178,30 @@ void paged(const char* name, const TensorView& q, const TensorView& pages,
     }
     type = other;
   }
-  set_paged_keys(p.keys, pages, block_table, batch, block_size, device);
+  if (reads_fp4(q) && type != LogitsType::kBfloat16) {
+    TVM_FFI_THROW(TypeError) << "the scores of FP4 keys are bfloat16; so must be their output";
+  }
+  set_paged_keys(p.keys, pages, block_table, q, block_size);
   p.columns = out.has_value() ? p.output.columns : kMostColumns;
   if (maxima.has_value()) {
     const int64_t room = int64_t{p.maxima.columns} * kPieceKeys;
     p.columns = static_cast<int32_t>(std::min<int64_t>(p.columns, room));
   }
   p.batch = static_cast<int32_t>(batch);
-  if (batch * ceil_div(p.columns, kBlockKeys) > INT32_MAX) {
-    TVM_FFI_THROW(ValueError) << "there are " << batch << " requests of " << p.columns
+  const int64_t groups = reads_fp4(q) ? rows : batch;  // at most
+  if (groups * ceil_div(p.columns, kBlockKeys) > INT32_MAX) {
+    TVM_FFI_THROW(ValueError) << "there are " << groups
+                              << (reads_fp4(q) ? " rows of " : " requests of ") << p.columns
                               << " columns: more than " << INT32_MAX << " blocks of " << kBlockKeys;
   }
   if (rows == 0) return;
   p.lengths = row_lengths(lengths, static_cast<int32_t>(rows), next_n, device);
 
   const Launch launch(name, device);
+  if (reads_fp4(q)) {
+    launch.check(launch_fp4_logits(p, device.device_id, launch.stream()));
+    return;
+  }
   launch.check(launch_paged_logits(p, type, static_cast<int>(q.size(2)),
                                    static_cast<int>(block_size), device.device_id,
                                    launch.stream()));
@@ -217,12 +251,19 @@ void candidate_logits(TensorView q, TensorView pages, TensorView weights, Tensor
   const DLDevice device = q.device();
   const int64_t batch = q.size(0), next_n = q.size(1), rows = batch * next_n;
   const LogitsType type = set_candidates(p, candidates, out, out_lengths, rows, device);
-  p.columns = set_paged_keys(p.keys, pages, block_table, batch, block_size, device);
+  p.columns = set_paged_keys(p.keys, pages, block_table, q, block_size);
+  if (reads_fp4(q) && type != LogitsType::kBfloat16) {
+    TVM_FFI_THROW(TypeError) << "the scores of FP4 keys are bfloat16; so must be out";
+  }
   if (rows == 0) return;
   p.next_n = Divisor::of(static_cast<int32_t>(next_n));
   p.lengths = row_lengths(lengths, static_cast<int32_t>(rows), next_n, device);
 
   const Launch launch("dsv4_candidate_logits", device);
+  if (reads_fp4(q)) {
+    launch.check(launch_fp4_logits(p, device.device_id, launch.stream()));
+    return;
+  }
   launch.check(launch_candidate_logits(p, type, static_cast<int>(q.size(2)),
                                        static_cast<int>(block_size), device.device_id,
                                        launch.stream()));
@@ -251,7 +292,7 @@ void set_ragged_queries(Queries& queries, const TensorView& q, const TensorView&
   queries.q = static_cast<const uint8_t*>(data(q));
   queries.request_stride = q.stride(0);
   queries.next_n = 1;
-  set_weights(queries, weights, q.size(0), q.size(1), q.device());
+  set_weights(queries, weights, q);
 }
 
 void set_ragged_keys(RaggedKeys& keys, const TensorView& k, const TensorView& k_scale,

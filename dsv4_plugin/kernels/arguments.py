@@ -9,10 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["MAX_INT32", "MAX_K", "TopkArgs"]
+__all__ = ["MAX_INT32", "MAX_K", "TopkArgs", "reads_fp4"]
 
 MAX_K = 2048
 MAX_INT32 = (1 << 31) - 1  # what a page size, a row and a slot that is written can be at most
+
+
+def reads_fp4(q: torch.Tensor) -> bool:
+    """Return whether the keys that ``q`` is scored against are FP4, not FP8: by its dtype."""
+    return q.dtype is torch.bfloat16
 
 
 class TopkArgs(NamedTuple):

@@ -16,10 +16,11 @@ import torch
 from dsv4_plugin.kernels.arguments import TopkArgs
 
 __all__ = [
-    "ALIGNMENT", "BLOCK_SIZES", "CAPABILITIES", "HEADS", "HEAD_DIM", "LIBRARY", "MAX_CANDIDATES",
-    "PIECE", "REPAIR", "SOLO", "block_maxima", "candidate_logits", "candidate_logits_ragged",
-    "candidate_select", "gather_indexer_cache", "missing", "paged_logits", "ragged_logits",
-    "read_indexer_cache", "select_blocks", "select_candidates", "topk",
+    "ALIGNMENT", "BLOCK_SIZES", "CAPABILITIES", "FP4_FORM", "HEADS", "HEAD_DIM", "LIBRARY",
+    "MAX_CANDIDATES", "PIECE", "REPAIR", "SOLO", "block_maxima", "candidate_logits",
+    "candidate_logits_ragged", "candidate_select", "gather_indexer_cache", "missing",
+    "paged_logits", "ragged_logits", "read_indexer_cache", "select_blocks", "select_candidates",
+    "topk",
 ]  # fmt: skip
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
@@ -28,6 +29,7 @@ CAPABILITIES = ((9, 0),)  # what csrc/build.py compiles for
 HEAD_DIM = 128  # what the kernels of the cache and of the logits are written for
 HEADS = (32, 64)  # what those of the logits are written for
 BLOCK_SIZES = (32, 64)  # keys a page, for the logits
+FP4_FORM = ((32,), (64,))  # the same two where the keys are FP4
 PIECE = 8  # keys a block of candidates
 MAX_CANDIDATES = 2048  # blocks a row
 ALIGNMENT = 16  # bytes a lane loads or stores at a time

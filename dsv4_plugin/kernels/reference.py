@@ -14,8 +14,8 @@ import torch
 from dsv4_plugin.kernels.arguments import MAX_INT32, TopkArgs
 
 __all__ = [
-    "gather_indexer_cache", "ordered_key", "planes", "read_indexer_cache",
-    "read_indexer_cache_mxfp4", "row_lengths", "to_slots", "topk", "widen_e4m3",
+    "gather_indexer_cache", "mxfp4_values", "ordered_key", "planes", "read_indexer_cache",
+    "read_indexer_cache_mxfp4", "row_lengths", "to_slots", "topk", "ue8m0", "widen_e4m3",
 ]  # fmt: skip
 
 SCALE_BYTES = 4  # one float32 a key
@@ -100,7 +100,7 @@ def read_indexer_cache(
         _multiply(widen_e4m3(codes), scale, out)
 
 
-def _ue8m0(scale: torch.Tensor) -> torch.Tensor:
+def ue8m0(scale: torch.Tensor) -> torch.Tensor:
     """Turn UE8M0 bytes into float32: ``2**(byte - 127)``, 255 is NaN, 0 the denormal 2**-127."""
     bits = scale.to(torch.int32) << 23
     bits = bits.masked_fill(scale == 0, 0x00400000).masked_fill(scale == 255, 0x7FC00000)
@@ -116,6 +116,11 @@ def _e2m1(nibble: torch.Tensor) -> torch.Tensor:
     return (magnitude | ((code & 8) << 28)).view(torch.float32)
 
 
+def mxfp4_values(packed: torch.Tensor) -> torch.Tensor:
+    """Turn bytes of two FP4 codes, the low nibble first, into float32."""
+    return _e2m1(torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2))
+
+
 def read_indexer_cache_mxfp4(
     pages: torch.Tensor,
     slots: torch.Tensor,
@@ -129,10 +134,9 @@ def read_indexer_cache_mxfp4(
     values, scales = planes(pages, block_size, head_dim // 2, head_dim // MX_BLOCK)
     page, position = _locate(slots, total, block_size)
     packed, scale = _blank(
-        _take(values, page, position), _ue8m0(scales[page, position]), slots, total
+        _take(values, page, position), ue8m0(scales[page, position]), slots, total
     )
-    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
-    _multiply(_e2m1(codes), scale.repeat_interleave(MX_BLOCK, dim=1), out)
+    _multiply(mxfp4_values(packed), scale.repeat_interleave(MX_BLOCK, dim=1), out)
 
 
 def gather_indexer_cache(

@@ -11,7 +11,8 @@ import torch
 
 from dsv4_plugin.kernels import reference, reference_logits
 from dsv4_plugin.kernels.arguments import MAX_INT32, TopkArgs
-from dsv4_plugin.kernels.reference import SCALE_BYTES, planes, row_lengths
+from dsv4_plugin.kernels.reference import planes, row_lengths
+from dsv4_plugin.kernels.reference_logits import key_bytes, key_scales
 
 __all__ = [
     "block_maxima", "candidate_logits", "candidate_logits_ragged", "candidate_select",
@@ -146,7 +147,7 @@ def candidate_logits(
         out.fill_(-torch.inf)
         return
     q = q.flatten(0, 1)
-    values, scales = planes(pages, block_size, head_dim, SCALE_BYTES)
+    values, scales = planes(pages, block_size, *key_bytes(q))
     for some, part in _parts(rows, held, piece, max(heads, head_dim)):
         position = _positions(candidates[some, part], piece)
         gone = (position < 0) | (position >= n[some, None])
@@ -157,7 +158,7 @@ def candidate_logits(
         page = page.to(torch.int64)
         gone |= (page < 0) | (page >= pages.shape[0])
         page, position = page.clamp(0, pages.shape[0] - 1), position % block_size
-        keys, scale = values[page, position], scales[page, position].view(torch.float32)[:, :, 0]
+        keys, scale = values[page, position], key_scales(q, scales[page, position])
         _write(q[some], keys, scale, weights[some], gone, out, (some, part), piece)
 
 

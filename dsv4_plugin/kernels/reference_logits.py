@@ -4,20 +4,43 @@ As in :mod:`.reference`: no host synchronisation and no control flow that depend
 
 The dot products are made in float64, where products and sums of e4m3 values are exact (they are
 multiples of 2^-18 below 2^25), and then rounded to float32. So a score depends neither on how a
-matrix product is blocked nor on torch's TF32 switch. The heads are added up one after the other in
-float32, element by element: the order is the same for every key.
+matrix product is blocked nor on torch's TF32 switch. The heads are added up in float32, element by
+element, in an order that is the same for every key.
+
+Queries of bfloat16 are scored against FP4 keys; their products, too, are exact in float64, and so
+are sums of them whose magnitudes are less than 2^36 apart.
 """
 
 from __future__ import annotations
 
 import torch
 
-from dsv4_plugin.kernels.reference import SCALE_BYTES, planes, row_lengths, widen_e4m3
+from dsv4_plugin.kernels.arguments import reads_fp4
+from dsv4_plugin.kernels.reference import (
+    MX_BLOCK,
+    SCALE_BYTES,
+    mxfp4_values,
+    planes,
+    row_lengths,
+    ue8m0,
+    widen_e4m3,
+)
 
-__all__ = ["paged_logits", "ragged_logits", "scores"]
+__all__ = ["key_bytes", "key_scales", "paged_logits", "ragged_logits", "scores"]
 
 # Elements of the float64 dot products made at a time: 2**23 are 64 MiB.
 _CHUNK = 1 << 23
+
+
+def key_bytes(q: torch.Tensor) -> tuple[int, int]:
+    """Return how many bytes of values, and of scales, a key has that ``q`` is scored against."""
+    head_dim = q.shape[-1]
+    return (head_dim // 2, head_dim // MX_BLOCK) if reads_fp4(q) else (head_dim, SCALE_BYTES)
+
+
+def key_scales(q: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """Return the keys' scales as :func:`scores` takes them, of their bytes ``[..., bytes]``."""
+    return ue8m0(held) if reads_fp4(q) else held.view(torch.float32)[..., 0]
 
 
 def scores(
@@ -27,7 +50,12 @@ def scores(
 
     Both are e4m3 bytes. In float32: ``scale`` ``[n, columns]``, ``weights`` ``[n, rows, heads]``,
     the result ``[n, rows, columns]``.
+
+    With ``q`` of bfloat16 ``keys`` are bytes of two FP4 codes, ``scale`` is ``[n, columns, head_dim
+    / 32]``, and weights and result are bfloat16.
     """
+    if reads_fp4(q):
+        return _fp4_scores(q, keys, scale, weights)
     n, rows, heads, head_dim = q.shape
     wide = widen_e4m3(q).to(torch.float64).reshape(n, rows * heads, head_dim)
     dots = torch.bmm(wide, widen_e4m3(keys).to(torch.float64).transpose(1, 2))
@@ -36,6 +64,27 @@ def scores(
     for h in range(1, heads):
         total += weights[:, :, h, None] * dots[:, :, h]
     return total.mul_(scale[:, None])
+
+
+def _fp4_scores(
+    q: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    n, rows, heads, head_dim = q.shape
+    keys = mxfp4_values(packed) * scale.repeat_interleave(MX_BLOCK, dim=-1)
+    wide = q.to(torch.float64).reshape(n, rows * heads, head_dim)
+    dots = torch.bmm(wide, keys.to(torch.float64).transpose(1, 2)).to(torch.float32)
+    dots = dots.to(torch.bfloat16).unflatten(1, (rows, heads)).relu_()
+    products = dots.mul_(weights[..., None]).to(torch.float32)
+    # Heads 8 i + 2 t + c: i one after the other, then c, then t in pairs.
+    if heads % 8:
+        products = torch.nn.functional.pad(products, (0, 0, 0, -heads % 8))
+    parts = products.unflatten(2, (-1, 4, 2))
+    total = parts[:, :, 0]
+    for i in range(1, parts.shape[2]):
+        total = total + parts[:, :, i]
+    four = total[:, :, :, 0] + total[:, :, :, 1]
+    two = four[:, :, ::2] + four[:, :, 1::2]
+    return (two[:, :, 0] + two[:, :, 1]).to(torch.bfloat16)
 
 
 def paged_logits(
@@ -53,6 +102,7 @@ def paged_logits(
     """
     batch, next_n, heads, head_dim = q.shape
     rows, columns = out.shape
+    held_bytes = key_bytes(q)
     blocks = min(block_table.shape[1], -(-columns // block_size))
     width = min(columns, blocks * block_size)
     per_row = row_lengths(lengths, rows, next_n)
@@ -74,10 +124,10 @@ def paged_logits(
             gone = (page < 0) | (page >= pages.shape[0])
             gone = gone.repeat_interleave(block_size, dim=1)[:, None, : end - begin]
             if pages.shape[0]:
-                values, scales = planes(pages, block_size, head_dim, SCALE_BYTES)
+                values, scales = planes(pages, block_size, *held_bytes)
                 page = page.clamp(0, pages.shape[0] - 1)
                 keys = values[page].flatten(1, 2)[:, : end - begin]
-                scale = scales[page].flatten(1, 2).view(torch.float32)[:, : end - begin, 0]
+                scale = key_scales(q, scales[page].flatten(1, 2))[:, : end - begin]
                 score = scores(q[part], keys, scale, weights[part]).masked_fill(gone, -torch.inf)
             else:
                 score = torch.full(gone.shape, -torch.inf, dtype=torch.float32, device=q.device)

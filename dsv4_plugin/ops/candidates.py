@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from dsv4_plugin.kernels.arguments import reads_fp4
 from dsv4_plugin.kernels.device import alignment
 from dsv4_plugin.ops import checks
 from dsv4_plugin.ops.dispatch import Call, resolve
@@ -134,13 +135,14 @@ def block_maxima(
               ("block_table", block_table))  # fmt: skip
     given = out
     out = new_result(out, rows, -(-columns // piece), dtype, q.device)
+    checks.scores_dtype("out", out.dtype, q)
     checks.separate((("out", given), ("logits", logits)), inputs)
     if logits is not None and out.dtype != logits.dtype:
         raise ValueError(f"logits must be of the dtype of out ({out.dtype}), got {logits.dtype}")
     if rows and out.shape[1] and (logits is None or logits.shape[1]):
         call = Call(
             "block_maxima", q.device, out.dtype, head_dim=head_dim, heads=heads,
-            block_size=block_size, piece=piece, alignment=alignment(pages, q),
+            block_size=block_size, piece=piece, fp4=reads_fp4(q), alignment=alignment(pages, q),
         )  # fmt: skip
         run = resolve(call, backend, has_keys=pages.shape[0] > 0)
         run(q, pages, weights, lengths, block_table, out, logits, block_size, piece)
@@ -274,10 +276,11 @@ def candidate_logits(
     inputs = (("q", q), ("cache", cache), ("weights", weights), ("candidates", candidates),
               ("lengths", lengths), ("block_table", block_table))  # fmt: skip
     out = _scores_out(out, out_lengths, candidates, piece, dtype, inputs)
+    checks.scores_dtype("out", out.dtype, q)
     if rows:
         call = Call(
             "candidate_logits", q.device, out.dtype, head_dim=head_dim, heads=heads,
-            block_size=block_size, piece=piece, candidates=candidates.shape[1],
+            block_size=block_size, piece=piece, candidates=candidates.shape[1], fp4=reads_fp4(q),
             alignment=alignment(pages, q),
         )  # fmt: skip
         has_keys = pages.shape[0] > 0 and block_table.shape[1] > 0
@@ -496,6 +499,7 @@ def candidate_select(
     checks.size("page_size", page_size)
     checks.dtype_in("dtype", dtype, checks.LOGITS_DTYPES)
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
+    checks.scores_dtype("dtype", dtype, q)
     batch, next_n, heads, head_dim = q.shape
     checks.candidates(candidates, batch * next_n, q.device, "q")
     inputs = (("q", q), ("cache", cache), ("weights", weights), ("candidates", candidates),
@@ -506,7 +510,7 @@ def candidate_select(
     if batch * next_n:
         call = Call(
             "candidate_select", q.device, dtype, k, head_dim=head_dim, heads=heads,
-            block_size=block_size, piece=piece, candidates=candidates.shape[1],
+            block_size=block_size, piece=piece, candidates=candidates.shape[1], fp4=reads_fp4(q),
             alignment=alignment(pages, q),
         )  # fmt: skip
         has_keys = pages.shape[0] > 0 and block_table.shape[1] > 0

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.kernels.arguments import MAX_INT32, MAX_K, TopkArgs
+from dsv4_plugin.kernels.arguments import MAX_INT32, MAX_K, TopkArgs, reads_fp4
 
 __all__ = [
     "E4M3_DTYPES", "INDEX_DTYPES", "INTEGER_DTYPES", "LOGITS_DTYPES", "OUT_DTYPES", "as_pages",
     "as_slots", "bounds", "candidates", "dtype_in", "geometry", "head_weights", "keys",
-    "lengths_for", "on_device", "out_matrix", "positive", "queries", "scores", "separate",
-    "sequence_ends", "sequences", "size", "slots_within", "table", "tensor", "topk",
+    "lengths_for", "on_device", "out_matrix", "positive", "queries", "scores", "scores_dtype",
+    "separate", "sequence_ends", "sequences", "size", "slots_within", "table", "tensor", "topk",
 ]  # fmt: skip
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -304,9 +304,11 @@ def candidates(value: Any, rows: int, device: torch.device, of: str) -> None:
         raise ValueError(f"candidates must have unit stride along its rows, got {_show(value)}")
 
 
-def queries(q: Any, dims: tuple[int, ...]) -> torch.Tensor:
-    """Return the queries as a uint8 view ``[batch, next_n, heads, head_dim]``."""
-    tensor("q", q, E4M3_DTYPES, dims)
+def queries(
+    q: Any, dims: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = E4M3_DTYPES
+) -> torch.Tensor:
+    """Return the queries as a view ``[batch, next_n, heads, head_dim]``, uint8 if they are e4m3."""
+    tensor("q", q, dtypes, dims)
     heads, head_dim = q.shape[-2:]
     row, inner = q.stride()[-2:]
     if (head_dim > 1 and inner != 1) or (heads > 1 and row != head_dim):
@@ -315,7 +317,8 @@ def queries(q: Any, dims: tuple[int, ...]) -> torch.Tensor:
         )
     if heads < 1 or (q.dim() == 4 and q.shape[1] < 1):
         raise ValueError(f"q must have at least one head and one row a request, got {_show(q)}")
-    return (q if q.dim() == 4 else q.unsqueeze(1)).view(torch.uint8)
+    q = q if q.dim() == 4 else q.unsqueeze(1)
+    return q if reads_fp4(q) else q.view(torch.uint8)
 
 
 def keys(k: Any, k_scale: Any, head_dim: int, device: torch.device) -> torch.Tensor:
@@ -331,14 +334,28 @@ def keys(k: Any, k_scale: Any, head_dim: int, device: torch.device) -> torch.Ten
     return k.view(torch.uint8)
 
 
-def head_weights(weights: Any, rows: int, heads: int, device: torch.device) -> None:
-    """Check float32 ``[rows, heads]`` with unit inner stride."""
-    tensor("weights", weights, (torch.float32,), (2,))
+def head_weights(
+    weights: Any,
+    rows: int,
+    heads: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Check ``[rows, heads]`` of ``dtype`` with unit inner stride."""
+    tensor("weights", weights, (dtype,), (2,))
     on_device("weights", weights, device, "q")
     if tuple(weights.shape) != (rows, heads):
         raise ValueError(f"weights must be [{rows}, {heads}] (rows, heads), got {_show(weights)}")
     if heads > 1 and weights.stride()[1] != 1:
         raise ValueError(f"weights must have unit stride along its rows, got {_show(weights)}")
+
+
+def scores_dtype(name: str, dtype: torch.dtype, q: torch.Tensor) -> None:
+    """Check the dtype of scores: those of FP4 keys are bfloat16 numbers."""
+    if reads_fp4(q) and dtype is not torch.bfloat16:
+        raise ValueError(
+            f"{name} must be bfloat16 where q is bfloat16: the scores of FP4 keys are; got {dtype}"
+        )
 
 
 def bounds(name: str, value: Any, rows: int, device: torch.device) -> None:

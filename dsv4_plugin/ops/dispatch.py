@@ -37,6 +37,7 @@ class Call(NamedTuple):
     block_size: int = 64  # looked at for the logits; the reads take any
     piece: int = 8  # keys a block of candidates
     candidates: int = 0  # blocks of candidates a row
+    fp4: bool = False  # the logits' keys are FP4
     alignment: int = 16  # of every row that is read or written in vectors, in bytes
 
 
@@ -86,12 +87,14 @@ def _unmet_cuda(call: Call) -> list[str]:
         reasons.append(f"k is {call.k}, more than {MAX_K}")
     if call.head_dim != cuda.HEAD_DIM:
         reasons.append(f"head_dim is {call.head_dim}, the kernels need {cuda.HEAD_DIM}")
-    if call.heads not in cuda.HEADS:
-        want = " or ".join(map(str, cuda.HEADS))
-        reasons.append(f"q has {call.heads} heads, the kernels need {want}")
-    if call.op in _PAGED and call.block_size not in cuda.BLOCK_SIZES:
-        want = " or ".join(map(str, cuda.BLOCK_SIZES))
-        reasons.append(f"block_size is {call.block_size}, the kernel needs {want}")
+    heads, sizes = cuda.FP4_FORM if call.fp4 else (cuda.HEADS, cuda.BLOCK_SIZES)
+    of = " for FP4 keys" if call.fp4 else ""
+    if call.heads not in heads:
+        want = " or ".join(map(str, heads))
+        reasons.append(f"q has {call.heads} heads, the kernels need {want}{of}")
+    if call.op in _PAGED and call.block_size not in sizes:
+        want = " or ".join(map(str, sizes))
+        reasons.append(f"block_size is {call.block_size}, the kernel needs {want}{of}")
     if call.piece != cuda.PIECE:
         reasons.append(f"piece is {call.piece}, the kernels need {cuda.PIECE}")
     if call.candidates > cuda.MAX_CANDIDATES:

@@ -3,6 +3,13 @@
 The score of a key is ``scale · Σ_h weights[h] · ReLU(q[h] · key)``: dot products of e4m3 values,
 all sums in float32, rounded once to the dtype of the result. The layout of the cache is as in
 :mod:`dsv4_plugin.ops.cache`.
+
+**FP4 keys.** Queries of bfloat16 are scored against the MXFP4 form of the cache, by every op on
+pages. The score then is ``Σ_h weights[h] · ReLU(q[h] · key)``, rounded as SGLang's reference does:
+a dot product to float32 and then to bfloat16, its product with the weight to bfloat16, the sum of
+the heads, in float32, to bfloat16. The sum's order is fixed. With ``s[t, c]`` for the heads ``8 i +
+2 t + c``, added one after the other, and ``a[t] = s[t, 0] + s[t, 1]`` it is ``(a[0] + a[1]) + (a[2]
++ a[3])``.
 """
 
 from __future__ import annotations
@@ -12,7 +19,8 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.kernels.arguments import TopkArgs
+from dsv4_plugin.kernels import reference_logits
+from dsv4_plugin.kernels.arguments import TopkArgs, reads_fp4
 from dsv4_plugin.kernels.device import alignment
 from dsv4_plugin.ops import checks
 from dsv4_plugin.ops.dispatch import Call, resolve
@@ -81,17 +89,18 @@ def paged_logits(
 
     Args:
         q: ``[batch, next_n, heads, head_dim]``, or ``[batch, heads, head_dim]`` for ``next_n`` 1;
-            float8_e4m3fn, or uint8 with the same bytes. Each ``[heads, head_dim]`` is contiguous,
-            the strides outside of it are free.
-        cache: uint8 indexer cache; see :mod:`dsv4_plugin.ops.cache` for its layout.
-        weights: float32 ``[batch · next_n, heads]``, unit inner stride; the queries' scales are
-            part of it.
+            float8_e4m3fn, or uint8 with the same bytes; bfloat16 for FP4 keys. Each ``[heads,
+            head_dim]`` is contiguous, the strides outside of it are free.
+        cache: uint8 indexer cache; see :mod:`dsv4_plugin.ops.cache` for its layout. With queries of
+            bfloat16 the MXFP4 form, ``head_dim / 2 + head_dim / 32`` bytes a key.
+        weights: float32 ``[batch · next_n, heads]``, bfloat16 for FP4 keys, unit inner stride; the
+            queries' scales are part of it.
         lengths: int32 or int64 keys that each row sees: ``[rows]`` or ``[batch, next_n]``; or one a
             request, ``[batch]`` or ``[batch, 1]``, by the rule of :func:`dsv4_plugin.topk`: row
             ``b · next_n + j`` sees ``lengths[b] - next_n + 1 + j``.
         block_table: ``[batch, pages]`` int32 page numbers, unit inner stride.
         block_size: keys a page.
-        dtype: bfloat16, float16 or float32; ignored when ``out`` is given.
+        dtype: bfloat16, float16 or float32, for FP4 keys bfloat16; ignored when ``out`` is given.
         out: ``[rows, columns]`` to fill, of such a dtype, unit inner stride, any row stride.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
 
@@ -103,7 +112,8 @@ def paged_logits(
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
         UnmetError: ``backend`` cannot serve the call.
 
-    Source: the contract of DeepGEMM's paged MQA logits, which the engines call.
+    Source: the contract of DeepGEMM's paged MQA logits, which the engines call; for FP4 keys the
+    scores of ``fp4_index_logits_paged`` in SGLang (0.5.22 and later).
     """
     out, run, arguments = _prepare_paged(
         q, cache, weights, lengths, block_table, block_size, dtype, out, backend
@@ -135,13 +145,14 @@ def _prepare_paged(
     inputs = (("q", q), ("cache", cache), ("weights", weights), ("lengths", lengths),
               ("block_table", block_table))  # fmt: skip
     out = new_result(out, rows, columns, dtype, device, inputs)
+    checks.scores_dtype("out", out.dtype, q)
     if table_only and out.shape[1] > columns:
         out = out[:, :columns]
     if not rows or not out.shape[1]:
         return out, _nothing, ()
     call = Call(
         "paged_logits", device, out.dtype, head_dim=head_dim, heads=heads,
-        block_size=block_size, alignment=alignment(pages, q),
+        block_size=block_size, fp4=reads_fp4(q), alignment=alignment(pages, q),
     )  # fmt: skip
     run = resolve(call, backend, has_keys=pages.shape[0] > 0)
     return out, run, (q, pages, weights, lengths, block_table, out, block_size)
@@ -293,15 +304,16 @@ def paged_arguments(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Check what all ops on paged keys take; return ``q``, pages and lengths as kernels take them.
 
-    ``q`` is uint8 ``[batch, next_n, heads, head_dim]``, pages are ``[pages, bytes]``.
+    ``q`` is uint8 or bfloat16 ``[batch, next_n, heads, head_dim]``, pages are ``[pages, bytes]``.
     """
-    q = checks.queries(q, (3, 4))
+    q = checks.queries(q, (3, 4), (*checks.E4M3_DTYPES, torch.bfloat16))
     batch, next_n, heads, head_dim = q.shape
     rows, device = batch * next_n, q.device
-    checks.geometry(block_size, head_dim, 4)
-    pages = checks.as_pages(cache, block_size, head_dim + 4)
+    fp4 = reads_fp4(q)
+    checks.geometry(block_size, head_dim, 32 if fp4 else 4)
+    pages = checks.as_pages(cache, block_size, sum(reference_logits.key_bytes(q)))
     checks.on_device("cache", cache, device, "q")
-    checks.head_weights(weights, rows, heads, device)
+    checks.head_weights(weights, rows, heads, device, torch.bfloat16 if fp4 else torch.float32)
     checks.lengths_for(lengths, rows, next_n, device, "q")
     if lengths.dim() == 2 and lengths.shape[1] == 1:
         lengths = lengths.squeeze(1)

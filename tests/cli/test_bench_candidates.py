@@ -35,6 +35,22 @@ def test_a_dry_run_checks_every_answer(tmp_path, capsys):
     assert "dsv4: exact in" in said and "decode, 2 rows, us" in said
 
 
+def test_a_dry_run_with_fp4_keys(tmp_path):
+    file = tmp_path / "results.json"
+    small = ("--rows", 1, "--next-n", 1, 3, "--columns", 512, "--device", "cpu", "--suite", "all")
+    assert bench("candidates", *small, "--cache", "fp4", "--json", file) == 0
+    document = json.loads(file.read_text())
+    assert document["complete"] and document["cache"] == "fp4"
+    rows = document["results"]
+    assert all(row["exact"] for row in rows)
+    decode = [row for row in rows if row["suite"] == "decode"]
+    assert {(row["rows"], row.get("next_n", 1)) for row in decode} == {(1, 1), (3, 3)}
+    assert {row["op"] for row in decode} == OPS
+    prefill = {row["op"] for row in rows if row["suite"] == "prefill"}
+    assert prefill == {"paged_logits", "block_maxima", "candidate_logits", "consumer", "source"}
+    assert {(row["implementation"], row["dtype"]) for row in rows} == {("dsv4", "bfloat16")}
+
+
 def row(op, us, rows=1, columns=1 << 16, suite="decode", **more):
     return {
         "suite": suite, "op": op, "implementation": "dsv4", "dtype": "bfloat16", "rows": rows,
@@ -55,6 +71,7 @@ def test_the_table_marks_what_is_wrong_and_what_is_missing():
         (("--k", 512), "--k"),
         (("--suite", "served"), "--suite"),
         (("--columns", 100), "--columns"),
+        (("--cache", "fp4", "--dtype", "float32"), "--dtype"),
     ],
 )
 def test_options_that_are_not_for_it(options, word, capsys):

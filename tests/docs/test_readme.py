@@ -108,6 +108,7 @@ def test_the_example_gives_what_its_comments_say(example: dict[str, Any]) -> Non
     assert example["scores"].shape == (2, 128) and example["scores"].dtype == torch.bfloat16
     assert example["best"][1].tolist() == [*range(30), *[-1] * 482]
     assert example["windows"].shape == (2, 130)
+    assert example["scores4"].shape == (6, 128) and example["scores4"].dtype == torch.bfloat16
     best = example["logits"][0, :4000].float().topk(512).values.sort().values
     got = example["logits"][0].float()[indices[0].long()].sort().values
     assert torch.equal(got, best)

@@ -12,11 +12,11 @@ import torch
 from dsv4_plugin.cli.checks import exact
 from dsv4_plugin.cli.checks.exact import TOLERANCE, codes, wide
 from dsv4_plugin.cli.checks.exact import ragged as ragged_oracle
-from dsv4_plugin.cli.checks.inputs import fp8_cache
+from dsv4_plugin.cli.checks.inputs import FP4_SCALES, fp8_cache, mxfp4_cache
 
 __all__ = [
-    "TOLERANCE", "D", "Paged", "bits", "check", "codes", "oracle", "paged", "ragged_oracle",
-    "untouched", "wide",
+    "FP4_SCALES", "TOLERANCE", "D", "Paged", "bits", "check", "codes", "oracle", "paged",
+    "ragged_oracle", "untouched", "wide",
 ]  # fmt: skip
 
 D = 128
@@ -61,13 +61,18 @@ def paged(
     block_size: int = 64,
     seed: int = 0,
 ) -> Paged:
-    """Draw a call; `lengths` are one a row. Requests share pages only where `pages` are few."""
+    """Draw a call; `lengths` are one a row. Requests share pages only where `pages` are few.
+
+    `kind` is one of `codes`; the cache has FP4 keys where these are bfloat16.
+    """
     g = torch.Generator().manual_seed(seed)
     rows = len(lengths)
     batch = rows // next_n
     width = -(-(columns or max(*lengths, 1, 1)) // block_size)
     held = pages or batch * width
-    cache = fp8_cache(held, block_size=block_size, pad=pad, seed=seed)
+    fp4 = kind in FP4_SCALES
+    some = {"block_size": block_size, "pad": pad, "seed": seed}
+    cache = mxfp4_cache(held, scales=FP4_SCALES[kind], **some) if fp4 else fp8_cache(held, **some)
     if kind == "normal":
         keys = codes((held, block_size * D), kind, g)
         cache[:, : block_size * D] = keys.view(torch.uint8)
@@ -76,7 +81,7 @@ def paged(
     return Paged(
         codes((batch, next_n, heads, D), kind, g),
         cache,
-        torch.randn(rows, heads, generator=g) * 0.1,
+        (torch.randn(rows, heads, generator=g) * 0.1).to(torch.bfloat16 if fp4 else torch.float32),
         torch.tensor(lengths, dtype=torch.int32),
         order[pick].view(batch, width).int(),
         kind,

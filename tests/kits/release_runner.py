@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,18 @@ class Releases:
         return found
 
     def run_cases(
-        self, version: str, cases: Path, report: Path, fewest: int, files: Sequence[str] = ()
+        self,
+        version: str,
+        cases: Path,
+        report: Path,
+        fewest: int,
+        files: Sequence[str] = (),
+        more: Mapping[str, str] | None = None,
     ) -> None:
-        """Run ``host_*.py`` of ``cases``, or these ``files`` of it; every case must pass."""
+        """Run ``host_*.py`` of ``cases``, or these ``files`` of it; every case must pass.
+
+        ``more``: variables that the run gets.
+        """
         label, paths = f"{self.engine} {version}", self.find(version)
         files = files or sorted(path.name for path in cases.glob("host_*.py"))
         # -c and --confcutdir: the settings and hooks of this run are not the release's.
@@ -80,7 +89,7 @@ class Releases:
                 *files,
             ],
             cwd=cases,
-            env=_environ(paths, self.drop),
+            env={**_environ(paths, self.drop), **(more or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -93,20 +102,28 @@ class Releases:
         assert counts["tests"] >= fewest
         assert counts["skipped"] == counts["failures"] == counts["errors"] == 0
 
-    def run_driver(self, version: str, file: Path, budget: float | None = None) -> dict[str, Any]:
+    def run_driver(
+        self,
+        version: str,
+        file: Path,
+        budget: float | None = None,
+        options: Sequence[str] = (),
+        more: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
         """Run ``benchmarks.engines --part forward`` dry inside a release; returns what it found.
 
-        With a ``budget`` it may be incomplete.
+        With a ``budget`` it may be incomplete. ``options``: more of the command's. ``more``:
+        variables that it gets.
         """
         paths = self.find(version)
         run = subprocess.run(
             [
                 self.python, "-m", "benchmarks.engines", "--part", "forward",
                 "--engine", self.engine.lower(), "--device", "cpu",
-                "--json", file, "--site", *paths,
+                "--json", file, "--site", *paths, *options,
                 *([] if budget is None else ["--budget", str(budget)]),
             ],
-            env=_environ([], self.drop),
+            env={**_environ([], self.drop), **(more or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -189,6 +189,7 @@ class Logits:
     offset: int = 0  # of `out`, in elements
     holes: bool = False  # pages that are none
     keys: int = 0  # of the table or the windows; 0: as many as the longest row
+    kind: str = "normal"  # of queries and keys
 
 
 # One entry for each path: a change of the launch in csrc/bindings/logits.cu is a change here.
@@ -212,6 +213,14 @@ LOGITS = (
     Logits("paged, wide out", 3, (700, 65, 640), columns=1000),
     Logits("paged, lengths past the table", 3, (700, 65, 640), keys=320),
     Logits("paged, misaligned out", 4, (700, 65, 640, 3), offset=3, columns=701),
+    Logits("paged, FP4", 9, (9000, 1, 300, 0, 4097), heads=32, kind="fp4", pad=64),
+    Logits("paged, FP4, one long row", 1, (40_000,), heads=32, kind="fp4"),
+    Logits("paged, FP4, next_n 2", 6, (1000, 65), heads=32, kind="fp4", next_n=2, holes=True),
+    Logits("paged, FP4, next_n 3", 6, (1000, 65), heads=32, kind="fp4", next_n=3),
+    Logits("paged, FP4, next_n 5, any scales", 10, (700, 64, 63), heads=32, kind="fp4 wide",
+           next_n=5, pad=64),
+    Logits("paged, FP4, many rows of a request", 75, (700, 64, 1, 0, 300), heads=32, kind="fp4",
+           next_n=75),
     Logits("ragged", 70, (300, 1, 0, 64, 65, 129), op="ragged"),
     Logits("ragged, one row", 1, (5000,), op="ragged"),
     Logits("ragged, windows past the keys", 70, (300, 1, 0, 64, 65, 129), op="ragged", keys=64),
@@ -237,6 +246,7 @@ class Chain:
     next_n: int = 1
     dtype: str = "bfloat16"
     garbage: bool = False  # candidates that are any int32
+    kind: str = "normal"  # of queries and keys
 
 
 # One entry for each path: a change of the launches in csrc is a change here.
@@ -252,6 +262,10 @@ CHAINS = (
     Chain("candidates, next_n 6", 12, (129, 1000), next_n=6),
     Chain("candidates, one row, float16", 1, (5000,), dtype="float16", held=601),
     Chain("candidates, any numbers", 6, (700, 65, 3000), garbage=True),
+    Chain("candidates, FP4", 9, (20_000, 1, 300, 0, 16_385), held=2048, k=512, kind="fp4"),
+    Chain("candidates, FP4, one row", 1, (40_000,), held=2048, k=512, kind="fp4"),
+    Chain("candidates, FP4, next_n 6", 12, (1000, 65, 7), next_n=6, kind="fp4"),
+    Chain("candidates, FP4, any numbers", 6, (700, 65, 3000), garbage=True, kind="fp4"),
 )  # fmt: skip
 CASES = (*PATHS, *LOGITS, *CHAINS)
 
@@ -266,8 +280,9 @@ class LogitsCall:
         self.columns = path.columns or most
         self.width = self.columns + 5
         self.case = logits_cases.paged(
-            ends, path.next_n, path.heads, columns=path.keys or most, pad=path.pad, pages=200
-        )
+            ends, path.next_n, path.heads, kind=path.kind, columns=path.keys or most, pad=path.pad,
+            pages=200,
+        )  # fmt: skip
         if path.holes:
             self.case.table[:, 1::3] = -1
             self.case.table[0, 2] = 1 << 30
@@ -339,7 +354,7 @@ class LogitsCall:
         """Compare with float64, and what lies outside of the rows with what was there."""
         name = self.path.name
         part = slice(self.path.offset, self.path.offset + self.columns)
-        tolerance = logits_cases.TOLERANCE["cuda", "normal"]
+        tolerance = logits_cases.TOLERANCE["cuda", self.path.kind]
         for rows, score, size, n in self._oracle():
             logits_cases.check(got[rows, part], score, size, n, tolerance, name)
             logits_cases.untouched(got[rows, part], n, self.out[rows, part], name)
@@ -377,8 +392,9 @@ class ChainCall:
         self.path = path
         ends = [path.lengths[i % len(path.lengths)] for i in range(path.rows)]
         self.case = logits_cases.paged(
-            ends, path.next_n, path.heads, pages=200, pad=64, block_size=path.block_size
-        )
+            ends, path.next_n, path.heads, kind=path.kind, pages=200, pad=64,
+            block_size=path.block_size,
+        )  # fmt: skip
         self.columns = self.case.table.shape[1] * path.block_size
         self.dtype = SIZES[path.dtype]
 
@@ -428,27 +444,34 @@ class ChainCall:
         )  # fmt: skip
         if not (torch.equal(again, out) and torch.equal(places, slots)):
             raise AssertionError(f"{path.name}: the chain selects otherwise")
-        longest = max(1, int(case.lengths.max()))
-        g = torch.Generator().manual_seed(1)
-        keys = logits_cases.codes((longest, logits_cases.D), "normal", g).cuda()
-        scale = torch.rand(longest, generator=g).cuda()
-        starts = torch.zeros(rows, dtype=torch.int32).cuda()
-        gathered = torch.empty(rows, path.held * 8, dtype=self.dtype, device="cuda")
-        flat = q.flatten(0, 1)
-        candidate_logits_ragged(flat, keys, scale, weights, chosen, starts, n, out=gathered,
-                                backend="cuda")  # fmt: skip
-        dense = self._filled(longest, -torch.inf, self.dtype)
-        ragged_logits(flat, keys, scale, weights, starts, n, out=dense, backend="cuda")
         held = -(-case.lengths.clamp(min=0) // 8)
         maxima = torch.full((rows, blocks), -torch.inf, dtype=self.dtype)
         for r, count in enumerate(held.tolist()):
             maxima[r, :count] = found[r, :count].cpu()
         some = {"exact": exact, "scored": scored, "chosen": chosen, "logits": logits,
                 "visible": visible, "out": out, "slots": slots, "counts": counts}  # fmt: skip
+        if path.kind == "normal":
+            self._gathered(q.flatten(0, 1), weights, chosen, n)
+        return {name: x.cpu() for name, x in some.items()} | {"maxima": maxima}
+
+    def _gathered(
+        self, q: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, n: torch.Tensor
+    ) -> None:
+        """Score candidates among gathered keys, which are FP8, and hold them against all keys."""
+        path, case, rows = self.path, self.case, self.path.rows
+        longest = max(1, int(case.lengths.max()))
+        g = torch.Generator().manual_seed(1)
+        keys = logits_cases.codes((longest, logits_cases.D), "normal", g).cuda()
+        scale = torch.rand(longest, generator=g).cuda()
+        starts = torch.zeros(rows, dtype=torch.int32).cuda()
+        gathered = torch.empty(rows, path.held * 8, dtype=self.dtype, device="cuda")
+        candidate_logits_ragged(q, keys, scale, weights, chosen, starts, n, out=gathered,
+                                backend="cuda")  # fmt: skip
+        dense = self._filled(longest, -torch.inf, self.dtype)
+        ragged_logits(q, keys, scale, weights, starts, n, out=dense, backend="cuda")
         same = candidate_oracles.scores(dense.cpu(), chosen.cpu(), case.lengths)
         if not torch.equal(gathered.cpu(), same):
             raise AssertionError(f"{path.name}: other scores of gathered keys")
-        return {name: x.cpu() for name, x in some.items()} | {"maxima": maxima}
 
     def check(self, got: dict[str, torch.Tensor]) -> None:
         """Compare with stable sorts on the scores of `paged_logits`."""

@@ -69,6 +69,9 @@ class _Kernel:
         raw = torch.empty(out.shape, dtype=torch.int32)
         spans = [(0, min(n, scores.shape[1])) for _, n in spans_of(lengths, scores.shape[0])]
         upstream_rows(scores, spans, raw, out.shape[1])
+        if table is None:  # V4.1 maps the indices itself
+            out.copy_(raw)
+            return
         page = torch.gather(table.long(), 1, raw.clamp_min(0).long() // page_size)
         out.copy_(torch.where(raw < 0, -1, page * page_size + raw % page_size))
         if isinstance(raw_out, torch.Tensor):

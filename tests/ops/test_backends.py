@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 TOPK = Call("topk", GPU, torch.bfloat16, 512)
 MXFP4 = Call("read_mxfp4", GPU, torch.bfloat16)  # an op that has no CUDA form
+FP4 = Call("paged_logits", GPU, torch.bfloat16, heads=32, fp4=True)
 HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
 
 
@@ -75,6 +76,10 @@ def test_auto_takes_the_best_form_an_op_has(machine: Machine) -> None:
         (Call("block_maxima", GPU, torch.bfloat16, alignment=8), HOPPER, None, "torch"),
         (Call("select_blocks", GPU, torch.float16, 2048), HOPPER, None, "cuda"),
         (Call("select_blocks", GPU, torch.float16, 2048, piece=4), HOPPER, None, "torch"),
+        (FP4, HOPPER, None, "cuda"),
+        (FP4._replace(heads=64), HOPPER, None, "torch"),
+        (FP4._replace(block_size=32), HOPPER, None, "torch"),
+        (FP4._replace(alignment=8), HOPPER, None, "torch"),
         (Call("candidate_logits", GPU, torch.float32, candidates=2048), HOPPER, None, "cuda"),
         (Call("candidate_logits", GPU, torch.float32, candidates=2049), HOPPER, None, "torch"),
         (Call("candidate_logits", GPU, torch.float32, heads=16), HOPPER, None, "torch"),
@@ -115,6 +120,14 @@ def test_an_explicit_choice_is_taken(machine: Machine) -> None:
     assert backends.resolve(TOPK, "torch") is reference.topk
     assert backends.resolve(TOPK, "cuda") is cuda.topk
     assert backends.resolve(MXFP4, "triton") is triton_cache.read_indexer_cache_mxfp4
+
+
+def test_what_fp4_keys_need_is_said(machine: Machine) -> None:
+    reasons = backends.unmet(FP4._replace(heads=64, block_size=32), "cuda")
+    assert reasons == [
+        "q has 64 heads, the kernels need 32 for FP4 keys",
+        "block_size is 32, the kernel needs 64 for FP4 keys",
+    ]
 
 
 def test_an_explicit_choice_is_refused_with_every_reason(machine: Machine) -> None:

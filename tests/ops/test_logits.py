@@ -511,7 +511,7 @@ I32 = torch.int32
 @pytest.mark.parametrize(
     "change,error,words",
     [
-        ({"q": CASE.q.float()}, TypeError, "q must be one of float8_e4m3fn, uint8, got float32"),
+        ({"q": CASE.q.float()}, TypeError, "q must be one of float8_e4m3fn, uint8, bfloat16, got"),
         ({"q": CASE.q[0, 0]}, ValueError, "q must have 3 or 4 dimensions"),
         ({"q": CASE.q.transpose(2, 3)}, ValueError, "q must be contiguous in its last two"),
         ({"q": CASE.q[:, :, :0]}, ValueError, "q must have at least one head"),

@@ -87,6 +87,31 @@ def test_the_paged_function_refuses(change, error, words):
     _refuses("dsv4_paged_logits", PAGED | change, error, words)
 
 
+FP4 = PAGED | {
+    "q": bf16(BATCH, NEXT_N, 32, 128),
+    "pages": uint8(PAGES, 64 * 68),
+    "weights": bf16(ROWS, 32),
+}
+
+
+@pytest.mark.parametrize(
+    "change,error,words",
+    [
+        ({"q": bf16(BATCH, NEXT_N, HEADS, 128)}, ValueError, r"\bq\b.*64, 128.*32 heads"),
+        ({"q": bf16(BATCH, NEXT_N, 32, 128, device=CPU)}, ValueError, r"\bq\b.*cpu.*GPU"),
+        ({"q": bf16(ROWS, 32, 128)}, ValueError, r"\bq\b.*\[4, 32, 128\].*4"),
+        ({"q": bf16(BATCH, NEXT_N, 32, 128, strides=(8196, 4096, 128, 1))}, ValueError, "16"),
+        ({"weights": float32(ROWS, 32)}, TypeError, "weights.*float32.*bfloat16"),
+        ({"pages": uint8(PAGES, 64 * 68 - 1)}, ValueError, r"pages.*4351.*4352"),
+        ({"pages": uint8(PAGES, 64 * 68, strides=(1 << 32, 1))}, ValueError, "4294967296 bytes"),
+        ({"block_size": 32}, ValueError, "block_size is 32.*64 for FP4"),
+        ({"out": float32(ROWS, 192)}, TypeError, "FP4 keys are bfloat16"),
+    ],
+)
+def test_the_paged_function_refuses_with_fp4_keys(change, error, words):
+    _refuses("dsv4_paged_logits", FP4 | change, error, words)
+
+
 RAGGED = {
     "q": uint8(ROWS, HEADS, 128),
     "k": uint8(KEYS, 128),

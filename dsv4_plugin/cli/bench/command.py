@@ -70,6 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              help=said)  # fmt: skip
         if what in ("topk", "chain"):
             one.add_argument("--k", type=K, nargs="+", help="only these k")
+        if what == "candidates":
+            one.add_argument(
+                "--cache", choices=choices.CACHES, default="fp8",
+                help="the keys: as in vLLM (default), or as in SGLang, in bfloat16 alone",
+            )  # fmt: skip
+            one.add_argument(
+                "--next-n", type=numbers.COUNT, nargs="+", default=[1],
+                help="rows a request has; --rows are requests (default: 1)",
+            )  # fmt: skip
         if what != "read":
             grid(one)
             one.add_argument(

@@ -7,6 +7,8 @@ Shares no code with the package. Beside a score there is its *magnitude*
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dsv4_plugin.cli.checks.oracles import table
@@ -22,7 +24,12 @@ TOLERANCE = {
     ("torch", "bytes"): 2.0**-17,
     ("cuda", "normal"): 2.0**-12,
     ("cuda", "bytes"): 2.0**-9,
+    # The magnitude of a score of FP4 keys is its whole error: half of the interval that it lies in.
+    **{(backend, kind): 1.0 for backend in ("torch", "cuda") for kind in ("fp4", "fp4 wide")},
 }
+# Errors of the dot products of FP4 keys and of the sums over the heads, in units of the sums of
+# their terms' magnitudes.
+_FP4_DOT, _FP4_SUM = 2.0**-20, 2.0**-19
 _CHUNK = 1 << 22  # dot products made at a time: 32 MiB of float64
 
 
@@ -32,12 +39,51 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def codes(shape: tuple[int, ...], kind: str, g: torch.Generator) -> torch.Tensor:
-    """Draw e4m3: ``normal``, as quantisation by the largest value makes them, or all ``bytes``."""
+    """Draw e4m3: ``normal``, as quantisation by the largest value makes them, or all ``bytes``.
+
+    Or the queries of FP4 keys, bfloat16: ``fp4``, as SGLang makes them, or ``fp4 wide``, any.
+    """
+    some: Any = {"generator": g, "device": g.device}
+    if kind == "fp4 wide":
+        size = torch.exp2(torch.randint(-20, 20, shape, **some))
+        return (torch.randn(shape, **some) * size).bfloat16()
+    if kind == "fp4":
+        value = table("e2m1", g.device)[torch.randint(0, 16, shape, **some)].unflatten(-1, (-1, 32))
+        scale = torch.exp2(torch.randint(-2, 2, (*value.shape[:-1], 1), **some))
+        return (value * scale).flatten(-2).bfloat16()
     if kind == "normal":
         drawn = torch.randn(shape, generator=g, device=g.device) * 100
         return drawn.clamp(-448, 448).to(torch.float8_e4m3fn)
     drawn = torch.randint(0, 254, shape, generator=g, device=g.device)
     return (drawn + (drawn >= 0x7F)).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def _fp4_scores(
+    q: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the middle of the interval that a score lies in, and half of its width.
+
+    Rounding keeps order, so the ends of a dot product's interval go through all the steps.
+    """
+    heads = q.shape[1:3]
+    nibbles = torch.stack((packed % 16, packed // 16), -1).flatten(-2).long()
+    size = table("ue8m0", q.device)[scale.long()]
+    keys = table("e2m1", q.device)[nibbles].unflatten(-1, (-1, 32)) * size[..., None]
+    a, b = q.double().flatten(1, 2), keys.flatten(-2).transpose(1, 2)
+    dot, error = torch.bmm(a, b), torch.bmm(a.abs(), b.abs()) * _FP4_DOT
+    w = weights.double()[..., None]
+    ends = [
+        (_rounded(d).clamp_(min=0).unflatten(1, heads) * w).float().bfloat16().double()
+        for d in (dot - error, dot + error)
+    ]
+    low, high = torch.minimum(*ends), torch.maximum(*ends)
+    room = torch.maximum(low.abs(), high.abs()).sum(2) * _FP4_SUM
+    low, high = _rounded(low.sum(2) - room), _rounded(high.sum(2) + room)
+    return (low + high) / 2, (high - low) / 2
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.float().bfloat16().double()
 
 
 def scores(
@@ -47,7 +93,12 @@ def scores(
 
     ``q`` ``[n, rows, heads, head_dim]`` and ``keys`` ``[n, columns, head_dim]`` are e4m3 or its
     bytes, ``scale`` is ``[n, columns]``, ``weights`` ``[n, rows, heads]``.
+
+    With ``q`` of bfloat16 keys are bytes of FP4 codes and ``scale`` the bytes ``[n, columns,
+    head_dim / 32]``; instead of a magnitude comes half of the interval that the score lies in.
     """
+    if q.dtype == torch.bfloat16:
+        return _fp4_scores(q, keys.int(), scale, weights)
     heads = q.shape[1:3]
     a, b = wide(q).flatten(1, 2), wide(keys).transpose(1, 2)
     scale, weights = scale.double()[:, None], weights.double()[:, :, None]
@@ -70,7 +121,9 @@ def paged(
     ``cache`` is ``[pages, bytes]``. The score of a page that is none, or not in the table, is -inf.
     """
     batch, next_n, heads, head_dim = q.shape
-    pages, split = len(cache), block_size * head_dim
+    fp4 = q.dtype == torch.bfloat16
+    values, factors = (head_dim // 2, head_dim // 32) if fp4 else (head_dim, 4)
+    pages, split = len(cache), block_size * values
     columns = max(columns, table.shape[1] * block_size)
     score = torch.full((batch, next_n, columns), -torch.inf, dtype=torch.float64, device=q.device)
     size = torch.zeros_like(score)
@@ -83,9 +136,10 @@ def paged(
             page = table[lo : lo + some, first : first + step].long()
             gone = ((page < 0) | (page >= pages)).repeat_interleave(block_size, 1)[:, None]
             held = cache[page.clamp(0, pages - 1)]
-            keys = held[:, :, :split].unflatten(2, (block_size, head_dim)).flatten(1, 2)
-            word = held[:, :, split : split + 4 * block_size].contiguous()
-            scale = word.view(torch.float32).flatten(1)
+            keys = held[:, :, :split].unflatten(2, (block_size, values)).flatten(1, 2)
+            word = held[:, :, split : split + factors * block_size].contiguous()
+            scale = word.unflatten(2, (block_size, factors)).flatten(1, 2)
+            scale = scale if fp4 else scale.view(torch.float32)[:, :, 0]
             part = scores(q[lo : lo + some], keys, scale, weights[lo : lo + some])
             at = slice(first * block_size, first * block_size + keys.shape[1])
             score[lo : lo + some, :, at] = part[0].masked_fill_(gone, -torch.inf)

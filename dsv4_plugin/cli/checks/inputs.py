@@ -6,7 +6,20 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["DISTRIBUTIONS", "fp8_cache", "mxfp4_cache", "poison_tail", "scores", "slot_list"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "FP4_SCALES",
+    "fp8_cache",
+    "mxfp4_cache",
+    "poison_tail",
+    "scores",
+    "slot_list",
+]
+
+
+# First and last scale byte by the kind of the queries (exact.codes): the products of "fp4" can be
+# added in float32 without rounding.
+FP4_SCALES = {"fp4": (123, 127), "fp4 wide": (64, 191)}
 
 
 def fp8_cache(
@@ -41,16 +54,17 @@ def mxfp4_cache(
     block_size: int = 64,
     head_dim: int = 128,
     pad: int = 0,
+    scales: tuple[int, int] = (64, 191),
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
-    """Make a page-planar MXFP4 cache of random codes and scales (NaN and denormals left out)."""
+    """Make a page-planar MXFP4 cache of random codes, and of scales from the first to the last."""
     g = torch.Generator(device="cpu").manual_seed(seed)
     split, size = block_size * head_dim // 2, block_size * (head_dim // 2 + head_dim // 32)
     arena = torch.full((pages, size + pad), 0xFF, dtype=torch.uint8)
     arena[:, :split] = torch.randint(0, 256, (pages, split), generator=g).to(torch.uint8)
-    scales = torch.randint(64, 192, (pages, size - split), generator=g)
-    arena[:, split:size] = scales.to(torch.uint8)
+    drawn = torch.randint(scales[0], scales[1] + 1, (pages, size - split), generator=g)
+    arena[:, split:size] = drawn.to(torch.uint8)
     return arena.to(device)[:, :size]
 
 

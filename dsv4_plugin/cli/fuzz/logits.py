@@ -57,6 +57,11 @@ class LogitsCase(KeptCase):
     blocks: ClassVar[tuple[int, ...]] = (64,)
 
     @property
+    def content(self) -> str:
+        """Kind of queries and keys, as :mod:`dsv4_plugin.cli.checks.exact` calls it."""
+        return self.kind
+
+    @property
     def columns(self) -> int:
         """Keys that a row can see."""
         raise NotImplementedError
@@ -120,6 +125,17 @@ class PagedLogitsCase(LogitsCase, RequestsCase):
     table_gap: int = number(
         0, 0, 4096, "elements between two rows of the block table", (0, 0, 1, 3, 60)
     )
+    fp4: int = flag("FP4 keys, queries and weights of bfloat16", (0,))
+
+    @property
+    def content(self) -> str:
+        """Kind of queries and keys."""
+        return {"normal": "fp4", "bytes": "fp4 wide"}[self.kind] if self.fp4 else self.kind
+
+    @property
+    def key_bytes(self) -> tuple[int, int]:
+        """Bytes of a key's values and of its scales."""
+        return (self.head // 2, self.head // 32) if self.fp4 else (self.head, 4)
 
     @property
     def columns(self) -> int:
@@ -138,8 +154,10 @@ class PagedLogitsCase(LogitsCase, RequestsCase):
             raise CaseError(f"loose needs a form with a length for every row, got {self.form}")
         if self.flat and self.next_n > 1:
             raise CaseError(f"flat needs next_n 1, got {self.next_n}")
-        if (self.block * (self.head + 4) + self.pad) % 4:
+        if (self.block * sum(self.key_bytes) + self.pad) % 4:
             raise CaseError("pages must be multiples of 4 bytes apart")
+        if self.fp4 and (self.head % 32 or self.q_gap % 2 or self.dtype != "bfloat16"):
+            raise CaseError("fp4 needs head of a multiple of 32, an even q_gap, dtype bfloat16")
 
     def length(self, r: random.Random) -> int:
         """Draw the length of a request."""
@@ -167,11 +185,25 @@ class PagedLogitsCase(LogitsCase, RequestsCase):
         if gpu and r.random() < 0.02:  # page strides past what 32 bits count
             pages, pad = 4, (3 << 28) - size
         form, columns = r.choice(tuple(FORMS)), width * block
-        return cls.drawn(
+        case = cls.drawn(
             r, **common, requests=batch, next_n=next_n, form=form, width=width, block=block,
             pages=pages, pad=pad, loose=int(FORMS[form] and r.random() < 0.4),
             flat=int(next_n == 1 and r.random() < 0.3),
             out=r.choice((-1, 0, 0, columns + r.choice((1, 9, 64)), r.randint(1, columns))),
+        )  # fmt: skip
+        return case._with_fp4(odd) if r.random() < 0.3 else case
+
+    def _with_fp4(self, odd: bool) -> Any:
+        """Return the case with FP4 keys; ``odd``: it may be one that only the torch form takes."""
+        block, head = self.block, self.head - self.head % 32
+        if not odd:  # what the CUDA kernel takes, in as many columns
+            block, head = 64, 128
+        size = block * (head // 2 + head // 32)
+        pad = self.pad + -(size + self.pad) % (4 if odd else 16)
+        return self.but(
+            fp4=1, dtype="bfloat16", heads=self.heads if odd else 32, head=head, block=block,
+            pad=pad, width=max(1, self.columns // block), q_gap=self.q_gap - self.q_gap % 2,
+            codes=0,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin.cli.checks import exact
+from dsv4_plugin.cli.checks.inputs import FP4_SCALES
 from dsv4_plugin.cli.checks.oracles import same_bits
 from dsv4_plugin.cli.fuzz.logits import DTYPES, PagedLogitsCase, RaggedLogitsCase, SelectCase
 from dsv4_plugin.cli.fuzz.tensors import (
@@ -54,11 +55,13 @@ class _Problem(Tensors):
 
     def _queries(self) -> None:
         case = self.case
-        size = case.heads * case.head
+        self.fp4 = bool(getattr(case, "fp4", 0))
+        size = case.heads * case.head * (2 if self.fp4 else 1)
         self.bytes = self.guarded("q", self.rows, size, torch.uint8, stride=size + case.q_gap)
         self.weights = self.guarded(
-            "weights", self.rows, case.heads, torch.float32, stride=case.heads + case.w_gap
-        )
+            "weights", self.rows, case.heads, torch.bfloat16 if self.fp4 else torch.float32,
+            stride=case.heads + case.w_gap,
+        )  # fmt: skip
 
     def scratch(self) -> torch.Tensor | None:
         """Make the tensor that scores are written to; None if none is given."""
@@ -77,25 +80,36 @@ class _Problem(Tensors):
         r = random.Random(f"content {seed}")
         g = torch.Generator(device=self.device).manual_seed(seed)
         rows, first = getattr(case, case.unit) * case.each, case.kept[0] * case.each
-        q = exact.codes((rows, case.heads * case.head), case.kind, g).view(torch.uint8)
+        drawn = exact.codes((rows, case.heads * case.head), case.content, g)
         weights = torch.randn(rows, case.heads, generator=g, device=self.device) * 0.1
         if case.nan:
-            q[r.randrange(rows), r.randrange(q.shape[1])] = 0x7F
+            nan = r.randrange(rows), r.randrange(drawn.shape[1])
+            if self.fp4:
+                drawn[nan] = torch.nan
+            else:
+                drawn.view(torch.uint8)[nan] = 0x7F
             weights[r.randrange(rows), r.randrange(case.heads)] = torch.nan
-        self.bytes.copy_(q[first : first + self.rows])
+        self.bytes.copy_(drawn.view(torch.uint8)[first : first + self.rows])
         self.weights.copy_(weights[first : first + self.rows])
         return seed, g, r
 
     def _draw_keys(self, g: torch.Generator, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw bytes and scales of keys: powers of two, as engines write them, and odd ones."""
-        codes = exact.codes((n, self.case.head), self.case.kind, g).view(torch.uint8)
         some: Any = {"generator": g, "device": self.device}
+        if self.fp4:
+            values, scales = self.case.key_bytes
+            low, high = FP4_SCALES[self.case.content]
+            codes = torch.randint(0, 256, (n, values), **some).to(torch.uint8)
+            return codes, torch.randint(low, high + 1, (n, scales), **some).to(torch.uint8)
+        codes = exact.codes((n, self.case.head), self.case.kind, g).view(torch.uint8)
         scale = torch.exp2(torch.randint(-12, 4, (n,), **some).float())
         odd = torch.rand(n, **some) < 0.5
         return codes, scale * torch.rand(n, **some).where(odd, 1.0)
 
     def typed(self, codes: torch.Tensor) -> torch.Tensor:
         """Return bytes as they are handed over."""
+        if self.fp4:
+            return codes.view(torch.bfloat16)
         return codes if self.case.codes else codes.view(torch.float8_e4m3fn)
 
     def served(self) -> str:
@@ -105,7 +119,8 @@ class _Problem(Tensors):
             "paged_logits" if case.op == "select" else case.op,
             self.bytes.device, DTYPES[case.dtype], head_dim=case.head, heads=case.heads,
             block_size=getattr(case, "block", 64), piece=getattr(case, "piece", 8),
-            candidates=getattr(case, "held", 0), alignment=alignment(self.keys, self.bytes),
+            candidates=getattr(case, "held", 0), fp4=self.fp4,
+            alignment=alignment(self.keys, self.bytes),
         )  # fmt: skip
         return choose(call, case.backend)
 
@@ -114,7 +129,7 @@ class _PagedProblem(_Problem, Requests):
     def __init__(self, case: PagedLogitsCase, device: str) -> None:
         super().__init__(case, device)
         self._queries()
-        size = case.block * (case.head + 4)
+        size = case.block * sum(case.key_bytes)
         self.pages = self.guarded(
             "the cache", case.pages, size, torch.uint8, stride=size + case.pad
         )
@@ -139,15 +154,17 @@ class _PagedProblem(_Problem, Requests):
             less = torch.randint(0, 71, shape, generator=torch.Generator().manual_seed(seed))
         self.fill_lengths(step, less)
         self._draw_table(torch.Generator().manual_seed(seed))
-        split = case.block * case.head
+        value_bytes, scale_bytes = case.key_bytes
+        split = case.block * value_bytes
         codes, scale = self._draw_keys(g, case.pages * case.block)
         self.pages[:, :split].copy_(codes.view(case.pages, split))
-        self.pages[:, split:].copy_(scale.view(torch.uint8).view(case.pages, 4 * case.block))
-        values = self.pages[:, :split].unflatten(1, (case.block, case.head))
-        scales = self.pages[:, split:].unflatten(1, (case.block, 4))
+        some = scale.view(torch.uint8).reshape(case.pages, scale_bytes * case.block)
+        self.pages[:, split:].copy_(some)
+        values = self.pages[:, :split].unflatten(1, (case.block, value_bytes))
+        scales = self.pages[:, split:].unflatten(1, (case.block, scale_bytes))
         if case.nan and case.pages:
             at = r.randrange(case.pages), r.randrange(case.block)
-            values[at][r.randrange(case.head)] = 0xFF
+            values[at][r.randrange(value_bytes)] = 0xFF
             scales[r.randrange(case.pages), r.randrange(case.block)] = 0xFF
         if case.poison and case.pages:
             unseen = torch.arange(case.block, device=self.device) >= self._seen()[:, None]
@@ -193,8 +210,9 @@ class _PagedProblem(_Problem, Requests):
 
     def _typed_queries(self) -> torch.Tensor:
         case, stride = self.case, self.bytes.stride(0)
-        shape = self.batch, case.next_n, case.heads, case.head
-        steps = case.next_n * stride, stride, case.head, 1
+        size = self.bytes.shape[1] // case.heads
+        shape = self.batch, case.next_n, case.heads, size
+        steps = case.next_n * stride, stride, size, 1
         q = self.bytes.as_strided(shape, steps, self.bytes.storage_offset())
         return self.typed(q[:, 0] if case.flat else q)
 
@@ -205,13 +223,14 @@ class _PagedProblem(_Problem, Requests):
         return {"block_size": self.case.block}
 
     def take(self, rows: torch.Tensor, next_n: int) -> tuple[Any, ...]:
-        q = self.bytes[rows].view(-1, next_n, self.case.heads, self.case.head)
+        q = self.bytes[rows].unflatten(1, (self.case.heads, -1)).unflatten(0, (-1, next_n))
         table = self.table[rows[::next_n] // self.next_n]
         return self.typed(q), self.cache, self.weights[rows], self.per_row[rows], table
 
     def exact(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         case = self.case
-        q = self.bytes.contiguous().view(self.batch, case.next_n, case.heads, case.head)
+        q = self.typed(self.bytes.contiguous())
+        q = q.view(self.batch, case.next_n, case.heads, case.head)
         return exact.paged(q, self.pages, self.weights, self.table, case.block, columns)
 
     def counts(self, columns: int) -> torch.Tensor:
@@ -327,7 +346,7 @@ def _against_float64(problem: Any, got: torch.Tensor, inside: torch.Tensor) -> N
     served = problem.served()
     wrong, low, high = exact.outside(
         got, score[:, :columns], size[:, :columns],
-        exact.TOLERANCE[served, problem.case.kind],
+        exact.TOLERANCE[served, problem.case.content],
     )  # fmt: skip
 
     def values(row: int, column: int) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 __all__ = [
-    "ADAPTERS", "CANDIDATE_SUITES", "ENGINES", "FUZZED", "KS", "LOGITS_DTYPES", "LOGITS_SUITES",
-    "RECALL_DTYPES", "RECALL_KINDS", "SGLANG_CALLS", "TOKENSPEED_CALLS", "TOPK_DTYPES",
-    "TOPK_SUITES",
+    "ADAPTERS", "CACHES", "CANDIDATE_SUITES", "ENGINES", "FUZZED", "KS", "LOGITS_DTYPES",
+    "LOGITS_SUITES", "RECALL_DTYPES", "RECALL_KINDS", "SGLANG_CALLS", "TOKENSPEED_CALLS",
+    "TOPK_DTYPES", "TOPK_SUITES",
 ]  # fmt: skip
 
 KS = (512, 1024, 2048)  # of the models; the last is the most that the top-k takes
@@ -15,6 +15,7 @@ TOPK_SUITES = ("decode", "served", "narrow", "adversarial", "prefill", "paged")
 LOGITS_DTYPES = TOPK_DTYPES
 LOGITS_SUITES = ("decode", "next_n", "varied", "prefill")
 CANDIDATE_SUITES = ("decode", "prefill")
+CACHES = ("fp8", "fp4")  # of the index layers of V4.1
 ADAPTERS = ("sglang", "tokenspeed")
 SGLANG_CALLS = ("paged", "paged_raw", "dsa", "prefill")  # that benchmarks.engines times
 TOKENSPEED_CALLS = (

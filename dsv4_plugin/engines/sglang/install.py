@@ -10,18 +10,21 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from dsv4_plugin.engines.sglang import probe, registry, wrappers
+from dsv4_plugin.engines.sglang import probe, registry, v41, wrappers
 from dsv4_plugin.engines.sglang.adapter import SglangAdapter, current
 from dsv4_plugin.engines.shared import adapter, decision
 from dsv4_plugin.state import state
 
 __all__ = ["install", "uninstall"]
 
-# What is put around the targets of each seam, in their order.
+# What is put around the first targets of each seam, in their order.
 _HOOKS: dict[str, tuple[Callable[..., Any], ...]] = {
     "forward": (wrappers.forward,),
     "topk.paged": (wrappers.topk_v1, wrappers.topk_v2),
     "topk.dsa": (wrappers.topk_dsa,),
+    "budget": (wrappers.row_chunks, wrappers.nonpaged_plan),
+    "topk.candidates": (v41.make_candidates,),
+    "topk.full": (v41.make_full,),
 }
 
 
@@ -35,12 +38,13 @@ def install() -> None:
     for name, site in found.items():
         now.found(name, site.where, site.why or "no call came yet")
         if name in _HOOKS:
-            now.targets[name] = site.targets
-            for target, hook in zip(site.targets, _HOOKS[name], strict=False):
+            hooked = dict(zip(site.targets, _HOOKS[name], strict=False))
+            now.targets[name] = tuple(hooked)
+            for target, hook in hooked.items():
                 registry.around(target, hook)
     state.seams["flag"].why = found["flag"].why
     # No call reaches a seam that is not there, so an explicit setting is answered here.
-    now.missing(logging.ERROR if decision.explicit() else logging.INFO)
+    now.missing(logging.ERROR if decision.explicit() else logging.INFO, without=probe.absent())
 
 
 def uninstall() -> None:

@@ -18,7 +18,9 @@ from dsv4_plugin.engines.shared import decision, logits, shadow
 from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.ops import dispatch as backends
 
-__all__ = ["KINDS", "LayerKind", "for_dsa", "for_v4"]
+__all__ = ["KINDS", "V41_HEADS", "V41_K", "LayerKind", "for_dsa", "for_v4", "for_v41"]
+
+V41_HEADS, V41_K = 32, 512  # of DeepSeek-V4.1's index layers
 
 # SGLang's own switches that put another implementation in; absent names are ignored.
 _OTHER_TOPK = ("SGLANG_TOPK_TRANSFORM_512_TORCH",)
@@ -34,25 +36,40 @@ class LayerKind:
     """A kind of layers. A new one is a new record in :data:`KINDS` and a hook that names it.
 
     ``dtypes`` are what ``DSV4_TOPK=auto`` tries, best first. ``seams`` are those that the selection
-    needs. ``counter`` names its calls. ``float32_logits``: why SGLang's own logits are the only
+    needs. ``counters`` name its calls. ``float32_logits``: why SGLang's own logits are the only
     ones that it can select on; empty where the plugin can write them, or ask for bfloat16.
+    ``fp4_ops``: the ops that score FP4 keys for it, where it selects on the plugin's own logits.
     """
 
     name: str
     dtypes: tuple[str, ...]
     seams: tuple[str, ...]
-    counter: str
+    counters: tuple[str, ...]
     float32_logits: str = ""
+    fp4_ops: tuple[str, ...] = ()
 
+
+_SCAN = ("paged_logits", "block_maxima", "candidate_logits")
 
 KINDS = {
-    "v4": LayerKind("DeepSeek-V4 indexer", ("bf16", "fp32"), ("forward", "topk.paged"), "paged"),
+    "v4": LayerKind("DeepSeek-V4 indexer", ("bf16", "fp32"), ("forward", "topk.paged"), ("paged",)),
     "dsa": LayerKind(
         "DSA top-k",
         ("fp32",),
         ("topk.dsa",),
-        "dsa",
+        ("dsa",),
         "V3.2 and GLM select on float32 logits; they were not trained with bfloat16 ones",
+    ),
+    # The scores of FP4 keys are bfloat16 numbers in SGLang, too.
+    "v41.candidates": LayerKind(
+        "DeepSeek-V4.1 source and consumers",
+        ("bf16",),
+        ("topk.candidates",),
+        ("v41.source", "v41.consumer"),
+        fp4_ops=_SCAN,
+    ),
+    "v41.full": LayerKind(
+        "DeepSeek-V4.1 plain", ("bf16",), ("topk.full",), ("v41.plain",), fp4_ops=_SCAN
     ),
 }
 
@@ -64,8 +81,9 @@ class _Call:
     kind: LayerKind
     k: int
     device: torch.device
-    backend: Any  # SGLang's DSATopKBackend, or None before 0.5.17
-    fp4: bool = False
+    backend: Any = None  # SGLang's DSATopKBackend; None before 0.5.17, and where it has no say
+    fp4: bool = False  # MXFP4 where V4 has FP8
+    unfit: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.kind.name}, k {self.k}, {self.device}"
@@ -84,19 +102,31 @@ def for_dsa(dsa_backend: Any, k: int, device: torch.device) -> Selection | None:
     return _get(_Call(KINDS["dsa"], k, device, dsa_backend))
 
 
+def for_v41(which: str, device: torch.device, unfit: tuple[str, ...] = ()) -> Selection | None:
+    """Return how ``candidates`` or ``full`` of DeepSeek-V4.1 select, or None: as SGLang does.
+
+    ``unfit``: why the plugin cannot stand before what SGLang has made.
+    """
+    return _get(_Call(KINDS[f"v41.{which}"], V41_K, device, unfit=unfit))
+
+
 def _get(call: _Call) -> Selection | None:
     now = current()
     if now is None:
         return None
     kind = call.kind
-    names = kind.seams if kind.float32_logits else (*kind.seams, "logits")
+    names = kind.seams if kind.float32_logits or kind.fp4_ops else (*kind.seams, "logits")
 
     def report(selection: Selection | None, passed: decision.PassedOver) -> None:
-        now.report(str(call), names, selection, passed)
+        also = {}
+        if kind is KINDS["v4"]:
+            narrow = selection is not None and selection.dtype != "fp32"
+            also["budget"] = None if narrow else "logits are float32"
+        now.report(str(call), names, selection, passed, also)
         if selection is not None:
-            if selection.logits == "plugin" or selection.request_bf16:
+            if "logits" in names and (selection.logits == "plugin" or selection.request_bf16):
                 deep_gemm.patch(now.ledger)
-            shadow.prepare(call.device, kind.counter)
+            shadow.prepare(call.device, *kind.counters)
 
     return now.decide_once(
         call, kind.dtypes, lambda settings, dtype: _possible(now, settings, call, dtype), report
@@ -106,7 +136,7 @@ def _get(call: _Call) -> Selection | None:
 def _possible(
     now: SglangAdapter, settings: envs.Settings, call: _Call, dtype: str
 ) -> tuple[Selection | None, list[str]]:
-    reasons = decision.unfit_k(call.k)
+    reasons = [*decision.unfit_k(call.k), *call.unfit]
     if settings.indexer_read not in ("auto", "off"):
         reasons.append(
             f"DSV4_INDEXER_READ={settings.indexer_read} has no seam: {now.engine} gathers the "
@@ -117,7 +147,8 @@ def _possible(
     if call.backend is not None and not call.backend.is_sgl_kernel():
         name = getattr(call.backend, "value", call.backend)
         reasons.append(f"SGLang's option --dsa-topk-backend is {name}")
-    reasons += [f"SGLang's switch {n} chooses its own top-k" for n in _OTHER_TOPK if _set(n)]
+    if not call.kind.fp4_ops:
+        reasons += [f"SGLang's switch {n} chooses its own top-k" for n in _OTHER_TOPK if _set(n)]
     for name in call.kind.seams:
         reasons += now.problems(name)
     return logits.select(
@@ -143,6 +174,8 @@ def _elsewhere(now: SglangAdapter, call: _Call) -> list[str]:
 
 def _plugin_logits(now: SglangAdapter, call: _Call, dtype: str, backend: str) -> list[str]:
     """Return why the plugin's kernel cannot write the logits here."""
+    if call.kind.fp4_ops:
+        return _fp4_scores(call, dtype, backend)
     if call.kind.float32_logits:
         return ["plugin's logits: V3.2 and GLM have no seam for them in SGLang"]
     reasons = [] if call.fp4 else _elsewhere(now, call)  # MXFP4 is a reason already
@@ -150,8 +183,24 @@ def _plugin_logits(now: SglangAdapter, call: _Call, dtype: str, backend: str) ->
     return reasons or ([] if call.fp4 else deep_gemm.unmet(now.ledger))
 
 
+def _fp4_scores(call: _Call, dtype: str, backend: str) -> list[str]:
+    """Return why the plugin cannot score the FP4 keys of DeepSeek-V4.1."""
+    if dtype != "bf16":
+        return [f"the scores of DeepSeek-V4.1's FP4 keys are bfloat16 numbers, not {dtype}"]
+    why = [
+        reason
+        for op in call.kind.fp4_ops
+        for reason in backends.unmet(
+            backends.Call(op, call.device, torch.bfloat16, heads=V41_HEADS, fp4=True), backend
+        )
+    ]
+    return [f"plugin's scores by {backend}: {reason}" for reason in decision.unique(why)]
+
+
 def _engine_logits(now: SglangAdapter, call: _Call, dtype: str) -> list[str]:
     """Return why DeepGEMM cannot write this dtype here."""
+    if call.kind.fp4_ops:
+        return ["DeepSeek-V4.1 is served on the plugin's own scores only"]
     if dtype == "fp32" or call.fp4:  # MXFP4 is a reason already
         return []
     if dtype == "fp16":

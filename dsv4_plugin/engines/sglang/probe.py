@@ -6,13 +6,26 @@ Nothing is registered for a seam that is not recognised.
 
 from __future__ import annotations
 
-from dsv4_plugin.engines.shared import seam
+from dsv4_plugin.engines.shared import seam, source
 from dsv4_plugin.engines.shared.seam import Place, Seam
 from dsv4_plugin.engines.shared.source import Site
 
-__all__ = ["DSA", "INDEXER", "LOGITS", "PAGED", "SEAMS", "SERVER_ARGS", "look"]
+__all__ = [
+    "DSA",
+    "INDEXER",
+    "LOGITS",
+    "METADATA",
+    "PAGED",
+    "SEAMS",
+    "SERVER_ARGS",
+    "V41",
+    "absent",
+    "look",
+]
 
 INDEXER = "sglang.srt.layers.attention.dsv4.indexer"
+V41 = "sglang.srt.layers.attention.dsv4.v41_indexer"
+METADATA = "sglang.srt.layers.attention.dsv4.metadata"
 DSA = "sglang.srt.layers.attention.dsa.dsa_topk_backend"
 SERVER_ARGS = "sglang.srt.server_args"
 LOGITS = ("fp8_paged_mqa_logits", "fp8_mqa_logits")
@@ -21,6 +34,15 @@ PAGED = ("scores", "seq_lens", "page_tables", "out_page_indices", "page_size")
 
 def _paged(name: str) -> tuple[Place, ...]:
     return Place(INDEXER, name), Place(INDEXER, f"{name}_v2")
+
+
+def _method(module: str, name: str, *takes: str, field: str = "") -> Place:
+    """Return a method before which the plugin stands: it takes these and no others.
+
+    ``field`` is one of the inputs, of which the plugin makes use.
+    """
+    used = (f"{V41}.types", "", f"    {field}: ") if field else None
+    return Place(f"{V41}.{module}", name, ("self", *takes), exactly=True, used=used)
 
 
 SEAMS = (
@@ -85,7 +107,82 @@ SEAMS = (
         why="for V3.2 and GLM as for V4: exact, with ties to the lowest index",
         until="as topk.paged",
     ),
+    Seam(
+        "budget",
+        (
+            (
+                Place(METADATA, "plan_indexer_row_chunks", has=("num_rows", "num_cols",
+                                                                "budget_bytes")),
+                Place(
+                    INDEXER, "C4IndexerBackendMixin._get_nonpaged_indexer_plan",
+                    has=("self", "indexer_metadata"),
+                    used=(INDEXER, "C4IndexerBackendMixin._get_nonpaged_indexer_plan",
+                          "budget_bytes=indexer_metadata.mqa_logits_budget_bytes"),
+                ),
+            ),
+        ),
+        puts="twice the bytes in which SGLang counts, once all logits are in two bytes",
+        why="SGLang cuts a long prefill of DeepSeek-V4 so that float32 logits fit its budget, and "
+        "each part reads all keys",
+        until="SGLang asks what its logits take",
+        optional=True,
+    ),
+    Seam(
+        "topk.candidates",
+        (
+            (
+                Place(
+                    V41, "make_candidate_indexer",
+                    has=("token_to_kv_pool", "req_to_token", "candidate_topk_blocks",
+                         "candidate_block_size"),
+                ),
+                _method("dense_blocks", "DenseBlocksBackend.publish_decode", "inputs",
+                        field="paged_metadata"),
+                _method("dense_blocks", "DenseBlocksBackend.publish_prefill", "inputs",
+                        field="rows_per_request_device"),
+                _method("dense_blocks", "DenseBlocksBackend.consume_decode", "inputs",
+                        "published"),
+                _method("dense_blocks", "DenseBlocksBackend.consume_prefill", "inputs",
+                        "published"),
+            ),
+        ),
+        puts="an object before the one that serves DeepSeek-V4.1's source and consumers: exact "
+        "candidate blocks, and consumers that score the keys of these only, without a host read",
+        why="on Hopper SGLang's consumers score every key, its prefill runs in eager torch, and it "
+        "promises no order among equal scores",
+        until="SGLang has kernels for Hopper that do the same: before an object of another class "
+        "the plugin does not stand",
+        upstream="#40574",
+        optional=True,
+    ),
+    Seam(
+        "topk.full",
+        (
+            (
+                Place(V41, "make_full_topk_indexer", has=("token_to_kv_pool", "req_to_token")),
+                _method("full_topk", "FullTopKIndexer.topk_decode", "inputs",
+                        field="paged_metadata"),
+                _method("full_topk", "FullTopKIndexer.topk_prefill", "inputs",
+                        field="rows_per_request_device"),
+            ),
+        ),
+        puts="the same for DeepSeek-V4.1's layers without candidates",
+        why="as topk.candidates",
+        until="as topk.candidates",
+        upstream="#40574",
+        optional=True,
+    ),
 )  # fmt: skip
+
+
+def absent() -> list[str]:
+    """Return the seams that a release may be without: those of a model that it does not have."""
+    names = [record.name for record in SEAMS if record.optional]
+    try:
+        source.find(V41)
+    except source.Missing:
+        return names
+    return [name for name in names if not name.startswith("topk.")]
 
 
 def look() -> dict[str, Site]:

@@ -21,7 +21,7 @@ from dsv4_plugin.engines.shared.decision import KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
 from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, rows_of, widen
 
-__all__ = ["forward", "topk_dsa", "topk_v1", "topk_v2"]
+__all__ = ["forward", "nonpaged_plan", "row_chunks", "topk_dsa", "topk_v1", "topk_v2"]
 
 
 def forward(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +41,32 @@ def forward(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any)
         original(self, *args, **kwargs)
     finally:
         call.kind, call.selection = before
+
+
+def row_chunks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Let SGLang cut a paged prefill by what the logits of all its layers take."""
+    budget = kwargs.get("budget_bytes")
+    return original(*args, **{**kwargs, "budget_bytes": _counted_in_fours(budget)})
+
+
+def nonpaged_plan(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same for the prefill of one request, which is cut at the first layer of a forward."""
+    metadata = kwargs["indexer_metadata"]
+    budget = metadata.mqa_logits_budget_bytes
+    metadata.mqa_logits_budget_bytes = _counted_in_fours(budget)
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        metadata.mqa_logits_budget_bytes = budget
+
+
+def _counted_in_fours(budget: int | None) -> int | None:
+    """Return a budget to which SGLang compares four bytes a logit, where all take two.
+
+    What fails within that forward and writes four bytes after all has twice the budget, of which
+    SGLang makes a fifth of the free memory.
+    """
+    return 2 * budget if budget and adapter.current().narrow_selections() else budget
 
 
 _V1 = ("seq_lens", "page_tables", "out_page_indices", "page_size", "out_raw_indices")

@@ -15,17 +15,32 @@ from kits.release_runner import Releases, versions
 
 CASES = Path(__file__).resolve().parent / "host"
 VERSIONS = versions("DSV4_SGLANG_VERSIONS", "0.5.23,0.5.20,0.5.19,0.5.16")
+# The seams of DeepSeek-V4.1 and of the budget are there from 0.5.22 on.
+V41_VERSIONS = versions("DSV4_SGLANG_VERSIONS", "0.5.23,0.5.22")
 RELEASES = Releases(
     "SGLang", "hosts", ("sglang/{}",),
-    ("--sglang", ",".join(VERSIONS), "--tokenspeed", ""), "SGLANG_",
+    ("--sglang", ",".join(dict.fromkeys((*VERSIONS, *V41_VERSIONS))), "--tokenspeed", ""),
+    "SGLANG_",
 )  # fmt: skip
-FEWEST_CASES = 175
+V41_FILES = ["host_budget.py", *sorted(path.name for path in CASES.glob("host_v41_*.py"))]
+FILES = sorted({path.name for path in CASES.glob("host_*.py")} - {*V41_FILES})
+FEWEST_CASES, V41_FEWEST_CASES = 175, 75
+# SGLang's Triton kernels run in Triton's interpreter.
+INTERPRET = {"TRITON_INTERPRET": "1"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_release(version: str, tmp_path: Path) -> None:
-    RELEASES.run_cases(version, CASES, tmp_path / "report.xml", FEWEST_CASES)
+    RELEASES.run_cases(version, CASES, tmp_path / "report.xml", FEWEST_CASES, FILES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", V41_VERSIONS)
+def test_v41(version: str, tmp_path: Path) -> None:
+    """DeepSeek-V4.1's index layers, and the cut of a long prefill of V4."""
+    report = tmp_path / "report.xml"
+    RELEASES.run_cases(version, CASES, report, V41_FEWEST_CASES, V41_FILES, INTERPRET)
 
 
 @pytest.mark.slow
@@ -54,3 +69,20 @@ def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
         assert rows[call, "fp32"]["agreement"] == 1.0
         assert rows[call, "bf16"]["counters"]["logits.bf16"] == 1
     assert found["seams"]["topk.paged"]["why"] is None
+
+
+@pytest.mark.slow
+def test_the_driver_of_v41_for_a_gpu(tmp_path: Path) -> None:
+    found = RELEASES.run_driver(
+        V41_VERSIONS[0], tmp_path / "found.json", options=["--model", "v41"], more=INTERPRET
+    )
+    rows = {(row["part"], row["variant"]): row for row in found["results"]}
+    calls = {part for part, variant in rows if variant == "off"}
+    assert len(calls) == 3 and len(rows) == 3 * 2 + 1
+    for call in calls:
+        assert rows[call, "off"]["layers"].keys() == rows[call, "plugin"]["layers"].keys()
+        assert rows[call, "plugin"]["agreement"] >= 0.99
+        assert {f"topk.v41.{kind}" for kind in ("plain", "source", "consumer")} <= {
+            *rows[call, "plugin"]["counters"]
+        }
+    assert found["seams"]["topk.candidates"]["why"] is None

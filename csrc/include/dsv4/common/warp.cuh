@@ -21,6 +21,14 @@ __device__ __forceinline__ uint32_t lanes_below() {
   return mask;
 }
 
+// Keeps an address of global memory in registers: to the compiler it is not worth two of them, and
+// it would be worked out again at every use.
+template <class T>
+__device__ __forceinline__ void hold(T*& address) {
+  asm volatile("" : "+l"(address));
+  __builtin_assume(__isGlobal(address));
+}
+
 // Inclusive prefix sum over the lanes of a full warp: two instructions a step.
 __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value) {
 #pragma unroll

@@ -24,6 +24,7 @@ struct CandidateConfig {
   static constexpr int kHeads = kHeads_, kRows = 1;
   static constexpr int kStages = 4;  // blocks of keys in the ring
   static constexpr int kCtas = 4;    // a multiprocessor
+  using Shared = PipelineShared<CandidateConfig>;
 };
 
 // ---- Where the keys of a row's pieces are
@@ -239,11 +240,38 @@ __device__ __forceinline__ void copy_pieces(const PipelineShared<Config>& shared
   }
 }
 
+// Writes the score of own_key() of a row's block. `seen`: keys of its piece that the row sees.
+template <class Out>
+__device__ __forceinline__ void write_piece(const CandidateParams& p, Out* row, int32_t block,
+                                            int32_t seen, float score) {
+  const int32_t column = block * kBlockKeys + own_key();
+  if (writes_score<1>() && column < p.output.columns) {
+    round_to(own_key() % kPieceKeys < seen ? score : -INFINITY, row + column);
+  }
+}
+
+// Blocks first ... last - 1 of a row.
+template <class Out, class Config, class Pieces>
+__device__ __forceinline__ void score_pieces(const typename Pieces::Params& p, const Pieces& pieces,
+                                             CandidateList<Pieces>& list, int32_t row,
+                                             int32_t first, int32_t last,
+                                             const PipelineShared<Config>& shared) {
+  shared.rows.copy(0, pieces.query, p.queries.weights_of(row));
+  list.begin();
+  const auto copy = [&](int32_t turn, int slot) { copy_pieces(shared, pieces, list, turn, slot); };
+  BlockPipeline<Config, decltype(copy)> pipeline(shared, last - first, copy);
+  Out* const out = static_cast<Out*>(p.output.out) + row * p.output.stride;
+  pipeline.run([&](int32_t turn, const float (&score)[1]) {
+    const int32_t seen = list.recall_seen(turn, own_key() / kPieceKeys);
+    write_piece<Out>(p, out, first + turn, seen, score[0]);
+  });
+}
+
 template <class Out, class Config, class Pieces>
 __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
     candidate_logits_kernel(const __grid_constant__ typename Pieces::Params p) {
   extern __shared__ __align__(kSwizzleBytes) uint8_t memory[];
-  const PipelineShared<Config> shared(memory);
+  const typename Config::Shared shared(memory);
   pdl_wait();
   pdl_launch_dependents();
 
@@ -262,21 +290,7 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
     CandidateList<Pieces> list(p, pieces, row, first, last);
     if (again) __syncthreads();  // no thread still reads the row before
     again = true;
-    shared.rows.copy(0, pieces.query, p.queries.weights + row * p.queries.weight_stride);
-    list.begin();
-
-    const auto copy = [&](int32_t turn, int slot) {
-      copy_pieces(shared, pieces, list, turn, slot);
-    };
-    BlockPipeline<Config, decltype(copy)> pipeline(shared, last - first, copy);
-    Out* out = static_cast<Out*>(p.output.out) + row * p.output.stride;
-    pipeline.run([&](int32_t turn, const float (&score)[1]) {
-      const int32_t seen = list.recall_seen(turn, own_key() / kPieceKeys);
-      const int32_t column = (first + turn) * kBlockKeys + own_key();
-      if (writes_score<1>() && column < p.output.columns) {
-        round_to(own_key() % kPieceKeys < seen ? score[0] : -INFINITY, out + column);
-      }
-    });
+    score_pieces<Out>(p, pieces, list, row, first, last, shared);
     block += last - first;
   }
   copies_wait<0>();

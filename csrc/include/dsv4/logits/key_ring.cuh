@@ -39,10 +39,10 @@ struct RowSet {
 
   // Begins the copy of one row.
   __device__ __forceinline__ void copy(int row, const uint8_t* query,
-                                       const float* from_weights) const {
+                                       const uint8_t* from_weights) const {
     const int thread = threadIdx.x % kGroupThreads;
     copy_rows<kHeads>(queries + row * kQueryBytes, query);
-    if (thread < kHeads) copy_word(weights + row * kHeads + thread, from_weights + thread);
+    if (thread < kHeads) copy_word(weights + row * kHeads + thread, from_weights + thread * 4);
   }
 };
 

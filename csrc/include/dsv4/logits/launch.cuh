@@ -8,6 +8,7 @@
 
 #include "dsv4/common/launch.cuh"
 #include "dsv4/logits/candidates.cuh"
+#include "dsv4/logits/launch_resident.cuh"
 #include "dsv4/logits/paged.cuh"
 #include "dsv4/logits/ragged.cuh"
 
@@ -40,18 +41,6 @@ inline cudaError_t with_page(int page_keys, const F& f) {
   if (page_keys == 64) return f(std::integral_constant<int, 64>());
   if (page_keys == 32) return f(std::integral_constant<int, 32>());
   return cudaErrorInvalidValue;
-}
-
-// A kernel of one warpgroup a CTA, as many as fit at once, and no more than there are blocks.
-template <auto kKernel, class Config, class Params>
-inline cudaError_t launch_resident(const Params& p, int64_t blocks, int sms, int device,
-                                   cudaStream_t stream) {
-  constexpr int kBytes = PipelineShared<Config>::kBytes;
-  const cudaError_t allowed = allow_shared_memory<kKernel>(device, kBytes);
-  if (allowed != cudaSuccess) return allowed;
-  const int64_t resident = int64_t{Config::kCtas} * sms;
-  const dim3 grid(static_cast<unsigned>(blocks < resident ? blocks : resident));
-  return launch_overlapped(kKernel, grid, kGroupThreads, 1, kBytes, stream, p);
 }
 
 template <class Out, int kHeads, int kRows, int kPageKeys>

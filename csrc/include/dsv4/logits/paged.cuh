@@ -30,6 +30,8 @@ struct PagedConfig {
   static constexpr int kStages = kRows == 1 && kHeads == 64 ? 4 : 5;
   static constexpr int kCtas = kRows == 1 ? 4 : 2;  // a multiprocessor
   static constexpr bool kMaxima = kMaxima_;         // of pieces are written
+  static constexpr int kGroup = kRows == 1 ? 1 : kAllRows;
+  using Shared = PipelineShared<PagedConfig>;
 };
 
 // Rows first ... first + count - 1 of a request, at most kRows; `row` is the first of them among
@@ -56,7 +58,7 @@ __device__ __forceinline__ void copy_rows(const Queries& queries, const RequestR
   for (int j = 0; j < Config::kRows; ++j) {
     if (Config::kRows > 1 && j >= rows.count) continue;
     shared.rows.copy(j, queries.row(rows.request, rows.first + j),
-                     queries.weights + (rows.row + j) * queries.weight_stride);
+                     queries.weights_of(rows.row + j));
   }
 }
 
@@ -84,13 +86,57 @@ __device__ __forceinline__ void write_maximum(Out* row, int32_t key, int32_t len
   round_to(pinned ? INFINITY : score, row + piece);
 }
 
+// Where the scores of a thread go, of rows of a request.
+template <class Out, class Config>
+struct RangeOutput {
+  static constexpr int kRows = Config::kRows, kOwn = kOwnRows<kRows>;
+
+  Out* out[kOwn];  // of own_key(), or null where there is none
+  Out* maxima[kOwn];
+  int32_t length[kOwn];
+  bool scores;
+
+  __device__ __forceinline__ RangeOutput(const PagedLogitsParams& p, const RequestRows& rows)
+      : scores(!Config::kMaxima || p.output.out != nullptr) {
+#pragma unroll
+    for (int o = 0; o < kOwn; ++o) {
+      const int32_t at = first_own_row<kRows>() + o, row = rows.row + at;
+      length[o] = kRows == 1 || at < rows.count ? clip_length(p.lengths.of(row), p.columns) : 0;
+      out[o] = static_cast<Out*>(p.output.out) + row * p.output.stride + own_key();
+      maxima[o] = static_cast<Out*>(p.maxima.out) + row * p.maxima.stride;
+    }
+  }
+
+  __device__ __forceinline__ void hold_pointers() {
+#pragma unroll
+    for (int o = 0; o < kOwn; ++o) {
+      hold(out[o]);
+      if (Config::kMaxima) hold(maxima[o]);
+    }
+  }
+
+  // The scores of own_key() of the block from `key` on. `there`: the key's page exists.
+  __device__ __forceinline__ void write(int32_t key, bool there, const float (&score)[kOwn]) const {
+#pragma unroll
+    for (int o = 0; o < kOwn; ++o) {
+      Out rounded;
+      round_to(there ? score[o] : -INFINITY, &rounded);
+      const bool seen = key + own_key() < length[o];
+      if (scores && writes_score<kRows>() && seen) out[o][key] = rounded;
+      if constexpr (Config::kMaxima) {
+        write_maximum<kRows>(maxima[o], key + own_key(), length[o],
+                             seen ? widen(rounded) : -INFINITY);
+      }
+    }
+  }
+};
+
 // A range's blocks against rows of its request, which are on their way.
 template <class Out, class Config, class Pages>
 __device__ __forceinline__ void score_range(const PagedLogitsParams& p, const BlockRange& range,
                                             Pages& pages, const RequestRows& rows,
                                             const PipelineShared<Config>& shared) {
   using Page = typename Config::Page;
-  constexpr int kRows = Config::kRows, kOwn = kOwnRows<kRows>;
 
   // A page that does not exist leaves its part of the slot as it is.
   const auto copy = [&](int32_t turn, int slot) {
@@ -106,32 +152,11 @@ __device__ __forceinline__ void score_range(const PagedLogitsParams& p, const Bl
   };
   const int32_t turns = (range.last - range.first + range.step - 1) / range.step;
   BlockPipeline<Config, decltype(copy)> pipeline(shared, turns, copy);
-  Out* out[kOwn];
-  Out* maxima[kOwn];
-  int32_t length[kOwn];
-#pragma unroll
-  for (int o = 0; o < kOwn; ++o) {
-    const int32_t at = first_own_row<kRows>() + o, row = rows.row + at;
-    length[o] = kRows == 1 || at < rows.count ? clip_length(p.lengths.of(row), p.columns) : 0;
-    out[o] = static_cast<Out*>(p.output.out) + row * p.output.stride + own_key();
-    maxima[o] = static_cast<Out*>(p.maxima.out) + row * p.maxima.stride;
-  }
-  const bool scores = !Config::kMaxima || p.output.out != nullptr;
-  pipeline.run([&](int32_t turn, const float (&score)[kOwn]) {
+  const RangeOutput<Out, Config> output(p, rows);
+  pipeline.run([&](int32_t turn, const float (&score)[kOwnRows<Config::kRows>]) {
     const bool there =
         p.keys.exists(pages.recall(turn, Page::kOfBlock == 1 ? 0 : own_key() / Page::kKeys));
-    const int32_t key = (range.first + turn * range.step) * kBlockKeys;
-#pragma unroll
-    for (int o = 0; o < kOwn; ++o) {
-      Out rounded;
-      round_to(there ? score[o] : -INFINITY, &rounded);
-      const bool seen = key + own_key() < length[o];
-      if (scores && writes_score<kRows>() && seen) out[o][key] = rounded;
-      if constexpr (Config::kMaxima) {
-        write_maximum<kRows>(maxima[o], key + own_key(), length[o],
-                             seen ? widen(rounded) : -INFINITY);
-      }
-    }
+    output.write((range.first + turn * range.step) * kBlockKeys, there, score);
   });
 }
 
@@ -140,23 +165,22 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
     paged_logits_kernel(const __grid_constant__ PagedLogitsParams p) {
   using Pages = PageNumbers<Config::Page::kOfBlock>;
   extern __shared__ __align__(kSwizzleBytes) uint8_t memory[];
-  const PipelineShared<Config> shared(memory);
-  constexpr bool kOneRow = Config::kRows == 1;
-  const int32_t next_n = kOneRow ? 1 : p.queries.next_n;
+  const typename Config::Shared shared(memory);
   pdl_wait();
   pdl_launch_dependents();
 
   // A single request's length, pages and query are on their way at the same time: its table row may
   // be read beyond the length, not beyond its width.
-  const bool single = p.batch == 1;
+  const RowGroups<Config::kGroup> groups(p);
+  const bool single = groups.count == 1;
   const int32_t step = static_cast<int32_t>(gridDim.x);
-  BlockList<kOneRow> list(p);
+  BlockList<Config::kGroup> list(groups);
   BlockRange range{0, static_cast<int32_t>(blockIdx.x), 0, step};
   Pages pages(p.keys.block_table, single ? p.keys.table_width : 0, range.first, step);
   uint32_t block = 0, end = 0;  // of the list
   if (single) {
     copy_rows(p.queries, RequestRows(p.queries, 0, 0, Config::kRows), shared);
-    range.last = static_cast<int32_t>(blocks_of<kOneRow>(p, 0));
+    range.last = static_cast<int32_t>(groups.blocks(0));
     end = range.first < range.last ? 1 : 0;
   } else {
     const uint32_t total = list.total();
@@ -170,11 +194,12 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
       range = list.find(block, end);
       if (range.first >= range.last) break;
       const int32_t entries = min(range.last * Config::Page::kOfBlock, p.keys.table_width);
-      pages =
-          Pages(p.keys.block_table + range.request * p.keys.table_stride, entries, range.first, 1);
+      pages = Pages(p.keys.block_table + groups.request(range.group) * p.keys.table_stride, entries,
+                    range.first, 1);
     }
-    for (int32_t first = 0; first < next_n; first += Config::kRows) {
-      const RequestRows rows(p.queries, range.request, first, Config::kRows);
+    const int32_t request = groups.request(range.group), last = groups.end(range.group);
+    for (int32_t first = groups.begin(range.group); first < last; first += Config::kRows) {
+      const RequestRows rows(p.queries, request, first, Config::kRows);
       if (!copied) {
         __syncthreads();  // no thread still reads the rows before
         copy_rows(p.queries, rows, shared);

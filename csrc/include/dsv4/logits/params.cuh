@@ -27,21 +27,35 @@ struct Page {
   static constexpr int kOfBlock = kBlockKeys / kKeys;  // pages of a block
 };
 
+// A page of FP4 keys: 64 bytes a key, then four scales a key.
+struct Fp4Page {
+  static constexpr int kKeys = kBlockKeys;
+  static constexpr int kKeyBytes = 64;
+  static constexpr int kKeyScales = 4;  // ue8m0, each of 32 values
+  static constexpr int kScales = kKeys * kKeyBytes;
+  static constexpr int kBytes = kScales + kKeys * kKeyScales;
+  static constexpr int kOfBlock = 1;
+};
+
 // The longest row that a kernel takes: a block may reach past it, and its last key's number must
 // not overflow.
 constexpr int32_t kMostColumns = INT32_MAX - 4096;
 
-// q [rows, heads, 128] e4m3 and weights [rows, heads], where row = request * next_n + j.
+// q [rows, heads, 128] and weights [rows, heads], where row = request * next_n + j: e4m3 and
+// float32, or bfloat16 both for FP4 keys. Strides in bytes.
 struct Queries {
   const uint8_t* q;
-  int64_t request_stride;  // bytes
-  int64_t row_stride;      // bytes
-  const float* weights;
-  int64_t weight_stride;  // elements, from row to row
+  int64_t request_stride;
+  int64_t row_stride;
+  const uint8_t* weights;
+  int64_t weight_stride;  // from row to row
   int32_t next_n;
 
   __device__ __forceinline__ const uint8_t* row(int32_t request, int32_t j) const {
     return q + request * request_stride + j * row_stride;
+  }
+  __device__ __forceinline__ const uint8_t* weights_of(int32_t row) const {
+    return weights + row * weight_stride;
   }
 };
 

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     for (int r = 0; r < kRows; ++r) {
       const int32_t row = row0 + j + r;
       if (row >= p.rows) continue;
-      shared.rows.copy(r, p.queries.row(row, 0), p.queries.weights + row * p.queries.weight_stride);
+      shared.rows.copy(r, p.queries.row(row, 0), p.queries.weights_of(row));
     }
     copies_commit();
   };

@@ -60,6 +60,24 @@ __device__ __forceinline__ float relu(float x) {
   return r;
 }
 
+// Two lanes have half of a key's sums each: adds them up, of the rows from first_own_row() on.
+template <int kRows>
+__device__ __forceinline__ void give_rows(const float (&pair)[kRows],
+                                          float (&own)[kOwnRows<kRows>]) {
+  const bool upper = lane_id() & 2;
+  if constexpr (kRows == 1) {
+    own[0] = pair[0] + __shfl_xor_sync(kFullWarp, pair[0], 2);
+  } else {
+    constexpr int kHalf = kRows / 2;
+#pragma unroll
+    for (int row = 0; row < kHalf; ++row) {
+      const float mine = upper ? pair[kHalf + row] : pair[row];
+      const float theirs = upper ? pair[row] : pair[kHalf + row];
+      own[row] = mine + __shfl_xor_sync(kFullWarp, theirs, 2);
+    }
+  }
+}
+
 // Sums over the heads for own_key(), without its scale, of the rows from first_own_row() on. `sums`
 // are the columns of MmaSums, row after row. The order of the additions depends on nothing.
 template <int kHeads, int kRows>
@@ -67,7 +85,7 @@ __device__ __forceinline__ void sum_heads(const float (&sums)[kRows * kHeads / 2
                                           const HeadWeights<kHeads, kRows>& weights,
                                           float (&own)[kOwnRows<kRows>]) {
   // Four lanes share two keys: each gives away the key that it does not end up with ...
-  const bool odd = lane_id() & 1, upper = lane_id() & 2;
+  const bool odd = lane_id() & 1;
   float pair[kRows];
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
@@ -86,17 +104,7 @@ __device__ __forceinline__ void sum_heads(const float (&sums)[kRows * kHeads / 2
     pair[row] = mine + __shfl_xor_sync(kFullWarp, theirs, 1);
   }
   // ... and then the rows.
-  if constexpr (kRows == 1) {
-    own[0] = pair[0] + __shfl_xor_sync(kFullWarp, pair[0], 2);
-  } else {
-    constexpr int kHalf = kRows / 2;
-#pragma unroll
-    for (int row = 0; row < kHalf; ++row) {
-      const float mine = upper ? pair[kHalf + row] : pair[row];
-      const float theirs = upper ? pair[row] : pair[kHalf + row];
-      own[row] = mine + __shfl_xor_sync(kFullWarp, theirs, 2);
-    }
-  }
+  give_rows<kRows>(pair, own);
 }
 
 }  // namespace dsv4

@@ -1,7 +1,6 @@
 // The work of a paged call, laid end to end: blocks of 64 keys of request 0, then those of request
-// 1,
-// ... The kernel's CTAs share them evenly by the lengths on the device; no schedule is
-// made on the host or by a kernel of its own.
+// 1, ... The kernel's CTAs share them evenly by the lengths on the device; no schedule is made on
+// the host or by a kernel of its own.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +10,9 @@
 
 namespace dsv4 {
 
-// Blocks first, first + step, ... below last of a request.
+// Blocks first, first + step, ... below last for a group of rows.
 struct BlockRange {
-  int32_t request;
+  int32_t group;
   int32_t first;
   int32_t last;
   int32_t step;
@@ -23,36 +22,66 @@ __device__ __forceinline__ int32_t clip_length(int64_t length, int32_t most) {
   return static_cast<int32_t>(length < 0 ? 0 : length > most ? most : length);
 }
 
-// Blocks that the longest row of a request needs.
-template <bool kOneRow>
-__device__ __forceinline__ uint32_t blocks_of(const PagedLogitsParams& p, int32_t request) {
-  const int32_t next_n = kOneRow ? 1 : p.queries.next_n;
-  const int32_t row = request * next_n;
-  int64_t length = p.lengths.of(row + next_n - 1);
-  if (!kOneRow && !p.lengths.shared) {
-#pragma unroll 1
-    for (int32_t j = 0; j + 1 < next_n; ++j) {
-      const int64_t other = p.lengths.of(row + j);
-      length = other > length ? other : length;
-    }
-  }
-  return static_cast<uint32_t>(ceil_div(clip_length(length, p.columns), kBlockKeys));
-}
+// The rows of a call in groups that have their blocks in common: the rows of a request, or, with
+// kMost, at most so many of them.
+constexpr int kAllRows = 0;
 
-// Every warp keeps this for itself: lane i of a turn looks at request `base + i`.
-template <bool kOneRow>
+template <int kMost>
+struct RowGroups {
+  static constexpr bool kCut = kMost > 1;
+
+  const PagedLogitsParams& p;
+  int32_t each;   // groups of a request
+  int32_t count;  // of all
+
+  __device__ __forceinline__ explicit RowGroups(const PagedLogitsParams& p) : p(p) {
+    each = kCut ? (p.queries.next_n + kMost - 1) / kMost : 1;
+    count = p.batch * each;
+  }
+
+  __device__ __forceinline__ int32_t request(int32_t group) const {
+    return kCut && each > 1 ? group / each : group;
+  }
+  // Rows begin ... end - 1 of its request.
+  __device__ __forceinline__ int32_t begin(int32_t group) const {
+    return kCut && each > 1 ? group % each * kMost : 0;
+  }
+  __device__ __forceinline__ int32_t end(int32_t group) const {
+    if (kMost == 1) return 1;
+    return kCut ? min(begin(group) + kMost, p.queries.next_n) : p.queries.next_n;
+  }
+
+  // Blocks that the longest row needs.
+  __device__ __forceinline__ uint32_t blocks(int32_t group) const {
+    const int32_t next_n = kMost == 1 ? 1 : p.queries.next_n;
+    const int32_t row = request(group) * next_n, last = end(group) - 1;
+    int64_t length = p.lengths.of(row + last);
+    if (kMost != 1 && !p.lengths.shared) {
+      const int32_t first = begin(group);
+#pragma unroll(kCut ? kMost - 1 : 1)  // of few rows all lengths are on their way at the same time
+      for (int32_t j = first; j < (kCut ? first + kMost - 1 : last); ++j) {
+        const int64_t other = p.lengths.of(row + (kCut ? min(j, last) : j));
+        length = other > length ? other : length;
+      }
+    }
+    return static_cast<uint32_t>(ceil_div(clip_length(length, p.columns), kBlockKeys));
+  }
+};
+
+// Every warp keeps this for itself: lane i of a turn looks at group `base + i`.
+template <int kMost>
 class BlockList {
  public:
-  __device__ __forceinline__ explicit BlockList(const PagedLogitsParams& p) : p_(p) {}
+  __device__ __forceinline__ explicit BlockList(const RowGroups<kMost>& groups) : groups_(groups) {}
 
-  // Blocks of all requests.
+  // Blocks of all groups.
   __device__ __forceinline__ uint32_t total() {
     uint32_t sum = 0;
-#pragma unroll 1
-    for (int32_t base = 0; base < p_.batch; base += kWarpSize) {
+#pragma unroll(RowGroups<kMost>::kCut ? 4 : 1)
+    for (int32_t base = 0; base < groups_.count; base += kWarpSize) {
       sum += blocks(base + lane_id());
     }
-    if (p_.batch <= kWarpSize) {
+    if (groups_.count <= kWarpSize) {
       take_turn(0, sum);
       return __shfl_sync(kFullWarp, upto_, kWarpSize - 1);
     }
@@ -61,12 +90,12 @@ class BlockList {
     return sum;
   }
 
-  // The request that has block `block` of the list, and its blocks up to `end` of the list. Blocks
+  // The group that has block `block` of the list, and its blocks up to `end` of the list. Blocks
   // are asked for in ascending order. One past the list (the lengths have changed since
   // total()) gives an empty range.
   __device__ __forceinline__ BlockRange find(uint32_t block, uint32_t end) {
 #pragma unroll 1
-    while (base_ < p_.batch) {
+    while (base_ < groups_.count) {
       const uint32_t holders = __ballot_sync(kFullWarp, before_ + upto_ > block);
       if (holders != 0) {
         const int lane = __ffs(holders) - 1;
@@ -83,8 +112,8 @@ class BlockList {
   }
 
  private:
-  __device__ __forceinline__ uint32_t blocks(int32_t request) const {
-    return request < p_.batch ? blocks_of<kOneRow>(p_, request) : 0;
+  __device__ __forceinline__ uint32_t blocks(int32_t group) const {
+    return group < groups_.count ? groups_.blocks(group) : 0;
   }
 
   __device__ __forceinline__ void take_turn(int32_t base, uint32_t own) {
@@ -93,11 +122,11 @@ class BlockList {
     upto_ = warp_inclusive_sum(own);
   }
 
-  const PagedLogitsParams& p_;
+  const RowGroups<kMost>& groups_;
   int32_t base_ = 0;
-  uint32_t before_ = 0;  // blocks of the requests before base_
-  uint32_t own_ = 0;     // of this lane's request
-  uint32_t upto_ = 0;    // of the turn's requests up to this lane's
+  uint32_t before_ = 0;  // blocks of the groups before base_
+  uint32_t own_ = 0;     // of this lane's group
+  uint32_t upto_ = 0;    // of the turn's groups up to this lane's
 };
 
 // The pages, kPages a block, of blocks first, first + step, ... in a table row, as far as they lie

@@ -26,27 +26,31 @@ Call = Callable[[Group], None]
 
 
 class PluginOps:
-    """The plugin's ops on ``rows`` rows of ``columns`` keys, in buffers of the pool's width."""
+    """The plugin's ops on ``rows`` rows of ``columns`` keys, in buffers of the pool's width.
+
+    ``next_n`` rows are a request's; ``width``: of the buffers, where it is another one.
+    """
 
     name = "dsv4"
 
     def __init__(
         self, pool: Pool, rows: int, columns: int, held: int, k: int, dtype: torch.dtype,
-        backend: str,
+        backend: str, next_n: int = 1, width: int = 0,
     ) -> None:  # fmt: skip
         self.pool, self.rows, self.columns, self.k, self.backend = pool, rows, columns, k, backend
         device = torch.device(pool.device)
         self.held, self.dtype = held, dtype
         self.lengths = torch.full((rows,), columns, dtype=torch.int32, device=device)
         self.half_lengths = self.lengths // 2
-        self.dense = new_logits(rows, pool.width, dtype, device)
-        self.maxima = new_logits(rows, pool.width // PIECE, dtype, device)
+        width = width or pool.width
+        self.dense = new_logits(rows, width, dtype, device)
+        self.maxima = new_logits(rows, width // PIECE, dtype, device)
         self.scored = new_logits(rows, held * PIECE, dtype, device)
         self.chosen = torch.empty(rows, held, dtype=torch.int32, device=device)
         self.out = torch.empty(rows, k, dtype=torch.int32, device=device)
         self.lists = {}
         self.fixed = candidate_lists(rows, columns, held, 1, pool.device)
-        self.groups = pool.groups(rows)
+        self.groups = pool.groups(rows, next_n)
         for i, group in enumerate(self.groups):
             self.lists[id(group)] = candidate_lists(rows, columns, held, i, pool.device)
 
@@ -118,7 +122,7 @@ class PluginOps:
         for _ in range(HALF_LAYERS):
             ops.paged_logits(
                 g.q, self.pool.half_cache, g.weights, self.half_lengths, g.half_table,
-                block_size=32, out=self.dense, backend=self.backend,
+                block_size=self.pool.form.half_page, out=self.dense, backend=self.backend,
             )  # fmt: skip
             ops.topk(self.dense, self.half_lengths, self.k, out=self.out, backend=self.backend)
         self.source(g)
@@ -233,7 +237,7 @@ class FullWidth:
         for _ in range(HALF_LAYERS):
             ops.paged_logits(
                 g.q, of.pool.half_cache, g.weights, of.half_lengths, g.half_table,
-                block_size=32, out=self.dense, backend=of.backend,
+                block_size=of.pool.form.half_page, out=self.dense, backend=of.backend,
             )  # fmt: skip
             self._topk(of.half_lengths)
         self.source(g)

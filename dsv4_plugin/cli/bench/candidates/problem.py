@@ -1,5 +1,7 @@
 """The tensors of ``bench candidates``: requests of a V4.1 model, their pages and queries.
 
+With the cache ``fp8`` they are as vLLM has them on Hopper, with ``fp4`` as SGLang has them.
+
 Buffers are as wide as the longest row that a server allows, whatever the rows' lengths, because
 their shapes are part of a CUDA graph. Queries, tables and candidates exist several times, more than
 the L2 holds, and the calls of a graph take them in turn: keys come from memory, as in a server.
@@ -8,73 +10,108 @@ the L2 holds, and the calls of a graph take them in turn: keys come from memory,
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
-__all__ = ["HEADS", "KEY_BYTES", "PIECE", "Group", "Pool", "Prefill", "candidate_lists"]
+from dsv4_plugin.cli.checks import exact
+
+__all__ = ["FORMS", "HEADS", "PIECE", "Form", "Group", "Pool", "Prefill", "candidate_lists"]
 
 HEADS, HEAD_DIM, PIECE = 32, 128, 8
-KEY_BYTES = HEAD_DIM + 4
-PAD = {64: 8640, 32: 4608}  # bytes of a page in vLLM's cache, by its keys
 MOST_GROUPS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a key is kept."""
+
+    values: int  # bytes
+    scales: int  # bytes
+    half_page: int  # keys of a page of the layers with a key for two tokens
+    page_bytes: dict[int, int]  # from one page to the next, by its keys
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of a key."""
+        return self.values + self.scales
+
+
+FORMS = {
+    "fp8": Form(HEAD_DIM, 4, 32, {64: 8640, 32: 4608}),
+    "fp4": Form(HEAD_DIM // 2, HEAD_DIM // 32, 64, {64: 4352}),
+}
 
 
 @dataclasses.dataclass
 class Group:
     """What one decode step of a few requests is called with."""
 
-    q: torch.Tensor  # e4m3 [rows, HEADS, HEAD_DIM]
-    weights: torch.Tensor  # float32 [rows, HEADS]
-    table: torch.Tensor  # int32 [rows, pages] of the cache with a key a token
-    half_table: torch.Tensor  # int32 [rows, pages] of the caches with a key for two tokens
+    q: torch.Tensor  # [requests, next_n, HEADS, HEAD_DIM]
+    weights: torch.Tensor  # [rows, HEADS]
+    table: torch.Tensor  # int32 [requests, pages] of the cache with a key a token
+    half_table: torch.Tensor  # int32 [requests, pages] of the caches with a key for two tokens
 
 
 class Pool:
     """Pages of ``requests`` requests of ``width`` tokens, shuffled over two caches.
 
-    ``cache`` has a key a token in pages of 64 keys, ``half_cache`` one for two tokens in pages of
-    32: the layers of ratio 1 and of ratio 2.
+    ``cache`` has a key a token in pages of 64 keys, ``half_cache`` one for two tokens: the layers
+    of ratio 1 and of ratio 2.
     """
 
-    def __init__(self, width: int, requests: int, device: str) -> None:
+    def __init__(
+        self, width: int, requests: int, device: str, cache: str = "fp8", rows: int = 0
+    ) -> None:
         self.width, self.requests, self.device = width, requests, device
+        self.form = FORMS[cache]
         g = torch.Generator(device=device).manual_seed(0)
-        keys = torch.randn(width, HEAD_DIM, generator=g, device=device, dtype=torch.float16)
-        self.keys = keys.to(torch.float8_e4m3fn)
-        self.scales = torch.rand(width, generator=g, device=device).mul_(0.018).add_(0.002)
-        self.cache, self.tables = self._pages(width, 64, g)
-        self.half_cache, self.half_tables = self._pages(width // 2, 32, g)
-        many = (requests * 2, HEADS)
-        q = torch.randn(*many, HEAD_DIM, generator=g, device=device)
-        self.q = q.to(torch.float8_e4m3fn)
+        many = (max(rows, requests * 2), HEADS)
+        if cache == "fp4":
+            some: Any = {"generator": g, "device": device, "dtype": torch.uint8}
+            self.keys = torch.randint(0, 256, (width, self.form.values), **some)
+            self.scales = torch.randint(123, 128, (width, self.form.scales), **some)
+            self.q = exact.codes((*many, HEAD_DIM), "fp4", g)
+        else:
+            keys = torch.randn(width, HEAD_DIM, generator=g, device=device, dtype=torch.float16)
+            self.keys = keys.to(torch.float8_e4m3fn)
+            self.scales = torch.rand(width, generator=g, device=device).mul_(0.018).add_(0.002)
+            q = torch.randn(*many, HEAD_DIM, generator=g, device=device)
+            self.q = q.to(torch.float8_e4m3fn)
         self.weights = torch.randn(many, generator=g, device=device) * 0.05
+        if cache == "fp4":
+            self.weights = self.weights.bfloat16()
+        self.cache, self.tables = self._pages(width, 64, g)
+        self.half_cache, self.half_tables = self._pages(width // 2, self.form.half_page, g)
 
     def _pages(self, keys: int, size: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``[pages, bytes]`` and the requests' tables."""
-        each = keys // size
-        cache = torch.empty(self.requests * each, PAD[size], dtype=torch.uint8, device=self.device)
-        values = self.keys[:keys].view(torch.uint8).view(each, size * HEAD_DIM)
-        scales = self.scales[:keys].view(each, size).view(torch.uint8)
+        form, each = self.form, keys // size
+        split, end = size * form.values, size * form.key_bytes
+        shape = (self.requests * each, form.page_bytes[size])
+        cache = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        values = self.keys[:keys].view(torch.uint8).view(each, split)
+        scales = self.scales[:keys].view(torch.uint8).view(each, end - split)
         for request in range(self.requests):  # every request's keys are others of its own
             part = cache[request * each : (request + 1) * each]
-            part[:, : size * HEAD_DIM] = values.roll(request, 0)
-            part[:, size * HEAD_DIM : size * KEY_BYTES] = scales.roll(request, 0)
+            part[:, :split] = values.roll(request, 0)
+            part[:, split:end] = scales.roll(request, 0)
         order = torch.randperm(len(cache), generator=g, device=self.device, dtype=torch.int32)
-        return cache[:, : size * KEY_BYTES], order.view(self.requests, each)
+        return cache[:, :end], order.view(self.requests, each)
 
-    def groups(self, rows: int) -> list[Group]:
+    def groups(self, rows: int, next_n: int = 1) -> list[Group]:
         """Return the calls of a rotation, each of other requests."""
-        found = []
-        for i in range(max(1, min(self.requests // rows, MOST_GROUPS))):
-            part = slice(i * rows, (i + 1) * rows)
-            found.append(
-                Group(self.q[part], self.weights[part], self.tables[part], self.half_tables[part])
-            )
+        found, batch = [], rows // next_n
+        for i in range(max(1, min(self.requests // batch, MOST_GROUPS))):
+            part, first = slice(i * batch, (i + 1) * batch), i * rows % (len(self.q) - rows + 1)
+            q, weights = (x[first : first + rows] for x in (self.q, self.weights))
+            tables = self.tables[part], self.half_tables[part]
+            found.append(Group(q.unflatten(0, (batch, next_n)), weights, *tables))
         return found
 
 
 class Prefill:
-    """One request's gathered keys and a chunk of rows that all see all of them."""
+    """One request's gathered FP8 keys and a chunk of rows that all see all of them."""
 
     def __init__(self, pool: Pool, rows: int, columns: int) -> None:
         device = pool.device

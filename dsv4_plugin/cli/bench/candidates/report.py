@@ -14,12 +14,13 @@ def table(results: list[Row]) -> list[str]:
     lines = []
     for suite in dict.fromkeys(row["suite"] for row in results):
         some = [row for row in results if row["suite"] == suite]
-        counts = sorted({row["rows"] for row in some})
-        for rows in counts:
-            mine = [row for row in some if row["rows"] == rows]
+        counts = sorted({(row.get("next_n", 1), row["rows"]) for row in some})
+        for next_n, rows in counts:
+            mine = [r for r in some if (r.get("next_n", 1), r["rows"]) == (next_n, rows)]
             columns = sorted({row["columns"] for row in mine})
             heads = "".join(f"{f'{n // 1024}K':>10s}" for n in columns)
-            title = f"{suite}, {rows} row{'s' if rows > 1 else ''}, us"
+            of = f", {next_n} a request" if next_n > 1 else ""
+            title = f"{suite}, {rows} row{'s' if rows > 1 else ''}{of}, us"
             lines += ["", f"{title:50s}{heads}"]
             found: dict[tuple[str, str, str], dict[int, Row]] = {}
             for row in mine:

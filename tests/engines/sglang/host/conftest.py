@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -17,6 +18,12 @@ from kits.told import forget
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 INDEXER = "sglang.srt.layers.attention.dsv4.indexer"
+V41 = "sglang.srt.layers.attention.dsv4.v41_indexer"
+FACTORIES = ("make_candidate_indexer", "make_full_topk_indexer")
+METADATA = "sglang.srt.layers.attention.dsv4.metadata"
+BUDGET = ("plan_indexer_row_chunks", "_get_nonpaged_indexer_plan")
+SINCE = "0.5.22"  # the seams of V4.1 and of the budget are there from then on
+BACKEND = "sglang.srt.layers.attention.deepseek_v4_backend"
 
 
 class Start:
@@ -64,6 +71,10 @@ def places(engine):
     owners += [(engine.dsa.DSATopKBackend, "topk_transform")]
     owners += [(engine.deep_gemm, n) for n in ("fp8_paged_mqa_logits", "fp8_mqa_logits")]
     owners += [(ServerArgs, "add_cli_args")]
+    if engine.version >= SINCE:
+        owners += [(module, name) for module in (V41, BACKEND) for name in FACTORIES]
+        owners += [(METADATA, BUDGET[0]), (engine.indexer.C4IndexerBackendMixin, BUDGET[1])]
+    owners = [(import_module(o) if isinstance(o, str) else o, name) for o, name in owners]
     return {(owner, name): _plain(vars(owner)[name]) for owner, name in owners}
 
 
@@ -135,3 +146,63 @@ def expected(engine, problem):
 
 def names(engine):
     return {call.name for call in engine.calls}
+
+
+# --- DeepSeek-V4.1 (host_v41_*.py, from 0.5.22 on) ------------------------------------------------
+
+
+class Used:
+    """What one test has called: the plugin's ops, and SGLang's kernels.
+
+    ``shapes`` are those of the queries of the ops that score, ``widths`` those of whole rows.
+    """
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.ops, self.shapes, self.widths = [], [], []
+
+    @property
+    def engine(self):
+        return names(self._engine) & {"scan", "masked scan", "amax8", "deep_select", "topk_v2"}
+
+
+@pytest.fixture
+def used(engine, monkeypatch):
+    from dsv4_plugin.engines.sglang import v41_calls
+
+    found = Used(engine)
+
+    def noting(name, op):
+        def noted(*args, **kwargs):
+            found.ops.append(name)
+            if name in ("paged_logits", "block_maxima", "candidate_logits"):
+                found.shapes.append(tuple(args[0].shape))
+            if name in ("paged_logits", "block_maxima"):
+                out = kwargs["out"] if name == "paged_logits" else kwargs["logits"]
+                found.widths += [] if out is None else [tuple(out.shape)]
+            return op(*args, **kwargs)
+
+        return noted
+
+    for name in ("paged_logits", "topk"):
+        monkeypatch.setattr(v41_calls, name, noting(name, getattr(v41_calls, name)))
+    for name in ("block_maxima", "select_blocks", "candidate_logits", "select_candidates"):
+        monkeypatch.setattr(v41_calls.ops, name, noting(name, getattr(v41_calls.ops, name)))
+    return found
+
+
+@pytest.fixture(scope="session")
+def _v41(_engine):
+    from kits.sglang_v41 import V41
+
+    return V41(_engine)
+
+
+@pytest.fixture
+def make_model(engine, _v41):
+    from kits.sglang_v41 import Model
+
+    def make(*, held, context=1024, requests=6, **more):
+        return Model(_v41, context, requests, held=held, **more)
+
+    return make

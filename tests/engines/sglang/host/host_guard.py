@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from conftest import expected, names
+from conftest import SINCE, expected, names
 from host_calls import whose
 from kits.host_parts import canonical
 from kits.told import check_warned, empty_settings, odd_settings
@@ -41,7 +41,7 @@ def test_one_active_line(engine, load, caplog, whose):
     assert f"bf16 by torch on the {'plugin' if whose == 'auto' else 'engine'}'s bf16 logits" in line
     seams = dsv4_plugin.status()["seams"]
     assert {name for name, seam in seams.items() if seam["engaged"]} == {
-        "flag", "forward", "topk.paged", "logits",
+        "flag", "forward", "topk.paged", "logits", *(["budget"] if engine.version >= SINCE else []),
     }  # fmt: skip
 
 

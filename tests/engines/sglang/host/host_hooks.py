@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import INDEXER, expected, names, places
+from conftest import BUDGET, FACTORIES, INDEXER, SINCE, expected, names, places
 from host_calls import whose
 from kits.host_parts import canonical
 from kits.seams import moved
@@ -16,6 +16,20 @@ import dsv4_plugin
 from dsv4_plugin.errors import UnmetError
 
 COMPUTE = {"forward_c4_indexer", "topk_transform"}
+LATE = {"budget", "topk.candidates", "topk.full"}  # seams that older releases do not have
+SEAMS = {"flag", "forward", "topk.paged", "logits", "topk.dsa", *LATE}
+
+
+def hooked(engine):
+    """What the registry hooks, where this release has it."""
+    late = {*FACTORIES, *BUDGET} if engine.version >= SINCE else set()
+    return {*COMPUTE, *engine.topk_names(), "add_cli_args", *late}
+
+
+def all_there(engine, seams):
+    """Whether each seam was found that this release has, and no other."""
+    found = {name for name, seam in seams.items() if seam["where"]}
+    return set(seams) == SEAMS and found == SEAMS - (LATE if engine.version < SINCE else set())
 
 
 def changed(engine):
@@ -38,12 +52,10 @@ def test_register_imports_nothing_of_the_indexer(start):
 
 def test_the_loader_applies_every_hook(engine, load):
     load()
-    assert changed(engine) == {*COMPUTE, *engine.topk_names(), "add_cli_args"}
+    assert changed(engine) == hooked(engine)
     engine.step(engine.problem())  # DeepGEMM is wrapped when it is first needed
     assert {"fp8_paged_mqa_logits", "fp8_mqa_logits"} <= changed(engine)
-    seams = dsv4_plugin.status()["seams"]
-    assert set(seams) == {"flag", "forward", "topk.paged", "logits", "topk.dsa"}
-    assert all(seam["where"] for seam in seams.values()), seams
+    assert all_there(engine, dsv4_plugin.status()["seams"]), dsv4_plugin.status()
 
 
 def test_the_doctor_shows_the_seams(engine):
@@ -51,8 +63,7 @@ def test_the_doctor_shows_the_seams(engine):
 
     part = doctor.collect()["sglang"]
     assert part["installed"]
-    assert set(part["seams"]) == {"flag", "forward", "topk.paged", "logits", "topk.dsa"}
-    assert all(seam["where"] for seam in part["seams"].values()), part
+    assert all_there(engine, part["seams"]), part
 
 
 @pytest.mark.parametrize("value", ["0", ""], ids=["DSV4_PLUGIN=0", "unset"])

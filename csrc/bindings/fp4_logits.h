@@ -1,0 +1,16 @@
+// The logits of FP4 keys, compiled on their own: bindings/logits.cu calls these.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "dsv4/logits/params.cuh"
+
+namespace dsv4 {
+
+// Scores, or the maxima of pieces, or both, in bfloat16: what has an output in `p`.
+cudaError_t launch_fp4_logits(const PagedLogitsParams& p, int device, cudaStream_t stream);
+
+// Scores of candidates, in bfloat16.
+cudaError_t launch_fp4_logits(const PagedCandidateParams& p, int device, cudaStream_t stream);
+
+}  // namespace dsv4
