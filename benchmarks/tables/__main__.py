@@ -18,7 +18,7 @@ TABLES = {
     "sglang": engines.sglang, "tokenspeed": engines.tokenspeed, "engines": engines.engines,
     "modes": server.modes, "drills": server.drills,
     "expected": expected.expected, "v41-server": candidates.server,
-    "v41-step": candidates.step, "v41-layers": candidates.layers,
+    "v41-step": candidates.step, "v41-layers": candidates.layers, "v41-fp4": candidates.fp4,
     "settings": table,
 }  # fmt: skip
 

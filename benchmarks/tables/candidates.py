@@ -10,9 +10,10 @@ from typing import Any
 
 from benchmarks.tables.readme import load
 
-__all__ = ["CANDIDATES", "SERVER", "layers", "ratios", "server", "step"]
+__all__ = ["CANDIDATES", "SERVER", "fp4", "layers", "ratios", "server", "step"]
 
 CANDIDATES, SERVER = "h200_candidates.json", "h200_vllm_v41.json"
+DRAFT, FP4 = "h200_draft.json", "h200_fp4.json"
 MEMORY = "h200_vllm_v41_memory.json"
 PLUGIN, FULL_WIDTH = ("dsv4", "bfloat16"), ("full width", "float32")
 Cells = dict[tuple[str, int, int], float]  # op, rows, keys → µs
@@ -89,7 +90,42 @@ def step() -> str:
         f"{document['width']:,} columns in each consumer layer and selects over the whole row, as "
         "vLLM does on Hopper. It uses the plugin's float32 logits and top-k for that and not "
         "vLLM's kernels.",
+        "",
+        _draft(),
     ])  # fmt: skip
+
+
+def _draft() -> str:
+    """Say what the step of one request with draft tokens takes."""
+    document = load(DRAFT)
+    us = [_cells(document, "decode", of) for of in (PLUGIN, FULL_WIDTH)]
+    ((op, rows, columns),) = (cell for cell in us[0] if cell[0] == "step")
+    times = [some[op, rows, columns] for some in us]
+    return (
+        f"One request of {rows} rows (draft tokens) at {_keys(columns)}: {_us(times[0])} / "
+        f"{_us(times[1])} (`benchmarks/results/{DRAFT}`)."
+    )
+
+
+def fp4() -> str:
+    """Return the Markdown between the ``v41-fp4`` markers of docs/results.md."""
+    document = load(FP4)
+    rows = [r for r in document["results"] if (r["suite"], r["op"]) == ("decode", "step")]
+    columns = sorted({row["columns"] for row in rows})
+    us = {(row["rows"], row.get("next_n", 1), row["columns"]): row["us"] for row in rows}
+    lines = [
+        "The eight index layers of one decode step over SGLang's FP4 keys, µs, on one "
+        f"{document['machine']['gpu']} (`benchmarks/results/{FP4}`, of commit "
+        f"{document['machine']['commit'][:7]}; every answer was "
+        f"{'checked' if _exact(document) else 'checked, and SOME ARE WRONG'}):",
+        "",
+        "| requests x rows of each | " + " | ".join(_keys(n) for n in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for count, each in sorted({(count, each) for count, each, _ in us}, key=lambda x: x[::-1]):
+        cells = (_us(us[count, each, n]) for n in columns)
+        lines.append(f"| {count // each} x {each} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def layers() -> str:

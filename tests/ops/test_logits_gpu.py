@@ -119,7 +119,7 @@ def test_ragged(rows, keys, dtype):
 def test_a_score_depends_on_itself_only(heads):
     """The same bits in any batch, at any place of the table, for any length, next_n and grid."""
     bank = paged([1536] * 12, 1, heads, kind="bytes").to(DEVICE)
-    want = run(bank.float32)
+    want = run(bank, dtype=torch.float32)
     g = torch.Generator().manual_seed(0)
     for batch in (1, 2, 3, 7, 66, 131, 132, 133, 300):
         for width in (1, 3, 24, 40):
