@@ -359,7 +359,8 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data["ops"]["gather uint8"]["auto"] == "triton"
     text = doctor.render(data)
     assert "NVIDIA H20, compute capability 9.0, 78 SMs, 96.0 GiB" in text
-    assert "not cuda: the compiled library cannot be loaded" in text
+    assert "_C.so         the compiled library cannot be loaded" in text
+    assert "not cuda: the compiled library cannot be loaded" in doctor.render(data, True)
 
 
 def test_the_verdict_without_a_gpu_says_why(no_gpu: None) -> None:

@@ -23,13 +23,15 @@ from dsv4_plugin.cli.ab.environment import (
     parse,
     secrets_of,
     server_environ,
+    startable,
     told,
     versions,
 )
 from dsv4_plugin.cli.ab.experiment import Design, Experiment
+from dsv4_plugin.cli.ab.metrics import METRICS
 from dsv4_plugin.cli.ab.servers import Server
 from dsv4_plugin.cli.shared import numbers, outputs
-from dsv4_plugin.cli.shared.run import UsageError, reading
+from dsv4_plugin.cli.shared.run import UsageError, examples, reading
 
 __all__ = ["add_arguments", "run"]
 
@@ -38,6 +40,10 @@ MOST_RUNS = 5000  # of a side and workload, which have so many seeds
 PAIRS = numbers.whole(FEWEST_PAIRS, MOST_RUNS)
 ROUNDS = numbers.whole(0, MOST_RUNS - 1)
 SIDES = ("A", "B")
+UNPROVEN = (
+    "nothing can show whether the plugin is at work in {upper}: name its status folder "
+    "(--status-dir-{side}) or its log (--log-{side}), or give --trust-engagement"
+)
 DESCRIPTION = (
     "Serve a model without the plugin (A) and with it (B), in alternation, and compare what the "
     "engine's own benchmark client measures. What stands after -- goes to both servers. docs/ab.md "
@@ -48,6 +54,12 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``dsv4-plugin ab``."""
     parser.description = DESCRIPTION
+    examples(
+        parser,
+        "ab --model MODEL --out ab -- --tensor-parallel-size 4",
+        "ab --url-a http://a:8000 --url-b http://b:8000 --status-dir-a DIR --status-dir-b DIR "
+        "--out ab",
+    )
     add = parser.add_argument
     add("--engine", choices=tuple(ENGINES), default="vllm", help="whose server (default: vllm)")
     add("--model", help="the model to serve, and its name for the client")
@@ -121,6 +133,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=numbers.COUNT,
         help="of a round (default: twice the concurrency, min. 4)",
     )
+    add(
+        "--figure", choices=[metric.name for metric in METRICS], default=report.FIGURE,
+        metavar="NAME",
+        help="the figure that the report closes with, declared before the run: "
+        f"{', '.join(metric.name for metric in METRICS)} (default: {report.FIGURE})",
+    )  # fmt: skip
     about = "warm when two rounds in a row differ by at most this share (default: 0.1)"
     add("--tolerance", type=numbers.real(least=0, most=1000), default=0.1, help=about)
     add(
@@ -221,9 +239,18 @@ class _Plan:
         for option, path in zip(("--log-a", "--log-b"), known[2:], strict=True):
             if path is not None and not path.is_file():
                 raise UsageError(f"{option} {path} is no file")
+        if running and not self.design.trust:
+            for side, folder, log in zip("ab", known[:2], known[2:], strict=True):
+                if folder is None and log is None:
+                    raise UsageError(UNPROVEN.format(side=side, upper=side.upper()))
         self.client = split(arguments.client_command or "", "--client-command") or [
             arguments.python, *self.engine.client,
         ]  # fmt: skip
+        if not (self.engine.client or arguments.client_command):
+            raise UsageError(
+                f"{arguments.engine} has no benchmark client: name one with --client-command, such "
+                "as 'PYTHON -m vllm.entrypoints.cli.main bench serve' of a Python that has vLLM"
+            )
         self.client_args = split(arguments.client_args, "--client-args")
         self.ports = {"A": arguments.port or self.engine.port}
         self.ports["B"] = self.ports["A"]
@@ -343,6 +370,8 @@ def _run(arguments: argparse.Namespace, more: list[str]) -> int:
     with reading(folder, "folder"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"--out {folder} must be an empty or new folder")
+    if why := startable(plan.client, client_environ(plan.common)):
+        raise UsageError(f"the client cannot be started: {why} (see --python, --client-command)")
     outputs.make_folder("--out", folder)
     document = _document(plan)
     with Console(plan.secrets) as console:
@@ -431,6 +460,7 @@ def _document(plan: _Plan) -> dict[str, Any]:
         "error": None,
         "machine": machine(),
         "engine": a.engine,
+        "figure": a.figure,
         "argv": plan.secrets.command(plan.argv),
         "sides": sides,
         "client": {
@@ -452,7 +482,16 @@ def _show(plan: _Plan) -> None:
         print(f"{side}: {environ} {shlex.join(about['command']) or about['url']}")
         if about["versions"]:
             print(f"   {json.dumps(about['versions'])}")
+        if side in plan.commands:
+            _absent(plan, plan.commands[side], plan.environ(side, Path("OUT", "SERVER", "status")))
     print(f"client: {shlex.join(document['client']['first_command'])}")
+    _absent(plan, plan.client, client_environ(plan.common))
     design = plan.design
     print(f"{design.mode}: {' '.join(design.sides(p) for p in range(1, design.pairs + 1))}, "
           f"{design.runs} run(s) of {', '.join(map(str, design.workloads))}")  # fmt: skip
+
+
+def _absent(plan: _Plan, command: list[str], environ: dict[str, str]) -> None:
+    """Say of a command that is shown why it could not be started here."""
+    if why := startable(command, environ):
+        print(f"   cannot be started here: {plan.secrets.text(why)}")

@@ -1,4 +1,4 @@
-"""The two engines: how a server is started, and the options of their benchmark clients."""
+"""The engines: how a server is started, and the options of their benchmark clients."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Engine:
     distribution: str
     port: int
     server: tuple[str, ...]  # python's arguments, before the model
-    client: tuple[str, ...]  # python's arguments
+    client: tuple[str, ...]  # python's arguments; empty where the engine has none
     flags: Callable[[str, str | None, Workload, int, Path], list[str]]
     read: Callable[[Path], Any]
 
@@ -108,6 +108,10 @@ ENGINES: Mapping[str, Engine] = {
     "sglang": Engine(
         "sglang", 30000, ("-m", "sglang.launch_server", "--model-path"),
         ("-m", "sglang.bench_serving"), _sglang_flags, _last_line,
+    ),
+    # It brings no client. Its server speaks OpenAI's protocol, so vLLM's client can ask it.
+    "tokenspeed": Engine(
+        "tokenspeed", 8000, ("-m", "tokenspeed.cli", "serve", "--model"), (), _vllm_flags, _one
     ),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,10 @@ from dsv4_plugin.cli.checks.provenance import commit, gpus
 from dsv4_plugin.cli.shared.run import UsageError
 from dsv4_plugin.cli.shared.secrets import Secrets
 
-__all__ = ["client_environ", "machine", "parse", "secrets_of", "server_environ", "told", "versions"]
+__all__ = [
+    "client_environ", "machine", "parse", "secrets_of", "server_environ", "startable", "told",
+    "versions",
+]  # fmt: skip
 
 DEFAULTS = {"A": {"DSV4_PLUGIN": "0"}, "B": {"DSV4_PLUGIN": "1"}}
 # What a results file tells of an environment: never all of it, it may hold secrets.
@@ -99,6 +103,28 @@ def versions(python: str, environ: Mapping[str, str], *distributions: str) -> di
         return json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         return {"error": f"{python} could not be asked: {error}"}
+
+
+def startable(command: Sequence[str], environ: Mapping[str, str]) -> str:
+    """Return why a command cannot be started here, or nothing.
+
+    Of ``PYTHON -m MODULE`` the package is looked for, and not imported.
+    """
+    python, dash, *rest = [*command, "", ""]
+    if shutil.which(python, path=environ.get("PATH")) is None:
+        return f"there is no program {python}"
+    package = rest[0].partition(".")[0] if dash == "-m" else ""
+    if package:
+        find = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+        try:
+            done = subprocess.run(
+                [python, "-c", find, package], env=dict(environ), capture_output=True, timeout=60
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            return f"{python} cannot be run: {error}"
+        if done.returncode:
+            return f"{package} is not installed in {python}"
+    return ""
 
 
 def machine() -> dict[str, Any]:

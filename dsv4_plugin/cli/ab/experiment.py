@@ -147,6 +147,8 @@ class Experiment:
         return self._folder / folder / name
 
     def _prepare(self, side: str, server: Server, name: str) -> None:
+        if self._expect[side] == "off":  # what refutes that is there before the warm-up
+            self._judge(side, server)
         for number, load in enumerate(self._design.workloads, 1):
             self._warm_up(side, server, number, load, self._folder / name)
         self._judge(side, server)

@@ -12,7 +12,9 @@ __all__ = ["check", "draw"]
 
 Row = dict[str, Any]
 SHOWN = ("TTFT mean", "TPOT mean", "ITL p99", "output throughput")
-COLORS = {"better": "tab:green", "worse": "tab:red", "undecided": "0.4"}
+COLORS = {
+    "better": "tab:green", "worse": "tab:red", "undecided": "0.4", "higher": "0.4", "lower": "0.4",
+}  # fmt: skip
 
 
 def check(file: Path, *coming: Path) -> None:

@@ -7,19 +7,23 @@ from typing import Any
 
 from dsv4_plugin.cli.ab.intervals import LEVEL, ratio
 from dsv4_plugin.cli.ab.metrics import METRICS
+from dsv4_plugin.cli.shared import screen
 
-__all__ = ["lines", "summarise"]
+__all__ = ["FIGURE", "closing", "lines", "summarise"]
 
 Row = dict[str, Any]
+FIGURE = "TPOT mean"  # the declared figure where --figure names no other
 
 
 def summarise(document: Row) -> list[Row]:
     """Return one row for each workload and metric that every run has.
 
     Runs of the same half of a pair are averaged; mean and standard deviation of a side, the ratio
-    and its interval are over the pairs.
+    and its interval are over the pairs. Where nothing shows that the plugin was at work in one side
+    only, a figure of B is "higher" or "lower", and neither better nor worse.
     """
     rows = []
+    unproven = _unproven(document)
     for load in document["design"]["workloads"]:
         runs = [run for run in document["runs"] if run["workload"] == load]
         for metric in METRICS:
@@ -33,13 +37,15 @@ def summarise(document: Row) -> list[Row]:
             a, b = ([statistics.fmean(halves[side, p]) for p in pairs] for side in "AB")
             r = ratio(a, b)
             better = (r.value > 1) == metric.higher_is_better
+            words = ("higher", "lower") if unproven else ("better", "worse")
+            up = r.value > 1 if unproven else better
             rows.append({
                 "workload": load, "metric": metric.name, "unit": metric.unit,
                 "a": a, "b": b,
                 "a_mean": statistics.fmean(a), "a_sd": statistics.stdev(a),
                 "b_mean": statistics.fmean(b), "b_sd": statistics.stdev(b),
                 "ratio": r.value, "low": r.low, "high": r.high,
-                "verdict": ("better" if better else "worse") if r.decided else "undecided",
+                "verdict": words[not up] if r.decided else "undecided",
             })  # fmt: skip
     return rows
 
@@ -47,6 +53,7 @@ def summarise(document: Row) -> list[Row]:
 def lines(document: Row) -> list[str]:
     """Return the table, and what has to be read with it."""
     about, design = document["machine"], document["design"]
+    declared = document.get("figure", FIGURE)
     text = [
         "",
         f"{about['gpu'] or 'no NVIDIA GPU'}, driver {about['driver']}, {about['date']}, "
@@ -60,25 +67,64 @@ def lines(document: Row) -> list[str]:
             "",
             f"{load}: {design['pairs']} pairs x {design['runs']} run(s)"
             + _same_texts(load, document),
-            f"{'':26s}{'A':>12}{'± sd':>10}{'B':>12}{'± sd':>10}{'B/A':>8}"
-            f"{f'{LEVEL:.0%} interval':>19}  B is",
         ]
-        for row in rows:
-            interval = f"{row['low']:.3f} … {row['high']:.3f}"
-            text.append(
-                f"{row['metric'] + ' ' + row['unit']:26s}{row['a_mean']:12.2f}{row['a_sd']:10.2f}"
-                f"{row['b_mean']:12.2f}{row['b_sd']:10.2f}{row['ratio']:8.3f}{interval:>19}"
-                f"  {row['verdict']}"
-            )
+        text += screen.table(
+            ["", "A", "± sd", "B", "± sd", "B/A", f"{LEVEL:.0%} interval", "B is"],
+            [_cells(row, row["metric"] == declared) for row in rows],
+        )
     text += [
         "",
         f"B/A: geometric mean over the pairs; interval: Student's t on logarithms, "
         f"{design['pairs'] - 1} degrees of freedom. One in twenty such intervals misses.",
+        f"The figure that was declared before the run is {declared}. A verdict in parentheses is "
+        "of another figure, and not corrected for how many there are.",
         "It covers two starts of a server as well as two runs." if design["mode"] == "restart"
         else "It covers runs on these two servers, not what differs between two starts of one.",
     ]  # fmt: skip
     text += [f"note: {warning}" for warning in document["warnings"]]
+    return [*text, "", *closing(document)]
+
+
+def closing(document: Row) -> list[str]:
+    """Return one sentence a workload on the declared figure, which ends the report."""
+    design, unproven = document["design"], _unproven(document)
+    text = []
+    for row in document["summary"]:
+        if row["metric"] != document.get("figure", FIGURE):
+            continue
+        mean, low, high = (f"{100 * (row[name] - 1):+.1f}" for name in ("ratio", "low", "high"))
+        said = "undecided"
+        if row["verdict"] != "undecided":
+            less = row["ratio"] < 1
+            said = (
+                ("faster" if less else "slower")
+                if row["unit"] == "ms"
+                else ("less" if less else "more")
+            )
+        if unproven:
+            said = (
+                f"{'undecided' if said == 'undecided' else 'differs'}, and what ran is UNVERIFIED"
+            )
+        where = f"{row['workload']}: " if len(design["workloads"]) > 1 else ""
+        text.append(
+            f"{where}{row['metric']} {mean} % [{low}, {high}], {design['pairs']} pairs: {said}"
+        )
     return text
+
+
+def _unproven(document: Row) -> bool:
+    """Whether the user's word stands for what ran in a server."""
+    return any("UNVERIFIED" in warning for warning in document["warnings"])
+
+
+def _cells(row: Row, declared: bool) -> list[str]:
+    """Return a line of the table."""
+    means = [f"{row[name]:.2f}" for name in ("a_mean", "a_sd", "b_mean", "b_sd")]
+    verdict = row["verdict"]
+    return [
+        f"{row['metric']} {row['unit']}", *means, f"{row['ratio']:.3f}",
+        f"{row['low']:.3f} … {row['high']:.3f}", verdict if declared else f"({verdict})",
+    ]  # fmt: skip
 
 
 def _side(side: str, document: Row) -> list[str]:

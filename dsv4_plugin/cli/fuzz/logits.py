@@ -125,7 +125,7 @@ class PagedLogitsCase(LogitsCase, RequestsCase):
     table_gap: int = number(
         0, 0, 4096, "elements between two rows of the block table", (0, 0, 1, 3, 60)
     )
-    fp4: int = flag("FP4 keys, queries and weights of bfloat16", (0,))
+    fp4: int = flag("FP4 keys, queries and weights of bfloat16", (0, 0, 1))
 
     @property
     def content(self) -> str:
@@ -191,7 +191,7 @@ class PagedLogitsCase(LogitsCase, RequestsCase):
             flat=int(next_n == 1 and r.random() < 0.3),
             out=r.choice((-1, 0, 0, columns + r.choice((1, 9, 64)), r.randint(1, columns))),
         )  # fmt: skip
-        return case._with_fp4(odd) if r.random() < 0.3 else case
+        return case._with_fp4(odd) if case.fp4 else case
 
     def _with_fp4(self, odd: bool) -> Any:
         """Return the case with FP4 keys; ``odd``: it may be one that only the torch form takes."""

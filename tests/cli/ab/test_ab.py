@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -115,7 +116,11 @@ def test_a_whole_run(tmp_path: Path, port: int, capsys: pytest.CaptureFixture[st
     assert row["a_mean"] == pytest.approx(sum(row["a"]) / 3) and 9 < row["a_mean"] < 30
     assert rows["in=8,out=6,n=4,c=2", "output throughput"]["ratio"] > 1
 
+    first, second, _, _ = said.out.splitlines()[-4:]
+    assert re.fullmatch(rf"{LOAD}: TPOT mean -\d\d.\d % \[-.*\], 3 pairs: faster", first), first
+    assert second.startswith("in=16,out=3,n=2,c=1: TPOT mean -")
     shown = table(said.out)
+    assert "(better)" in shown["ITL mean"] and shown["TPOT mean"].endswith("  better")
     assert shown.keys() == {m.name for m in METRICS}
     assert "4 of 4" not in said.out and "24 of 24 generated texts are the same" in said.out
     assert "2 degrees of freedom" in said.out and "B: vllm 9.9.9" in said.out
@@ -137,10 +142,12 @@ def test_a_whole_run(tmp_path: Path, port: int, capsys: pytest.CaptureFixture[st
 
 
 def test_both_at_once(tmp_path: Path, port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(command(tmp_path, port, "--together", "--order=abba"))
+    code = main(command(tmp_path, port, "--together", "--order=abba", "--figure=ITL p99"))
     said = capsys.readouterr()
     assert code == 0, said.err
+    assert said.out.splitlines()[-2].startswith("ITL p99 ")
     data = document(tmp_path)
+    assert data["figure"] == "ITL p99"
     assert [s["url"].rpartition(":")[2] for s in data["servers"]] == [str(port), str(port + 1)]
     assert "".join(r["side"] for r in data["runs"]) == "ABBAAB"
     assert "not what differs between two starts" in said.out
@@ -208,14 +215,31 @@ def test_the_log_of_a_running_server_is_weaker_and_the_report_says_so(
 def test_running_servers_of_which_nothing_is_known(
     tmp_path: Path, running: Running, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(running.command()) == 3
-    assert "--status-dir-a" in capsys.readouterr().err
-    again = running.command("--trust-engagement")
-    again[2] = str(tmp_path / "out2")
-    assert main(again) == 0
+    assert main(running.command()) == 2, "before anything is asked of them"
+    assert "at work in A: name its status folder (--status-dir-a)" in capsys.readouterr().err
+    assert main(running.command(f"--log-a={tmp_path}/a.log")) == 2
+    assert "--status-dir-b" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(running.command("--trust-engagement")) == 0
     said = capsys.readouterr().out
     assert "note: A: that the plugin is off is UNVERIFIED" in said
     assert "note: B: that the plugin is at work is UNVERIFIED" in said
+    verdicts = {row["verdict"] for row in document(tmp_path)["summary"]}
+    assert verdicts <= {"higher", "lower", "undecided"}
+    assert "better" not in said and "worse" not in said
+    assert said.splitlines()[-2].startswith("TPOT mean ")
+    assert said.splitlines()[-2].endswith(", and what ran is UNVERIFIED")
+
+
+def test_a_plugin_at_work_in_a_is_found_before_the_warm_up(
+    tmp_path: Path, running: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "of-a.log").write_text("INFO dsv4 active in vLLM 9.9.9\n")
+    known = [f"--log-a={tmp_path}/of-a.log", f"--log-b={tmp_path}/b.log"]
+    assert main(running.command(*known)) == 3
+    said = capsys.readouterr()
+    assert "server A is meant to run without the plugin" in said.err
+    assert document(tmp_path)["warmups"] == [] and "warm-up" not in said.out
 
 
 def test_trust_does_not_go_against_what_is_seen(
@@ -492,6 +516,16 @@ USAGE = {
     "two modes": (["--together", "--restart"], "exclude each other"),
     "running and started": (["--url-a=http://a", "--url-b=http://b"], "no server is started"),
     "the log of a server of ab's": (["--log-a=x"], "are for --url-a and --url-b"),
+    "no such figure": (["--figure=TPOT"], "--figure: invalid choice: 'TPOT'"),
+    "an engine without a client": (
+        ["--engine=tokenspeed", "--client-command="],
+        "tokenspeed has no benchmark client",
+    ),
+    "no such client": (["--client-command=/no/such/x"], "there is no program /no/such/x"),
+    "a client that is not installed": (
+        [f"--client-command={sys.executable} -m vllmm.cli bench"],
+        "vllmm is not installed in",
+    ),
     "a plot of no known form": (["--plot=x.txt"], "must end in one of .png, .svg, .pdf"),
     "a plot in no folder": (["--plot=/no/such/folder/x.svg"], "there is no folder"),
 }
@@ -528,10 +562,10 @@ def test_a_dry_run_shows_the_engines_commands(
     weird = '--x=\'{"a": "$(touch y) ; `z` {model}"}\''
     code = main(["ab", "--dry-run", "--engine", engine, "--model", "org/m odel", "--python",
                  "/opt/py", f"--args-b={weird}", "--", "--tensor-parallel-size", "4"])  # fmt: skip
-    a, b, client, order = [
-        line for line in capsys.readouterr().out.splitlines() if not line.startswith("   ")
-    ]
+    said = capsys.readouterr().out
+    a, b, client, order = [line for line in said.splitlines() if not line.startswith("   ")]
     assert code == 0
+    assert said.count("   cannot be started here: there is no program /opt/py\n") == 3
     start = {"vllm": "vllm.entrypoints.cli.main serve 'org/m odel'",
              "sglang": "sglang.launch_server --model-path 'org/m odel'"}[engine]  # fmt: skip
     port = {"vllm": "8000", "sglang": "30000"}[engine]
