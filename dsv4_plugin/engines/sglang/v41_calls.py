@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin.engines.sglang.policy import V41_K
-from dsv4_plugin.engines.sglang.v41_published import Published, every_block, make
+from dsv4_plugin.engines.sglang.v41_published import Published, every_block, published
 from dsv4_plugin.engines.sglang.v41_rows import Part, Run, parts_of
 from dsv4_plugin.engines.shared import decision
 from dsv4_plugin.engines.shared.decision import DTYPES, Selection
@@ -128,7 +128,7 @@ class Call:
             else:
                 self._publish(part, candidates[part.rows])
         rows_per_request = None if self.next_n else list(self.rows_per_request)
-        return make(candidates, self.lengths, self.columns, PIECE, rows_per_request)
+        return published(candidates, self.lengths, self.columns, PIECE, rows_per_request)
 
     def consumer(self, published: Published) -> None:
         """Select among the keys of the candidates."""

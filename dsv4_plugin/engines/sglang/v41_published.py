@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Published", "make"]
+__all__ = ["Published", "published"]
 
 
 class Published:
@@ -62,7 +62,9 @@ class Published:
             device=self.lengths.device,
         )
         candidates = None if self.candidates is None else self.candidates[rows]
-        return make(candidates, self.lengths[rows], self.columns, self.block_size, rows_per_request)
+        return published(
+            candidates, self.lengths[rows], self.columns, self.block_size, rows_per_request
+        )
 
 
 def every_block(lengths: torch.Tensor, count: int, block_size: int) -> torch.Tensor:
@@ -79,7 +81,7 @@ def _class() -> Any:
     return type("PublishedByDsv4", (Published, types.CandidateMetadata), {})
 
 
-def make(*args: Any, **kwargs: Any) -> Published:
+def published(*args: Any, **kwargs: Any) -> Published:
     """Return a :class:`Published` that SGLang takes for its own."""
     made: Published = _class()(*args, **kwargs)
     return made
