@@ -1,4 +1,4 @@
-"""The figures of docs/sglang.md, docs/tokenspeed.md and the README's ``engines``, from the results.
+"""The figures of docs/development/{sglang,tokenspeed}.md and the README's ``engines``.
 
 ``python -m benchmarks.tables sglang`` (or ``tokenspeed``, ``engines``) prints what
 stands between the markers of that name.
@@ -22,7 +22,7 @@ Cells = dict[str, dict[str, Row]]  # a row of a table → implementation or vari
 
 
 def sglang() -> str:
-    """Return the Markdown between the ``sglang`` markers of docs/sglang.md."""
+    """Return the Markdown between the ``sglang`` markers of docs/development/sglang.md."""
     forward, adapters = figures.load(SGLANG), figures.load(ADAPTERS)
     cells = _forward(forward)
     table = _table(
@@ -61,7 +61,7 @@ def sglang() -> str:
 
 
 def tokenspeed() -> str:
-    """Return the Markdown between the ``tokenspeed`` markers of docs/tokenspeed.md."""
+    """Return the Markdown between the ``tokenspeed`` markers of docs/development/tokenspeed.md."""
     driver, adapters = figures.load(TOKENSPEED), figures.load(ADAPTERS)
     every = _cells(adapters, "tokenspeed")
     alone = _selections(every)

@@ -145,8 +145,8 @@ def test_a_run_that_is_cut_short_names_what_is_missing(tmp_path: Path) -> None:
 
 
 PAGES = {
-    "sglang": "docs/sglang.md",
-    "tokenspeed": "docs/tokenspeed.md",
+    "sglang": "docs/development/sglang.md",
+    "tokenspeed": "docs/development/tokenspeed.md",
     "engines": "docs/results.md",
 }
 

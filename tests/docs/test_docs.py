@@ -17,6 +17,7 @@ from kits.marked import between
 from kits.packaging_tools import ROOT
 
 from benchmarks.tables import readme as figures
+from dsv4_plugin import metrics
 
 DOCS = ROOT / "docs"
 PAGES = sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md"))
@@ -135,6 +136,16 @@ def test_a_line_that_nobody_logs_is_noticed() -> None:
         "dsv4 engaged in",
         "nowhere at all",
     ]
+
+
+def test_the_metrics_and_counters_of_the_page_are_those_of_the_code() -> None:
+    page = (DOCS / "metrics.md").read_text()
+    shown = re.findall(r"^\| `(dsv4_\w+)\{(\w+)=…\}`", page, re.M)
+    assert dict(shown) == {name: label for name, (_, label) in metrics.METRICS.items()}
+    counters = re.findall(r"`((?:topk|logits|candidates|gather|read)[.\w]*)`", page)
+    words = {word for name in counters for word in name.split(".")} - {""}
+    assert len(words) > 10
+    assert [word for word in sorted(words) if word not in texts()] == []
 
 
 # What was measured has a unit of time or of a rate.

@@ -12,7 +12,6 @@ from dsv4_plugin.engines.shared.source import Missing
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("vllm", "sglang", "tokenspeed")
-PAGES = {"vllm": "development/vllm", "sglang": "sglang", "tokenspeed": "tokenspeed"}
 engines = pytest.mark.parametrize("engine", ENGINES)
 
 
@@ -24,10 +23,10 @@ def records(engine: str) -> tuple[seam.Seam, ...]:
 
 
 @engines
-def test_the_page_has_the_table(engine: str) -> None:
+def test_the_page_has_the_list(engine: str) -> None:
     """After a change: python -m dsv4_plugin.engines.shared.seam ENGINE, into the page."""
-    page = (ROOT / "docs" / f"{PAGES[engine]}.md").read_text()
-    assert seam.table(records(engine)) in page
+    page = (ROOT / "docs" / "development" / f"{engine}.md").read_text()
+    assert seam.listing(records(engine)) in page
 
 
 @engines

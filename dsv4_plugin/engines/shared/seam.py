@@ -2,7 +2,7 @@
 
 An adapter has one tuple of records. The probe (:func:`in_source`) answers from the engine's source
 for ``dsv4-plugin doctor``, the installer (:meth:`Place.in_process`) from the modules that this
-process has imported, and the table in the adapter's page of ``docs/`` is generated from the records
+process has imported, and the list in ``docs/development/<engine>.md`` is generated from the records
 (``python -m dsv4_plugin.engines.shared.seam vllm``).
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from dsv4_plugin.engines.shared import source
 from dsv4_plugin.engines.shared.source import Missing, Site
 
-__all__ = ["Found", "Place", "Seam", "in_source", "look", "table"]
+__all__ = ["Found", "Place", "Seam", "in_source", "listing", "look"]
 
 
 @dataclass(frozen=True)
@@ -208,17 +208,22 @@ def _live_source(module: str, function: str) -> str:
         raise Missing(f"{function} has no source to look into") from error
 
 
-def table(seams: Iterable[Seam]) -> str:
-    """Return the records as the Markdown table of the adapter's page in ``docs/``."""
-    lines = [
-        "| seam | recognised by | what the plugin puts there | why it exists | when it can go |",
-        "|---|---|---|---|---|",
-    ]
+def listing(seams: Iterable[Seam]) -> str:
+    """Return the records as the Markdown list of the adapter's page in ``docs/development``."""
+    lines = []
     for seam in seams:
         forms = "; or ".join(" and ".join(map(_known_by, form)) for form in seam.forms)
         until = seam.until + (f" ({seam.upstream})" if seam.upstream else "")
-        lines.append(f"| {seam.name} | {forms} | {seam.puts} | {seam.why} | {until} |")
-    return "\n".join(lines)
+        lines += [
+            f"### {seam.name}",
+            "",
+            f"- **Recognised by**: {forms}.",
+            f"- **In its place**: {seam.puts}.",
+            f"- **Why**: {seam.why}.",
+            f"- **It can go when**: {until}.",
+            "",
+        ]
+    return "\n".join(lines).rstrip()
 
 
 def _known_by(place: Place) -> str:
@@ -236,4 +241,4 @@ def _known_by(place: Place) -> str:
 if __name__ == "__main__":
     import importlib
 
-    print(table(importlib.import_module(f"dsv4_plugin.engines.{sys.argv[1]}.probe").SEAMS))
+    print(listing(importlib.import_module(f"dsv4_plugin.engines.{sys.argv[1]}.probe").SEAMS))
