@@ -447,7 +447,7 @@ def _everything(data: Data, width: int) -> list[str]:
         "entry points": _plain(data["entry_points"], lambda value: value or "not registered"),
         **{f"seams in {called}": _seam_rows(data[e]) for e, (called, _) in ENGINES.items()},
     }
-    lines = []
+    lines: list[str] = []
     for title, rows in parts.items():
         lines += [*[""][: len(lines)], title]
         lines += [f"  {line}" for line in screen.pairs(rows, width - 2)]
