@@ -15,10 +15,12 @@ from kits.packaging_tools import ROOT
 from benchmarks.tables import readme as figures
 from benchmarks.tables.logits import markdown
 from dsv4_plugin import paged_logits, ragged_logits
+from dsv4_plugin.cli import plots
 from dsv4_plugin.cli.bench.logits import cases
 from dsv4_plugin.cli.bench.logits.cases import Case, Paged, Ragged
 from dsv4_plugin.cli.bench.logits.chain import shared
 from dsv4_plugin.cli.bench.logits.check import Sample
+from dsv4_plugin.cli.bench.logits.report import lines
 from dsv4_plugin.cli.checks import compare
 
 PEERS = """
@@ -63,10 +65,11 @@ def test_a_run_of_the_logits(
     """Every suite, small, with peers: the file, what is printed, and the plot."""
     file, drawn = tmp_path / "logits.json", tmp_path / "logits.svg"
     code = bench("logits", "--device", "cpu", "--suite", "all", "--rows", 1, 3, "--columns", 200,
-                 "--peers", peers_file, "--json", file, "--plot", drawn)  # fmt: skip
-    said = capsys.readouterr().out
-    assert code == 0
+                 "--peers", peers_file, "--json", file)  # fmt: skip
     document = json.loads(file.read_text())
+    said = "\n".join([capsys.readouterr().out, *lines(document["results"])])
+    assert code == 0
+    plots.draw(document, drawn)
     assert document["complete"] is True and document["what"] == "logits"
     rows = document["results"]
     plugin = [row for row in rows if row["implementation"] == "dsv4"]
@@ -81,7 +84,7 @@ def test_a_run_of_the_logits(
     assert {row["next_n"] for row in rows if row["implementation"] == "narrow"} == {1}
     for words in ("absent is not compared: is not installed",
                   "narrow refuses bfloat16 1 x 200 next_n 2: takes one query",
-                  "roof: read", "132 bytes a key", "decode: 4 cells", "[  1/12 ",
+                  "decode: 4 cells", "[  1/12 ",
                   "bfloat16: us warm | / best peer", "x the keys' bytes at the read rate",
                   "Several queries a request", "Lengths from 1", "Prefill: causal windows",
                   "TFLOP/s  WRONG",
@@ -103,10 +106,11 @@ def test_a_run_of_the_chain(
 ) -> None:
     file, drawn = tmp_path / "chain.json", tmp_path / "chain.svg"
     code = bench("chain", "--device", "cpu", "--rows", 1, 2, "--columns", 300, "--k", 40, 64,
-                 "--peers", peers_file, "--json", file, "--plot", drawn)  # fmt: skip
-    said = capsys.readouterr().out
-    assert code == 0
+                 "--peers", peers_file, "--json", file)  # fmt: skip
     document = json.loads(file.read_text())
+    said = "\n".join([capsys.readouterr().out, *lines(document["results"])])
+    assert code == 0
+    plots.draw(document, drawn)
     assert document["complete"] is True and document["what"] == "chain"
     assert document["vllm_choice"] == "vllm33" and document["sglang_choice"] == "sglang_v2"
     rows = document["results"]
@@ -135,8 +139,7 @@ def test_a_run_of_the_chain(
     text = drawn.read_text()
     for words in ("Index logits and exact top-k, k = 40", "gemm + vllm33 float32"):
         assert words in text, words
-    capsys.readouterr()
-    assert bench("plot", file, "--plot", drawn, "--k", 64) == 0
+    plots.draw(document, drawn, k=64)
     assert "k = 64" in drawn.read_text()
 
 

@@ -20,6 +20,7 @@ from kits.svg_curves import check_same
 from dsv4_plugin import topk
 from dsv4_plugin.cli.bench.command import WHAT
 from dsv4_plugin.cli.bench.topk.check import judge
+from dsv4_plugin.cli.bench.topk.report import lines
 from dsv4_plugin.cli.checks import compare
 from dsv4_plugin.cli.checks import topk_cases as cases
 from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS
@@ -81,9 +82,11 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
     wrong = [row for row in rows if row["implementation"] == "wrong" and row["kind"] == "normal"]
     assert wrong and not any(row["exact"] for row in wrong)
     assert not any(r["implementation"] == "vllm33" and r["dtype"] == "bfloat16" for r in rows)
+    roof = {"read_gb_s": 4000.0, "copy_gb_s": 3000.0}
+    said += "\n".join(lines(rows, roof))  # which a run on a GPU prints
     for words in ("absent is not compared: is not installed", "vllm33 refuses bfloat16",
-                  "[  1/12 ", "left] bfloat16 k 100 1 x 8192", "roof: read",
-                  "in a 256,000-wide buffer", "Adversarial scores", "Prefill: us warm",
+                  "[  1/12 ", "left] bfloat16 k 100 1 x 8192", "in a 256,000-wide buffer",
+                  "Adversarial scores", "Prefill: us warm",
                   "Answers in pool slots: us warm", "As in a server, code and lengths from memory",
                   "x one-pass floor",
                   "dsv4: exact, ties to the lowest index, in 138 of 138 cells",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,4 +88,23 @@ def test_a_dry_run_says_so_first_and_last(capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(["bench", "topk", "--device", "cpu", *few]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert lines[1] == lines[-1]
-    assert lines[-1].startswith("A dry run on a CPU") and lines[-1].endswith("mean nothing.")
+    assert lines[-1].startswith("A dry run on a CPU") and lines[-1].endswith("so none is shown.")
+
+
+@pytest.mark.parametrize("what", ["topk", "logits", "chain", "candidates"])
+def test_a_dry_run_shows_and_draws_no_times(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, drawn = tmp_path / "x.json", tmp_path / "x.svg"
+    few = ["bench", what, "--device", "cpu", "--rows", "1", "--columns", "512"]
+    assert cli.main([*few, "--json", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"dsv4\b.* (exact|right)", said)
+    assert not re.search(
+        r"\bus\b|µs|GB/s|TB/s|floor|best peer|\d\.\d\d", said.partition("\n")[2]
+    ), said
+    pytest.importorskip("matplotlib")
+    assert cli.main([*few, "--plot", str(drawn)]) == 2
+    assert cli.main(["bench", "plot", str(file), "--plot", str(drawn)]) == 2
+    assert capsys.readouterr().err.count("a dry run on a CPU mean nothing") == 2
+    assert not drawn.exists()

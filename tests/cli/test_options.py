@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,8 @@ def test_other_outputs_are_refused_too(tmp_path: Path, capsys: pytest.CaptureFix
         (["doctor", "--engines", "vllm", "--folder", str(tmp_path / "file")], "is no folder"),
         (["doctor", "--engines", "vllm", "--folder", "/proc/none"], "cannot be used"),
         (["ab", "--model", "m", "--out", str(tmp_path / "file" / "x")], "--out cannot be used"),
-        (["ab", "--model", "m", "--out", "/proc/none"], "cannot be used"),
+        (["ab", "--model", "m", f"--client-command={sys.executable}", "--out", "/proc/none"],
+             "cannot be used"),
     ):  # fmt: skip
         assert cli.main(command) == 2
         shown = capsys.readouterr()

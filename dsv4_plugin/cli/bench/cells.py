@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsv4_plugin.cli.bench import dry
 from dsv4_plugin.cli.bench.peers import Peers
 from dsv4_plugin.cli.checks.compare import PLUGIN, sound
 from dsv4_plugin.cli.checks.progress import Progress
@@ -67,7 +68,8 @@ class CellBench:
                 if self.progress.spent():
                     break
                 floor_us, text = cell(case)
-                self.progress.done(f"{case}  floor {floor_us:.2f}  {text}")
+                floor = f"  floor {floor_us:.2f}" if self.device == "cuda" else ""
+                self.progress.done(f"{case}{floor}  {text}")
                 self.saved()
             self._end()
             del cell  # and the tensors that it holds, before there are others
@@ -105,7 +107,7 @@ class CellBench:
         chosen = mine[1:] if self.cold_all else sorted(mine[1:], key=_warm_us)[:COLD_PEERS]
         for row in [mine[0], *chosen]:
             row["cold_us"] = cold(row["implementation"], row["warm_us"])
-        return "  ".join(_shown(row) for row in mine)
+        return "  ".join(map(_shown if self.device == "cuda" else dry.shown, mine))
 
     def _refuse(self, name: str, case: Any, error: Exception) -> None:
         """Say once for each dtype that a peer does not take a case."""

@@ -18,7 +18,7 @@ from dsv4_plugin.cli.bench import dry
 from dsv4_plugin.cli.checks import compare
 from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.shared import choices, numbers, outputs
-from dsv4_plugin.cli.shared.run import UsageError, need_torch, reading
+from dsv4_plugin.cli.shared.run import UsageError, examples, need_torch, reading
 
 __all__ = ["add_arguments", "engines", "grid", "run", "timing"]
 
@@ -30,6 +30,17 @@ WHAT = {
     "candidates": "the index layers of DeepSeek-V4.1",
     "read": "reads and gathers of the cache (needs a GPU)",
     "plot": "draw a results file, without a GPU",
+}
+EXAMPLES = {
+    "topk": (
+        "--against vllm,torch --json topk.json --plot topk.svg",
+        "--suite served --k 512 --rows 1 16",
+    ),
+    "logits": ("--json logits.json", "--suite prefill --dtype bfloat16 --columns 65536"),
+    "chain": ("--against vllm --k 512 --json chain.json", "--rows 1 64 --budget 300"),
+    "candidates": ("--json candidates.json", "--suite prefill --dtype float32"),
+    "read": ("--against vllm --json read.json", "--load-library vllm/_C.abi3.so"),
+    "plot": ("topk.json --plot topk.svg", "topk.json --plot k1024.png --k 1024"),
 }
 SUITES = {
     "topk": (
@@ -52,10 +63,12 @@ SUITES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmarks and the options of each."""
+    examples(parser, *(f"bench {what} {EXAMPLES[what][0]}" for what in ("topk", "plot")))
     benchmarks = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for what, about in WHAT.items():
         said = f"{about[0].upper()}{about[1:]}."
         one = benchmarks.add_parser(what, help=about, description=said)
+        examples(one, *(f"bench {what} {line}" for line in EXAMPLES[what]))
         if what == "plot":
             one.add_argument("results", type=Path, metavar="RESULTS.json", help="the file to draw")
             one.add_argument("--plot", type=outputs.plot, metavar="FILE", required=True,
@@ -119,7 +132,7 @@ def timing(parser: argparse.ArgumentParser) -> None:
         help="begin no cell after this time; what was measured is reported")  # fmt: skip
     add(
         "--device", choices=("cuda", "cpu"), default="cuda",
-        help="cpu: a dry run on the torch reference; its times mean nothing",
+        help="cpu: a dry run on the torch reference, which checks answers and shows no times",
     )  # fmt: skip
 
 
@@ -190,6 +203,8 @@ def run(arguments: argparse.Namespace) -> int:
             "there is no CUDA device here; nothing was measured (--device cpu is a dry run, of all "
             "but read)"
         )
+    if on_cpu and arguments.plot:
+        raise UsageError(dry.NO_PLOT)
     for library in getattr(arguments, "load_library", ()):
         with reading(library, "library"):
             _load(torch, library)
@@ -207,7 +222,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(line, flush=True)
 
     document: dict[str, Any] = {
-        "machine": about, "what": arguments.what, "complete": False, "results": []
+        "machine": about, "what": arguments.what, "complete": False, "dry_run": on_cpu,
+        "results": [],
     }  # fmt: skip
     with Results(document, arguments.json) as file:
         say(f"{gpu}, torch {about['torch']}, {triton}, dsv4-plugin {about['plugin']}")
@@ -260,5 +276,7 @@ def _plot(arguments: argparse.Namespace) -> None:
         document = json.loads(arguments.results.read_text(encoding="utf-8"))
         if not isinstance(document, dict) or "results" not in document:
             raise UsageError(f"{arguments.results} is no results file: it has no results")
+        if document.get("dry_run"):
+            raise UsageError(dry.NO_PLOT)
         plots.draw(document, arguments.plot, k=arguments.k)
     print(f"drawn to {arguments.plot}")

@@ -1,15 +1,19 @@
 """A dry run of a benchmark on a CPU: answers are checked, times mean nothing.
 
-So the grid is small where the options leave it open, and no times are compared.
+So the grid is small where the options leave it open, and no time is shown, compared or drawn.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-__all__ = ["SAID", "shrink"]
+from dsv4_plugin.cli.checks.compare import right
 
-SAID = "A dry run on a CPU: answers are checked, times and what is made of them mean nothing."
+__all__ = ["NO_PLOT", "SAID", "shown", "shrink"]
+
+SAID = "A dry run on a CPU: answers are checked. Its times mean nothing, so none is shown."
+NO_PLOT = "--plot draws times, and those of a dry run on a CPU mean nothing"
 
 # What --k, --rows and --columns are where they are not given, by benchmark.
 GRIDS: dict[str, dict[str, list[int]]] = {
@@ -30,3 +34,10 @@ def shrink(arguments: argparse.Namespace) -> str:
     vars(arguments).update(left)
     shown = ", ".join(f"--{name} {' '.join(map(str, values))}" for name, values in left.items())
     return f"A small grid, for a CPU: {shown} (others: give these options)" if shown else ""
+
+
+def shown(row: dict[str, Any]) -> str:
+    """Return whose answer a result is of, and whether it is right."""
+    op = f" {row['op']}" if "op" in row else ""
+    word = "exact" if "exact" in row else "right"
+    return f"{row['implementation']}{op} {word if right(row) else 'WRONG'}"

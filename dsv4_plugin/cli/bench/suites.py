@@ -75,21 +75,23 @@ def run(
         UsageError: nothing was measured.
     """
     document, say, results = file.document, measure.say, measure.results
+    on_gpu = arguments.device == "cuda"
     document |= {
         "suites": list(suites), "launches": arguments.launches, "replays": arguments.replays,
         **about,
     }  # fmt: skip
     with interruptible() as work:
         for name, cells in suites.items():
-            say(f"\n{name}: {len(cells)} cells; us warm/cold, ! wrong")
+            what = "us warm/cold, ! wrong" if on_gpu else "answers only"
+            say(f"\n{name}: {len(cells)} cells; {what}")
             measure.run(cells)
     out_of_time = measure.progress.out_of_time
     work.must(results or out_of_time, "nothing was measured: no cell is left", file.said())
     document["complete"] = work.whole and not out_of_time
     file.save(now=True)
-    lines = tables(results)
-    if arguments.device == "cuda":
-        lines += ["", *map(str, compare.ratios(results, **engines))]
+    lines: list[str] = []
+    if on_gpu:
+        lines = [*tables(results), "", *map(str, compare.ratios(results, **engines))]
     for line in lines + answers(results):
         say(line)
     if arguments.plot:

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from dsv4_plugin.cli.checks.progress import Progress
+from dsv4_plugin.cli.shared import screen
 from dsv4_plugin.engines.shared import source
 
 __all__ = ["ENGINES", "SpecError", "matrix", "probe", "render"]
@@ -36,7 +38,10 @@ class SpecError(ValueError):
 
 
 def matrix(
-    specs: Iterable[str], folder: Path | None = None, found: list[Data] | None = None
+    specs: Iterable[str],
+    folder: Path | None = None,
+    found: list[Data] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Data]:
     """Probe releases: ``engine``, ``engine==version`` or ``engine@folder of its packages``.
 
@@ -44,6 +49,7 @@ def matrix(
         specs: the releases; without a version the newest one that pip finds for this Python.
         folder: where wheels and their Python files are kept; None: nowhere.
         found: what is filled and returned, so that the caller of an interrupted run has it.
+        say: takes a line after each release, with the time that is left.
 
     Returns:
         One entry a release: ``engine``, ``version``, ``seams`` (name -> where, why), ``error``, and
@@ -61,8 +67,11 @@ def matrix(
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="dsv4-engines-") as scratch:
         root = Path(scratch) if folder is None else folder
+        progress = Progress(say)
+        progress.start(len(wanted))
         for number, parts in enumerate(wanted):
             found[number] = _release(*parts, root) | {"complete": True}
+            progress.done(f"{found[number]['engine']} {found[number]['version']}")
     return found
 
 
@@ -159,15 +168,11 @@ def render(releases: list[Data]) -> str:
     for engine in dict.fromkeys(data["engine"] for data in releases):
         some = [data for data in releases if data["engine"] == engine]
         names = list(dict.fromkeys(name for data in some for name in data["seams"]))
-        widths = [max(8, len(str(data["version"]))) for data in some]
-        left = max([len(engine), *(len(name) for name in names)])
-        pairs = list(zip(some, widths, strict=True))
-        lines.append(
-            "  ".join([engine.ljust(left), *(str(d["version"]).ljust(w) for d, w in pairs)])
+        lines += screen.table(
+            [engine, *(str(data["version"]) for data in some)],
+            [[name, *(_cell(data, name) for data in some)] for name in names],
+            right=False,
         )
-        for name in names:
-            cells = [_cell(data, name).ljust(width) for data, width in pairs]
-            lines.append("  ".join([name.ljust(left), *cells]).rstrip())
         for data in some:
             if data["error"]:
                 lines.append(f"{engine} {data['version']}: {data['error']}")

@@ -50,7 +50,7 @@ SWITCHES = (
     "`vllm serve --plugin dsv4`, `sglang serve --dsv4-topk auto`, or DSV4_PLUGIN=1 for any engine"
 )
 TOPK_K = 512  # the k of DeepSeek-V4
-WIDTH = 98
+WIDTH = 100
 MOST = 4  # rows of a part on one screen
 
 Data = dict[str, Any]
@@ -70,7 +70,7 @@ def run_engines(specs: Sequence[str], as_json: bool = False, folder: Path | None
     found: list[Data] = []
     with interruptible() as work:
         try:
-            releases.matrix(specs or list(releases.ENGINES), folder, found)
+            releases.matrix(specs or list(releases.ENGINES), folder, found, _say_to_a_person)
         except releases.SpecError as error:
             raise UsageError(str(error)) from error
     print(json.dumps(found, indent=2) if as_json else releases.render(found), flush=True)
@@ -82,6 +82,11 @@ def run_engines(specs: Sequence[str], as_json: bool = False, folder: Path | None
         for release in found
     )
     return 0 if whole else 1
+
+
+def _say_to_a_person(line: str) -> None:
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
 
 
 def run(as_json: bool = False, everything: bool = False) -> int:
@@ -442,7 +447,7 @@ def _everything(data: Data, width: int) -> list[str]:
         "entry points": _plain(data["entry_points"], lambda value: value or "not registered"),
         **{f"seams in {called}": _seam_rows(data[e]) for e, (called, _) in ENGINES.items()},
     }
-    lines = []
+    lines: list[str] = []
     for title, rows in parts.items():
         lines += [*[""][: len(lines)], title]
         lines += [f"  {line}" for line in screen.pairs(rows, width - 2)]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4_plugin.cli import plots
 from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.recall import PAPER
-from dsv4_plugin.cli.shared import numbers, outputs
+from dsv4_plugin.cli.shared import numbers, outputs, screen
 from dsv4_plugin.cli.shared.choices import KS
 from dsv4_plugin.cli.shared.choices import RECALL_DTYPES as DTYPES
 from dsv4_plugin.cli.shared.choices import RECALL_KINDS as KINDS
-from dsv4_plugin.cli.shared.run import UsageError, interruptible, need_torch
+from dsv4_plugin.cli.shared.run import UsageError, examples, interruptible, need_torch
 
 if TYPE_CHECKING:
     from dsv4_plugin.cli.recall import sources
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "add_arguments", "run", "table"]
 
 COLUMNS = tuple(8192 << i for i in range(6))  # 8K … 256K
-_ON_CPU = {"rows": 32, "columns": (8192, 32_768)}
-_ON_GPU = {"rows": 1024, "columns": COLUMNS}
+_ON_CPU: dict[str, Any] = {"rows": 32, "columns": (8192, 32_768)}
+_ON_GPU: dict[str, Any] = {"rows": 1024, "columns": COLUMNS}
 
 # The full definitions are in measure.py.
 LEGEND = """\
@@ -37,6 +38,11 @@ Row = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``dsv4-plugin recall``."""
+    examples(
+        parser,
+        "recall --kind normal --k 512 --columns 8192",
+        "recall --json recall.json --plot recall.svg",
+    )
     add = parser.add_argument
     add(
         "--scores", type=Path, nargs="+", metavar="FILE.safetensors",
@@ -94,12 +100,13 @@ def run(arguments: argparse.Namespace) -> int:
         "results": [],
     }
     results = document["results"]
+    left = _left(arguments, device)
     with Results(document, arguments.json) as file:
         print(f"{LEGEND}\n{_head()}", flush=True)
         with interruptible() as work:
             for row in _measured(arguments, device):
                 results.append(row)
-                print(_line(row), flush=True)
+                print(f"{_line(row)}{left(len(results))}", flush=True)
                 file.save()
         compared = any(row["rows"] for row in results)
         work.must(compared, "nothing was compared: no row is longer than k", file.said())
@@ -115,11 +122,26 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(row.get("beyond_ties") for row in results) else 0
 
 
+def _left(arguments: argparse.Namespace, device: str) -> Callable[[int], str]:
+    """Return what says how long the rest takes: on a terminal, where the cells can be counted."""
+    if arguments.scores or screen.columns() is None:
+        return lambda done: ""
+    kinds, dtypes = arguments.kind or KINDS, arguments.dtype or DTYPES
+    columns = arguments.columns or (_ON_GPU if device == "cuda" else _ON_CPU)["columns"]
+    cells = len(kinds) * len(columns) * len(arguments.k) * len(dtypes)
+    began = time.monotonic()
+
+    def said(done: int) -> str:
+        return f"  {screen.clock((time.monotonic() - began) / done * (cells - done))} left"
+
+    return said
+
+
 def _measured(arguments: argparse.Namespace, device: str) -> Iterator[Row]:
     """Yield the results, as they are measured."""
     from dsv4_plugin.cli.recall import sources
 
-    default: dict[str, Any] = _ON_GPU if device == "cuda" else _ON_CPU
+    default = _ON_GPU if device == "cuda" else _ON_CPU
     dtypes = arguments.dtype or list(DTYPES)
     for file in arguments.scores or ():
         for name, width, batches in sources.captured(file, device=device):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.shared import numbers, outputs
-from dsv4_plugin.cli.shared.run import device_of, interruptible
+from dsv4_plugin.cli.shared.run import device_of, examples, interruptible
+from dsv4_plugin.cli.shared.screen import clock
 
 if TYPE_CHECKING:
     from dsv4_plugin.cli.soak.load import Result
@@ -18,6 +19,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``dsv4-plugin soak``."""
+    examples(parser, "soak --minutes 10", "soak --minutes 60 --seed 7 --json soak.json")
     add = parser.add_argument
     add("--minutes", type=numbers.MINUTES, default=1.0, help="how long (1)")
     add("--seed", type=numbers.SEED, default=0, help="other scores, lengths and pages (0)")
@@ -45,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     with Results(document, arguments.json) as file:
 
         def progress(result: Result) -> None:
-            print(_line(result), flush=True)
+            left = f" [{clock(arguments.minutes * 60 - result.seconds)} left]"
+            print(f"{_line(result)}{left}", flush=True)
             document.update(asdict(result))
             file.save()
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dsv4_plugin.cli.bench import floor, suites
+from dsv4_plugin.cli.bench import dry, floor, suites
 from dsv4_plugin.cli.bench.candidates import report
 from dsv4_plugin.cli.bench.candidates.layers import (
     FullWidth,
@@ -56,8 +56,9 @@ def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]
     if fp4 and list(dtypes) != ["bfloat16"]:
         raise UsageError("--dtype must be bfloat16 with --cache fp4: the scores of FP4 keys are")
     rate = floor.read_rate(device)
-    say(f"roof: read {rate / 1e3:.0f} GB/s; us a call, keys from memory, buffers of {width:,} "
-        "columns")  # fmt: skip
+    if device == "cuda":
+        say(f"roof: read {rate / 1e3:.0f} GB/s; us a call, keys from memory, buffers of {width:,} "
+            "columns")  # fmt: skip
     prefill = (FP4_PREFILL if fp4 else PREFILL) if device == "cuda" else ((4, width),)
     shapes = {
         "decode": [(r * m, n, m) for m in arguments.next_n for r in rows for n in columns],
@@ -111,7 +112,8 @@ class _Bench(CellBench):
             begin = len(self.results)
             gathered = case.suite == "prefill" and self.cache == "fp8"
             (self._prefill if gathered else self._paged)(case)
-            shown = "  ".join(map(_shown, self.results[begin:]))
+            show = _shown if self.device == "cuda" else dry.shown
+            shown = "  ".join(map(show, self.results[begin:]))
             of = f" ({case.next_n} a request)" if case.next_n > 1 else ""
             self.progress.done(f"{case.rows}{of} x {case.columns:,} {case.dtype}  {shown}")
             self.saved()

@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]
     others = suites.peers(arguments, forms, say)
     rate = floor.read_rate(device)
     method = f"{cases.KEY_BYTES} bytes a key at the read rate"
-    say(f"roof: read {rate / 1e3:.0f} GB/s; floor: {method}")
+    if device == "cuda":
+        say(f"roof: read {rate / 1e3:.0f} GB/s; floor: {method}")
     about: dict[str, Any] = {"roof": {"read_gb_s": round(rate / 1e3, 1)}, "floor": method}
     engines: dict[str, str] = {}
     kind: type[KeyBench] = ChainBench if is_chain else Bench

@@ -25,7 +25,8 @@ def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]
         "read_gb_s": round(floor.read_rate(device) / 1e3, 1),
         "copy_gb_s": round(floor.copy_rate(device) / 1e3, 1),
     }
-    say(f"roof: read {roof['read_gb_s']:.0f} GB/s, copy {roof['copy_gb_s']:.0f} GB/s "
+    if device == "cuda":
+        say(f"roof: read {roof['read_gb_s']:.0f} GB/s, copy {roof['copy_gb_s']:.0f} GB/s "
         f"(read + written); floor: {floor.method(device)}")  # fmt: skip
     cells = {
         name: cases.suite(name, dtypes=arguments.dtype, ks=arguments.k,
