@@ -374,3 +374,8 @@ def test_the_verdict_on_a_gpu_says_what_the_kernels_lack(monkeypatch: pytest.Mon
     monkeypatch.setitem(backends._UNMET, "cuda", lambda call: ["this GPU is an older one"])
     data = doctor.collect() | {"gpu": {"devices": [{"name": "NVIDIA A100"}]}}
     assert doctor._verdict(data)[1].startswith("this GPU is an older one: the ops run here on ")
+
+
+def test_all_is_not_for_releases(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--all", "--engines", "vllm@/"]) == 2
+    assert "--all is for what is installed here" in capsys.readouterr().err

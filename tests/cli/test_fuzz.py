@@ -25,6 +25,7 @@ from dsv4_plugin import (
     topk,
 )
 from dsv4_plugin.cli import main as cli
+from dsv4_plugin.cli.fuzz import command
 from dsv4_plugin.cli.fuzz.case import CaseError, describe, function_of, parse
 from dsv4_plugin.cli.fuzz.engine import OPS, fuzz, run_case, shrink
 from dsv4_plugin.cli.fuzz.topk import TopkCase
@@ -579,3 +580,17 @@ def test_without_a_gpu_cuda_is_refused(capsys):
     else:
         assert cli.main(["fuzz", "--device", "cuda"]) == 2
         assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_the_progress_says_how_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "EVERY", 0.0)
+    given = ["fuzz", "--device", "cpu", "--backend", "torch", "--op", "topk", "--cases", "3"]
+    assert cli.main([*given, "--minutes", "10"]) == 0
+    *progress, last = capsys.readouterr().out.splitlines()
+    for number, line in enumerate(progress, 1):
+        assert re.fullmatch(
+            rf"\[ +\S+ s, (9:5\d|10:00) left\] 0 failures; {number} cases .* rows", line
+        )
+    assert len(progress) == 3 and "topk 3 cases" in last

@@ -268,3 +268,16 @@ def test_another_figure_is_seen_in_the_plot(tmp_path):
     assert bench("plot", other, "--plot", file) == 0
     with pytest.raises(AssertionError):
         check_same(file, RESULTS.with_suffix(".svg"))
+
+
+def test_on_a_terminal_it_says_how_long_the_rest_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["recall", "--device", "cpu", "--kind", "normal", "--k", "8", "16", "--columns", "64",
+           "--rows", "2", "--dtype", "bfloat16"]  # fmt: skip
+    assert cli.main(few) == 0
+    assert "left" not in capsys.readouterr().out, "a pipe has the table alone"
+    monkeypatch.setattr(command.screen, "columns", lambda: 100)
+    assert cli.main(few) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("normal ")]
+    assert len(rows) == 2 and all(line.endswith("  0:00 left") for line in rows)

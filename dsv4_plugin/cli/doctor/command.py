@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     from dsv4_plugin.cli.doctor import report
 
     if arguments.engines is not None:
+        if arguments.all:
+            raise UsageError("--all is for what is installed here, not for --engines")
         if arguments.folder is not None:
             outputs.make_folder("--folder", arguments.folder)
         return report.run_engines(arguments.engines, arguments.json, arguments.folder)

@@ -15,6 +15,7 @@ from dsv4_plugin.cli.fuzz.case import CaseError, describe, parse
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.choices import FUZZED
 from dsv4_plugin.cli.shared.run import UsageError, device_of, interruptible
+from dsv4_plugin.cli.shared.screen import clock
 from dsv4_plugin.errors import UnmetError
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(Results(results, arguments.json))
         trace = arguments.trace and stack.enter_context(arguments.trace.open("w"))
-        show = _progress()
+        show = _progress(arguments.minutes * 60)
 
         def progress(report: Report) -> None:
             show(report)
@@ -141,14 +142,19 @@ def _one(text: str, device: str) -> int:
     return 1
 
 
-def _progress() -> Callable[[Report], None]:
+def _progress(seconds: float) -> Callable[[Report], None]:
     last = time.monotonic()
 
     def show(report: Report) -> None:
         nonlocal last
         if time.monotonic() - last >= EVERY:
             last = time.monotonic()
-            print(_summary(report), flush=True)
+            print(
+                f"[{report.seconds:6.1f} s, {clock(seconds - report.seconds)} left] "
+                f"{len(report.failures)} failures; {report.cases.total():,} cases "
+                f"{report.rows.total():,} rows",
+                flush=True,
+            )
 
     return show
 
