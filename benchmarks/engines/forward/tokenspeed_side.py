@@ -36,7 +36,7 @@ DECODE = {"cuda": [(1, 8192), (8, 65_536)], "cpu": [(2, 700)]}
 PREFILL = {"cuda": [(512, 8192)], "cpu": [(4, 1400)]}
 READ = {"cuda": 1024, "cpu": 40}
 SCALE = 0.1
-OWN = ("bf16 own",)  # V4.1 is served on the plugin's own logits
+PLUGIN = ("bf16 plugin",)  # V4.1 is served on the plugin's own logits
 
 
 class Side(ForwardSide):
@@ -75,7 +75,7 @@ class Side(ForwardSide):
         """Give all parts in their order."""
         if "v41" in self.arguments.model:
             for name, run in self.v41.cells():
-                yield from self._beside(name, run, OWN)
+                yield from self._beside(name, run, PLUGIN)
         if "v4" in self.arguments.model:
             yield from self._v4()
 

@@ -63,7 +63,7 @@ def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
     for call in calls:
         assert not rows[call, "off"]["counters"]
         for dtype in ("fp32", "bf16"):
-            counters = rows[call, f"{dtype} own"]["counters"]
+            counters = rows[call, f"{dtype} plugin"]["counters"]
             assert counters[f"logits.plugin.{dtype}.torch"] == 1
             assert counters[f"topk.paged.{dtype}.torch"] == 1
         assert rows[call, "fp32"]["agreement"] == 1.0

@@ -34,7 +34,7 @@ def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
     found = RELEASES.run_driver(version, tmp_path / "found.json")
     assert found["version"].startswith(f"TokenSpeed {version} ")
     rows = {(row["part"], row["variant"]): row for row in found["results"]}
-    own = [row for row in found["results"] if row["variant"] == "bf16 own"]
+    own = [row for row in found["results"] if row["variant"] == "bf16 plugin"]
     v41 = [row for row in own if row["part"].startswith("v41")]
     assert [row["part"].split()[1:3] for row in v41] == [
         [layer, phase] for phase in ("decode", "prefill")
@@ -50,7 +50,7 @@ def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
     for call in calls:
         mode = "prefill" if call.startswith("prefill") else "decode"
         for dtype in ("fp32", "bf16"):
-            row = rows[call, f"{dtype} own"]
+            row = rows[call, f"{dtype} plugin"]
             assert row["kernel"] == f"dsv4_plugin_dsa_{mode}_topk" and row["recall"] > 0.95
             assert row["counters"][f"topk.dsa_{mode}_topk.{dtype}.torch"] == 1
             assert row["counters"][f"logits.plugin.{dtype}.torch"] == 1
