@@ -41,22 +41,28 @@ class Call(NamedTuple):
     alignment: int = 16  # of every row that is read or written in vectors, in bytes
 
 
+_CUDA, _TRITON = "dsv4_plugin.kernels.cuda", "dsv4_plugin.kernels.triton_cache"
+_REFERENCE = "dsv4_plugin.kernels.reference"
+_LOGITS_REFERENCE = "dsv4_plugin.kernels.reference_logits"
+_CANDIDATES_REFERENCE = "dsv4_plugin.kernels.reference_candidates"
+
+
 def _forms(function: str, reference: str, *backends: str) -> dict[str, str]:
     """Return where a function is, ``module:function``, by backend; ``reference`` has torch's."""
-    modules = {"cuda": "cuda", "triton": "triton_cache", "torch": reference}
-    return {name: f"dsv4_plugin.kernels.{modules[name]}:{function}" for name in backends}
+    modules = {"cuda": _CUDA, "triton": _TRITON, "torch": reference}
+    return {name: f"{modules[name]}:{function}" for name in backends}
 
 
 # op → backend → "module:function". An op that has no entry for a backend has no such form.
 _FORMS: dict[str, dict[str, str]] = {
-    "topk": _forms("topk", "reference", "cuda", "torch"),
-    "read": _forms("read_indexer_cache", "reference", *ORDER),
-    "read_mxfp4": _forms("read_indexer_cache_mxfp4", "reference", "triton", "torch"),
-    "gather": _forms("gather_indexer_cache", "reference", *ORDER),
-    "paged_logits": _forms("paged_logits", "reference_logits", "cuda", "torch"),
-    "ragged_logits": _forms("ragged_logits", "reference_logits", "cuda", "torch"),
+    "topk": _forms("topk", _REFERENCE, "cuda", "torch"),
+    "read": _forms("read_indexer_cache", _REFERENCE, *ORDER),
+    "read_mxfp4": _forms("read_indexer_cache_mxfp4", _REFERENCE, "triton", "torch"),
+    "gather": _forms("gather_indexer_cache", _REFERENCE, *ORDER),
+    "paged_logits": _forms("paged_logits", _LOGITS_REFERENCE, "cuda", "torch"),
+    "ragged_logits": _forms("ragged_logits", _LOGITS_REFERENCE, "cuda", "torch"),
     **{
-        op: _forms(op, "reference_candidates", "cuda", "torch")
+        op: _forms(op, _CANDIDATES_REFERENCE, "cuda", "torch")
         for op in ("block_maxima", "select_blocks", "candidate_logits", "candidate_logits_ragged",
                    "candidate_select", "select_candidates")
     },

@@ -119,7 +119,7 @@ def test_interrupted_servers_are_stopped(module: str, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     run = start([
         TOOL + module, "--model", str(tiny_model(tmp_path / "model")), "--json", str(file),
-        "--folder", str(tmp_path / "run"), "--vllm", FAKE, "--port", str(free_ports(14)),
+        "--folder", str(tmp_path / "run"), "--server-command", FAKE, "--port", str(free_ports(14)),
     ], FAKE_HANGS="40")  # fmt: skip
     try:
         while not list(tmp_path.glob("run/*/serve.log")):

@@ -14,17 +14,23 @@ from kits.real_client import check
 from kits.release_runner import Releases, versions
 
 CASES = Path(__file__).resolve().parent / "host"
-VERSIONS = versions("DSV4_SGLANG_VERSIONS", "0.5.23,0.5.20,0.5.19,0.5.16")
+VERSIONS = versions("DSV4_SGLANG_VERSIONS", "0.5.23,0.5.16")
+# Between the newest and the oldest: what is patched, decided and said, without the calls.
+MIDDLE_VERSIONS = ["0.5.20", "0.5.19"]
 # The seams of DeepSeek-V4.1 and of the budget are there from 0.5.22 on.
 V41_VERSIONS = versions("DSV4_SGLANG_VERSIONS", "0.5.23,0.5.22")
 RELEASES = Releases(
     "SGLang", "hosts", ("sglang/{}",),
-    ("--sglang", ",".join(dict.fromkeys((*VERSIONS, *V41_VERSIONS))), "--tokenspeed", ""),
+    (
+        "--sglang", ",".join(dict.fromkeys((*VERSIONS, *MIDDLE_VERSIONS, *V41_VERSIONS))),
+        "--tokenspeed", "",
+    ),
     "SGLANG_",
 )  # fmt: skip
 V41_FILES = ["host_budget.py", *sorted(path.name for path in CASES.glob("host_v41_*.py"))]
 FILES = sorted({path.name for path in CASES.glob("host_*.py")} - {*V41_FILES})
-FEWEST_CASES, V41_FEWEST_CASES = 175, 75
+MIDDLE_FILES = ["host_debug.py", "host_flag.py", "host_guard.py", "host_hooks.py"]
+FEWEST_CASES, MIDDLE_FEWEST_CASES, V41_FEWEST_CASES = 175, 115, 75
 # SGLang's Triton kernels run in Triton's interpreter.
 INTERPRET = {"TRITON_INTERPRET": "1"}
 
@@ -33,6 +39,13 @@ INTERPRET = {"TRITON_INTERPRET": "1"}
 @pytest.mark.parametrize("version", VERSIONS)
 def test_release(version: str, tmp_path: Path) -> None:
     RELEASES.run_cases(version, CASES, tmp_path / "report.xml", FEWEST_CASES, FILES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", MIDDLE_VERSIONS)
+def test_seams_in_release(version: str, tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    RELEASES.run_cases(version, CASES, report, MIDDLE_FEWEST_CASES, MIDDLE_FILES)
 
 
 @pytest.mark.slow
