@@ -68,4 +68,4 @@ def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
 def test_a_run_that_is_cut_short_names_what_is_missing(tmp_path: Path) -> None:
     found = RELEASES.run_driver(VERSIONS[0], tmp_path / "found.json", budget=0)
     assert not found["complete"] and not found["results"]
-    assert {"read on", "decode 2x700 k512 logical bf16 own"} <= set(found["not_run"])
+    assert {"read on", "decode 2x700 k512 logical bf16 plugin"} <= set(found["not_run"])
