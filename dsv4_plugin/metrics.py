@@ -13,7 +13,6 @@ two ways between them, and each engine uses one; both are public, nothing of an 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,16 +130,10 @@ class _Files:
     def samples(self) -> list[tuple[str, list[str], float]]:
         """Return metric, labels and value of every file of a process that is alive."""
         found: list[tuple[str, list[str], float]] = []
-        try:
-            files = sorted(file for file in self.folder.glob("*.json") if file.is_file())
-        except (OSError, ValueError):
-            files = []
-        for file in files:
+        for report in processes.reports(self.folder):
             try:
-                report = json.loads(file.read_text())
                 node, pid = str(report["node"]), str(int(report["pid"]))
-                own = [(m, [node, name, pid], value) for m, name, value in _samples(report)]
-                found += own if processes.alive(report) else []
-            except Exception:  # no status of the plugin, or gone meanwhile
+                found += [(m, [node, name, pid], value) for m, name, value in _samples(report)]
+            except Exception:  # not one of the plugin's
                 continue
         return found

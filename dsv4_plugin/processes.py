@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NODE", "alive", "in_child", "lock", "started"]
+__all__ = ["NODE", "alive", "in_child", "lock", "reports", "started"]
 
 NODE = platform.node() or "unknown"
 
@@ -53,3 +54,20 @@ def alive(report: dict[str, Any]) -> bool:
         return True
     pid, began = report.get("pid"), report.get("started")
     return Path(f"/proc/{pid}").is_dir() and began in (None, started(pid))
+
+
+def reports(folder: Path) -> list[dict[str, Any]]:
+    """Return the status files of a folder, of processes that run; what is none is left out."""
+    found = []
+    try:
+        files = sorted(file for file in folder.glob("*.json") if file.is_file())
+    except (OSError, ValueError):
+        return []
+    for file in files:
+        try:
+            report = json.loads(file.read_text())
+            if isinstance(report, dict) and alive(report):
+                found.append(report)
+        except (OSError, ValueError, RecursionError):  # something else, or gone meanwhile
+            continue
+    return found

@@ -24,7 +24,7 @@ from benchmarks.engines.kernels.cells import backend_for, recall
 from benchmarks.engines.part import Row
 from dsv4_plugin.cli.bench.cells import DIRTY
 from dsv4_plugin.cli.checks.oracles import fp8_keys
-from dsv4_plugin.engines.tokenspeed import dsv41
+from dsv4_plugin.engines.shared.candidates import WHOLE_COLUMNS
 
 __all__ = ["MODE", "Layers"]
 
@@ -194,7 +194,7 @@ class Layers:
         self, t: _Step, which: int, dtype: torch.dtype, candidates: torch.Tensor | None, held: int
     ) -> tuple[torch.Tensor, ...]:
         columns = t.table.shape[1] * PAGE
-        few = candidates is not None and columns > dsv41.WHOLE_COLUMNS
+        few = candidates is not None and columns > WHOLE_COLUMNS
         scores = self._scores(t, which, dtype, t.prefill and not few)
         seen = t.visible
         if candidates is not None:

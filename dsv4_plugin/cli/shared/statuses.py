@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.processes import alive
+from dsv4_plugin.processes import reports
 
 __all__ = ["failures", "of_folder", "of_metrics", "served"]
 
@@ -20,15 +19,7 @@ def of_folder(folder: Path) -> list[dict[str, Any]]:
 
     What cannot be read, or is no status, is left out.
     """
-    found = []
-    for file in sorted(folder.glob("*.json")):
-        try:
-            data = json.loads(file.read_text())
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(data, dict) and isinstance(data.get("counters"), dict) and alive(data):
-            found.append(_sound(data))
-    return found
+    return [_sound(data) for data in reports(folder) if isinstance(data.get("counters"), dict)]
 
 
 def of_metrics(text: str) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from dsv4_plugin.engines.sglang.policy import V41_K
 from dsv4_plugin.engines.sglang.v41_published import Published, every_block, published
 from dsv4_plugin.engines.sglang.v41_rows import Part, Run, parts_of
 from dsv4_plugin.engines.shared import decision
+from dsv4_plugin.engines.shared.candidates import PIECE, WHOLE_COLUMNS
 from dsv4_plugin.engines.shared.decision import DTYPES, Selection
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.kernels.arguments import MAX_K
@@ -32,18 +33,14 @@ from dsv4_plugin.ops import candidates as ops
 from dsv4_plugin.ops.logits import new_logits, paged_logits
 from dsv4_plugin.ops.topk import topk
 
-__all__ = ["PAGE", "PIECE", "Call", "Layers", "decode", "prefill", "unfit"]
+__all__ = ["PAGE", "Call", "Layers", "decode", "prefill", "unfit"]
 
 PAGE = 64  # slots a page of the index cache
 SLOT_BYTES = 68  # 64 of FP4 pairs, 4 scales
-PIECE = 8  # keys a candidate block
 # Decode: scores of at most so many bytes are kept. Of more only the blocks' maxima are, and the
 # keys of the best blocks are scored a second time: the k best keys of a row are among its k + 1
 # best blocks. Prefill: a part's scores take at most so many.
 KEPT_BYTES = 256 << 20
-# A consumer's prefill of a request with at most so many keys scores them all: there many rows share
-# the read of a key, and a candidate's keys are read for one row.
-WHOLE_KEYS = 40_960
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ class Call:
                 self._among_all(part)
                 continue
             candidates = published.candidates[part.rows]
-            if not self.next_n and part.columns <= WHOLE_KEYS:
+            if not self.next_n and part.columns <= WHOLE_COLUMNS:
                 scores = self._scores(part, whole_blocks=True)
                 self._among(part, candidates, _of_blocks(scores, candidates))
             else:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["PIECE", "maxima_of"]
+__all__ = ["PIECE", "WHOLE_COLUMNS", "maxima_of"]
 
 PIECE = 8  # keys of a candidate block, as the kernels have it
+# A consumer's prefill over at most so many keys scores them all: there many rows share the read of
+# a key, and a candidate's keys are read for one row. Measured in vLLM's form alone.
+WHOLE_COLUMNS = 40_960
 
 
 def maxima_of(scores: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:

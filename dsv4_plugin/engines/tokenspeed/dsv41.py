@@ -23,7 +23,7 @@ import torch
 
 import dsv4_plugin as ops
 from dsv4_plugin.engines.shared import logits as shared_logits
-from dsv4_plugin.engines.shared.candidates import PIECE, maxima_of
+from dsv4_plugin.engines.shared.candidates import PIECE, WHOLE_COLUMNS, maxima_of
 from dsv4_plugin.engines.shared.decision import DTYPES, Selection
 from dsv4_plugin.engines.tokenspeed.kernels import HEAD_DIM, KEY_BYTES, logits_of, quantise
 from dsv4_plugin.kernels.arguments import MAX_K
@@ -38,10 +38,6 @@ TRITON = "tokenspeed_kernel.ops.attention.dsv41.triton"
 # as much again for its cleaned copy.
 DECODE_BYTES = 64 << 20
 PREFILL_BYTES = 256 << 20
-# A prefill call of a consumer over at most so many columns is scored whole, if TokenSpeed's kernel
-# that picks the candidates' scores is there: rows share the read of a key, while a candidate's keys
-# are read for one row.
-WHOLE_COLUMNS = 40_960
 # The ops that have to write a dtype before a layer is served in it.
 LOGITS_OPS = {
     "plain": ("paged_logits", "ragged_logits", "block_maxima", "select_blocks",
@@ -181,6 +177,7 @@ def index_topk(
         rows, lengths, blocks, block_lengths,
     )  # fmt: skip
     if page_table.stride(0) == 0 and n > 1:
+        # All keys are scored only if TokenSpeed's kernel that picks the candidates' is there.
         whole = call.columns <= WHOLE_COLUMNS
         _prefill(call, query_chunk_size, _own("candidate_scores") if on_gpu and whole else None)
     else:

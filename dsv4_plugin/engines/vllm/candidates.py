@@ -23,7 +23,7 @@ import torch
 
 from dsv4_plugin.engines.shared import logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
-from dsv4_plugin.engines.shared.candidates import PIECE, maxima_of
+from dsv4_plugin.engines.shared.candidates import PIECE, WHOLE_COLUMNS, maxima_of
 from dsv4_plugin.engines.shared.decision import DTYPES, Selection
 from dsv4_plugin.engines.shared.tensors import widen
 from dsv4_plugin.engines.vllm.adapter import current
@@ -52,11 +52,6 @@ READERS = ("candidates", "topk.decode", "topk.prefill")  # the seams that read d
 # scores the keys of its candidates a second time: the k best keys of a row are among its k + 1 best
 # blocks.
 KEPT_BYTES = 256 << 20
-# A prefill chunk of a consumer with at most so many columns is scored whole: there many rows share
-# the read of a key, and a candidate's keys are read for one row. A wider one is scored from the
-# cache, so that its keys are not gathered: a candidate block is the same kilobyte in both places,
-# and the pages cost a lookup that the kernel does ahead.
-WHOLE_COLUMNS = 40_960
 
 
 def deferred_of(scores: Any) -> Deferred | None:
@@ -254,6 +249,8 @@ def select(call: Deferred, k: int, out: torch.Tensor, paged: Paged | None = None
     ``paged`` takes slots and counts beside the indices ``out``.
     """
     consumer = call.mask is not None
+    # A wider chunk is scored from the cache, so that its keys are not gathered: a candidate block
+    # is the same kilobyte in both places, and the kernel looks pages up ahead.
     if consumer and call.window and (call.gather is None or call.columns <= WHOLE_COLUMNS):
         call.scores = every_score(call)
     elif not consumer and call.scores is None and _held(call) <= k:

@@ -108,7 +108,7 @@ def test_all_eight_layers(load, make_model, used, batch):
 def test_a_prefill_in_little_memory(load, make_model, used, monkeypatch, batch):
     """A prefill is cut into parts, and its consumers read the keys of their candidates."""
     monkeypatch.setattr(v41_calls, "KEPT_BYTES", 5000)
-    monkeypatch.setattr(v41_calls, "WHOLE_KEYS", 0)
+    monkeypatch.setattr(v41_calls, "WHOLE_COLUMNS", 0)
     load()
     model = make_model(held=HELD)
     check(model, model.forward(model.batch(**batch)))
@@ -149,7 +149,7 @@ def test_consumers_of_decode_score_their_candidates_only(load, make_model, used)
 def test_consumers_of_a_long_prefill_score_their_candidates_only(
     load, make_model, used, monkeypatch
 ):
-    monkeypatch.setattr(v41_calls, "WHOLE_KEYS", 600)
+    monkeypatch.setattr(v41_calls, "WHOLE_COLUMNS", 600)
     load()
     model = make_model(held=HELD)
     forward = model.forward(model.batch((700, 590), (4, 4), "prefill"))

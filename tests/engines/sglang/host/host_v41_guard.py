@@ -83,7 +83,7 @@ def test_a_broken_op_leaves_the_call_to_sglang(
 ):
     """The source's consumers, too, find what SGLang's own source would have published."""
     load()
-    monkeypatch.setattr(v41_calls, "WHOLE_KEYS", 0)
+    monkeypatch.setattr(v41_calls, "WHOLE_COLUMNS", 0)
     model = make_model(held=HELD)
     forward = model.forward(model.batch(**SMALL[mode]))
     want = wanted(forward)
@@ -358,7 +358,7 @@ def watch(model):
     ids=["prefill", "context parallel", "decode", "verification"],
 )
 def test_the_host_never_waits(load, make_model, used, monkeypatch, batch, whole):
-    monkeypatch.setattr(v41_calls, "WHOLE_KEYS", whole)
+    monkeypatch.setattr(v41_calls, "WHOLE_COLUMNS", whole)
     monkeypatch.setattr(v41_calls, "KEPT_BYTES", 20_000)
 
     def blind(op):
