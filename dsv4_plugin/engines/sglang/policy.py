@@ -49,7 +49,7 @@ class LayerKind:
     fp4_ops: tuple[str, ...] = ()
 
 
-_SCAN = ("paged_logits", "block_maxima", "candidate_logits")
+_SCAN = ("paged_logits", "block_maxima", "candidate_logits", "candidate_select")
 
 KINDS = {
     "v4": LayerKind("DeepSeek-V4 indexer", ("bf16", "fp32"), ("forward", "topk.paged"), ("paged",)),

@@ -139,9 +139,9 @@ class Call:
             candidates = published.candidates[part.rows]
             if not self.next_n and part.columns <= WHOLE_COLUMNS:
                 scores = self._scores(part, whole_blocks=True)
-                self._among(part, candidates, _of_blocks(scores, candidates))
+                self._select_candidates(part, candidates, _of_blocks(scores, candidates))
             else:
-                self._among(part, candidates, self._scores_of(part, candidates))
+                self._among(part, candidates)
 
     def _all_are_candidates(self, part: Part) -> bool:
         return part.columns <= self.layers.held * PIECE
@@ -176,7 +176,7 @@ class Call:
         if scores is not None:
             self._select(part, scores)
         else:
-            self._among(part, candidates, self._scores_of(part, candidates))
+            self._among(part, candidates)
 
     # --- the ops on a part ---------------------------------------------------------------------
 
@@ -225,7 +225,22 @@ class Call:
             page_table=self._table(part), page_size=PAGE, backend=self.selection.backend,
         )  # fmt: skip
 
-    def _among(self, part: Part, candidates: torch.Tensor, scores: torch.Tensor) -> None:
+    def _among(self, part: Part, candidates: torch.Tensor) -> None:
+        """Score the keys of the candidates, and select among them."""
+        if len(part.runs) > 1:
+            self._select_candidates(part, candidates, self._scores_of(part, candidates))
+            return
+        q, cache, weights, lengths, table = self._arguments(part.runs[0])
+        slots = self._into(self.slots, part)
+        ops.candidate_select(
+            q, cache, weights, candidates, lengths, table, self.k, block_size=PAGE,
+            dtype=self.dtype, page_table=None if slots is None else table, page_size=PAGE,
+            out=self._into(self.raw, part), out_slots=slots, backend=self.selection.backend,
+        )  # fmt: skip
+
+    def _select_candidates(
+        self, part: Part, candidates: torch.Tensor, scores: torch.Tensor
+    ) -> None:
         slots = self._into(self.slots, part)
         ops.select_candidates(
             scores, candidates, self.lengths[part.rows], self.k, next_n=self._next_n(part),

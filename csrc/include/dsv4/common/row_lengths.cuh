@@ -13,8 +13,10 @@ struct IntTensor {
   const void* data;
   bool is_int64;
 
+  // From L2: some kernels read lengths before griddepcontrol.wait (CandidateTopkParams::early).
   __device__ __forceinline__ int64_t operator[](int64_t i) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+    return is_int64 ? __ldcg(static_cast<const long long*>(data) + i)
+                    : __ldcg(static_cast<const int32_t*>(data) + i);
   }
 };
 

@@ -20,8 +20,9 @@ struct CandidateTopkParams : TopkParams {
   int64_t candidate_stride;
   int32_t count;
   // The kernel before this one in the stream writes the scores and nothing else, and has let this
-  // one start behind its own wait (candidate_logits_kernel). So all that is read beside the scores
-  // was written by kernels that have ended, and need not be waited for.
+  // one start behind its own wait (candidate_logits_kernel). So kernels that have ended wrote all
+  // that is read beside the scores, and this kernel does not wait for it. These reads go to L2
+  // (ld.global.cg), because a line in an L1 may be older than what those kernels wrote.
   bool early;
 };
 
@@ -38,7 +39,7 @@ struct CandidateSource {
       : keys_at(p.lengths.place(row)), list(p.candidates + row * p.candidate_stride) {}
 
   __device__ __forceinline__ CandidateWindow read(const CandidateTopkParams& p) const {
-    int32_t last = list[p.count - 1];  // on its way together with the number of keys
+    int32_t last = __ldcg(list + p.count - 1);  // on its way together with the number of keys
     const int64_t length = p.lengths.read(keys_at);
     const int32_t keys = static_cast<int32_t>(length < 0           ? 0
                                               : length > INT32_MAX ? INT32_MAX
@@ -47,12 +48,12 @@ struct CandidateSource {
     int32_t held = p.count;
     if (pieces < held) {
       held = pieces;
-      last = held > 0 ? list[held - 1] : -1;
+      last = held > 0 ? __ldcg(list + held - 1) : -1;
     }
     if (last < 0) {
       // A row has as many candidates as it has pieces, up to `count`; this one has fewer.
       held = find_end(list, held > 0 ? held - 1 : 0);
-      last = held > 0 ? list[held - 1] : 0;
+      last = held > 0 ? __ldcg(list + held - 1) : 0;
     }
     const int32_t seen = last < pieces ? min(keys - last * kCandidateKeys, kCandidateKeys) : 0;
     const int32_t length_seen = held > 0 ? (held - 1) * kCandidateKeys + seen : 0;
@@ -69,7 +70,7 @@ struct CandidateSource {
 #pragma unroll 1
     while (begin < end) {
       const int32_t middle = (begin + end) / 2;
-      if (list[middle] >= 0) {
+      if (__ldcg(list + middle) >= 0) {
         begin = middle + 1;
       } else {
         end = middle;
@@ -89,10 +90,10 @@ struct CandidateOutput : RowOutput {
                                              const CandidateWindow& window)
       : RowOutput(p, row), list(p.candidates + row * p.candidate_stride), keys(window.keys) {}
 
-  static __device__ __forceinline__ int32_t position(const int32_t* list, int32_t keys,
+  static __device__ __forceinline__ int32_t position(int32_t candidate, int32_t keys,
                                                      int32_t column) {
     constexpr uint32_t kMost = INT32_MAX / kCandidateKeys;
-    const auto piece = static_cast<uint32_t>(list[column / kCandidateKeys]);
+    const auto piece = static_cast<uint32_t>(candidate);
     const auto found = static_cast<int32_t>(piece * kCandidateKeys) + column % kCandidateKeys;
     return piece <= kMost && found < keys ? found : -1;
   }
@@ -115,7 +116,11 @@ struct CandidateOutput : RowOutput {
     const int32_t end = min(begin + count, held);
 #pragma unroll 1
     for (int32_t i = max(begin - 1, 0) + threadIdx.x; i < end; i += blockDim.x) {
-      copy_word(kept + kList + i, list + i);
+      if (p.early) {
+        kept[kList + i] = __ldcg(list + i);
+      } else {
+        copy_word(kept + kList + i, list + i);
+      }
     }
     copies_commit();
   }
@@ -124,13 +129,14 @@ struct CandidateOutput : RowOutput {
 
   // What is stored for a chosen column, after the CTA has met behind started().
   static __device__ __forceinline__ int32_t placed(const int32_t* kept, int32_t column) {
-    return position(kept + kList, *kept, column);
+    return position(kept[kList + column / kCandidateKeys], *kept, column);
   }
 
   // ---- Rare rows, by the list in global memory
   // ---------------------------------------------------
   __device__ __forceinline__ void write(int32_t at, int32_t column) const {
-    RowOutput::write(at, column < 0 ? -1 : position(list, keys, column));
+    const int32_t* candidate = list + column / kCandidateKeys;
+    RowOutput::write(at, column < 0 ? -1 : position(__ldcg(candidate), keys, column));
   }
 
   __device__ __forceinline__ void write_all(int32_t length, int32_t k) const {

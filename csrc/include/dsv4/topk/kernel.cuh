@@ -75,6 +75,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   if (cluster.rank == 0) p.write_count(row, window.length);
   bool joined = false;
   if (window.length <= p.k) {
+    if (early) wait();  // the page table may be in an L1
     if (cluster.rank == 0) Output(p, row, window).write_all(window.length, p.k);
   } else {
     Output::start(p, row, window, cluster.rank, cluster.size);

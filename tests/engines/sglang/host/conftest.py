@@ -166,6 +166,11 @@ class Used:
         return names(self._engine) & {"scan", "masked scan", "amax8", "deep_select", "topk_v2"}
 
 
+CANDIDATE_OPS = (
+    "block_maxima", "select_blocks", "candidate_logits", "select_candidates", "candidate_select",
+)  # fmt: skip
+
+
 @pytest.fixture
 def used(engine, monkeypatch):
     from dsv4_plugin.engines.sglang import v41_calls
@@ -175,7 +180,7 @@ def used(engine, monkeypatch):
     def noting(name, op):
         def noted(*args, **kwargs):
             found.ops.append(name)
-            if name in ("paged_logits", "block_maxima", "candidate_logits"):
+            if name not in ("topk", "select_blocks", "select_candidates"):
                 found.shapes.append(tuple(args[0].shape))
             if name in ("paged_logits", "block_maxima"):
                 out = kwargs["out"] if name == "paged_logits" else kwargs["logits"]
@@ -186,7 +191,7 @@ def used(engine, monkeypatch):
 
     for name in ("paged_logits", "topk"):
         monkeypatch.setattr(v41_calls, name, noting(name, getattr(v41_calls, name)))
-    for name in ("block_maxima", "select_blocks", "candidate_logits", "select_candidates"):
+    for name in CANDIDATE_OPS:
         monkeypatch.setattr(v41_calls.ops, name, noting(name, getattr(v41_calls.ops, name)))
     return found
 

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import names
+from conftest import CANDIDATE_OPS, names
 from host_v41_calls import HELD, counters, slots, wanted
 from kits.sglang_v41 import LAYERS, SOURCE
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
@@ -69,15 +69,19 @@ def test_sglang_itself_selects_as_good_keys(load, make_model, used, mode):
     assert not used.ops and counters() == {}
 
 
+BOTH = {2: ("paged_logits", "topk"), SOURCE: ("block_maxima", "select_blocks", "topk")}
 OPS = {
-    2: ("paged_logits", "topk"),
-    SOURCE: ("block_maxima", "select_blocks", "topk"),
-    CONSUMER: ("candidate_logits", "select_candidates"),
+    "decode": {**BOTH, CONSUMER: ("candidate_select",)},
+    "prefill": {**BOTH, CONSUMER: ("candidate_select",)},
+    "prompts": {CONSUMER: ("candidate_logits", "select_candidates")},
 }
+PROMPTS = {"lengths": (700, 590), "new": (4, 4), "mode": "prefill"}
 
 
-@modes
-@pytest.mark.parametrize(("layer", "op"), [(n, op) for n, ops in OPS.items() for op in ops])
+@pytest.mark.parametrize(
+    ("mode", "layer", "op"),
+    [(mode, n, op) for mode, layers in OPS.items() for n, ops in layers.items() for op in ops],
+)
 def test_a_broken_op_leaves_the_call_to_sglang(
     load, make_model, used, monkeypatch, caplog, mode, layer, op
 ):
@@ -85,7 +89,7 @@ def test_a_broken_op_leaves_the_call_to_sglang(
     load()
     monkeypatch.setattr(v41_calls, "WHOLE_COLUMNS", 0)
     model = make_model(held=HELD)
-    forward = model.forward(model.batch(**SMALL[mode]))
+    forward = model.forward(model.batch(**SMALL.get(mode, PROMPTS)))
     want = wanted(forward)
     if layer == CONSUMER:
         forward.run(SOURCE)
@@ -370,7 +374,7 @@ def test_the_host_never_waits(load, make_model, used, monkeypatch, batch, whole)
 
     for name in ("paged_logits", "topk"):
         monkeypatch.setattr(v41_calls, name, blind(getattr(v41_calls, name)))
-    for name in ("block_maxima", "select_blocks", "candidate_logits", "select_candidates"):
+    for name in CANDIDATE_OPS:
         monkeypatch.setattr(v41_calls.ops, name, blind(getattr(v41_calls.ops, name)))
     load(DSV4_STRICT="1")
     model = make_model(held=HELD)
