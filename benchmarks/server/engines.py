@@ -207,7 +207,10 @@ ENGINES = {
         shipped.ENGINES["sglang"], "sglang.srt.plugins", "SGLANG_PLUGINS",
         "benchmarks.server.sglang_side:register", {}, (), "--tp-size", _sglang_arguments,
         "/generate", _sglang_body, _sglang_read,
-        lambda traces: {"output_dir": str(traces), "activities": ["CPU", "GPU"]},
+        lambda traces: {
+            "output_dir": str(traces), "activities": ["CPU", "GPU"],
+            "with_stack": False, "record_shapes": False,
+        },
         re.compile(r"max_total_num_tokens=(\d+)"),
         re.compile(r"Capture .* end\. .*mem usage=(-?[\d.]+) GB"),
         copies=False,

@@ -1,4 +1,4 @@
-"""A torch-profiler trace of a decoding vLLM server → microseconds a step, kernel by kernel.
+"""A torch-profiler trace of a decoding server → microseconds a step, kernel by kernel.
 
 Every step writes one key to each indexer's cache, and scores keys after it. So the steps are found
 by the first scoring kernel after each key that is written. What is counted lies between the first
@@ -59,9 +59,11 @@ _NAMES = (
     ("logits", re.compile(r"paged_mqa_logits|dsv4::\S*paged_logits")),
     ("transform", re.compile(r"compute_global_topk|dsv4::\S*(slots|global)")),
     ("topk", re.compile(r"dsv4::\S*topk|(cooperative|persistent|filtered)_?topk|"
-                        r"topk_?per_?row|FilteredTopK", re.I)),
+                        r"topk_?per_?row|FilteredTopK|"
+                        r"topk_(main|\w*cluster|transform)_kernel", re.I)),
     ("k_write", re.compile(r"compress\w*_insert_indexer|indexer_k_quant_and_cache|"
-                           r"indexer_k_norm_rope_quant_store|dsv4::\S*(write|insert)")),
+                           r"indexer_k_norm_rope_quant_store|fused_norm_rope_indexer|"
+                           r"dsv4::\S*(write|insert)")),
 )  # fmt: skip
 _FILL = re.compile(r"FillFunctor<int>|dsv4::\S*fill")
 

@@ -124,6 +124,10 @@ def test_what_follows_the_maxima_on_another_stream_is_not_a_selection_of_blocks(
         ("void vllm::persistent::persistent_topk_kernel<512, 4u>(…)", "topk"),
         ("void vllm::filtered_topk::FilteredTopKUnifiedKernel<float, int, 1, 512u>", "topk"),
         ("void dsv4::topk_wide_kernel<1024>(dsv4::TopkParams)", "topk"),
+        ("void sglang::topk_small_batch_cluster_kernel<false, 16u, 1>(TopKPagedParams)", "topk"),
+        ("void sglang::topk_main_kernel<false>(TopKPagedParams)", "topk"),
+        ("void sglang::moe_hash_topk_fused<float>(MoEHashTopKParams)", ""),
+        ("void sglang::fused_norm_rope_indexer<float, 64>(FusedNormRopeStoreParams)", "k_write"),
         ("void dsv4::paged_logits_kernel<64>(dsv4::LogitsParams)", "logits"),
         ("void deep_gemm::smxx_paged_mqa_logits_metadata<32u, …>", "metadata"),
         ("void deep_gemm::sm90_fp8_mqa_logits<…>", ""),  # prefill
