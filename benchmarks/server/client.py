@@ -14,13 +14,17 @@ from typing import Any, TypeVar
 from benchmarks.server.engines import Answer, Engine, Request
 from dsv4_plugin.cli.shared.requests import ask, opened
 
-__all__ = ["Client", "at_once", "random_prompt", "together"]
+__all__ = ["Client", "TooFew", "at_once", "random_prompt", "time_per_token", "together"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 FIRST_WORD = 8  # below are the special tokens
 WORDS = 19_000  # of the tokenizer that examples/make_tiny_v4.py writes
+
+
+class TooFew(RuntimeError):
+    """Requests decoded at the same time for too few tokens to be timed."""
 
 
 def random_prompt(tokens: int, seed: int) -> list[int]:
@@ -98,17 +102,20 @@ def together(clients_prompts: Sequence[tuple[Client, Sequence[int]]], tokens: in
     return at_once(lambda pair: pair[0].complete(pair[1], tokens), clients_prompts)
 
 
-def time_per_token(answers: Sequence[Answer], lead: int = 1) -> float:
+def time_per_token(answers: Sequence[Answer], lead: int = 1, least: int = 2) -> float:
     """Milliseconds a token and request, while every request was decoding.
 
     From the moment the last of them has ``lead`` tokens to the moment the first of them is done:
     what the requests spend on prefill, and the thinner batch at the end, stay outside. So do the
     first tokens, which come late and then at once: the server is busy with the prompt while the
     GPU decodes already.
+
+    Raises:
+        TooFew: a request has fewer than ``least`` tokens there.
     """
     begin = max(answer.when(lead) for answer in answers)
     end = min(answer.times[-1] for answer in answers)
     counts = [answer.until(end) - answer.until(begin) for answer in answers]
-    if end <= begin or min(counts) < 2:
-        raise RuntimeError(f"{len(answers)} requests did not decode at the same time")
+    if end <= begin or min(counts) < least:
+        raise TooFew(f"{len(answers)} requests did not decode at the same time for {least} tokens")
     return (end - begin) * 1e3 / statistics.mean(counts)

@@ -273,7 +273,8 @@ class Run:
         pairs = a.pairs if count == 1 and context < LONG else min(a.pairs, 3)
         apart = measure.unseen(self.servers, prompts, 16)
         tokens = measure.tokens_to_ask(a.tokens, apart, context)
-        figures = measure.tpot(self.servers, prompts, tokens, pairs)
+        least = max(a.tokens // 2, 2)
+        figures, tokens = measure.tpot(self.servers, prompts, tokens, pairs, least)
         self.results["tpot_ms"].append(
             {
                 "context": context + measure.TAIL,

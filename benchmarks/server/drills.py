@@ -169,7 +169,7 @@ DRILLS = (
     ),
     Drill(
         "candidate_seam", "vLLM's selection of candidate blocks has other parameters",
-        r"the engine's own code stays at candidates \(.*select_candidate_blocks",
+        r"top-k: the engine's \(.*_select_candidate_blocks takes \(anything\)",
         _fault("candidate_seam"), never=("candidates.source", "candidates.consumer"),
         upstream=False, kind=model.V41,
     ),

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.server.client import at_once, random_prompt, time_per_token, together
+from benchmarks.server.client import TooFew, at_once, random_prompt, time_per_token, together
 from benchmarks.server.engines import CHUNK
 from benchmarks.server.model import Model
 from benchmarks.server.server import Server
@@ -181,18 +181,35 @@ def tokens_to_ask(tokens: int, apart: float, context: int) -> int:
 
 
 def tpot(
-    servers: Sequence[Server], prompts: Sequence[Sequence[int]], tokens: int, pairs: int
-) -> dict[str, list[float]]:
+    servers: Sequence[Server], prompts: Sequence[Sequence[int]], tokens: int, pairs: int, least: int
+) -> tuple[dict[str, list[float]], int]:
     """Milliseconds a token in turn: A B, B A, …; the prompts are in the prefix cache.
 
-    ``tokens`` of each answer, of which the first are not timed (:func:`lead`).
+    ``tokens`` are asked for, of which the first are not timed (:func:`lead`). Where fewer than
+    ``least`` are left to be timed, all begins again with twice as many: a server can be busy with
+    a long prompt for seconds while the GPU decodes already. Returns also how many were asked for.
+
+    Raises:
+        TooFew: that is so with :data:`MOST_TOKENS`.
     """
+    while True:
+        try:
+            return _tpot(servers, prompts, tokens, pairs, least), tokens
+        except TooFew:
+            if tokens >= MOST_TOKENS:
+                raise
+            tokens = min(2 * tokens, MOST_TOKENS)
+
+
+def _tpot(
+    servers: Sequence[Server], prompts: Sequence[Sequence[int]], tokens: int, pairs: int, least: int
+) -> dict[str, list[float]]:
     ahead = lead(max(map(len, prompts)))
     found: dict[str, list[float]] = {server.name: [] for server in servers}
     for pair in range(pairs):
         for server in servers if pair % 2 == 0 else list(servers)[::-1]:
             answers = together([(server.client, p) for p in prompts], tokens)
-            found[server.name].append(round(time_per_token(answers, ahead), 4))
+            found[server.name].append(round(time_per_token(answers, ahead, least), 4))
     return found
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from benchmarks.tables.readme import load
 
-__all__ = ["CANDIDATES", "SERVER", "fp4", "layers", "ratios", "server", "step"]
+__all__ = ["CANDIDATES", "SERVER", "SERVERS", "fp4", "layers", "ratios", "server", "step"]
 
 CANDIDATES, SERVER = "h200_candidates.json", "h200_vllm_v41.json"
+SERVERS = (SERVER, "h200_vllm_v41_four.json")
 DRAFT, FP4 = "h200_draft.json", "h200_fp4.json"
 MEMORY = "h200_vllm_v41_memory.json"
 PLUGIN, FULL_WIDTH = ("dsv4", "bfloat16"), ("full width", "float32")
@@ -21,23 +22,29 @@ Cells = dict[tuple[str, int, int], float]  # op, rows, keys → µs
 
 def server() -> str:
     """Return the Markdown between the ``v41-server`` markers of docs/results.md."""
-    document = load(SERVER)
+    documents = {name: load(name) for name in SERVERS}
+    document = documents[SERVER]
     about = document["machine"]
     kernels = {
         (profile["context"], profile.get("concurrency", 1)): profile["servers"]
-        for profile in document["profiles"]
+        for each in documents.values()
+        for profile in each["profiles"]
     }
+    files = ", ".join(
+        f"`benchmarks/results/{name}`, of commit {each['machine']['commit'][:7]}"
+        for name, each in documents.items()
+    )
     lines = [
         f"A whole vLLM {about['vllm']} server of DeepSeek-V4.1, "
         f"{document['model']['num_hidden_layers']} layers of random weights, on one {about['gpu']} "
-        f"(`benchmarks/results/{SERVER}`, of commit {about['commit'][:7]}), without the plugin / "
-        "with it; the profiler gives the time of all kernels and of the indexer's:",
+        f"({files}), without the plugin / with it; the profiler gives the time of all kernels and "
+        "of the indexer's:",
         "",
         "| requests x tokens of context | ms a token | ratio (95 % interval) | all kernels, ms a "
         "step | indexer, µs a layer |",
         "|---|---|---|---|---|",
     ]
-    for row in document["summary"]:
+    for row in (row for each in documents.values() for row in each["summary"]):
         if row["figure"] != "tpot_ms":
             continue
         low, high = row["interval95"]

@@ -1,7 +1,8 @@
-"""The tables of docs/development/vllm.md, made from the committed results.
+"""What whole servers showed, made from the committed results.
 
-``python -m benchmarks.tables modes`` (``drills``) prints what stands between the
-markers of that name.
+``python -m benchmarks.tables NAME`` prints what stands between the markers of that name: ``modes``
+and ``drills`` of docs/development/vllm.md, ``sglang-server`` of docs/results.md, ``ab`` of
+docs/ab.md.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from typing import Any
 
 from benchmarks.server.measure import agreement
 from benchmarks.tables import readme as figures
+from dsv4_plugin.cli.ab import report
 
-__all__ = ["DRILLS", "MODES", "drills", "modes"]
+__all__ = ["AB", "DRILLS", "MODES", "SGLANG", "ab", "drills", "modes", "sglang"]
 
-MODES = "h200_vllm_modes.json"
-DRILLS = ("h200_vllm033_drills.json", "h200_vllm_drills.json")
+MODES, SGLANG, AB = "h200_vllm_modes.json", "h200_sglang_e2e.json", "h200_ab_sglang.json"
+DRILLS = (
+    "h200_vllm033_v41_drills.json",
+    "h200_vllm033_drills.json",
+    "h200_vllm_drills.json",
+)
 
 
 def _where(about: dict[str, Any], name: str) -> str:
@@ -72,6 +78,75 @@ def modes() -> str:
         f"{repeated:g}, of an answer with it and one without {with_it:g}.",
     ]
     return "\n".join(lines)
+
+
+def sglang() -> str:
+    """Return the Markdown between the ``sglang-server`` markers."""
+    document = figures.load(SGLANG)
+    about = document["machine"]
+    profiles = {(of["context"], of["concurrency"]): of["servers"] for of in document["profiles"]}
+    lines = [
+        f"SGLang {about['sglang']} with {document['model']['num_hidden_layers']} layers of random "
+        f"weights, on one {about['gpu']} (`benchmarks/results/{SGLANG}`, of commit "
+        f"{about['commit'][:7]}), without the plugin / with it (`DSV4_TOPK=auto`: bfloat16). "
+        "*Logits to top-k* is the time from the start of the one to the end of the other; the next "
+        "columns are the times of the two kernels:",
+        "",
+        "| requests x tokens of context | ms a token | ratio (95 % interval) | GPU busy, ms a step "
+        "| logits to top-k, µs a layer | its top-k | its logits |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    firsts = []
+    for row in document["summary"]:
+        low, high = row.get("interval95", (0, 0))
+        ratio = f"{row['ratio']:.3f} ({low:.3f} – {high:.3f})"
+        if row["figure"] == "ttft_s":
+            times = f"{row['off']:.2f} / {row['on']:.2f} s"
+            firsts.append(f"{row['context']:,} tokens {times}, {ratio}")
+        if row["figure"] != "tpot_ms":
+            continue
+        found = profiles.get((row["context"], row["concurrency"]))
+        kernels = " | ".join(_kernels(found)) if found else " | ".join("–" * 4)
+        lines.append(
+            f"| {row['concurrency']} x {row['context']:,} | {row['off']:.2f} / {row['on']:.2f} | "
+            f"{ratio} | {kernels} |"
+        )
+    prompts = f"Time to the first token of a prompt no cache has: {'; '.join(firsts)}."
+    return "\n".join([*lines, "", prompts])
+
+
+def _kernels(servers: dict[str, Any]) -> list[str]:
+    """Return what the profiler saw of the servers ``off`` and ``on``."""
+    sides = servers["off"], servers["on"]
+    of = [
+        [f"{side['busy_us'] / 1e3:.2f}" for side in sides],
+        [f"{side['logits_to_topk_us']:.1f}" for side in sides],
+        [f"{side['parts']['topk']['us_call']:.1f}" for side in sides],
+        [f"{side['parts']['logits']['us_call']:.1f}" for side in sides],
+    ]
+    return [" / ".join(pair) for pair in of]
+
+
+def ab() -> str:
+    """Return the Markdown between the ``ab`` markers."""
+    document = figures.load(AB)
+    about = document["machine"]
+    (version,) = {server["version"] for server in document["servers"]}
+    calls = document["sides"]["B"]["engagement"]["processes"]
+    served = sum(process["counters"]["topk.paged"] for process in calls)
+    shown = "; ".join(
+        f"{row['metric']} {row['a_mean']:.2f} / {row['b_mean']:.2f} {row['unit']}, "
+        f"{row['ratio']:.3f} ({row['low']:.3f} – {row['high']:.3f}), {row['verdict']}"
+        for row in document["summary"]
+        if row["metric"] in ("TPOT mean", "ITL mean", "TTFT mean")
+    )
+    (sentence,) = report.closing(document)
+    return (
+        f"On a whole server of SGLang {version} with its own client, one {about['gpu']}, commit "
+        f"{about['commit'][:7]} (`benchmarks/results/{AB}`), "
+        f"{document['design']['workloads'][0]}: {shown}. The counters of B: {served:,} calls of "
+        f"the top-k, of A: none. The last line was: `{sentence}`."
+    )
 
 
 def drills() -> str:

@@ -336,8 +336,27 @@ def test_the_first_answers_of_a_shape_need_not_overlap(monkeypatch: pytest.Monke
     assert measure.tokens_to_ask(96, 1.0, 512) == measure.LEAD + 96 + 250
     assert measure.tokens_to_ask(96, 0.0, 512) == measure.LEAD + 96
     assert measure.tokens_to_ask(96, 0.0, 1 << 20) == measure.LEAD + 256 + 96
-    with pytest.raises(RuntimeError, match="did not decode at the same time"):
-        measure.tpot([served], [[1], [2]], 16, 1)
+    monkeypatch.setattr(measure, "MOST_TOKENS", 50)
+    with pytest.raises(client.TooFew, match="did not decode at the same time"):
+        measure.tpot([served], [[1], [2]], 16, 1, 2)
+    assert [tokens for _, tokens in sent[2:]] == [16, 32, 50]
+
+
+def test_what_comes_all_at_once_is_asked_for_again_with_more_tokens(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is busy with a long prompt sends the tokens of seconds in one piece."""
+    arguments = ("--contexts", "64", "--pairs", "2", "--tokens", "20")
+    code, found = run(model, tmp_path, "--server", "off:FAKE_LATE=100,FAKE_MS=4", *arguments)
+    (entry,) = found["tpot_ms"]
+    assert (code, entry["tokens"]) == (0, 2 * (measure.LEAD + 20))
+    assert all(3.9 < ms < 40 for ms in entry["servers"]["off"])
+    monkeypatch.setattr(measure, "MOST_TOKENS", 100)
+    code, found = run(model, tmp_path, "--server", "off:FAKE_LATE=100", *arguments)
+    assert (code, found["tpot_ms"]) == (1, [])
+    assert found["skipped"] == [
+        "context 64: TooFew: 1 requests did not decode at the same time for 10 tokens"
+    ]
 
 
 def test_the_interval_of_pairs() -> None:

@@ -58,6 +58,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             "served",
             "reads",
             "engines",
+            "sglang-server",
         )
     ],
 )

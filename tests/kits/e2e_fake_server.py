@@ -6,6 +6,7 @@ FAKE_MS      milliseconds a token
 FAKE_OTHER   a position at which the token differs from other servers'
 FAKE_DIES    end at once, with this message
 FAKE_FAILS   to copy contexts
+FAKE_LATE    sends the first so many tokens of an answer at once
 FAKE_CACHE   tokens the cache holds, as its log says
 FAKE_SILENT  says nothing of the plugin, whatever is broken
 FAKE_LOSES   breaks off an answer to a prompt of so many tokens
@@ -113,6 +114,8 @@ class Handler(BaseHTTPRequestHandler):
                 meta = {"completion_tokens": i + 1}
                 self.line({"text": "x", "output_ids": tokens, "meta_info": meta})
                 continue
+            if i + 1 < LATE:
+                continue
             choice: dict[str, Any] = {"text": "x"}
             if body.get("return_token_ids"):
                 choice["token_ids"] = tokens[-1:]
@@ -141,8 +144,8 @@ def drilled() -> tuple[str, dict[str, int]]:
         why = f"the engine's own code stays at {where}"
         return why, {**upstream, "gather": 1}
     if fault == "candidate_seam":
-        why = "the engine's own code stays at candidates (vllm.….select_candidate_blocks takes …)"
-        return why, all_of_it
+        why = "seam candidates was not found: _select_candidate_blocks takes (anything), not (…)"
+        return f"dsv4 active in …, source layers: top-k: the engine's ({why})", all_of_it
     if fault in ("block_maxima", "select_blocks", "candidate_select"):
         return f"topk {off} {fault}); the engine serves", {**upstream, "gather": 1}
     if fault in ("topk", "logits"):
@@ -169,6 +172,7 @@ def workers() -> list[int]:
 STATE: dict[str, Any] = {"sleeping": False, "slept": False, "traces": None}
 MS = float(os.environ.get("FAKE_MS", "1"))
 OTHER = int(os.environ.get("FAKE_OTHER", "-1"))
+LATE = int(os.environ.get("FAKE_LATE", "0"))
 
 if __name__ == "__main__":
     if "FAKE_DIES" in os.environ:
