@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from kits.sglang_v41 import LAYERS, PAGE, SOURCE, STANDS_IN, Forward, K, Model, start
+from kits.sglang_v41 import LAYERS, SOURCE, STANDS_IN, Forward, K, Model, start
 
 import dsv4_plugin
 from benchmarks.engines.forward.parts import ForwardSide, agreement, settings, stands_in
@@ -147,7 +147,7 @@ class Side(ForwardSide):
         if variant == OFF:
             self.off[name, layer] = found
         elif (name, layer) in self.off:
-            row |= agreement(self.off[name, layer], found, forward.model.context * PAGE)
+            row |= agreement(self.off[name, layer], found)
         if self.device == "cuda" and not prefill:
             row["us"] = round(
                 time_graph(

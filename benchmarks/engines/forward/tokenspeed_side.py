@@ -165,7 +165,7 @@ class Side(ForwardSide):
         if variant == OFF:
             self.off[name] = found
         else:
-            row |= agreement(self.off.get(name), found, columns)
+            row |= agreement(self.off.get(name), found)
         return [{"part": name, "variant": variant, **row}]
 
     def _decode(

@@ -155,9 +155,9 @@ class Layers:
             self.off[name] = found
         elif name in self.off:
             own = self.off[name]
-            row |= agreement(own[:, :K], found[:, :K], width)
+            row |= agreement(own[:, :K], found[:, :K])
             if held:
-                shared = agreement(own[:, K:], found[:, K:], width // PIECE)
+                shared = agreement(own[:, K:], found[:, K:])
                 row["agreement_blocks"] = shared["agreement"]
         return [{"part": name, "variant": variant, "launches": mine.launches, **row}]
 
