@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from kits.host_parts import HEAD_DIM, KEY_BYTES
 
 from dsv4_plugin.cli.checks.oracles import fp8_keys
-from kits.host_parts import HEAD_DIM, KEY_BYTES
 
 __all__ = [
     "HEADS",

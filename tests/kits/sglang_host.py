@@ -17,7 +17,6 @@ import types
 from typing import Any
 
 import torch
-
 from kits.host_parts import (
     HEAD_DIM,
     Call,

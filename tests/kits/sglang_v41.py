@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
 from kits.host_parts import Call, spans_of, upstream_rows
 from kits.sglang_host import Engine
 from kits.stand_ins import stand_in

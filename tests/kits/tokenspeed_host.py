@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from kits.host_parts import HEAD_DIM, Call, DeepGemm, DeepGemmModule, make_cache, record_own_logits
 from kits.stand_ins import alias, stand_in
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from kits.host_parts import HEAD_DIM, KEY_BYTES, oracle
 from kits.stand_ins import Empty
 

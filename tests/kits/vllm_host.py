@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-
 from kits.host_parts import (
     HEAD_DIM,
     KEY_BYTES,

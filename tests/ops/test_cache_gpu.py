@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from kits.canary import Canaries
 
 import dsv4_plugin
-from dsv4_plugin.cli.checks.canary import Canaries
 from dsv4_plugin.cli.checks.inputs import fp8_cache, slot_list
 from dsv4_plugin.errors import UnmetError
 

@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``dsv4-plugin recall``."""
     examples(
         parser,
-        "recall --kind normal --k 512 --columns 8192",
-        "recall --json recall.json --plot recall.svg",
+        "--kind normal --k 512 --columns 8192",
+        "--json recall.json --plot recall.svg",
     )
     add = parser.add_argument
     add(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
-    "ADAPTERS", "CACHES", "CANDIDATE_SUITES", "ENGINES", "FUZZED", "KS", "LOGITS_DTYPES",
+    "ADAPTERS", "CACHES", "CANDIDATE_SUITES", "ENGINES", "KS", "LOGITS_DTYPES",
     "LOGITS_SUITES", "RECALL_DTYPES", "RECALL_KINDS", "SGLANG_CALLS", "TOKENSPEED_CALLS",
     "TOPK_DTYPES", "TOPK_SUITES",
 ]  # fmt: skip
@@ -23,11 +23,6 @@ TOKENSPEED_CALLS = (
     "read_mxfp4",
 )  # fmt: skip
 ENGINES = ("vllm", "sglang", "flashinfer", "torch")  # whose kernels --against loads
-
-# The ops that `fuzz` draws cases of.
-FUZZED = ("topk", "read", "read_mxfp4", "gather", "paged_logits", "ragged_logits", "select",
-          "block_maxima", "select_blocks", "candidate_logits", "candidate_logits_ragged",
-          "candidate_select", "select_candidates")  # fmt: skip
 
 # Drawn scores -> what they are.
 RECALL_KINDS = {

@@ -17,8 +17,10 @@ import torch
 from dsv4_plugin.cli.checks import exact
 from dsv4_plugin.cli.checks.inputs import FP4_SCALES
 from dsv4_plugin.cli.checks.oracles import same_bits
-from dsv4_plugin.cli.fuzz.logits import DTYPES, PagedLogitsCase, RaggedLogitsCase, SelectCase
-from dsv4_plugin.cli.fuzz.tensors import (
+from dsv4_plugin.kernels.device import alignment
+from dsv4_plugin.ops.dispatch import Call, choose
+from tests.fuzz.logits import DTYPES, PagedLogitsCase, RaggedLogitsCase, SelectCase
+from tests.fuzz.tensors import (
     Parts,
     Requests,
     Tensors,
@@ -30,8 +32,6 @@ from dsv4_plugin.cli.fuzz.tensors import (
     raise_wrong,
     run_parts,
 )
-from dsv4_plugin.kernels.device import alignment
-from dsv4_plugin.ops.dispatch import Call, choose
 
 __all__ = ["problem_of", "run"]
 

@@ -16,7 +16,8 @@ import torch
 
 from dsv4_plugin.cli.checks.inputs import fp8_cache, mxfp4_cache
 from dsv4_plugin.cli.checks.oracles import Wrong, fp8_keys, mxfp4_keys, same_bits
-from dsv4_plugin.cli.fuzz.case import (
+from dsv4_plugin.ops.dispatch import Call, choose
+from tests.fuzz.case import (
     CaseError,
     KeptCase,
     flag,
@@ -25,7 +26,7 @@ from dsv4_plugin.cli.fuzz.case import (
     numbers,
     one_of,
 )
-from dsv4_plugin.cli.fuzz.tensors import (
+from tests.fuzz.tensors import (
     Parts,
     Tensors,
     bits,
@@ -35,7 +36,6 @@ from dsv4_plugin.cli.fuzz.tensors import (
     raise_wrong,
     run_parts,
 )
-from dsv4_plugin.ops.dispatch import Call, choose
 
 __all__ = ["GatherCase", "ReadCase", "ReadMxfp4Case", "run"]
 

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from kits.replay import captured
 
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache, select, topk
 from dsv4_plugin.cli.checks.inputs import fp8_cache, scores
 from dsv4_plugin.cli.checks.oracles import check_selection, fp8_keys, same_bits
-from dsv4_plugin.cli.checks.replay import captured
 
 __all__ = ["SMALL", "Result", "Shape", "shape_on", "soak"]
 
