@@ -6,10 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks.tables import candidates, engines, expected, logits, readme, server
+from benchmarks.tables import candidates, engines, expected, logits, readme, server, settings
 from benchmarks.tool import tool
 from dsv4_plugin.cli.shared.run import Parser
-from dsv4_plugin.envs import table
 
 TABLES = {
     "readme": readme.readme, "server": readme.server, "gain": readme.gain,
@@ -19,7 +18,7 @@ TABLES = {
     "modes": server.modes, "drills": server.drills,
     "expected": expected.expected, "v41-server": candidates.server,
     "v41-step": candidates.step, "v41-layers": candidates.layers, "v41-fp4": candidates.fp4,
-    "settings": table,
+    "settings": settings.table,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 from kits import marked
 from kits.packaging_tools import ROOT
 
-from benchmarks.tables import candidates, expected, picture, readme
+from benchmarks.tables import candidates, expected, picture, readme, settings
 from dsv4_plugin import envs
 
 README = (ROOT / "README.md").read_text()
@@ -27,7 +27,9 @@ def between(mark: str, page: str = "README.md") -> str:
 
 
 def test_the_settings_table_is_the_generated_one() -> None:
-    assert between("settings", "docs/settings.md").strip() == envs.table().replace("(docs/", "(")
+    assert between("settings", "docs/settings.md").strip() == settings.table().replace(
+        "(docs/", "("
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

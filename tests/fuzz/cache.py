@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from kits.inputs import mxfp4_cache
+from kits.oracles import fp8_keys, mxfp4_keys
 
-from dsv4_plugin.cli.checks.inputs import fp8_cache, mxfp4_cache
-from dsv4_plugin.cli.checks.oracles import Wrong, fp8_keys, mxfp4_keys, same_bits
+from dsv4_plugin.cli.checks.inputs import fp8_cache
+from dsv4_plugin.cli.checks.oracles import Wrong, same_bits
 from dsv4_plugin.ops.dispatch import Call, choose
 from tests.fuzz.case import (
     CaseError,

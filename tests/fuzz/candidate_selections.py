@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from kits.oracles import slots_of
 
 from dsv4_plugin.cli.checks import candidate_oracles as oracle
 from dsv4_plugin.cli.checks.inputs import scores
-from dsv4_plugin.cli.checks.oracles import slots_of
 from tests.fuzz.candidates import candidates_of, chosen_field, piece_field, piece_of
 from tests.fuzz.case import RequestsCase, backend_of, flag, number, one_of
 from tests.fuzz.logits import DTYPES

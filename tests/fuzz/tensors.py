@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from kits.canary import Guarded
+from kits.oracles import check_selection
 from kits.replay import captured
 
-from dsv4_plugin.cli.checks.oracles import Wrong, check_selection
+from dsv4_plugin.cli.checks.oracles import Wrong
 from tests.fuzz.case import FORMS
 
 __all__ = [

@@ -6,8 +6,7 @@ import dataclasses
 
 import torch
 from kits.host_parts import HEAD_DIM, KEY_BYTES
-
-from dsv4_plugin.cli.checks.oracles import fp8_keys
+from kits.oracles import fp8_keys
 
 __all__ = [
     "HEADS",

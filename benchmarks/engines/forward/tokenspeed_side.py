@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from kits.host_tensors import ARENA, PAGE, Decode, Prefill, in_row, key_values, plane
+from kits.inputs import slot_list
 from kits.tokenspeed_host import STANDS_IN, STANDS_IN_ON_GPU, Engine
 
 import dsv4_plugin
@@ -26,7 +27,6 @@ from benchmarks.engines.forward.variants import OFF, VARIANTS
 from benchmarks.engines.kernels.cells import Scores, recall
 from benchmarks.engines.part import Part, Row
 from dsv4_plugin.cli.bench.cells import DIRTY
-from dsv4_plugin.cli.checks.inputs import slot_list
 
 __all__ = ["Side"]
 

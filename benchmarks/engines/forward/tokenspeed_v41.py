@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from kits.host_tensors import ARENA, PAGE, plane
+from kits.oracles import fp8_keys
 from kits.tokenspeed_v41 import BLOCKS, HEADS, LAYERS, PIECE, V41, K, OnGpu
 
 import dsv4_plugin as ops
@@ -23,7 +24,6 @@ from benchmarks.engines.forward.variants import OFF
 from benchmarks.engines.kernels.cells import backend_for, recall
 from benchmarks.engines.part import Row
 from dsv4_plugin.cli.bench.cells import DIRTY
-from dsv4_plugin.cli.checks.oracles import fp8_keys
 from dsv4_plugin.engines.shared.candidates import WHOLE_COLUMNS
 
 __all__ = ["MODE", "Layers"]

@@ -10,13 +10,14 @@ from unittest import mock
 
 import torch
 from kits.host_tensors import PAGE, deep_gemm_buffer, in_row, page_table
+from kits.inputs import poison_tail
 
+from benchmarks.engines.choices import SGLANG_CALLS
 from benchmarks.engines.kernels.cells import Run, Task, backend_for, named, shapes_of, verdict
 from dsv4_plugin.cli.bench.cells import DIRTY, Row
 from dsv4_plugin.cli.bench.peers import Peers
-from dsv4_plugin.cli.checks.inputs import poison_tail, scores
+from dsv4_plugin.cli.checks.inputs import scores
 from dsv4_plugin.cli.checks.topk_cases import Problem
-from dsv4_plugin.cli.shared.choices import SGLANG_CALLS
 from dsv4_plugin.engines.sglang import wrappers
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.decision import Selection

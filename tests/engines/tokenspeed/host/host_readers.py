@@ -177,9 +177,9 @@ def test_the_mxfp4_sibling_is_gone_here_and_said_so(engine, load):
 
 def test_the_mxfp4_sibling_of_another_release(engine, load):
     """Where a release still has it: replaced, and an empty cache gives zeros."""
+    from kits.inputs import mxfp4_cache
     from kits.oracles import read_mxfp4_one_by_one
 
-    from dsv4_plugin.cli.checks.inputs import mxfp4_cache
     from dsv4_plugin.engines.tokenspeed import readers
 
     load()
