@@ -103,14 +103,14 @@ def make_server(
 
     ``requests`` at once, ``share`` of a GPU's memory; ``arguments`` come last.
     """
-    own, of = folder / name, engine(a)
+    place, of = folder / name, engine(a)
     given = [
-        *of.arguments(served, own / "traces", a, requests, share),
+        *of.arguments(served, place / "traces", a, requests, share),
         *([of.parallel, str(a.gpus)] if a.gpus > 1 else []),
         *arguments,
     ]
     return Server(
-        name, of, variables, a.model, own, a.port + position, given, console,
+        name, of, variables, a.model, place, a.port + position, given, console,
         a.server_command or (), weights,
     )  # fmt: skip
 

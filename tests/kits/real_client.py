@@ -39,8 +39,8 @@ PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pret
 
 def check(engine: str, python: Path, script: Path, paths: Sequence[Path], folder: Path) -> None:
     """Measure once, then once with a request that fails: a result, then an error."""
-    own = ("DSV4_", "VLLM_", "SGLANG_", "PYTEST_")
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    dropped = ("DSV4_", "VLLM_", "SGLANG_", "PYTEST_")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     environ |= {
         "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT, ROOT / "tests"))),
         "CUDA_VISIBLE_DEVICES": "",

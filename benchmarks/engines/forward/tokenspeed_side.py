@@ -50,7 +50,7 @@ class Side(ForwardSide):
         self.prefill = arguments.prefill or PREFILL[self.device]
         self.v41 = tokenspeed_v41.Layers(self.engine, arguments)
         self.off: dict[str, torch.Tensor] = {}
-        self.own_read: Any = None
+        self.engine_read: Any = None
         self._seams: Row = {}
 
     def about(self) -> Row:
@@ -218,7 +218,7 @@ class Side(ForwardSide):
         settings({} if variant == OFF else {"DSV4_TOPK": "fp32"}, self.device)
         read = self.engine.runtime().read_deepseek_v4_indexer_fp8_cache
         if variant == OFF:
-            self.own_read = read
+            self.engine_read = read
         held: list[torch.Tensor] = []
 
         def call() -> None:
@@ -230,7 +230,7 @@ class Side(ForwardSide):
 
         def judge(found: torch.Tensor) -> Row:
             same = torch.equal(found, want)
-            return {"exact": same, "right": same and (read is self.own_read) == (variant == OFF)}
+            return {"exact": same, "right": same and (read is self.engine_read) == (variant == OFF)}
 
         row, _ = measured(call, soil, lambda: held[0], judge, self.arguments, graph=variant != OFF)
         return [{"part": f"read {tokens} tokens", "variant": variant, **row}]

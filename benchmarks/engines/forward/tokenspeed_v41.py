@@ -133,10 +133,10 @@ class Layers:
 
         def judge(found: torch.Tensor) -> Row:
             row: Row = {"kernel": self.engine.chosen(MODE)}
-            ours = row["kernel"].startswith("dsv4_plugin")
+            by_plugin = row["kernel"].startswith("dsv4_plugin")
             row |= recall(*self._truth(t, q, weights, candidates), out[0])
-            row["right"] = ours != (variant == OFF)
-            if ours:
+            row["right"] = by_plugin != (variant == OFF)
+            if by_plugin:
                 dtype = {"b": torch.bfloat16, "f": torch.float32}[variant[0]]
                 want = self._expected(t, consumer, dtype, candidates, held)
                 same = [torch.equal(a, b) for a, b in zip(out, want, strict=True)]
@@ -154,10 +154,10 @@ class Layers:
         if variant == OFF:
             self.off[name] = found
         elif name in self.off:
-            own = self.off[name]
-            row |= agreement(own[:, :K], found[:, :K])
+            by_engine = self.off[name]
+            row |= agreement(by_engine[:, :K], found[:, :K])
             if held:
-                shared = agreement(own[:, K:], found[:, K:])
+                shared = agreement(by_engine[:, K:], found[:, K:])
                 row["agreement_blocks"] = shared["agreement"]
         return [{"part": name, "variant": variant, "launches": mine.launches, **row}]
 

@@ -111,11 +111,11 @@ def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
         topk = Selection(name, backend)
         add(named(topk), name, functools.partial(dsa if call == "dsa" else v4, topk), True)
 
-    def own(peer: Any, scores: torch.Tensor, out: Out, raw: Any) -> Any:
+    def by_engine(peer: Any, scores: torch.Tensor, out: Out, raw: Any) -> Any:
         return lambda: peer(scores, lengths, table, out[0], PAGE, raw)
 
     for name, peer in peers["sglang_paged"].items():
-        add(name, "fp32", functools.partial(own, peer), False)
+        add(name, "fp32", functools.partial(by_engine, peer), False)
     return runs
 
 

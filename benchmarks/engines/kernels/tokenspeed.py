@@ -139,8 +139,8 @@ def _decode(about: Row, device: str, peers: Peers) -> list[Run]:
         )  # fmt: skip
 
     truth = t.truth(q8.float() if fp8 else None)
-    own = peers["tokenspeed_dsv4_decode" if fp8 else "tokenspeed_decode"]
-    return _runs(about, device, own, make, selection, truth, t.lengths)
+    by_engine = peers["tokenspeed_dsv4_decode" if fp8 else "tokenspeed_decode"]
+    return _runs(about, device, by_engine, make, selection, truth, t.lengths)
 
 
 def _same(out: torch.Tensor) -> torch.Tensor:
@@ -167,8 +167,8 @@ def _prefill(about: Row, device: str, peers: Peers) -> list[Run]:
         )  # fmt: skip
 
     lengths = t.ends - t.starts
-    own = peers["tokenspeed_prefill"]
-    return _runs(about, device, own, make, selection, t.truth(), lengths)
+    by_engine = peers["tokenspeed_prefill"]
+    return _runs(about, device, by_engine, make, selection, t.truth(), lengths)
 
 
 def _read(about: Row, device: str, peers: Peers) -> list[Run]:
