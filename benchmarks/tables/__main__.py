@@ -6,7 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks.tables import candidates, engines, expected, logits, readme, server, settings
+from benchmarks.tables import (
+    candidates,
+    engines,
+    engines_v41,
+    expected,
+    logits,
+    readme,
+    server,
+    settings,
+)
 from benchmarks.tool import tool
 from dsv4_plugin.cli.shared.run import Parser
 
@@ -18,7 +27,8 @@ TABLES = {
     "modes": server.modes, "drills": server.drills,
     "expected": expected.expected, "v41-server": candidates.server,
     "v41-step": candidates.step, "v41-layers": candidates.layers, "v41-fp4": candidates.fp4,
-    "settings": settings.table,
+    "sglang-v41": engines_v41.sglang, "tokenspeed-v41": engines_v41.tokenspeed,
+    "sglang-publish": engines_v41.publish, "settings": settings.table,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 from kits import marked
 from kits.packaging_tools import ROOT
 
-from benchmarks.tables import candidates, expected, picture, readme, settings
+from benchmarks.tables import candidates, engines_v41, expected, picture, readme, settings
 from dsv4_plugin import envs
 
 README = (ROOT / "README.md").read_text()
@@ -139,6 +139,9 @@ def test_the_expected_gain_is_made_from_the_results() -> None:
         ("v41-step", "docs/results.md", candidates.step),
         ("v41-layers", "docs/results.md", candidates.layers),
         ("v41-fp4", "docs/results.md", candidates.fp4),
+        ("sglang-v41", "docs/results.md", engines_v41.sglang),
+        ("sglang-publish", "docs/results.md", engines_v41.publish),
+        ("tokenspeed-v41", "docs/results.md", engines_v41.tokenspeed),
     ],
 )
 def test_the_figures_of_v41_are_made_from_the_results(
