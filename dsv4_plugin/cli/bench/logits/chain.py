@@ -31,12 +31,15 @@ Answers = dict[int, dict[tuple[str, str], torch.Tensor]]  # k -> (implementation
 
 
 def shared(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
-    """Return which share of each row of indices ``b`` is in ``a``: the mean and the worst row."""
+    """Return which share of each row of indices ``b`` is in ``a``: the mean and the worst row.
+
+    A row of ``b`` without indices counts as shared.
+    """
     held = a.sort(1).values
     at = torch.searchsorted(held, b.contiguous()).clamp(max=held.shape[1] - 1)
     used = b >= 0
     hits = (held.gather(1, at) == b) & used
-    share = hits.sum(1) / used.sum(1).clamp(min=1)
+    share = torch.where(used.any(1), hits.sum(1) / used.sum(1), 1.0)
     return float(share.mean()), float(share.min())
 
 
