@@ -1,4 +1,4 @@
-"""A command of its own, ``python -m benchmarks.…``: parsed, checked and run to its end."""
+"""A command of a checkout, ``python -m benchmarks.…``: parsed, checked and run to its end."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from dsv4_plugin.cli.shared import outputs
-from dsv4_plugin.cli.shared.run import Parser, ended
+from dsv4_plugin.cli.shared import numbers, outputs
+from dsv4_plugin.cli.shared.run import Parser, UsageError, ended, need_torch
 
-__all__ = ["tool"]
+__all__ = ["MINUTES", "device_of", "tool"]
+
+MINUTES = numbers.real(most=1e6)  # two years
 
 
 def tool(
@@ -28,3 +30,18 @@ def tool(
         return run(arguments)
 
     return ended(parser.prog, body, given)
+
+
+def device_of(asked: str | None) -> str:
+    """Return ``cuda`` or ``cpu``: what was asked for, or ``cuda`` where there is one.
+
+    Raises:
+        UsageError: torch cannot be imported, or there is no CUDA device.
+    """
+    need_torch()
+    import torch
+
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise UsageError("there is no CUDA device here; nothing was tried")
+    return asked or ("cuda" if there else "cpu")

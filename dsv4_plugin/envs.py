@@ -35,7 +35,6 @@ __all__ = [
     "put",
     "settings",
     "switch",
-    "table",
     "unknown",
     "value",
 ]
@@ -372,12 +371,3 @@ def unknown() -> dict[str, str | None]:
         for name in sorted(os.environ)
         if name.startswith("DSV4_") and name not in known and name not in OTHER_VARIABLES
     }
-
-
-def table() -> str:
-    """Return the settings as the Markdown table that the README shows."""
-    lines = ["| variable | values | default | meaning |", "|---|---|---|---|"]
-    for v in VARIABLES:
-        choices = " ".join(f"`{c}`" for c in v.choices if c) or "an absolute path"
-        lines.append(f"| `{v.name}` | {choices} | {v.default or 'unset'} | {v.meaning} |")
-    return "\n".join(lines)

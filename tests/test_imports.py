@@ -41,16 +41,14 @@ ROOMS = [
     "dsv4_plugin.cli.doctor",
     "dsv4_plugin.cli.ab",
     "dsv4_plugin.cli.bench",
-    "dsv4_plugin.cli.fuzz",
     "dsv4_plugin.cli.recall",
-    "dsv4_plugin.cli.soak",
     "dsv4_plugin.cli",  # the command line, which knows them by name
     "dsv4_plugin.__main__",
 ]
 # Rooms side by side: the engines do not import each other, nor do the commands.
 APART = (
     {f"dsv4_plugin.engines.{engine}" for engine in ("vllm", "sglang", "tokenspeed")},
-    {f"dsv4_plugin.cli.{name}" for name in ("doctor", "ab", "bench", "fuzz", "recall", "soak")},
+    {f"dsv4_plugin.cli.{name}" for name in ("doctor", "ab", "bench", "recall")},
 )
 # Heavy modules that a command loads only when it runs.
 HEAVY = {"torch", "triton", "numpy", "matplotlib", "tvm_ffi", "vllm", "sglang", "tokenspeed"}

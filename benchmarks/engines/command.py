@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.engines.choices import ADAPTERS
 from benchmarks.tool import tool
 from dsv4_plugin.cli.bench.command import grid, timing
 from dsv4_plugin.cli.checks import compare
@@ -42,7 +43,7 @@ def _run(arguments: argparse.Namespace) -> int:
     """Run the parts of one or both engines; a part that fails is told and passed over."""
     sys.path[:0] = [str(path.resolve()) for path in arguments.site]
     sys.path += [str(path.resolve()) for path in arguments.more]
-    engines = tuple(dict.fromkeys(arguments.engine or choices.ADAPTERS))
+    engines = tuple(dict.fromkeys(arguments.engine or ADAPTERS))
     if arguments.part == "forward" and len(engines) > 1:
         raise UsageError("--part forward is of one --engine, got " + ", ".join(engines))
     need_torch()
@@ -170,7 +171,7 @@ def parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.engines", description=__doc__)
     add = parser.add_argument
     add("--part", choices=("kernels", "forward"), required=True)
-    add("--engine", nargs="+", choices=choices.ADAPTERS, help="kernels: default both")
+    add("--engine", nargs="+", choices=ADAPTERS, help="kernels: default both")
     add("--json", type=outputs.file, metavar="FILE")
     add("--k", type=numbers.whole(1, max(choices.KS)), nargs="+", default=[512])
     timing(parser)

@@ -122,14 +122,14 @@ class Run:
         }
         served = model.read(arguments.model)
         self.results["model"] = served.about
-        own = dict(arguments.arguments)
-        if unknown := sorted(set(own) - {name for name, _ in wished}):
+        given = dict(arguments.arguments)
+        if unknown := sorted(set(given) - {name for name, _ in wished}):
             raise UsageError(f"--arguments {unknown[0]}: no --server has this name")
-        self.bases = bases([(name, own.get(name, [])) for name, _ in wished])
+        self.bases = bases([(name, given.get(name, [])) for name, _ in wished])
         self.console = Console(self.secrets)
         self.servers = [
             make_server(
-                arguments, folder, i, name, environment, [*arguments.serve, *own.get(name, [])],
+                arguments, folder, i, name, environment, [*arguments.serve, *given.get(name, [])],
                 served=served, requests=arguments.max_num_seqs, share=0.85 / len(wished),
                 console=self.console, weights=not arguments.checkpoint,
             )

@@ -122,14 +122,14 @@ def _vllm_arguments(
         "torch_profiler_dump_cuda_time_total": False,
         "ignore_frontend": True,
     }
-    own = ["--block-size", "256"] if model.kind == V4 else []
+    options = ["--block-size", "256"] if model.kind == V4 else []
     if model.images:
-        own += ["--limit-mm-per-prompt", '{"image": 0}']
+        options += ["--limit-mm-per-prompt", '{"image": 0}']
     if model.tables:  # of n-grams: on the GPU, as everything else is
-        own += ["--engram-config", '{"cpu_offload": false}']
+        options += ["--engram-config", '{"cpu_offload": false}']
     sizes = [str(n) for n in GRAPHS if n <= requests]
     return [
-        "--kv-cache-dtype", "fp8", "--profiler-config", json.dumps(profiler), *own,
+        "--kv-cache-dtype", "fp8", "--profiler-config", json.dumps(profiler), *options,
         "--max-model-len", str(a.max_model_len), "--max-num-seqs", str(requests),
         "--max-num-batched-tokens", str(CHUNK),
         "--kv-cache-memory-bytes", str(int(a.kv_gib * 2**30)),

@@ -38,7 +38,7 @@ def add_common(
     add("--engine", choices=tuple(ENGINES), default="vllm", help="whose servers (default: vllm)")
     add("--tensor-parallel-size", "--tp-size", type=numbers.COUNT, default=1, dest="gpus",
         metavar="N", help="GPUs of each server, which share them all (default: 1)")  # fmt: skip
-    add("--kv-gib", type=numbers.POSITIVE, default=kv_gib,
+    add("--kv-gib", type=numbers.real(most=1e9), default=kv_gib,
         help=f"cache of each server, on each GPU (vLLM; default: {kv_gib})")  # fmt: skip
     add("--kv-tokens", type=numbers.LENGTH,
         help="cache of each server in tokens (SGLang; default: one request of --max-model-len and "
@@ -103,14 +103,14 @@ def make_server(
 
     ``requests`` at once, ``share`` of a GPU's memory; ``arguments`` come last.
     """
-    own, of = folder / name, engine(a)
+    place, of = folder / name, engine(a)
     given = [
-        *of.arguments(served, own / "traces", a, requests, share),
+        *of.arguments(served, place / "traces", a, requests, share),
         *([of.parallel, str(a.gpus)] if a.gpus > 1 else []),
         *arguments,
     ]
     return Server(
-        name, of, variables, a.model, own, a.port + position, given, console,
+        name, of, variables, a.model, place, a.port + position, given, console,
         a.server_command or (), weights,
     )  # fmt: skip
 

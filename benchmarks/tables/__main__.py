@@ -6,10 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks.tables import candidates, engines, expected, logits, readme, server
+from benchmarks.tables import (
+    candidates,
+    engines,
+    engines_v41,
+    expected,
+    logits,
+    readme,
+    server,
+    settings,
+)
 from benchmarks.tool import tool
 from dsv4_plugin.cli.shared.run import Parser
-from dsv4_plugin.envs import table
 
 TABLES = {
     "readme": readme.readme, "server": readme.server, "gain": readme.gain,
@@ -20,7 +28,8 @@ TABLES = {
     "ab": server.ab,
     "expected": expected.expected, "v41-server": candidates.server,
     "v41-step": candidates.step, "v41-layers": candidates.layers, "v41-fp4": candidates.fp4,
-    "settings": table,
+    "sglang-v41": engines_v41.sglang, "tokenspeed-v41": engines_v41.tokenspeed,
+    "sglang-publish": engines_v41.publish, "settings": settings.table,
 }  # fmt: skip
 
 

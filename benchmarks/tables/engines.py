@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from benchmarks.engines.choices import SGLANG_CALLS, TOKENSPEED_CALLS
 from benchmarks.engines.forward.variants import OFF, VARIANTS
 from benchmarks.tables import readme as figures
-from dsv4_plugin.cli.shared.choices import SGLANG_CALLS, TOKENSPEED_CALLS
 
 __all__ = ["engines", "sglang", "tokenspeed"]
 

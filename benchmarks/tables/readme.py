@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.server.measure import paired
+from benchmarks.tables.recall import table
 from dsv4_plugin.cli.checks import compare
 from dsv4_plugin.cli.checks.compare import best_peers, geomean
-from dsv4_plugin.cli.recall.command import table
 from dsv4_plugin.cli.shared.run import reading
 
 __all__ = ["RESULTS", "gain", "load", "ratios", "readme", "reads", "recall", "served", "server"]

@@ -23,14 +23,9 @@ COMMANDS = {
     ),
     "ab": ("dsv4_plugin.cli.ab.command", "a server without the plugin against one with it"),
     "bench": ("dsv4_plugin.cli.bench.command", "time the ops against the peers that can be loaded"),
-    "fuzz": ("dsv4_plugin.cli.fuzz.command", "random calls of the ops, checked and shrunk"),
     "recall": (
         "dsv4_plugin.cli.recall.command",
         "what narrower scores keep of the exact selection",
-    ),
-    "soak": (
-        "dsv4_plugin.cli.soak.command",
-        "graphs of 43 layers of calls, replayed under load (on a CPU: 3 layers)",
     ),
 }
 

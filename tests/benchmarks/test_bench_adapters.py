@@ -98,7 +98,7 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("wrong", ["slots", "an index twice", "a row's length"])
-def test_a_mistake_of_ours_is_seen(monkeypatch, tmp_path, wrong) -> None:
+def test_a_mistake_of_the_plugin_is_seen(monkeypatch, tmp_path, wrong) -> None:
     """The judge looks at what the adapter left, and not at what it was asked for."""
     import dsv4_plugin as ops
 

@@ -57,7 +57,7 @@ def test_each_part_is_summed_over_a_step() -> None:
     assert found["top"][0] == {"kernel": GEMM, "us": 40.0, "calls": 2.0}
 
 
-def test_ours_counts_as_the_same_part() -> None:
+def test_the_plugins_kernels_count_as_the_same_part() -> None:
     layer = [(PLUGIN if name == COOPERATIVE else name, dur) for name, dur in LAYER if name != FILL]
     found = trace.reduce(events(layer, 5), LAYERS)
     assert found["parts"]["topk"] == {
@@ -79,7 +79,7 @@ V41_UPSTREAM = [
     (COOPERATIVE, 5.0), (TRANSFORM, 1.0),
 ]  # fmt: skip
 CANDIDATES = "void dsv4::candidate_logits_kernel<dsv4::…>(…)"
-V41_OURS = [
+V41_PLUGIN = [
     (K_STORE, 2.0), ("void dsv4::paged_logits_kernel<32>(…)", 4.0), (PLUGIN, 5.0), (TRANSFORM, 1.0),
     (K_STORE, 2.0), ("void dsv4::paged_logits_kernel<dsv4::Maxima>(…)", 6.0), (PLUGIN, 3.0),
     (CANDIDATES, 3.5), (PLUGIN, 4.0), (TRANSFORM, 1.0),
@@ -92,7 +92,7 @@ V41_OURS = [
     [
         (V41_UPSTREAM, {"k_write": 4, "fill": 3, "logits": 16, "maxima": 7, "blocks": 71,
                         "candidates": 11, "topk": 15, "transform": 3}),
-        (V41_OURS, {"k_write": 4, "fill": 0, "logits": 4, "maxima": 6, "blocks": 3,
+        (V41_PLUGIN, {"k_write": 4, "fill": 0, "logits": 4, "maxima": 6, "blocks": 3,
                     "candidates": 7, "topk": 13, "transform": 3}),
     ],
 )  # fmt: skip

@@ -17,11 +17,12 @@ import pytest
 import torch
 from kits.host_parts import make_cache
 from kits.host_tensors import PAGE, deep_gemm_buffer, in_row, page_table
+from kits.inputs import poison_tail
 from kits.oracles import check_selection, read_one_by_one
 
 import dsv4_plugin as ops
 from dsv4_plugin import paged_logits
-from dsv4_plugin.cli.checks.inputs import poison_tail, scores
+from dsv4_plugin.cli.checks.inputs import scores
 from dsv4_plugin.engines.sglang import wrappers
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection

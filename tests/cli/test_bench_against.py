@@ -34,7 +34,7 @@ OTHERS = ("vllm", "sglang", "flashinfer")
 # ---- torch, and who is not here ------------------------------------------------------------------
 
 
-def test_torch_beside_ours_in_every_suite_of_the_topk(
+def test_torch_beside_the_plugin_in_every_suite_of_the_topk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "topk.json"
@@ -48,7 +48,7 @@ def test_torch_beside_ours_in_every_suite_of_the_topk(
     assert f"torch: exact in {len(rows)} of {len(rows)} cells" in capsys.readouterr().out
 
 
-def test_torch_beside_ours_in_every_suite_of_the_logits(tmp_path: Path) -> None:
+def test_torch_beside_the_plugin_in_every_suite_of_the_logits(tmp_path: Path) -> None:
     file = tmp_path / "logits.json"
     assert bench("logits", "--device", "cpu", "--suite", "all", "--against", "torch",
                  "--rows", 2, "--columns", 200, "--json", file) == 0  # fmt: skip

@@ -274,9 +274,11 @@ def test_a_long_row_is_sampled_with_its_ends() -> None:
 
 
 def test_the_shared_indices_are_counted() -> None:
-    plugin = torch.tensor([[0, 1, 2, 3], [4, 5, -1, -1]], dtype=torch.int32)
-    peer = torch.tensor([[3, 2, 9, 8], [5, 4, -1, -1]], dtype=torch.int32)
-    assert shared(plugin, peer, 10) == (0.75, 0.5)
+    plugin = torch.tensor([[0, 1, 2, 3], [4, 5, -1, -1], [-1] * 4, [-1] * 4], dtype=torch.int32)
+    peer = torch.tensor([[3, 2, 9, 8], [5, 4, -1, -1], [7, 0, -1, -1], [-1] * 4], dtype=torch.int32)
+    assert shared(plugin[:2], peer[:2]) == (0.75, 0.5)
+    assert shared(plugin, peer) == (0.625, 0.0)
+    assert shared(plugin[3:], peer[3:]) == (1.0, 1.0)
 
 
 # ---- Figures -------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""``dsv4-plugin`` itself: what its user can repair is a line and exit code 2, no traceback."""
+"""``dsv4-plugin`` itself: what its user can repair is a line and exit code 2, no traceback.
+
+Two tools of a checkout, the fuzzer and the soak, end like a command.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.soak import command as soak
 from dsv4_plugin import __version__
 from dsv4_plugin.cli import main as cli
+from tests.fuzz import command as fuzz
 
 COMMANDS = {
     "bench": ["topk", "--device", "cpu", "--rows", "1", "--columns", "8192"],
-    "fuzz": ["--cases", "1"],
     "recall": ["--k", "512", "--columns", "1024", "--rows", "1"],
-    "soak": ["--minutes", "0.01"],
+}
+TOOLS = {
+    "tests.fuzz": (fuzz.main, ["--cases", "1"]),
+    "benchmarks.soak": (soak.main, ["--minutes", "0.01"]),
 }
 
 
@@ -28,10 +35,17 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)  # fuzz takes one
 
 
-def one_line(capsys: pytest.CaptureFixture[str], command: str) -> str:
+def run(name: str, *more: str, without: tuple[str, ...] = ()) -> int:
+    """Run a command, or a tool, with its short arguments."""
+    main, given = TOOLS.get(name) or (cli.main, [name, *COMMANDS[name]])
+    return main([*(word for word in given if word not in without), *more])
+
+
+def one_line(capsys: pytest.CaptureFixture[str], name: str) -> str:
     said = capsys.readouterr()
+    prog = f"python -m {name}" if name in TOOLS else f"dsv4-plugin {name}"
     assert said.out == ""
-    assert said.err.startswith(f"dsv4-plugin {command}: ") and said.err.count("\n") == 1
+    assert said.err.startswith(f"{prog}: ") and said.err.count("\n") == 1
     return said.err
 
 
@@ -46,20 +60,19 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"dsv4-plugin {__version__}\n"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *TOOLS])
 def test_a_results_file_that_cannot_be_written(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "none"
-    assert cli.main([command, *COMMANDS[command], "--json", str(folder / "x.json")]) == 2
+    assert run(command, "--json", str(folder / "x.json")) == 2
     said = one_line(capsys, command)
     assert f"--json cannot be written: there is no folder {folder}" in said
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *TOOLS])
 def test_a_gpu_that_is_not_there(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given = [a for a in COMMANDS[command] if a not in ("--device", "cpu")]
-    assert cli.main([command, *given, "--device", "cuda"]) == 2
+    assert run(command, "--device", "cuda", without=("--device", "cpu")) == 2
     assert "no CUDA device here" in one_line(capsys, command)
 
 

@@ -18,6 +18,7 @@ from kits.packaging_tools import ROOT
 
 CLI = ["dsv4_plugin"]
 TOOL = "benchmarks."
+FUZZ, SOAK = ["tests.fuzz"], [TOOL + "soak"]
 RESULTS = ROOT / "benchmarks" / "results" / "h200_topk.json"
 SMALL = ["--rows", "1", "--columns", "600", "--k", "16"]
 
@@ -31,8 +32,8 @@ COMMANDS = {
     "bench topk": [*CLI, "bench", "topk", "--device", "cpu", *SMALL],
     "bench chain": [*CLI, "bench", "chain", "--device", "cpu", *SMALL],
     "recall": [*CLI, "recall", "--device", "cpu", *SMALL],
-    "fuzz": [*CLI, "fuzz", "--device", "cpu", "--cases", "3", "--backend", "torch"],
-    "soak": [*CLI, "soak", "--device", "cpu", "--minutes", "0.02"],
+    "fuzz": [*FUZZ, "--device", "cpu", "--cases", "3", "--backend", "torch"],
+    "soak": [*SOAK, "--device", "cpu", "--minutes", "0.02"],
     **{n: [TOOL + "tables", n] for n in ("readme", "sglang", "logits", "modes", "settings")},
 }
 # Those that run for as long as one likes: (arguments, lines of output before they are at work).
@@ -46,8 +47,8 @@ LONG = {
     ),
     "engines": ([TOOL + "engines", "--part", "kernels", "--device", "cpu"], 1),
     "recall": ([*CLI, "recall", "--device", "cpu"], 1),
-    "fuzz": ([*CLI, "fuzz", "--device", "cpu", "--backend", "torch"], 1),
-    "soak": ([*CLI, "soak", "--device", "cpu"], 1),
+    "fuzz": ([*FUZZ, "--device", "cpu", "--backend", "torch"], 1),
+    "soak": ([*SOAK, "--device", "cpu"], 1),
 }  # fmt: skip
 
 
@@ -191,7 +192,7 @@ def broken_torch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 @pytest.mark.parametrize(
     "command",
     [
-        [*CLI, "bench", "topk"], [*CLI, "fuzz"], [*CLI, "recall"], [*CLI, "soak"],
+        [*CLI, "bench", "topk"], FUZZ, [*CLI, "recall"], SOAK,
         [TOOL + "tuning.sweep"], [TOOL + "engines", "--part", "forward", "--engine", "sglang"],
     ],
     ids=lambda command: command[-1],
@@ -213,19 +214,24 @@ def test_a_broken_torch_is_a_finding_of_doctor(json_wanted: bool, broken_torch: 
 
 LAZY = [
     ["--version"], ["--help"], [], ["nope"], ["ab", "--help"], ["bench", "--help"],
-    ["bench", "topk", "--rows", "0"], ["fuzz", "--op", "topkk"], ["fuzz", "--bogus"],
-    ["recall", "--k", "4096"], ["soak", "--minutes", "nan"], ["doctor", "--folder", "x"],
+    ["bench", "topk", "--rows", "0"], ["recall", "--k", "4096"], ["doctor", "--folder", "x"],
     ["bench", "plot", str(RESULTS), "--plot", "OUT.svg"],
+]  # fmt: skip
+LAZY_TOOLS = [
+    [*FUZZ, "--help"], [*FUZZ, "--op", "topkk"], [*FUZZ, "--bogus"], [*SOAK, "--help"],
+    [*SOAK, "--minutes", "nan"],
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", LAZY, ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [*([*CLI, *given] for given in LAZY), *LAZY_TOOLS], ids=" ".join
+)
 def test_torch_is_imported_by_what_needs_it(arguments: list[str], tmp_path: Path) -> None:
     """A line of its own is made with an exception that no command may swallow."""
     (tmp_path / "torch.py").write_text("import os\nos.write(2, b'IMPORTED')\nos._exit(99)\n")
     path = os.pathsep.join((str(tmp_path), str(ROOT)))
     given = [word.replace("OUT", str(tmp_path / "x")) for word in arguments]
-    run = start([*CLI, *given], PYTHONPATH=path)
+    run = start(given, PYTHONPATH=path)
     _, said = run.communicate(timeout=60)
     assert run.returncode in (0, 2) and "IMPORTED" not in said
 
@@ -239,15 +245,16 @@ def test_without_a_command_there_is_help() -> None:
 
 def test_the_words_of_the_options_are_those_of_the_code() -> None:
     """Options are read without torch, so what they choose among stands in a file of its own."""
+    from benchmarks.engines.choices import ADAPTERS
     from benchmarks.engines.kernels.side import CELLS
     from dsv4_plugin.cli.bench import upstream as installed
-    from dsv4_plugin.cli.fuzz import engine
     from dsv4_plugin.cli.shared import choices
     from dsv4_plugin.kernels.arguments import MAX_K
+    from tests.fuzz import command, engine
 
     assert max(choices.KS) == MAX_K
-    assert tuple(engine.OPS) == choices.FUZZED
+    assert tuple(engine.OPS) == command.FUZZED
     assert tuple(installed.ENGINES) == choices.ENGINES
-    assert tuple(CELLS) == choices.ADAPTERS
+    assert tuple(CELLS) == ADAPTERS
     for name, module in installed.ENGINES.items():
         assert module.__name__.endswith(f".{name}_peers")

@@ -12,11 +12,14 @@ import pytest
 from benchmarks.engines import command as engines
 from benchmarks.server import command as e2e
 from benchmarks.server import drills, trace
+from benchmarks.soak import command as soak
+from benchmarks.tool import MINUTES
 from benchmarks.tuning import sweep
 from dsv4_plugin.cli import main as cli
 from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import Parser, UsageError
+from tests.fuzz import command as fuzz
 
 BAD_COUNTS = ("0", "-1", "nan", "inf", "1.5", "", "x", "1_000", "٣", "0x10", "9" * 40, "9" * 5000)
 BAD_TIMES = ("0", "-1", "nan", "inf", "-inf", "1e400", "", "x", "1_0", "٣")
@@ -36,7 +39,7 @@ def test_what_is_no_count(text: str) -> None:
 
 @pytest.mark.parametrize("text", BAD_TIMES)
 def test_what_is_no_time(text: str) -> None:
-    for reader in (numbers.MINUTES, numbers.SECONDS, numbers.POSITIVE):
+    for reader in (MINUTES, numbers.SECONDS):
         with pytest.raises(UsageError, match="must be a number above 0"):
             reader(text)
 
@@ -45,7 +48,7 @@ def test_numbers_are_read() -> None:
     assert [numbers.COUNT(t) for t in ("1", "+7", " 2147483647 ")] == [1, 7, 2147483647]
     assert [numbers.LENGTH(t) for t in ("5", "64k", "1M")] == [5, 65_536, 1 << 20]
     assert numbers.SEED("0") == 0 and numbers.BUDGET("0") == 0.0
-    assert numbers.MINUTES("0.5") == 0.5 and numbers.SECONDS("1e3") == 1000.0
+    assert MINUTES("0.5") == 0.5 and numbers.SECONDS("1e3") == 1000.0
 
 
 # Every option with a number: the command line up to it.
@@ -62,8 +65,15 @@ TIMES = ["bench topk --budget", "fuzz --minutes", "soak --minutes", "ab --start-
 SEEDS = ["fuzz --seed", "recall --seed", "soak --seed", "ab --seed"]
 
 
+def main(arguments: list[str]) -> int:
+    """Run a command, or one of the two tools whose options are those of a command."""
+    name, *given = arguments
+    tool = {"fuzz": fuzz.main, "soak": soak.main}.get(name)
+    return tool(given) if tool else cli.main(arguments)
+
+
 def refused(line: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*line.split(), value]) == 2
+    assert main([*line.split(), value]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
     assert f"{line.split()[-1]} must be a " in said.err and repr(value) in said.err
@@ -89,7 +99,7 @@ def test_a_wrong_seed_is_refused(line: str, value: str, capsys: pytest.CaptureFi
     refused(line, value, capsys)
 
 
-@pytest.mark.parametrize("parser", [e2e.parser(), drills.parser(), engines.parser()])
+@pytest.mark.parametrize("parser", [tool.parser() for tool in (e2e, drills, engines, fuzz, soak)])
 def test_the_tools_read_numbers_with_the_same_readers(parser: Parser) -> None:
     """argparse's own int and float take NaN, -1 and infinity."""
     for action in parser._actions:
@@ -97,12 +107,12 @@ def test_the_tools_read_numbers_with_the_same_readers(parser: Parser) -> None:
 
 
 def test_a_tool_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for main, arguments in (
+    for start, arguments in (
         (sweep.main, ["--rows", "0"]), (trace.main, ["x", "--layers", "-1"]),
         (drills.main, ["--at-once", "0"]), (e2e.main, ["--pairs", "nan"]),
         (engines.main, ["--shapes", "0x5"]), (engines.main, ["--shapes", "5"]),
     ):  # fmt: skip
-        assert main(arguments) == 2
+        assert start(arguments) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "must be a whole number" in said
 
@@ -122,7 +132,7 @@ def test_a_run_that_did_nothing_is_no_success(
     line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "x.json"
-    assert cli.main([*line.split(), "--json", str(file)]) == 2
+    assert main([*line.split(), "--json", str(file)]) == 2
     assert "nothing was" in capsys.readouterr().err
     assert not file.exists() or json.loads(file.read_text())["complete"] is False
 
@@ -154,7 +164,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for said, file in unwritable(tmp_path).items():
-        assert cli.main([*command, "--json", str(file)]) == 2
+        assert main([*command, "--json", str(file)]) == 2
         shown = capsys.readouterr()
         assert shown.out == "" and "--json cannot be written" in shown.err and said in shown.err
     assert [p.name for p in tmp_path.iterdir()] == ["file"], "trying leaves nothing"
@@ -191,7 +201,7 @@ def test_other_outputs_are_refused_too(tmp_path: Path, capsys: pytest.CaptureFix
         (["ab", "--model", "m", f"--client-command={sys.executable}", "--out", "/proc/none"],
              "cannot be used"),
     ):  # fmt: skip
-        assert cli.main(command) == 2
+        assert main(command) == 2
         shown = capsys.readouterr()
         assert shown.out == "" and said in shown.err
 
@@ -204,7 +214,7 @@ def test_a_file_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ["fuzz", "--json", str(file), "--trace", same],
         ["bench", "plot", str(file), "--plot", same],
     ):
-        assert cli.main(command) == 2
+        assert main(command) == 2
         assert "is named twice" in capsys.readouterr().err
 
 

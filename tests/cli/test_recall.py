@@ -15,6 +15,7 @@ from kits.packaging_tools import ROOT
 from kits.svg_curves import check_same
 
 from benchmarks.tables import readme as figures
+from benchmarks.tables.recall import table as recall_table
 from dsv4_plugin import topk
 from dsv4_plugin.cli import main as cli
 from dsv4_plugin.cli.checks.inputs import scores
@@ -231,10 +232,10 @@ def test_a_plot_of_nothing_is_an_error(small, tmp_path):
 
 
 def test_the_table_refuses_what_rounding_does_not_explain(small):
-    assert command.table(small[0]).startswith("| scores | k | dtype | 1K | 2K |")
+    assert recall_table(small[0]).startswith("| scores | k | dtype | 1K | 2K |")
     rows = [{**r, "beyond_ties": 1} if r["rows"] else r for r in small[0]["results"]]
     with pytest.raises(ValueError, match="do not tie"):
-        command.table({**small[0], "results": rows})
+        recall_table({**small[0], "results": rows})
 
 
 def test_the_committed_file_is_whole():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.soak import command as soak
 from dsv4_plugin.cli import main as cli
 from dsv4_plugin.cli.bench.command import WHAT
 from dsv4_plugin.cli.shared import screen
@@ -101,8 +102,15 @@ def test_no_color(terminal: None, with_rich: None, monkeypatch: pytest.MonkeyPat
     assert not re.search(r"\033\[[0-9;]*3[0-7]", "".join(screen.table(HEAD, ROWS)))
 
 
-COMMANDS = [[name] for name in ("doctor", "ab", "bench", "recall", "soak")]
+COMMANDS = [[name] for name in ("doctor", "ab", "bench", "recall")]
 COMMANDS += [["bench", what] for what in WHAT]
+
+
+def examples_in(shown: str) -> list[str]:
+    _, _, under = shown.partition("\nexamples:\n")
+    lines = [line.strip() for line in under.strip().splitlines()]
+    assert len(lines) >= 2
+    return lines
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -115,9 +123,7 @@ def test_every_help_ends_with_examples_that_can_be_typed(
     pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit):
         cli.main([*command, "--help"])
-    _, _, under = capsys.readouterr().out.partition("\nexamples:\n")
-    lines = under.strip().splitlines()
-    assert len(lines) >= 2
+    lines = examples_in(capsys.readouterr().out)
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(cli.COMMANDS[command[0]][0])
     ran = []
@@ -126,4 +132,20 @@ def test_every_help_ends_with_examples_that_can_be_typed(
         program, *given = shlex.split(line)
         assert program == "dsv4-plugin" and given[: len(command)] == command
         assert cli.main(given) == 0, capsys.readouterr().err
+    assert len(ran) == len(lines)
+
+
+def test_so_does_the_help_of_the_soak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        soak.main(["--help"])
+    lines = examples_in(capsys.readouterr().out)
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    monkeypatch.setattr(soak, "_run", lambda arguments: ran.append(arguments) or 0)
+    for line in lines:
+        start = "python -m benchmarks.soak "
+        assert line.startswith(start)
+        assert soak.main(shlex.split(line.removeprefix(start))) == 0, capsys.readouterr().err
     assert len(ran) == len(lines)

@@ -27,7 +27,7 @@ PATH = re.compile(
     rf"(?<![\w/.<>-])(?:(?:{'|'.join(map(re.escape, FOLDERS))})/[\w.<>*{{}},/-]*[\w>}}*]"
     r"|(?:[\w<>*]+/)*[\w<>*]+\.(?:cuh|cu|py|sh)\b)(?!\()"
 )
-MODULE = re.compile(r"\bpython -m ((?:benchmarks|dsv4_plugin)[\w.]*)")
+MODULE = re.compile(r"\bpython -m ((?:benchmarks|dsv4_plugin|tests)[\w.]*)")
 COMMAND = re.compile(r"(?:^|`|&& |\$ )dsv4-plugin ([a-z]+)\b", re.M)
 
 

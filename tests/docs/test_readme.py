@@ -13,7 +13,7 @@ import torch
 from kits import marked
 from kits.packaging_tools import ROOT
 
-from benchmarks.tables import candidates, expected, picture, readme
+from benchmarks.tables import candidates, engines_v41, expected, picture, readme, settings
 from dsv4_plugin import envs
 
 README = (ROOT / "README.md").read_text()
@@ -27,7 +27,9 @@ def between(mark: str, page: str = "README.md") -> str:
 
 
 def test_the_settings_table_is_the_generated_one() -> None:
-    assert between("settings", "docs/settings.md").strip() == envs.table().replace("(docs/", "(")
+    assert between("settings", "docs/settings.md").strip() == settings.table().replace(
+        "(docs/", "("
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -138,6 +140,9 @@ def test_the_expected_gain_is_made_from_the_results() -> None:
         ("v41-step", "docs/results.md", candidates.step),
         ("v41-layers", "docs/results.md", candidates.layers),
         ("v41-fp4", "docs/results.md", candidates.fp4),
+        ("sglang-v41", "docs/results.md", engines_v41.sglang),
+        ("sglang-publish", "docs/results.md", engines_v41.publish),
+        ("tokenspeed-v41", "docs/results.md", engines_v41.tokenspeed),
     ],
 )
 def test_the_figures_of_v41_are_made_from_the_results(

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from kits.fake_vllm import HOST, INDEXER
+from kits.fake_vllm import FAKE_VLLM, INDEXER
 from kits.own_process import run_alone
 
 PRELUDE = """
@@ -180,8 +180,8 @@ print(engine.X, seen)
 
 def test_a_neighbour_of_vllms_indexer_that_is_imported_in_part(tmp_path: Path) -> None:
     """The indexer is imported by a module that is patched with it: first that is let through."""
-    text = textwrap.dedent(HOST["vllm/_custom_ops.py"])
-    files = {**HOST, "vllm/_custom_ops.py": f"import {INDEXER}\n" + text}
+    text = textwrap.dedent(FAKE_VLLM["vllm/_custom_ops.py"])
+    files = {**FAKE_VLLM, "vllm/_custom_ops.py": f"import {INDEXER}\n" + text}
     indexer = files[INDEXER.replace(".", "/") + ".py"]
     files[INDEXER.replace(".", "/") + ".py"] = indexer.replace(
         "from vllm import _custom_ops as ops", "import vllm._custom_ops as ops"

@@ -1,4 +1,4 @@
-"""The plugin's lines come once each, whenever and however the host sets up logging."""
+"""The plugin's lines come once each, whenever and however the engine sets up logging."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log.configure("info")  # the first layer
 log.once(logging.INFO, "after")
 log.say(logging.DEBUG, "not at this level")
 """
-HOSTS = {
+ENGINES = {
     "nothing": "",
     "basicConfig": "logging.basicConfig(level=logging.INFO)",
     "basicConfig of warnings": "logging.basicConfig(level=logging.WARNING)",
@@ -32,9 +32,9 @@ HOSTS = {
     '"loggers": {"dsv4_plugin": {"level": "INFO"}}})',
     "dictConfig with a handler for ours": 'logging.config.dictConfig({"version": 1, "loggers": '
     '{"dsv4_plugin": {"handlers": ["h"], "propagate": False}}, "root": {"handlers": ["h"]}, **H})',
-    "fileConfig": "logging.config.fileConfig('host.ini')",
+    "fileConfig": "logging.config.fileConfig('engine.ini')",
     "a handler for nothing": "logging.getLogger().addHandler(logging.NullHandler())",
-    "a logger of its own": "h = logging.getLogger('host'); h.propagate = False; "
+    "a logger of its own": "h = logging.getLogger('engine'); h.propagate = False; "
     "h.addHandler(logging.StreamHandler())",
     "stderr replaced": "sys.stderr = sys.stdout",
 }
@@ -53,9 +53,9 @@ INI = """
 """
 
 
-@pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
-def test_each_line_comes_once(tmp_path: Path, host: str) -> None:
-    out = run_alone(f"{BEGIN}\n{host}\n{END}", tmp_path, {"host.ini": INI})
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+def test_each_line_comes_once(tmp_path: Path, engine: str) -> None:
+    out = run_alone(f"{BEGIN}\n{engine}\n{END}", tmp_path, {"engine.ini": INI})
     for line in ("before", "a part failed", "after"):
         assert out.count(line) == 1, out
     assert "not at this level" not in out

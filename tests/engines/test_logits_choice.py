@@ -14,14 +14,14 @@ from dsv4_plugin.state import state
 TOPK = Selection("bf16", "torch", False, "plugin")
 
 
-def decide(setting: str, dtype: str, host: list[str], own: list[str]):
+def decide(setting: str, dtype: str, by_engine: list[str], by_plugin: list[str]):
     asked = []
 
     def reasons(who: str, why: list[str]):
         return lambda: (asked.append(who), why)[1]
 
     who, why = logits.choose(
-        Settings(logits=setting), dtype, reasons("engine", host), reasons("plugin", own)
+        Settings(logits=setting), dtype, reasons("engine", by_engine), reasons("plugin", by_plugin)
     )
     return who, why, asked
 

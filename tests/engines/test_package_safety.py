@@ -44,7 +44,6 @@ WRITES = {
     "cli/ab/plot.py": {"savefig"},  # --plot
     "cli/ab/processes.py": {"mkdir", "open"},  # --out
     "cli/checks/results.py": {"unlink", "write_bytes"},  # --json, as it was before
-    "cli/fuzz/command.py": {"open"},  # --trace
     "cli/shared/outputs.py": {
         "mkdir",
         "open",
@@ -67,7 +66,6 @@ ENVIRONMENT = {
     "metrics.py",  # PROMETHEUS_MULTIPROC_DIR, read: which of its modes prometheus_client is in
     "engines/vllm/cli_option.py",  # what Ray copies into its actors
     "cli/ab/environment.py",  # what the servers and the client inherit
-    "cli/fuzz/command.py",  # TRITON_INTERPRET, set
 }
 
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

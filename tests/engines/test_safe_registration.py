@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from kits.fake_vllm import HOST, INDEXER
+from kits.fake_vllm import FAKE_VLLM, INDEXER
 from kits.own_process import run_alone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,23 +23,23 @@ from dsv4_plugin.engines.vllm import register, unregister
 """
 
 
-def run(code: str, tmp_path: Path, host: dict[str, str] | None = None, **env: str) -> str:
-    return run_alone(PRELUDE + textwrap.dedent(code), tmp_path, host, **env)
+def run(code: str, tmp_path: Path, engine: dict[str, str] | None = None, **env: str) -> str:
+    return run_alone(PRELUDE + textwrap.dedent(code), tmp_path, engine, **env)
 
 
-def test_without_the_host(tmp_path):
+def test_without_the_engine(tmp_path):
     out = run("register(); register(); unregister(); print('fine')", tmp_path)
     assert out.strip() == "fine"
 
 
-def test_it_imports_neither_torch_nor_the_host(tmp_path):
+def test_it_imports_neither_torch_nor_the_engine(tmp_path):
     out = run(
         """
         register()
         print(sorted({n.partition('.')[0] for n in sys.modules} & {'torch', 'vllm', 'triton'}))
         """,
         tmp_path,
-        HOST,
+        FAKE_VLLM,
     )
     assert out.strip() == "[]"
 
@@ -77,7 +77,7 @@ def test_before_and_after_the_import(tmp_path, first):
         print([type(f).__name__ for f in sys.meta_path if 'dsv4' in type(f).__module__])
         """.replace("\n        ", "\n"),
         tmp_path,
-        {**HOST},
+        {**FAKE_VLLM},
     )
     assert "vLLM 9.9.9" in out
     assert "['gather', 'guard', 'logits', 'topk.decode', 'topk.prefill']" in out
@@ -94,7 +94,7 @@ def test_the_finder_leaves_when_nothing_waits(tmp_path):
         print([type(f).__name__ for f in sys.meta_path if 'dsv4' in type(f).__module__])
         """,
         tmp_path,
-        HOST,
+        FAKE_VLLM,
     )
     assert out.splitlines()[-1] == "[]"
 
@@ -108,7 +108,7 @@ def test_unregister_before_the_import(tmp_path):
         print(dsv4_plugin.status(), [f for f in sys.meta_path if 'dsv4' in type(f).__module__])
         """,
         tmp_path,
-        HOST,
+        FAKE_VLLM,
     )
     assert out.splitlines()[-1] == "{'engine': None, 'seams': {}, 'counters': {}} []"
 
@@ -122,7 +122,7 @@ def test_the_kill_switch(tmp_path):
         print(dsv4_plugin.status()['seams'], 'dsv4_plugin.engines.vllm.install' in sys.modules)
         """,
         tmp_path,
-        HOST,
+        FAKE_VLLM,
         DSV4_PLUGIN="0",
     )
     assert out.splitlines()[-1] == "{} False"
@@ -133,7 +133,7 @@ def test_the_kill_switch(tmp_path):
     "variables", [{"DSV4_PLUGIN": "yes"}, {"DSV4_TOPK": "half"}, {"DSV4_LOG": "loud"}]
 )
 def test_a_wrong_setting_does_not_raise_here(tmp_path, variables):
-    out = run("register(); print('alive')", tmp_path, HOST, **variables)
+    out = run("register(); print('alive')", tmp_path, FAKE_VLLM, **variables)
     (name, value) = next(iter(variables.items()))
     assert f"{name} is {value!r}" in out
     assert out.splitlines()[-1] == "alive"
@@ -151,7 +151,7 @@ def test_not_asked_a_layer_is_built_whatever_the_environment_holds(tmp_path, nam
         print('alive')
         """,
         tmp_path,
-        HOST,
+        FAKE_VLLM,
         **{f"DSV4_{name}": value},
     )
     assert out.splitlines()[-1] == "alive"
@@ -159,7 +159,7 @@ def test_not_asked_a_layer_is_built_whatever_the_environment_holds(tmp_path, nam
     assert "ERROR" not in out
 
 
-BROKEN_HOSTS = {
+BROKEN_ENGINES = {
     "the indexer is gone": {INDEXER.replace(".", "/") + ".py": ""},
     "the indexer does not import": {
         INDEXER.replace(".", "/") + ".py": "raise ImportError('no CUDA here')"
@@ -184,8 +184,8 @@ BROKEN_HOSTS = {
 }
 
 
-@pytest.mark.parametrize("broken", BROKEN_HOSTS.values(), ids=BROKEN_HOSTS)
-def test_a_host_of_another_shape(tmp_path, broken):
+@pytest.mark.parametrize("broken", BROKEN_ENGINES.values(), ids=BROKEN_ENGINES)
+def test_an_engine_of_another_shape(tmp_path, broken):
     """Whatever the module looks like: importing it ends as it does without the plugin."""
     imports = "no CUDA" not in str(broken)
     topks = ("topk.decode", "topk.prefill", "topk.slots", "topk.fill")
@@ -205,7 +205,7 @@ def test_a_host_of_another_shape(tmp_path, broken):
             assert seam['why'] and not seam['engaged'], (name, seam)
         print('alive')
         """
-    out = run(code, tmp_path, {**HOST, **broken})
+    out = run(code, tmp_path, {**FAKE_VLLM, **broken})
     assert out.splitlines()[-1] == "alive"
     if not imports:
         assert "as without the plugin: no CUDA here" in out
@@ -215,7 +215,7 @@ def test_a_command_line_of_another_shape(tmp_path):
     out = run(
         "register(); import vllm.engine.arg_utils; print('alive')",
         tmp_path,
-        {**HOST, "vllm/engine/arg_utils.py": "class EngineArgs: pass"},
+        {**FAKE_VLLM, "vllm/engine/arg_utils.py": "class EngineArgs: pass"},
     )
     assert out.splitlines()[-1] == "alive"
     assert "vllm.engine.arg_utils could not be patched" in out
@@ -236,7 +236,7 @@ def test_the_plugin_itself_is_broken(tmp_path):
         print(ops.top_k_per_row_prefill(*range(8)))
         """,
         tmp_path,
-        HOST,
+        FAKE_VLLM,
     )
     assert out.splitlines()[-1] == "upstream"
     assert "half an installation" in out
@@ -259,7 +259,7 @@ def test_a_broken_library_is_a_reason_and_no_crash(tmp_path):
         print(cuda.missing())
         """,
         tmp_path,
-        {**HOST, "broken.so": "this is no ELF file"},
+        {**FAKE_VLLM, "broken.so": "this is no ELF file"},
         DSV4_PLUGIN="1",
         BROKEN=str(tmp_path / "broken.so"),
     )

@@ -43,9 +43,9 @@ def ints(rows):
     return torch.tensor(rows, dtype=torch.int32)
 
 
-def counted(ours, theirs, **rest):
+def counted(by_plugin, by_engine, **rest):
     counters = torch.zeros(len(Field), dtype=torch.int64)
-    shadow.compare(counters, ints(ours), ints(theirs), **rest)
+    shadow.compare(counters, ints(by_plugin), ints(by_engine), **rest)
     return dict(zip((f.name.lower() for f in Field), counters.tolist(), strict=True))
 
 
@@ -84,8 +84,8 @@ def test_differences_are_told_apart_by_their_scores():
     scores = torch.tensor([[5.0, 4.0, 3.0, 3.0, 2.0, 9.0]])
     lengths = torch.tensor([5])
 
-    def of(theirs):
-        got = counted([[0, 1, 2]], [theirs], scores=scores, lengths=lengths)
+    def of(by_engine):
+        got = counted([[0, 1, 2]], [by_engine], scores=scores, lengths=lengths)
         return got["tied"], got["lower"], got["higher"]
 
     assert of([0, 1, 2]) == (0, 0, 0)
@@ -108,11 +108,11 @@ rows = st.lists(st.integers(-1, 12), min_size=6, max_size=6)
 
 @given(st.lists(st.tuples(rows, rows), min_size=1, max_size=9), st.integers(1, 4))
 def test_against_python_sets(pairs, at_a_time):
-    ours, theirs = zip(*pairs, strict=True)
+    by_plugin, by_engine = zip(*pairs, strict=True)
     before = shadow._ENTRIES
     shadow._ENTRIES = 6 * at_a_time  # several chunks
     try:
-        got = counted(ours, theirs)
+        got = counted(by_plugin, by_engine)
     finally:
         shadow._ENTRIES = before
     want = dict.fromkeys(got, 0)
@@ -148,18 +148,18 @@ def test_ties_against_python(data):
 @pytest.mark.parametrize("which", ["counters", "seal", "both"])
 def test_counting_begins_anew_where_the_memory_was_given_away(on, held, which):
     """As by an engine that slept at level 2: what its pool held is anything afterwards."""
-    ours = ints([[1, 2], [3, 4]])
+    by_plugin = ints([[1, 2], [3, 4]])
     for _ in range(3):
-        shadow.watch("decode", ours, lambda scratch: scratch.copy_(ours))
+        shadow.watch("decode", by_plugin, lambda scratch: scratch.copy_(by_plugin))
     before = shadow_report.report()["decode"]
     assert before["rows"] == 6
     kept = shadow.kept["decode", CPU]
     for name in ("counters", "seal") if which == "both" else (which,):
         getattr(kept, name).fill_(held)
-    shadow.watch("decode", ours, lambda scratch: scratch.copy_(ours))
+    shadow.watch("decode", by_plugin, lambda scratch: scratch.copy_(by_plugin))
     now = shadow_report.report()["decode"]
     assert (now["rows"], now["entries"], now["agree"], now["higher"]) == (2, 4, 4, 0)
-    shadow.watch("decode", ours, lambda scratch: scratch.copy_(ours))
+    shadow.watch("decode", by_plugin, lambda scratch: scratch.copy_(by_plugin))
     assert shadow_report.report()["decode"]["rows"] == 4
 
 
@@ -172,8 +172,8 @@ def test_nothing_happens_unless_it_is_asked_for():
 
 
 def test_counters_add_up_and_status_has_them(on):
-    for theirs in ([[0, 1]], [[0, 2]]):
-        shadow.watch("decode", ints([[0, 1]]), lambda s, t=theirs: s.copy_(ints(t)))
+    for by_engine in ([[0, 1]], [[0, 2]]):
+        shadow.watch("decode", ints([[0, 1]]), lambda s, t=by_engine: s.copy_(ints(t)))
     shadow.watch("prefill", ints([[3, -1]]), lambda s: ints([[3, -1]]))
     got = dsv4_plugin.status()["shadow"]
     assert got["decode"] == {
@@ -219,7 +219,7 @@ def test_a_failure_is_said_once_and_ends_the_shadow(on, caplog):
     assert len(errors) == 1 and "no kernel" in errors[0]
 
 
-def test_upstreams_own_answer_is_not_watched(on):
+def test_the_engines_answer_is_not_watched(on):
     served = []
     serve("decode", None, torch.float32, lambda topk: None, lambda: served.append("upstream"),
           lambda: served.append("watched"))  # fmt: skip
@@ -258,7 +258,7 @@ def test_no_counters_are_made_while_a_graph_is_captured(on, monkeypatch, caplog)
     assert shadow.kept["decode", CPU] is kept, "a graph may still write there"
 
 
-def test_the_log_says_what_changed_and_warns_of_ours(on, caplog):
+def test_the_log_says_what_changed_and_warns_of_the_plugins(on, caplog):
     caplog.set_level(logging.DEBUG, logger="dsv4_plugin")
     scores = torch.tensor([[3.0, 2.0, 1.0]])
     args = (scores, lambda: torch.tensor([3]))

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from kits.inputs import poison_tail
 
 from dsv4_plugin import log, topk
-from dsv4_plugin.cli.checks.inputs import poison_tail, scores
+from dsv4_plugin.cli.checks.inputs import scores
 from dsv4_plugin.engines.shared import adapter, shadow, shadow_report
 from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection
 from dsv4_plugin.engines.vllm import wrappers

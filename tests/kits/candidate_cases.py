@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
+from kits.canary import Guarded
+from kits.logits_cases import Paged, paged
 
 from dsv4_plugin import paged_logits
 from dsv4_plugin.cli.checks import candidate_oracles as oracle
-from dsv4_plugin.cli.checks.canary import Guarded
 from dsv4_plugin.cli.checks.oracles import same_bits
-from kits.logits_cases import Paged, paged
 
 __all__ = [
     "DTYPES", "EDGES", "PAD", "dense", "draw", "equal_bits", "guarded", "oracle",

@@ -5,7 +5,7 @@ from __future__ import annotations
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 
 # As much of vLLM's indexer as the adapter looks at, in the form of 0.33.
-HOST = {
+FAKE_VLLM = {
     "vllm/__init__.py": "__version__ = '9.9.9'\n",
     "vllm/config.py": "def get_current_vllm_config(): return None\n",
     "vllm/engine/__init__.py": "",

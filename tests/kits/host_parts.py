@@ -23,10 +23,10 @@ __all__ = [
     "DeepGemmModule",
     "oracle",
     "read_keys",
-    "record_own_logits",
+    "record_plugin_logits",
     "spans_of",
     "upstream_rows",
-    "without_own_logits",
+    "without_plugin_logits",
 ]
 
 HEAD_DIM = 128
@@ -76,10 +76,10 @@ class Call:
     rows: int = 0
     logits: torch.Tensor | None = None
     spans: list[tuple[int, int]] = dataclasses.field(default_factory=list)
-    own: bool = False  # logits by this package, not by an engine's stand-in
+    by_plugin: bool = False  # logits by this package, not by an engine's stand-in
 
 
-def record_own_logits(calls: list[Call]) -> None:
+def record_plugin_logits(calls: list[Call]) -> None:
     """Let the logits ops of this package note their results too, as DeepGEMM's stand-in does."""
     from dsv4_plugin.ops import logits
 
@@ -90,7 +90,9 @@ def record_own_logits(calls: list[Call]) -> None:
     def paged_logits(q: Any, cache: Any, weights: Any, lengths: Any, *args: Any, **kwargs: Any):
         out = paged(q, cache, weights, lengths, *args, **kwargs)
         spans = [(0, min(n, out.shape[1])) for _, n in spans_of(lengths, out.shape[0])]
-        calls.append(Call("paged_logits", out.dtype, out.shape[0], out.clone(), spans, own=True))
+        calls.append(
+            Call("paged_logits", out.dtype, out.shape[0], out.clone(), spans, by_plugin=True)
+        )
         return out
 
     @functools.wraps(ragged)
@@ -98,13 +100,15 @@ def record_own_logits(calls: list[Call]) -> None:
         out = ragged(q, k, k_scale, weights, row_starts, row_ends, **kwargs)
         windows = zip(row_starts.tolist(), row_ends.tolist(), strict=True)
         spans = [(0, max(0, end - begin)) for begin, end in windows]
-        calls.append(Call("dense_logits", out.dtype, out.shape[0], out.clone(), spans, own=True))
+        calls.append(
+            Call("dense_logits", out.dtype, out.shape[0], out.clone(), spans, by_plugin=True)
+        )
         return out
 
     logits.paged_logits, logits.ragged_logits = paged_logits, ragged_logits
 
 
-def without_own_logits(unmet: Callable[..., list[str]]) -> Callable[..., list[str]]:
+def without_plugin_logits(unmet: Callable[..., list[str]]) -> Callable[..., list[str]]:
     """Return a ``backends.unmet`` to which our logits kernels are not there, though all else is."""
     missing = ["the library is not there"]
 

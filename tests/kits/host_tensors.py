@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-
-from dsv4_plugin.cli.checks.oracles import fp8_keys
 from kits.host_parts import HEAD_DIM, KEY_BYTES
+from kits.oracles import fp8_keys
 
 __all__ = [
     "HEADS",

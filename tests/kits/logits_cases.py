@@ -1,6 +1,6 @@
 """What the tests of the logits share: whole calls drawn, and assertions on what they gave.
 
-The float64 oracle and the bound are :mod:`dsv4_plugin.cli.checks.exact`.
+The float64 oracle is :mod:`.exact_scores`, the bound :mod:`dsv4_plugin.cli.checks.exact`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from kits import exact_scores
+from kits.exact_scores import ragged as ragged_oracle
+from kits.exact_scores import wide
+from kits.inputs import FP4_SCALES, mxfp4_cache
 
 from dsv4_plugin.cli.checks import exact
-from dsv4_plugin.cli.checks.exact import TOLERANCE, codes, wide
-from dsv4_plugin.cli.checks.exact import ragged as ragged_oracle
-from dsv4_plugin.cli.checks.inputs import FP4_SCALES, fp8_cache, mxfp4_cache
+from dsv4_plugin.cli.checks.exact import TOLERANCE, codes
+from dsv4_plugin.cli.checks.inputs import fp8_cache
 
 __all__ = [
     "FP4_SCALES", "TOLERANCE", "D", "Paged", "bits", "check", "codes", "oracle", "paged",
@@ -90,7 +93,7 @@ def paged(
 
 def _score(q, keys, scale, weights):
     """float64 score and magnitude of `keys` [n, D] for one row of queries [heads, D]."""
-    score, size = exact.scores(q[None, None], keys[None], scale[None], weights[None, None])
+    score, size = exact_scores.scores(q[None, None], keys[None], scale[None], weights[None, None])
     return score[0, 0], size[0, 0]
 
 
@@ -98,7 +101,7 @@ def oracle(
     case: Paged, block_size: int = 64, columns: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Score and magnitude, a column for each of the table or more, whatever the lengths."""
-    return exact.paged(case.q, case.cache, case.weights, case.table, block_size, columns)
+    return exact_scores.paged(case.q, case.cache, case.weights, case.table, block_size, columns)
 
 
 def check(got, score, size, n, tolerance, context=""):

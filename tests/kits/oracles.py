@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from dsv4_plugin.cli.checks.oracles import Ranking, check_selection  # noqa: F401  # for the tests
+from dsv4_plugin.cli.checks.oracles import RULES, Ranking, Wrong, faults, table  # noqa: F401
 
 
 def read_one_by_one(cache, slot_mapping, block_size=64, head_dim=128):
@@ -73,3 +73,75 @@ def candidate_row(row, length, blocks, k, piece=8):
     columns = [b * piece + i for b in chosen if b >= 0 for i in range(piece) if b * piece + i < n]
     picked = topk_row([row[c] for c in columns], len(columns), k)
     return best, chosen, len(columns), [columns[i] if i >= 0 else -1 for i in picked]
+
+
+# ---- Vectorised: what they find is Wrong ---------------------------------------------------------
+
+
+def check_selection(
+    logits: torch.Tensor,
+    lengths: torch.Tensor,
+    k: int,
+    out: torch.Tensor,
+    *,
+    starts: torch.Tensor | None = None,
+    sort: bool = False,
+    ascending: bool = False,
+) -> None:
+    """Raise :class:`Wrong` for the first rule that a row breaks; see :func:`faults`."""
+    broken = faults(logits, lengths, k, out, starts=starts, sort=sort, ascending=ascending)
+    if bool(broken.any()):
+        rule = int(broken.any(0).int().argmax())
+        rows = broken[:, rule].nonzero().reshape(-1).tolist()
+        raise Wrong(f"{RULES[rule]}, in {len(rows)} of {len(out)} rows, first {rows[0]}", rows)
+
+
+def slots_of(
+    index: torch.Tensor, page_table: torch.Tensor, page_size: int, next_n: int
+) -> torch.Tensor:
+    """Return the pool slots of indices: int64, -1 for no index, no page or no slot of int32."""
+    rows = index.shape[0]
+    table = page_table.long()
+    if len(table) != rows:
+        table = table.repeat_interleave(next_n, 0)
+    index = index.long()
+    if not table.shape[1]:
+        return torch.full_like(index, -1)
+    page = index.clamp(min=0) // page_size
+    number = table.gather(1, page.clamp(max=table.shape[1] - 1))
+    slot = number * page_size + index % page_size
+    none = (index < 0) | (number < 0) | (page >= table.shape[1]) | (slot >= 1 << 31)
+    return slot.masked_fill(none, -1)
+
+
+def _bytes_at(
+    cache: torch.Tensor, page: torch.Tensor, first: torch.Tensor, count: int
+) -> torch.Tensor:
+    at = first[:, None] + torch.arange(count, device=cache.device)
+    return cache[page[:, None], at].long()
+
+
+def fp8_keys(
+    cache: torch.Tensor, page: torch.Tensor, position: torch.Tensor, block_size: int, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Read the FP8 keys at ``(page, position)`` of ``[pages, bytes]``, which must all be there.
+
+    Returns their bytes (int64 ``[n, head_dim]``), their scales and what they stand for (float32).
+    """
+    codes = _bytes_at(cache, page, position * head_dim, head_dim)
+    quad = _bytes_at(cache, page, block_size * head_dim + position * 4, 4)
+    word = quad[:, 0] | quad[:, 1] << 8 | quad[:, 2] << 16 | quad[:, 3] << 24
+    scale = (word - ((word >> 31) << 32)).int().view(torch.float32)
+    return codes, scale, table("e4m3", cache.device).float()[codes] * scale[:, None]
+
+
+def mxfp4_keys(
+    cache: torch.Tensor, page: torch.Tensor, position: torch.Tensor, block_size: int, head_dim: int
+) -> torch.Tensor:
+    """Read the MXFP4 keys at ``(page, position)``: float32 ``[n, head_dim]``."""
+    row, blocks = head_dim // 2, head_dim // 32
+    packed = _bytes_at(cache, page, position * row, row)
+    codes = torch.stack((packed % 16, packed // 16), dim=2).reshape(len(packed), head_dim)
+    scale = _bytes_at(cache, page, block_size * row + position * blocks, blocks)
+    numbers = table("e2m1", cache.device)[codes]
+    return (numbers * table("ue8m0", cache.device)[scale].repeat_interleave(32, 1)).float()

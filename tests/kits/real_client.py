@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from kits.release_runner import ROOT
 
 from dsv4_plugin.cli.ab import AbError
 from dsv4_plugin.cli.ab.clients import Client
@@ -21,7 +22,6 @@ from dsv4_plugin.cli.ab.console import Console
 from dsv4_plugin.cli.ab.engines import ENGINES, Workload
 from dsv4_plugin.cli.ab.metrics import METRICS
 from dsv4_plugin.cli.ab.servers import Server
-from kits.release_runner import ROOT
 
 LOAD = Workload(input_len=20, output_len=6, prompts=4, concurrency=2)
 FAKE = ROOT / "tests" / "cli" / "ab" / "fake_server.py"
@@ -39,8 +39,8 @@ PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pret
 
 def check(engine: str, python: Path, script: Path, paths: Sequence[Path], folder: Path) -> None:
     """Measure once, then once with a request that fails: a result, then an error."""
-    own = ("DSV4_", "VLLM_", "SGLANG_", "PYTEST_")
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    dropped = ("DSV4_", "VLLM_", "SGLANG_", "PYTEST_")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     environ |= {
         "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT, ROOT / "tests"))),
         "CUDA_VISIBLE_DEVICES": "",

@@ -138,8 +138,8 @@ class Releases:
 
 
 def _environ(paths: Sequence[Path], drop: str) -> dict[str, str]:
-    own = ("DSV4_", "PYTEST_", "COV_", "TRITON_", drop)
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    dropped = ("DSV4_", "PYTEST_", "COV_", "TRITON_", drop)
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     # The checkout: the cases judge this tree even if the environment was made from another one.
     keep["PYTHONPATH"] = os.pathsep.join(map(str, (*paths, ROOT, ROOT / "tests")))
     keep["CUDA_VISIBLE_DEVICES"] = ""

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from kits import logits_cases
 
 from dsv4_plugin import (
     block_maxima,
@@ -34,7 +35,6 @@ from dsv4_plugin import (
 )
 from dsv4_plugin.cli.checks import candidate_oracles
 from dsv4_plugin.cli.checks.inputs import scores
-from kits import logits_cases
 
 SIZES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

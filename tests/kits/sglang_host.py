@@ -17,14 +17,13 @@ import types
 from typing import Any
 
 import torch
-
 from kits.host_parts import (
     HEAD_DIM,
     Call,
     DeepGemm,
     DeepGemmModule,
     make_cache,
-    record_own_logits,
+    record_plugin_logits,
     spans_of,
     upstream_rows,
 )
@@ -131,7 +130,7 @@ class Engine:
         if device == "cpu":
             prepare()
             self.maths = DeepGemm(self.calls, has_logits_dtype=True)
-            record_own_logits(self.calls)
+            record_plugin_logits(self.calls)
             self.install_deep_gemm()
         else:
             self.stood_in = stand_in(NATIVE)

@@ -17,17 +17,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
 from kits.host_parts import Call, spans_of, upstream_rows
 from kits.sglang_host import Engine
 from kits.stand_ins import stand_in
 
-__all__ = ["LAYERS", "STANDS_IN", "V41", "Batch", "Model", "start"]
+__all__ = ["LAYERS", "STANDS_IN", "STANDS_IN_ON_GPU", "V41", "Batch", "Model", "start"]
 
-STANDS_IN = {
-    "SGLang's CUDA kernels of the block maxima and of DeepSelect": "torch, float32 only",
+STANDS_IN_ON_GPU = {
     "the compressor": "random FP4 keys in the index cache",
     "model runner, scheduler, pools": "the tensors and lists that they hand to the backend",
+}
+STANDS_IN = {
+    "SGLang's CUDA kernels of the block maxima and of DeepSelect": "torch, float32 only",
+    **STANDS_IN_ON_GPU,
 }
 
 TOKENS = 256  # a page of the KV cache

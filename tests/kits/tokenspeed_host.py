@@ -23,8 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from kits.host_parts import HEAD_DIM, Call, DeepGemm, DeepGemmModule, make_cache, record_own_logits
+from kits.host_parts import (
+    HEAD_DIM,
+    Call,
+    DeepGemm,
+    DeepGemmModule,
+    make_cache,
+    record_plugin_logits,
+)
 from kits.stand_ins import alias, stand_in
 
 __all__ = ["STANDS_IN", "STANDS_IN_ON_GPU", "Engine"]
@@ -86,7 +92,7 @@ class Engine:
         self.selection: Any = importlib.import_module("tokenspeed_kernel.selection")
         if device == "cpu":
             self.maths = DeepGemm(self.calls, has_logits_dtype=True)
-            record_own_logits(self.calls)
+            record_plugin_logits(self.calls)
             self.install_deep_gemm()
         self.dsa: Any = importlib.import_module(DSA)
         self.dsv4: Any = importlib.import_module(DSV4)

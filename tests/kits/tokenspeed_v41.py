@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from kits.host_parts import HEAD_DIM, KEY_BYTES, oracle
 from kits.stand_ins import Empty
 
@@ -105,7 +104,7 @@ class V41:
 
     def install_deep_gemm(self) -> None:
         """Put the stand-in for DeepGEMM where the Hopper kernel has its own."""
-        maths, own = self.engine.maths, self.engine.deep_gemm
+        maths, gemm = self.engine.maths, self.engine.deep_gemm
 
         def dense(
             q: Any, kv: Any, weights: Any, cu_seq_len_k_start: Any, cu_seq_len_k_end: Any,
@@ -116,7 +115,7 @@ class V41:
                 (q,), kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, max_seqlen_k, torch.float32
             )
 
-        known = {n: getattr(own, n) for n in ("fp8_paged_mqa_logits", "get_pdl", "set_pdl",
+        known = {n: getattr(gemm, n) for n in ("fp8_paged_mqa_logits", "get_pdl", "set_pdl",
                  "get_num_sms", "get_paged_mqa_logits_metadata")}  # fmt: skip
         self.hopper.deep_gemm = types.SimpleNamespace(**known, fp8_mqa_logits=dense)
 
@@ -309,10 +308,10 @@ class Step:
         found: dict[str, list[torch.Tensor]] = {name: [] for name in (*LAYERS, "blocks")}
         width = min(self.blocks, self._columns() // PIECE)
         for row in zip(*map(self.scores, LAYERS), strict=True):
-            ours = {layer: s.to(dtype) for layer, s in zip(LAYERS, row, strict=True)}
+            scores = {layer: s.to(dtype) for layer, s in zip(LAYERS, row, strict=True)}
             for layer in ("plain", "source"):
-                found[layer].append(oracle(ours[layer], K))
-            mine = ours["source"].float()
+                found[layer].append(oracle(scores[layer], K))
+            mine = scores["source"].float()
             best = torch.nn.functional.pad(mine, (0, -len(mine) % PIECE), value=-torch.inf)
             best = best.view(-1, PIECE).amax(dim=1)
             best[-1:] = torch.inf
@@ -321,7 +320,7 @@ class Step:
             kept = blocks[blocks >= 0].long()
             keys = (kept[:, None] * PIECE + torch.arange(PIECE)).flatten()
             keys = keys[keys < len(mine)]
-            columns = oracle(ours["consumer"][keys], K)
+            columns = oracle(scores["consumer"][keys], K)
             chosen = torch.full_like(columns, -1)
             chosen[columns >= 0] = keys[columns[columns >= 0].long()].int()
             found["consumer"].append(chosen)

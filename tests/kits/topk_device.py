@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 
 import torch
+from kits import canary
 
 from dsv4_plugin import topk
-from dsv4_plugin.cli.checks import canary
 from dsv4_plugin.cli.checks.inputs import scores
 from dsv4_plugin.cli.checks.topk_cases import DTYPES
-from dsv4_plugin.cli.fuzz.tensors import bits  # noqa: F401
+from tests.fuzz.tensors import bits  # noqa: F401
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from kits.host_parts import Call
 
 __all__ = ["Candidates"]

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-
 from kits.host_parts import (
     HEAD_DIM,
     KEY_BYTES,
@@ -28,7 +27,7 @@ from kits.host_parts import (
     DeepGemm,
     oracle,
     read_keys,
-    record_own_logits,
+    record_plugin_logits,
     spans_of,
     upstream_rows,
 )
@@ -179,7 +178,7 @@ class Engine:
         self.install_deep_gemm()
         if hasattr(self.indexer, "_select_candidate_blocks"):  # from 0.30 on
             vars(self.indexer).update(Candidates(self.calls).by_name)
-        record_own_logits(self.calls)
+        record_plugin_logits(self.calls)
         vars(self.indexer)["has_deep_gemm"] = lambda: True
         if not torch.accelerator.is_available():
             torch.accelerator.empty_cache = lambda: None  # the workspace asks for it as it grows

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from kits.inputs import mxfp4_cache
 from kits.logits_cases import D, paged
 
 import dsv4_plugin
 from dsv4_plugin import gather_indexer_cache, ragged_logits, select, topk
-from dsv4_plugin.cli.checks.inputs import fp8_cache, mxfp4_cache
+from dsv4_plugin.cli.checks.inputs import fp8_cache
 from dsv4_plugin.ops import torch_library
 
 I32 = torch.int32

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from kits.canary import Canaries
+from kits.inputs import slot_list
 
 import dsv4_plugin
-from dsv4_plugin.cli.checks.canary import Canaries
-from dsv4_plugin.cli.checks.inputs import fp8_cache, slot_list
+from dsv4_plugin.cli.checks.inputs import fp8_cache
 from dsv4_plugin.errors import UnmetError
 
 pytestmark = pytest.mark.gpu

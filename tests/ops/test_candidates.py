@@ -15,8 +15,9 @@ from kits.candidate_cases import (
     valid,
     written,
 )
+from kits.inputs import poison_tail
 from kits.logits_cases import D, codes
-from kits.oracles import candidate_row
+from kits.oracles import candidate_row, slots_of
 
 import dsv4_plugin
 from dsv4_plugin import (
@@ -31,8 +32,7 @@ from dsv4_plugin import (
     select_candidates,
     topk,
 )
-from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, poison_tail, scores
-from dsv4_plugin.cli.checks.oracles import slots_of
+from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, scores
 from dsv4_plugin.kernels import reference_candidates
 
 BACKENDS = ("torch", "cuda")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kits.inputs import mxfp4_cache
 from kits.logits_cases import paged as draw_paged
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +27,7 @@ from dsv4_plugin import (
     select_candidates,
     topk,
 )
-from dsv4_plugin.cli.checks.inputs import fp8_cache, mxfp4_cache
+from dsv4_plugin.cli.checks.inputs import fp8_cache
 from dsv4_plugin.ops import torch_library
 
 K = 8

@@ -346,7 +346,7 @@ def test_select_in_a_graph(k, dtype):
         raw.fill_(-7)
         scratch.fill_(torch.inf)
         graph.replay()
-        logits = run(case)
+        logits = run(case, dtype=dtype)
         want_raw = torch.empty_like(raw)
         want = topk(logits, case.lengths, k, next_n=2, page_table=case.table, out_raw=want_raw,
                     backend=BACKEND)  # fmt: skip

@@ -2,18 +2,20 @@
 
 import pytest
 import torch
-from kits.oracles import Ranking, check_selection, read_mxfp4_one_by_one, read_one_by_one, topk_row
-
-from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, fp8_cache, mxfp4_cache, scores
-from dsv4_plugin.cli.checks.oracles import (
-    RULES,
-    Wrong,
-    faults,
+from kits.inputs import mxfp4_cache
+from kits.oracles import (
+    Ranking,
+    check_selection,
     fp8_keys,
     mxfp4_keys,
-    same_bits,
+    read_mxfp4_one_by_one,
+    read_one_by_one,
     slots_of,
+    topk_row,
 )
+
+from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, fp8_cache, scores
+from dsv4_plugin.cli.checks.oracles import RULES, Wrong, faults, same_bits
 
 
 def by_loop(logits, lengths, k, starts, sort):

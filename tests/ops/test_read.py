@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kits.inputs import mxfp4_cache, slot_list
 from kits.oracles import read_mxfp4_one_by_one, read_one_by_one
 from kits.refusal import serve
 
 import dsv4_plugin
-from dsv4_plugin.cli.checks.inputs import fp8_cache, mxfp4_cache, slot_list
+from dsv4_plugin.cli.checks.inputs import fp8_cache
 from dsv4_plugin.errors import UnmetError
 
 READS = {

@@ -12,12 +12,13 @@ import re
 
 import pytest
 import torch
+from kits.inputs import poison_tail
 from kits.oracles import Ranking, check_selection
 from kits.packaging_tools import ROOT
+from kits.topk_edges import CAPACITIES, plateau
 
 from dsv4_plugin import envs, topk
-from dsv4_plugin.cli.checks.inputs import poison_tail, scores
-from dsv4_plugin.cli.checks.topk_cases import CAPACITIES, plateau
+from dsv4_plugin.cli.checks.inputs import scores
 
 BACKENDS = ("torch", "cuda")  # the implementations of the top-k
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])

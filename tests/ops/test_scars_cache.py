@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from kits.inputs import mxfp4_cache, slot_list
 from kits.oracles import read_mxfp4_one_by_one, read_one_by_one
 
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache, read_indexer_cache_mxfp4
-from dsv4_plugin.cli.checks.inputs import fp8_cache, mxfp4_cache, slot_list
+from dsv4_plugin.cli.checks.inputs import fp8_cache
 
 BACKENDS = ("torch", "triton", "cuda")
 

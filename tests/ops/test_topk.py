@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kits.inputs import poison_tail
 from kits.oracles import check_selection, topk_row
 
 from dsv4_plugin import topk
-from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, poison_tail, scores
+from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, scores
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.kernels.reference import row_lengths
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from kits.oracles import Ranking
 from kits.topk_device import DEVICE, Guarded, draw, ints, run
+from kits.topk_edges import short_lengths
 
 from dsv4_plugin import topk
-from dsv4_plugin.cli.checks.topk_cases import DTYPES, KS, Case, short_lengths
+from dsv4_plugin.cli.checks.topk_cases import DTYPES, KS, Case
 
 pytestmark = pytest.mark.gpu
 

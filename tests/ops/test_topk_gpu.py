@@ -7,22 +7,22 @@ dsv4_plugin/cli/checks/topk_cases.py.
 
 import pytest
 import torch
+from kits.inputs import poison_tail
 from kits.oracles import Ranking
 from kits.topk_device import DEVICE, draw, ints, run
-
-from dsv4_plugin import topk
-from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, poison_tail
-from dsv4_plugin.cli.checks.topk_cases import (
+from kits.topk_edges import (
     CAPACITIES,
-    DTYPES,
     EDGES,
     GROUP_EDGES,
-    KS,
     ODD_KS,
     ROW_EDGES,
     plateau,
     short_lengths,
 )
+
+from dsv4_plugin import topk
+from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS
+from dsv4_plugin.cli.checks.topk_cases import DTYPES, KS
 
 pytestmark = pytest.mark.gpu
 

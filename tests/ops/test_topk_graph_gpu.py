@@ -4,9 +4,10 @@ import pytest
 import torch
 from kits.oracles import Ranking, check_selection
 from kits.topk_device import DEVICE, check_on_two_streams, draw, ints, run
+from kits.topk_edges import ROW_EDGES
 
 from dsv4_plugin import topk
-from dsv4_plugin.cli.checks.topk_cases import DTYPES, ROW_EDGES
+from dsv4_plugin.cli.checks.topk_cases import DTYPES
 
 pytestmark = pytest.mark.gpu
 

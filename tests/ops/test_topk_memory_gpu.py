@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from kits.inputs import poison_tail
 from kits.oracles import Ranking
 from kits.topk_device import DEVICE, Guarded, bits, draw, ints, run
+from kits.topk_edges import short_lengths
 
-from dsv4_plugin.cli.checks.inputs import poison_tail
-from dsv4_plugin.cli.checks.topk_cases import DTYPES, KS, short_lengths
+from dsv4_plugin.cli.checks.topk_cases import DTYPES, KS
 
 pytestmark = pytest.mark.gpu
 

@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,9 @@ def test_the_transcript_leaves_what_the_page_asks_for(
         assert json.loads((checkout / name).read_text())["machine"]["torch"]
 
 
-@pytest.mark.parametrize("damage", ["0 failures", "written to recall.json", "$ echo $?\n1"])
+@pytest.mark.parametrize(
+    "damage", ["4 cells; answers only", "written to recall.json", "$ echo $?\n1"]
+)
 def test_a_page_that_is_wrong_is_noticed(damage: str, typed: list[tuple[int, str]]) -> None:
     assert damage in PAGE
     steps = newcomer.console(PAGE.replace(damage, damage[:-1] + "9"))
@@ -89,7 +92,8 @@ def test_the_page_is_linked_from_the_readme() -> None:
 # What becomes of a command of the two pages here. Each pattern must fit one command at least, each
 # command exactly one pattern.
 IN_THE_TRANSCRIPT = [r"(DSV4_BUILD_CUDA=1 )?pip install \.", r"dsv4-plugin doctor"]
-SMALLER_IN_THE_TRANSCRIPT = [r"dsv4-plugin (recall|fuzz|soak|bench) .*"]  # minutes, not seconds
+SMALLER_IN_THE_TRANSCRIPT = [r"dsv4-plugin (recall|bench) .*"]  # minutes, not seconds
+A_TOOL_OF_THE_CHECKOUT = [r"python -m (tests\.fuzz|benchmarks\.soak) .*"]  # minutes, not seconds
 A_STEP_OF_CI = [r"make (demo|env|test|lint|docs)", r"dsv4-plugin doctor --engines"]
 NEEDS_AN_ENGINE_AND_A_GPU = [r"(\w+=\S+ )*(vllm|sglang|tokenspeed) serve .*"]
 NEEDS_AN_ENGINE_BUT_HAS_A_DRY_RUN = [r"dsv4-plugin ab .*"]
@@ -97,6 +101,7 @@ NEEDS_A_GPU = [r"make test-gpu"]
 KINDS = (
     IN_THE_TRANSCRIPT
     + SMALLER_IN_THE_TRANSCRIPT
+    + A_TOOL_OF_THE_CHECKOUT
     + A_STEP_OF_CI
     + NEEDS_AN_ENGINE_AND_A_GPU
     + NEEDS_AN_ENGINE_BUT_HAS_A_DRY_RUN
@@ -135,6 +140,15 @@ def test_it_is_in_the_transcript_smaller_and_its_options_exist(
     assert end.value.code == 0
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     assert set(re.findall(r"--[\w-]+", command)) <= known
+
+
+@pytest.mark.parametrize("command", of(*A_TOOL_OF_THE_CHECKOUT))
+def test_it_runs_in_a_checkout_with_little_time(command: str, tree: Path) -> None:
+    words = re.sub(r"--minutes \S+", "--minutes 0.02", command).split()
+    assert words != command.split()
+    python = [sys.executable, *words[1:], "--device", "cpu"]
+    said = check(python, tree, {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}).stdout
+    assert "0 failures; " in said or ", 0 faults" in said
 
 
 @pytest.mark.parametrize("command", of(*A_STEP_OF_CI))

@@ -67,11 +67,11 @@ def stands_in(known: Mapping[str, str], modules: Iterable[str]) -> dict[str, str
     return {**known, **dict.fromkeys(modules, "an empty module: nothing of it is called")}
 
 
-def agreement(off: torch.Tensor | None, found: torch.Tensor, columns: int) -> Row:
+def agreement(off: torch.Tensor | None, found: torch.Tensor) -> Row:
     """Return how far an answer agrees with ``off``, the engine's without the plugin, if any."""
     if off is None:
         return {}
-    mean, worst = shared(off, found, columns)
+    mean, worst = shared(off, found)
     return {"agreement": round(mean, 6), "agreement_worst": round(worst, 6)}
 
 

@@ -171,5 +171,5 @@ class Side(ForwardSide):
         if variant == OFF:
             self.off[name] = found
         else:
-            row |= agreement(self.off.get(name), found, int(problem.lengths.max()))
+            row |= agreement(self.off.get(name), found)
         return [{"part": name, "variant": variant, **row}]

@@ -15,7 +15,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from kits.sglang_v41 import LAYERS, PAGE, SOURCE, STANDS_IN, Forward, K, Model, start
+from kits.sglang_v41 import (
+    LAYERS,
+    SOURCE,
+    STANDS_IN,
+    STANDS_IN_ON_GPU,
+    Forward,
+    K,
+    Model,
+    start,
+)
 
 import dsv4_plugin
 from benchmarks.engines.forward.parts import ForwardSide, agreement, settings, stands_in
@@ -58,11 +67,12 @@ class Side(ForwardSide):
 
     def about(self) -> Row:
         """Say what is the engine's own here and what is not."""
-        known = {**STANDS_IN, "queries and weights": "SGLang's own, made once, not in the times"}
+        known = STANDS_IN_ON_GPU if self.device == "cuda" else STANDS_IN
+        made_once = {"queries and weights": "SGLang's own, made once, not in the times"}
         return {
             "version": f"SGLang {self.engine.version}",
             "context": self.model.context,
-            "stands_in": stands_in(known, self.engine.stood_in),
+            "stands_in": stands_in({**known, **made_once}, self.engine.stood_in),
         }
 
     def seams(self) -> Any:
@@ -147,7 +157,7 @@ class Side(ForwardSide):
         if variant == OFF:
             self.off[name, layer] = found
         elif (name, layer) in self.off:
-            row |= agreement(self.off[name, layer], found, forward.model.context * PAGE)
+            row |= agreement(self.off[name, layer], found)
         if self.device == "cuda" and not prefill:
             row["us"] = round(
                 time_graph(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from kits.host_tensors import ARENA, PAGE, Decode, Prefill, in_row, key_values, plane
+from kits.inputs import slot_list
 from kits.tokenspeed_host import STANDS_IN, STANDS_IN_ON_GPU, Engine
 
 import dsv4_plugin
@@ -26,7 +27,6 @@ from benchmarks.engines.forward.variants import OFF, VARIANTS
 from benchmarks.engines.kernels.cells import Scores, recall
 from benchmarks.engines.part import Part, Row
 from dsv4_plugin.cli.bench.cells import DIRTY
-from dsv4_plugin.cli.checks.inputs import slot_list
 
 __all__ = ["Side"]
 
@@ -50,7 +50,7 @@ class Side(ForwardSide):
         self.prefill = arguments.prefill or PREFILL[self.device]
         self.v41 = tokenspeed_v41.Layers(self.engine, arguments)
         self.off: dict[str, torch.Tensor] = {}
-        self.own_read: Any = None
+        self.engine_read: Any = None
         self._seams: Row = {}
 
     def about(self) -> Row:
@@ -165,7 +165,7 @@ class Side(ForwardSide):
         if variant == OFF:
             self.off[name] = found
         else:
-            row |= agreement(self.off.get(name), found, columns)
+            row |= agreement(self.off.get(name), found)
         return [{"part": name, "variant": variant, **row}]
 
     def _decode(
@@ -218,7 +218,7 @@ class Side(ForwardSide):
         settings({} if variant == OFF else {"DSV4_TOPK": "fp32"}, self.device)
         read = self.engine.runtime().read_deepseek_v4_indexer_fp8_cache
         if variant == OFF:
-            self.own_read = read
+            self.engine_read = read
         held: list[torch.Tensor] = []
 
         def call() -> None:
@@ -230,7 +230,7 @@ class Side(ForwardSide):
 
         def judge(found: torch.Tensor) -> Row:
             same = torch.equal(found, want)
-            return {"exact": same, "right": same and (read is self.own_read) == (variant == OFF)}
+            return {"exact": same, "right": same and (read is self.engine_read) == (variant == OFF)}
 
         row, _ = measured(call, soil, lambda: held[0], judge, self.arguments, graph=variant != OFF)
         return [{"part": f"read {tokens} tokens", "variant": variant, **row}]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from kits.host_tensors import ARENA, PAGE, plane
+from kits.oracles import fp8_keys
 from kits.tokenspeed_v41 import BLOCKS, HEADS, LAYERS, PIECE, V41, K, OnGpu
 
 import dsv4_plugin as ops
@@ -23,7 +24,6 @@ from benchmarks.engines.forward.variants import OFF
 from benchmarks.engines.kernels.cells import backend_for, recall
 from benchmarks.engines.part import Row
 from dsv4_plugin.cli.bench.cells import DIRTY
-from dsv4_plugin.cli.checks.oracles import fp8_keys
 from dsv4_plugin.engines.shared.candidates import WHOLE_COLUMNS
 
 __all__ = ["MODE", "Layers"]
@@ -133,10 +133,10 @@ class Layers:
 
         def judge(found: torch.Tensor) -> Row:
             row: Row = {"kernel": self.engine.chosen(MODE)}
-            ours = row["kernel"].startswith("dsv4_plugin")
+            by_plugin = row["kernel"].startswith("dsv4_plugin")
             row |= recall(*self._truth(t, q, weights, candidates), out[0])
-            row["right"] = ours != (variant == OFF)
-            if ours:
+            row["right"] = by_plugin != (variant == OFF)
+            if by_plugin:
                 dtype = {"b": torch.bfloat16, "f": torch.float32}[variant[0]]
                 want = self._expected(t, consumer, dtype, candidates, held)
                 same = [torch.equal(a, b) for a, b in zip(out, want, strict=True)]
@@ -154,10 +154,10 @@ class Layers:
         if variant == OFF:
             self.off[name] = found
         elif name in self.off:
-            own = self.off[name]
-            row |= agreement(own[:, :K], found[:, :K], width)
+            by_engine = self.off[name]
+            row |= agreement(by_engine[:, :K], found[:, :K])
             if held:
-                shared = agreement(own[:, K:], found[:, K:], width // PIECE)
+                shared = agreement(by_engine[:, K:], found[:, K:])
                 row["agreement_blocks"] = shared["agreement"]
         return [{"part": name, "variant": variant, "launches": mine.launches, **row}]
 

@@ -10,13 +10,14 @@ from unittest import mock
 
 import torch
 from kits.host_tensors import PAGE, deep_gemm_buffer, in_row, page_table
+from kits.inputs import poison_tail
 
+from benchmarks.engines.choices import SGLANG_CALLS
 from benchmarks.engines.kernels.cells import Run, Task, backend_for, named, shapes_of, verdict
 from dsv4_plugin.cli.bench.cells import DIRTY, Row
 from dsv4_plugin.cli.bench.peers import Peers
-from dsv4_plugin.cli.checks.inputs import poison_tail, scores
+from dsv4_plugin.cli.checks.inputs import scores
 from dsv4_plugin.cli.checks.topk_cases import Problem
-from dsv4_plugin.cli.shared.choices import SGLANG_CALLS
 from dsv4_plugin.engines.sglang import wrappers
 from dsv4_plugin.engines.shared import adapter
 from dsv4_plugin.engines.shared.decision import Selection
@@ -110,11 +111,11 @@ def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
         topk = Selection(name, backend)
         add(named(topk), name, functools.partial(dsa if call == "dsa" else v4, topk), True)
 
-    def own(peer: Any, scores: torch.Tensor, out: Out, raw: Any) -> Any:
+    def by_engine(peer: Any, scores: torch.Tensor, out: Out, raw: Any) -> Any:
         return lambda: peer(scores, lengths, table, out[0], PAGE, raw)
 
     for name, peer in peers["sglang_paged"].items():
-        add(name, "fp32", functools.partial(own, peer), False)
+        add(name, "fp32", functools.partial(by_engine, peer), False)
     return runs
 
 

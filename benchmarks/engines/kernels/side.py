@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.engines.choices import ADAPTERS
 from benchmarks.engines.kernels import sglang, tokenspeed
 from benchmarks.engines.kernels.cells import Run, Task, by_rounds, engaged
 from benchmarks.engines.part import Part, eager_us
@@ -17,7 +18,6 @@ from dsv4_plugin.cli.bench import peers
 from dsv4_plugin.cli.bench.cells import Row, launches_for
 from dsv4_plugin.cli.checks.compare import PLUGIN, right
 from dsv4_plugin.cli.checks.timing import time_calls
-from dsv4_plugin.cli.shared.choices import ADAPTERS
 
 __all__ = ["CELLS", "Side"]
 

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from kits.host_tensors import ARENA, PAGE, Decode, Prefill, in_row, key_values, plane
+from kits.inputs import mxfp4_cache, slot_list
+from kits.oracles import fp8_keys, mxfp4_keys
 
+from benchmarks.engines.choices import TOKENSPEED_CALLS
 from benchmarks.engines.kernels.cells import (
     Run,
     Scores,
@@ -23,9 +26,6 @@ from benchmarks.engines.kernels.cells import (
 )
 from dsv4_plugin.cli.bench.cells import DIRTY, Row
 from dsv4_plugin.cli.bench.peers import Peers
-from dsv4_plugin.cli.checks.inputs import mxfp4_cache, slot_list
-from dsv4_plugin.cli.checks.oracles import fp8_keys, mxfp4_keys
-from dsv4_plugin.cli.shared.choices import TOKENSPEED_CALLS
 from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.engines.tokenspeed import kernels, readers
 
@@ -139,8 +139,8 @@ def _decode(about: Row, device: str, peers: Peers) -> list[Run]:
         )  # fmt: skip
 
     truth = t.truth(q8.float() if fp8 else None)
-    own = peers["tokenspeed_dsv4_decode" if fp8 else "tokenspeed_decode"]
-    return _runs(about, device, own, make, selection, truth, t.lengths)
+    by_engine = peers["tokenspeed_dsv4_decode" if fp8 else "tokenspeed_decode"]
+    return _runs(about, device, by_engine, make, selection, truth, t.lengths)
 
 
 def _same(out: torch.Tensor) -> torch.Tensor:
@@ -167,8 +167,8 @@ def _prefill(about: Row, device: str, peers: Peers) -> list[Run]:
         )  # fmt: skip
 
     lengths = t.ends - t.starts
-    own = peers["tokenspeed_prefill"]
-    return _runs(about, device, own, make, selection, t.truth(), lengths)
+    by_engine = peers["tokenspeed_prefill"]
+    return _runs(about, device, by_engine, make, selection, t.truth(), lengths)
 
 
 def _read(about: Row, device: str, peers: Peers) -> list[Run]:

@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     examples(
         parser,
-        "ab --model MODEL --out ab -- --tensor-parallel-size 4",
-        "ab --url-a http://a:8000 --url-b http://b:8000 --status-dir-a DIR --status-dir-b DIR "
+        "--model MODEL --out ab -- --tensor-parallel-size 4",
+        "--url-a http://a:8000 --url-b http://b:8000 --status-dir-a DIR --status-dir-b DIR "
         "--out ab",
     )
     add = parser.add_argument

@@ -63,12 +63,12 @@ SUITES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmarks and the options of each."""
-    examples(parser, *(f"bench {what} {EXAMPLES[what][0]}" for what in ("topk", "plot")))
+    examples(parser, *(f"{what} {EXAMPLES[what][0]}" for what in ("topk", "plot")))
     benchmarks = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for what, about in WHAT.items():
         said = f"{about[0].upper()}{about[1:]}."
         one = benchmarks.add_parser(what, help=about, description=said)
-        examples(one, *(f"bench {what} {line}" for line in EXAMPLES[what]))
+        examples(one, *EXAMPLES[what])
         if what == "plot":
             one.add_argument("results", type=Path, metavar="RESULTS.json", help="the file to draw")
             one.add_argument("--plot", type=outputs.plot, metavar="FILE", required=True,

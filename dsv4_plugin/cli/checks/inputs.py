@@ -1,4 +1,4 @@
-"""Inputs for tests and benchmarks: caches as the engines write them, and scores of every kind."""
+"""Inputs: a cache as the engines write it, and scores of every kind."""
 
 from __future__ import annotations
 
@@ -6,20 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = [
-    "DISTRIBUTIONS",
-    "FP4_SCALES",
-    "fp8_cache",
-    "mxfp4_cache",
-    "poison_tail",
-    "scores",
-    "slot_list",
-]
-
-
-# First and last scale byte by the kind of the queries (exact.codes): the products of "fp4" can be
-# added in float32 without rounding.
-FP4_SCALES = {"fp4": (123, 127), "fp4 wide": (64, 191)}
+__all__ = ["DISTRIBUTIONS", "fp8_cache", "scores"]
 
 
 def fp8_cache(
@@ -46,33 +33,6 @@ def fp8_cache(
     scale = torch.exp2(exponent) * torch.where(odd, torch.rand(pages, block_size, generator=g), 1.0)
     arena[:, split:size] = scale.view(torch.uint8).reshape(pages, 4 * block_size)
     return arena.to(device)[:, :size]
-
-
-def mxfp4_cache(
-    pages: int,
-    *,
-    block_size: int = 64,
-    head_dim: int = 128,
-    pad: int = 0,
-    scales: tuple[int, int] = (64, 191),
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-) -> torch.Tensor:
-    """Make a page-planar MXFP4 cache of random codes, and of scales from the first to the last."""
-    g = torch.Generator(device="cpu").manual_seed(seed)
-    split, size = block_size * head_dim // 2, block_size * (head_dim // 2 + head_dim // 32)
-    arena = torch.full((pages, size + pad), 0xFF, dtype=torch.uint8)
-    arena[:, :split] = torch.randint(0, 256, (pages, split), generator=g).to(torch.uint8)
-    drawn = torch.randint(scales[0], scales[1] + 1, (pages, size - split), generator=g)
-    arena[:, split:size] = drawn.to(torch.uint8)
-    return arena.to(device)[:, :size]
-
-
-def slot_list(tokens: int, total: int, *, padding: float = 0.1, seed: int = 0) -> torch.Tensor:
-    """Draw int64 slots in ``[0, total)``, a share of them replaced by -1."""
-    g = torch.Generator(device="cpu").manual_seed(seed)
-    slots = torch.randint(0, max(total, 1), (tokens,), generator=g)
-    return slots.masked_fill(torch.rand(tokens, generator=g) < padding, -1)
 
 
 def _relu_sum(rows: int, columns: int, g: torch.Generator) -> torch.Tensor:
@@ -134,11 +94,3 @@ def scores(
     """Draw ``[rows, columns]`` scores of one of :data:`DISTRIBUTIONS`."""
     g = torch.Generator(device=device).manual_seed(seed)
     return DISTRIBUTIONS[kind](rows, columns, g).to(dtype)
-
-
-def poison_tail(logits: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Overwrite, in place, what lies past each row's length with NaN, inf and 1e30 in turn."""
-    column = torch.arange(logits.shape[1], device=logits.device)
-    bad = torch.tensor([float("nan"), float("inf"), 1e30], device=logits.device).to(logits.dtype)
-    past = column[None, :] >= lengths.reshape(-1, 1).to(logits.device)
-    return logits.copy_(torch.where(past, bad[column % 3], logits))

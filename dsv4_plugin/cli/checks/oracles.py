@@ -1,8 +1,8 @@
 """Vectorised oracles of the ops, on any device; they share no code with the implementations.
 
 ``faults`` needs no reference at all: it looks at an answer and at the scores. ``Ranking`` finds the
-one right answer by a stable sort. ``fp8_keys`` and ``mxfp4_keys`` decode cache bytes by tables that
-are made from the formats' definitions. A finding is :class:`Wrong`.
+one right answer by a stable sort. ``table`` has the numbers of a format by its definition. What is
+found is :class:`Wrong`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from collections.abc import Iterable
 
 import torch
 
-__all__ = [
-    "RULES", "TIES", "Ranking", "Wrong", "check_selection", "faults", "fp8_keys", "mxfp4_keys",
-    "same_bits", "slots_of", "table",
-]  # fmt: skip
+__all__ = ["RULES", "TIES", "Ranking", "Wrong", "faults", "same_bits", "table"]
 
 _CHUNK = 1 << 24  # scores looked at in one step: 128 MiB of float64
 
@@ -141,42 +138,6 @@ def _reduced(x: torch.Tensor, empty: float, how: str) -> torch.Tensor:
     return getattr(x, how)(1)
 
 
-def check_selection(
-    logits: torch.Tensor,
-    lengths: torch.Tensor,
-    k: int,
-    out: torch.Tensor,
-    *,
-    starts: torch.Tensor | None = None,
-    sort: bool = False,
-    ascending: bool = False,
-) -> None:
-    """Raise :class:`Wrong` for the first rule that a row breaks; see :func:`faults`."""
-    broken = faults(logits, lengths, k, out, starts=starts, sort=sort, ascending=ascending)
-    if bool(broken.any()):
-        rule = int(broken.any(0).int().argmax())
-        rows = broken[:, rule].nonzero().reshape(-1).tolist()
-        raise Wrong(f"{RULES[rule]}, in {len(rows)} of {len(out)} rows, first {rows[0]}", rows)
-
-
-def slots_of(
-    index: torch.Tensor, page_table: torch.Tensor, page_size: int, next_n: int
-) -> torch.Tensor:
-    """Return the pool slots of indices: int64, -1 for no index, no page or no slot of int32."""
-    rows = index.shape[0]
-    table = page_table.long()
-    if len(table) != rows:
-        table = table.repeat_interleave(next_n, 0)
-    index = index.long()
-    if not table.shape[1]:
-        return torch.full_like(index, -1)
-    page = index.clamp(min=0) // page_size
-    number = table.gather(1, page.clamp(max=table.shape[1] - 1))
-    slot = number * page_size + index % page_size
-    none = (index < 0) | (number < 0) | (page >= table.shape[1]) | (slot >= 1 << 31)
-    return slot.masked_fill(none, -1)
-
-
 class Ranking:
     """The first `most` columns of every row by (value, lowest index), found by one stable sort.
 
@@ -271,39 +232,6 @@ def table(name: str, device: torch.device) -> torch.Tensor:
         return torch.tensor([*_E2M1, *(-x for x in _E2M1)], dtype=torch.float64, device=device)
     scales = [2.0 ** (byte - 127) for byte in range(255)] + [float("nan")]
     return torch.tensor(scales, dtype=torch.float64, device=device)
-
-
-def _bytes_at(
-    cache: torch.Tensor, page: torch.Tensor, first: torch.Tensor, count: int
-) -> torch.Tensor:
-    at = first[:, None] + torch.arange(count, device=cache.device)
-    return cache[page[:, None], at].long()
-
-
-def fp8_keys(
-    cache: torch.Tensor, page: torch.Tensor, position: torch.Tensor, block_size: int, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read the FP8 keys at ``(page, position)`` of ``[pages, bytes]``, which must all be there.
-
-    Returns their bytes (int64 ``[n, head_dim]``), their scales and what they stand for (float32).
-    """
-    codes = _bytes_at(cache, page, position * head_dim, head_dim)
-    quad = _bytes_at(cache, page, block_size * head_dim + position * 4, 4)
-    word = quad[:, 0] | quad[:, 1] << 8 | quad[:, 2] << 16 | quad[:, 3] << 24
-    scale = (word - ((word >> 31) << 32)).int().view(torch.float32)
-    return codes, scale, table("e4m3", cache.device).float()[codes] * scale[:, None]
-
-
-def mxfp4_keys(
-    cache: torch.Tensor, page: torch.Tensor, position: torch.Tensor, block_size: int, head_dim: int
-) -> torch.Tensor:
-    """Read the MXFP4 keys at ``(page, position)``: float32 ``[n, head_dim]``."""
-    row, blocks = head_dim // 2, head_dim // 32
-    packed = _bytes_at(cache, page, position * row, row)
-    codes = torch.stack((packed % 16, packed // 16), dim=2).reshape(len(packed), head_dim)
-    scale = _bytes_at(cache, page, block_size * row + position * blocks, blocks)
-    numbers = table("e2m1", cache.device)[codes]
-    return (numbers * table("ue8m0", cache.device)[scale].repeat_interleave(32, 1)).float()
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,6 @@
-"""The cases of the top-k: what the benchmark times and what the tests check.
+"""The cases of the top-k that the benchmark times and checks.
 
-A :class:`Case` is a shape, a dtype and a distribution; :meth:`Case.make` draws its tensors. The
-benchmark's suites and the lists that the tests run over are all here, so that a new path of the
-kernel is one more entry in :data:`EDGES` or :data:`CAPACITIES`.
+A :class:`Case` is a shape, a dtype and a distribution; :meth:`Case.make` draws its tensors.
 """
 
 from __future__ import annotations
@@ -19,9 +17,8 @@ from dsv4_plugin.cli.shared.choices import KS, TOPK_DTYPES
 from dsv4_plugin.cli.shared.choices import TOPK_SUITES as SUITES
 
 __all__ = [
-    "ADVERSARIAL", "ADVERSARIAL_SHAPES", "CAPACITIES", "COLUMNS", "DTYPES", "EDGES", "GROUP_EDGES",
-    "KS", "ODD_KS", "PAGE_SIZE", "ROWS", "ROW_EDGES", "SUITES", "Case", "Problem", "plateau",
-    "short_lengths", "suite",
+    "ADVERSARIAL", "ADVERSARIAL_SHAPES", "COLUMNS", "DTYPES", "KS", "PAGE_SIZE", "ROWS", "SUITES",
+    "Case", "Problem", "suite",
 ]  # fmt: skip
 
 ROWS = (1, 8, 32, 64, 128)
@@ -54,55 +51,6 @@ SERVED_KS, SERVED_ROWS, SERVED_COLUMNS = (512, 2048), (1, 8, 32, 128), (8192, 65
 PREFILL_ROWS = (2048, 8192)
 PREFILL_COLUMNS = (8192, 32_768, 65_536)
 PREFILL_KS = (512, 2048)
-
-# ---- Where the kernel changes its path: the tests run lengths of -5 ... +5 around each ----------
-
-# Row lengths. A thread takes one more unit every 4,096 scores (512 threads); two or four units stay
-# in registers, longer slices are streamed four or eight at a time and listed 32 at a time; a
-# thread's share of the masks doubles at 32,768, 65,536 and 131,072; the table of
-# choices changes at 8K, 16K, 32K, 64K and 128K; 16 CTAs of 262,144 scores are the most that is
-# served without the wide kernel, and three are at 786,432.
-EDGES = (
-    4096,  # one step
-    8192,
-    12_288,
-    16_384,
-    24_576,
-    32_768,  # sglang#33835: 115 of 512 slots unique just above it
-    49_152,
-    65_536,
-    98_304,
-    131_072,
-    196_608,
-    262_144,
-    524_288,
-    786_432,
-    1_048_576,
-    4_194_304,  # longer rows go to the wide kernel
-)
-
-# Row lengths in quarters of k: a bound is taken from groups of two, four or eight scores, or of up
-# to 32, whichever are enough. In registers from 9/4 k groups on, else of single scores (a cluster:
-# 9/8 k; float16: 7/4 k), where a slice is streamed from 7/4 k on.
-GROUP_EDGES = (4, 5, 8, 9, 16, 18, 28, 32, 36, 56, 64, 72)
-
-# Rows of a call: they decide how many CTAs a row gets. 4; a sixteenth, an eighth, two ninths, a
-# quarter and a half of 132 multiprocessors; all of them, and twice that; and one more of each.
-ROW_EDGES = (1, 2, 4, 5, 8, 9, 16, 17, 29, 30, 33, 34, 64, 66, 67, 99, 131, 132, 133, 264, 265)
-
-# Elements that tie for the last slots of a row: the caps at which kernels have dropped candidates
-# (vllm#51782, sglang#36807), k, and this kernel's own limits: 256 scores that are ranked against
-# each other, lists of more than 128 units a warp.
-CAPACITIES = (128, 256, 512, 1024, 2048, 3708, 4096, 8192, 16_384, 32_768)
-
-# k that are neither tuned nor a multiple of anything. Above 512 the table of choices changes, above
-# 1024 as well, and answers are staged in shared memory.
-ODD_KS = (1, 2, 7, 31, 100, 511, 513, 1000, 1023, 1025, 2047)
-
-
-def short_lengths(k: int) -> list[int]:
-    """Return the lengths at which a row is padding, short or barely longer than ``k``."""
-    return [-1, 0, 1, k - 1, k, k + 1]
 
 
 @dataclasses.dataclass
@@ -198,21 +146,6 @@ class Case:
         more += f" in {self.width}" if self.width else ""
         more += "" if self.windows == "full" else f" {self.windows}"
         return f"{self.dtype} k {self.k} {self.rows} x {self.columns}{more}"
-
-
-def plateau(
-    counts: Sequence[int], columns: int, dtype: torch.dtype, device: str | torch.device = "cpu"
-) -> torch.Tensor:
-    """Make rows in which ``counts[r]`` scattered elements tie for the largest score.
-
-    The rest are smaller and differ from each other as far as the dtype allows. A kernel that keeps
-    the candidates of a row in a buffer has exactly ``counts[r]`` of them at the threshold.
-    """
-    g = torch.Generator(device=device).manual_seed(len(counts))
-    rows = torch.rand(len(counts), columns, generator=g, device=device)
-    for row, count in zip(rows, counts, strict=True):
-        row[torch.randperm(columns, generator=g, device=device)[:count]] = 2.0
-    return rows.to(dtype)
 
 
 # ---- The suites of the benchmark -----------------------------------------------------------------

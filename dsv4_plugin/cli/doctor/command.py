@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "to do next. Exit code 0: the compiled kernels can serve here. 1: they cannot. 2: a "
         "setting has a value that it cannot have."
     )
-    examples(parser, "doctor --all", "doctor --engines vllm==0.33.0 sglang")
+    examples(parser, "--all", "--engines vllm==0.33.0 sglang")
     parser.add_argument(
         "--all", action="store_true", help="everything: each setting, op, entry point and seam"
     )

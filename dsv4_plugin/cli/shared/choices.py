@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
-    "ADAPTERS", "CACHES", "CANDIDATE_SUITES", "ENGINES", "FUZZED", "KS", "LOGITS_DTYPES",
-    "LOGITS_SUITES", "RECALL_DTYPES", "RECALL_KINDS", "SGLANG_CALLS", "TOKENSPEED_CALLS",
-    "TOPK_DTYPES", "TOPK_SUITES",
+    "CACHES", "CANDIDATE_SUITES", "ENGINES", "KS", "LOGITS_DTYPES", "LOGITS_SUITES",
+    "RECALL_DTYPES", "RECALL_KINDS", "TOPK_DTYPES", "TOPK_SUITES",
 ]  # fmt: skip
 
 KS = (512, 1024, 2048)  # of the models; the last is the most that the top-k takes
@@ -16,18 +15,7 @@ LOGITS_DTYPES = TOPK_DTYPES
 LOGITS_SUITES = ("decode", "next_n", "varied", "prefill")
 CANDIDATE_SUITES = ("decode", "prefill")
 CACHES = ("fp8", "fp4")  # of the index layers of V4.1
-ADAPTERS = ("sglang", "tokenspeed")
-SGLANG_CALLS = ("paged", "paged_raw", "dsa", "prefill")  # that benchmarks.engines times
-TOKENSPEED_CALLS = (
-    "dsa_decode", "dsa_decode_slots", "dsv4_decode", "dsa_prefill", "gather", "read_fp8",
-    "read_mxfp4",
-)  # fmt: skip
 ENGINES = ("vllm", "sglang", "flashinfer", "torch")  # whose kernels --against loads
-
-# The ops that `fuzz` draws cases of.
-FUZZED = ("topk", "read", "read_mxfp4", "gather", "paged_logits", "ragged_logits", "select",
-          "block_maxima", "select_blocks", "candidate_logits", "candidate_logits_ragged",
-          "candidate_select", "select_candidates")  # fmt: skip
 
 # Drawn scores -> what they are.
 RECALL_KINDS = {

@@ -8,9 +8,7 @@ from collections.abc import Callable
 
 from dsv4_plugin.cli.shared.run import UsageError
 
-__all__ = [
-    "BUDGET", "COUNT", "LENGTH", "MINUTES", "POSITIVE", "PORT", "SECONDS", "SEED", "real", "whole",
-]  # fmt: skip
+__all__ = ["BUDGET", "COUNT", "LENGTH", "PORT", "SECONDS", "SEED", "real", "whole"]
 
 UNITS = {"k": 1024, "m": 1024 * 1024}
 
@@ -65,7 +63,5 @@ COUNT = whole(1, 2**31 - 1)  # of cases, rows, columns, replays …
 LENGTH = whole(1, 2**31 - 1, units=True)  # in tokens
 SEED = whole(0, 2**31 - 1)
 PORT = whole(1, 65_535)
-MINUTES = real(most=1e6)  # two years
 SECONDS = real(most=6e7)
 BUDGET = real(least=0, most=6e7)  # in seconds; with 0 nothing is measured, and that is said
-POSITIVE = real(most=1e9)

@@ -25,8 +25,8 @@ from dsv4_plugin.cli.shared import secrets
 from dsv4_plugin.errors import SettingError, UnmetError
 
 __all__ = [
-    "Interrupted", "Parser", "Run", "UsageError", "device_of", "ended", "examples", "held",
-    "interruptible", "lost_signals", "need_torch", "reading",
+    "Interrupted", "Parser", "Run", "UsageError", "ended", "examples", "held", "interruptible",
+    "lost_signals", "need_torch", "reading",
 ]  # fmt: skip
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -59,9 +59,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def examples(parser: argparse.ArgumentParser, *lines: str) -> None:
-    """Put command lines, without ``dsv4-plugin``, under a parser's help."""
+    """Put command lines under a parser's help; ``lines`` are what follows the command."""
     parser.formatter_class = _Help
-    parser.epilog = "\n".join(["examples:", *(f"  dsv4-plugin {line}" for line in lines)])
+    parser.epilog = "\n".join(["examples:", *(f"  {parser.prog} {line}" for line in lines)])
 
 
 class _Help(argparse.HelpFormatter):
@@ -191,21 +191,6 @@ def need_torch() -> None:
         lost_signals()
         raise UsageError(f"torch cannot be imported ({type(error).__name__}: {error})") from error
     lost_signals()
-
-
-def device_of(asked: str | None) -> str:
-    """Return ``cuda`` or ``cpu``: what was asked for, or ``cuda`` where there is one.
-
-    Raises:
-        UsageError: torch cannot be imported, or there is no CUDA device.
-    """
-    need_torch()
-    import torch
-
-    there = torch.cuda.is_available()
-    if asked == "cuda" and not there:
-        raise UsageError("there is no CUDA device here; nothing was tried")
-    return asked or ("cuda" if there else "cpu")
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def unmet(ledger: Any, request_bf16: bool = False) -> list[str]:
             return [f"deep_gemm has no {name}"]
         if request_bf16 and not has_logits_dtype(vars(deep_gemm).get(wide)):
             return [f"deep_gemm.{wide} is missing or takes no logits_dtype"]
-    if not all(patch.ours for patch in ledger.patches):
+    if not all(patch.in_place for patch in ledger.patches):
         return ["deep_gemm was patched by other code since"]
     return []
 

@@ -99,7 +99,7 @@ class Adapter:
         """Whether the patches of a seam are there and nothing has replaced them since."""
         patches = self.patches.get(name, ())
         for patch in patches:
-            if not patch.ours:
+            if not patch.in_place:
                 return False
         return bool(patches)
 

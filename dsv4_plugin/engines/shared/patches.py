@@ -29,7 +29,7 @@ class Patch:
     where: str
 
     @property
-    def ours(self) -> bool:
+    def in_place(self) -> bool:
         """Whether the replacement is what the owner holds now."""
         return vars(self.owner).get(self.name) is self.replacement
 
@@ -55,7 +55,7 @@ class Ledger:
         """Put everything back, last first; ``resolve`` may name what belongs where nothing was."""
         while self.patches:
             patch = self.patches.pop()
-            if not patch.ours:
+            if not patch.in_place:
                 current = called(vars(patch.owner).get(patch.name))
                 log.say(
                     logging.WARNING,

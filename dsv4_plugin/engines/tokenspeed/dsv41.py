@@ -170,8 +170,8 @@ def index_topk(
             tensor.zero_()
         return out
     on_gpu = index_q.is_cuda  # TokenSpeed's own kernels run there only
-    own = _own("quantize_index_queries") if on_gpu else None
-    query, folded = quantise(index_q, weights, 1.0) if own is None else own(index_q, weights)
+    rounds = _engine_kernel("quantize_index_queries") if on_gpu else None
+    query, folded = rounds(index_q, weights) if rounds else quantise(index_q, weights, 1.0)
     call = _Call(
         chosen, query, folded, index_cache, page_table, visible_lens, candidate_blocks, topk,
         rows, lengths, blocks, block_lengths,
@@ -179,7 +179,8 @@ def index_topk(
     if page_table.stride(0) == 0 and n > 1:
         # All keys are scored only if TokenSpeed's kernel that picks the candidates' is there.
         whole = call.columns <= WHOLE_COLUMNS
-        _prefill(call, query_chunk_size, _own("candidate_scores") if on_gpu and whole else None)
+        scores = _engine_kernel("candidate_scores") if on_gpu and whole else None
+        _prefill(call, query_chunk_size, scores)
     else:
         _decode(call, query_chunk_size)
     if candidate_blocks is not None:
@@ -189,7 +190,7 @@ def index_topk(
     return out
 
 
-def _own(name: str) -> Any:
+def _engine_kernel(name: str) -> Any:
     """Return a kernel of TokenSpeed's own, or None: another release may have none.
 
     ``quantize_index_queries`` rounds the queries and folds their scales into the weights in one

@@ -143,7 +143,7 @@ def patch_logits_dtype(ledger: Ledger) -> None:
     module = _deep_gemm()
     for name in _IMPLEMENTATIONS:
         earlier = [p for p in ledger.patches if p.owner is module and p.name == name]
-        if earlier and earlier[0].ours:
+        if earlier and earlier[0].in_place:
             continue
         if earlier:  # vLLM resolved DeepGEMM anew
             ledger.patches.remove(earlier[0])

@@ -35,7 +35,7 @@ def built(layer: Any) -> None:
             the message has every reason.
     """
     now, config = current(), _config()
-    for wrong in envs.override(None if envs.killed() else _own_settings(config)):
+    for wrong in envs.override(None if envs.killed() else _given_settings(config)):
         log.once(logging.WARNING, f"{wrong}. The plugin is not switched on, so nothing follows")
     activation.configure_log()
     facts.process(now.engine)
@@ -316,16 +316,16 @@ def _config() -> Any:
         return None
 
 
-def _own_settings(config: Any) -> Mapping[str, Any] | None:
+def _given_settings(config: Any) -> Mapping[str, Any] | None:
     """Return the plugin's settings in vLLM's configuration."""
     additional = getattr(config, "additional_config", None)
-    own = additional.get("dsv4") if isinstance(additional, Mapping) else None
-    if isinstance(own, bool):  # YAML has `dsv4: off` so
-        return {"plugin": own}
-    if own is None or own == "" or isinstance(own, Mapping):
-        return own or None
+    given = additional.get("dsv4") if isinstance(additional, Mapping) else None
+    if isinstance(given, bool):  # YAML has `dsv4: off` so
+        return {"plugin": given}
+    if given is None or given == "" or isinstance(given, Mapping):
+        return given or None
     raise SettingError(
-        f"additional_config['dsv4'] is {own!r}; it must map names to values, as "
+        f"additional_config['dsv4'] is {given!r}; it must map names to values, as "
         "--additional-config.dsv4.topk bf16 does"
     )
 

@@ -80,9 +80,9 @@ def paged_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
         table, cache = given.get("block_tables"), given.get("kv_cache")
         if isinstance(table, torch.Tensor) and isinstance(cache, torch.Tensor) and cache.dim() >= 3:
             tag.table, tag.page_size = table, cache.shape[1]
-            own = now.call.requests
-            if own and own.table is not None and given["q"][0].shape[1] == own.rows:
-                tag.table, tag.next_n = own.table, own.rows
+            requests = now.call.requests
+            if requests and requests.table is not None and given["q"][0].shape[1] == requests.rows:
+                tag.table, tag.next_n = requests.table, requests.rows
     return out
 
 

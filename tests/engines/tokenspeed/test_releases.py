@@ -34,8 +34,8 @@ def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
     found = RELEASES.run_driver(version, tmp_path / "found.json")
     assert found["version"].startswith(f"TokenSpeed {version} ")
     rows = {(row["part"], row["variant"]): row for row in found["results"]}
-    own = [row for row in found["results"] if row["variant"] == "bf16 plugin"]
-    v41 = [row for row in own if row["part"].startswith("v41")]
+    by_plugin = [row for row in found["results"] if row["variant"] == "bf16 plugin"]
+    v41 = [row for row in by_plugin if row["part"].startswith("v41")]
     assert [row["part"].split()[1:3] for row in v41] == [
         [layer, phase] for phase in ("decode", "prefill")
         for layer in ("plain", "source", "consumer")
@@ -44,7 +44,7 @@ def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
         assert row["exact"] and row["recall"] > 0.95
         assert row["kernel"] == "dsv4_plugin_dsv41_index_topk"
         assert row["counters"]["topk.dsv41_index_topk.bf16.torch"] == 1
-    calls = {row["part"] for row in own} - {row["part"] for row in v41}
+    calls = {row["part"] for row in by_plugin} - {row["part"] for row in v41}
     # The Triton kernels are for a GPU.
     assert len(calls) == 3 and len(rows) == 3 * 4 + len(v41) + 4
     for call in calls:

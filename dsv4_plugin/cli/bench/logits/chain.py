@@ -30,13 +30,16 @@ Call = Callable[[Paged, torch.Tensor], None]
 Answers = dict[int, dict[tuple[str, str], torch.Tensor]]  # k -> (implementation, dtype) -> indices
 
 
-def shared(a: torch.Tensor, b: torch.Tensor, columns: int) -> tuple[float, float]:
-    """Return which share of each row of indices ``b`` is in ``a``: the mean and the worst row."""
-    chosen = torch.zeros(len(a), columns + 1, dtype=torch.bool, device=a.device)
-    chosen.scatter_(1, torch.where(a >= 0, a, columns).long(), True)
+def shared(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    """Return which share of each row of indices ``b`` is in ``a``: the mean and the worst row.
+
+    A row of ``b`` without indices counts as shared.
+    """
+    held = a.sort(1).values
+    at = torch.searchsorted(held, b.contiguous()).clamp(max=held.shape[1] - 1)
     used = b >= 0
-    hits = chosen.gather(1, b.clamp(min=0).long()) & used
-    share = hits.sum(1) / used.sum(1).clamp(min=1)
+    hits = (held.gather(1, at) == b) & used
+    share = torch.where(used.any(1), hits.sum(1) / used.sum(1), 1.0)
     return float(share.mean()), float(share.min())
 
 
@@ -162,7 +165,7 @@ class ChainBench(KeyBench):
             for other in rows:
                 if other["implementation"] != PLUGIN and other["k"] == row["k"] and sound(other):
                     peers = answers[row["k"]][other["implementation"], other["dtype"]]
-                    mean, worst = shared(plugin, peers, row["columns"])
+                    mean, worst = shared(plugin, peers)
                     row["agreement"][other["implementation"]] = {
                         "mean": round(mean, 6), "worst": round(worst, 6),
                     }  # fmt: skip

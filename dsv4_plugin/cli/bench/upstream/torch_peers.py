@@ -16,7 +16,6 @@ from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE
 __all__ = ["CHOICE", "FORMS", "name"]
 
 NAME, CHOICE = "torch", ""
-HEAD_DIM = 128
 
 # One shape at a time: they are as large as the scores.
 _buffers = Prepared(NAME, most=1)

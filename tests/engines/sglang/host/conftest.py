@@ -126,13 +126,13 @@ def load(engine, monkeypatch):
 
 
 @pytest.fixture
-def no_own(monkeypatch) -> None:
+def no_plugin_logits(monkeypatch) -> None:
     """Our logits kernels are not there, though the top-k is."""
-    from kits.host_parts import without_own_logits
+    from kits.host_parts import without_plugin_logits
 
     from dsv4_plugin.ops import dispatch as backends
 
-    monkeypatch.setattr(backends, "unmet", without_own_logits(backends.unmet))
+    monkeypatch.setattr(backends, "unmet", without_plugin_logits(backends.unmet))
 
 
 def expected(engine, problem):

@@ -56,7 +56,7 @@ def test_auto_is_exact_on_bfloat16(engine, load, batch, v2, raw, whose):
     out = engine.step(problem, v2=v2)
     want = expected(engine, problem)
     assert engine.logits_of().dtype == torch.bfloat16
-    assert engine.logits_of().own is (whose == "auto")
+    assert engine.logits_of().by_plugin is (whose == "auto")
     assert torch.equal(canonical(out), canonical(problem.slots(want)))
     if raw:
         assert torch.equal(canonical(problem.raw), want)
@@ -71,7 +71,7 @@ def test_float32_is_exact_on_upstreams_logits(engine, load, batch, v2):
     load(DSV4_TOPK="fp32")
     problem = engine.problem(**batch)
     out = engine.step(problem, v2=v2)
-    assert (engine.logits_of().dtype, engine.logits_of().own) == (torch.float32, False)
+    assert (engine.logits_of().dtype, engine.logits_of().by_plugin) == (torch.float32, False)
     assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
     assert not names(engine) & UPSTREAM
     assert counters() == {"topk.paged": 1, "topk.paged.fp32.torch": 1}

@@ -38,7 +38,9 @@ def test_everything_is_told(engine, load, caplog):
 
 
 @pytest.mark.parametrize("can_bf16", [False, True])
-def test_each_kind_of_call_is_told_with_its_reasons(engine, load, caplog, no_own, can_bf16):
+def test_each_kind_of_call_is_told_with_its_reasons(
+    engine, load, caplog, no_plugin_logits, can_bf16
+):
     load(DSV4_LOG="debug")
     engine.dsa_step(torch.randn(2, 1536), engine.problem((1500, 3)))
     engine.install_deep_gemm(has_logits_dtype=can_bf16)
@@ -48,9 +50,9 @@ def test_each_kind_of_call_is_told_with_its_reasons(engine, load, caplog, no_own
         "DSA top-k, k 512, cpu: DSV4_TOPK=auto, top-k in fp32: torch on the engine's float32"
         in text
     )
-    own = text.index("bf16 logits by plugin: no: plugin's logits by torch: the library")
-    host = f"bf16 logits by engine: {'yes' if can_bf16 else 'no: deep_gemm.'}"
-    assert own < text.index(host)
+    by_plugin = text.index("bf16 logits by plugin: no: plugin's logits by torch: the library")
+    by_engine = f"bf16 logits by engine: {'yes' if can_bf16 else 'no: deep_gemm.'}"
+    assert by_plugin < text.index(by_engine)
 
 
 def test_a_seam_that_is_missing_is_told_with_its_reason(engine, load, monkeypatch, caplog):

@@ -69,7 +69,7 @@ def test_an_empty_variable_is_unset(engine, load, variable):
     assert dsv4_plugin.status()["counters"]["topk.paged"] == 1
 
 
-def test_without_bfloat16_in_deepgemm_the_host_means_float32(engine, load, caplog):
+def test_without_bfloat16_in_deepgemm_the_engine_means_float32(engine, load, caplog):
     load(DSV4_LOGITS="engine")
     engine.install_deep_gemm(has_logits_dtype=False)
     problem = engine.problem()
@@ -257,7 +257,7 @@ def test_an_op_that_raises(engine, load, monkeypatch, caplog, topk, logits, v2, 
     assert [c.dtype for c in engine.calls if c.name.startswith("topk")] == [torch.float32]
     engine.calls.clear()
     engine.step(problem, v2=v2)
-    assert (engine.logits_of().dtype, engine.logits_of().own) == (torch.float32, False)
+    assert (engine.logits_of().dtype, engine.logits_of().by_plugin) == (torch.float32, False)
     errors = lines(caplog, logging.ERROR)
     assert len(errors) == 1 and "no such kernel image" in errors[0]
     assert "SGLang" in errors[0]
@@ -306,7 +306,7 @@ def test_a_deepgemm_that_fails_on_bfloat16_strictly(engine, load):
         engine.step(engine.problem())
 
 
-def test_a_call_ours_does_not_read_is_upstreams(engine, load, caplog):
+def test_a_call_the_plugin_does_not_read_is_the_engines(engine, load, caplog):
     """Other strides than we take: one call upstream, and nothing is switched off."""
     load(DSV4_TOPK="fp32")
     problem = engine.problem((700, 40))

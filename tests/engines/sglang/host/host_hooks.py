@@ -135,7 +135,7 @@ def other_plugin(engine, kind, name=1):
     return seen
 
 
-def test_a_second_plugin_around_ours_keeps_float32(engine, load, monkeypatch, caplog):
+def test_a_second_plugin_around_this_one_keeps_float32(engine, load, monkeypatch, caplog):
     """It would see bfloat16 scores that it may not know: no call is taken."""
     from dsv4_plugin.engines.sglang import register
 
@@ -151,7 +151,7 @@ def test_a_second_plugin_around_ours_keeps_float32(engine, load, monkeypatch, ca
     assert any("hooked by other code" in m for m in messages(caplog, logging.INFO))
 
 
-def test_a_second_plugin_around_ours_and_an_explicit_wish(engine, load, monkeypatch):
+def test_a_second_plugin_around_this_one_and_an_explicit_wish(engine, load, monkeypatch):
     from dsv4_plugin.engines.sglang import register
 
     monkeypatch.setenv("DSV4_PLUGIN", "1")
@@ -162,7 +162,7 @@ def test_a_second_plugin_around_ours_and_an_explicit_wish(engine, load, monkeypa
         engine.step(engine.problem())
 
 
-def test_a_second_plugin_inside_ours_is_what_the_fallback_calls(engine, load, monkeypatch):
+def test_a_second_plugin_inside_this_one_is_what_the_fallback_calls(engine, load, monkeypatch):
     seen = other_plugin(engine, "AROUND")  # registered before ours: wrapped by it
     load()
     engine.step(engine.problem())
@@ -172,7 +172,7 @@ def test_a_second_plugin_inside_ours_is_what_the_fallback_calls(engine, load, mo
     assert seen == [torch.float32]
 
 
-def test_a_second_plugin_that_replaces_upstream_stays_below_ours(engine, load):
+def test_a_second_plugin_that_replaces_upstream_stays_below_this_one(engine, load):
     seen = other_plugin(engine, "REPLACE")
     load()
     problem = engine.problem((1500,))
@@ -190,15 +190,15 @@ def test_an_attribute_replaced_later_is_noticed(engine, load, caplog, whose):
     engine.step(engine.problem())
     seen = []
 
-    def theirs(scores, *args):
+    def other(scores, *args):
         seen.append(scores.dtype)
 
     name = engine.topk_names()[1]
-    setattr(engine.indexer, name, theirs)
+    setattr(engine.indexer, name, other)
     engine.step(engine.problem())
     assert seen == [torch.float32]
     unregister()
-    assert vars(engine.indexer)[name] is theirs
+    assert vars(engine.indexer)[name] is other
     assert any("patched by other code" in m for m in messages(caplog, logging.WARNING))
 
 
@@ -208,12 +208,12 @@ def test_a_deepgemm_patched_later_is_left_alone(engine, load, caplog):
     load()
     engine.step(engine.problem())
 
-    def theirs(*args, **kwargs):
+    def other(*args, **kwargs):
         raise AssertionError("not called")
 
-    engine.deep_gemm.fp8_mqa_logits = theirs
+    engine.deep_gemm.fp8_mqa_logits = other
     unregister()
-    assert engine.deep_gemm.fp8_mqa_logits is theirs
+    assert engine.deep_gemm.fp8_mqa_logits is other
     assert any("deep_gemm.fp8_mqa_logits" in m for m in messages(caplog, logging.WARNING))
 
 

@@ -17,20 +17,20 @@ can_bf16 = pytest.mark.parametrize(
 )
 
 
-def check(engine, problem, out, dtype, own):
+def check(engine, problem, out, dtype, by_plugin):
     call = engine.logits_of()
-    assert (call.dtype, call.own) == (dtype, own)
+    assert (call.dtype, call.by_plugin) == (dtype, by_plugin)
     assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
 
 
 @batches
 @v2
-def test_own_logits_are_deepgemms_rounded(engine, load, batch, v2):
+def test_plugin_logits_are_deepgemms_rounded(engine, load, batch, v2):
     load(DSV4_TOPK="fp32")
     problem = engine.problem(**batch)
     engine.step(problem, v2=v2)
-    theirs = engine.logits_of()
-    assert not theirs.own
+    engine_call = engine.logits_of()
+    assert not engine_call.by_plugin
     load(DSV4_LOGITS="plugin", DSV4_TOPK="auto")
     from dsv4_plugin.engines.shared import adapter
 
@@ -44,9 +44,11 @@ def test_own_logits_are_deepgemms_rounded(engine, load, batch, v2):
         "logits.plugin": 1, "logits.plugin.bf16.torch": 1, "topk.paged": 1,
         "topk.paged.bf16.torch": 1,
     }  # fmt: skip
-    ours = engine.logits_of()
-    assert ours.spans == theirs.spans
-    for a, b, (begin, end) in zip(ours.logits, theirs.logits, ours.spans, strict=True):
+    plugin_call = engine.logits_of()
+    assert plugin_call.spans == engine_call.spans
+    for a, b, (begin, end) in zip(
+        plugin_call.logits, engine_call.logits, plugin_call.spans, strict=True
+    ):
         a, b = a[begin:end].float(), b[begin:end]
         if b.numel():
             assert bool(((a - b).abs() <= 2**-8 * b.abs() + 1e-5 * b.abs().max()).all())
@@ -54,7 +56,7 @@ def test_own_logits_are_deepgemms_rounded(engine, load, batch, v2):
 
 @pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
 @can_bf16
-def test_auto_is_ours(engine, load, caplog, prefill, can_bf16):
+def test_auto_is_the_plugin(engine, load, caplog, prefill, can_bf16):
     load()
     engine.install_deep_gemm(has_logits_dtype=can_bf16)
     problem = engine.problem((600, 1100, 1500), prefill=prefill)
@@ -66,7 +68,9 @@ def test_auto_is_ours(engine, load, caplog, prefill, can_bf16):
 
 @pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
 @can_bf16
-def test_auto_is_deepgemms_where_ours_cannot(engine, load, caplog, no_own, prefill, can_bf16):
+def test_auto_is_deepgemms_where_the_plugin_cannot(
+    engine, load, caplog, no_plugin_logits, prefill, can_bf16
+):
     """In bfloat16 where it writes that, else in float32, and the line has both reasons."""
     load()
     engine.install_deep_gemm(has_logits_dtype=can_bf16)
@@ -84,7 +88,7 @@ def test_auto_is_deepgemms_where_ours_cannot(engine, load, caplog, no_own, prefi
         assert part in line
 
 
-def test_bf16_that_nobody_can_write_is_one_error(engine, load, no_own):
+def test_bf16_that_nobody_can_write_is_one_error(engine, load, no_plugin_logits):
     load(DSV4_TOPK="bf16")
     engine.install_deep_gemm(has_logits_dtype=False)
     with pytest.raises(UnmetError, match="takes no logits_dtype") as caught:
@@ -130,7 +134,7 @@ def test_a_topk_that_fails_leaves_logits_that_upstream_reads(engine, load, monke
     monkeypatch.setattr("dsv4_plugin.topk", broken)
     problem = engine.problem((600, 1100, 1500), raw=True)
     engine.step(problem)
-    assert engine.logits_of().own
+    assert engine.logits_of().by_plugin
     scores = engine.logits_of().logits.float().nan_to_num(-1e9)
     got, want = (scores.gather(1, i.long()) for i in (problem.raw, expected(engine, problem)))
     assert torch.equal(got.sort(1).values, want.sort(1).values)
@@ -139,7 +143,7 @@ def test_a_topk_that_fails_leaves_logits_that_upstream_reads(engine, load, monke
 
 @pytest.mark.parametrize("asked_for", [False, True], ids=["auto", "plugin"])
 @can_bf16
-def test_a_call_ours_does_not_take(engine, load, monkeypatch, asked_for, can_bf16):
+def test_a_call_the_plugin_does_not_take(engine, load, monkeypatch, asked_for, can_bf16):
     """Nobody asked: DeepGEMM's for this call, in float32 in any case. Somebody asked: an error."""
     from dsv4_plugin.ops import logits
 
@@ -160,7 +164,7 @@ def test_a_call_ours_does_not_take(engine, load, monkeypatch, asked_for, can_bf1
     check(engine, problem, engine.step(problem), torch.bfloat16, True)
 
 
-def test_own_that_cannot_be_met_lists_everything(engine, load, monkeypatch):
+def test_plugin_logits_that_cannot_be_met_list_everything(engine, load, monkeypatch):
     from dsv4_plugin.kernels import cuda
 
     monkeypatch.setattr(cuda, "missing", lambda: "the library is not there")
@@ -173,7 +177,7 @@ def test_own_that_cannot_be_met_lists_everything(engine, load, monkeypatch):
         assert part in str(caught.value)
 
 
-def test_own_logits_elsewhere(engine, load):
+def test_plugin_logits_elsewhere(engine, load):
     """Logits that SGLang was told to compute by torch do not come past our wrapper."""
     engine.envs.SGLANG_FP8_PAGED_MQA_LOGITS_TORCH.set(True)
     try:
@@ -184,7 +188,7 @@ def test_own_logits_elsewhere(engine, load):
         engine.envs.SGLANG_FP8_PAGED_MQA_LOGITS_TORCH.clear()
 
 
-def test_own_has_no_seam_in_dsa(engine, load):
+def test_plugin_logits_have_no_seam_in_dsa(engine, load):
     load(DSV4_LOGITS="plugin")
     with pytest.raises(UnmetError, match="V3.2 and GLM have no seam"):
         engine.dsa_step(torch.randn(2, 1536), engine.problem((1500, 3)))

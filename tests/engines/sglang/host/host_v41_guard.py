@@ -28,7 +28,7 @@ def objects(model):
     return attn.prefill_candidates, attn.decode_candidates, attn.full_topk_indexer
 
 
-def engines_own(model, engine):
+def left_to_the_engine(model, engine):
     return not any(isinstance(found, v41._Before) for found in objects(model))
 
 
@@ -180,7 +180,7 @@ def test_strict_raises(load, make_model, monkeypatch):
 )
 def test_nothing_changes(load, make_model, engine, settings):
     load(**settings)
-    assert engines_own(make_model(held=HELD), engine)
+    assert left_to_the_engine(make_model(held=HELD), engine)
 
 
 @pytest.mark.parametrize(
@@ -280,9 +280,9 @@ def test_the_tail_of_what_was_published(load, make_model, _v41, held):
     forward.run(SOURCE)
     published = forward.metadata.candidate_metadata
     assert isinstance(published, _v41.indexers.CandidateMetadata)
-    theirs = _v41.dense_blocks.BlockIds(blocks=published.blocks, rows_per_request=[5, 4])
+    by_engine = _v41.dense_blocks.BlockIds(blocks=published.blocks, rows_per_request=[5, 4])
     tail = published.tail([2, 1])
-    assert torch.equal(tail.blocks, theirs.tail([2, 1]).blocks) and len(tail.blocks) == 3
+    assert torch.equal(tail.blocks, by_engine.tail([2, 1]).blocks) and len(tail.blocks) == 3
     assert tail.rows_per_request == [2, 1] and isinstance(tail, v41_published.Published)
 
 
@@ -361,7 +361,7 @@ def watch(model):
     ],
     ids=["prefill", "context parallel", "decode", "verification"],
 )
-def test_the_host_never_waits(load, make_model, used, monkeypatch, batch, whole):
+def test_the_cpu_never_waits(load, make_model, used, monkeypatch, batch, whole):
     monkeypatch.setattr(v41_calls, "WHOLE_COLUMNS", whole)
     monkeypatch.setattr(v41_calls, "KEPT_BYTES", 20_000)
 

@@ -25,7 +25,7 @@ def _engine():
 
     engine = Engine()
     engine.v41 = V41(engine)
-    engine.own = {mode: engine.chosen(mode) for mode in MODES}
+    engine.without_plugin = {mode: engine.chosen(mode) for mode in MODES}
     runtime = engine.runtime()
     engine.readers = {n: f for n, f in vars(runtime).items() if n.startswith("read_deepseek_v4")}
     return engine
@@ -75,13 +75,13 @@ def load(engine, monkeypatch):
 
 
 @pytest.fixture
-def no_own(monkeypatch) -> None:
+def no_plugin_logits(monkeypatch) -> None:
     """Our logits kernels are not there, though the top-k is."""
-    from kits.host_parts import without_own_logits
+    from kits.host_parts import without_plugin_logits
 
     from dsv4_plugin.ops import dispatch as backends
 
-    monkeypatch.setattr(backends, "unmet", without_own_logits(backends.unmet))
+    monkeypatch.setattr(backends, "unmet", without_plugin_logits(backends.unmet))
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def upstream(engine, monkeypatch):
 
         return kernel
 
-    for name in engine.own.values():
+    for name in engine.without_plugin.values():
         monkeypatch.setitem(engine.registry._impls, name, stand_in(name))
     engine.registry.clear_cache()
     yield calls

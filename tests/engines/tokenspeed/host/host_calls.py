@@ -55,12 +55,12 @@ def test_dsa_decode_logical_offsets(engine, load, lengths, topk, logits, pad):
     batch = engine.batch(lengths, pad=pad)
     got, lens = decode(engine, batch)
     want_dtype = torch.bfloat16 if topk == "bf16" else torch.float32
-    own = (topk, logits) == ("bf16", "auto")
-    assert (engine.calls[-1].dtype, engine.calls[-1].own) == (want_dtype, own)
+    by_plugin = (topk, logits) == ("bf16", "auto")
+    assert (engine.calls[-1].dtype, engine.calls[-1].by_plugin) == (want_dtype, by_plugin)
     assert torch.equal(canonical(got), best(engine, lengths, 512))
     assert lens.tolist() == [min(n, 512) for n in lengths]
     assert counters() == {
-        **({"logits.plugin": 1, "logits.plugin.bf16.torch": 1} if own else {}),
+        **({"logits.plugin": 1, "logits.plugin.bf16.torch": 1} if by_plugin else {}),
         "topk.dsa_decode_topk": 1, f"topk.dsa_decode_topk.{topk}.torch": 1,
     }  # fmt: skip
 

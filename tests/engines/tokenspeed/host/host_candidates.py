@@ -17,7 +17,7 @@ import dsv4_plugin
 from dsv4_plugin.errors import UnmetError
 
 MODE = "dsv41_index_topk"
-OURS = f"dsv4_plugin_{MODE}"
+PLUGIN_KERNEL = f"dsv4_plugin_{MODE}"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STEPS = {
     "decode": {"requests": ((2999, 1), (699, 1), (299, 1), (4500, 1), (8, 1))},
@@ -78,7 +78,7 @@ def test_not_asked_for_tokenspeed_serves_all_three(engine, v41, step):
     """Its own Hopper kernel, by the rule that the oracle has; candidates of all blocks, no ties."""
     step = Step(v41, **{"blocks": 2048, **step})
     got = step.run()
-    assert {call.own for call in engine.calls} == {False}
+    assert {call.by_plugin for call in engine.calls} == {False}
     check_scores(step, got, step.expected(torch.float32))
     assert counters() == {}
 
@@ -98,7 +98,7 @@ def test_exact_in_parts_and_by_candidates(engine, load, v41, by_candidates, step
     load(DSV4_STRICT="1")
     step = Step(v41, **{"blocks": 513, **step})  # one more than 512 keys
     check(step.run(), step.expected(torch.bfloat16))
-    assert all(call.own for call in engine.calls)
+    assert all(call.by_plugin for call in engine.calls)
     rows = sum(call.rows for call in engine.calls)
     lone = sum(n for _, n in step.requests if n == 1)  # a row of its own is no prefill
     assert rows == (2 * (len(step.position) - lone) if step.prefill else 0)
@@ -108,11 +108,11 @@ def test_exact_in_parts_and_by_candidates(engine, load, v41, by_candidates, step
 def test_the_same_keys_as_tokenspeed(engine, load, v41, step):
     """In float32, with blocks that do not tie at the threshold: every block of a row."""
     step = Step(v41, **{"blocks": 2048, **STEPS[step]})
-    theirs = step.run()
+    by_engine = step.run()
     load(DSV4_TOPK="fp32", DSV4_STRICT="1")
-    ours = step.run()
-    check(ours, theirs, ("blocks", "block lengths"))
-    check_scores(step, ours, theirs)
+    by_plugin = step.run()
+    check(by_plugin, by_engine, ("blocks", "block lengths"))
+    check_scores(step, by_plugin, by_engine)
 
 
 def test_a_short_prefill_of_a_consumer_is_scored_whole(engine, load, v41):
@@ -171,11 +171,11 @@ def call(v41, step, layer="source", solution=None, **other):
 
 
 def test_it_is_the_one_that_is_selected_on_hopper(engine, unasked):
-    assert OURS in unasked()
-    assert engine.chosen(MODE) == OURS
+    assert PLUGIN_KERNEL in unasked()
+    assert engine.chosen(MODE) == PLUGIN_KERNEL
     for gpu in (8, 10):
         engine.pose(gpu)
-        assert engine.chosen(MODE, native_indexer=gpu == 10) != OURS
+        assert engine.chosen(MODE, native_indexer=gpu == 10) != PLUGIN_KERNEL
 
 
 def test_outputs_are_written_whole(engine, load, v41):
@@ -242,7 +242,7 @@ def test_another_form_is_tokenspeeds(engine, unasked, v41, how, why, caplog):
     other = {"long": table.long(), "columns": table.t().contiguous().t()}[how["page_table"]]
     for _ in range(2):
         rows, *_ = call(v41, step, page_table=other)
-    assert {c.own for c in engine.calls} == {False}
+    assert {c.by_plugin for c in engine.calls} == {False}
     scores = step.scores("source")
     for s, a, b in zip(scores, rows, step.expected(torch.float32)["source"], strict=True):
         assert torch.equal(s[a[a >= 0].long()].sort().values, s[b[b >= 0].long()].sort().values)
@@ -285,7 +285,7 @@ def test_deepgemms_logits_are_tokenspeeds_kernel(engine, unasked, v41, caplog):
     unasked(DSV4_LOGITS="engine")
     step = Step(v41, blocks=2048, **STEPS["decode"])
     check_scores(step, step.run(), step.expected(torch.float32))
-    assert {c.own for c in engine.calls} == {False}
+    assert {c.by_plugin for c in engine.calls} == {False}
     said = [line for line in lines(caplog) if "inactive" in line]
     assert len(said) == 3 and all("the plugin's own logits" in line for line in said)
     unasked(DSV4_LOGITS="engine", DSV4_TOPK="fp32")
@@ -300,17 +300,17 @@ def test_deepgemms_logits_are_tokenspeeds_kernel(engine, unasked, v41, caplog):
     "settings", [{"DSV4_PLUGIN": "0"}, {"DSV4_PLUGIN": ""}, {"DSV4_TOPK": "off"}], ids=str
 )
 def test_off_is_tokenspeeds(engine, load, v41, settings):
-    assert OURS not in load(**settings)
+    assert PLUGIN_KERNEL not in load(**settings)
     step = Step(v41, blocks=2048, **STEPS["decode"])
     check_scores(step, step.run(), step.expected(torch.float32))
-    assert {c.own for c in engine.calls} == {False} and counters() == {}
+    assert {c.by_plugin for c in engine.calls} == {False} and counters() == {}
 
 
-def test_without_our_read_the_prefill_is_tokenspeeds(engine, load, v41, caplog):
+def test_without_the_plugins_read_the_prefill_is_tokenspeeds(engine, load, v41, caplog):
     load(DSV4_INDEXER_READ="off", DSV4_TOPK="fp32")
     step = Step(v41, blocks=2048, **STEPS["prefill"])
     check_scores(step, step.run(), step.expected(torch.float32))
-    assert {c.own for c in engine.calls} == {False}
+    assert {c.by_plugin for c in engine.calls} == {False}
     assert sum("DSV4_INDEXER_READ=off" in line for line in lines(caplog)) == 1
     decode = Step(v41, **STEPS["decode"])
     check(decode.run(), decode.expected(torch.float32))

@@ -40,14 +40,14 @@ def test_everything_is_told(engine, load, caplog):
 
 
 @pytest.mark.parametrize("can_bf16", [False, True])
-def test_the_reasons_against_logits_are_told(engine, load, caplog, no_own, can_bf16):
+def test_the_reasons_against_logits_are_told(engine, load, caplog, no_plugin_logits, can_bf16):
     load(DSV4_LOG="debug")
     engine.install_deep_gemm(has_logits_dtype=can_bf16)
     decode(engine, engine.batch((1500, 3)))
     text = "\n".join(told(caplog))
-    own = text.index("bf16 logits by plugin: no: plugin's logits by torch: the library")
-    host = f"bf16 logits by engine: {'yes' if can_bf16 else 'no: deep_gemm.'}"
-    assert own < text.index(host)
+    by_plugin = text.index("bf16 logits by plugin: no: plugin's logits by torch: the library")
+    by_engine = f"bf16 logits by engine: {'yes' if can_bf16 else 'no: deep_gemm.'}"
+    assert by_plugin < text.index(by_engine)
 
 
 def test_the_reader_tells_what_serves_it(engine, load, caplog):

@@ -19,7 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def whose(engine):
-    return {(c.dtype, c.own) for c in engine.calls if c.logits is not None}
+    return {(c.dtype, c.by_plugin) for c in engine.calls if c.logits is not None}
 
 
 @batches
@@ -81,26 +81,26 @@ def test_dsv4_modes(engine, load, topk):
     assert whose(engine) == {(DTYPES[topk], True)} and counters()["logits.plugin"] == 2
 
 
-def test_own_logits_are_deepgemms_rounded(engine, load):
+def test_plugin_logits_are_deepgemms_rounded(engine, load):
     load(DSV4_TOPK="fp32")
     batch = engine.batch((1500, 40))
     decode(engine, batch)
-    theirs = engine.calls[-1]
+    engine_call = engine.calls[-1]
     load(DSV4_TOPK="bf16", DSV4_LOGITS="plugin")
     from dsv4_plugin.engines.shared import adapter
 
     adapter.current().forget_decisions()
     decode(engine, batch)
-    ours = engine.calls[-1]
-    assert (theirs.own, ours.own) == (False, True)
+    plugin_call = engine.calls[-1]
+    assert (engine_call.by_plugin, plugin_call.by_plugin) == (False, True)
     for r, n in enumerate((1500, 40)):
-        a, b = ours.logits[r, :n].float(), theirs.logits[r, :n]
+        a, b = plugin_call.logits[r, :n].float(), engine_call.logits[r, :n]
         assert bool(((a - b).abs() <= 2**-8 * b.abs() + 1e-5 * b.abs().max()).all())
 
 
 @can_bf16
 @pytest.mark.parametrize("topk", ["auto", "bf16"])
-def test_auto_is_ours(engine, load, topk, can_bf16):
+def test_auto_is_the_plugin(engine, load, topk, can_bf16):
     load(DSV4_TOPK=topk)
     engine.install_deep_gemm(has_logits_dtype=can_bf16)
     decode(engine, engine.batch((1500, 3)))
@@ -109,7 +109,9 @@ def test_auto_is_ours(engine, load, topk, can_bf16):
 
 
 @can_bf16
-def test_auto_is_deepgemms_where_ours_cannot(engine, load, caplog, no_own, can_bf16):
+def test_auto_is_deepgemms_where_the_plugin_cannot(
+    engine, load, caplog, no_plugin_logits, can_bf16
+):
     """In bfloat16 where it writes that, else in float32, and the line has both reasons."""
     load()
     engine.install_deep_gemm(has_logits_dtype=can_bf16)
@@ -128,7 +130,7 @@ def test_auto_is_deepgemms_where_ours_cannot(engine, load, caplog, no_own, can_b
             assert (part in line) is not can_bf16
 
 
-def test_bf16_that_nobody_can_write_is_one_error(engine, load, no_own):
+def test_bf16_that_nobody_can_write_is_one_error(engine, load, no_plugin_logits):
     load(DSV4_TOPK="bf16")
     engine.install_deep_gemm(has_logits_dtype=False)
     with pytest.raises(UnmetError, match="takes no logits_dtype") as caught:
@@ -147,17 +149,17 @@ def of_another_form(engine):
     )  # fmt: skip
 
 
-def test_a_call_ours_does_not_take_is_tokenspeeds(engine, load, caplog, upstream):
+def test_a_call_the_plugin_does_not_take_is_tokenspeeds(engine, load, caplog, upstream):
     """One call, and nothing is switched off."""
     load()
-    assert of_another_form(engine) == ("upstream", engine.own["dsv4_decode_topk"])
+    assert of_another_form(engine) == ("upstream", engine.without_plugin["dsv4_decode_topk"])
     assert counters() == {"topk.dsv4_decode_topk.upstream": 1}
     assert lines(caplog, logging.ERROR) == []
     decode(engine, engine.batch((1500, 3)))
     assert whose(engine) == {(torch.bfloat16, True)}
 
 
-def test_a_call_ours_does_not_take_strictly(engine, load, upstream):
+def test_a_call_the_plugin_does_not_take_strictly(engine, load, upstream):
     load(DSV4_STRICT="1")
     with pytest.raises(UnmetError, match="the plugin's logits.*another form"):
         of_another_form(engine)
@@ -167,10 +169,13 @@ def test_a_call_ours_does_not_take_strictly(engine, load, upstream):
 def test_logits_that_fail_are_tokenspeeds_call(engine, load, monkeypatch, upstream):
     load(DSV4_LOGITS="plugin")
     monkeypatch.setattr("dsv4_plugin.ops.logits.paged_logits", broken)
-    assert decode(engine, engine.batch((1500, 3))) == ("upstream", engine.own["dsa_decode_topk"])
+    assert decode(engine, engine.batch((1500, 3))) == (
+        "upstream",
+        engine.without_plugin["dsa_decode_topk"],
+    )
 
 
-def test_own_that_cannot_be_met_lists_everything(engine, load, monkeypatch):
+def test_plugin_logits_that_cannot_be_met_list_everything(engine, load, monkeypatch):
     from dsv4_plugin.kernels import cuda
 
     monkeypatch.setattr(cuda, "missing", lambda: "the library is not there")

@@ -121,12 +121,12 @@ def test_a_patch_of_somebody_else_is_left(engine, load, caplog):
 
     load()
 
-    def theirs(cache_2d, slot_mapping, block_size=64):
+    def other(cache_2d, slot_mapping, block_size=64):
         raise AssertionError("not called")
 
-    setattr(engine.runtime(), NAME, theirs)
+    setattr(engine.runtime(), NAME, other)
     unregister()
-    assert vars(engine.runtime())[NAME] is theirs
+    assert vars(engine.runtime())[NAME] is other
     assert "patched by other code" in caplog.text
 
 
@@ -177,18 +177,18 @@ def test_the_mxfp4_sibling_is_gone_here_and_said_so(engine, load):
 
 def test_the_mxfp4_sibling_of_another_release(engine, load):
     """Where a release still has it: replaced, and an empty cache gives zeros."""
+    from kits.inputs import mxfp4_cache
     from kits.oracles import read_mxfp4_one_by_one
 
-    from dsv4_plugin.cli.checks.inputs import mxfp4_cache
     from dsv4_plugin.engines.tokenspeed import readers
 
     load()
     module = types.ModuleType("an_older_release")
 
-    def theirs(cache_2d, slot_mapping, block_size=64):
+    def other(cache_2d, slot_mapping, block_size=64):
         return cache_2d[slot_mapping.clamp_min(0) // block_size]  # row 0 of an empty cache
 
-    module.read_deepseek_v4_indexer_mxfp4_cache = theirs
+    module.read_deepseek_v4_indexer_mxfp4_cache = other
     readers.install(module)
     read = module.read_deepseek_v4_indexer_mxfp4_cache
     cache = mxfp4_cache(5, pad=64)
@@ -196,5 +196,5 @@ def test_the_mxfp4_sibling_of_another_release(engine, load):
     assert torch.equal(read(cache, slots), read_mxfp4_one_by_one(cache, slots))
     empty = torch.empty(0, 64 * 68, dtype=torch.uint8)
     with pytest.raises(IndexError):
-        theirs(empty, torch.tensor([-1]))
+        other(empty, torch.tensor([-1]))
     assert torch.equal(read(empty, torch.tensor([-1, -1])), torch.zeros(2, 128))

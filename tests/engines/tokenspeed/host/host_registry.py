@@ -15,7 +15,7 @@ from kits.told import check_warned, empty_settings, odd_settings
 import dsv4_plugin
 from dsv4_plugin.errors import SettingError, UnmetError
 
-OURS = [f"dsv4_plugin_{mode}" for mode in MODES]
+PLUGIN_KERNELS = [f"dsv4_plugin_{mode}" for mode in MODES]
 
 
 def lines(caplog, level=logging.INFO):
@@ -28,9 +28,9 @@ def chosen(engine):
     return {mode: engine.chosen(mode) for mode in MODES}
 
 
-def test_ours_are_selected_on_hopper(engine, load, caplog):
-    assert load() == OURS
-    assert chosen(engine) == dict(zip(MODES, OURS, strict=True))
+def test_the_plugins_kernels_are_selected_on_hopper(engine, load, caplog):
+    assert load() == PLUGIN_KERNELS
+    assert chosen(engine) == dict(zip(MODES, PLUGIN_KERNELS, strict=True))
     seams = dsv4_plugin.status()["seams"]
     assert {f"topk.{mode}" for mode in MODES} <= set(seams)
     assert dsv4_plugin.status()["engine"].startswith("TokenSpeed 0.1")
@@ -48,7 +48,7 @@ def test_the_doctor_shows_the_seams(engine):
 @pytest.mark.parametrize("value", ["0", ""], ids=["DSV4_PLUGIN=0", "unset"])
 def test_not_asked_for_nothing_is_registered(engine, load, value, caplog):
     assert load(DSV4_PLUGIN=value) == []
-    assert chosen(engine) == engine.own
+    assert chosen(engine) == engine.without_plugin
     assert dsv4_plugin.status() == {"engine": None, "seams": {}, "counters": {}}
     runtime = vars(engine.runtime())
     assert all(runtime[name] is function for name, function in engine.readers.items())
@@ -58,7 +58,7 @@ def test_not_asked_for_nothing_is_registered(engine, load, value, caplog):
 @odd_settings
 def test_not_asked_for_is_inert_whatever_a_variable_holds(engine, load, caplog, variable, value):
     assert load(**{"DSV4_PLUGIN": "", "DSV4_BACKEND": "", variable: value}) == []
-    assert chosen(engine) == engine.own
+    assert chosen(engine) == engine.without_plugin
     assert dsv4_plugin.status() == {"engine": None, "seams": {}, "counters": {}}
     runtime = vars(engine.runtime())
     assert all(runtime[name] is function for name, function in engine.readers.items())
@@ -76,13 +76,13 @@ def test_an_empty_variable_is_unset(engine, load, variable):
 def test_the_kernel_plugins_can_be_disabled(engine, load, monkeypatch):
     monkeypatch.setenv("TOKENSPEED_KERNEL_DISABLE_PLUGINS", "other,dsv4")
     assert load() == []
-    assert chosen(engine) == engine.own
+    assert chosen(engine) == engine.without_plugin
     assert dsv4_plugin.status()["seams"]["read.fp8"]["engaged"]  # the other entry point's
 
 
 def test_the_runtime_plugins_can_be_disabled(engine, load, monkeypatch):
     monkeypatch.setenv("TOKENSPEED_DISABLE_PLUGINS", "dsv4")
-    assert load() == OURS
+    assert load() == PLUGIN_KERNELS
     assert "read.fp8" not in dsv4_plugin.status()["seams"]
     name = "read_deepseek_v4_indexer_fp8_cache"
     assert vars(engine.runtime())[name] is engine.readers[name]
@@ -91,8 +91,8 @@ def test_the_runtime_plugins_can_be_disabled(engine, load, monkeypatch):
 def test_one_kernel_can_be_overridden(engine, load, monkeypatch):
     load()
     variable = "TOKENSPEED_KERNEL_OVERRIDE_ATTENTION_DSA_DECODE_TOPK"
-    monkeypatch.setenv(variable, engine.own["dsa_decode_topk"])
-    assert engine.chosen("dsa_decode_topk") == engine.own["dsa_decode_topk"]
+    monkeypatch.setenv(variable, engine.without_plugin["dsa_decode_topk"])
+    assert engine.chosen("dsa_decode_topk") == engine.without_plugin["dsa_decode_topk"]
     monkeypatch.setenv(variable, "dsv4_plugin")
     assert engine.chosen("dsa_decode_topk") == "dsv4_plugin_dsa_decode_topk"
 
@@ -107,7 +107,7 @@ def test_one_kernel_can_be_overridden(engine, load, monkeypatch):
 )
 def test_other_traits_keep_tokenspeeds(engine, load, mode, traits):
     load()
-    assert engine.chosen(mode, **traits) not in OURS
+    assert engine.chosen(mode, **traits) not in PLUGIN_KERNELS
 
 
 def test_another_gpu_keeps_tokenspeeds(engine, load, caplog):
@@ -124,44 +124,44 @@ def test_without_the_compiled_kernels_nothing_is_registered(engine, load, caplog
 
     monkeypatch.setattr(registration.cuda, "missing", lambda: "the library is not there")
     assert load(DSV4_BACKEND="auto") == []
-    assert chosen(engine) == engine.own
+    assert chosen(engine) == engine.without_plugin
     said = "the plugin runs without its compiled kernels: the library is not there"
     assert lines(caplog, logging.WARNING) == [said]
     assert any("dsv4 inactive in" in line for line in lines(caplog))
 
 
-def test_with_the_compiled_kernels_only_hopper_selects_ours(engine, load, monkeypatch):
+def test_with_the_compiled_kernels_only_hopper_selects_the_plugins(engine, load, monkeypatch):
     from dsv4_plugin.engines.tokenspeed import registration
 
     monkeypatch.setattr(registration.cuda, "missing", lambda: None)
-    assert load(DSV4_BACKEND="auto") == OURS
-    assert engine.chosen("dsa_decode_topk") in OURS
+    assert load(DSV4_BACKEND="auto") == PLUGIN_KERNELS
+    assert engine.chosen("dsa_decode_topk") in PLUGIN_KERNELS
     for gpu in (8, 10):
         engine.pose(gpu)
-        assert engine.chosen("dsa_decode_topk") not in OURS
+        assert engine.chosen("dsa_decode_topk") not in PLUGIN_KERNELS
 
 
 def test_off_registers_nothing(engine, load, caplog):
     assert load(DSV4_TOPK="off") == []
-    assert chosen(engine) == engine.own
+    assert chosen(engine) == engine.without_plugin
     assert any("DSV4_TOPK=off" in line for line in lines(caplog))
 
 
-def test_without_our_read_the_prefill_is_tokenspeeds(engine, load):
+def test_without_the_plugins_read_the_prefill_is_tokenspeeds(engine, load):
     load(DSV4_INDEXER_READ="off")
-    assert engine.chosen("dsa_prefill_topk") == engine.own["dsa_prefill_topk"]
-    assert engine.chosen("dsa_decode_topk") in OURS
+    assert engine.chosen("dsa_prefill_topk") == engine.without_plugin["dsa_prefill_topk"]
+    assert engine.chosen("dsa_decode_topk") in PLUGIN_KERNELS
 
 
-@pytest.mark.parametrize("logits,own", [("auto", "the plugin's"), ("engine", "the engine's")])
-def test_one_active_line_a_mode(engine, load, caplog, logits, own):
+@pytest.mark.parametrize("logits,writer", [("auto", "the plugin's"), ("engine", "the engine's")])
+def test_one_active_line_a_mode(engine, load, caplog, logits, writer):
     load(DSV4_LOGITS=logits)
     batch = engine.batch((1500, 3))
     decode(engine, batch)
     decode(engine, batch)
     (line,) = [line for line in lines(caplog) if "active" in line]
     assert line.startswith("dsv4 active in TokenSpeed 0.1")
-    assert "dsa_decode_topk, k 512" in line and f"bf16 by torch on {own} bf16 logits" in line
+    assert "dsa_decode_topk, k 512" in line and f"bf16 by torch on {writer} bf16 logits" in line
     assert dsv4_plugin.status()["seams"]["topk.dsa_decode_topk"]["engaged"]
 
 
@@ -180,15 +180,15 @@ def test_unregister_gives_the_registry_back(engine, load):
     decode(engine, engine.batch((1500,)))
     unregister()
     assert set(engine.registry._by_name) == before
-    assert chosen(engine) == engine.own
+    assert chosen(engine) == engine.without_plugin
     assert dsv4_plugin.status() == {"engine": None, "seams": {}, "counters": {}}
-    assert load() == OURS  # and again
+    assert load() == PLUGIN_KERNELS  # and again
 
 
 # --- wishes ----------------------------------------------------------------------------------
 
 
-def test_without_bfloat16_in_deepgemm_the_host_means_float32(engine, load, caplog):
+def test_without_bfloat16_in_deepgemm_the_engine_means_float32(engine, load, caplog):
     load(DSV4_LOGITS="engine")
     engine.install_deep_gemm(has_logits_dtype=False)
     batch = engine.batch((1500, 3))
@@ -243,7 +243,7 @@ def test_an_op_that_raises_is_tokenspeeds_call(engine, load, monkeypatch, caplog
     load()
     monkeypatch.setattr("dsv4_plugin.topk", broken)
     batch = engine.batch((1500, 3))
-    assert decode(engine, batch) == ("upstream", engine.own["dsa_decode_topk"])
+    assert decode(engine, batch) == ("upstream", engine.without_plugin["dsa_decode_topk"])
     (_, kwargs) = upstream[-1]
     assert kwargs["q"] is batch["q"] and kwargs["index_k_cache"] is batch["plane"]
     assert kwargs["topk_layout"] == "logical_offsets"
@@ -272,7 +272,7 @@ def test_every_mode_falls_back(engine, load, monkeypatch, upstream):
     )  # fmt: skip
     names = [name for name, _ in upstream]
     assert names == [
-        engine.own[m] for m in MODES if m not in ("dsa_decode_topk", "dsv41_index_topk")
+        engine.without_plugin[m] for m in MODES if m not in ("dsa_decode_topk", "dsv41_index_topk")
     ]
 
 
@@ -283,12 +283,12 @@ def test_deepgemm_that_raises(engine, load, upstream, caplog):
     assert len(lines(caplog, logging.ERROR)) == 1
 
 
-def test_deepgemm_is_not_asked_where_ours_can(engine, load, upstream, caplog):
+def test_deepgemm_is_not_asked_where_the_plugin_can(engine, load, upstream, caplog):
     load()
     engine.maths.fail_on_bf16 = True
     engine.deep_gemm.get_paged_mqa_logits_metadata = broken
     decode(engine, engine.batch((1500,)))
-    assert not upstream and engine.calls[-1].own
+    assert not upstream and engine.calls[-1].by_plugin
     assert lines(caplog, logging.ERROR) == []
 
 
@@ -309,7 +309,7 @@ def test_a_facade_of_another_shape(engine, load, monkeypatch, caplog):
     other = moved(probe.SEAMS, "topk.dsa_decode_topk", takes=("queries", "weights"))
     monkeypatch.setattr(probe, "SEAMS", other)
     assert "dsv4_plugin_dsa_decode_topk" not in load()
-    assert engine.chosen("dsa_decode_topk") == engine.own["dsa_decode_topk"]
+    assert engine.chosen("dsa_decode_topk") == engine.without_plugin["dsa_decode_topk"]
     assert dsv4_plugin.status()["seams"]["topk.dsa_decode_topk"]["where"] is None
     assert any("dsa_decode_topk takes" in line for line in lines(caplog, logging.ERROR))
 
@@ -317,7 +317,7 @@ def test_a_facade_of_another_shape(engine, load, monkeypatch, caplog):
 def test_a_registry_of_another_shape(engine, load, monkeypatch, caplog):
     monkeypatch.setattr(engine.registry_module, "register_kernel", lambda *a, **k: 1 / 0)
     assert load() == []
-    assert chosen(engine) == engine.own
+    assert chosen(engine) == engine.without_plugin
     assert any("ZeroDivisionError" in line for line in lines(caplog, logging.WARNING))
 
 
@@ -328,7 +328,7 @@ def test_the_adapter_itself_is_broken(engine, load, monkeypatch, caplog):
     monkeypatch.setattr(readers, "look", lambda: 1 / 0)
     assert load() == []
     assert len(lines(caplog, logging.ERROR)) == 2
-    assert chosen(engine) == engine.own
+    assert chosen(engine) == engine.without_plugin
 
 
 def test_the_flags_of_the_example_are_accepted(engine):

@@ -92,13 +92,13 @@ def engine(_engine, monkeypatch, caplog):
 def another_reader():
     """While it lasts somebody else's prefill top-k, which reads float32, is in place of ours."""
     ops = sys.modules["vllm._custom_ops"]
-    ours = ops.top_k_per_row_prefill
-    plain = ours.__wrapped__
+    patched = ops.top_k_per_row_prefill
+    plain = patched.__wrapped__
     ops.top_k_per_row_prefill = lambda *args: plain(*args)
     try:
         yield
     finally:
-        ops.top_k_per_row_prefill = ours
+        ops.top_k_per_row_prefill = patched
 
 
 def canonical(indices: torch.Tensor) -> torch.Tensor:
@@ -135,13 +135,13 @@ def run(engine):
 
 
 @pytest.fixture
-def no_own(monkeypatch) -> None:
+def no_plugin_logits(monkeypatch) -> None:
     """Our logits kernels are not there, though the top-k is."""
-    from kits.host_parts import without_own_logits
+    from kits.host_parts import without_plugin_logits
 
     from dsv4_plugin.ops import dispatch as backends
 
-    monkeypatch.setattr(backends, "unmet", without_own_logits(backends.unmet))
+    monkeypatch.setattr(backends, "unmet", without_plugin_logits(backends.unmet))
 
 
 @pytest.fixture

@@ -97,18 +97,22 @@ def test_v4_selects_in_bf16(engine, run, batch, monkeypatch, can_bf16, whose):
     """On logits of our own; on DeepGEMM's where these are asked for and it writes bfloat16."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_LOGITS", whose)
-    own = whose == "auto"
-    dtype = "bf16" if own or can_bf16 else "fp32"
+    by_plugin = whose == "auto"
+    dtype = "bf16" if by_plugin or can_bf16 else "fp32"
     problem = engine.problem(**batch)
     got = run(problem)
     wrote = [c for c in engine.calls if c.logits is not None]
-    assert {(c.dtype, c.own) for c in wrote} == {
-        (torch.bfloat16 if dtype == "bf16" else torch.float32, own)
+    assert {(c.dtype, c.by_plugin) for c in wrote} == {
+        (torch.bfloat16 if dtype == "bf16" else torch.float32, by_plugin)
     }
     assert torch.equal(got, engine.expected(problem.k))  # on the very logits it was given
     assert not names(engine) & UPSTREAM_TOPK
     counters = dsv4_plugin.status()["counters"]
-    by = {"plugin": own, "bf16": not own and can_bf16, "upstream": not own and not can_bf16}
+    by = {
+        "plugin": by_plugin,
+        "bf16": not by_plugin and can_bf16,
+        "upstream": not by_plugin and not can_bf16,
+    }
     for name, there in by.items():
         assert bool(counters.get(f"logits.{name}")) is there, name
     kind = "decode" if batch.get("decode") else "prefill"
@@ -212,7 +216,7 @@ def test_topk_off_leaves_the_engines_own(engine, run, monkeypatch):
     assert counters["gather"] == 1
 
 
-def test_native_bf16_on_sm100_is_not_widened(engine, run, monkeypatch, no_own):
+def test_native_bf16_on_sm100_is_not_widened(engine, run, monkeypatch, no_plugin_logits):
     """From 0.33 DeepGEMM writes bfloat16 on SM100 unasked, and vLLM widens it for its top-k.
 
     Our kernels are not for that GPU, so ``auto`` means DeepGEMM there.

@@ -54,14 +54,14 @@ class Model:
     def build(self, *, gpu=90, config=None, consumer_piece=None, **parallel):
         """The three layers, as vLLM builds them for this model."""
         given = {"candidate_block_size": self.piece}
-        theirs = {"candidate_block_size": consumer_piece or self.piece}
+        consumer = {"candidate_block_size": consumer_piece or self.piece}
         with self.engine.gpu(gpu), self.engine.config("deepseek_v41", config, **parallel):
             return (
                 self.engine.layer(self.problem),
                 self.engine.layer(
                     self.problem, candidate_blocks=self.candidates, candidate_write=True, **given
                 ),
-                self.engine.layer(self.other, candidate_blocks=self.candidates, **theirs),
+                self.engine.layer(self.other, candidate_blocks=self.candidates, **consumer),
             )
 
     @property
@@ -121,8 +121,8 @@ class Model:
     def expected(self, dtype):
         """Indices of the three layers and the candidates, by stable sorts."""
         plain, blocks, chosen = [], [], []
-        for mine, theirs in zip(self.scores(self.problem), self.scores(self.other), strict=True):
-            mine, theirs = mine.to(dtype), theirs.to(dtype)
+        for mine, other in zip(self.scores(self.problem), self.scores(self.other), strict=True):
+            mine, other = mine.to(dtype), other.to(dtype)
             plain.append(oracle(mine, self.problem.k))
             padded = torch.nn.functional.pad(
                 mine.float(), (0, -len(mine) % self.piece), value=-torch.inf
@@ -133,8 +133,8 @@ class Model:
             blocks.append(oracle(best, self.blocks))
             kept = blocks[-1][blocks[-1] >= 0].long()
             keys = (kept[:, None] * self.piece + torch.arange(self.piece)).flatten()
-            keys = keys[keys < len(theirs)]
-            columns = oracle(theirs[keys], self.problem.k)
+            keys = keys[keys < len(other)]
+            columns = oracle(other[keys], self.problem.k)
             row = torch.full_like(columns, -1)
             row[columns >= 0] = keys[columns[columns >= 0].long()].int()
             chosen.append(row)
@@ -249,11 +249,11 @@ def test_narrow_prefill_chunks_are_scored_whole(engine, on, monkeypatch):
 
     used = []
     for name in ("candidate_select", "candidate_logits_ragged"):
-        own = getattr(candidates.ops, name)
+        original = getattr(candidates.ops, name)
         monkeypatch.setattr(
             candidates.ops,
             name,
-            lambda *a, _own=own, _n=name, **k: used.append(_n) or _own(*a, **k),
+            lambda *a, _original=original, _n=name, **k: used.append(_n) or _original(*a, **k),
         )
     for context, masked in ((1000, False), (2500, True)):
         model = Model(engine, {"prefill": ((context, 9),)})
@@ -326,7 +326,7 @@ def test_deferred_logits_hold_no_memory(engine, on, monkeypatch):
     from dsv4_plugin.engines.vllm import candidates
 
     seen = []
-    own = candidates.apply_mask
+    original = candidates.apply_mask
     module = engine.indexer
     patched = vars(module)["_apply_candidate_mask"]
 
@@ -342,7 +342,7 @@ def test_deferred_logits_hold_no_memory(engine, on, monkeypatch):
     # Somebody else's function is in the way, so nothing was deferred: the logits are vLLM's own.
     assert [bytes_ > 4 for _, bytes_ in seen] == [True]
     monkeypatch.undo()
-    assert own is candidates.apply_mask
+    assert original is candidates.apply_mask
 
 
 # --- the engine serves after all ------------------------------------------------------------------
@@ -469,7 +469,7 @@ def test_an_explicit_setting_that_cannot_be_met_is_one_error(engine, on, monkeyp
 
 SERVED = "bf16 by torch on the plugin's bf16 logits"
 NO_LIBRARY = "plugin's logits by torch: the library is not there"
-OWN = "candidates are selected from the plugin's own logits"
+NEEDS_PLUGIN_LOGITS = "candidates are selected from the plugin's own logits"
 NO_BLOCKS = "the plugin selects no candidate blocks here, and vLLM's are in no order"
 SAID = {  # of each kind what the line says of the top-k: how it is done, or why vLLM does it
     "all served": ((), {}, (SERVED, SERVED, SERVED)),
@@ -477,11 +477,11 @@ SAID = {  # of each kind what the line says of the top-k: how it is done, or why
         ("block_maxima", "select_blocks", "candidate_select", "paged_logits", "ragged_logits"),
         {},
         ("fp32 by torch on the engine's float32 logits",  # or bf16, where it can write that
-         f"the engine's ({OWN}; {NO_LIBRARY})",
-         f"the engine's ({NO_BLOCKS}; {OWN}; {NO_LIBRARY})"),
+         f"the engine's ({NEEDS_PLUGIN_LOGITS}; {NO_LIBRARY})",
+         f"the engine's ({NO_BLOCKS}; {NEEDS_PLUGIN_LOGITS}; {NO_LIBRARY})"),
     ),
     "source refused": (
-        ("block_maxima",), {}, (SERVED, f"the engine's ({OWN}; {NO_LIBRARY})",
+        ("block_maxima",), {}, (SERVED, f"the engine's ({NEEDS_PLUGIN_LOGITS}; {NO_LIBRARY})",
                                 f"the engine's ({NO_BLOCKS})"),
     ),
     "consumer refused": (
@@ -583,14 +583,14 @@ def flatten(problem, rows):
         )
     )  # fmt: skip
     assert held == tokens and not padded and bool((each == 1).all())
-    own = {field.name for field in dataclasses.fields(metadata)} & {"block_table"}
+    tables = {field.name for field in dataclasses.fields(metadata)} & {"block_table"}
     problem.metadata = dataclasses.replace(
         metadata,
         decode=dataclasses.replace(
             decode, block_table=table, seq_lens=lengths.unsqueeze(-1), decode_lens=each,
             decode_is_uniform=True, write_max_decode_len=rows, per_req_decode_lens=lens,
         ),
-        **dict.fromkeys(own, decode.block_table),
+        **dict.fromkeys(tables, decode.block_table),
     )  # fmt: skip
     return decode.block_table
 
@@ -607,9 +607,13 @@ def requests_of(monkeypatch):
         (candidates.ops, "candidate_select"),
         (logits, "paged_logits"),
     ):
-        own = getattr(module, name)
+        original = getattr(module, name)
         monkeypatch.setattr(
-            module, name, lambda q, *a, _own=own, **k: seen.append(q.shape[:2]) or _own(q, *a, **k)
+            module,
+            name,
+            lambda q, *a, _original=original, **k: (
+                seen.append(q.shape[:2]) or _original(q, *a, **k)
+            ),
         )
     return seen
 

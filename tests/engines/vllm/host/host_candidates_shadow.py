@@ -76,10 +76,10 @@ def test_an_inexact_upstream_is_seen_in_every_layer(engine, monkeypatch, sparse)
 
 def test_an_upstream_that_publishes_other_blocks_is_seen(engine, monkeypatch, sparse):
     enable(monkeypatch, DSV4_TOPK="fp32")
-    own = engine.indexer._select_candidate_blocks.__wrapped__
+    original = engine.indexer._select_candidate_blocks.__wrapped__
 
     def loses_the_newest(out, **kwargs):
-        own(out=out, **kwargs)
+        original(out=out, **kwargs)
         out[out == out.amax(1, keepdim=True)] = 0
 
     model = Model(engine, BATCH)

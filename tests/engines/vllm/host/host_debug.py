@@ -68,7 +68,7 @@ def test_the_reasons_against_a_dtype_are_told(engine, run, anew, said):
 
 @pytest.mark.parametrize("whose", ["auto", "engine"])
 def test_who_was_asked_for_logits_is_told_in_order(
-    engine, run, anew, said, no_own, can_bf16, whose
+    engine, run, anew, said, no_plugin_logits, can_bf16, whose
 ):
     anew(DSV4_PLUGIN="1", DSV4_LOG="debug", DSV4_LOGITS=whose)
     run.build(engine.problem(**MIXED))

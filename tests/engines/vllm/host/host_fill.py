@@ -167,11 +167,11 @@ def test_the_patch_comes_and_goes(engine, on):
     problem = engine.problem(decode=(700, 1500))
     real = getattr(torch.ops.vllm, OP)
     with built(engine, problem):
-        ours = getattr(torch.ops.vllm, OP)
-        assert ours is not real and seam()["engaged"]
-        assert ours.default is real.default and ours.overloads() == real.overloads()
+        patched = getattr(torch.ops.vllm, OP)
+        assert patched is not real and seam()["engaged"]
+        assert patched.default is real.default and patched.overloads() == real.overloads()
         with built(engine, problem):
-            assert getattr(torch.ops.vllm, OP) is ours
+            assert getattr(torch.ops.vllm, OP) is patched
     unregister()
     assert getattr(torch.ops.vllm, OP) is real
     register()
@@ -184,9 +184,9 @@ def test_a_compiler_sees_the_op(engine, on, monkeypatch):
         from dsv4_plugin.engines.vllm import fill
 
         monkeypatch.setattr(fill, "run_op", lambda *a: 1 / 0)
-        ours = getattr(torch.ops.vllm, OP)
-        ours.resolved = lambda *a, **k: "the op"
-        assert ours(1) == "the op"
+        patched = getattr(torch.ops.vllm, OP)
+        patched.resolved = lambda *a, **k: "the op"
+        assert patched(1) == "the op"
     del layer
 
 

@@ -129,10 +129,10 @@ def test_the_flag_goes_with_the_plugin(arg_utils, engine):
 
     from dsv4_plugin.engines.vllm import register, unregister
 
-    ours = vars(arg_utils.EngineArgs)["add_cli_args"]
+    patched = vars(arg_utils.EngineArgs)["add_cli_args"]
     unregister()
     original = vars(arg_utils.EngineArgs)["add_cli_args"]
-    assert original is not ours
+    assert original is not patched
     parser = arg_utils.EngineArgs.add_cli_args(FlexibleArgumentParser())
     assert "--plugin" not in parser._option_string_actions
     register()

@@ -153,7 +153,7 @@ def refused(run, problem, **kwargs):
     return caught.value
 
 
-def test_fp16_is_refused_where_the_host_shall_write_it(engine, run, monkeypatch):
+def test_fp16_is_refused_where_the_engine_shall_write_it(engine, run, monkeypatch):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_TOPK", "fp16")
     monkeypatch.setenv("DSV4_LOGITS", "engine")
@@ -269,12 +269,12 @@ def test_additional_config_alone_switches_on(engine, run):
 def test_the_kill_switch_is_strongest(engine, run, monkeypatch):
     monkeypatch.setenv("DSV4_PLUGIN", "0")
     problem = engine.problem(**MIXED)
-    for own in ({"plugin": 1, "topk": "fp16"}, {"plugin": 1, "topk": "int8"}, "bf16"):
-        stayed_upstream(engine, problem, run(problem, config={"dsv4": own}))
+    for given in ({"plugin": 1, "topk": "fp16"}, {"plugin": 1, "topk": "int8"}, "bf16"):
+        stayed_upstream(engine, problem, run(problem, config={"dsv4": given}))
 
 
 @pytest.mark.parametrize(
-    ("own", "part"),
+    ("given", "part"),
     [
         ({"topk": "int8"}, "additional_config['dsv4']['topk'] is 'int8'"),
         ({"top_k": "bf16"}, "unknown name 'top_k'"),
@@ -283,9 +283,9 @@ def test_the_kill_switch_is_strongest(engine, run, monkeypatch):
         ("bf16", "must map names to values"),
     ],
 )
-def test_a_bad_additional_config_is_an_error_at_the_layer(engine, run, own, part):
+def test_a_bad_additional_config_is_an_error_at_the_layer(engine, run, given, part):
     with pytest.raises(SettingError, match=part.replace("[", r"\[").replace("]", r"\]")):
-        run.build(engine.problem(**MIXED), config={"dsv4": own})
+        run.build(engine.problem(**MIXED), config={"dsv4": given})
 
 
 def test_a_bad_variable_is_an_error_at_the_layer_and_none_in_register(engine, run, monkeypatch):
@@ -321,7 +321,7 @@ def test_an_empty_variable_is_unset(engine, run, monkeypatch, variable):
 
 
 @pytest.mark.parametrize(
-    ("own", "warned"),
+    ("given", "warned"),
     [
         (None, ""),
         ("", ""),
@@ -331,9 +331,9 @@ def test_an_empty_variable_is_unset(engine, run, monkeypatch, variable):
         ({"plugin": "0", "topk": "int8"}, "['topk'] is 'int8'"),
     ],
 )
-def test_a_configuration_that_asks_for_nothing(engine, run, caplog, own, warned):
+def test_a_configuration_that_asks_for_nothing(engine, run, caplog, given, warned):
     problem = engine.problem(**MIXED)
-    stayed_upstream(engine, problem, run(problem, config={"dsv4": own}))
+    stayed_upstream(engine, problem, run(problem, config={"dsv4": given}))
     plugin = [r for r in caplog.records if r.name == "dsv4_plugin"]
     loud = [r.getMessage() for r in plugin if r.levelno >= logging.WARNING]
     assert len(loud) == bool(warned) and warned in "".join(loud)
@@ -342,8 +342,8 @@ def test_a_configuration_that_asks_for_nothing(engine, run, caplog, own, warned)
 def test_the_words_that_yaml_reads_as_booleans(engine, run):
     """``additional-config: {dsv4: {topk: off, indexer_read: no}}`` arrives as two times False."""
     problem = engine.problem(**MIXED)
-    own = {"topk": False, "indexer_read": False}
-    stayed_upstream(engine, problem, run(problem, config={"dsv4": own}))
+    given = {"topk": False, "indexer_read": False}
+    stayed_upstream(engine, problem, run(problem, config={"dsv4": given}))
     assert why() == "DSV4_TOPK=off" and why("gather") == "DSV4_INDEXER_READ=off"
 
 
@@ -423,7 +423,7 @@ def test_on_cuda_auto_takes_kernels_only(engine, run, monkeypatch):
 
 
 @pytest.mark.parametrize("op", [None, "paged_logits", "ragged_logits"])
-def test_on_cuda_auto_takes_its_own_logits_and_else_deepgemms(
+def test_on_cuda_auto_takes_the_plugins_logits_and_else_deepgemms(
     engine, run, monkeypatch, can_bf16, op
 ):
     """Both of ours have to be there: what decode and prefill select on is of one dtype."""

@@ -239,7 +239,7 @@ def test_after_a_failure_logits_are_float32_again(engine, run, monkeypatch, whos
         engine.step(layer, problem)
         engine.calls.clear()
         engine.step(layer, problem)
-    wrote = {(c.dtype, c.own) for c in engine.calls if c.logits is not None}
+    wrote = {(c.dtype, c.by_plugin) for c in engine.calls if c.logits is not None}
     assert wrote == {(torch.float32, False)}
 
 
@@ -274,7 +274,7 @@ def test_a_deepgemm_that_cannot_write_bf16_costs_no_request(
     problem = engine.problem(**MIXED)
     got = run(problem)
     assert torch.equal(got, engine.expected(problem.k))
-    wrote = {(c.dtype, c.own) for c in engine.calls if c.logits is not None}
+    wrote = {(c.dtype, c.by_plugin) for c in engine.calls if c.logits is not None}
     if whose == "auto":  # ours from the start: nobody asks it
         assert wrote == {(torch.bfloat16, True)} and not names(engine) & UPSTREAM_TOPK
         return
@@ -291,13 +291,13 @@ def test_a_later_patch_of_somebody_else_stays(engine, monkeypatch, caplog):
     original = ops.top_k_per_row_prefill
     register()
 
-    def theirs(*args):
+    def other(*args):
         return original(*args)
 
-    ops.top_k_per_row_prefill = theirs
+    ops.top_k_per_row_prefill = other
     try:
         unregister()
-        assert ops.top_k_per_row_prefill is theirs
+        assert ops.top_k_per_row_prefill is other
         assert "patched by other code" in caplog.text
     finally:
         ops.top_k_per_row_prefill = original
@@ -328,11 +328,11 @@ def test_a_deepgemm_that_vllm_resolved_anew_is_asked_again(engine, run, monkeypa
     run(engine.problem(**MIXED))
     engine.install_deep_gemm()
     run(engine.problem(**MIXED))
-    wrote = {(c.dtype, c.own) for c in engine.calls if c.logits is not None}
+    wrote = {(c.dtype, c.by_plugin) for c in engine.calls if c.logits is not None}
     assert wrote == {(torch.bfloat16 if can_bf16 else torch.float32, False)}
 
 
-def test_a_call_our_kernel_does_not_take_is_one_call_upstream(engine, run, monkeypatch, caplog):
+def test_a_call_the_kernel_does_not_take_is_one_call_upstream(engine, run, monkeypatch, caplog):
     """As a cache whose rows are not aligned: about that call, so the next one is ours again."""
     import dsv4_plugin as ops
 

@@ -33,26 +33,26 @@ def scores(engine):
 
 
 @pytest.fixture
-def own(monkeypatch):
+def plugin_logits(monkeypatch):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_LOGITS", "plugin")
 
 
 @batches
-def test_own_logits_are_deepgemms_rounded(engine, run, batch, monkeypatch):
+def test_plugin_logits_are_deepgemms_rounded(engine, run, batch, monkeypatch):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_TOPK", "fp32")
     problem = engine.problem(**batch)
     run(problem)
-    assert not any(c.own for c in logits(engine))
-    theirs = scores(engine)
+    assert not any(c.by_plugin for c in logits(engine))
+    by_engine = scores(engine)
     monkeypatch.delenv("DSV4_TOPK")
     monkeypatch.setenv("DSV4_LOGITS", "plugin")
     got = run(problem)
-    assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.bfloat16, True)}
+    assert {(c.dtype, c.by_plugin) for c in logits(engine)} == {(torch.bfloat16, True)}
     assert torch.equal(got, engine.expected(problem.k))
     assert not names(engine) & UPSTREAM_TOPK
-    for a, b in zip(scores(engine), theirs, strict=True):
+    for a, b in zip(scores(engine), by_engine, strict=True):
         assert a.shape == b.shape
         if b.numel():
             assert bool(((a - b).abs() <= 2**-8 * b.abs() + 1e-5 * b.abs().max()).all())
@@ -71,17 +71,17 @@ def test_own_logits_are_deepgemms_rounded(engine, run, batch, monkeypatch):
         ("fp16", "deepseek_v4", torch.float16),
     ],
 )
-def test_other_dtypes(engine, run, own, monkeypatch, topk, model, dtype):
+def test_other_dtypes(engine, run, plugin_logits, monkeypatch, topk, model, dtype):
     monkeypatch.setenv("DSV4_TOPK", topk)
     problem = engine.problem(**MIXED)
     got = run(problem, model=model)
-    assert {(c.dtype, c.own) for c in logits(engine)} == {(dtype, True)}
+    assert {(c.dtype, c.by_plugin) for c in logits(engine)} == {(dtype, True)}
     assert torch.equal(got, engine.expected(problem.k))
     assert not names(engine) & UPSTREAM_TOPK
 
 
 @pytest.mark.parametrize(
-    "topk,dtype,own",
+    "topk,dtype,by_plugin",
     [
         ("auto", torch.bfloat16, True),
         ("bf16", torch.bfloat16, True),
@@ -89,37 +89,37 @@ def test_other_dtypes(engine, run, own, monkeypatch, topk, model, dtype):
         ("fp32", torch.float32, False),
     ],
 )
-def test_whose_they_are_where_nobody_says(engine, run, monkeypatch, topk, dtype, own):
+def test_whose_they_are_where_nobody_says(engine, run, monkeypatch, topk, dtype, by_plugin):
     """Ours in 16 bits, whatever DeepGEMM can; the engine's in float32."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_TOPK", topk)
     problem = engine.problem(**MIXED)
     got = run(problem)
-    assert {(c.dtype, c.own) for c in logits(engine)} == {(dtype, own)}
+    assert {(c.dtype, c.by_plugin) for c in logits(engine)} == {(dtype, by_plugin)}
     assert torch.equal(got, engine.expected(problem.k))
 
 
-def test_v32_calls_past_the_layer(engine, run, own):
+def test_v32_calls_past_the_layer(engine, run, plugin_logits):
     problem = engine.problem(**MIXED)
     got = run(problem, model="deepseek_v32", direct=True)
-    assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.float32, True)}
+    assert {(c.dtype, c.by_plugin) for c in logits(engine)} == {(torch.float32, True)}
     assert torch.equal(got, engine.expected(problem.k))
 
 
-def test_the_line_says_whose_logits(engine, run, own, caplog):
+def test_the_line_says_whose_logits(engine, run, plugin_logits, caplog):
     run.build(engine.problem(**MIXED))
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
     assert "bf16 by torch on the plugin's bf16 logits" in line
     assert dsv4_plugin.status()["seams"]["logits"]["engaged"]
 
 
-def test_host_on_this_release(engine, run, monkeypatch, can_bf16):
+def test_engine_logits_on_this_release(engine, run, monkeypatch, can_bf16):
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_LOGITS", "engine")
     problem = engine.problem(**MIXED)
     got = run(problem)
     dtype = torch.bfloat16 if can_bf16 else torch.float32
-    assert {(c.dtype, c.own) for c in logits(engine)} == {(dtype, False)}
+    assert {(c.dtype, c.by_plugin) for c in logits(engine)} == {(dtype, False)}
     assert torch.equal(got, engine.expected(problem.k))
 
 
@@ -131,7 +131,7 @@ def broken(*args, **kwargs):
 
 
 @pytest.mark.parametrize("batch", [MIXED, LATER], ids=["mixed", "prefill"])
-def test_logits_that_fail_cost_no_request(engine, run, own, monkeypatch, caplog, batch):
+def test_logits_that_fail_cost_no_request(engine, run, plugin_logits, monkeypatch, caplog, batch):
     monkeypatch.setattr("dsv4_plugin.ops.logits.paged_logits", broken)
     monkeypatch.setattr("dsv4_plugin.ops.logits.ragged_logits", broken)
     problem = engine.problem(**batch)
@@ -140,7 +140,7 @@ def test_logits_that_fail_cost_no_request(engine, run, own, monkeypatch, caplog,
         for _ in range(2):
             engine.calls.clear()
             got = engine.step(layer, problem)
-            assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.float32, False)}
+            assert {(c.dtype, c.by_plugin) for c in logits(engine)} == {(torch.float32, False)}
             assert torch.equal(got.sort(1).values, engine.expected(problem.k).sort(1).values)
             assert names(engine) & UPSTREAM_TOPK
     errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
@@ -148,7 +148,7 @@ def test_logits_that_fail_cost_no_request(engine, run, own, monkeypatch, caplog,
     assert "no kernel image" in dsv4_plugin.status()["seams"]["logits"]["why"]
 
 
-def test_logits_that_fail_under_strict_are_an_error(engine, run, own, monkeypatch):
+def test_logits_that_fail_under_strict_are_an_error(engine, run, plugin_logits, monkeypatch):
     monkeypatch.setenv("DSV4_STRICT", "1")
     monkeypatch.setattr("dsv4_plugin.ops.logits.paged_logits", broken)
     with pytest.raises(RuntimeError, match="no kernel image"):
@@ -156,12 +156,14 @@ def test_logits_that_fail_under_strict_are_an_error(engine, run, own, monkeypatc
 
 
 @pytest.mark.parametrize("batch", [MIXED, LATER], ids=["mixed", "prefill"])
-def test_a_topk_that_fails_leaves_logits_that_upstream_reads(engine, run, own, monkeypatch, batch):
+def test_a_topk_that_fails_leaves_logits_that_upstream_reads(
+    engine, run, plugin_logits, monkeypatch, batch
+):
     """Widened, and in the columns that the release expects."""
     monkeypatch.setattr("dsv4_plugin.topk", broken)
     problem = engine.problem(**batch)
     got = run(problem)
-    assert logits(engine)[0].own
+    assert logits(engine)[0].by_plugin
     for mine, exact, row in zip(got, engine.expected(problem.k), scores(engine), strict=True):
         mine, exact = mine[mine >= 0].long(), exact[exact >= 0].long()
         assert mine.unique().numel() == exact.numel()
@@ -173,19 +175,19 @@ def refused_once(monkeypatch, name):
     real = getattr(sys.modules["dsv4_plugin.ops.logits"], name)
     answers = [UnmetError("backend 'cuda' for paged_logits", ["q has 8 heads"])]
 
-    def ours(*args, **kwargs):
+    def refuses(*args, **kwargs):
         if answers:
             raise answers.pop()
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(f"dsv4_plugin.ops.logits.{name}", ours)
+    monkeypatch.setattr(f"dsv4_plugin.ops.logits.{name}", refuses)
 
 
 @pytest.mark.parametrize("topk", ["auto", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "op,batch", [("paged_logits", {"decode": (700, 40)}), ("ragged_logits", LATER)]
 )
-def test_a_call_ours_does_not_take_is_deepgemms(engine, run, monkeypatch, topk, op, batch):
+def test_a_call_the_plugin_does_not_take_is_deepgemms(engine, run, monkeypatch, topk, op, batch):
     """Where nobody asked for ours: this call in float32 by DeepGEMM, the next one is ours again.
 
     Also where DeepGEMM could write bfloat16: it is asked where that was decided, and only there.
@@ -197,23 +199,23 @@ def test_a_call_ours_does_not_take_is_deepgemms(engine, run, monkeypatch, topk, 
     half = torch.float16 if topk == "fp16" else torch.bfloat16
     with engine.gpu(), engine.config():
         layer = engine.layer(problem)
-        for dtype, own in ((torch.float32, False), (half, True)):
+        for dtype, by_plugin in ((torch.float32, False), (half, True)):
             engine.calls.clear()
             got = engine.step(layer, problem)
-            assert [(c.dtype, c.own) for c in logits(engine)] == [(dtype, own)]
+            assert [(c.dtype, c.by_plugin) for c in logits(engine)] == [(dtype, by_plugin)]
             assert torch.equal(got.sort(1).values, engine.expected(problem.k).sort(1).values)
             assert not names(engine) & UPSTREAM_TOPK
 
 
-def test_a_call_ours_does_not_take_is_an_error_where_it_was_asked_for(
-    engine, run, own, monkeypatch
+def test_a_call_the_plugin_does_not_take_is_an_error_where_it_was_asked_for(
+    engine, run, plugin_logits, monkeypatch
 ):
     refused_once(monkeypatch, "paged_logits")
     with pytest.raises(UnmetError, match="q has 8 heads"):
         run(engine.problem(decode=(700, 40)))
 
 
-def test_other_forms_are_deepgemms(engine, run, own):
+def test_other_forms_are_deepgemms(engine, run, plugin_logits):
     """A scale beside the queries, indices, cleaned logits: forms that ours do not have."""
     problem = engine.problem(decode=(700, 40))
     decode = problem.metadata.decode
@@ -229,25 +231,25 @@ def test_other_forms_are_deepgemms(engine, run, own):
         call((q, torch.zeros(2)), *rest, **clean)
         other = {"clean_logits": True} if clean else {"indices": torch.zeros(2, dtype=torch.int32)}
         call((q, None), *rest, **other)
-        assert [c.own for c in logits(engine)] == [True, False, False]
+        assert [c.by_plugin for c in logits(engine)] == [True, False, False]
     del layer
 
 
-def test_own_is_not_written_once_its_reader_was_replaced(engine, run, own):
+def test_plugin_logits_are_not_written_once_their_reader_was_replaced(engine, run, plugin_logits):
     problem = engine.problem(**LATER)
     with engine.gpu(), engine.config():
         layer = engine.layer(problem)
         with another_reader():
             engine.calls.clear()
             got = engine.step(layer, problem)
-            assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.float32, False)}
+            assert {(c.dtype, c.by_plugin) for c in logits(engine)} == {(torch.float32, False)}
             assert torch.equal(got.sort(1).values, engine.expected(problem.k).sort(1).values)
 
 
 # --- what cannot be met --------------------------------------------------------------------------
 
 
-def test_own_that_cannot_be_met_lists_everything(engine, run, own, monkeypatch):
+def test_plugin_logits_that_cannot_be_met_list_everything(engine, run, plugin_logits, monkeypatch):
     from dsv4_plugin.kernels import cuda
 
     monkeypatch.setenv("DSV4_BACKEND", "cuda")
@@ -263,22 +265,22 @@ def test_own_that_cannot_be_met_lists_everything(engine, run, own, monkeypatch):
         run.build(engine.problem(**MIXED))
 
 
-def test_own_and_no_topk_contradict(engine, run, own, monkeypatch):
+def test_plugin_logits_and_no_topk_contradict(engine, run, plugin_logits, monkeypatch):
     monkeypatch.setenv("DSV4_TOPK", "off")
     with pytest.raises(UnmetError, match="DSV4_TOPK=off leaves the logits to the engine"):
         run.build(engine.problem(**MIXED))
 
 
 @batches
-def test_auto_is_deepgemms_where_ours_cannot(
-    engine, run, monkeypatch, caplog, can_bf16, no_own, batch
+def test_auto_is_deepgemms_where_the_plugin_cannot(
+    engine, run, monkeypatch, caplog, can_bf16, no_plugin_logits, batch
 ):
     """bfloat16 where it writes that; by nobody: float32, and the reasons of the host and ours."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     problem = engine.problem(**batch)
     got = run(problem)
     dtype = torch.bfloat16 if can_bf16 else torch.float32
-    assert {(c.dtype, c.own) for c in logits(engine)} == {(dtype, False)}
+    assert {(c.dtype, c.by_plugin) for c in logits(engine)} == {(dtype, False)}
     assert torch.equal(got, engine.expected(problem.k))
     assert not names(engine) & UPSTREAM_TOPK
     counters = dsv4_plugin.status()["counters"]
@@ -293,14 +295,14 @@ def test_auto_is_deepgemms_where_ours_cannot(
         assert part in seam["why"] and part in line
 
 
-def test_bf16_where_ours_cannot(engine, run, monkeypatch, can_bf16, no_own):
+def test_bf16_where_the_plugin_cannot(engine, run, monkeypatch, can_bf16, no_plugin_logits):
     """An explicit dtype: DeepGEMM's, or one error with the reasons of both."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_TOPK", "bf16")
     problem = engine.problem(**MIXED)
     if can_bf16:
         run(problem)
-        assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.bfloat16, False)}
+        assert {(c.dtype, c.by_plugin) for c in logits(engine)} == {(torch.bfloat16, False)}
         return
     with pytest.raises(UnmetError, match="takes no logits_dtype") as caught:
         run.build(problem)
@@ -310,4 +312,4 @@ def test_bf16_where_ours_cannot(engine, run, monkeypatch, can_bf16, no_own):
 def test_additional_config(engine, run):
     problem = engine.problem(**MIXED)
     run(problem, config={"dsv4": {"logits": "plugin"}})
-    assert {(c.dtype, c.own) for c in logits(engine)} == {(torch.bfloat16, True)}
+    assert {(c.dtype, c.by_plugin) for c in logits(engine)} == {(torch.bfloat16, True)}

@@ -47,14 +47,14 @@ def test_ranks_share_the_rows_of_a_prefill(case, ranks):
     # Rows are shared by the keys that they see.
     assert found[1]["sizes"] == sizes and sum(sizes) == 120 and 0 < sizes[0] != sizes[1] > 0
     for rank, each in enumerate(found):
-        own, served = settings[rank], each["served"]
+        given, served = settings[rank], each["served"]
         assert each["gathered"] == [[sizes[rank], 512]], "one gather a layer, of its own rows"
-        by_plugin = own.get("DSV4_LOGITS") == "plugin"
+        by_plugin = given.get("DSV4_LOGITS") == "plugin"
         assert each["scored"] == sizes[rank], "by whomever"
         assert served.get("logits.plugin", 0) == (sizes[rank] + 2 if by_plugin else 0)
-        selects = own and "fails" not in own
+        selects = given and "fails" not in given
         assert served.get("topk.prefill", 0) == (sizes[rank] if selects else 0)
-        assert served.get("topk.prefill.upstream", 0) == (sizes[rank] if "fails" in own else 0)
+        assert served.get("topk.prefill.upstream", 0) == (sizes[rank] if "fails" in given else 0)
         assert each["same_as_alone"]
     # In which order a row has its indices is up to who selects; a gathered row is one rank's.
     assert found[0]["indices"] == found[1]["indices"]

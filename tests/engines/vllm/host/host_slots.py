@@ -373,18 +373,18 @@ def test_prefill_context_parallelism(engine, run, attention, on, pcp):
 
 
 def test_the_patch_comes_and_goes(engine, run, attention, on):
-    own = vars(attention.module)[TO_SLOTS]
-    assert not hasattr(own, "__wrapped__") and seam()["where"] and not seam()["engaged"]
+    original = vars(attention.module)[TO_SLOTS]
+    assert not hasattr(original, "__wrapped__") and seam()["where"] and not seam()["engaged"]
     run.build(engine.problem(decode=(700,)))
-    ours = vars(attention.module)[TO_SLOTS]
-    assert ours.__wrapped__ is own and seam()["engaged"]
+    patched = vars(attention.module)[TO_SLOTS]
+    assert patched.__wrapped__ is original and seam()["engaged"]
     run.build(engine.problem(decode=(700,)))
-    assert vars(attention.module)[TO_SLOTS] is ours
+    assert vars(attention.module)[TO_SLOTS] is patched
     unregister()
-    assert vars(attention.module)[TO_SLOTS] is own
+    assert vars(attention.module)[TO_SLOTS] is original
     register()
     run.build(engine.problem(decode=(700,)))
-    assert vars(attention.module)[TO_SLOTS].__wrapped__ is own
+    assert vars(attention.module)[TO_SLOTS].__wrapped__ is original
 
 
 @pytest.mark.parametrize("gone", [True, False])
@@ -422,11 +422,11 @@ def test_a_source_without_it_is_one_line(engine, monkeypatch, caplog):
 def test_somebody_else_patched_it(engine, run, attention, on, monkeypatch):
     problem = engine.problem(decode=(700, 1500))
     run.build(problem)
-    ours = vars(attention.module)[TO_SLOTS]
-    theirs = lambda *a, **k: ours(*a, **k)  # noqa: E731
-    monkeypatch.setattr(attention.module, TO_SLOTS, theirs)
+    patched = vars(attention.module)[TO_SLOTS]
+    other = lambda *a, **k: patched(*a, **k)  # noqa: E731
+    monkeypatch.setattr(attention.module, TO_SLOTS, other)
     run.build(problem)
     assert "other code" in seam()["why"] and not adapter.current().decision.selection.slots
     unregister()
-    assert vars(attention.module)[TO_SLOTS] is theirs
+    assert vars(attention.module)[TO_SLOTS] is other
     monkeypatch.undo()

@@ -88,12 +88,12 @@ def main(rank: int, meet: str, out: Path) -> None:
     assert parallel_state.get_tensor_model_parallel_rank() == rank
     parallel_state.get_tp_group().device_communicator = Gathers()
     for name, settings in CASES.items():
-        own = dict(settings[rank])
-        fails = own.pop("fails", None)
+        given = dict(settings[rank])
+        fails = given.pop("fails", None)
         unregister()
         for old in [n for n in os.environ if n.startswith("DSV4_")]:
             del os.environ[old]
-        os.environ |= own
+        os.environ |= given
         register()
         problem = engine.problem(DECODE, PREFILL, heads=4, seed=5)
         prefill = problem.metadata.prefill = in_two_chunks(problem.metadata.prefill)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from dsv4_plugin.cli.checks.canary import CANARY, GUARD, Canaries, Guarded
+from kits.canary import CANARY, GUARD, Canaries, Guarded
 
 DTYPES = [torch.uint8, torch.bfloat16, torch.int32, torch.int64]
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from kits.oracles import slots_of
 
 from dsv4_plugin.cli.checks import candidate_oracles as oracle
 from dsv4_plugin.cli.checks.inputs import scores
-from dsv4_plugin.cli.checks.oracles import slots_of
-from dsv4_plugin.cli.fuzz.candidates import candidates_of, chosen_field, piece_field, piece_of
-from dsv4_plugin.cli.fuzz.case import RequestsCase, backend_of, flag, number, one_of
-from dsv4_plugin.cli.fuzz.logits import DTYPES
-from dsv4_plugin.cli.fuzz.tensors import Parts, Requests, check_form, raise_wrong, run_parts
-from dsv4_plugin.cli.fuzz.topk import KINDS, PLAIN_KINDS, POISON
+from tests.fuzz.candidates import candidates_of, chosen_field, piece_field, piece_of
+from tests.fuzz.case import RequestsCase, backend_of, flag, number, one_of
+from tests.fuzz.logits import DTYPES
+from tests.fuzz.tensors import Parts, Requests, check_form, raise_wrong, run_parts
+from tests.fuzz.topk import KINDS, PLAIN_KINDS, POISON
 
 __all__ = ["SelectBlocksCase", "SelectCandidatesCase", "problem_of", "run"]
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from dsv4_plugin.cli.checks.oracles import Wrong
-from dsv4_plugin.cli.fuzz import cache, candidate_selections, candidates, logits, logits_run, topk
-from dsv4_plugin.cli.fuzz.case import Case, CaseError, function_of
 from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.ops.dispatch import Call, unmet
+from tests.fuzz import cache, candidate_selections, candidates, logits, logits_run, topk
+from tests.fuzz.case import Case, CaseError, function_of
 
 __all__ = ["OPS", "RUNS", "Failure", "Report", "backends_here", "fuzz", "run_case", "shrink"]
 

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from kits.oracles import slots_of
+from kits.topk_edges import CAPACITIES, EDGES, ODD_KS, plateau
 
 from dsv4_plugin.cli.checks.inputs import DISTRIBUTIONS, scores
-from dsv4_plugin.cli.checks.oracles import Ranking, slots_of
-from dsv4_plugin.cli.checks.topk_cases import CAPACITIES, DTYPES, EDGES, KS, ODD_KS, plateau
-from dsv4_plugin.cli.fuzz.case import CaseError, RequestsCase, backend_of, flag, number, one_of
-from dsv4_plugin.cli.fuzz.tensors import (
+from dsv4_plugin.cli.checks.oracles import Ranking
+from dsv4_plugin.cli.checks.topk_cases import DTYPES, KS
+from dsv4_plugin.ops.dispatch import Call, choose
+from tests.fuzz.case import CaseError, RequestsCase, backend_of, flag, number, one_of
+from tests.fuzz.tensors import (
     Parts,
     Requests,
     check_form,
@@ -27,7 +30,6 @@ from dsv4_plugin.cli.fuzz.tensors import (
     raise_wrong,
     run_parts,
 )
-from dsv4_plugin.ops.dispatch import Call, choose
 
 __all__ = ["KINDS", "PLAIN_KINDS", "POISON", "TopkCase", "run"]
 

@@ -1,34 +1,46 @@
-"""The command line of ``dsv4-plugin soak``."""
+"""The command line of ``python -m benchmarks.soak``."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.tool import MINUTES, device_of, tool
 from dsv4_plugin.cli.checks.results import Results
 from dsv4_plugin.cli.shared import numbers, outputs
-from dsv4_plugin.cli.shared.run import device_of, examples, interruptible
+from dsv4_plugin.cli.shared.run import Parser, examples, interruptible
 from dsv4_plugin.cli.shared.screen import clock
 
 if TYPE_CHECKING:
-    from dsv4_plugin.cli.soak.load import Result
+    from benchmarks.soak.load import Result
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["main", "parser"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``dsv4-plugin soak``."""
-    examples(parser, "soak --minutes 10", "soak --minutes 60 --seed 7 --json soak.json")
-    add = parser.add_argument
-    add("--minutes", type=numbers.MINUTES, default=1.0, help="how long (1)")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Replay until the time is up; returns the exit code."""
+    return tool(parser(), _run, argv)
+
+
+def parser() -> Parser:
+    """Return the parser of this command."""
+    p = Parser(
+        prog="python -m benchmarks.soak",
+        description="Graphs of 43 layers of calls, replayed under load (on a CPU: 3 layers).",
+    )
+    examples(p, "--minutes 10", "--minutes 60 --seed 7 --json soak.json")
+    add = p.add_argument
+    add("--minutes", type=MINUTES, default=1.0, help="how long (1)")
     add("--seed", type=numbers.SEED, default=0, help="other scores, lengths and pages (0)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
     add("--json", type=outputs.file, metavar="FILE", help="write the results there")
+    return p
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``dsv4-plugin soak``.
+def _run(arguments: argparse.Namespace) -> int:
+    """Replay, with a line of progress at each look.
 
     Returns:
         0 if all was as it should be, 1 if not.
@@ -37,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: there is no such device, or nothing was replayed.
     """
     device = device_of(arguments.device)
+    from benchmarks.soak.load import Result, shape_on, soak
     from dsv4_plugin.cli.checks.timing import machine
-    from dsv4_plugin.cli.soak.load import Result, shape_on, soak
 
     result = Result(device, shape_on(device))
     document: dict[str, Any] = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dsv4_plugin.cli.checks.topk_cases import DTYPES
-from dsv4_plugin.cli.fuzz.case import (
+from tests.fuzz.case import (
     FORMS,
     CaseError,
     KeptCase,

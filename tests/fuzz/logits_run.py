@@ -1,6 +1,6 @@
 """The index logits and the chain called and checked, for the cases of :mod:`.logits`.
 
-Scores are held against float64 (:mod:`dsv4_plugin.cli.checks.exact`), and, bit for bit, against
+Scores are held against float64 (:mod:`kits.exact_scores`), and, bit for bit, against
 those of rows that are computed alone and in a reversed batch. The chain must give what the top-k
 gives on the paged logits. What lies past a row's length in ``out`` must stay as it was, keys that
 no row sees may be NaN, and guard zones lie around all inputs and outputs.
@@ -13,12 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from kits import exact_scores
+from kits.inputs import FP4_SCALES
 
 from dsv4_plugin.cli.checks import exact
-from dsv4_plugin.cli.checks.inputs import FP4_SCALES
 from dsv4_plugin.cli.checks.oracles import same_bits
-from dsv4_plugin.cli.fuzz.logits import DTYPES, PagedLogitsCase, RaggedLogitsCase, SelectCase
-from dsv4_plugin.cli.fuzz.tensors import (
+from dsv4_plugin.kernels.device import alignment
+from dsv4_plugin.ops.dispatch import Call, choose
+from tests.fuzz.logits import DTYPES, PagedLogitsCase, RaggedLogitsCase, SelectCase
+from tests.fuzz.tensors import (
     Parts,
     Requests,
     Tensors,
@@ -30,8 +33,6 @@ from dsv4_plugin.cli.fuzz.tensors import (
     raise_wrong,
     run_parts,
 )
-from dsv4_plugin.kernels.device import alignment
-from dsv4_plugin.ops.dispatch import Call, choose
 
 __all__ = ["problem_of", "run"]
 
@@ -231,7 +232,7 @@ class _PagedProblem(_Problem, Requests):
         case = self.case
         q = self.typed(self.bytes.contiguous())
         q = q.view(self.batch, case.next_n, case.heads, case.head)
-        return exact.paged(q, self.pages, self.weights, self.table, case.block, columns)
+        return exact_scores.paged(q, self.pages, self.weights, self.table, case.block, columns)
 
     def counts(self, columns: int) -> torch.Tensor:
         return self.per_row.clamp(0, columns)
@@ -294,7 +295,7 @@ class _RaggedProblem(_Problem):
     def exact(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         q = self.bytes.contiguous().unflatten(1, (self.case.heads, self.case.head))
         windows = self.starts, self.ends
-        return exact.ragged(q, self.k, self.scale, self.weights, *windows, columns)[:2]
+        return exact_scores.ragged(q, self.k, self.scale, self.weights, *windows, columns)[:2]
 
     def counts(self, columns: int) -> torch.Tensor:
         return (self.ends.long() - self.starts.long()).clamp(0, columns)

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from kits.inputs import mxfp4_cache
+from kits.oracles import fp8_keys, mxfp4_keys
 
-from dsv4_plugin.cli.checks.inputs import fp8_cache, mxfp4_cache
-from dsv4_plugin.cli.checks.oracles import Wrong, fp8_keys, mxfp4_keys, same_bits
-from dsv4_plugin.cli.fuzz.case import (
+from dsv4_plugin.cli.checks.inputs import fp8_cache
+from dsv4_plugin.cli.checks.oracles import Wrong, same_bits
+from dsv4_plugin.ops.dispatch import Call, choose
+from tests.fuzz.case import (
     CaseError,
     KeptCase,
     flag,
@@ -25,7 +28,7 @@ from dsv4_plugin.cli.fuzz.case import (
     numbers,
     one_of,
 )
-from dsv4_plugin.cli.fuzz.tensors import (
+from tests.fuzz.tensors import (
     Parts,
     Tensors,
     bits,
@@ -35,7 +38,6 @@ from dsv4_plugin.cli.fuzz.tensors import (
     raise_wrong,
     run_parts,
 )
-from dsv4_plugin.ops.dispatch import Call, choose
 
 __all__ = ["GatherCase", "ReadCase", "ReadMxfp4Case", "run"]
 

@@ -24,13 +24,11 @@ from dsv4_plugin import (
     select_candidates,
     topk,
 )
-from dsv4_plugin.cli import main as cli
-from dsv4_plugin.cli.fuzz import command
-from dsv4_plugin.cli.fuzz.case import CaseError, describe, function_of, parse
-from dsv4_plugin.cli.fuzz.engine import OPS, fuzz, run_case, shrink
-from dsv4_plugin.cli.fuzz.topk import TopkCase
-from dsv4_plugin.cli.shared.choices import FUZZED
 from dsv4_plugin.errors import UnmetError
+from tests.fuzz import command
+from tests.fuzz.case import CaseError, describe, function_of, parse
+from tests.fuzz.engine import OPS, fuzz, run_case, shrink
+from tests.fuzz.topk import TopkCase
 
 KINDS = OPS
 
@@ -98,8 +96,8 @@ def test_a_case_is_its_own_repetition():
 def test_a_case_that_means_nothing_is_refused(text, words, capsys):
     with pytest.raises(CaseError, match=words):
         parse(text, KINDS)
-    assert cli.main(["fuzz", "--device", "cpu", "--case", text]) == 2
-    assert "dsv4-plugin fuzz: " in capsys.readouterr().err
+    assert command.main(["--device", "cpu", "--case", text]) == 2
+    assert "python -m tests.fuzz: " in capsys.readouterr().err
 
 
 # ---- Planted mistakes ----------------------------------------------------------------------------
@@ -434,8 +432,8 @@ def test_no_input_of_the_logits_may_be_written_to():
 
 def test_the_content_of_a_request_does_not_depend_on_what_is_kept():
     """Else shrinking to a row would draw another row."""
-    from dsv4_plugin.cli.fuzz.logits import PagedLogitsCase, RaggedLogitsCase
-    from dsv4_plugin.cli.fuzz.logits_run import problem_of
+    from tests.fuzz.logits import PagedLogitsCase, RaggedLogitsCase
+    from tests.fuzz.logits_run import problem_of
 
     whole = PagedLogitsCase(
         seed=5, requests=5, next_n=2, lengths="any", loose=1, width=3, pages=15, table="shuffled",
@@ -454,7 +452,7 @@ def test_the_content_of_a_request_does_not_depend_on_what_is_kept():
 
 
 def test_the_candidates_of_a_request_do_not_depend_on_what_is_kept():
-    from dsv4_plugin.cli.fuzz.candidate_selections import SelectCandidatesCase, problem_of
+    from tests.fuzz.candidate_selections import SelectCandidatesCase, problem_of
 
     whole = SelectCandidatesCase(
         seed=3,
@@ -478,7 +476,7 @@ def test_the_candidates_of_a_request_do_not_depend_on_what_is_kept():
 
 def test_a_case_that_names_cuda_is_one_that_the_kernels_take():
     """Alignment, heads, head_dim and block_size, by what the dispatch asks for."""
-    from dsv4_plugin.cli.fuzz.logits_run import problem_of
+    from tests.fuzz.logits_run import problem_of
 
     ops = ("paged_logits", "ragged_logits", "select", "block_maxima", "candidate_logits",
            "candidate_logits_ragged", "candidate_select")  # fmt: skip
@@ -509,9 +507,9 @@ def test_an_exception_is_a_finding():
 
 
 def test_every_op_has_a_public_function():
-    from dsv4_plugin.cli.fuzz.engine import backends_here, function_of
+    from tests.fuzz.engine import backends_here, function_of
 
-    assert tuple(OPS) == FUZZED  # what the command line offers without importing torch
+    assert tuple(OPS) == command.FUZZED  # what the command line offers without importing torch
     for name in OPS:
         assert callable(function_of(name))
         assert "torch" in backends_here(name, "cpu")
@@ -535,7 +533,7 @@ def test_the_results_file(tmp_path, capsys):
         "--op",
         "gather",
     ]
-    assert cli.main(["fuzz", *arguments, "--backend", "torch", "--json", str(file)]) == 0
+    assert command.main([*arguments, "--backend", "torch", "--json", str(file)]) == 0
     assert "0 failures" in capsys.readouterr().out
     data = json.loads(file.read_text())
     assert data["failures"] == [] and data["seed"] == 3 and data["machine"]["commit"]
@@ -545,29 +543,30 @@ def test_the_results_file(tmp_path, capsys):
 
 
 def test_a_failure_is_shown_as_a_command(monkeypatch, capsys):
-    import dsv4_plugin.cli.fuzz.engine as engine
+    import tests.fuzz.engine as engine
 
     broken = changed(swaps_an_index)
     monkeypatch.setattr(engine, "function_of", lambda op: broken)
-    assert cli.main(["fuzz", "--device", "cpu", "--op", "topk", "--minutes", "0.02"]) == 1
+    assert command.main(["--device", "cpu", "--op", "topk", "--minutes", "0.02"]) == 1
     out = capsys.readouterr().out
     (again, *_) = [line for line in out.splitlines() if line.strip().startswith("again")]
-    program, *arguments = shlex.split(again.split(None, 1)[1])
-    assert program == "dsv4-plugin"
-    assert cli.main(arguments) == 1 and "FAILS" in capsys.readouterr().out
+    *program, arguments = re.split(r" (?=--device)", again.split(None, 1)[1], maxsplit=1)
+    assert program == ["python -m tests.fuzz"]
+    arguments = shlex.split(arguments)
+    assert command.main(arguments) == 1 and "FAILS" in capsys.readouterr().out
     monkeypatch.undo()
-    assert cli.main(arguments) == 0 and "passes" in capsys.readouterr().out
+    assert command.main(arguments) == 0 and "passes" in capsys.readouterr().out
 
 
 def test_an_implementation_that_is_not_there_is_refused(capsys):
-    assert cli.main(["fuzz", "--device", "cpu", "--backend", "cuda"]) == 2
+    assert command.main(["--device", "cpu", "--backend", "cuda"]) == 2
     assert "no cuda form on cpu: topk, read" in capsys.readouterr().err
     with pytest.raises(UnmetError, match="fuzzing topk on cpu"):
         fuzz(seed=0, device="cpu", ops=["topk"], cases=1, backends=("cuda",))
 
 
 def test_the_fields_are_shown(capsys):
-    assert cli.main(["fuzz", "--fields", "--device", "cpu"]) == 0
+    assert command.main(["--fields", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     for op in OPS.values():
         for name in (field.name for field in dataclasses.fields(op)):
@@ -578,7 +577,7 @@ def test_without_a_gpu_cuda_is_refused(capsys):
     if torch.cuda.is_available():
         assert fuzz(seed=0, device="cuda", cases=3).cases.total() == 3
     else:
-        assert cli.main(["fuzz", "--device", "cuda"]) == 2
+        assert command.main(["--device", "cuda"]) == 2
         assert "no CUDA device" in capsys.readouterr().err
 
 
@@ -586,8 +585,8 @@ def test_the_progress_says_how_long_it_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "EVERY", 0.0)
-    given = ["fuzz", "--device", "cpu", "--backend", "torch", "--op", "topk", "--cases", "3"]
-    assert cli.main([*given, "--minutes", "10"]) == 0
+    given = ["--device", "cpu", "--backend", "torch", "--op", "topk", "--cases", "3"]
+    assert command.main([*given, "--minutes", "10"]) == 0
     *progress, last = capsys.readouterr().out.splitlines()
     for number, line in enumerate(progress, 1):
         assert re.fullmatch(

@@ -1,4 +1,4 @@
-"""``dsv4-plugin fuzz``: random calls of the ops, each checked without a reference and with one.
+"""``python -m tests.fuzz``: random calls of the ops, each checked without a reference and with one.
 
 :mod:`.case` is what a case is and how it is written. :mod:`.topk`, :mod:`.cache`, :mod:`.logits`
 (with :mod:`.logits_run`), :mod:`.candidates` and :mod:`.candidate_selections` draw, run, check and
@@ -6,3 +6,9 @@ simplify the cases of their ops; what they share is :mod:`.tensors`. :mod:`.engi
 the shrinking, :mod:`.command` the command line. A new op is a module with a :class:`.case.Case` and
 an entry in ``engine.OPS``.
 """
+
+import sys
+from pathlib import Path
+
+# Run as a command, it has the checkout on its path: ``kits`` is beside it.
+sys.path.append(str(Path(__file__).resolve().parents[1]))

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from kits.canary import Guarded
+from kits.oracles import check_selection
+from kits.replay import captured
 
-from dsv4_plugin.cli.checks.canary import Guarded
-from dsv4_plugin.cli.checks.oracles import Wrong, check_selection
-from dsv4_plugin.cli.checks.replay import captured
-from dsv4_plugin.cli.fuzz.case import FORMS
+from dsv4_plugin.cli.checks.oracles import Wrong
+from tests.fuzz.case import FORMS
 
 __all__ = [
     "Parts", "Requests", "Tensors", "bits", "check_form", "check_indices", "dirty", "page_view",
@@ -87,7 +88,7 @@ class Tensors:
 
 
 class Requests(Tensors):
-    """The tensors of a :class:`~dsv4_plugin.cli.fuzz.case.RequestsCase`: lengths, and tables."""
+    """The tensors of a :class:`~tests.fuzz.case.RequestsCase`: lengths, and tables."""
 
     def __init__(self, case: Any, device: str) -> None:
         super().__init__(case, device)

@@ -1,4 +1,4 @@
-"""The command line of ``dsv4-plugin fuzz``: progress, the report, one case again."""
+"""The command line of ``python -m tests.fuzz``: progress, the report, one case again."""
 
 from __future__ import annotations
 
@@ -7,53 +7,62 @@ import contextlib
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.tool import MINUTES, device_of, tool
 from dsv4_plugin.cli.checks.results import Results
-from dsv4_plugin.cli.fuzz.case import CaseError, describe, parse
 from dsv4_plugin.cli.shared import numbers, outputs
-from dsv4_plugin.cli.shared.choices import FUZZED
-from dsv4_plugin.cli.shared.run import UsageError, device_of, interruptible
+from dsv4_plugin.cli.shared.run import Parser, UsageError, interruptible
 from dsv4_plugin.cli.shared.screen import clock
 from dsv4_plugin.errors import UnmetError
+from tests.fuzz.case import CaseError, describe, parse
 
 if TYPE_CHECKING:
-    from dsv4_plugin.cli.fuzz.engine import Failure, Report
+    from tests.fuzz.engine import Failure, Report
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["FUZZED", "main", "parser"]
+
+# The ops. Here because a mistyped option is told without importing torch.
+FUZZED = ("topk", "read", "read_mxfp4", "gather", "paged_logits", "ragged_logits", "select",
+          "block_maxima", "select_blocks", "candidate_logits", "candidate_logits_ragged",
+          "candidate_select", "select_candidates")  # fmt: skip
 
 EVERY = 5.0  # seconds from line to line of progress
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``dsv4-plugin fuzz``."""
-    parser.add_argument("--minutes", type=numbers.MINUTES, default=1.0, help="how long (1)")
-    parser.add_argument("--cases", type=numbers.COUNT, help="at most so many cases")
-    parser.add_argument(
-        "--seed", type=numbers.SEED, default=0, help="another seed, other cases (0)"
+def main(argv: Sequence[str] | None = None) -> int:
+    """Try random cases, or one case again; returns the exit code."""
+    return tool(parser(), _run, argv)
+
+
+def parser() -> Parser:
+    """Return the parser of this command."""
+    p = Parser(
+        prog="python -m tests.fuzz", description="Random calls of the ops, checked and shrunk."
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
-    )
-    parser.add_argument("--op", action="append", choices=FUZZED, help="only these ops")
-    parser.add_argument(
+    add = p.add_argument
+    add("--minutes", type=MINUTES, default=1.0, help="how long (1)")
+    add("--cases", type=numbers.COUNT, help="at most so many cases")
+    add("--seed", type=numbers.SEED, default=0, help="another seed, other cases (0)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+    add("--op", action="append", choices=FUZZED, help="only these ops")
+    add(
         "--backend", action="append", choices=("cuda", "triton", "torch"),
         help="only these implementations; default: all that run on the device",
     )  # fmt: skip
-    parser.add_argument("--json", type=outputs.file, metavar="FILE", help="write the results there")
-    parser.add_argument(
-        "--case", metavar="CASE", help="one case again, as a failure shows it: op:field=value,..."
-    )
-    parser.add_argument(
+    add("--json", type=outputs.file, metavar="FILE", help="write the results there")
+    add("--case", metavar="CASE", help="one case again, as a failure shows it: op:field=value,...")
+    add(
         "--trace", type=outputs.file, metavar="FILE",
         help="write every case there before it runs: the last line is what hung or killed the GPU",
     )  # fmt: skip
-    parser.add_argument("--fields", action="store_true", help="show the fields of the cases")
+    add("--fields", action="store_true", help="show the fields of the cases")
+    return p
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``dsv4-plugin fuzz``.
+def _run(arguments: argparse.Namespace) -> int:
+    """Draw cases until the time is up, with lines of progress; or run the one case that is given.
 
     Returns:
         0 if nothing failed, 1 if something did.
@@ -73,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.case is not None:
         return _one(arguments.case, device)
     from dsv4_plugin.cli.checks.timing import machine
-    from dsv4_plugin.cli.fuzz import engine
+    from tests.fuzz import engine
 
     wanted = set(arguments.backend or ("cuda", "triton", "torch"))
     asked = arguments.op or engine.OPS
@@ -118,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def fields_text() -> str:
     """Return what the fields of every op's cases mean."""
-    from dsv4_plugin.cli.fuzz.engine import OPS
+    from tests.fuzz.engine import OPS
 
     lines = ["A case is op:field=value,... with the fields that are not at their default."]
     for name, kind in OPS.items():
@@ -128,7 +137,7 @@ def fields_text() -> str:
 
 
 def _one(text: str, device: str) -> int:
-    from dsv4_plugin.cli.fuzz.engine import OPS, run_case
+    from tests.fuzz.engine import OPS, run_case
 
     try:
         case = parse(text, OPS)
@@ -171,7 +180,7 @@ def _summary(report: Report) -> str:
 def command_of(failure: Failure, device: str) -> str:
     """Return the command that repeats a failure."""
     case = shlex.quote(str(failure.shrunk or failure.original))
-    return f"dsv4-plugin fuzz --device {device} --case {case}"
+    return f"python -m tests.fuzz --device {device} --case {case}"
 
 
 def _shown(failure: Failure, device: str) -> str:

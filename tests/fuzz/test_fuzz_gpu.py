@@ -3,8 +3,8 @@
 import pytest
 from kits.topk_device import DEVICE
 
-from dsv4_plugin.cli.fuzz.engine import OPS, backends_here, run_case
 from dsv4_plugin.errors import UnmetError
+from tests.fuzz.engine import OPS, backends_here, run_case
 
 pytestmark = pytest.mark.gpu
 
@@ -21,5 +21,6 @@ def test_random_calls(op, block):
         except UnmetError:  # an implementation that was named and does not take such a call
             refused += 1
             continue
-        assert failure is None, f"{failure.why}: dsv4-plugin fuzz --device {DEVICE} --case {case}"
+        again = f"python -m tests.fuzz --device {DEVICE} --case {case}"
+        assert failure is None, f"{failure.why}: {again}"
     assert refused < each / 2

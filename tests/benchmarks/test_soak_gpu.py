@@ -1,11 +1,11 @@
-"""Load on a GPU: `dsv4-plugin soak` for twenty seconds.
+"""Load on a GPU: `python -m benchmarks.soak` for twenty seconds.
 
 It looks at the memory of the whole device, so it fails beside another process that uses the GPU.
 """
 
 import pytest
 
-from dsv4_plugin.cli.soak.load import Shape, soak
+from benchmarks.soak.load import Shape, soak
 
 pytestmark = pytest.mark.gpu
 

@@ -16,11 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from kits.oracles import check_selection, fp8_keys
+from kits.replay import captured
 
 from dsv4_plugin import gather_indexer_cache, read_indexer_cache, select, topk
 from dsv4_plugin.cli.checks.inputs import fp8_cache, scores
-from dsv4_plugin.cli.checks.oracles import check_selection, fp8_keys, same_bits
-from dsv4_plugin.cli.checks.replay import captured
+from dsv4_plugin.cli.checks.oracles import same_bits
 
 __all__ = ["SMALL", "Result", "Shape", "shape_on", "soak"]
 

@@ -4,14 +4,14 @@ import json
 
 import torch
 
+from benchmarks.soak import command
+from benchmarks.soak.load import SMALL, soak
 from dsv4_plugin import topk
-from dsv4_plugin.cli import main as cli
-from dsv4_plugin.cli.soak.load import SMALL, soak
 
 
 def test_a_short_run_is_clean(tmp_path, capsys):
     file = tmp_path / "soak.json"
-    assert cli.main(["soak", "--device", "cpu", "--minutes", "0.02", "--json", str(file)]) == 0
+    assert command.main(["--device", "cpu", "--minutes", "0.02", "--json", str(file)]) == 0
     data = json.loads(file.read_text())
     assert data["faults"] == [] and data["replays"] > 0 and data["looks"] >= 2
     assert data["rows"] == data["replays"] * SMALL.layers * SMALL.rows

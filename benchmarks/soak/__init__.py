@@ -1,0 +1,7 @@
+"""``python -m benchmarks.soak``: :mod:`.command` has the options, :mod:`.load` the load."""
+
+import sys
+from pathlib import Path
+
+# What replays a call (``kits.replay``) is the tests'.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
