@@ -19,6 +19,7 @@ from kits.host_parts import make_cache
 from kits.host_tensors import PAGE, deep_gemm_buffer, in_row, page_table
 from kits.inputs import poison_tail
 from kits.oracles import check_selection, read_one_by_one
+from kits.replay import captured
 
 import dsv4_plugin as ops
 from dsv4_plugin import paged_logits
@@ -46,18 +47,6 @@ def _active() -> Iterator[None]:
     adapter.current().decide(INERT)
     state.reset()
     sys.modules.pop("deep_gemm", None)
-
-
-def captured(device: str, step: Callable[[], Any]) -> Callable[[], None]:
-    """Return what repeats ``step``: a replay of its CUDA graph, or the call itself on a CPU."""
-    step()
-    if device == "cpu":
-        return lambda: (step(), None)[1]
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def plane_of(pages: int, pad: int, device: str) -> torch.Tensor:
@@ -107,10 +96,10 @@ def test_sglang_paged(backend, device, name, form, raw, in_forward):
     indices = torch.full((rows, K), 7, dtype=torch.int32, device=device) if raw else None
     arguments = (unreachable, logits, lengths, table, out, PAGE)
     if form == "v1":
-        again = captured(device, lambda: wrappers.topk_v1(*arguments, indices))
+        again, _ = captured(lambda: wrappers.topk_v1(*arguments, indices), device)
     else:
         metadata = torch.zeros(rows + 1, 2, dtype=torch.int32, device=device)
-        again = captured(device, lambda: wrappers.topk_v2(*arguments, metadata, indices))
+        again, _ = captured(lambda: wrappers.topk_v2(*arguments, metadata, indices), device)
     for step in range(3):
         lengths.copy_(lengths_of(step, width, device))
         kind = ("relu_sum", "normal", "two_values")[step]
@@ -149,7 +138,7 @@ def test_sglang_dsa(backend, device, monkeypatch):
             )
         )
 
-    again = captured(device, run)
+    again, _ = captured(run, device)
     for step in range(2):
         lengths.copy_(lengths_of(step, width, device))
         lengths[0] = -4 * step  # an idle companion row
@@ -187,7 +176,7 @@ def test_vllm_own_decode(backend, device, name, next_n, monkeypatch):
         made.append(logits)
         vllm_calls.decode_topk(logits, lengths, next_n, out, K, unreachable)
 
-    again = captured(device, run)
+    again, _ = captured(run, device)
     for step in range(3):
         lengths.copy_(lengths_of(step, width, device)[-batch * next_n :].view(batch, next_n))
         lengths.clamp_(max=width)
@@ -309,7 +298,7 @@ def test_tokenspeed_decode(backend, device, name, who, layout, pad, seen):
             out=out, lens_out=lens,
         )  # fmt: skip
 
-    again = captured(device, run)
+    again, _ = captured(run, device)
     for step in range(3):
         lengths.copy_(lengths_of(step, width, device).clamp_max(width))
         q.copy_(torch.randn(rows, 64, 128).bfloat16())
@@ -377,8 +366,8 @@ def test_tokenspeed_reader_in_a_graph(device, backend):
     plane = plane_of(40, 1024, device)
     slots = torch.zeros(300, dtype=torch.int64, device=device)
     result: list[torch.Tensor] = []
-    again = captured(
-        device, lambda: result.append(ops.read_indexer_cache(plane, slots, backend=backend))
+    again, _ = captured(
+        lambda: result.append(ops.read_indexer_cache(plane, slots, backend=backend)), device
     )
     for seed in range(2):
         new = torch.randint(-2, 40 * PAGE, (300,), generator=torch.Generator().manual_seed(seed))

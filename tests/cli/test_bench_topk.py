@@ -16,6 +16,7 @@ import torch
 from kits.bench_command import bench
 from kits.packaging_tools import ROOT
 from kits.svg_curves import check_same
+from kits.topk_edges import plateau
 
 from dsv4_plugin import topk
 from dsv4_plugin.cli.bench.command import WHAT
@@ -249,7 +250,7 @@ def test_a_case_draws_what_it_says() -> None:
 
 
 def test_a_plateau_has_the_ties_it_says() -> None:
-    rows = cases.plateau([0, 1, 700, 1000], 1000, torch.bfloat16)
+    rows = plateau([0, 1, 700, 1000], 1000, torch.bfloat16)
     assert (rows == 2.0).sum(1).tolist() == [0, 1, 700, 1000]
     assert float(rows.max()) == 2.0
 

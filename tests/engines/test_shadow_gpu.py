@@ -6,11 +6,11 @@ Runs on a CPU too, with the torch backend and calls in place of replays.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import pytest
 import torch
 from kits.inputs import poison_tail
+from kits.replay import captured
 
 from dsv4_plugin import log, topk
 from dsv4_plugin.cli.checks.inputs import scores
@@ -52,16 +52,15 @@ class Upstream:
         out[:, 0].masked_fill_(self.spoilt[first : first + len(out)], -1)
 
 
-def repeated(device: str, step: Callable[[], None]) -> Callable[[], None]:
-    """Return what repeats ``step``: a replay of its CUDA graph, or the call on a CPU."""
-    step()
-    if device == "cpu":
-        return step
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+def watched_decode(backend: str, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Watch decode calls on float32 scores; returns logits, lengths and out of such a call."""
+    adapter.current().decide(Decision(True, strict=True, selection=Selection("fp32", backend)))
+    shadow.prepare(torch.device(device), "decode")
+    logits = scores("normal", ROWS, WIDTHS[device], torch.float32, device=device)
+    tag_logits(logits, LogitsTag())
+    lengths = torch.full((ROWS,), WIDTHS[device], dtype=torch.int32, device=device)
+    out = torch.empty(ROWS, K, dtype=torch.int32, device=device)
+    return logits, lengths, out
 
 
 def settled(device: str) -> dict[str, dict[str, float]]:
@@ -110,7 +109,7 @@ def test_replays_are_counted(backend, device, dtype, seam, monkeypatch):
             wrappers.prefill_topk(prefill, logits, starts, ends, out, ROWS, *logits.stride(), K)
 
     logits.copy_(scores("normal", ROWS, columns, DTYPES[dtype], device=device))
-    again = repeated(device, step)
+    again, _ = captured(step, device)
     step()  # not captured: counting begins with this one
     settled(device)
     for kept in shadow.kept.values():  # from here on by replays alone
@@ -145,12 +144,7 @@ def test_replays_are_counted(backend, device, dtype, seam, monkeypatch):
 
 
 def test_a_failing_upstream_leaves_the_capture_whole(backend, device):
-    adapter.current().decide(Decision(True, strict=True, selection=Selection("fp32", backend)))
-    shadow.prepare(torch.device(device), "decode")
-    logits = scores("normal", ROWS, WIDTHS[device], torch.float32, device=device)
-    tag_logits(logits, LogitsTag())
-    lengths = torch.full((ROWS,), WIDTHS[device], dtype=torch.int32, device=device)
-    out = torch.empty(ROWS, K, dtype=torch.int32, device=device)
+    logits, lengths, out = watched_decode(backend, device)
     broken = [False]
 
     def upstream(plain, into):
@@ -161,7 +155,7 @@ def test_a_failing_upstream_leaves_the_capture_whole(backend, device):
         wrappers.decode_topk(logits, lengths, 1, out, K, upstream)
         broken[0] = True  # from the capture on
 
-    again = repeated(device, step)
+    again, _ = captured(step, device)
     out.fill_(7)
     again()
     want = topk(logits, lengths, K, backend="torch")
@@ -171,12 +165,7 @@ def test_a_failing_upstream_leaves_the_capture_whole(backend, device):
 
 def test_reading_during_a_capture_disturbs_nothing(backend, device):
     """Another thread logs and asks for the status as fast as it can."""
-    adapter.current().decide(Decision(True, strict=True, selection=Selection("fp32", backend)))
-    shadow.prepare(torch.device(device), "decode")
-    logits = scores("normal", ROWS, WIDTHS[device], torch.float32, device=device)
-    tag_logits(logits, LogitsTag())
-    lengths = torch.full((ROWS,), WIDTHS[device], dtype=torch.int32, device=device)
-    out = torch.empty(ROWS, K, dtype=torch.int32, device=device)
+    logits, lengths, out = watched_decode(backend, device)
     upstream = Upstream(backend, device)
     stop, looks = threading.Event(), [0]
 
@@ -194,7 +183,7 @@ def test_reading_during_a_capture_disturbs_nothing(backend, device):
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        again = repeated(device, step)
+        again, _ = captured(step, device)
         step()
         settled(device)
         before = shadow_report.report()["decode"]["rows"]
@@ -212,12 +201,7 @@ def test_reading_during_a_capture_disturbs_nothing(backend, device):
 @pytest.mark.parametrize("held", [0, -1, 0x5A5A5A5A5A5A])
 def test_replays_begin_anew_where_the_memory_was_given_away(backend, device, held):
     """As after a sleep at level 2: the graph stays, what its counters held is anything."""
-    adapter.current().decide(Decision(True, strict=True, selection=Selection("fp32", backend)))
-    shadow.prepare(torch.device(device), "decode")
-    logits = scores("normal", ROWS, WIDTHS[device], torch.float32, device=device)
-    tag_logits(logits, LogitsTag())
-    lengths = torch.full((ROWS,), WIDTHS[device], dtype=torch.int32, device=device)
-    out = torch.empty(ROWS, K, dtype=torch.int32, device=device)
+    logits, lengths, out = watched_decode(backend, device)
     upstream = Upstream(backend, device)
 
     def step() -> None:
@@ -225,7 +209,7 @@ def test_replays_begin_anew_where_the_memory_was_given_away(backend, device, hel
             logits, lengths, 1, out, K, lambda plain, into: upstream(plain, lengths, into)
         )
 
-    again = repeated(device, step)
+    again, _ = captured(step, device)
     step()
     for _ in range(3):
         again()

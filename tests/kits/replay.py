@@ -7,9 +7,19 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["captured"]
+__all__ = ["capture", "captured"]
 
 T = TypeVar("T")
+
+
+def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """Return a graph of ``call``, which runs once before, outside of the graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
 
 
 def captured(call: Callable[[], T], device: str) -> tuple[Callable[[], Any], T]:
@@ -17,11 +27,8 @@ def captured(call: Callable[[], T], device: str) -> tuple[Callable[[], Any], T]:
 
     It is called once before. Without a GPU a replay is a call, and may give other tensors.
     """
-    answer = call()
     if device != "cuda":
-        return call, answer
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        answer = call()
-    return graph.replay, answer
+        return call, call()
+    answers: list[T] = []
+    graph = capture(lambda: answers.append(call()))
+    return graph.replay, answers[-1]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from kits.canary import Canaries
 from kits.inputs import slot_list
+from kits.replay import capture
 
 import dsv4_plugin
 from dsv4_plugin.cli.checks.inputs import fp8_cache
@@ -155,11 +156,7 @@ def test_in_a_cuda_graph(backend):
         read_indexer_cache(cache, slots, out=out, backend=backend)
         gather_indexer_cache(cache, table, cu, dtype=keys.dtype, out=keys, backend=backend)
 
-    both()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        both()
+    graph = capture(both)
     for seed in range(5):
         cache.copy_(fp8_cache(40, seed=seed))
         slots.copy_(slot_list(500, 2560, seed=seed))

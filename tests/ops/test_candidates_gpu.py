@@ -8,6 +8,7 @@ import pytest
 import torch
 from kits.candidate_cases import DTYPES, EDGES, PAD, dense, draw, equal_bits, oracle, valid, written
 from kits.logits_cases import D, codes
+from kits.replay import capture
 from kits.topk_device import BACKEND, DEVICE, Guarded, bits, ints
 
 from dsv4_plugin import (
@@ -359,11 +360,7 @@ def test_graph_follows_lengths_candidates_and_tables(block_size, next_n):
         consumer(outs[1])
         chain(outs[2])
 
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = capture(step)
     for seed in range(20):
         lengths = [(seed * 977 + r * 331) % 3001 if r % 4 else 0 for r in range(rows)]
         fresh = draw(lengths, next_n, block_size=block_size, pages=300, columns=3000, seed=seed)

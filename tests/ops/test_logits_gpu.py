@@ -16,6 +16,7 @@ from kits.logits_cases import (
     ragged_oracle,
     untouched,
 )
+from kits.replay import capture
 from kits.topk_device import BACKEND, DEVICE, Guarded, ints
 
 from dsv4_plugin import paged_logits, ragged_logits, select, topk
@@ -296,16 +297,6 @@ def test_rows_and_tables_further_apart_than_32_bits_count():
 
 
 # --- graphs and streams --------------------------------------------------------------------------
-
-
-def capture(call):
-    """A graph of `call`; it runs once before, outside of the graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
 
 
 @pytest.mark.parametrize("next_n", [1, 2])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kits.oracles import check_selection
+from kits.replay import capture
 from kits.topk_device import DEVICE, check_on_two_streams, draw, ints, run
 
 pytestmark = pytest.mark.gpu
@@ -31,11 +32,7 @@ def test_a_graph_follows_lengths_across_every_boundary(dtype):
     """One capture; lengths from 32,767 to 32,772 and around 131,072, in dirty outputs."""
     logits = draw("relu_sum", 2, 131_100, dtype)
     lengths, out = ints([0, 0]), torch.empty(2, 512, dtype=torch.int32, device=DEVICE)
-    run(logits, lengths, 512, out=out)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run(logits, lengths, 512, out=out)
+    graph = capture(lambda: run(logits, lengths, 512, out=out))
     for n in (*range(32_765, 32_774), *range(131_068, 131_078), 512, 513, 0, -1, 131_100):
         lengths.copy_(ints([n, 131_100 - max(n, 0)]))
         out.fill_(0x7FFFFFFF)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kits.oracles import Ranking, check_selection
+from kits.replay import capture
 from kits.topk_device import DEVICE, check_on_two_streams, draw, ints, run
 from kits.topk_edges import ROW_EDGES
 
@@ -10,17 +11,6 @@ from dsv4_plugin import topk
 from dsv4_plugin.cli.checks.topk_cases import DTYPES
 
 pytestmark = pytest.mark.gpu
-
-
-def capture(call, times=1):
-    """A graph of `call`; the call runs once before, outside of the graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            call()
-    return graph
 
 
 @pytest.mark.parametrize("sort", [False, True])

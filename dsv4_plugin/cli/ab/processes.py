@@ -61,10 +61,10 @@ class Process:
         """Return the exit code, or None while it runs."""
         return self._popen.poll()
 
-    def last_line(self, width: int = 100) -> str:
+    def last_line(self) -> str:
         """Return the last line of the log that says something."""
         lines = [line for line in self._tail() if line.strip()]
-        return lines[-1].strip()[:width] if lines else "no output yet"
+        return lines[-1].strip()[:100] if lines else "no output yet"
 
     def _tail(self) -> list[str]:
         """Return the end of the log; secrets are hidden before a line is cut."""

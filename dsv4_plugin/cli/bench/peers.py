@@ -10,30 +10,15 @@ from typing import Any
 
 from dsv4_plugin.cli.shared.run import UsageError
 
-__all__ = ["FORMS", "FORMS_OF", "Call", "Peers", "load"]
+__all__ = ["FORMS_OF", "Call", "Peers", "load"]
 
 # decode: (logits, lengths, k, out) → None; prefill: (logits, row_starts, row_ends, k, out) → None;
 # paged: (logits, lengths, page_table, k, out) → None, pages of 64, `out` in pool slots.
 # out is int32 [rows, k]; its indices count from the row's start, in any order.
-# sglang_… and tokenspeed_…: an engine's own function, called as the engine calls it.
 # logits: (q, cache, weights, lengths [batch, next_n], block_table, dtype) → logits;
 # ragged_logits: (q, k, k_scale, weights, row_starts, row_ends, dtype) → logits, a column a key.
 Call = Callable[..., Any]
 
-# The functions of a peers file, by the form of what they return.
-FORMS = {
-    "decode": "available",
-    "prefill": "available_prefill",
-    "paged": "available_paged",
-    "logits": "available_logits",
-    "ragged_logits": "available_ragged_logits",
-    "sglang_paged": "available_sglang_paged",
-    "tokenspeed_decode": "available_tokenspeed_decode",
-    "tokenspeed_dsv4_decode": "available_tokenspeed_dsv4_decode",
-    "tokenspeed_prefill": "available_tokenspeed_prefill",
-    "tokenspeed_gather": "available_tokenspeed_gather",
-    "tokenspeed_read": "available_tokenspeed_read",
-}
 TOPK_FORMS = ("decode", "prefill", "paged")
 FORMS_OF = {  # by benchmark
     "topk": TOPK_FORMS,
@@ -48,8 +33,8 @@ class Peers:
 
     def __init__(self, **forms: dict[str, Call | str]) -> None:
         self._calls = {
-            form: {name: call for name, call in forms.get(form, {}).items() if callable(call)}
-            for form in FORMS
+            form: {name: call for name, call in named.items() if callable(call)}
+            for form, named in forms.items()
         }
         every = {name: call for named in forms.values() for name, call in named.items()}
         self.missing = {name: why for name, why in every.items() if isinstance(why, str)}
@@ -59,18 +44,19 @@ class Peers:
     def add(self, engine: str, forms: dict[str, dict[str, Call | str]], choice: str | None) -> None:
         """Add what an installed engine has; what is there already keeps its name."""
         for form, named in forms.items():
+            calls = self._calls.setdefault(form, {})
             for name, call in named.items():
                 if isinstance(call, str):
                     self.missing[name] = call
-                elif name not in self._calls[form]:
-                    self._calls[form][name] = call
+                elif name not in calls:
+                    calls[name] = call
                     self._engine[name] = engine
         if choice is not None:
             self.choices[engine] = choice
 
     def choice(self, engine: str, asked: str | None, usual: str) -> str:
         """Return the top-k that stands for an engine: ``asked``, ``usual``, or its own."""
-        if asked is None and usual not in self._calls["decode"]:
+        if asked is None and usual not in self["decode"]:
             return self.choices.get(engine, usual)
         return asked or usual
 
@@ -81,8 +67,8 @@ class Peers:
         """
         ends = {*choices, *self.choices.values()} if self.choices else set(choices)
         found = []
-        for first in self._calls["logits"]:
-            for last in self._calls["decode"]:
+        for first in self["logits"]:
+            for last in self["decode"]:
                 engines = {self._engine.get(first), self._engine.get(last)}
                 together = len(engines) == 1 or (None in engines and TORCH not in engines)
                 if last in ends and together:
@@ -90,8 +76,13 @@ class Peers:
         return found
 
     def __getitem__(self, form: str) -> dict[str, Call]:
-        """Return the kernels of one of :data:`FORMS`."""
-        return self._calls[form]
+        """Return the kernels of a form; none where nothing has any."""
+        return self._calls.get(form, {})
+
+
+def _function(form: str) -> str:
+    """Return the function of a peers file that has the kernels of a form."""
+    return "available" if form == "decode" else f"available_{form}"
 
 
 def load(file: Path | None, forms: Sequence[str] = TOPK_FORMS) -> Peers:
@@ -99,9 +90,9 @@ def load(file: Path | None, forms: Sequence[str] = TOPK_FORMS) -> Peers:
     if file is None:
         return Peers()
     module = _module(file)
-    found = {form: FORMS[form] for form in forms if hasattr(module, FORMS[form])}
+    found = {form: _function(form) for form in forms if hasattr(module, _function(form))}
     if not found:
-        names = " or ".join(f"{FORMS[form]}()" for form in forms)
+        names = " or ".join(f"{_function(form)}()" for form in forms)
         raise UsageError(f"--peers must be a file with a function {names}, got {file}")
     return Peers(**{form: getattr(module, name)() for form, name in found.items()})
 

@@ -23,8 +23,8 @@ EDGE = 64  # the first and the last columns of a row are always looked at
 class Sample:
     """Rows and columns of a call, and their scores in float64, found once."""
 
-    def __init__(self, problem: Paged | Ragged, seed: int = 0) -> None:
-        self._problem, self._g = problem, torch.Generator().manual_seed(seed)
+    def __init__(self, problem: Paged | Ragged) -> None:
+        self._problem, self._g = problem, torch.Generator().manual_seed(0)
         self.tolerance = TOLERANCE[problem.q.device.type]
         self._parts = list(self._exact())
 
