@@ -150,7 +150,7 @@ def test_both_at_once(tmp_path: Path, port: int, capsys: pytest.CaptureFixture[s
     assert data["figure"] == "ITL p99"
     assert [s["url"].rpartition(":")[2] for s in data["servers"]] == [str(port), str(port + 1)]
     assert "".join(r["side"] for r in data["runs"]) == "ABBAAB"
-    assert "not what differs between two starts" in said.out
+    assert "does not include the differences between starts" in said.out
     for log in (tmp_path / "out").glob("*/server.log"):
         assert "REPEATED" not in log.read_text()
 
