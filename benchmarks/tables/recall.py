@@ -8,7 +8,7 @@ __all__ = ["table"]
 
 
 def table(document: dict[str, Any]) -> str:
-    """Return the Markdown of the figures (docs/numerics.md), from a results document.
+    """Return the Markdown of the figures (docs/numerics.md) from a results document.
 
     Raises:
         ValueError: the document has a swapped position that rounding does not explain.
