@@ -1,8 +1,8 @@
 """Every setting of the plugin: the one module that reads ``DSV4_*`` from the environment.
 
 A setting has a variable, a type, a default and a meaning, all in :data:`VARIABLES`. The table in
-the README is generated from it (``python -m benchmarks.tables settings``), and a test compares the
-two.
+``docs/settings.md`` is generated from it (``python -m benchmarks.tables settings``), and a test
+compares the two.
 
 An engine may override the environment for one model through its own configuration
 (vLLM: ``--additional-config.dsv4.topk bf16``): see :func:`override`. The kill switch
@@ -62,17 +62,17 @@ VARIABLES: tuple[Variable, ...] = (
         ("", "0", "1"),
         "",
         "`1` switches the plugin on (`vllm serve --plugin dsv4` and `sglang serve --dsv4-topk` set "
-        "it), `0` is the kill switch: nothing is patched, whatever else asks for it. Unset: "
-        "installed but inert.",
+        "it). `0` is the kill switch: the plugin patches nothing, whatever else asks for it. "
+        "Unset: the plugin is installed but inert.",
     ),
     Variable(
         "DSV4_TOPK",
         "topk",
         ("auto", "bf16", "fp16", "fp32", "off"),
         "auto",
-        "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 and V4.1 where "
-        "index logits can be had in bf16 (see `DSV4_LOGITS`), exact float32 elsewhere. `bf16`, "
-        "`fp16`, `fp32`: this or an error when the layer is built or first called. `off`: the "
+        "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 and V4.1 if index "
+        "logits are available in bf16 (see `DSV4_LOGITS`), else exact float32. `bf16`, `fp16`, "
+        "`fp32`: this dtype, or an error when the layer is built or first called. `off`: the "
         "engine's own top-k.",
     ),
     Variable(
@@ -81,26 +81,26 @@ VARIABLES: tuple[Variable, ...] = (
         ("auto", "engine", "plugin"),
         "auto",
         "Who computes the index logits that the top-k selects on. `auto`: in bf16 and fp16 the "
-        "plugin's own kernel where it can, else the engine's DeepGEMM if that writes this dtype; "
-        "in fp32 the engine's. `engine`: the engine's. `plugin`: the plugin's, or an error when "
-        "the layer is built or first called.",
+        "plugin's own kernel if it can, else the engine's DeepGEMM if that writes this dtype; in "
+        "fp32 the engine. `engine`: the engine. `plugin`: the plugin, or an error when the layer "
+        "is built or first called.",
     ),
     Variable(
         "DSV4_INDEXER_READ",
         "indexer_read",
         ("auto", "triton", "torch", "off"),
         "auto",
-        "What gathers the keys from the FP8 indexer cache for prefill (vLLM, TokenSpeed). `off`: "
-        "the engine's own.",
+        "Which code gathers the keys from the FP8 indexer cache for prefill (vLLM, TokenSpeed). "
+        "`off`: the engine's own.",
     ),
     Variable(
         "DSV4_BACKEND",
         "backend",
         ("auto", "cuda", "triton", "torch"),
         "auto",
-        "Which implementation runs. `auto`: the first of cuda, triton, torch that supports the "
-        "call; inside an engine its own CUDA kernel comes before torch. Anything else: this one "
-        "or an error, for every op that has an implementation of that kind.",
+        "Which implementation of an op runs. `auto`: the first of cuda, triton, torch that "
+        "supports the call; inside an engine the engine's own CUDA kernel comes before torch. "
+        "Other values: this implementation or an error, for every op that has one of that kind.",
     ),
     Variable(
         "DSV4_STRICT",
@@ -126,7 +126,7 @@ VARIABLES: tuple[Variable, ...] = (
         ("info", "debug", "warning", "error"),
         "info",
         "How much the plugin logs. `debug`: every setting and its origin, every seam and patch, "
-        "what was decided for each layer and op, with every reason, once a process "
+        "every decision for a layer or an op with its reasons, each once per process "
         "([docs/troubleshooting.md](docs/troubleshooting.md#everything-in-the-log)).",
     ),
     Variable(
@@ -134,10 +134,9 @@ VARIABLES: tuple[Variable, ...] = (
         "status_dir",
         ("",),
         "",
-        "A directory: every process in which the plugin is at work writes its counters there, "
-        "one small JSON file a process (`dsv4-plugin ab` reads them), and the engine's `/metrics` "
-        "has them ([docs/metrics.md](docs/metrics.md)). Unset: no file is "
-        "written.",
+        "A directory. Every process in which the plugin is at work writes its counters there, "
+        "one small JSON file per process (`dsv4-plugin ab` reads them), and the engine's "
+        "`/metrics` shows them ([docs/metrics.md](docs/metrics.md)). Unset: no file is written.",
         path=True,
     ),
 )

@@ -42,7 +42,7 @@ def process(engine: str) -> None:
         for name, (value, source) in envs.origins().items():
             log.debug(f"setting {name} = {value} ({source})")
         for name, like in envs.unknown().items():
-            log.debug(f"{name} is read by nobody" + (f"; did you mean {like}?" if like else ""))
+            log.debug(f"nothing reads {name}" + (f"; did you mean {like}?" if like else ""))
     except Exception as error:  # a log line must not end a server
         log.once(logging.DEBUG, f"this process cannot be described ({error})")
 
