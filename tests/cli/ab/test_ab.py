@@ -515,7 +515,7 @@ USAGE = {
     "the same address": (["--url-a=http://a", "--url-b=http://a/"], "the same server"),
     "two modes": (["--together", "--restart"], "exclude each other"),
     "running and started": (["--url-a=http://a", "--url-b=http://b"], "no server is started"),
-    "the log of a server of ab's": (["--log-a=x"], "are for --url-a and --url-b"),
+    "the log of a server of ab's": (["--log-a=x"], "need --url-a and --url-b"),
     "no such figure": (["--figure=TPOT"], "--figure: invalid choice: 'TPOT'"),
     "an engine without a client": (
         ["--engine=tokenspeed", "--client-command="],
