@@ -268,10 +268,8 @@ def main() -> int:
     print("On this CPU, stand-ins replace, for both columns alike:")
     for what, how in result["stands_in"].items():
         print(f"  · {what}: {how}")
-    print(
-        "So the first table has no times. The indices, the patched places and the path from vLLM's"
-    )
-    print("vLLM's plugin loader to the top-k are real.")
+    print("So the first table has no times. The indices, patched places and the path from vLLM's")
+    print("plugin loader to the top-k are real.")
     print()
     print(mark(fine, "everything is right" if fine else "something is wrong: see above"))
     return 0 if fine else 1
