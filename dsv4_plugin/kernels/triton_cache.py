@@ -189,7 +189,7 @@ def _gather_kernel(
     INTERPRETED_: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
-    if QUANTISED:  # noqa: SIM108  # a plain copy: loads and stores of 16 bytes a lane agree
+    if QUANTISED:  # noqa: SIM108  # a plain copy: loads and stores of 16 bytes per lane agree
         word = tl.arange(0, WORDS)[None, :]
     else:
         word = (tl.arange(0, WORDS) ^ zero)[None, :]

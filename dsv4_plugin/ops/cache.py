@@ -99,7 +99,7 @@ def read_indexer_cache_mxfp4(
 
 _GATHERED = (torch.float8_e4m3fn, torch.uint8, *checks.OUT_DTYPES)
 
-# kind → (bytes a key, what head_dim must be a multiple of)
+# kind → (bytes per key, what head_dim must be a multiple of)
 _READS = {
     "read": (lambda head_dim: head_dim + 4, 4),
     "read_mxfp4": (lambda head_dim: head_dim // 2 + head_dim // 32, 32),
@@ -163,8 +163,8 @@ def gather_indexer_cache(
         cu_seq_lens: ``[batch + 1]`` int32 or int64, starting at 0, not decreasing. The op checks
             the values only where that needs no extra synchronisation: on a CPU, and without
             ``out``.
-        block_size: keys a page.
-        head_dim: values a key; a multiple of 4.
+        block_size: keys per page.
+        head_dim: values per key; a multiple of 4.
         dtype: None keeps the keys quantised: ``(values, scales)``. float32 or bfloat16 dequantises
             them: ``value × scale`` in float32, rounded once.
         out: tensors to fill. Quantised: ``(values, scales)`` with values float8_e4m3fn or uint8

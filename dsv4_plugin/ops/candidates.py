@@ -107,8 +107,8 @@ def block_maxima(
             Clipped to what the columns of ``out`` and of ``logits`` have room for. A key that
             ``block_table`` has no page for scores ``-inf``.
         block_table: ``[batch, pages]`` int32 page numbers, unit inner stride.
-        block_size: keys a page.
-        piece: keys a block.
+        block_size: keys per page.
+        piece: keys per block.
         dtype: bfloat16, float16 or float32; ignored when ``out`` or ``logits`` is given.
         out: ``[rows, blocks]`` to fill, of such a dtype, unit inner stride, any row stride.
         logits: ``[rows, columns]`` of the same dtype, to fill with the keys' scores, bit for bit
@@ -179,7 +179,7 @@ def select_blocks(
             next_n]``, or one per request, ``[batch]`` or ``[batch, 1]``, by the rule of
             :func:`dsv4_plugin.topk`. The number of blocks is clipped to the columns of ``maxima``.
         k: 1 … 2048.
-        piece: keys a block.
+        piece: keys per block.
         next_n: rows per request.
         out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
         out_counts: ``[rows]`` int32, contiguous, to fill with the number of blocks of each row.
@@ -253,8 +253,8 @@ def candidate_logits(
         lengths: the keys that each row sees, as :func:`dsv4_plugin.paged_logits` takes them;
             clipped to ``block_table``.
         block_table: ``[batch, pages]`` int32 page numbers, unit inner stride.
-        block_size: keys a page.
-        piece: keys a block.
+        block_size: keys per page.
+        piece: keys per block.
         dtype: bfloat16, float16 or float32; ignored when ``out`` is given.
         out: ``[rows, K · piece]`` to fill, of such a dtype, unit inner stride, any row stride.
         out_lengths: ``[rows]`` int32, contiguous, to fill with the number of candidate columns that
@@ -326,7 +326,7 @@ def candidate_logits_ragged(
         row_starts: ``[rows]`` int32 or int64, the row's first key. Below zero: an empty row.
         row_ends: ``[rows]`` int32 or int64, one past the row's last key. Clipped to ``keys``; at or
             below the start: an empty row.
-        piece: keys a block.
+        piece: keys per block.
         dtype: bfloat16, float16 or float32; ignored when ``out`` is given.
         out: the result, as :func:`candidate_logits` takes it.
         out_lengths: the columns that each row sees, as :func:`candidate_logits` writes them.
@@ -395,12 +395,12 @@ def select_candidates(
         candidates: ``[rows, K]`` int32, the same that :func:`candidate_logits` took.
         lengths: int32 or int64 **keys** that each row sees, in the forms of :func:`select_blocks`.
         k: 1 … 2048.
-        piece: keys a block.
+        piece: keys per block.
         next_n: rows per request.
         out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
         block_table: ``[rows, pages]`` or ``[batch, pages]`` int32 page numbers, unit inner stride;
             read for ``out_slots``.
-        page_size: keys a page of ``block_table``.
+        page_size: keys per page of ``block_table``.
         out_slots: ``[rows, k]`` int32, to fill with pool slots in the order of ``out``: position
             ``i`` gives ``block_table[r, i // page_size] · page_size + i % page_size``. It is -1 if
             there is no index, if the page is below zero or not in the table, or if the slot does
@@ -479,13 +479,13 @@ def candidate_select(
         lengths: the keys that each row sees, as :func:`candidate_logits` takes them.
         block_table: ``[batch, pages]`` int32 page numbers, unit inner stride.
         k: 1 … 2048.
-        block_size: keys a page of ``cache``.
-        piece: keys a block.
+        block_size: keys per page of ``cache``.
+        piece: keys per block.
         dtype: the dtype of the scores that the op selects on: bfloat16, float16 or float32.
         page_table: ``[rows, pages]`` or ``[batch, pages]`` int32 page numbers for ``out_slots``, as
             the ``block_table`` of :func:`select_candidates`; it may be the same tensor as
             ``block_table``.
-        page_size: keys a page of ``page_table``.
+        page_size: keys per page of ``page_table``.
         out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
         out_slots: ``[rows, k]`` int32, to fill as :func:`select_candidates` does.
         out_counts: ``[rows]`` int32, to fill as :func:`select_candidates` does.

@@ -100,7 +100,7 @@ def paged_logits(
             per request, ``[batch]`` or ``[batch, 1]``, by the rule of :func:`dsv4_plugin.topk`: row
             ``b · next_n + j`` sees ``lengths[b] - next_n + 1 + j``.
         block_table: ``[batch, pages]`` int32 page numbers, unit inner stride.
-        block_size: keys a page.
+        block_size: keys per page.
         dtype: bfloat16, float16 or float32, for FP4 keys bfloat16; ignored when ``out`` is given.
         out: ``[rows, columns]`` to fill, of such a dtype, unit inner stride, any row stride.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
@@ -252,11 +252,11 @@ def select(
         lengths: the keys that each row sees, as :func:`paged_logits` takes them.
         block_table: ``[batch, pages]`` int32 page numbers, unit inner stride.
         k: 1 … 2048.
-        block_size: keys a page of ``cache``.
+        block_size: keys per page of ``cache``.
         dtype: the dtype of the scores that the op selects on: bfloat16, float16 or float32; ignored
             when ``logits`` is given.
         page_table: as in :func:`dsv4_plugin.topk`; may be ``block_table``.
-        page_size: columns a page of ``page_table``.
+        page_size: columns per page of ``page_table``.
         out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
         out_raw: ``[rows, k]`` int32, to fill with the indices when ``page_table`` is given.
         sort: sort by value. A row no longer than ``k`` keeps the order of its columns.

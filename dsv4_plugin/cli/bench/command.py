@@ -51,7 +51,7 @@ SUITES = {
     ),
     "logits": (
         choices.LOGITS_SUITES,
-        "decode: requests x keys (default); next_n: several queries a request; varied: lengths "
+        "decode: requests x keys (default); next_n: several queries per request; varied: lengths "
         "that differ; prefill: causal windows of gathered keys",
     ),
     "candidates": (

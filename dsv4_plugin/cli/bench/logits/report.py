@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 FLOOR = "the keys' bytes at the read rate"
 TITLES = {
-    "next_n": "Several queries a request",
+    "next_n": "Several queries per request",
     "varied": "Lengths from 1 to the columns",
     "prefill": "Prefill: causal windows of gathered keys",
 }
