@@ -66,7 +66,7 @@ def _library() -> str:
     import hashlib
 
     if not LIBRARY.is_file():
-        return f"{LIBRARY} is not there"
+        return f"{LIBRARY} is missing"
     digest = hashlib.sha256(LIBRARY.read_bytes()).hexdigest()
     return f"{LIBRARY}, {LIBRARY.stat().st_size} bytes, sha256 {digest[:16]}"
 

@@ -354,7 +354,7 @@ def scores_dtype(name: str, dtype: torch.dtype, q: torch.Tensor) -> None:
     """Check the dtype of scores: FP4 keys have bfloat16 scores."""
     if reads_fp4(q) and dtype is not torch.bfloat16:
         raise ValueError(
-            f"{name} must be bfloat16 where q is bfloat16: the scores of FP4 keys are; got {dtype}"
+            f"{name} must be bfloat16 if q is, because scores of FP4 keys are bfloat16; got {dtype}"
         )
 
 

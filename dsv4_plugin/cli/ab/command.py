@@ -433,7 +433,9 @@ def _run(arguments: argparse.Namespace, more: list[str]) -> int:
         if arguments.plot:
             plot.draw(told, arguments.plot)
             print(f"drawn to {arguments.plot}")
-    print(f"{'written' if code == 0 else 'what there is was written'} to {folder / 'ab.json'}")
+    print(
+        f"{'written' if code == 0 else 'the results so far were written'} to {folder / 'ab.json'}"
+    )
     return code
 
 
@@ -479,7 +481,7 @@ def _document(plan: _Plan) -> dict[str, Any]:
             "env": told(environ, plan.asked(side), plan.secrets),
             "expect": a.expect_a if side == "A" else a.expect_b,
             "versions": None,
-            "engagement": {"summary": "not looked at yet"},
+            "engagement": {"summary": "not checked yet"},
         }  # fmt: skip
     example = Client(plan.engine, plan.client, plan.client_args, a.model, {}, 0, Console())
     load = plan.design.workloads[0]

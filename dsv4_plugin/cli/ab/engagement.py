@@ -51,7 +51,7 @@ class Evidence:
             return f"at work in {len(self.engaged)} process(es); " + "; ".join(counts)
         if self.lines:
             return "only the log says that the plugin is at work"
-        return "nothing shows the plugin at work" if self.looked_at else "not looked"
+        return "nothing shows the plugin at work" if self.looked_at else "not checked"
 
     def mixed(self) -> list[str]:
         """Name the kinds of calls that the engine's own code partly served."""

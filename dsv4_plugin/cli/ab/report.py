@@ -75,9 +75,9 @@ def lines(document: Row) -> list[str]:
     text += [
         "",
         f"B/A: geometric mean over the pairs; interval: Student's t on logarithms, "
-        f"{design['pairs'] - 1} degrees of freedom. One in twenty such intervals misses.",
-        f"The figure that was declared before the run is {declared}. A verdict in parentheses is "
-        "of another figure, and not corrected for how many there are.",
+        f"{design['pairs'] - 1} degrees of freedom. One in twenty such intervals is wrong.",
+        f"The figure that was declared before the run is {declared}. A verdict in parentheses "
+        "is for another figure and is not corrected for the number of figures.",
         "The interval includes the differences between starts." if design["mode"] == "restart"
         else "The interval does not include the differences between starts.",
     ]  # fmt: skip

@@ -53,7 +53,11 @@ class Results:
 
     def said(self) -> str:
         """Return where the results are, for the last line of an interrupted run."""
-        return f"what there is was written to {self.file}" if self.file else "nothing was written"
+        return (
+            f"the results so far were written to {self.file}"
+            if self.file
+            else "nothing was written"
+        )
 
     def __enter__(self) -> Results:
         return self

@@ -522,8 +522,8 @@ def _library_row(library: Data) -> Row:
 
 def _check_row(check: Data) -> Row:
     if check.get("ran"):
-        right = "the same" if check["exact"] else "ANOTHER"
-        return ("check", f"one top-k by the kernels on the GPU: {right} answer as torch's")
+        right = "the same answer as" if check["exact"] else "ANOTHER answer than"
+        return ("check", f"one top-k by the kernels on the GPU: {right} torch")
     return (
         "check",
         f"FAILED: {check['error']}" if "error" in check else f"not run: {check['why']}",
