@@ -1,23 +1,23 @@
 """The setuptools commands that compile ``csrc`` into ``dsv4_plugin/_C.so`` and pack a wheel.
 
-One binary serves every Python, torch and CUDA 12/13 that an engine brings: it exports
-``__tvm_ffi_*`` functions, links the CUDA runtime statically and nothing of torch, tvm-ffi or the
-driver. Hence the wheel is tagged ``py3-none-<platform>``; without a compiler it is
-``py3-none-any`` and the plugin runs on Triton and torch.
+One binary serves every Python, torch and CUDA 12/13 that an engine has: it exports ``__tvm_ffi_*``
+functions, links the CUDA runtime statically, and links nothing of torch, tvm-ffi or the driver. So
+the wheel has the tag ``py3-none-<platform>``. Without a compiler the tag is ``py3-none-any``, and
+the plugin runs on Triton and torch.
 
 The build reads:
 
 ``DSV4_BUILD_CUDA``
-    ``auto`` (default): compile where an nvcc for the wanted architectures is found.
-    ``1``: a missing or unfit nvcc is an error. ``0``: never compile.
+    ``auto`` (default): compile if there is an nvcc for the wanted architectures.
+    ``1``: it is an error if nvcc is missing or does not fit. ``0``: never compile.
 ``DSV4_CUDA_ARCHS``
     Comma-separated architectures, default ``90a``.
 ``CUDA_HOME``
-    Where to look for ``bin/nvcc`` before looking on ``PATH``.
+    Where to look for ``bin/nvcc`` before ``PATH``.
 ``MAX_JOBS``
     How many nvcc run at once, default the number of cores.
 
-The build must not import torch: an isolated build environment never sees the engine's.
+The build must not import torch: an isolated build environment does not have the engine's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, SetupError
 
-CSRC = Path("csrc")  # The build runs in the project's root, so that messages name short paths.
+CSRC = Path("csrc")  # The build runs in the project's root, so that messages have short paths.
 MODULE = "dsv4_plugin._C"
 COMPILE_FLAGS = [
     "-std=c++17",
@@ -50,7 +50,7 @@ LINK_FLAGS = ["-shared", "-cudart=static", f"-Xlinker=--version-script={CSRC / '
 
 
 class Toolchain:
-    """An nvcc and the architectures it is asked for; ``unmet`` says why it will not do."""
+    """An nvcc and the architectures it must compile for; ``unmet`` says why it cannot be used."""
 
     def __init__(self) -> None:
         self.archs = [a.strip() for a in _environ("DSV4_CUDA_ARCHS", "90a").split(",") if a.strip()]
@@ -74,7 +74,7 @@ class Toolchain:
         if listed.returncode != 0:
             return nvcc, f"`{nvcc} --list-gpu-code` failed: {listed.stderr.strip()}"
         known = set(listed.stdout.split())
-        # The list leaves the suffixed targets out; sm_90a came with sm_90.
+        # The list does not have the suffixed targets; an nvcc that knows sm_90 knows sm_90a.
         missing = [a for a in self.archs if f"sm_{a.rstrip('af')}" not in known]
         if missing:
             return nvcc, f"{nvcc} does not know {', '.join('sm_' + a for a in missing)}"
@@ -87,7 +87,8 @@ class Toolchain:
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
         includes = [f"-I{CSRC / 'include'}"]
         for path in _tvm_ffi():
-            # Errors carry the file they come from: not one in a build environment that is gone.
+            # Errors name their source file; the name must not be in a build environment that is
+            # gone.
             includes += [f"-isystem={path}", f"-Xcompiler=-ffile-prefix-map={path}=tvm_ffi"]
         objects = [temp / f"{s.stem}.o" for s in sources]
         commands = [
@@ -101,7 +102,7 @@ class Toolchain:
 
 
 def toolchain() -> Toolchain | None:
-    """Return the compiler to use, or ``None`` for a pure wheel, by ``DSV4_BUILD_CUDA``."""
+    """Return the compiler to use, or ``None`` for a pure wheel, as ``DSV4_BUILD_CUDA`` says."""
     wish = _environ("DSV4_BUILD_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         raise SetupError(f"DSV4_BUILD_CUDA is {wish!r}; it can be 'auto', '0', '1'")
@@ -121,10 +122,10 @@ def toolchain() -> Toolchain | None:
 
 
 class BdistWheel(bdist_wheel):
-    """Declares the extension where it can be compiled, and tags the wheel for what is inside."""
+    """Declares the extension if it can be compiled, and tags the wheel for its content."""
 
     def initialize_options(self) -> None:
-        """Decide here: an editable build asks for the tag before it runs ``build``."""
+        """Decide here, because an editable build asks for the tag before it runs ``build``."""
         super().initialize_options()
         if toolchain() is not None:
             sources = sorted(str(p) for p in (CSRC / "bindings").glob("*.cu"))
@@ -133,20 +134,20 @@ class BdistWheel(bdist_wheel):
             self.distribution.ext_modules = [Extension(MODULE, sources)]
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Any Python 3, any ABI; the platform only where a binary is inside."""
+        """Any Python 3 and any ABI; a platform only if a binary is inside."""
         _, _, platform = super().get_tag()
         return "py3", "none", platform
 
 
 class BuildPy(build_py):
-    """Takes out of the build folder what an earlier build of another version has left there.
+    """Removes from the build folder what an earlier build of another version left there.
 
-    setuptools packs all that lies in it: a module that has been renamed since, or, in a wheel
-    without kernels, an older library.
+    setuptools packs everything in it: a module that was renamed since, or, in a wheel without
+    kernels, an older library.
     """
 
     def run(self) -> None:
-        """Copy the modules, and remove what this build has not made."""
+        """Copy the modules, and remove files that this build did not make."""
         super().run()
         if self.editable_mode:
             return
@@ -169,7 +170,7 @@ class BuildExt(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile one extension; failing is an error, so a platform wheel has its .so."""
+        """Compile one extension; a failure is an error, so a platform wheel always has its .so."""
         found = toolchain()
         if found is None:
             raise SetupError(f"{ext.name} was declared, but no compiler for it is there any more")

@@ -1,6 +1,6 @@
 """dsv4_plugin: exact, deterministic, fast indexer ops of DeepSeek-V4 for vLLM, SGLang, TokenSpeed.
 
-Importing this package imports neither torch nor an engine; each public name is loaded when it is
+Importing this package imports neither torch nor an engine. Each public name is loaded when it is
 first used.
 """
 

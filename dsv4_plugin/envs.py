@@ -1,15 +1,15 @@
 """Every setting of the plugin: the one module that reads ``DSV4_*`` from the environment.
 
-A setting has a variable, a type, a default and a meaning, all in :data:`VARIABLES`; the table
-in the README is generated from it (``python -m benchmarks.tables settings``), and a test compares
-the two.
+A setting has a variable, a type, a default and a meaning, all in :data:`VARIABLES`. The table in
+``docs/settings.md`` is generated from it (``python -m benchmarks.tables settings``), and a test
+compares the two.
 
 An engine may override the environment for one model through its own configuration
 (vLLM: ``--additional-config.dsv4.topk bf16``): see :func:`override`. The kill switch
 ``DSV4_PLUGIN=0`` cannot be overridden.
 
-A variable that is set to nothing is unset. A wrong value is an error where the setting counts: in
-an engine that is only where the plugin was switched on (:func:`asked`).
+A variable with an empty value counts as unset. A wrong value is an error where the setting counts.
+In an engine the settings count only if the plugin was switched on (:func:`asked`).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Variable:
-    """One setting: its variable, the values it takes (the first is the default), its meaning.
+    """One setting: its variable, the values it can have (the first is the default), its meaning.
 
-    ``path``: it takes any absolute path besides its choices.
+    ``path``: the setting can also be any absolute path.
     """
 
     name: str
@@ -62,17 +62,17 @@ VARIABLES: tuple[Variable, ...] = (
         ("", "0", "1"),
         "",
         "`1` switches the plugin on (`vllm serve --plugin dsv4` and `sglang serve --dsv4-topk` set "
-        "it), `0` is the kill switch: nothing is patched, whatever else asks for it. Unset: "
-        "installed but inert.",
+        "it). `0` is the kill switch: the plugin patches nothing, whatever else asks for it. "
+        "Unset: the plugin is installed but inert.",
     ),
     Variable(
         "DSV4_TOPK",
         "topk",
         ("auto", "bf16", "fp16", "fp32", "off"),
         "auto",
-        "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 and V4.1 where "
-        "index logits can be had in bf16 (see `DSV4_LOGITS`), exact float32 elsewhere. `bf16`, "
-        "`fp16`, `fp32`: this or an error when the layer is built or first called. `off`: the "
+        "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 and V4.1 if index "
+        "logits are available in bf16 (see `DSV4_LOGITS`), else exact float32. `bf16`, `fp16`, "
+        "`fp32`: this dtype, or an error when the layer is built or first called. `off`: the "
         "engine's own top-k.",
     ),
     Variable(
@@ -81,26 +81,26 @@ VARIABLES: tuple[Variable, ...] = (
         ("auto", "engine", "plugin"),
         "auto",
         "Who computes the index logits that the top-k selects on. `auto`: in bf16 and fp16 the "
-        "plugin's own kernel where it can, else the engine's DeepGEMM if that writes this dtype; "
-        "in fp32 the engine's. `engine`: the engine's. `plugin`: the plugin's, or an error when "
-        "the layer is built or first called.",
+        "plugin's own kernel if it can, else the engine's DeepGEMM if that writes this dtype; in "
+        "fp32 the engine. `engine`: the engine. `plugin`: the plugin, or an error when the layer "
+        "is built or first called.",
     ),
     Variable(
         "DSV4_INDEXER_READ",
         "indexer_read",
         ("auto", "triton", "torch", "off"),
         "auto",
-        "What gathers the keys from the FP8 indexer cache for prefill (vLLM, TokenSpeed). `off`: "
-        "the engine's own.",
+        "Which code gathers the keys from the FP8 indexer cache for prefill (vLLM, TokenSpeed). "
+        "`off`: the engine's own.",
     ),
     Variable(
         "DSV4_BACKEND",
         "backend",
         ("auto", "cuda", "triton", "torch"),
         "auto",
-        "Which implementation runs. `auto`: the first of cuda, triton, torch that supports the "
-        "call; inside an engine its own CUDA kernel comes before torch. Anything else: this one "
-        "or an error, for every op that has an implementation of that kind.",
+        "Which implementation of an op runs. `auto`: the first of cuda, triton, torch that "
+        "supports the call; inside an engine the engine's own CUDA kernel comes before torch. "
+        "Other values: this implementation or an error, for every op that has one of that kind.",
     ),
     Variable(
         "DSV4_STRICT",
@@ -126,7 +126,7 @@ VARIABLES: tuple[Variable, ...] = (
         ("info", "debug", "warning", "error"),
         "info",
         "How much the plugin logs. `debug`: every setting and its origin, every seam and patch, "
-        "what was decided for each layer and op, with every reason, once a process "
+        "every decision for a layer or an op with its reasons, each once per process "
         "([docs/troubleshooting.md](docs/troubleshooting.md#everything-in-the-log)).",
     ),
     Variable(
@@ -134,10 +134,9 @@ VARIABLES: tuple[Variable, ...] = (
         "status_dir",
         ("",),
         "",
-        "A directory: every process in which the plugin is at work writes its counters there, "
-        "one small JSON file a process (`dsv4-plugin ab` reads them), and the engine's `/metrics` "
-        "has them ([docs/metrics.md](docs/metrics.md)). Unset: no file is "
-        "written.",
+        "A directory. Every process in which the plugin is at work writes its counters there, "
+        "one small JSON file per process (`dsv4-plugin ab` reads them), and the engine's "
+        "`/metrics` shows them ([docs/metrics.md](docs/metrics.md)). Unset: no file is written.",
         path=True,
     ),
 )
@@ -157,7 +156,7 @@ OTHER_VARIABLES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings in force. ``plugin`` is ``None`` where nobody asked either way."""
+    """The settings in force. ``plugin`` is ``None`` if ``DSV4_PLUGIN`` is unset."""
 
     plugin: bool | None = None
     topk: str = "auto"
@@ -197,7 +196,7 @@ def parse(environ: Mapping[str, str]) -> Settings:
     """Build :class:`Settings` from a mapping of environment variables.
 
     Raises:
-        SettingError: variables have values they cannot have; the message names each.
+        SettingError: variables have values that are not allowed; the message names each of them.
     """
     values, wrong = {}, []
     for variable in VARIABLES:
@@ -216,13 +215,13 @@ _cache: tuple[tuple[str | None, ...], dict[str, Any], Settings] | None = None
 
 
 def settings() -> Settings:
-    """Return the settings in force: the environment, under what the engine's configuration says.
+    """Return the settings in force: the environment, overridden by the engine's configuration.
 
-    The environment is looked at on every call (a handful of dictionary reads), so a change
-    made before an engine starts its workers is seen by them and by this process alike.
+    The environment is read on every call (a handful of dictionary reads). So a change that is made
+    before an engine starts its workers counts for them and for this process.
 
     Raises:
-        SettingError: values are not of those allowed; the message names each variable.
+        SettingError: variables have values that are not allowed; the message names each of them.
     """
     global _cache
     raw = tuple(os.environ.get(v.name) for v in VARIABLES)
@@ -237,21 +236,21 @@ def settings() -> Settings:
 
 
 def value(field: str) -> Any:
-    """Return one setting in force, whatever the others hold.
+    """Return one setting in force, whatever the values of the others.
 
     Raises:
-        SettingError: this setting has a value it cannot have.
+        SettingError: this setting has a value that is not allowed.
     """
     return _override[field] if field in _override else _of(_BY_FIELD[field], os.environ)
 
 
 def killed() -> bool:
-    """Whether ``DSV4_PLUGIN=0`` is set; holds even where another setting is wrong."""
+    """Whether ``DSV4_PLUGIN=0`` is set; the answer is right even if another setting is wrong."""
     return os.environ.get(_BY_FIELD["plugin"].name, "").strip() == "0"
 
 
 def asked() -> bool:
-    """Whether the plugin was switched on; a wrong ``DSV4_PLUGIN`` asks for nothing."""
+    """Whether the plugin was switched on; a wrong ``DSV4_PLUGIN`` does not switch it on."""
     try:
         return bool(value("plugin")) and not killed()
     except SettingError:
@@ -262,7 +261,7 @@ def switch(on: bool) -> bool:
     """Switch the plugin on or off for this process and those it starts.
 
     Returns:
-        False where that was not done, because the kill switch ``DSV4_PLUGIN=0`` is set.
+        False if nothing was changed because the kill switch ``DSV4_PLUGIN=0`` is set.
     """
     if on and killed():
         return False
@@ -277,7 +276,7 @@ def choices(field: str) -> tuple[str, ...]:
 
 
 def put(field: str, value: str) -> None:
-    """Set one variable for this process and those it starts (an engine's command line).
+    """Set one variable for this process and those it starts (used by an engine's command line).
 
     Raises:
         SettingError: the setting cannot have this value.
@@ -289,18 +288,18 @@ def put(field: str, value: str) -> None:
 
 
 def override(config: Mapping[str, Any] | None) -> list[str]:
-    """Put an engine's own configuration over the environment; ``None`` takes it away again.
+    """Put an engine's own configuration over the environment; ``None`` removes it again.
 
-    ``config`` maps lower-case names (``plugin``, ``topk``, ``indexer_read`` …) to the values of
-    the variables of that name; naming anything switches the plugin on unless ``plugin`` says
-    otherwise. An empty value names nothing. YAML reads the words ``off`` and ``no`` as False, so
-    False is ``off`` where a setting has this value.
+    ``config`` maps lower-case names (``plugin``, ``topk``, ``indexer_read`` …) to the values of the
+    variables of that name. If it names anything, the plugin is switched on unless ``plugin`` says
+    otherwise. A name with an empty value is ignored. YAML reads the words ``off`` and ``no`` as
+    False, so False means ``off`` for a setting that has this value.
 
     Returns:
-        What is wrong in a configuration that leaves the plugin off, where nothing else counts.
+        What is wrong in a configuration that leaves the plugin off; there it is no error.
 
     Raises:
-        SettingError: unknown names, or values that are not one of those allowed.
+        SettingError: unknown names, or values that are not allowed.
     """
     global _override
     values: dict[str, Any] = {}
@@ -339,7 +338,8 @@ def _text(variable: Variable, value: Any) -> str:
 def origins() -> dict[str, tuple[str, str]]:
     """Return the value in force of every variable, as text, and where it came from; never raises.
 
-    A command line is known in the process that parsed it; those it starts see an environment.
+    The origin "the command line" is known only in the process that parsed the command line. The
+    processes that it starts see an environment variable.
     """
     found = {}
     for v in VARIABLES:
@@ -362,7 +362,7 @@ def origins() -> dict[str, tuple[str, str]]:
 
 
 def unknown() -> dict[str, str | None]:
-    """Map every ``DSV4_*`` variable that nobody reads to the one it looks like."""
+    """Map every ``DSV4_*`` variable that is not a setting to the setting it looks like."""
     import difflib
 
     known = [variable.name for variable in VARIABLES]

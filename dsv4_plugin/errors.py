@@ -8,18 +8,18 @@ __all__ = ["Dsv4Error", "SettingError", "UnmetError"]
 
 
 class Dsv4Error(Exception):
-    """Base class of every exception that is this package's own."""
+    """Base class of every exception that this package defines."""
 
 
 class SettingError(Dsv4Error, ValueError):
-    """A ``DSV4_*`` variable, or its twin in ``additional_config``, has a value it cannot have."""
+    """A ``DSV4_*`` variable, or its twin in ``additional_config``, has a forbidden value."""
 
 
 class UnmetError(Dsv4Error, RuntimeError):
-    """Something asked for explicitly cannot be had here.
+    """An explicit request cannot be met here.
 
-    ``wish`` is what was asked for, ``unmet`` every condition that stands in its way, so that
-    one look at the message is enough.
+    ``wish`` is what was asked for. ``unmet`` has every condition that is not met, so that the
+    message names all of them at once.
     """
 
     def __init__(self, wish: str, unmet: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
-"""What ``DSV4_LOG=debug`` says of a process: its settings, versions, library and GPU.
+"""What the plugin logs about a process: its settings, versions, library and GPU.
 
-Nothing here raises. But for the warning of a missing library nothing runs unless that level is in
-force. The adapters call it where they
-are installed and where something is decided; what was said once is not said again.
+Nothing here raises. All lines but one need ``DSV4_LOG=debug``; the exception is the warning that
+the compiled library is missing. The adapters call these functions when they are installed and when
+they decide something. Each line is logged once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LIBRARY = Path(__file__).resolve().with_name("_C.so")
 
 
 def process(engine: str) -> None:
-    """Say what this process is, and every setting with where it came from; imports no torch."""
+    """Log what this process is, and every setting with its origin; imports no torch."""
     if not log.tells_everything():
         return
     try:
@@ -42,7 +42,7 @@ def process(engine: str) -> None:
         for name, (value, source) in envs.origins().items():
             log.debug(f"setting {name} = {value} ({source})")
         for name, like in envs.unknown().items():
-            log.debug(f"{name} is read by nobody" + (f"; did you mean {like}?" if like else ""))
+            log.debug(f"nothing reads {name}" + (f"; did you mean {like}?" if like else ""))
     except Exception as error:  # a log line must not end a server
         log.once(logging.DEBUG, f"this process cannot be described ({error})")
 
@@ -62,17 +62,17 @@ def _versions() -> str:
 
 @functools.cache
 def _library() -> str:
-    """Name the file by what is in it: it has no version of its own but the package's."""
+    """Describe the library file by its size and hash, because it has no version of its own."""
     import hashlib
 
     if not LIBRARY.is_file():
-        return f"{LIBRARY} is not there"
+        return f"{LIBRARY} is missing"
     digest = hashlib.sha256(LIBRARY.read_bytes()).hexdigest()
     return f"{LIBRARY}, {LIBRARY.stat().st_size} bytes, sha256 {digest[:16]}"
 
 
 def library(capability: tuple[int, int]) -> None:
-    """Warn once where the compiled library is missing on a GPU of a capability that it is for."""
+    """Warn once if the compiled library is missing and it supports the GPU's capability."""
     from dsv4_plugin.kernels import cuda
 
     missing = cuda.missing()
@@ -81,10 +81,11 @@ def library(capability: tuple[int, int]) -> None:
 
 
 def device(device: torch.device) -> None:
-    """Say what GPU a decision is about, and whether the library loads in this process.
+    """Log which GPU a decision is about, and whether the library loads in this process.
 
-    A library that is missing on a GPU that it is for is a warning; the rest is said at DEBUG. The
-    engine has put tensors there already: nothing is initialised, nothing waits for the GPU.
+    A missing library on a GPU that it supports is a warning; the rest is logged at DEBUG. The
+    engine has already put tensors on the device, so this call initialises nothing and does not wait
+    for the GPU.
     """
     try:
         import torch

@@ -1,7 +1,7 @@
-"""Logging: one logger, lines that say ``dsv4``, and a way to say a thing once.
+"""Logging: one logger, lines that say ``dsv4``, and a way to log a line once.
 
-Engines set up logging when they like, before plugins are loaded or after it. So nothing here is
-settled beforehand: at every line the logger is made ready again, and it is asked who else listens.
+Engines configure logging at different times, before or after they load plugins. So nothing is fixed
+at import: for every line this module prepares the logger again and looks for other handlers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _LINE_OF_A_PROCESS = "%(levelname)s %(asctime)s [dsv4 pid %(process)d] %(message
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to stderr what no handler of the engine gets.
+    """Writes a line to stderr if no handler of the engine gets it.
 
-    Engines configure their own loggers and not always the root logger: without this an INFO line
-    of the plugin would be dropped, and an A/B could not tell that the plugin engaged.
+    Engines configure their own loggers, and not always the root logger. Without this handler an
+    INFO line of the plugin would be lost, and an A/B could not tell that the plugin engaged.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -35,12 +35,12 @@ class _Stderr(logging.StreamHandler):
         return True
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write to what is stderr now; it may have been replaced."""
+        """Write to the current stderr, which may have been replaced."""
         self.stream = sys.stderr
         super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Drop a line that cannot be written: it must not end a server."""
+        """Drop a line that cannot be written: a failed write must not end a server."""
 
 
 _stderr = _Stderr()
@@ -48,41 +48,41 @@ _stderr.setFormatter(logging.Formatter(_LINE, _TIME))
 
 
 def configure(level: str) -> None:
-    """Set the level. At DEBUG a line has its process: every process of a server says as much."""
+    """Set the level. At DEBUG each line names its process, because all processes log the same."""
     logger.setLevel(level.upper())
     line = _LINE_OF_A_PROCESS if tells_everything() else _LINE
     _stderr.setFormatter(logging.Formatter(line, _TIME))
 
 
 def _on(level: int) -> bool:
-    logger.disabled = False  # logging.config switches off the loggers that it does not name
-    logger.addHandler(_stderr)  # and takes away the handlers of those that it does
+    logger.disabled = False  # logging.config disables the loggers that it does not name
+    logger.addHandler(_stderr)  # and it removes the handlers of those that it names
     return logger.isEnabledFor(level)
 
 
 def tells_everything() -> bool:
-    """Whether ``DSV4_LOG=debug`` is in force; ask before a message is put together at length."""
+    """Whether ``DSV4_LOG=debug`` is in force; ask before a message that is costly to build."""
     return _on(logging.DEBUG)
 
 
 def say(level: int, message: str, exc_info: bool = False) -> None:
-    """Log ``message``, with ``exc_info`` and the traceback of the exception that is handled."""
+    """Log ``message``; with ``exc_info`` also the traceback of the exception being handled."""
     if _on(level):
         logger.log(level, "%s", message, exc_info=exc_info)
 
 
 def exception(message: str) -> None:
-    """Log ``message`` at ERROR with the traceback of the exception that is handled."""
+    """Log ``message`` at ERROR with the traceback of the exception being handled."""
     say(logging.ERROR, message, exc_info=True)
 
 
 def once(level: int, message: str) -> None:
-    """Log ``message`` the first time it comes in this process and the level lets it through."""
+    """Log ``message`` once in this process; a line that the level suppresses does not count."""
     if (level, message) not in _said and _on(level):
         _said.add((level, message))
         say(level, message)
 
 
 def debug(message: str) -> None:
-    """Log ``message`` at DEBUG the first time it comes; not for a path that runs at every call."""
+    """Log ``message`` once at DEBUG; not for code that runs at every call."""
     once(logging.DEBUG, message)

@@ -1,14 +1,14 @@
-"""The status of the workers in an engine's ``/metrics``, where ``DSV4_STATUS_DIR`` asks for it.
+"""The status of the workers in an engine's ``/metrics``, if ``DSV4_STATUS_DIR`` asks for it.
 
-Workers count, and a front end serves ``/metrics``: they are other processes. prometheus_client has
-two ways between them, and each engine uses one; both are public, nothing of an engine is patched.
+Workers count calls, and a front end in another process serves ``/metrics``. prometheus_client has
+two ways to join them, and each engine uses one. Both are public, so no engine is patched.
 
 * ``PROMETHEUS_MULTIPROC_DIR`` is set (SGLang with ``--enable-metrics``, TokenSpeed with its
   metrics, vLLM with several API servers): a worker sets gauges of its own, and the front end merges
   them (:func:`publish`).
-* It is not (vLLM with one API server): the front end reads the files of ``DSV4_STATUS_DIR``
-  (:func:`expose`). In vLLM a stat logger would be another way; not taken, because the entry point
-  of one turns statistics on for everybody who has this package installed.
+* It is not set (vLLM with one API server): the front end reads the files of ``DSV4_STATUS_DIR``
+  (:func:`expose`). A stat logger would be another way in vLLM. The plugin does not use it, because
+  its entry point turns statistics on for everyone who has this package installed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dsv4_plugin.errors import SettingError
 
 __all__ = ["METRICS", "expose", "publish", "wanted", "withdraw"]
 
-# metric -> its help text, and the label that names what a value is of
+# metric -> its help text, and the label that names what a value belongs to
 METRICS = {
     "dsv4_calls": (
         "Python calls at a seam of dsv4_plugin; under CUDA graphs calls at capture, none at replay."
@@ -56,7 +56,7 @@ def _samples(report: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
 def publish(report: dict[str, Any]) -> None:
     """Set the gauges of this process; the multi-process mode adds its ``pid``.
 
-    It runs when a status file is written, so seldom, and touches no device.
+    It runs when a status file is written, which is seldom, and touches no device.
     """
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return
@@ -75,7 +75,7 @@ def publish(report: dict[str, Any]) -> None:
 
 
 def wanted() -> bool:
-    """Whether ``DSV4_STATUS_DIR`` is set; False as well where it is wrong."""
+    """Whether ``DSV4_STATUS_DIR`` is set; False also if its value is wrong."""
     try:
         return bool(envs.value("status_dir"))
     except SettingError:
@@ -85,8 +85,9 @@ def wanted() -> bool:
 def expose(module: Any) -> None:
     """Put the files of ``DSV4_STATUS_DIR`` into the registry that vLLM serves.
 
-    Called once ``vllm.v1.metrics.prometheus`` is imported, never before: prometheus_client chooses
-    its mode when it is first imported, and that is vLLM's to do.
+    The plugin calls this once ``vllm.v1.metrics.prometheus`` is imported, never earlier.
+    prometheus_client chooses its mode when it is first imported, and vLLM must be the one that
+    imports it.
     """
     global _collector
     if _collector is None and wanted():
@@ -106,17 +107,17 @@ def withdraw(module: Any) -> None:
 
 
 class _Files:
-    """A collector of prometheus_client; a file that cannot be read is left out of the answer."""
+    """A collector of prometheus_client; it leaves out a file that cannot be read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def describe(self) -> list[Any]:
-        """Name nothing, so that registering reads nothing."""
+        """Return no metric names, so that registering reads no file."""
         return []
 
     def collect(self) -> list[Any]:
-        """Return the metrics of the processes that are alive."""
+        """Return the metrics of the processes that still run."""
         from prometheus_client.core import GaugeMetricFamily
 
         families = {
@@ -128,12 +129,12 @@ class _Files:
         return [family for family in families.values() if family.samples]
 
     def samples(self) -> list[tuple[str, list[str], float]]:
-        """Return metric, labels and value of every file of a process that is alive."""
+        """Return metric, labels and value from every file of a process that still runs."""
         found: list[tuple[str, list[str], float]] = []
         for report in processes.reports(self.folder):
             try:
                 node, pid = str(report["node"]), str(int(report["pid"]))
                 found += [(m, [node, name, pid], value) for m, name, value in _samples(report)]
-            except Exception:  # not one of the plugin's
+            except Exception:  # the file is not the plugin's
                 continue
         return found

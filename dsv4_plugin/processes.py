@@ -1,4 +1,4 @@
-"""What the plugin has to know of processes: that they fork, and that an id is used again."""
+"""What the plugin must know about processes: they fork, and process ids are used again."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ NODE = platform.node() or "unknown"
 
 
 def lock() -> Any:
-    """Return a lock that a forked child finds free, and what it guards whole.
+    """Return a lock that is free in a forked child, with the data that it guards in a whole state.
 
-    A fork waits for it. Were it inherited as another thread of the parent holds it, the child would
-    wait for ever.
+    A fork waits for the lock. If another thread of the parent held it during the fork, the child
+    would wait for ever.
     """
     made = threading.RLock()
     if hasattr(os, "register_at_fork"):
@@ -30,25 +30,26 @@ def lock() -> Any:
 
 
 def in_child(begin: Callable[[], None]) -> None:
-    """Have ``begin`` called in every child that is forked from now on."""
+    """Call ``begin`` in every child that is forked from now on."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=begin)
 
 
 def started(pid: Any) -> int | None:
-    """Return when a process began, in ticks since this machine did; None: it is not known here."""
+    """Return when a process began, in clock ticks since boot; None if that is not known here."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-        return int(stat.rpartition(")")[2].split()[19])  # behind the name, which may hold anything
+        # after the name, which may hold any character
+        return int(stat.rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return None
 
 
 def alive(report: dict[str, Any]) -> bool:
-    """Whether the process of a status file runs, as far as this machine can tell.
+    """Whether the process of a status file still runs, as far as this machine can tell.
 
-    One of another node is believed. An id that is used again is another process: ``started`` says
-    so.
+    A process of another node counts as running. A process id may be used again by another process;
+    the field ``started`` tells the two apart.
     """
     if report.get("node") != NODE:
         return True
@@ -57,7 +58,7 @@ def alive(report: dict[str, Any]) -> bool:
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
-    """Return the status files of a folder, of processes that run; what is none is left out."""
+    """Return the status files of a folder whose processes run; other files are left out."""
     found = []
     try:
         files = sorted(file for file in folder.glob("*.json") if file.is_file())
@@ -68,6 +69,6 @@ def reports(folder: Path) -> list[dict[str, Any]]:
             report = json.loads(file.read_text())
             if isinstance(report, dict) and alive(report):
                 found.append(report)
-        except (OSError, ValueError, RecursionError):  # something else, or gone meanwhile
+        except (OSError, ValueError, RecursionError):  # another kind of file, or deleted meanwhile
             continue
     return found

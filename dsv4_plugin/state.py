@@ -1,8 +1,9 @@
-"""What the plugin did in this process: the seams that engaged, and how often each one ran.
+"""What the plugin did in this process: which seams engaged, and how often each one ran.
 
-The counters count *Python calls*. Under full CUDA graphs an engine runs Python while it captures
-and never while it replays, so there a counter that is above zero says that the plugin's kernel is
-in the graph, and it stays where it is while the server decodes.
+A *seam* is a place in an engine that the plugin can replace. The counters count *Python calls*.
+Under full CUDA graphs an engine runs Python while it captures a graph and not while it replays it.
+There a counter above zero says that the plugin's kernel is in the graph, and it does not grow while
+the server decodes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["Seam", "State", "state", "status"]
 class Seam:
     """One place where an engine can be changed.
 
-    ``where`` names what was patched (``None``: not found), ``why`` says why it is not engaged.
+    ``where`` names what was patched (``None``: not found). ``why`` says why it is not engaged.
     """
 
     name: str
@@ -30,13 +31,13 @@ class Seam:
 
     @property
     def engaged(self) -> bool:
-        """Whether the patch is in place and nothing speaks against using it."""
+        """Whether the patch is in place and no reason speaks against using it."""
         return self.where is not None and self.why is None
 
 
 @dataclass
 class State:
-    """Per process; engines run one process a worker."""
+    """The state of one process; an engine runs one process a worker."""
 
     engine: str | None = None
     seams: dict[str, Seam] = field(default_factory=dict)
@@ -47,7 +48,7 @@ class State:
     _lock: Any = field(default_factory=processes.lock, repr=False)
 
     def found(self, seam: Seam) -> None:
-        """Note what looking for a seam found."""
+        """Record the result of looking for a seam."""
         self.seams[seam.name] = seam
         said = f"missing: {seam.why}" if seam.where is None else f"found: {seam.where}"
         log.debug(f"{self.engine}: seam {seam.name} {said}")
@@ -55,7 +56,7 @@ class State:
     def count(self, name: str, rows: int = 1) -> None:
         """Add one to a counter (``topk.decode``, ``topk.decode.upstream`` …).
 
-        A call of no rows is not counted: nothing has been served, by whomever.
+        A call without rows is not counted, because it serves nothing.
         """
         if rows == 0:
             return
@@ -64,21 +65,22 @@ class State:
             number = self.counters[name]
         if number == 1:
             log.debug(f"{self.engine}: first call of {name}")
-        if number & (number - 1) == 0:  # 1, 2, 4, 8 …: a file that is at most half behind
+        # 1, 2, 4, 8 …: the file shows at least half of the true number
+        if number & (number - 1) == 0:
             status_file.publish(self.report)
 
     def fail(self, part: str, why: str) -> None:
-        """Note that a part failed at a call and serves no more."""
+        """Record that a part failed at a call and is switched off."""
         with self._lock:
             self.failures[part] = why
         status_file.publish(self.report)
 
     def report(self) -> dict[str, Any]:
-        """Return what the file of ``DSV4_STATUS_DIR`` says of this process."""
+        """Return what the file of ``DSV4_STATUS_DIR`` says about this process."""
         return {**status(), "failures": dict(self.failures)}
 
     def peak(self, name: str, value: float) -> bool:
-        """Keep the largest value of a name (``logits.saved_mib``); True where this one is it."""
+        """Keep the largest value of a name (``logits.saved_mib``); True if this is the largest."""
         with self._lock:
             largest = value > self.peaks.get(name, 0.0)
             if largest:
@@ -86,7 +88,7 @@ class State:
         return largest
 
     def begin(self) -> None:
-        """Count from zero: a forked child has the patches of its parent, and made no call."""
+        """Count from zero: a forked child has its parent's patches but has made no call."""
         self.counters.clear()
         self.peaks.clear()
 
@@ -107,11 +109,12 @@ processes.in_child(state.begin)
 def status() -> dict[str, Any]:
     """Return what the plugin did in this process, as plain data.
 
-    ``engine`` is the engine that loaded it, ``seams`` maps each place it can change to where that
-    is, whether it is engaged and why not, ``counters`` says how often each ran (Python calls:
-    under full CUDA graphs these happen at capture, not at replay). Where there is something to say,
-    ``peaks`` has the largest value of each name (``logits.saved_mib``: by how much the logits of
-    one call were smaller than in float32), and ``shadow`` how the selections agreed at each seam.
+    ``engine`` is the engine that loaded the plugin. ``seams`` maps each place that the plugin can
+    change to where it is, whether it is engaged, and if not, why. ``counters`` says how often each
+    ran (Python calls: under full CUDA graphs these happen at capture, not at replay). Two entries
+    are optional. ``peaks`` has the largest value of each name (``logits.saved_mib``: by how much
+    the logits of one call were smaller than in float32). ``shadow`` says how the selections agreed
+    at each seam.
     """
     return {
         "engine": state.engine,

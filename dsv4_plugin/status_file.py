@@ -1,9 +1,9 @@
-"""The status of each process as a file, for who cannot ask the process: ``DSV4_STATUS_DIR``.
+"""The status of each process as a file, for readers outside the process: ``DSV4_STATUS_DIR``.
 
-An engine's workers are processes of their own, and ``dsv4_plugin.status()`` is per process. Where
-the setting names a directory, a process writes ``<host>-<pid>.json`` there when a counter reaches
-1, 2, 4, 8 … and when a part is switched off; a reader never sees half a file. Without the setting
-nothing is written, ever. A counter in the file is at least half of the true one.
+An engine's workers are separate processes, and ``dsv4_plugin.status()`` is per process. If the
+setting names a directory, a process writes ``<host>-<pid>.json`` there when a counter reaches 1, 2,
+4, 8 … and when a part is switched off. A reader never sees half a file. Without the setting the
+plugin writes no file. A counter in the file is at least half of the true one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _lock = processes.lock()
 def publish(report: Callable[[], dict[str, Any]]) -> None:
     """Write ``report()`` for this process if the setting asks for it; never raises.
 
-    It runs on the way of a served call, also while a CUDA graph is captured: it touches no device.
+    It runs during a served call, also while a CUDA graph is captured, so it touches no device.
     """
     try:
         folder = envs.value("status_dir")

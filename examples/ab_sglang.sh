@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# SGLang without dsv4_plugin against SGLang with it: three restarts of each, a table, JSON and a plot.
+# SGLang without dsv4_plugin against SGLang with it: three starts of each, a table, JSON and a plot.
 #
 #   MODEL=... TP=4 OUT=results/ab examples/ab_sglang.sh [more options of dsv4-plugin ab]
 #
 # The plot needs matplotlib (pip install "dsv4-plugin[bench]"). --dry-run shows the commands;
-# docs/ab.md says how to read what comes out.
+# docs/ab.md says how to read the results.
 set -euo pipefail
 
 tp="${TP:-4}"

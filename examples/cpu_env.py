@@ -1,9 +1,9 @@
-"""Environments in which an engine's own Python code runs on a CPU: what their makers share.
+"""What the makers of CPU environments share: an engine's own Python code runs in them.
 
-One virtual environment holds torch (CPU) and the few packages that the code in question imports;
-an engine with its dependencies takes minutes and gigabytes, and then needs a GPU. Each release is
-its own wheel, downloaded by pip, of which the Python files are unpacked to a folder of its own; it
-is used by putting that folder on PYTHONPATH. What exists is kept, so a second run takes a second.
+One virtual environment holds torch (CPU) and the few packages that the code imports. An engine with
+all its dependencies would take minutes and gigabytes and would then need a GPU. pip downloads the
+wheel of each release, and its Python files are unpacked to a folder of their own. A release is used
+by putting that folder on PYTHONPATH. Existing parts are kept, so a second run takes a second.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run(*command: object, **env: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time make an environment; the others find it made."""
+    """Let one process at a time make an environment; the others then find it ready."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f".{folder.name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -52,7 +52,7 @@ def build_venv(
     print(f"making {folder}: torch for the CPU and {len(packages)} packages ({size})", flush=True)
     venv.EnvBuilder(clear=True, with_pip=True).create(folder)
     pip = (python, "-m", "pip", "install", *QUIET)
-    # The CPU build where the index has one; PyPI's own carries the CUDA libraries (2.5 GB more).
+    # Use the CPU build if the index has one; PyPI's own carries the CUDA libraries (2.5 GB more).
     cpu = "https://download.pytorch.org/whl/cpu"
     attempt = subprocess.run(
         [*map(str, pip), "--index-url", cpu, "--timeout", "20", "--retries", "1", TORCH],
@@ -83,7 +83,7 @@ def install_plugin(python: Path, folder: Path) -> None:
 def unpack(
     python: Path, target: Path, requirement: str, expect: str, keep: Sequence[str] = (".py",)
 ) -> Path:
-    """Download one wheel and keep the files that end in ``keep`` and the metadata."""
+    """Download one wheel; keep the files that end in ``keep``, and the metadata."""
     if (target / expect).is_file():
         return target
     print(f"fetching {requirement}", flush=True)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Real vLLM indexer code on a CPU: without the plugin, with it, and whether the answer is the same.
+"""Real vLLM indexer code on a CPU: without the plugin, with it, and whether the answers are equal.
 
     make demo
 
-Every release in the environment runs in a process of its own. There vLLM loads its plugins as any
-vLLM process does, builds its own `SparseAttnIndexer` over a paged FP8 cache, and runs its forward
-on a small random batch: once as it is, once with the plugin switched on. What a CPU cannot run is
-replaced, for both alike, and named in the output. Exit code 1 if an index or a value
-differs from what it should be.
+Every release in the environment runs in its own process. There vLLM loads its plugins like any vLLM
+process and builds its own `SparseAttnIndexer` over a paged FP8 cache. It runs the indexer's forward
+pass on a small random batch, once without the plugin and once with it. Code that a CPU cannot run
+is replaced, for both runs alike, and the output names it. The exit code is 1 if an index or a value
+is wrong.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ READ_BAR = 50
 
 
 def least_ms(function, repeats: int) -> float:
-    """The best of a few: the rest is what else the machine was doing."""
+    """The best of a few runs; slower ones include other work of the machine."""
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -46,10 +46,10 @@ def least_ms(function, repeats: int) -> float:
 
 
 def run_release() -> dict:
-    """Run every case both ways; called in a process that has one release on its path."""
+    """Run every case both ways; runs in a process that has one release on its path."""
     from vllm.plugins import load_general_plugins
 
-    load_general_plugins()  # the plugin's entry point, found by vLLM itself
+    load_general_plugins()  # vLLM itself finds the plugin's entry point
 
     import torch
     from kits.vllm_host import STANDS_IN, Engine
@@ -87,7 +87,7 @@ def run_release() -> dict:
         for topk in ("auto", "fp32"):
             plugin = one_way(problem, True, topk)
             if plugin["logits"] in seen:
-                continue  # nobody writes bfloat16 here: auto was fp32
+                continue  # no kernel here writes bfloat16, so auto was fp32
             seen.add(plugin["logits"])
             a, b = upstream["indices"], plugin["indices"]
             chosen = int((b >= 0).sum())
@@ -110,7 +110,7 @@ def run_release() -> dict:
 
 
 def run_read() -> dict:
-    """The read of the cache by slot: token by token, and at once."""
+    """Read the cache by slot: token by token, and in one call."""
     import torch
 
     import dsv4_plugin
@@ -140,7 +140,7 @@ def run_read() -> dict:
         return dsv4_plugin.read_indexer_cache(cache, slots)
 
     same = bool(torch.equal(loop(), at_once()))
-    # Best of several on both sides; again where a busy machine got between.
+    # Take the best of several on both sides; repeat if a busy machine disturbed them.
     for _ in range(3):
         times = {"loop_ms": least_ms(loop, 5), "read_ms": least_ms(at_once, 200)}
         if times["loop_ms"] >= READ_BAR * times["read_ms"]:
@@ -187,7 +187,7 @@ def table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def implementations(counters: dict[str, int]) -> str:
-    """Which implementation ran, from the plugin's own counters."""
+    """The implementation that ran, from the plugin's own counters."""
     ran: dict[str, list[str]] = {}
     for name in sorted(counters, reverse=True):  # top-k before gather
         op, by = name.partition(".")[0], name.rpartition(".")[2]
@@ -207,7 +207,7 @@ SHORT = {
 
 
 def show(result: dict) -> bool:
-    """Print one release; returns whether all is as it should be."""
+    """Print one release; return whether everything is right."""
     print(paint(f"vLLM {result['version']}", "1") + f", torch {result['torch']}; patched:")
     for name, where in result["seams"].items():
         print(f"    {name:13s} {where}")
@@ -216,7 +216,7 @@ def show(result: dict) -> bool:
         if row["logits"] == "fp32":
             good = row["same"] and row["exact"]
             answer = mark(good, "same as vLLM's" if row["same"] else "DIFFERENT")
-        else:  # another dtype is another question: exact on its own logits is what it must be
+        else:  # another dtype: it must be exact on its own logits
             good = row["exact"]
             answer = mark(good, f"exact, {row['common']:.1%} as fp32")
         good = good and row["upstream_exact"] and not row["leftover"]
@@ -261,17 +261,17 @@ def main() -> int:
     table(
         ["per-token loop", "read_indexer_cache (torch)", "faster", "values"],
         [[f"{read['loop_ms']:.2f} ms", f"{read['read_ms']:.3f} ms",
-          mark(times >= READ_BAR, f"{times:.0f}× (bar: {READ_BAR}×)"),
+          mark(times >= READ_BAR, f"{times:.0f}× (at least: {READ_BAR}×)"),
           mark(read["same"], verdict)]],
     )  # fmt: skip
     print()
-    print("On this CPU, for both columns alike, something stands in for")
+    print("On this CPU, stand-ins replace, for both columns alike:")
     for what, how in result["stands_in"].items():
         print(f"  · {what}: {how}")
-    print("so the first table has no times. The indices, the seams and the road from vLLM's plugin")
-    print("loader to the top-k are the real thing.")
+    print("So the first table has no times. The indices, patched places and the path from vLLM's")
+    print("plugin loader to the top-k are real.")
     print()
-    print(mark(fine, "all as it should be" if fine else "something differs: see above"))
+    print(mark(fine, "everything is right" if fine else "something is wrong: see above"))
     return 0 if fine else 1
 
 

@@ -4,10 +4,10 @@
     python examples/make_hosts_cpu_env.py [--dir .venvs/hosts-cpu]
         [--sglang 0.5.23,0.5.22,0.5.20,0.5.19,0.5.16] [--tokenspeed 0.1.1]
 
-One environment for both engines (torch, triton and some thirty packages, 2.3 GB) and the Python
+One environment for both engines (torch, triton and some thirty packages, 2.3 GB), and the Python
 files of each release (some 60 MB) in `sglang/<version>` and `tokenspeed/<version>`. The plugin
-itself is installed from this checkout, editable, with its entry points. Python 3.11 or later,
-because SGLang 0.5.22 needs it.
+itself is installed from this checkout, editable, with its entry points. It needs Python 3.11 or
+later, because SGLang 0.5.22 does.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from cpu_env import ROOT, build_venv, install_plugin, locked, unpack
 
 DEFAULT_DIR = ROOT / ".venvs" / "hosts-cpu"
 SGLANG = ("0.5.23", "0.5.22", "0.5.20", "0.5.19", "0.5.16")
-# Importing the indexer looks for the sources of its kernels and reads configuration.
+# The import of the indexer looks for the sources of its kernels and reads configuration.
 SGLANG_FILES = (".py", ".json", ".cu", ".cuh", ".h", ".hpp", ".cpp")
-# A release of the runtime and the kernel package that it was released with.
+# Release of the runtime -> the kernel package that it was released with.
 TOKENSPEED = {"0.1.1": "0.1.4"}
 
-# What the indexers, the command-line parsers and the plugin loaders import, by running them.
+# What the indexers, the command-line parsers and the plugin loaders import when they run.
 PACKAGES = (
     "aiohttp",
     "dill",
@@ -50,7 +50,7 @@ PACKAGES = (
     "tqdm",
     "transformers==5.12.1",
 )
-# With their dependencies these would bring another torch, or gigabytes that no CPU runs.
+# With their dependencies these would bring another torch, or gigabytes of code that no CPU runs.
 WITHOUT_DEPENDENCIES = (
     "apache-tvm-ffi>=0.1.10,<0.2",
     "compressed-tensors==0.18.0",
@@ -62,7 +62,7 @@ WITHOUT_DEPENDENCIES = (
 
 
 def make(folder: Path, sglang: list[str], tokenspeed: list[str]) -> Path:
-    """Make what is missing; returns the environment's Python."""
+    """Make what is missing; return the environment's Python."""
     python = build_venv(folder, PACKAGES, WITHOUT_DEPENDENCIES, "2.3 GB")
     install_plugin(python, folder)
     for version in sglang:

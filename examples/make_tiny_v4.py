@@ -16,7 +16,8 @@ from typing import Any
 
 from tiny_model import EXPERTS, QUANTIZATION, TOP_K, decoder, write
 
-# Compression of each layer's cache: 0 none (sliding window only), 4 with the indexer, 128 without.
+# The compression of each layer's cache: 0 none (sliding window only), 4 with the indexer, 128
+# without it.
 TINY = (0, 0, 4, 128, 4, 4)
 FULL = (0, 0, *(4, 128) * 20, 4)
 
@@ -30,8 +31,8 @@ def config(
         "model_type": "deepseek_v4",
         "torch_dtype": "bfloat16",
         **decoder(ratios, index_heads=64, experts=experts, k=k),
-        "num_nextn_predict_layers": 1,  # served with --speculative-config only
-        "num_hash_layers": min(2, len(ratios)),  # their experts come from a table over the words
+        "num_nextn_predict_layers": 1,  # used only with --speculative-config
+        "num_hash_layers": min(2, len(ratios)),  # a table over the tokens chooses their experts
         "expert_dtype": "fp4",
         "quantization_config": QUANTIZATION,
     }

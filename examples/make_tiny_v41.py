@@ -4,11 +4,11 @@
     python examples/make_tiny_v41.py DIR               # 6 layers, 3 of them with the indexer
     python examples/make_tiny_v41.py DIR --full        # 40 layers, 8 of them with the indexer
 
-Both have every kind of layer that V4.1 has: without compressed keys, with keys of its own, with
-another layer's keys and its own indices, with another layer's indices; the layer that publishes
-candidate blocks, and those that select among them. `--full` has them where DeepSeek-V4.1-Flash
-has them. Widths that differ from V4-Flash's outside of the indexer are V4-Flash's, and the n-gram
-tables and all but a stub of the vision tower are left out.
+Both have every kind of layer of V4.1: without compressed keys; with its own keys; with another
+layer's keys and its own indices; with another layer's indices; the layer that publishes candidate
+blocks, and the layers that select among them. `--full` puts them at the layers where
+DeepSeek-V4.1-Flash has them. Widths outside the indexer are V4-Flash's, also where V4.1-Flash's
+differ. The n-gram tables, and all but a stub of the vision tower, are left out.
 
 Serve it with `--limit-mm-per-prompt '{"image": 0}'`, as `python -m benchmarks.server` does.
 """
@@ -25,13 +25,12 @@ from tiny_model import ENDS, EXPERTS, QUANTIZATION, TOP_K, decoder, write
 
 @dataclass(frozen=True)
 class Layers:
-    """Which layer does what.
+    """The role of each layer.
 
-    Attributes:
-        ratios: positions that a layer's compressed key stands for; 0: it has none.
-        keys: layers that write keys, for themselves and those after them.
-        indices: layers with an indexer, likewise.
-        candidates: the layer that publishes candidate blocks; the indexers after it read them.
+    Attributes: ratios: positions that a layer's compressed key stands for; 0: the layer has none.
+    keys: layers that write keys, for themselves and the layers after them. indices: layers with an
+    indexer, for themselves and the layers after them. candidates: the layer that publishes
+    candidate blocks; the indexers after it read them.
     """
 
     ratios: tuple[int, ...]

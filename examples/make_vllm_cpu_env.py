@@ -3,7 +3,7 @@
 
     python examples/make_vllm_cpu_env.py [--dir .venvs/vllm-cpu] [--versions 0.33.0,0.26.0]
 
-`pip install vllm` with its dependencies takes eight minutes and 5.5 GB; here a release is 59 MB of
+`pip install vllm` with its dependencies takes eight minutes and 5.5 GB. Here a release is 59 MB of
 Python files in `releases/<version>`, beside an environment of 1.3 GB. The plugin itself is
 installed from this checkout, editable, with its entry points.
 """
@@ -19,7 +19,7 @@ from cpu_env import ROOT, build_venv, install_plugin, locked, unpack
 DEFAULT_DIR = ROOT / ".venvs" / "vllm-cpu"
 DEFAULT_VERSIONS = ("0.33.0", "0.26.0")
 
-# What the indexer module and `vllm serve`'s parser import, by running them.
+# What the indexer module and the parser of `vllm serve` import when they run.
 PACKAGES = (
     "aiohttp",
     "cachetools",
@@ -47,12 +47,12 @@ PACKAGES = (
     "transformers",
     "uvloop",
 )
-# xgrammar would bring triton, 1 GB, of which nothing runs on a CPU.
+# xgrammar would bring triton, 1 GB that does not run on a CPU.
 WITHOUT_DEPENDENCIES = ("apache-tvm-ffi>=0.1.10,<0.2", "xgrammar")
 
 
 def make(folder: Path, versions: list[str]) -> Path:
-    """Make what is missing; returns the environment's Python."""
+    """Make what is missing; return the environment's Python."""
     python = build_venv(folder, PACKAGES, WITHOUT_DEPENDENCIES, "1.3 GB")
     install_plugin(python, folder)
     for version in versions:

@@ -4,11 +4,11 @@
 #   DSV4_BUILD_CUDA=1 pip install .    # in a checkout, beside sglang>=0.5.16
 #   MODEL=... TP=4 examples/serve_sglang.sh [more options of sglang serve]
 #
-# TOPK=off serves with SGLang's own top-k: the other side of an A/B (docs/ab.md). What engaged
-# is one line of each scheduler process: "dsv4 active in SGLang ...".
+# TOPK=off serves with SGLang's own top-k: the other side of an A/B (docs/ab.md). Each scheduler
+# process logs one line that says what engaged: "dsv4 active in SGLang ...".
 set -euo pipefail
 
-# Says what is here and why not more. Exit code 1 is no error; 2 is a wrong setting.
+# Shows what is installed and what is missing. Exit code 1 is no error; 2 is a wrong setting.
 dsv4-plugin doctor || test $? -eq 1
 
 exec sglang serve --model-path "${MODEL:-deepseek-ai/DeepSeek-V4-Flash}" \

@@ -4,14 +4,14 @@
 #   DSV4_BUILD_CUDA=1 pip install .    # in a checkout, beside tokenspeed>=0.1.1
 #   MODEL=... TP=4 examples/serve_tokenspeed.sh [more options of tokenspeed serve]
 #
-# TokenSpeed lets a plugin add no options, so the switch is the environment: DSV4_PLUGIN=0 serves
-# with TokenSpeed's own kernels (docs/tokenspeed.md). What engaged is one line a mode of each worker:
-# "dsv4 active in TokenSpeed ...".
+# A plugin cannot add options to TokenSpeed, so the environment has the switch: DSV4_PLUGIN=0 serves
+# with TokenSpeed's own kernels (docs/tokenspeed.md). Each worker logs one line for each mode that
+# says what engaged: "dsv4 active in TokenSpeed ...".
 set -euo pipefail
 
 export DSV4_PLUGIN="${DSV4_PLUGIN:-1}" DSV4_TOPK="${DSV4_TOPK:-auto}"
 
-# Says what is here and why not more. Exit code 1 is no error; 2 is a wrong setting.
+# Shows what is installed and what is missing. Exit code 1 is no error; 2 is a wrong setting.
 dsv4-plugin doctor || test $? -eq 1
 
 exec tokenspeed serve --model "${MODEL:-deepseek-ai/DeepSeek-V4-Flash}" \

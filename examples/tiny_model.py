@@ -1,7 +1,7 @@
-"""Folders of DeepSeek models without weights: what their makers share.
+"""What the makers of tiny models share: folders of DeepSeek models without weights.
 
-Served with random weights (`--load-format dummy`) such a model runs the kernels of the real one:
-every width is the real one's, only the routed experts, and on request the layers, are fewer.
+Served with random weights (`--load-format dummy`), such a model runs the kernels of the real model.
+Every width is the real one's. It has fewer routed experts and, on request, fewer layers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TOP_K = 512
 MAX_TOKENS = 1 << 20
 VOCABULARY = 129_280
 WORDS = 20_000
-# SGLang renders a chat at its start and asks for the names of the real one's.
+# SGLang renders a chat when it starts, and needs the names of the real model's tokens.
 SPECIAL = (
     "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<unk>", "<｜User｜>", "<｜Assistant｜>",
     "<think>", "</think>", "<｜deepseek_image｜>",
@@ -34,7 +34,7 @@ QUANTIZATION = {
 
 
 def decoder(ratios: Sequence[int], index_heads: int, experts: int, k: int) -> dict[str, Any]:
-    """Return what DeepSeek-V4 and V4.1 say alike of their layers; `ratios` has one for each."""
+    """Return the settings of layers that V4 and V4.1 share; `ratios` has one for each layer."""
     return {
         **ENDS,
         "vocab_size": VOCABULARY,
@@ -92,14 +92,14 @@ def decoder(ratios: Sequence[int], index_heads: int, experts: int, k: int) -> di
 def word(token: int) -> str:
     """Return the word of a token: three base-36 digits.
 
-    Short words, because vLLM refuses a prompt of more characters than its longest token times the
-    model's length.
+    The words are short, because vLLM refuses a prompt of more characters than its longest token
+    times the model's length.
     """
     return DIGITS[token // 1296] + DIGITS[token // 36 % 36] + DIGITS[token % 36]
 
 
 def tokenizer() -> dict[str, Any]:
-    """Return the content of tokenizer.json: words between blanks, which come back as they went."""
+    """Return the content of tokenizer.json: words between blanks, which decode to themselves."""
     vocabulary = {name: i for i, name in enumerate(SPECIAL)}
     vocabulary |= {word(i): i for i in range(len(SPECIAL), WORDS)}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

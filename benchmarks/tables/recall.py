@@ -8,7 +8,7 @@ __all__ = ["table"]
 
 
 def table(document: dict[str, Any]) -> str:
-    """Return the Markdown of the figures (docs/numerics.md), from a results document.
+    """Return the Markdown of the figures (docs/numerics.md) from a results document.
 
     Raises:
         ValueError: the document has a swapped position that rounding does not explain.
@@ -37,10 +37,10 @@ def table(document: dict[str, Any]) -> str:
     bf16 = [row for row in results if row["dtype"] == "bfloat16"]
     lines += [
         "",
-        "In no cell does a position differ that does not tie with the k-th after rounding. The "
-        "lowest score taken lies at most "
+        "In every cell all positions that differ tie with the k-th after rounding. The lowest "
+        "selected score lies at most "
         + ", ".join(f"{100 * worst[d]:.2f} % ({d})" for d in worst)
-        + " below the k-th; bfloat16 gives up at most "
+        + " below the k-th. bfloat16 loses at most "
         f"{100 * max(r['mass_lost_mean'] for r in bf16):.4f} % of the selected scores' sum in the "
         f"mean of a cell, {100 * max(r['mass_lost_worst'] for r in bf16):.4f} % in a row.",
         "",

@@ -1,4 +1,4 @@
-// The logits of FP4 keys, compiled on their own: bindings/logits.cu calls these.
+// The logits of FP4 keys, compiled in a file of their own: bindings/logits.cu calls these.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 
 namespace dsv4 {
 
-// Scores, or the maxima of pieces, or both, in bfloat16: what has an output in `p`.
+// Scores, or the maxima of pieces, or both, in bfloat16: `p` has an output for each one wanted.
 cudaError_t launch_fp4_logits(const PagedLogitsParams& p, int device, cudaStream_t stream);
 
 // Scores of candidates, in bfloat16.

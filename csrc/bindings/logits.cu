@@ -1,5 +1,5 @@
-// Logits of all keys, of candidates, and maxima of pieces: validate, fill the params, launch. Paged
-// keys are FP4 where q is bfloat16.
+// Logits of all keys, logits of candidates, and maxima of pieces: validate, fill the params,
+// launch. Paged keys are FP4 if q is bfloat16.
 #include <algorithm>
 #include <cstdint>
 
@@ -131,7 +131,7 @@ int32_t set_paged_keys(PagedKeys& keys, const TensorView& pages, const TensorVie
   check_bytes("pages", pages, 2);
   check_device("pages", pages, device);
   const int64_t need = reads_fp4(q) ? Fp4Page::kBytes : block_size * (kKeyBytes + 4);
-  // A kernel counts pieces of all pages.
+  // A kernel counts the pieces of all pages.
   const int64_t most = INT32_MAX / (block_size / kPieceKeys);
   if (pages.size(1) < need || pages.stride(1) != 1 || pages.size(0) > most) {
     TVM_FFI_THROW(ValueError) << "pages is " << shape_name(pages) << "; it must be [at most "
@@ -158,7 +158,7 @@ int32_t set_paged_keys(PagedKeys& keys, const TensorView& pages, const TensorVie
   return static_cast<int32_t>(std::min<int64_t>(width * block_size, kMostColumns));
 }
 
-// Pages of batch requests against their queries; `out` or `maxima` or both are there.
+// Scores the pages of batch requests for their queries. The caller gives `out`, `maxima` or both.
 void paged(const char* name, const TensorView& q, const TensorView& pages,
            const TensorView& weights, const TensorView& lengths, const TensorView& block_table,
            const Optional<TensorView>& out, const Optional<TensorView>& maxima,
@@ -188,7 +188,7 @@ void paged(const char* name, const TensorView& q, const TensorView& pages,
     p.columns = static_cast<int32_t>(std::min<int64_t>(p.columns, room));
   }
   p.batch = static_cast<int32_t>(batch);
-  const int64_t groups = reads_fp4(q) ? rows : batch;  // at most
+  const int64_t groups = reads_fp4(q) ? rows : batch;  // the most that there can be
   if (groups * ceil_div(p.columns, kBlockKeys) > INT32_MAX) {
     TVM_FFI_THROW(ValueError) << "there are " << groups
                               << (reads_fp4(q) ? " rows of " : " requests of ") << p.columns
@@ -218,7 +218,7 @@ void block_maxima(TensorView q, TensorView pages, TensorView weights, TensorView
   paged("dsv4_block_maxima", q, pages, weights, lengths, block_table, logits, out, block_size);
 }
 
-// What both forms of candidate logits share. Returns the dtype of `out`.
+// The part that both forms of candidate logits share. Returns the dtype of `out`.
 LogitsType set_candidates(CandidateParams& p, const TensorView& candidates, const TensorView& out,
                           const Optional<TensorView>& out_lengths, int64_t rows, DLDevice device) {
   check_int32_rows("candidates", candidates, device);
@@ -298,7 +298,7 @@ void set_ragged_queries(Queries& queries, const TensorView& q, const TensorView&
 void set_ragged_keys(RaggedKeys& keys, const TensorView& k, const TensorView& k_scale,
                      const TensorView& row_starts, const TensorView& row_ends, int64_t rows,
                      DLDevice device) {
-  // The runs of a tile are counted in the grid's second dimension.
+  // The grid's second dimension counts the runs of a tile.
   constexpr int64_t kMostKeys = int64_t{65535} * 8 * kBlockKeys;
   check_bytes("k", k, 2);
   check_device("k", k, device);

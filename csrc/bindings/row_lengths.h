@@ -1,4 +1,4 @@
-// The lengths of a call's rows, checked, for the kernels.
+// Checks the lengths of a call's rows and returns them in the kernels' form.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ inline RowLengths row_lengths(const TensorView& lengths, int32_t rows, int64_t n
   r.stride0 = lengths.stride(0);
   r.stride1 = lengths.ndim() == 2 ? lengths.stride(1) : 0;
   if (count == rows) {
-    // One length a row; a 2-D tensor is walked row by row.
+    // One length per row; a 2-D tensor is read row by row.
     group = lengths.ndim() == 2 ? static_cast<int32_t>(lengths.size(1)) : 1;
   } else if (count * next_n == rows && (lengths.ndim() == 1 || lengths.size(1) == 1)) {
     group = static_cast<int32_t>(next_n);
@@ -46,7 +46,7 @@ inline RowLengths row_lengths(const TensorView& lengths, int32_t rows, int64_t n
         << "; it must hold one length a row ([rows] or [batch, next_n]) or one "
            "for each next_n rows ([batch] or [batch, 1])";
   }
-  r.group = Divisor::of(group < 1 ? 1 : group);  // none where no row is: nothing is launched
+  r.group = Divisor::of(group < 1 ? 1 : group);  // 1 without rows: then nothing is launched
   return r;
 }
 

@@ -1,4 +1,4 @@
-// Argument checks shared by the bindings: each failure names the argument, what came, what is
+// Argument checks shared by the bindings. Each error names the argument, what came and what is
 // allowed.
 #pragma once
 

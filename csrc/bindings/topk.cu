@@ -1,4 +1,4 @@
-// The forms of the top-k: validate -> params -> choose -> launch. dsv4_topk_with: the caller
+// The forms of the top-k: validate -> params -> choose -> launch. In dsv4_topk_with the caller
 // chooses.
 #include <cstdint>
 
@@ -44,7 +44,7 @@ void set_logits(TopkParams& p, const char* name, const TensorView& logits) {
     TVM_FFI_THROW(ValueError) << name << " has row stride " << logits.stride(0)
                               << "; it must not be negative";
   }
-  // The last few values are left free so that no index computation near the end can overflow.
+  // The last few values stay unused, so that no index computation near the end can overflow.
   constexpr int64_t kMost = INT32_MAX - 4096;
   if (logits.size(0) > kMost || logits.size(1) > kMost) {
     TVM_FFI_THROW(ValueError) << name << " has shape " << shape_name(logits) << "; at most "
@@ -164,9 +164,9 @@ void topk(TensorView logits, TensorView lengths, TensorView out, Optional<Tensor
   launch.check(launch_topk<RowForm>(call.p, call.type, call.device.device_id, launch.stream()));
 }
 
-// The same with the caller's choice in place of the table's: for the sweeps that the table comes
-// from, and for tests of every shape. threads: 256 or 512; 1024 is the kernel for any width. solo:
-// the longest row, in scores, that one CTA of a cluster serves.
+// Runs the top-k with the caller's choice instead of the table's, for the sweeps that the table is
+// made from and for tests of every shape. threads: 256 or 512; 1024 means the kernel for any width.
+// solo: the longest row, in scores, that one CTA of a cluster serves.
 void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
                Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
                int64_t next_n, int64_t page_size, bool sort, Optional<TensorView> out_counts,
@@ -194,7 +194,7 @@ void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<T
                               << cluster * most_units(shape) * kUnit << " scores, logits has "
                               << call.p.columns << " columns";
   }
-  // Of a longer row every CTA of a cluster has some units.
+  // In a longer row every CTA of a cluster has some units.
   constexpr int64_t kShortest = kMaxCluster * 8 * kUnit;
   const int64_t longest = most_units(shape == TopkShape::kWide ? TopkShape::k512 : shape) * kUnit;
   if (solo < kShortest || solo > longest || solo % kUnit != 0) {
@@ -207,7 +207,7 @@ void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<T
   launch.check(launch_choice<RowForm>(call.p, call.type, choice, device, limits, launch.stream()));
 }
 
-// The columns are blocks of keys, the lengths keys.
+// Here columns are blocks of keys, and lengths count keys.
 void select_blocks(TensorView maxima, TensorView lengths, TensorView out,
                    Optional<TensorView> out_counts, int64_t k, int64_t next_n) {
   TopkParams p{};
@@ -223,7 +223,7 @@ void select_blocks(TensorView maxima, TensorView lengths, TensorView out,
   launch.check(launch_topk<RowForm>(p, type, device.device_id, launch.stream()));
 }
 
-// `behind_logits`: dsv4_candidate_logits is what the stream got last, and wrote `logits`.
+// `behind_logits`: dsv4_candidate_logits is the last kernel in the stream, and it wrote `logits`.
 void select_candidates(const char* name, bool behind_logits, const TensorView& logits,
                        const TensorView& candidates, const TensorView& lengths,
                        const TensorView& out, const Optional<TensorView>& out_slots,
@@ -246,7 +246,7 @@ void select_candidates(const char* name, bool behind_logits, const TensorView& l
   p.candidate_stride = candidates.stride(0);
   p.count = static_cast<int32_t>(count);
   if (out_slots.has_value()) {
-    // Slots are what a page table makes of positions.
+    // A page table turns positions into slots.
     if (!block_table.has_value()) {
       TVM_FFI_THROW(ValueError) << "out_slots needs block_table, which has the pages of the slots";
     }
@@ -261,8 +261,8 @@ void select_candidates(const char* name, bool behind_logits, const TensorView& l
   const Launch launch(name, device);
   int sms = 0;
   launch.check(multiprocessors(device.device_id, &sms));
-  // With more rows the logits leave no room for CTAs that wait (32 rows 27.5 us -> 26.9, 64 rows
-  // 46.5 -> 47.2).
+  // With more rows the logits leave no room for waiting CTAs (32 rows: 27.5 us without, 26.9 with
+  // early start; 64 rows: 46.5 and 47.2).
   p.early = behind_logits && int64_t{p.rows} * 4 <= sms;
   launch.check(launch_topk<CandidateForm>(p, type, device.device_id, launch.stream()));
 }

@@ -1,4 +1,4 @@
-"""The command ``dsv4-plugin``. What a command needs is imported when that command runs."""
+"""The command ``dsv4-plugin``. It imports what a command needs only when that command runs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,28 @@ from dsv4_plugin.cli.shared.run import Parser, ended
 
 __all__ = ["main"]
 
-# name -> (module with add_arguments() and run(), neither of which imports torch before the options
-# are read; what it does)
+# name -> (module with add_arguments() and run(), which import torch only after the options are
+# read; what the command does)
 COMMANDS = {
-    "doctor": ("dsv4_plugin.cli.doctor.command", "say what is here, what engages, and why not"),
+    "doctor": (
+        "dsv4_plugin.cli.doctor.command",
+        "show what is installed, what engages and why not",
+    ),
     "status": (
         "dsv4_plugin.cli.status",
-        "in which processes of a running server the plugin serves",
+        "show in which processes of a server the plugin serves",
     ),
-    "ab": ("dsv4_plugin.cli.ab.command", "a server without the plugin against one with it"),
-    "bench": ("dsv4_plugin.cli.bench.command", "time the ops against the peers that can be loaded"),
+    "ab": (
+        "dsv4_plugin.cli.ab.command",
+        "compare a server without the plugin with one that has it",
+    ),
+    "bench": (
+        "dsv4_plugin.cli.bench.command",
+        "time the ops beside the other kernels that can be loaded",
+    ),
     "recall": (
         "dsv4_plugin.cli.recall.command",
-        "what narrower scores keep of the exact selection",
+        "measure how much of the exact selection narrower scores keep",
     ),
 }
 
@@ -56,7 +65,7 @@ def _run(name: str, given: list[str]) -> int:
         parser.print_help()
         return 2
     at = given.index("--") if "--" in given else len(given)
-    before, after = given[:at], given[at + 1 :]  # what stands after -- is for the servers of ab
+    before, after = given[:at], given[at + 1 :]  # the arguments after -- are for the servers of ab
     arguments, rest = parser.parse_known_args(before)
     if rest or (after and name != "ab"):
         parser_of.error(f"unrecognized arguments: {' '.join(rest + after)}")

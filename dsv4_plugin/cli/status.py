@@ -1,4 +1,4 @@
-"""The command line of ``dsv4-plugin status``: is the plugin at work in a server that runs?"""
+"""The command line of ``dsv4-plugin status``: is the plugin at work in a running server?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Say in which processes of a running server the plugin serves. The server needs "
         "DSV4_STATUS_DIR in its environment. Exit code 0: the plugin serves in all of them (or in "
-        "--workers), and no part of it failed. 1: it does not. 2: the question cannot be asked."
+        "--workers), and no part of it failed. 1: it does not. 2: the server cannot be asked."
     )
     parser.add_argument(
         "where", metavar="DIR|URL",
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=numbers.COUNT, metavar="N",
-        help="processes in which the plugin must serve (default: all that there are)",
+        help="processes in which the plugin must serve (default: all that are found)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the same as JSON")
 
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     verdict = f"engaged in {len(engaged)} of {max(wanted, len(found))} processes"
     if not found:
         verdict = (
-            "no process has a status: the plugin has served no call yet, is not switched on, or "
+            "no process has a status: the plugin has not served a call, is not switched on, or "
             "the server has no DSV4_STATUS_DIR"
         )
     if failed:
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _asked(where: str) -> list[dict[str, Any]]:
-    """Return what the processes of a server say."""
+    """Return the status of every process of a server."""
     if where.startswith(("http://", "https://")):
         path = "" if where.rstrip("/").endswith(METRICS) else METRICS
         reply = requests.ask(where, path)
@@ -76,7 +76,7 @@ def _asked(where: str) -> list[dict[str, Any]]:
 
 
 def _line(status: dict[str, Any]) -> str:
-    """Return one process as a line."""
+    """Return the status of one process as a line."""
     who = f"{status.get('node', '?')} process {status.get('pid', '?')}"
     about = [str(status[key]) for key in ("engine", "plugin") if status.get(key)]
     plugin = statuses.served(status)

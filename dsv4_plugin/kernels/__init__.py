@@ -1,1 +1,4 @@
-"""The implementations of the ops: same signatures in every module, ``reference`` is the oracle."""
+"""The implementations of the ops, with the same signatures in every module.
+
+The module ``reference`` is the oracle of the tests.
+"""

@@ -1,6 +1,6 @@
-"""What the kernels take: one object a call, and the limits of its numbers.
+"""The arguments of the kernels, one object per call, and the limits of its numbers.
 
-An object is a tuple, so that the compiled kernel gets it as its arguments without a copy.
+An object is a tuple, so that the compiled kernel takes it as its arguments without a copy.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 __all__ = ["MAX_INT32", "MAX_K", "TopkArgs", "reads_fp4"]
 
 MAX_K = 2048
-MAX_INT32 = (1 << 31) - 1  # what a page size, a row and a slot that is written can be at most
+MAX_INT32 = (1 << 31) - 1  # the most that a page size, a row number or a written slot can be
 
 
 def reads_fp4(q: torch.Tensor) -> bool:
-    """Return whether the keys that ``q`` is scored against are FP4, not FP8: by its dtype."""
+    """Return whether ``q`` is scored against FP4 keys (not FP8 keys), as its dtype says."""
     return q.dtype is torch.bfloat16
 
 

@@ -1,7 +1,7 @@
 """The compiled kernels of ``csrc/``, loaded through apache-tvm-ffi.
 
-One shared library serves every torch, Python and CUDA 12/13 host, because it links to none of
-them (``docs/packaging.md``). It is loaded when it is first needed and never compiled here.
+One shared library serves every torch, Python and CUDA 12/13 host, because it links to none of them
+(``docs/packaging.md``). It is loaded on first use and never compiled at run time.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = [
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 REPAIR = "DSV4_BUILD_CUDA=1 pip install --force-reinstall --no-deps ."
 CAPABILITIES = ((9, 0),)  # what csrc/build.py compiles for
-HEAD_DIM = 128  # what the kernels of the cache and of the logits are written for
-HEADS = (32, 64)  # what those of the logits are written for
-BLOCK_SIZES = (32, 64)  # keys a page, for the logits
-FP4_FORM = ((32,), (64,))  # the same two where the keys are FP4
-PIECE = 8  # keys a block of candidates
-MAX_CANDIDATES = 2048  # blocks a row
-ALIGNMENT = 16  # bytes a lane loads or stores at a time
-# solo_units() of the top-k, in scores, by the threads of a CTA.
+HEAD_DIM = 128  # the only size that the kernels of the cache and the logits have
+HEADS = (32, 64)  # the numbers of heads that the kernels of the logits have
+BLOCK_SIZES = (32, 64)  # keys per page, for the logits
+FP4_FORM = ((32,), (64,))  # HEADS and BLOCK_SIZES for FP4 keys
+PIECE = 8  # keys per block of candidates
+MAX_CANDIDATES = 2048  # blocks per row
+ALIGNMENT = 16  # bytes that a lane loads or stores at a time
+# Threads of a CTA → solo_units() of the top-k, in scores.
 SOLO = {256: 4096, 512: 8192, 1024: 8192}
 
 
@@ -71,11 +71,10 @@ def topk(args: TopkArgs) -> None:
 
 
 def _compiled(name: str, fixed: bool = False) -> Callable[..., None]:
-    """Return a function of the library as an implementation: it takes what the reference takes.
+    """Return a function of the library with the parameters of the reference.
 
-    Args:
-        name: of the function.
-        fixed: it is compiled for one value of the last argument, and does not take it.
+    Args: name: of the function. fixed: the function is compiled for one value of the last argument
+    and does not take it.
     """
 
     def with_all(*args: Any) -> None:
@@ -89,10 +88,10 @@ def _compiled(name: str, fixed: bool = False) -> Callable[..., None]:
 
 paged_logits = _compiled("dsv4_paged_logits")
 ragged_logits = _compiled("dsv4_ragged_logits")
-# for HEAD_DIM:
+# compiled for HEAD_DIM:
 read_indexer_cache = _compiled("dsv4_read", fixed=True)
 gather_indexer_cache = _compiled("dsv4_gather", fixed=True)
-# for PIECE:
+# compiled for PIECE:
 block_maxima = _compiled("dsv4_block_maxima", fixed=True)
 select_blocks = _compiled("dsv4_select_blocks", fixed=True)
 candidate_logits = _compiled("dsv4_candidate_logits", fixed=True)
@@ -120,7 +119,7 @@ def candidate_select(
     """Score the keys of the candidates into ``logits`` and select the ``k`` best.
 
     See :func:`dsv4_plugin.candidate_select`. The second kernel begins before the first one ends,
-    and counts on being the next one in the stream.
+    and relies on being the next kernel in the stream.
     """
     candidate_logits(
         q, pages, weights, candidates, lengths, block_table, logits, None, block_size, piece
@@ -150,23 +149,23 @@ def topk_with(
     page_table: torch.Tensor | None = None,
     out_counts: torch.Tensor | None = None,
 ) -> None:
-    """Select with a choice of the caller's in place of the table's, whose answers are the same.
+    """Select with the launch choice of the caller instead of the table's; the answers are the same.
 
-    For the sweeps that the table comes from (:mod:`benchmarks.tuning.sweep`), and tests.
+    For the sweeps that the table is made from (:mod:`benchmarks.tuning.sweep`), and for tests.
 
     Args:
-        logits: as in :func:`dsv4_plugin.topk`.
-        lengths: as in :func:`dsv4_plugin.topk`, one a row.
-        out: as there; ``k`` is its columns.
-        threads: of a CTA, 256 or 512; 1024: the kernel for rows of any width.
-        cluster: CTAs a row.
+        logits: as :func:`dsv4_plugin.topk` takes them.
+        lengths: one per row, as :func:`dsv4_plugin.topk` takes them.
+        out: as :func:`dsv4_plugin.topk` takes it; ``k`` is the number of its columns.
+        threads: per CTA, 256 or 512; 1024 means the kernel for rows of any width.
+        cluster: CTAs per row.
         solo: the longest row that one of these CTAs serves alone, in scores; a multiple of 8 from
             1,024 on. None: :data:`SOLO`.
-        page_table: as there, of pages of 64.
-        out_counts: as there.
+        page_table: as :func:`dsv4_plugin.topk` takes it, with pages of 64.
+        out_counts: as :func:`dsv4_plugin.topk` takes it.
 
     Raises:
-        ValueError: the CTAs do not hold a row of so many columns, or there is no such choice.
+        ValueError: the CTAs cannot hold a row of so many columns, or there is no such choice.
     """
     args = TopkArgs(
         logits, lengths, out, None, None, page_table, out.shape[1], 1, 64, False, out_counts

@@ -1,4 +1,4 @@
-"""What a kernel asks about the device and the memory of a call."""
+"""Questions about the device and the memory of a call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def alignment(*matrices: torch.Tensor) -> int:
-    """Return the largest power of two up to 16 that every row of these starts at, in bytes."""
+    """Return the largest power of two, up to 16, that divides the address of every row."""
     bits = 16
     for m in matrices:
         bits |= m.data_ptr()

@@ -1,8 +1,8 @@
 """The candidate ops in plain torch: the oracle of the tests and the last resort at run time.
 
-As in :mod:`.reference`: no host synchronisation and no control flow that depends on data. Scores
-are those of :mod:`.reference_logits`, bit for bit, since each is made from its own key alone.
-Arguments come validated from :mod:`dsv4_plugin.ops.candidates`.
+Like :mod:`.reference`, it neither synchronises with the host nor has control flow that depends on
+data. Scores are those of :mod:`.reference_logits`, bit for bit, since each score depends on its own
+key alone. :mod:`dsv4_plugin.ops.candidates` has already checked the arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = [
     "select_blocks", "select_candidates",
 ]  # fmt: skip
 
-# Elements made at a time: of scores, or of float64 keys and dot products (64 MiB).
+# Elements made at a time: scores, or float64 keys and dot products (64 MiB).
 _CHUNK = 1 << 23
 
 
@@ -57,14 +57,14 @@ def block_maxima(
 
 
 def _maxima(scores: torch.Tensor, n: torch.Tensor, held: torch.Tensor, piece: int) -> torch.Tensor:
-    """Return the blocks' scores, and ``held`` past a row's blocks."""
+    """Return the blocks' scores; columns past a row's blocks keep the values of ``held``."""
     blocks = held.shape[1]
     column = torch.arange(scores.shape[1], device=scores.device)
     seen = scores.masked_fill(column >= n[:, None], -torch.inf)
     seen = torch.nn.functional.pad(seen, (0, blocks * piece - scores.shape[1]), value=-torch.inf)
     seen = seen.unflatten(1, (blocks, piece))
     best = seen.amax(2)
-    # Of zeros of both signs the maximum is 0.0, in whatever order they are compared.
+    # Of zeros of both signs the maximum is 0.0, whatever the order of comparison.
     zero = ((seen == 0) & ~seen.signbit()).any(2)
     best = best.masked_fill((best == 0) & zero, 0.0)
     block = torch.arange(blocks, device=scores.device)
@@ -94,7 +94,7 @@ def select_blocks(
 
 
 def _visible(candidates: torch.Tensor, n: torch.Tensor, piece: int) -> torch.Tensor:
-    """Return how many columns of its candidates a row of ``n`` keys sees, int64 ``[rows]``."""
+    """Return how many candidate columns a row of ``n`` keys sees, int64 ``[rows]``."""
     seen = (candidates >= 0) & (candidates < _blocks(n, piece)[:, None])
     count = seen.sum(1)
     last = candidates.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0].to(torch.int64)
@@ -111,7 +111,7 @@ def _positions(candidates: torch.Tensor, piece: int) -> torch.Tensor:
 
 
 def _parts(rows: int, held: int, piece: int, each: int) -> list[tuple[slice, slice]]:
-    """Cut rows and their candidates into parts; ``each``: elements that a key takes."""
+    """Cut rows and their candidates into parts; ``each``: elements that one key takes."""
     step = max(1, min(held, _CHUNK // (piece * each)))
     some = max(1, _CHUNK // (piece * each * step))
     return [
@@ -135,7 +135,7 @@ def candidate_logits(
 ) -> None:
     """Score the keys of every row's candidates; see :func:`dsv4_plugin.candidate_logits`.
 
-    All columns are written here, those past ``out_lengths`` too.
+    All columns are written here, also those past ``out_lengths``.
     """
     rows, held = candidates.shape
     _, next_n, heads, head_dim = q.shape
@@ -143,7 +143,7 @@ def candidate_logits(
     n = row_lengths(lengths, rows, next_n).clamp(0, width * block_size)
     if out_lengths is not None:
         out_lengths.copy_(_visible(candidates, n, piece))
-    if width == 0 or pages.shape[0] == 0:  # no page that could be read
+    if width == 0 or pages.shape[0] == 0:  # there is no page to read
         out.fill_(-torch.inf)
         return
     q = q.flatten(0, 1)
@@ -176,7 +176,7 @@ def candidate_logits_ragged(
 ) -> None:
     """Score candidates among gathered keys; see :func:`dsv4_plugin.candidate_logits_ragged`.
 
-    All columns are written here, those past ``out_lengths`` too.
+    All columns are written here, also those past ``out_lengths``.
     """
     rows, held = candidates.shape
     heads, head_dim = q.shape[1:]

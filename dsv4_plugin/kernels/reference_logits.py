@@ -1,14 +1,15 @@
 """The index logits in plain torch: the oracle of the tests and the last resort at run time.
 
-As in :mod:`.reference`: no host synchronisation and no control flow that depends on data.
+Like :mod:`.reference`, it neither synchronises with the host nor has control flow that depends on
+data.
 
-The dot products are made in float64, where products and sums of e4m3 values are exact (they are
-multiples of 2^-18 below 2^25), and then rounded to float32. So a score depends neither on how a
-matrix product is blocked nor on torch's TF32 switch. The heads are added up in float32, element by
-element, in an order that is the same for every key.
+The dot products are made in float64 and then rounded to float32. In float64, products and sums of
+e4m3 values are exact: they are multiples of 2^-18 below 2^25. So a score depends neither on how a
+matrix product is blocked nor on torch's TF32 switch. The heads are added in float32, element by
+element, in the same order for every key.
 
-Queries of bfloat16 are scored against FP4 keys; their products, too, are exact in float64, and so
-are sums of them whose magnitudes are less than 2^36 apart.
+Queries of bfloat16 are scored against FP4 keys. Their products are exact in float64 too, and so are
+sums of products whose magnitudes are less than 2^36 apart.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from dsv4_plugin.kernels.reference import (
 
 __all__ = ["key_bytes", "key_scales", "paged_logits", "ragged_logits", "scores"]
 
-# Elements of the float64 dot products made at a time: 2**23 are 64 MiB.
+# Elements of the float64 dot products that are made at a time: 2**23 are 64 MiB.
 _CHUNK = 1 << 23
 
 
 def key_bytes(q: torch.Tensor) -> tuple[int, int]:
-    """Return how many bytes of values, and of scales, a key has that ``q`` is scored against."""
+    """Return how many bytes of values, and of scales, a key scored by ``q`` has."""
     head_dim = q.shape[-1]
     return (head_dim // 2, head_dim // MX_BLOCK) if reads_fp4(q) else (head_dim, SCALE_BYTES)
 
 
 def key_scales(q: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-    """Return the keys' scales as :func:`scores` takes them, of their bytes ``[..., bytes]``."""
+    """Return the keys' scales in the form that :func:`scores` takes, from ``[..., bytes]``."""
     return ue8m0(held) if reads_fp4(q) else held.view(torch.float32)[..., 0]
 
 
@@ -48,10 +49,10 @@ def scores(
 ) -> torch.Tensor:
     """Score ``keys`` ``[n, columns, head_dim]`` for ``q`` ``[n, rows, heads, head_dim]``.
 
-    Both are e4m3 bytes. In float32: ``scale`` ``[n, columns]``, ``weights`` ``[n, rows, heads]``,
-    the result ``[n, rows, columns]``.
+    Both are e4m3 bytes. ``scale`` ``[n, columns]``, ``weights`` ``[n, rows, heads]`` and the result
+    ``[n, rows, columns]`` are float32.
 
-    With ``q`` of bfloat16 ``keys`` are bytes of two FP4 codes, ``scale`` is ``[n, columns, head_dim
+    If ``q`` is bfloat16, ``keys`` are bytes of two FP4 codes, ``scale`` is ``[n, columns, head_dim
     / 32]``, and weights and result are bfloat16.
     """
     if reads_fp4(q):
@@ -75,7 +76,7 @@ def _fp4_scores(
     dots = torch.bmm(wide, keys.to(torch.float64).transpose(1, 2)).to(torch.float32)
     dots = dots.to(torch.bfloat16).unflatten(1, (rows, heads)).relu_()
     products = dots.mul_(weights[..., None]).to(torch.float32)
-    # Heads 8 i + 2 t + c: i one after the other, then c, then t in pairs.
+    # Heads 8 i + 2 t + c: add over i one after the other, then over c, then over t in pairs.
     if heads % 8:
         products = torch.nn.functional.pad(products, (0, 0, 0, -heads % 8))
     parts = products.unflatten(2, (-1, 4, 2))
@@ -98,7 +99,7 @@ def paged_logits(
 ) -> None:
     """Score the keys of every request's pages; see :func:`dsv4_plugin.paged_logits`.
 
-    All pages of the table are scored here, and what lies past a row's length is then left out.
+    All pages of the table are scored here; scores past a row's length are then left out.
     """
     batch, next_n, heads, head_dim = q.shape
     rows, columns = out.shape
@@ -110,7 +111,7 @@ def paged_logits(
     out[:, width:].masked_fill_(past, -torch.inf)
     n = per_row.view(batch, next_n, 1)
     weights = weights.unflatten(0, (batch, next_n))
-    each = block_size * max(head_dim, next_n * heads)  # elements a page of a request
+    each = block_size * max(head_dim, next_n * heads)  # elements that a page of a request takes
     step = max(1, min(blocks, _CHUNK // each))
     some = max(1, _CHUNK // (each * step))
     for lo in range(0, batch, some):
@@ -146,13 +147,14 @@ def ragged_logits(
 ) -> None:
     """Score a window of gathered keys for every row; see :func:`dsv4_plugin.ragged_logits`.
 
-    All keys are scored for every row here, and each row's window is then taken out.
+    All keys are scored here for every row; each row's window is then taken out.
     """
     rows, heads, _ = q.shape
     keys, width = k.shape[0], out.shape[1]
     start, end = row_starts.to(torch.int64), row_ends.to(torch.int64)
     n = (end - start).clamp(max=width)
-    n = n.masked_fill(n < 0, width).masked_fill(end <= start, 0)[:, None]  # a difference may wrap
+    # the difference may wrap around
+    n = n.masked_fill(n < 0, width).masked_fill(end <= start, 0)[:, None]
     start = start.clamp(-width, keys)[:, None]
     column = torch.arange(width, device=q.device)
     if not keys:

@@ -1,14 +1,14 @@
 """The reads of the indexer cache in Triton.
 
-All three kernels are bound by latency and bytes, so they share one shape: a program takes
-``TOKENS`` keys as a 2-D tile whose columns are *words* of a key, every lane computes the address
-of its own word (slot, page and scale are loaded redundantly: one broadcast transaction a warp, and
-no exchange through shared memory), and each word is widened in registers into the 16 bytes that
-lane stores.
+Latency and bytes bound all three kernels, so they share one form. A program takes ``TOKENS`` keys
+as a 2-D tile whose columns are *words* of a key. Every lane computes the address of its own word.
+It loads slot, page and scale itself, although other lanes load the same: that is one broadcast
+transaction per warp, and no exchange through shared memory. Each word is widened in registers into
+the 16 bytes that the lane stores.
 
-A word's columns are made opaque to the compiler (``^ zero``): knowing that they are contiguous,
-it would give each lane 16 bytes to *load*, which makes 64 bytes to store in float32, and insert an
-exchange through shared memory to get the stores back in order.
+A word's columns are made opaque to the compiler (``^ zero``). If the compiler knew that they are
+contiguous, it would give each lane 16 bytes to *load*, which makes 64 bytes to store in float32. It
+would then insert an exchange through shared memory to restore the order of the stores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 @triton.jit
 def _decode_e4m3x4(word, HARDWARE: tl.constexpr):
     """Widen the four e4m3 bytes of a uint32 to float32."""
-    if HARDWARE:  # compute capability 8.9 and up converts two at a time
+    if HARDWARE:  # compute capability 8.9 and above converts two at a time
         f0, f1, f2, f3 = tl.inline_asm_elementwise(
             """
             {
@@ -60,7 +60,7 @@ def _decode_e4m3x4(word, HARDWARE: tl.constexpr):
 
 @triton.jit
 def _decode_e4m3(word):
-    """Widen the lowest byte: its exponent and mantissa put into float32's are off by 2**120."""
+    """Widen the lowest byte: its bits, moved to float32's fields, give the value / 2**120."""
     sign = (word & 0x80) << 24
     magnitude = word & 0x7F
     value = (sign | (magnitude << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
@@ -69,17 +69,17 @@ def _decode_e4m3(word):
 
 @triton.jit
 def _decode_e2m1(word):
-    """Widen the lowest nibble: as for e4m3, off by 2**126."""
+    """Widen the lowest nibble in the same way: the factor is 2**126."""
     bits = ((word & 8) << 28) | ((word & 7) << 22)
     return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
 
 
 @triton.jit
 def _narrow(x, dtype: tl.constexpr, INTERPRETED_: tl.constexpr):
-    """Convert to the dtype of the output, to the nearest and ties to even.
+    """Convert to the dtype of the output, rounding to nearest, ties to even.
 
-    That is what a GPU does. Triton's interpreter cuts bfloat16 off and gets numbers below the
-    normal range wrong, so there the bits are made by hand.
+    A GPU rounds like this. Triton's interpreter truncates bfloat16 and converts numbers below the
+    normal range wrongly, so under the interpreter this function makes the bits itself.
     """
     if INTERPRETED_ and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -189,7 +189,7 @@ def _gather_kernel(
     INTERPRETED_: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
-    if QUANTISED:  # noqa: SIM108  # a plain copy: loads and stores of 16 bytes a lane agree
+    if QUANTISED:  # noqa: SIM108  # a plain copy: loads and stores of 16 bytes per lane agree
         word = tl.arange(0, WORDS)[None, :]
     else:
         word = (tl.arange(0, WORDS) ^ zero)[None, :]
@@ -258,7 +258,7 @@ def _launch(kernel, tokens: int, block: int, device: torch.device, args, **meta)
 
 
 def _tokens(words: int, per_lane: int) -> int:
-    """Keys a program takes so that each lane has ``per_lane`` words of different keys in flight."""
+    """Keys per program, so that each lane has ``per_lane`` words of different keys in flight."""
     return max(1, WARPS * 32 * per_lane // words)
 
 
@@ -271,7 +271,7 @@ def read_indexer_cache(
 ) -> None:
     """Dequantise the FP8 keys at ``slots`` into ``out``; see :mod:`dsv4_plugin.ops.cache`."""
     total = pages.shape[0] * block_size
-    # bfloat16 makes 16 bytes to store of 8 loaded, which must then be aligned to 8.
+    # For bfloat16 a lane loads 8 bytes and stores 16, and the 8 bytes must be aligned to 8.
     wide = out.dtype == torch.bfloat16 and head_dim % 8 == 0 and alignment(pages) >= 8
     word = 8 if wide else 4
     words = triton.next_power_of_2(triton.cdiv(head_dim, word))

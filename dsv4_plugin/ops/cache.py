@@ -1,16 +1,17 @@
 """The public ops that read keys from the indexer cache.
 
-**The indexer cache.** uint8, one page holds ``block_size`` keys and is *page-planar*: first
-``block_size × head_dim`` e4m3 bytes, then ``block_size`` float32 scales. It comes as ``[pages,
-bytes]`` (a page may be longer than its content), ``[pages, block_size, head_dim + 4]`` or
-``[pages, block_size, 1, head_dim + 4]``; the page stride is free, so a strided view of an arena
-works. The MXFP4 form holds ``block_size × head_dim / 2`` bytes of two FP4 (e2m1) values each, low
-nibble first, then ``block_size × head_dim / 32`` UE8M0 scales.
+**The indexer cache.** The cache is uint8. A page holds ``block_size`` keys and is *page-planar*:
+first ``block_size × head_dim`` e4m3 bytes, then ``block_size`` float32 scales. Its shape is
+``[pages, bytes]`` (a page may be longer than its content), ``[pages, block_size, head_dim + 4]`` or
+``[pages, block_size, 1, head_dim + 4]``. The page stride is free, so the cache may be a strided
+view of a larger buffer. In the MXFP4 form a page holds ``block_size × head_dim / 2`` bytes, each
+with two FP4 (e2m1) values, low nibble first. After them come ``block_size × head_dim / 32`` UE8M0
+scales.
 
-**A position that is no key.** A slot or a page below zero is padding and reads as zeros. A slot or
-a page past the end is an error of the caller: slots on the CPU raise ``IndexError``; on a GPU,
-where raising would cost a synchronisation, such a key reads as NaN, and memory outside the cache
-is never touched.
+**Positions without a key.** A slot or a page below zero is padding and reads as zeros. A slot or a
+page past the end is an error of the caller. A ``slot_mapping`` on the CPU raises ``IndexError``. On
+a GPU raising would cost a synchronisation, so such a key reads as NaN. The ops never touch memory
+outside the cache.
 """
 
 from __future__ import annotations
@@ -46,16 +47,17 @@ def read_indexer_cache(
 ) -> torch.Tensor:
     """Dequantise the FP8 keys at ``slot_mapping``.
 
-    ``value × scale`` in float32, rounded once if ``dtype`` is bfloat16: bit-identical to reading
-    the tokens one by one. No host synchronisation when ``slot_mapping`` is on the cache's device.
+    The result is ``value × scale`` in float32, rounded once if ``dtype`` is bfloat16. It is
+    bit-identical to reading the tokens one by one. The op does not synchronise with the host when
+    ``slot_mapping`` is on the cache's device.
 
     Args:
         cache: uint8 indexer cache; see the module's documentation for its layout.
         slot_mapping: ``[tokens]``, any integer dtype, any device; slot ``s`` is key
             ``s % block_size`` of page ``s // block_size``. Below zero: padding, reads as zeros.
             Dtypes other than int32 and int64 are converted first.
-        block_size: keys a page.
-        head_dim: values a key; a multiple of 4.
+        block_size: keys per page.
+        head_dim: values per key; a multiple of 4.
         dtype: float32 or bfloat16; ignored when ``out`` is given.
         out: ``[tokens, head_dim]`` float32 or bfloat16 to fill, unit inner stride.
         backend: ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
@@ -87,16 +89,17 @@ def read_indexer_cache_mxfp4(
 ) -> torch.Tensor:
     """Dequantise the MXFP4 keys at ``slot_mapping``.
 
-    As :func:`read_indexer_cache`, for rows of FP4 (e2m1) values in blocks of 32 that share a UE8M0
-    scale: ``head_dim / 2`` bytes of values (low nibble first) and ``head_dim / 32`` bytes of
-    scales a key, page-planar. ``head_dim`` must be a multiple of 32. A scale byte of 255 is NaN.
+    This is :func:`read_indexer_cache` for keys of FP4 (e2m1) values in blocks of 32 that share a
+    UE8M0 scale. A key has ``head_dim / 2`` bytes of values (low nibble first) and ``head_dim / 32``
+    bytes of scales; pages are page-planar. ``head_dim`` must be a multiple of 32. A scale byte of
+    255 reads as NaN.
     """
     return _read("read_mxfp4", cache, slot_mapping, block_size, head_dim, dtype, out, backend)
 
 
 _GATHERED = (torch.float8_e4m3fn, torch.uint8, *checks.OUT_DTYPES)
 
-# kind → (bytes a key, what head_dim must be a multiple of)
+# kind → (bytes per key, what head_dim must be a multiple of)
 _READS = {
     "read": (lambda head_dim: head_dim + 4, 4),
     "read_mxfp4": (lambda head_dim: head_dim // 2 + head_dim // 32, 32),
@@ -131,7 +134,7 @@ def _read(
         aligned = alignment(pages, out)
         call = Call(kind, cache.device, out.dtype, head_dim=head_dim, alignment=aligned)
         run = resolve(call, backend)
-        if pages.shape[0] == 0:  # no page that padding could be read from
+        if pages.shape[0] == 0:  # padding has no page to read from
             out.zero_()
         else:
             run(pages, slots.to(cache.device), out, block_size, head_dim)
@@ -157,16 +160,17 @@ def gather_indexer_cache(
     Args:
         cache: uint8 indexer cache; see the module's documentation for its layout.
         block_table: ``[batch, pages]`` int32 page numbers, unit inner stride; below zero: padding.
-        cu_seq_lens: ``[batch + 1]`` int32 or int64, starting at 0, not decreasing. Its values are
-            looked at where that costs nothing more: on a CPU, and where there is no ``out``.
-        block_size: keys a page.
-        head_dim: values a key; a multiple of 4.
-        dtype: None keeps the keys quantised: ``(values, scales)``. float32 or bfloat16
-            dequantises: ``value × scale`` in float32, rounded once.
-        out: what to fill. Quantised: ``(values, scales)`` with values float8_e4m3fn or uint8
+        cu_seq_lens: ``[batch + 1]`` int32 or int64, starting at 0, not decreasing. The op checks
+            the values only where that needs no extra synchronisation: on a CPU, and without
+            ``out``.
+        block_size: keys per page.
+        head_dim: values per key; a multiple of 4.
+        dtype: None keeps the keys quantised: ``(values, scales)``. float32 or bfloat16 dequantises
+            them: ``value × scale`` in float32, rounded once.
+        out: tensors to fill. Quantised: ``(values, scales)`` with values float8_e4m3fn or uint8
             ``[T, head_dim]`` and scales float32 ``[T]`` or ``[T, 1]``, or uint8 ``[T, 4]``.
-            Dequantised: ``[T, head_dim]`` of ``dtype``. Rows at and past ``cu_seq_lens[-1]`` stay
-            as they are. Without ``out`` the size is read from ``cu_seq_lens``, which
+            Dequantised: ``[T, head_dim]`` of ``dtype``. Rows at and past ``cu_seq_lens[-1]`` are
+            not written. Without ``out`` the op reads the size from ``cu_seq_lens``, which
             synchronises if that is on a GPU; give ``out`` under CUDA graphs.
         backend: ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
 
@@ -175,8 +179,8 @@ def gather_indexer_cache(
         scales float32 ``[T]``, or keys ``[T, head_dim]`` of ``dtype``.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device, or values
-            of ``cu_seq_lens`` that were looked at are wrong.
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device, or the op
+            checked the values of ``cu_seq_lens`` and they are wrong.
         UnmetError: ``backend`` cannot serve the call.
 
     Source: the contract of vLLM's ``cp_gather_indexer_k_quant_cache``.
@@ -209,7 +213,7 @@ def _new_gathered(
     head_dim: int,
     dtype: torch.dtype | None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Return new outputs of a gather, as many rows as ``cu_seq_lens`` says."""
+    """Return new outputs of a gather, with as many rows as ``cu_seq_lens`` says."""
     checks.geometry(block_size, head_dim, 4)
     if dtype is not None:
         checks.dtype_in("dtype", dtype, checks.OUT_DTYPES)
@@ -236,7 +240,7 @@ def _fill_gathered(
     head_dim: int = 128,
     backend: str | None = None,
 ) -> None:
-    """Check a gather and write it: the form that ``torch.ops`` has."""
+    """Check a gather and run it: the form that ``torch.ops`` registers."""
     checks.geometry(block_size, head_dim, 4)
     pages = checks.as_pages(cache, block_size, head_dim + 4)
     device = cache.device

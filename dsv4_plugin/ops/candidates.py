@@ -1,20 +1,21 @@
 """The public ops of two-level selection: blocks of keys first, then keys of the chosen blocks.
 
-DeepSeek-V4.1 chooses a row's *candidate blocks* once, in one layer; its other layers score and
-select among the keys of those blocks only. A block is ``piece`` keys: block ``b`` of a row is its
-keys ``piece · b … piece · b + piece - 1``. A row sees its first ``length`` keys, so its newest
-block is block ``(length - 1) // piece``, the only one that it may see in part.
+DeepSeek-V4.1 chooses a row's *candidate blocks* once, in one layer. Its other layers score and
+select only among the keys of those blocks. A block is ``piece`` keys: block ``b`` of a row is its
+keys ``piece · b … piece · b + piece - 1``. A row sees its first ``length`` keys. So its newest
+block is block ``(length - 1) // piece``, and only that block may be partly visible.
 
     block_maxima ─► select_blocks ─► candidates ─► candidate_logits ─► select_candidates ─► indices
                                                    └────────── candidate_select ──────────┘
 
-**Candidates** are int32 ``[rows, K]``: a row's blocks in ascending order, each one that the row
-sees, then -1. :func:`select_blocks` writes them so, and the promises below are for such candidates.
-Of any other content, uninitialised memory included, one thing is promised: no memory outside of
-the arguments is touched, and every position that comes out is -1 or a key that the row sees.
+**Candidates** are int32 ``[rows, K]``: first a row's blocks in ascending order, each one visible to
+the row, then -1. :func:`select_blocks` writes them in this form, and the promises below hold for
+it. For any other content, uninitialised memory included, the ops promise only two things. They
+touch no memory outside the arguments, and every position in a result is -1 or a key that the row
+sees.
 
-The layout of the cache is as in :mod:`dsv4_plugin.ops.cache`, scores and the forms of ``lengths``
-as in :mod:`dsv4_plugin.ops.logits`.
+The layout of the cache is described in :mod:`dsv4_plugin.ops.cache`. Scores and the forms of
+``lengths`` are described in :mod:`dsv4_plugin.ops.logits`.
 """
 
 from __future__ import annotations
@@ -87,30 +88,31 @@ def block_maxima(
     logits: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Score every block of keys by its best key, and on request every key, in one pass.
+    """Score every block of keys by its best key; on request return every key's score, in one pass.
 
-    * **the score of a block**: the largest score of its keys that the row sees, as
-      :func:`dsv4_plugin.paged_logits` gives them: rounded to the dtype first. A block with a NaN
-      among them and the row's newest block score ``inf``, so that they are always selected. Of
-      zeros of both signs the largest is ``0.0``. ``-inf`` is a number like any other; keys whose
-      page is missing score it.
-    * **what is written**: a row's ``ceil(length / piece)`` first columns of ``out``, and its
-      ``length`` first columns of ``logits``. Nothing past that.
-    * **what is read**, **independence**: as in :func:`dsv4_plugin.paged_logits`.
+    * **the score of a block**: the largest score among its keys that the row sees. Each key's score
+      is that of :func:`dsv4_plugin.paged_logits`, rounded to the dtype before the comparison. Two
+      kinds of block score ``inf``, so that they are always selected: a block with a NaN among these
+      scores, and the row's newest block. Of zeros of both signs the largest is ``0.0``. ``-inf`` is
+      a number like any other; a key without a page scores ``-inf``.
+    * **what is written**: the first ``ceil(length / piece)`` columns of a row in ``out``, and the
+      first ``length`` columns in ``logits``. Columns past these are not written.
+    * **what is read**, **independence**: the promises of :func:`dsv4_plugin.paged_logits`.
 
     Args:
-        q: as in :func:`dsv4_plugin.paged_logits`.
-        cache: as there.
-        weights: as there.
-        lengths: as there: the keys that each row sees. Clipped to what the columns of ``out`` and
-            of ``logits`` have room for; keys that ``block_table`` has no page for score ``-inf``.
-        block_table: as there.
-        block_size: keys a page.
-        piece: keys a block.
+        q: the queries, as :func:`dsv4_plugin.paged_logits` takes them.
+        cache: the indexer cache, as :func:`dsv4_plugin.paged_logits` takes it.
+        weights: the heads' weights, as :func:`dsv4_plugin.paged_logits` takes them.
+        lengths: the keys that each row sees, as :func:`dsv4_plugin.paged_logits` takes them.
+            Clipped to what the columns of ``out`` and of ``logits`` have room for. A key that
+            ``block_table`` has no page for scores ``-inf``.
+        block_table: ``[batch, pages]`` int32 page numbers, unit inner stride.
+        block_size: keys per page.
+        piece: keys per block.
         dtype: bfloat16, float16 or float32; ignored when ``out`` or ``logits`` is given.
         out: ``[rows, blocks]`` to fill, of such a dtype, unit inner stride, any row stride.
-        logits: ``[rows, columns]`` of the same dtype that gets the keys' scores, bit for bit those
-            of :func:`dsv4_plugin.paged_logits`; unit inner stride, any row stride.
+        logits: ``[rows, columns]`` of the same dtype, to fill with the keys' scores, bit for bit
+            those of :func:`dsv4_plugin.paged_logits`; unit inner stride, any row stride.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
 
     Returns:
@@ -121,7 +123,7 @@ def block_maxima(
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
         UnmetError: ``backend`` cannot serve the call.
 
-    Source: vLLM's ``select_candidate_blocks`` (0.31 and later), up to its order of ties.
+    Source: vLLM's ``select_candidate_blocks`` (0.31 and later), apart from the order of ties.
     """
     checks.size("piece", piece)
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
@@ -163,8 +165,9 @@ def select_blocks(
 ) -> torch.Tensor:
     """Select the ``k`` best blocks of every row: its candidates.
 
-    What :func:`dsv4_plugin.topk` selects on ``maxima`` with ``ceil(length / piece)`` as lengths,
-    with its promises for set, NaN, infinities, short rows and independence; and
+    The result is that of :func:`dsv4_plugin.topk` on ``maxima`` with ``ceil(length / piece)`` as
+    lengths, with the same promises for set, NaN, infinities, short rows and independence. In
+    addition:
 
     * **ties**: the lowest block wins.
     * **order**: ascending, -1 after the last.
@@ -172,14 +175,14 @@ def select_blocks(
     Args:
         maxima: ``[rows, blocks]`` float32, bfloat16 or float16, as :func:`block_maxima` writes
             them; unit inner stride, any row stride.
-        lengths: int32 or int64 **keys** that each row sees: ``[rows]`` or ``[batch, next_n]``, or
-            one a request, ``[batch]`` or ``[batch, 1]``, by the rule of :func:`dsv4_plugin.topk`.
-            Their blocks are clipped to the columns of ``maxima``.
+        lengths: int32 or int64 **keys** (not blocks) that each row sees: ``[rows]`` or ``[batch,
+            next_n]``, or one per request, ``[batch]`` or ``[batch, 1]``, by the rule of
+            :func:`dsv4_plugin.topk`. The number of blocks is clipped to the columns of ``maxima``.
         k: 1 … 2048.
-        piece: keys a block.
-        next_n: rows a request has.
+        piece: keys per block.
+        next_n: rows per request.
         out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
-        out_counts: ``[rows]`` int32, contiguous, that gets how many blocks each row has.
+        out_counts: ``[rows]`` int32, contiguous, to fill with the number of blocks of each row.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
 
     Returns:
@@ -228,35 +231,37 @@ def candidate_logits(
     out_lengths: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Score the keys of every row's candidates: the logits of decode where others chose blocks.
+    """Score the keys of every row's candidates: the logits of decode among candidates.
 
     Column ``c`` of row ``r`` is the row's key ``candidates[r, c // piece] · piece + c % piece``.
 
-    * **what is written**: every column. ``-inf`` where there is no candidate (below zero), where
-      the row does not see the key, and where the key's page is missing: below zero, or past the
-      end of the cache or of ``block_table``. With ``out_lengths`` the columns at and past a row's
+    * **what is written**: every column. A column gets ``-inf`` if it has no candidate (below zero),
+      if the row does not see the key, or if the key's page is missing (below zero, or past the end
+      of the cache or of ``block_table``). With ``out_lengths`` the columns at and past a row's
       count may be left unwritten.
     * **scores**: bit for bit those of :func:`dsv4_plugin.paged_logits`, NaN included.
-    * **candidates in any order** are served, duplicates and holes too, as long as ``out_lengths``
+    * **candidates in any order**: served, with duplicates and holes too, as long as ``out_lengths``
       is not given.
-    * **independence**: as in :func:`dsv4_plugin.paged_logits`.
+    * **independence**: as :func:`dsv4_plugin.paged_logits` promises it.
 
     Args:
-        q: as in :func:`dsv4_plugin.paged_logits`.
-        cache: as there.
-        weights: as there.
+        q: the queries, as :func:`dsv4_plugin.paged_logits` takes them.
+        cache: the indexer cache, as :func:`dsv4_plugin.paged_logits` takes it.
+        weights: the heads' weights, as :func:`dsv4_plugin.paged_logits` takes them.
         candidates: ``[rows, K]`` int32, K at least 1, unit inner stride, any row stride; see the
             module's documentation.
-        lengths: as in :func:`dsv4_plugin.paged_logits`; clipped to ``block_table``.
-        block_table: as there.
-        block_size: keys a page.
-        piece: keys a block.
+        lengths: the keys that each row sees, as :func:`dsv4_plugin.paged_logits` takes them;
+            clipped to ``block_table``.
+        block_table: ``[batch, pages]`` int32 page numbers, unit inner stride.
+        block_size: keys per page.
+        piece: keys per block.
         dtype: bfloat16, float16 or float32; ignored when ``out`` is given.
         out: ``[rows, K · piece]`` to fill, of such a dtype, unit inner stride, any row stride.
-        out_lengths: ``[rows]`` int32, contiguous, that gets how many columns of its candidates
-            each row sees: with ``count`` candidates ``piece · (count - 1)`` and the keys that the
-            row sees of the last one; 0 without candidates. They are the row's first columns. For
-            candidates in another order: some number from 0 to ``K · piece``.
+        out_lengths: ``[rows]`` int32, contiguous, to fill with the number of candidate columns that
+            each row sees; these are the row's first columns. With ``count`` candidates it is
+            ``piece · (count - 1)`` plus the keys that the row sees of the last one; without
+            candidates it is 0. For candidates in another order it is some number from 0 to ``K ·
+            piece``.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
 
     Returns:
@@ -266,7 +271,7 @@ def candidate_logits(
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
         UnmetError: ``backend`` cannot serve the call.
 
-    Source: vLLM's dense logits with ``apply_candidate_mask``, without the columns that it masks.
+    Source: vLLM's dense logits with ``apply_candidate_mask``, without the masked columns.
     """
     checks.size("piece", piece)
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
@@ -310,21 +315,21 @@ def candidate_logits_ragged(
 
     Key ``i`` of row ``r`` is ``k[row_starts[r] + i]``, and the row sees ``row_ends[r] -
     row_starts[r]`` keys. Blocks count from the row's first key. Scores are bit for bit those of
-    :func:`dsv4_plugin.ragged_logits`; all else is as in :func:`candidate_logits`.
+    :func:`dsv4_plugin.ragged_logits`. The other promises are those of :func:`candidate_logits`.
 
     Args:
-        q: as in :func:`dsv4_plugin.ragged_logits`.
-        k: as there.
-        k_scale: as there.
-        weights: as there.
-        candidates: as in :func:`candidate_logits`.
+        q: the queries, as :func:`dsv4_plugin.ragged_logits` takes them.
+        k: the gathered keys, as :func:`dsv4_plugin.ragged_logits` takes them.
+        k_scale: the keys' scales, as :func:`dsv4_plugin.ragged_logits` takes them.
+        weights: the heads' weights, as :func:`dsv4_plugin.ragged_logits` takes them.
+        candidates: ``[rows, K]`` int32, as :func:`candidate_logits` takes them.
         row_starts: ``[rows]`` int32 or int64, the row's first key. Below zero: an empty row.
         row_ends: ``[rows]`` int32 or int64, one past the row's last key. Clipped to ``keys``; at or
             below the start: an empty row.
-        piece: keys a block.
+        piece: keys per block.
         dtype: bfloat16, float16 or float32; ignored when ``out`` is given.
-        out: as in :func:`candidate_logits`.
-        out_lengths: as there.
+        out: the result, as :func:`candidate_logits` takes it.
+        out_lengths: the columns that each row sees, as :func:`candidate_logits` writes them.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
 
     Returns:
@@ -372,36 +377,36 @@ def select_candidates(
 ) -> torch.Tensor:
     """Select the ``k`` best keys of every row's candidates, as positions within the request.
 
-    What :func:`dsv4_plugin.topk` selects on the columns of ``logits`` that the row sees, the
-    ``out_lengths`` of :func:`candidate_logits`; column ``c`` is then written as its key's position,
-    ``candidates[r, c // piece] · piece + c % piece``. With its promises for set, NaN, infinities
-    and independence; and
+    The op selects what :func:`dsv4_plugin.topk` selects on the columns of ``logits`` that the row
+    sees (the ``out_lengths`` of :func:`candidate_logits`). It then writes column ``c`` as its key's
+    position, ``candidates[r, c // piece] · piece + c % piece``. The promises of
+    :func:`dsv4_plugin.topk` for set, NaN, infinities and independence hold. In addition:
 
     * **ties**: the lowest column wins, which is the lowest position.
-    * **order**: ascending, -1 after the last. A row that sees no more than ``k`` columns has all
-      of them, without the scores mattering.
-    * **of all keys**: where ``candidates`` are the best ``k + 1`` blocks or more of
-      :func:`select_blocks` on scores of the same dtype, the answer is that of
+    * **order**: ascending, -1 after the last. A row that sees at most ``k`` columns gets all of
+      them, whatever their scores.
+    * **the best of all keys**: if ``candidates`` are at least the ``k + 1`` best blocks of
+      :func:`select_blocks` on scores of the same dtype, the result is that of
       :func:`dsv4_plugin.topk` on all keys of the row, ties included, as long as no score is NaN.
 
     Args:
         logits: ``[rows, K · piece]`` float32, bfloat16 or float16, as :func:`candidate_logits`
             writes them; unit inner stride, any row stride.
-        candidates: ``[rows, K]`` int32, as :func:`candidate_logits` had them.
+        candidates: ``[rows, K]`` int32, the same that :func:`candidate_logits` took.
         lengths: int32 or int64 **keys** that each row sees, in the forms of :func:`select_blocks`.
         k: 1 … 2048.
-        piece: keys a block.
-        next_n: rows a request has.
+        piece: keys per block.
+        next_n: rows per request.
         out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
         block_table: ``[rows, pages]`` or ``[batch, pages]`` int32 page numbers, unit inner stride;
             read for ``out_slots``.
-        page_size: keys a page of ``block_table``.
-        out_slots: ``[rows, k]`` int32 that gets pool slots, in the order of ``out``:
-            ``block_table[r, i // page_size] · page_size + i % page_size`` of position ``i``; -1
-            where there is no index, the page is below zero or not in the table, or the slot is
-            more than int32 holds.
-        out_counts: ``[rows]`` int32, contiguous, that gets how many indices each row has: the
-            columns that it sees, at most ``k``.
+        page_size: keys per page of ``block_table``.
+        out_slots: ``[rows, k]`` int32, to fill with pool slots in the order of ``out``: position
+            ``i`` gives ``block_table[r, i // page_size] · page_size + i % page_size``. It is -1 if
+            there is no index, if the page is below zero or not in the table, or if the slot does
+            not fit in int32.
+        out_counts: ``[rows]`` int32, contiguous, to fill with the number of indices of each row:
+            the columns that it sees, at most ``k``.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
 
     Returns:
@@ -411,7 +416,7 @@ def select_candidates(
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
         UnmetError: ``backend`` cannot serve the call.
 
-    Source: the top-k that vLLM runs over rows masked by ``apply_candidate_mask``.
+    Source: the top-k that vLLM runs on rows masked by ``apply_candidate_mask``.
     """
     rows, columns = checks.scores("logits", logits).shape
     device = logits.device
@@ -462,27 +467,28 @@ def candidate_select(
 ) -> torch.Tensor:
     """Score the keys of every row's candidates and select the ``k`` best: a layer's work in decode.
 
-    The answer is that of :func:`select_candidates` on :func:`candidate_logits`, with the promises
-    of both, and comes sooner: with few rows the selection reads lengths and candidates while the
-    scores are still being made. All arguments are checked before anything is computed.
+    The result is that of :func:`select_candidates` on :func:`candidate_logits`, with the promises
+    of both, and it is ready sooner: with few rows the selection reads lengths and candidates while
+    the scores are still being computed. The op checks all arguments before it computes anything.
 
     Args:
-        q: as in :func:`candidate_logits`.
-        cache: as there.
-        weights: as there.
-        candidates: as there.
-        lengths: as there.
-        block_table: as there.
-        k: as in :func:`select_candidates`.
-        block_size: keys a page of ``cache``.
-        piece: keys a block.
-        dtype: what is selected on, bfloat16, float16 or float32.
-        page_table: ``[rows, pages]`` or ``[batch, pages]`` int32 page numbers for ``out_slots``,
-            the ``block_table`` of :func:`select_candidates`; may be ``block_table``.
-        page_size: keys a page of ``page_table``.
-        out: as in :func:`select_candidates`.
-        out_slots: as there.
-        out_counts: as there.
+        q: the queries, as :func:`dsv4_plugin.paged_logits` takes them.
+        cache: the indexer cache, as :func:`dsv4_plugin.paged_logits` takes it.
+        weights: the heads' weights, as :func:`dsv4_plugin.paged_logits` takes them.
+        candidates: ``[rows, K]`` int32, as :func:`candidate_logits` takes them.
+        lengths: the keys that each row sees, as :func:`candidate_logits` takes them.
+        block_table: ``[batch, pages]`` int32 page numbers, unit inner stride.
+        k: 1 … 2048.
+        block_size: keys per page of ``cache``.
+        piece: keys per block.
+        dtype: the dtype of the scores that the op selects on: bfloat16, float16 or float32.
+        page_table: ``[rows, pages]`` or ``[batch, pages]`` int32 page numbers for ``out_slots``, as
+            the ``block_table`` of :func:`select_candidates`; it may be the same tensor as
+            ``block_table``.
+        page_size: keys per page of ``page_table``.
+        out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
+        out_slots: ``[rows, k]`` int32, to fill as :func:`select_candidates` does.
+        out_counts: ``[rows]`` int32, to fill as :func:`select_candidates` does.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
 
     Returns:
@@ -537,7 +543,7 @@ def _chosen(
 ) -> torch.Tensor:
     """Check the outputs of a selection and the table of their slots; return ``out`` or a new one.
 
-    ``rows_of_it`` has the rows, on the device that is ``owner``'s.
+    ``rows_of_it`` has one row for each row of the result. It is on the device of ``owner``.
     """
     rows, device = rows_of_it.shape[0], rows_of_it.device
     if table is not None:

@@ -1,6 +1,6 @@
 """Validation of arguments: every message names the argument, what came and what is allowed.
 
-Nothing here looks at the data of a tensor on a GPU, so nothing synchronises; the one exception is
+No check reads the data of a tensor on a GPU, so no check synchronises. The one exception is
 :func:`sequence_ends`, which says so.
 """
 
@@ -75,7 +75,7 @@ def positive(name: str, value: Any, most: int | None = None) -> None:
 
 
 def size(name: str, value: Any) -> None:
-    """Check a size that an op takes, by its name: ``k``, ``next_n``, ``page_size``."""
+    """Check a size that an op takes (``k``, ``next_n``, ``page_size``) against its limit."""
     positive(name, value, MAX_K if name == "k" else MAX_INT32)
 
 
@@ -96,8 +96,8 @@ def geometry(block_size: Any, head_dim: Any, multiple: int) -> None:
 def as_pages(cache: Any, block_size: int, row_bytes: int) -> torch.Tensor:
     """Return the cache as a view ``[pages, >= block_size * row_bytes]`` with unit inner stride.
 
-    Engines hand it over as ``[pages, bytes]``, ``[pages, block_size, row_bytes]`` or
-    ``[pages, block_size, 1, row_bytes]``; the page stride is free, the inside of a page is not.
+    Engines pass it as ``[pages, bytes]``, ``[pages, block_size, row_bytes]`` or ``[pages,
+    block_size, 1, row_bytes]``. The page stride is free; the inside of a page must be contiguous.
     """
     tensor("cache", cache, (torch.uint8,), (2, 3, 4))
     need = block_size * row_bytes
@@ -131,7 +131,7 @@ def as_pages(cache: Any, block_size: int, row_bytes: int) -> torch.Tensor:
 def as_slots(slots: torch.Tensor) -> torch.Tensor:
     """Return the slots as contiguous int32 or int64, which is what the implementations read.
 
-    A slot of 2**63 or more, which only uint64 has, becomes the largest int64: past every end.
+    A slot of 2**63 or more (only uint64 has those) becomes the largest int64, past every end.
     """
     if slots.dtype == torch.uint64:
         slots = slots.view(torch.int64)
@@ -142,7 +142,7 @@ def as_slots(slots: torch.Tensor) -> torch.Tensor:
 
 
 def slots_within(slots: torch.Tensor, total: int, block_size: int) -> None:
-    """Check slots that are on the CPU against the end of the cache; costs no synchronisation."""
+    """Check slots on the CPU against the end of the cache; needs no synchronisation."""
     if total and slots.device.type == "cpu" and slots.numel():
         highest = int(slots.max())
         if highest >= total:
@@ -183,7 +183,7 @@ def out_vector(name: str, value: Any, size: int, device: torch.device, of: str) 
 
 
 def sequences(block_table: Any, cu_seq_lens: Any, device: torch.device) -> None:
-    """Check the int32 table of a gather, and where its sequences end."""
+    """Check the int32 table of a gather, and the tensor that says where its sequences end."""
     tensor("block_table", block_table, (torch.int32,), (2,))
     tensor("cu_seq_lens", cu_seq_lens, INDEX_DTYPES, (1,))
     on_device("block_table", block_table, device, "cache")
@@ -217,7 +217,7 @@ def sequence_ends(cu_seq_lens: torch.Tensor) -> int:
 def lengths_for(
     lengths: Any, rows: int, next_n: int, device: torch.device, of: str = "logits"
 ) -> None:
-    """Check ``lengths``: one a row (1-D, or ``[batch, next_n]``), or one a request."""
+    """Check ``lengths``: one per row (1-D, or ``[batch, next_n]``), or one per request."""
     tensor("lengths", lengths, INDEX_DTYPES, (1, 2))
     on_device("lengths", lengths, device, of)
     if rows % next_n:
@@ -249,7 +249,7 @@ def table(
 
 
 def scores(name: str, value: Any) -> torch.Tensor:
-    """Check scores ``[rows, columns]`` that are selected among, and return them."""
+    """Check the scores ``[rows, columns]`` that a selection reads, and return them."""
     tensor(name, value, LOGITS_DTYPES, (2,))
     if value.shape[1] > 1 and value.stride()[1] != 1:
         raise ValueError(f"{name} must have unit stride along its rows, got {_show(value)}")
@@ -259,7 +259,7 @@ def scores(name: str, value: Any) -> torch.Tensor:
 def topk(args: TopkArgs, given: torch.Tensor | None) -> None:
     """Check a top-k; ``given``: ``out`` as the caller gave it.
 
-    Without ``given`` the plugin made ``out``, and has checked ``logits`` and ``k`` for that.
+    If ``given`` is None, the plugin made ``out`` and has already checked ``logits`` and ``k``.
     """
     logits, lengths, _, out_raw, row_starts, page_table, k, next_n, page_size, _, out_counts = args
     if given is not None:
@@ -351,10 +351,10 @@ def head_weights(
 
 
 def scores_dtype(name: str, dtype: torch.dtype, q: torch.Tensor) -> None:
-    """Check the dtype of scores: those of FP4 keys are bfloat16 numbers."""
+    """Check the dtype of scores: FP4 keys have bfloat16 scores."""
     if reads_fp4(q) and dtype is not torch.bfloat16:
         raise ValueError(
-            f"{name} must be bfloat16 where q is bfloat16: the scores of FP4 keys are; got {dtype}"
+            f"{name} must be bfloat16 if q is, because scores of FP4 keys are bfloat16; got {dtype}"
         )
 
 
@@ -372,8 +372,8 @@ _Named = Iterable[tuple[str, "torch.Tensor | None"]]
 def separate(outputs: _Named, inputs: _Named) -> None:
     """Check that no output shares memory with another output or with an input.
 
-    Only addresses, shapes and strides are looked at. Slices of one buffer that lie between each
-    other, such as its left and its right columns, are separate.
+    The check reads only addresses, shapes and strides. Slices of one buffer that interleave, such
+    as its left and its right columns, are separate.
     """
     written: list[tuple[str, torch.Tensor, int, int]] = []
     for name, t in outputs:
@@ -402,7 +402,7 @@ def _shared(output: str, written: torch.Tensor, name: str, t: torch.Tensor) -> V
 
 
 def _end(t: torch.Tensor, begin: int) -> int:
-    """Return the address past a tensor's last byte; ``begin`` is that of its first."""
+    """Return the address past a tensor's last byte; ``begin`` is the address of its first byte."""
     if t.is_contiguous():
         return begin + t.nbytes
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
@@ -410,17 +410,17 @@ def _end(t: torch.Tensor, begin: int) -> int:
 
 
 def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors whose spans overlap have a byte in common."""
+    """Whether two tensors whose address ranges overlap have a byte in common."""
     if not a.numel() or not b.numel():
         return False
     (starts, length), (others, width) = _runs(a), _runs(b)
-    # The last run of `b` that begins before one of `a` ends is the one that reaches furthest.
+    # Of the runs of `b` that begin before a run of `a` ends, the last one reaches furthest.
     before = torch.searchsorted(others, starts + length) - 1
     return bool(((before >= 0) & (others[before.clamp(min=0)] + width > starts)).any())
 
 
 def _runs(t: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return the sorted addresses of a tensor's unbroken runs of bytes, and how long each is."""
+    """Return the sorted addresses of a tensor's contiguous runs of bytes, and a run's length."""
     size = t.element_size()
     steps = sorted((s * size, n) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1 and s)
     length = size

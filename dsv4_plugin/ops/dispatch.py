@@ -1,7 +1,8 @@
 """The one dispatch: which implementations exist, what each supports, and which one a call gets.
 
-``auto`` takes the first of :data:`ORDER` that supports the call; it looks at the shape, dtype and
-device of a call, never at data. An explicit choice is met or refused with every unmet condition.
+``auto`` takes the first of :data:`ORDER` that supports the call. It looks at the shape, dtype and
+device of a call, never at data. An explicit choice is either met or refused with every unmet
+condition.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ORDER = ("cuda", "triton", "torch")
 
 
 class Call(NamedTuple):
-    """What a choice depends on: the op and the shape, dtype and device it is called with."""
+    """What a choice depends on: the op, and the shape, dtype and device of the call."""
 
     op: str
     device: torch.device
@@ -34,11 +35,11 @@ class Call(NamedTuple):
     k: int = 0
     head_dim: int = 128
     heads: int = 64
-    block_size: int = 64  # looked at for the logits; the reads take any
-    piece: int = 8  # keys a block of candidates
-    candidates: int = 0  # blocks of candidates a row
+    block_size: int = 64  # only the logits look at it; the reads take any size
+    piece: int = 8  # keys per block of candidates
+    candidates: int = 0  # blocks of candidates per row
     fp4: bool = False  # the logits' keys are FP4
-    alignment: int = 16  # of every row that is read or written in vectors, in bytes
+    alignment: int = 16  # in bytes, of every row that is read or written in vectors
 
 
 _CUDA, _TRITON = "dsv4_plugin.kernels.cuda", "dsv4_plugin.kernels.triton_cache"
@@ -53,7 +54,7 @@ def _forms(function: str, reference: str, *backends: str) -> dict[str, str]:
     return {name: f"{modules[name]}:{function}" for name in backends}
 
 
-# op → backend → "module:function". An op that has no entry for a backend has no such form.
+# op → backend → "module:function". A missing entry means that the backend does not have the op.
 _FORMS: dict[str, dict[str, str]] = {
     "topk": _forms("topk", _REFERENCE, "cuda", "torch"),
     "read": _forms("read_indexer_cache", _REFERENCE, *ORDER),
@@ -70,7 +71,7 @@ _FORMS: dict[str, dict[str, str]] = {
 
 
 _READS = ("read", "read_mxfp4", "gather")
-# by the matrix unit, from pages
+# computed by the matrix unit, from pages
 _PAGED = ("paged_logits", "block_maxima", "candidate_logits", "candidate_select")
 
 
@@ -166,10 +167,11 @@ def choose(call: Call, backend: str = "auto") -> str:
 
 
 def _tell(call: Call, asked: str, chosen: str) -> None:
-    """Say which implementation a form of call gets, and why not one that comes before it."""
-    with contextlib.suppress(SettingError):  # that is an error where the setting counts
+    """Log which implementation a form of call gets, and why an earlier one was passed over."""
+    # a wrong setting is an error where the setting counts, not here
+    with contextlib.suppress(SettingError):
         if value("log") == "debug":
-            log.configure("debug")  # outside of an engine nobody has
+            log.configure("debug")  # outside an engine the level is not configured yet
     if log.tells_everything():
         better = [b for b in ORDER[: ORDER.index(chosen)] if b in _FORMS[call.op]]
         passed = [
@@ -194,10 +196,10 @@ def _load(call: Call, backend: str) -> Callable[..., Any]:
 def resolve(call: Call, backend: str | None = None, *, has_keys: bool = True) -> Callable[..., Any]:
     """Return the function that serves ``call``.
 
-    ``backend`` ``None`` means the setting ``DSV4_BACKEND``, which binds every op that has an
+    ``backend`` ``None`` means the setting ``DSV4_BACKEND``. The setting binds every op that has an
     implementation of that kind; an explicit ``backend`` binds in any case. Without ``has_keys``
-    there is no memory that a kernel could be pointed at: the reference serves a call that can be
-    met.
+    there is no memory that a kernel could be pointed at. The reference then serves the call,
+    provided that the choice could be met.
 
     Raises:
         UnmetError: an explicit choice cannot be met; the message has every reason.

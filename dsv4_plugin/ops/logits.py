@@ -1,15 +1,15 @@
 """The public ops that make index logits, and the chain from logits to indices.
 
-The score of a key is ``scale · Σ_h weights[h] · ReLU(q[h] · key)``: dot products of e4m3 values,
-all sums in float32, rounded once to the dtype of the result. The layout of the cache is as in
-:mod:`dsv4_plugin.ops.cache`.
+The score of a key is ``scale · Σ_h weights[h] · ReLU(q[h] · key)``. The dot products are of e4m3
+values, all sums are in float32, and the score is rounded once to the dtype of the result. The
+layout of the cache is described in :mod:`dsv4_plugin.ops.cache`.
 
-**FP4 keys.** Queries of bfloat16 are scored against the MXFP4 form of the cache, by every op on
-pages. The score then is ``Σ_h weights[h] · ReLU(q[h] · key)``, rounded as SGLang's reference does:
-a dot product to float32 and then to bfloat16, its product with the weight to bfloat16, the sum of
-the heads, in float32, to bfloat16. The sum's order is fixed. With ``s[t, c]`` for the heads ``8 i +
-2 t + c``, added one after the other, and ``a[t] = s[t, 0] + s[t, 1]`` it is ``(a[0] + a[1]) + (a[2]
-+ a[3])``.
+**FP4 keys.** Every op on pages scores bfloat16 queries against the MXFP4 form of the cache. The
+score then is ``Σ_h weights[h] · ReLU(q[h] · key)``, rounded as SGLang's reference does it. A dot
+product is rounded to float32 and then to bfloat16, and its product with the weight to bfloat16. The
+heads are summed in float32, and the sum is rounded to bfloat16. The order of the sum is fixed.
+``s[t, c]`` sums the heads ``8 i + 2 t + c`` one after the other, ``a[t] = s[t, 0] + s[t, 1]``, and
+the sum is ``(a[0] + a[1]) + (a[2] + a[3])``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dsv4_plugin.ops.torch_library import op
 
 __all__ = ["paged_logits", "ragged_logits", "select"]
 
-ROW_BYTES = 16  # what rows of a new result are aligned to
+ROW_BYTES = 16  # the alignment of the rows of a new result
 
 
 def new_logits(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -55,7 +55,7 @@ def _new_indices(q: torch.Tensor, k: int, **_: Any) -> torch.Tensor:
 
 
 def rows_of(q: torch.Tensor) -> int:
-    """Return how many rows ``q`` has, as a caller may give it."""
+    """Return how many rows ``q`` has, in any form that a caller may give it."""
     return q.shape[0] * (q.shape[1] if q.dim() == 4 else 1)
 
 
@@ -77,29 +77,30 @@ def paged_logits(
     Column ``c`` of row ``b · next_n + j`` is key ``c % block_size`` of page
     ``block_table[b, c // block_size]``.
 
-    * **what is written**: the row's ``length`` first columns, clipped to those of ``out``. So
-      ``topk(out, lengths, k)`` looks at no column that was not written. What lies past that is not
-      written: in a new tensor it is uninitialised.
-    * **what is read**: the pages and entries of ``block_table`` that those columns need; of a lone
-      request any entries of its row, since they are read ahead of its length. A page below zero,
-      past the end of the cache or not in the table scores ``-inf``, and nothing is read for it.
+    * **what is written**: the first ``length`` columns of a row, clipped to the columns of ``out``.
+      Columns past these are not written; in a new tensor they are uninitialised. ``topk(out,
+      lengths, k)`` reads only columns that were written.
+    * **what is read**: the pages and the entries of ``block_table`` that these columns need. If the
+      batch is one request, other entries of its row may be read too, because the kernel reads ahead
+      of the length. A page below zero, past the end of the cache or not in the table scores
+      ``-inf``, and nothing is read for it.
     * **NaN**: a NaN in a query, a key, a scale or a weight of a score makes that score NaN.
-    * **independence**: a score depends on its query, weights and key alone, bit for bit; not on the
-      batch, the key's place in the table, the row's length or the grid.
+    * **independence**: a score depends bit for bit on its query, weights and key alone. It does not
+      depend on the batch, the key's place in the table, the row's length or the grid.
 
     Args:
-        q: ``[batch, next_n, heads, head_dim]``, or ``[batch, heads, head_dim]`` for ``next_n`` 1;
-            float8_e4m3fn, or uint8 with the same bytes; bfloat16 for FP4 keys. Each ``[heads,
-            head_dim]`` is contiguous, the strides outside of it are free.
-        cache: uint8 indexer cache; see :mod:`dsv4_plugin.ops.cache` for its layout. With queries of
-            bfloat16 the MXFP4 form, ``head_dim / 2 + head_dim / 32`` bytes a key.
-        weights: float32 ``[batch · next_n, heads]``, bfloat16 for FP4 keys, unit inner stride; the
-            queries' scales are part of it.
-        lengths: int32 or int64 keys that each row sees: ``[rows]`` or ``[batch, next_n]``; or one a
-            request, ``[batch]`` or ``[batch, 1]``, by the rule of :func:`dsv4_plugin.topk`: row
+        q: ``[batch, next_n, heads, head_dim]``, or ``[batch, heads, head_dim]`` for ``next_n`` 1.
+            The dtype is float8_e4m3fn, or uint8 with the same bytes; for FP4 keys it is bfloat16.
+            Each ``[heads, head_dim]`` is contiguous; the outer strides are free.
+        cache: uint8 indexer cache; see :mod:`dsv4_plugin.ops.cache` for its layout. For bfloat16
+            queries it has the MXFP4 form, ``head_dim / 2 + head_dim / 32`` bytes per key.
+        weights: ``[batch · next_n, heads]`` float32 (bfloat16 for FP4 keys), unit inner stride;
+            they include the scales of the queries.
+        lengths: int32 or int64 keys that each row sees: ``[rows]`` or ``[batch, next_n]``; or one
+            per request, ``[batch]`` or ``[batch, 1]``, by the rule of :func:`dsv4_plugin.topk`: row
             ``b · next_n + j`` sees ``lengths[b] - next_n + 1 + j``.
         block_table: ``[batch, pages]`` int32 page numbers, unit inner stride.
-        block_size: keys a page.
+        block_size: keys per page.
         dtype: bfloat16, float16 or float32, for FP4 keys bfloat16; ignored when ``out`` is given.
         out: ``[rows, columns]`` to fill, of such a dtype, unit inner stride, any row stride.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
@@ -134,9 +135,9 @@ def _prepare_paged(
     backend: str | None,
     table_only: bool = False,
 ) -> tuple[torch.Tensor, Callable[..., None], tuple[Any, ...]]:
-    """Check paged logits and return their result, what fills it, and the arguments of that.
+    """Check paged logits. Return their result, the function that fills it, and its arguments.
 
-    ``table_only``: the result is cut to the columns that the table has.
+    ``table_only``: the result has no more columns than the table has keys.
     """
     q, pages, lengths = paged_arguments(q, cache, weights, lengths, block_table, block_size)
     batch, next_n, heads, head_dim = q.shape
@@ -174,27 +175,28 @@ def ragged_logits(
     """Score a window of gathered keys for every row: the logits of prefill.
 
     Column ``j`` of row ``r`` is key ``row_starts[r] + j``: every row begins at column zero. A key
-    below zero or past the last one scores ``-inf``, and nothing is read for it. NaN and
-    independence are as in :func:`paged_logits`.
+    below zero or past the last one scores ``-inf``, and nothing is read for it. The promises for
+    NaN and independence are those of :func:`paged_logits`.
 
     Args:
         q: ``[rows, heads, head_dim]`` float8_e4m3fn, or uint8 with the same bytes. Each ``[heads,
-            head_dim]`` is contiguous, the row stride is free.
+            head_dim]`` is contiguous; the row stride is free.
         k: ``[keys, head_dim]`` float8_e4m3fn, or uint8 with the same bytes; contiguous.
         k_scale: ``[keys]`` float32, contiguous.
-        weights: float32 ``[rows, heads]``, unit inner stride; the queries' scales are part of it.
+        weights: ``[rows, heads]`` float32, unit inner stride; they include the scales of the
+            queries.
         row_starts: ``[rows]`` int32 or int64, the row's first key.
-        row_ends: ``[rows]`` int32 or int64, one past the row's last key. Clipped to what fits in
-            the columns of ``out``; at or below the start: an empty row.
+        row_ends: ``[rows]`` int32 or int64, one past the row's last key. Clipped to the columns of
+            ``out``. An end at or below the start gives an empty row.
         dtype: bfloat16, float16 or float32; ignored when ``out`` is given.
-        out: ``[rows, columns]`` to fill, of such a dtype, unit inner stride, any row stride. What
-            lies past a row's window is not written.
+        out: ``[rows, columns]`` to fill, of such a dtype, unit inner stride, any row stride.
+            Columns past a row's window are not written.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
 
     Returns:
         ``out``, or a new ``[rows, keys]`` tensor whose rows start at multiples of 16 bytes,
         uninitialised past a row's window. ``topk(logits, row_ends - row_starts, k)`` selects in it
-        and looks at no column that was not written.
+        and reads only columns that were written.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
@@ -240,26 +242,26 @@ def select(
     """Score the keys of every request's pages and select the ``k`` best: the chain of decode.
 
     The answer is that of :func:`dsv4_plugin.topk` on :func:`paged_logits`, with the promises of
-    both: without ``sort`` the columns ascend. No column past ``block_table`` is selected. All
-    arguments are checked before anything is computed.
+    both: without ``sort`` the columns ascend. No column past ``block_table`` is selected. The op
+    checks all arguments before it computes anything.
 
     Args:
-        q: as in :func:`paged_logits`.
-        cache: as there.
-        weights: as there.
-        lengths: as there.
-        block_table: as there.
-        k: as in :func:`dsv4_plugin.topk`.
-        block_size: keys a page of ``cache``.
-        dtype: what is selected on, bfloat16, float16 or float32; ignored when ``logits`` is given.
+        q: the queries, as :func:`paged_logits` takes them.
+        cache: the indexer cache, as :func:`paged_logits` takes it.
+        weights: the heads' weights, as :func:`paged_logits` takes them.
+        lengths: the keys that each row sees, as :func:`paged_logits` takes them.
+        block_table: ``[batch, pages]`` int32 page numbers, unit inner stride.
+        k: 1 … 2048.
+        block_size: keys per page of ``cache``.
+        dtype: the dtype of the scores that the op selects on: bfloat16, float16 or float32; ignored
+            when ``logits`` is given.
         page_table: as in :func:`dsv4_plugin.topk`; may be ``block_table``.
-        page_size: columns a page of ``page_table``.
+        page_size: columns per page of ``page_table``.
         out: ``[rows, k]`` int32 to fill, a slice of a wider buffer or not.
-        out_raw: ``[rows, k]`` int32 that gets the indices themselves beside ``page_table``.
+        out_raw: ``[rows, k]`` int32, to fill with the indices when ``page_table`` is given.
         sort: sort by value. A row no longer than ``k`` keeps the order of its columns.
-        logits: scratch for the scores, as ``out`` of :func:`paged_logits`; its dtype is the one
-            that is selected on, and rows are clipped to its columns. What it holds afterwards is
-            unspecified.
+        logits: scratch for the scores, as ``out`` of :func:`paged_logits`. The op selects on its
+            dtype, and rows are clipped to its columns. Its content afterwards is unspecified.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.
 
     Returns:
@@ -269,7 +271,7 @@ def select(
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
         UnmetError: ``backend`` cannot serve the call.
     """
-    # No length may reach past the table: there is no key to be selected.
+    # No length may reach past the table, which has no key there that could be selected.
     scores, score, scored = _prepare_paged(
         q, cache, weights, lengths, block_table, block_size, dtype, logits, backend,
         table_only=True,
@@ -279,7 +281,7 @@ def select(
         q.shape[1] if q.dim() == 4 else 1, page_size, sort, None,
     )  # fmt: skip
     pick = prepare(args, out, backend)
-    # What the two do not know of each other.
+    # The checks that neither part makes, because each concerns arguments of both.
     checks.separate((("logits", logits),), (("page_table", page_table),))
     checks.separate(
         (("out", out), ("out_raw", out_raw)),
@@ -291,7 +293,7 @@ def select(
 
 
 def _nothing(*_: object) -> None:
-    """Run in place of an implementation where there is no row or no column."""
+    """Run in place of an implementation if there is no row or no column."""
 
 
 def paged_arguments(
@@ -302,7 +304,7 @@ def paged_arguments(
     block_table: torch.Tensor,
     block_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Check what all ops on paged keys take; return ``q``, pages and lengths as kernels take them.
+    """Check the arguments of all ops on paged keys; return ``q``, pages, lengths for the kernels.
 
     ``q`` is uint8 or bfloat16 ``[batch, next_n, heads, head_dim]``, pages are ``[pages, bytes]``.
     """
@@ -329,7 +331,7 @@ def ragged_arguments(
     row_starts: torch.Tensor,
     row_ends: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check what all ops on gathered keys take; return ``q`` and ``k`` as uint8."""
+    """Check the arguments that all ops on gathered keys take; return ``q`` and ``k`` as uint8."""
     q = checks.queries(q, (3,)).squeeze(1)
     rows, heads, head_dim = q.shape
     checks.positive("head_dim", head_dim)

@@ -1,10 +1,10 @@
-"""The way that every op has through torch: ``torch.ops.dsv4.*``, and past it where that is free.
+"""The registration of every op as ``torch.ops.dsv4.*``, and the direct call that avoids it.
 
-A public op is a plain function under :func:`op`, which reads its signature and does the rest: the
-schemas, the fakes, ``torch.compile``, and the choice between the dispatcher and a direct call. A
-call through the dispatcher to a Python implementation costs some 2.5 µs on the host, a direct call
-a tenth of that. So only a compiler, a fake or functional tensor or an active dispatch mode goes
-through ``torch.ops``.
+A public op is a plain function with the decorator :func:`op`. The decorator reads the signature and
+makes the rest: the schemas, the fakes, the support for ``torch.compile``, and the choice between
+the dispatcher and a direct call. A call of a Python implementation through the dispatcher costs
+some 2.5 µs on the host, a direct call a tenth of that. So a call goes through ``torch.ops`` only if
+a compiler, a fake or functional tensor, or an active dispatch mode needs it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TYPES = {
     "int": "int",
     "bool": "bool",
 }
-# What most arguments that are no tensors are; others take the longer question.
+# The types of most arguments that are no tensors; for other types the slower check runs.
 _NO_TENSORS = frozenset({NoneType, int, bool, str, torch.dtype})
 
 
@@ -51,15 +51,16 @@ def op(
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Make a function a public op, registered in two forms as ``torch.ops.dsv4``.
 
-    ``<name>`` takes the function's parameters but for the outputs, and makes its result.
-    ``<name>_out`` fills outputs: it takes the parameters without a default, the outputs, and then
-    the others. The function itself always gets plain tensors.
+    ``<name>`` takes the function's parameters without the outputs and makes its result.
+    ``<name>_out`` fills outputs. It takes the parameters without a default, then the outputs, then
+    the other parameters. The function itself always gets plain tensors.
 
     Args:
-        new: takes the function's arguments by name, what it does not need in ``**_``, and makes the
-            first output from their shapes. None: there is no form that makes its result.
+        new: makes the first output from the shapes of the arguments. It takes the function's
+            arguments by name, and those that it does not need in ``**_``. None: no form makes the
+            result.
         outputs: the parameters that the op writes. The first is the op's result.
-        name: of the op, where it is not that of the function.
+        name: of the op, if it differs from the name of the function.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -101,7 +102,7 @@ def op(
 
 
 def _input(parameter: inspect.Parameter) -> str:
-    """Return a parameter as a schema has it."""
+    """Return a parameter in the syntax of a schema."""
     text = f"{_TYPES[str(parameter.annotation)]} {parameter.name}"
     if parameter.default is parameter.empty:
         return text
@@ -114,7 +115,7 @@ def overload(name: str) -> Callable[..., Any]:
 
 
 def through_dispatcher(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a call on these arguments has to be seen by torch's dispatcher."""
+    """Return whether torch's dispatcher must see a call with these arguments."""
     if is_compiling() or _dispatch_modes() or _function_modes():
         return True
     for values in (args, kwargs.values()):
@@ -160,7 +161,7 @@ def _register(
 
 
 def _plain(value: Any) -> Any:
-    """Return a tensor of a subclass, which has no dispatch of its own, as a plain one."""
+    """Return a tensor of a subclass without a dispatch of its own as a plain tensor."""
     if not isinstance(value, Tensor) or type(value) in (Tensor, Parameter):
         return value
     with torch._C.DisableTorchFunctionSubclass():
@@ -168,7 +169,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_devices(owner: str, given: dict[str, Any]) -> None:
-    """Check that all tensors are on one device: on meta, torch calls the fake if one of them is."""
+    """Check that all tensors are on one device; torch calls the fake if any of them is on meta."""
     device = given[owner].device
     for name, value in given.items():
         if isinstance(value, Tensor) and value.device != device:

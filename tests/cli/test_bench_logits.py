@@ -86,7 +86,7 @@ def test_a_run_of_the_logits(
                   "narrow refuses bfloat16 1 x 200 next_n 2: takes one query",
                   "decode: 4 cells", "[  1/12 ",
                   "bfloat16: us warm | / best peer", "x the keys' bytes at the read rate",
-                  "Several queries a request", "Lengths from 1", "Prefill: causal windows",
+                  "Several queries per request", "Lengths from 1", "Prefill: causal windows",
                   "TFLOP/s  WRONG",
                   "dsv4: right in 24 of 24 cells", "wrong: right in 0 of 20 cells"):  # fmt: skip
         assert words in said, words

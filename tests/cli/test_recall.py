@@ -189,7 +189,7 @@ def test_without_safetensors_the_error_says_what_to_install(monkeypatch, capsys,
         (["--k", "4096"], "--k must be a whole number from 1 to 2048, got '4096'"),
         (["--k", "0"], "--k must be a whole number from 1 to 2048, got '0'"),
         (["--columns", "0"], "--columns must be a whole number from 1"),
-        (["--scores", "x", "--rows", "3"], "--scores brings its own rows"),
+        (["--scores", "x", "--rows", "3"], "--scores has its own rows"),
         (
             ["--json", "no/such/folder/r.json", "--rows", "1", "--columns", "64"],
             "there is no folder",

@@ -1,7 +1,7 @@
-"""Buffers with known bytes around them: a write outside of a tensor is found, and named.
+"""Buffers with known bytes around them: they show a write outside a tensor.
 
-:class:`Guarded` is one matrix, :class:`Canaries` puts guards around all tensors of a call. Checks
-leave what is inside as it is.
+:class:`Guarded` is one matrix. :class:`Canaries` puts guards around all tensors of a call. A check
+does not change the matrix itself.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import torch
 __all__ = ["CANARY", "GUARD", "Canaries", "Guarded"]
 
 CANARY = 0x5A
-GUARD = 4096  # bytes before and after
-_ALIGNED = 256  # an address is kept modulo this where a tensor is copied
+GUARD = 4096  # bytes before and after a matrix
+_ALIGNED = 256  # a copied tensor keeps its address modulo this
 
 
 class Guarded:
-    """A matrix in the middle of a larger buffer; all bytes around it, and between rows, are known.
+    """A matrix inside a larger buffer; all bytes around it and between its rows are known.
 
-    ``offset`` elements past an aligned address, rows ``stride`` (at least ``columns``) elements
-    apart.
+    The matrix begins ``offset`` elements past an aligned address. Its rows are ``stride`` elements
+    apart, at least ``columns``.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Guarded:
             self._between = self.bytes.as_strided(shape, (stride * size, 1), first)
 
     def fault(self) -> str | None:
-        """Return what was written outside of the matrix; None if nothing was."""
+        """Return what was written outside the matrix; None if nothing was."""
         parts = {"before it": self.bytes[: self._begin], "behind it": self.bytes[self._end :]}
         if self._between is not None:
             parts["between its rows"] = self._between
@@ -60,7 +60,7 @@ class Guarded:
         return None
 
     def assert_untouched(self, context: str = "") -> None:
-        """Raise AssertionError if anything was written but the matrix."""
+        """Raise AssertionError if anything but the matrix was written."""
         fault = self.fault()
         if fault:
             raise AssertionError(f"{fault} ({context})")
@@ -69,8 +69,8 @@ class Guarded:
 class Canaries:
     """Guards around the tensors of one call: copies of its inputs, and new outputs.
 
-    A copy keeps shape, strides and the address modulo 256, and :meth:`check` asserts that it still
-    holds what it was made from. Tensors that span more than ``most`` bytes are left as they are.
+    A copy keeps shape, strides and the address modulo 256. :meth:`check` asserts that it still
+    equals its original. Tensors that span more than ``most`` bytes are not copied.
     """
 
     def __init__(self, most: int = 64 << 20) -> None:
@@ -100,13 +100,13 @@ class Canaries:
     def output(
         self, name: str, rows: int, columns: int, dtype: torch.dtype, device: str | torch.device
     ) -> torch.Tensor:
-        """Return a new guarded matrix, full of canaries too."""
+        """Return a new guarded matrix that is filled with the guard's bytes."""
         held = Guarded(rows, columns, dtype, device=device)
         self._held.append((name, held))
         return held.inside
 
     def check(self, context: str = "") -> None:
-        """Raise AssertionError if a guard, or an input, was written to."""
+        """Raise AssertionError if a guard or an input was written to."""
         for name, held in self._held:
             held.assert_untouched(f"{name} {context}".strip())
         for name, before, now in self._inputs:

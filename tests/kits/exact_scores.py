@@ -17,7 +17,7 @@ __all__ = ["paged", "ragged", "scores", "wide"]
 # Errors of the dot products of FP4 keys and of the sums over the heads, in units of the sums of
 # their terms' magnitudes.
 _FP4_DOT, _FP4_SUM = 2.0**-20, 2.0**-19
-_CHUNK = 1 << 22  # dot products made at a time: 32 MiB of float64
+_CHUNK = 1 << 22  # dot products computed at a time: 32 MiB of float64
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,8 @@ def _fp4_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the middle of the interval that a score lies in, and half of its width.
 
-    Rounding keeps order, so the ends of a dot product's interval go through all the steps.
+    Rounding keeps the order of numbers, so both ends of a dot product's interval go through all the
+    steps.
     """
     heads = q.shape[1:3]
     nibbles = torch.stack((packed % 16, packed // 16), -1).flatten(-2).long()
@@ -61,15 +62,15 @@ def scores(
     ``q`` ``[n, rows, heads, head_dim]`` and ``keys`` ``[n, columns, head_dim]`` are e4m3 or its
     bytes, ``scale`` is ``[n, columns]``, ``weights`` ``[n, rows, heads]``.
 
-    With ``q`` of bfloat16 keys are bytes of FP4 codes and ``scale`` the bytes ``[n, columns,
-    head_dim / 32]``; instead of a magnitude comes half of the interval that the score lies in.
+    If ``q`` is bfloat16, keys are bytes of FP4 codes and ``scale`` is the bytes ``[n, columns,
+    head_dim / 32]``. Then half of the interval that the score lies in replaces the magnitude.
     """
     if q.dtype == torch.bfloat16:
         return _fp4_scores(q, keys.int(), scale, weights)
     heads = q.shape[1:3]
     a, b = wide(q).flatten(1, 2), wide(keys).transpose(1, 2)
     scale, weights = scale.double()[:, None], weights.double()[:, :, None]
-    relu = torch.bmm(a, b).clamp_(min=0).unflatten(1, heads)  # a NaN stays one
+    relu = torch.bmm(a, b).clamp_(min=0).unflatten(1, heads)  # a NaN stays NaN
     score = scale * torch.matmul(weights, relu)[:, :, 0]
     size = torch.bmm(a.abs_(), b.abs_()).unflatten(1, heads)
     return score, scale.abs() * torch.matmul(weights.abs(), size)[:, :, 0]
@@ -83,9 +84,10 @@ def paged(
     block_size: int = 64,
     columns: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return score and magnitude, a column for each of the table or more, whatever the lengths.
+    """Return score and magnitude in at least one column per key of the table.
 
-    ``cache`` is ``[pages, bytes]``. The score of a page that is none, or not in the table, is -inf.
+    The columns do not depend on the lengths. ``cache`` is ``[pages, bytes]``. A key whose page is
+    missing, or not in the table, scores -inf.
     """
     batch, next_n, heads, head_dim = q.shape
     fp4 = q.dtype == torch.bfloat16
@@ -125,7 +127,7 @@ def ragged(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return score, magnitude ``[rows, columns]`` by the compressed form, and columns of each row.
 
-    ``columns`` -1: one a key. The score of a key that does not exist is -inf.
+    ``columns`` -1: one column per key. A key that does not exist scores -inf.
     """
     rows, keys = len(q), len(k)
     columns = keys if columns < 0 else columns

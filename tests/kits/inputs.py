@@ -6,7 +6,7 @@ import torch
 
 __all__ = ["FP4_SCALES", "mxfp4_cache", "poison_tail", "slot_list"]
 
-# First and last scale byte by the kind of the queries (exact.codes): the products of "fp4" can be
+# The first and last scale byte by the kind of queries (exact.codes). The products of "fp4" can be
 # added in float32 without rounding.
 FP4_SCALES = {"fp4": (123, 127), "fp4 wide": (64, 191)}
 
@@ -21,7 +21,7 @@ def mxfp4_cache(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
-    """Make a page-planar MXFP4 cache of random codes, and of scales from the first to the last."""
+    """Make a page-planar MXFP4 cache of random codes, with scales between two given bytes."""
     g = torch.Generator(device="cpu").manual_seed(seed)
     split, size = block_size * head_dim // 2, block_size * (head_dim // 2 + head_dim // 32)
     arena = torch.full((pages, size + pad), 0xFF, dtype=torch.uint8)
@@ -32,14 +32,14 @@ def mxfp4_cache(
 
 
 def slot_list(tokens: int, total: int, *, padding: float = 0.1, seed: int = 0) -> torch.Tensor:
-    """Draw int64 slots in ``[0, total)``, a share of them replaced by -1."""
+    """Draw int64 slots in ``[0, total)`` and replace a share of them by -1."""
     g = torch.Generator(device="cpu").manual_seed(seed)
     slots = torch.randint(0, max(total, 1), (tokens,), generator=g)
     return slots.masked_fill(torch.rand(tokens, generator=g) < padding, -1)
 
 
 def poison_tail(logits: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Overwrite, in place, what lies past each row's length with NaN, inf and 1e30 in turn."""
+    """Overwrite, in place, the columns past each row's length with NaN, inf and 1e30 in turn."""
     column = torch.arange(logits.shape[1], device=logits.device)
     bad = torch.tensor([float("nan"), float("inf"), 1e30], device=logits.device).to(logits.dtype)
     past = column[None, :] >= lengths.reshape(-1, 1).to(logits.device)

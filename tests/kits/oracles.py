@@ -124,9 +124,9 @@ def _bytes_at(
 def fp8_keys(
     cache: torch.Tensor, page: torch.Tensor, position: torch.Tensor, block_size: int, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read the FP8 keys at ``(page, position)`` of ``[pages, bytes]``, which must all be there.
+    """Read the FP8 keys at ``(page, position)`` of ``[pages, bytes]``; all of them must exist.
 
-    Returns their bytes (int64 ``[n, head_dim]``), their scales and what they stand for (float32).
+    Returns their bytes (int64 ``[n, head_dim]``), their scales, and their values (float32).
     """
     codes = _bytes_at(cache, page, position * head_dim, head_dim)
     quad = _bytes_at(cache, page, block_size * head_dim + position * 4, 4)

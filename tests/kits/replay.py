@@ -1,4 +1,4 @@
-"""A call in a CUDA graph, for checks of what its replays give."""
+"""A call in a CUDA graph, for checks of the results of its replays."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 
 def captured(call: Callable[[], T], device: str) -> tuple[Callable[[], Any], T]:
-    """Return what replays ``call``, and the answer whose tensors the replays write.
+    """Return a function that replays ``call``, and the answer whose tensors a replay writes.
 
-    It is called once before. Without a GPU a replay is a call, and may give other tensors.
+    ``call`` runs once before the capture. Without a GPU a replay is a call, and its answer may be
+    in other tensors.
     """
     if device != "cuda":
         return call, call()

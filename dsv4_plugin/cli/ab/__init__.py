@@ -1,9 +1,9 @@
-"""``dsv4-plugin ab``: one server against another with the engine's own benchmark client.
+"""``dsv4-plugin ab``: compare two servers with the engine's own benchmark client.
 
-:mod:`.command` has the options, :mod:`.experiment` the order of things, :mod:`.servers` and
-:mod:`.clients` what is started, :mod:`.engagement` whether the plugin was at work,
-:mod:`.intervals` the statistics, :mod:`.report` and :mod:`.plot` what comes out. Nothing here
-imports torch or an engine. docs/ab.md says what is measured and why so.
+:mod:`.command` has the options and :mod:`.experiment` the order of the steps. :mod:`.servers` and
+:mod:`.clients` start the programs. :mod:`.engagement` finds out whether the plugin was at work.
+:mod:`.intervals` has the statistics, :mod:`.report` and :mod:`.plot` the output. Nothing here
+imports torch or an engine. docs/ab.md says what is measured and why.
 """
 
 __all__ = ["AbError", "Interrupted", "Refused"]
@@ -16,7 +16,7 @@ class AbError(Exception):
 
 
 class Refused(AbError):
-    """The runs went well and must not be reported: they do not compare what they claim to."""
+    """The runs went well, but they do not compare what they claim to, so they are not reported."""
 
     exit_code = 3
 

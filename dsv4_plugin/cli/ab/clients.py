@@ -19,7 +19,7 @@ SAY_EVERY_S = 30.0
 
 
 class Client:
-    """The engine's benchmark client, with the same command and environment for both servers."""
+    """The engine's benchmark client; command and environment are the same for both servers."""
 
     def __init__(
         self, engine: Engine, command: Sequence[str], more: Sequence[str], model: str | None,
@@ -40,10 +40,10 @@ class Client:
         )
 
     def run(self, server: Server, load: Workload, seed: int, stem: Path) -> Result:
-        """Run it once; the result goes to ``stem.json``, what it says to ``stem.log``.
+        """Run it once; write the result to ``stem.json`` and the client's output to ``stem.log``.
 
         Raises:
-            AbError: the client or the server ended badly or took too long, or a request failed.
+            AbError: the client or the server failed or took too long, or a request failed.
         """
         result, log = stem.with_suffix(".json"), stem.with_suffix(".log")
         what = f"client of {server.name} ({stem.name})"
@@ -65,7 +65,7 @@ class Client:
                     self._console.say(f"{what}: {now - began:.0f} s: {process.last_line()}")
                 self._console.pause(0.1)
             if process.ended() != 0:
-                self._console.pause(0.5)  # a server that took it along has ended by now
+                self._console.pause(0.5)  # a server that failed with the client has ended by now
                 server.check()
                 raise process.died("instead of a result")
         finally:

@@ -36,7 +36,7 @@ from dsv4_plugin.cli.shared.run import UsageError, examples, reading
 __all__ = ["add_arguments", "run"]
 
 FEWEST_PAIRS = 3
-MOST_RUNS = 5000  # of a side and workload, which have so many seeds
+MOST_RUNS = 5000  # per side and workload, because there are so many seeds
 PAIRS = numbers.whole(FEWEST_PAIRS, MOST_RUNS)
 ROUNDS = numbers.whole(0, MOST_RUNS - 1)
 SIDES = ("A", "B")
@@ -45,9 +45,9 @@ UNPROVEN = (
     "(--status-dir-{side}) or its log (--log-{side}), or give --trust-engagement"
 )
 DESCRIPTION = (
-    "Serve a model without the plugin (A) and with it (B), in alternation, and compare what the "
-    "engine's own benchmark client measures. What stands after -- goes to both servers. docs/ab.md "
-    "says what is measured and what is refused."
+    "Serve a model without the plugin (A) and with it (B) in turn, and compare what the "
+    "engine's own benchmark client measures. Arguments after -- go to both servers. docs/ab.md "
+    "explains what is measured and what is refused."
 )
 
 
@@ -61,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out ab",
     )
     add = parser.add_argument
-    add("--engine", choices=tuple(ENGINES), default="vllm", help="whose server (default: vllm)")
+    add(
+        "--engine",
+        choices=tuple(ENGINES),
+        default="vllm",
+        help="the engine of the servers (default: vllm)",
+    )
     add("--model", help="the model to serve, and its name for the client")
     add(
         "--out",
@@ -69,18 +74,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="an empty or new folder for results and logs",
     )
-    add("--plot", type=Path, metavar="FILE", help="draw there (.png or .svg); needs matplotlib")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw a plot to FILE (.png or .svg); needs matplotlib",
+    )
     add(
         "--from", type=Path, dest="results", metavar="FILE.json",
-        help="measure nothing: print the table of an earlier run again, and draw --plot",
+        help="measure nothing; print the table of an earlier run, and draw --plot",
     )  # fmt: skip
     add("--dry-run", action="store_true", help="print what would be started, and start nothing")
 
     group = parser.add_argument_group(
-        "the two sides (default: DSV4_PLUGIN=0 against DSV4_PLUGIN=1)"
+        "the two sides (default: A has DSV4_PLUGIN=0, B has DSV4_PLUGIN=1)"
     )
     add = group.add_argument
-    add("--env", action="append", default=[], metavar="NAME=VALUE", help="for both, and the client")
+    add(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="for both servers and the client",
+    )
     for side, meant in (("a", "off"), ("b", "on")):
         upper = side.upper()
         add(f"--env-{side}", action="append", default=[], metavar="NAME=VALUE", help=f"for {upper}")
@@ -90,27 +106,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("commands (split as a shell would; no shell sees them)")
     add = group.add_argument
-    add("--python", default=sys.executable, help="the Python of server and client")
+    add("--python", default=sys.executable, help="the Python that runs server and client")
     add(
         "--server-command", metavar="'...'",
-        help="instead of the engine's; gets --host and --port unless it has {port}",
+        help="replaces the engine's; gets --host and --port unless it has {port}",
     )  # fmt: skip
     add(
         "--client-command", metavar="'...'",
-        help="instead of the engine's; gets its options unless it has {result}: {url} {model} "
+        help="replaces the engine's; gets the usual options unless it has {result}; {url} {model} "
         "{seed} {input_len} {output_len} {num_prompts} {concurrency} are filled in",
     )  # fmt: skip
-    add("--serve-args", default="", metavar="'...'", help="for both servers, as what is after --")
-    add("--client-args", default="", metavar="'...'", help="more options of the client")
+    add(
+        "--serve-args",
+        default="",
+        metavar="'...'",
+        help="for both servers, like the arguments after --",
+    )
+    add("--client-args", default="", metavar="'...'", help="more options for the client")
     add("--host", default="127.0.0.1", help="where the servers listen (default: 127.0.0.1)")
     add("--port", type=numbers.PORT, help="their port (default: the engine's, 8000 or 30000)")
     add("--port-b", type=numbers.PORT, help="the port of B with --together (default: the next)")
 
-    group = parser.add_argument_group("what is run")
+    group = parser.add_argument_group("what runs")
     add = group.add_argument
     add(
         "--workload", action="append", default=[], metavar="in=N,out=N,n=N,c=N",
-        help="tokens in and out, prompts, concurrency; may be given often "
+        help="tokens in and out, prompts, concurrency; can be given several times "
         "(default: in=8192,out=128,n=16,c=4)",
     )  # fmt: skip
     add("--pairs", type=PAIRS, default=3, help=f"A-B pairs, at least {FEWEST_PAIRS} (default: 3)")
@@ -118,20 +139,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs",
         type=numbers.whole(1, MOST_RUNS),
         default=1,
-        help="runs of the client in half a pair (default: 1)",
+        help="client runs in each half of a pair (default: 1)",
     )
     add("--order", choices=("abab", "abba"), default="abab", help="of the pairs (default: abab)")
     add(
         "--seed",
         type=numbers.SEED,
         default=0,
-        help="where the seeds of the client begin (default: 0)",
+        help="first seed of the client (default: 0)",
     )
-    add("--warmup-rounds", type=ROUNDS, default=8, help="at most so many (default: 8)")
+    add("--warmup-rounds", type=ROUNDS, default=8, help="the most warm-up rounds (default: 8)")
     add(
         "--warmup-prompts",
         type=numbers.COUNT,
-        help="of a round (default: twice the concurrency, min. 4)",
+        help="prompts of a warm-up round (default: twice the concurrency, min. 4)",
     )
     add(
         "--figure", choices=[metric.name for metric in METRICS], default=report.FIGURE,
@@ -145,30 +166,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--start-timeout",
         type=numbers.SECONDS,
         default=1800.0,
-        help="seconds to /health (default: 1800)",
+        help="seconds until /health must answer (default: 1800)",
     )
     add(
         "--run-timeout",
         type=numbers.SECONDS,
         default=3600.0,
-        help="seconds a client run (default: 3600)",
+        help="the most seconds of a client run (default: 3600)",
     )
 
     group = parser.add_argument_group("servers")
     add = group.add_argument
     add("--restart", action="store_true", help="a new server for each half of a pair (the default)")
-    add("--together", action="store_true", help="both servers up at once, runs in alternation")
-    add("--url-a", help="a server that runs already is A")
-    add("--url-b", help="a server that runs already is B")
+    add(
+        "--together",
+        action="store_true",
+        help="run both servers at once and alternate between them",
+    )
+    add("--url-a", help="A is a server that already runs here")
+    add("--url-b", help="B is a server that already runs here")
     for side in ("a", "b"):
         about = f"the DSV4_STATUS_DIR with which the running {side.upper()} was started"
         add(f"--status-dir-{side}", type=Path, metavar="DIR", help=about)
         about = f"the log of the running {side.upper()}"
         add(f"--log-{side}", type=Path, metavar="FILE", help=about)
-    add("--health", default="/health", metavar="PATH", help="answers 200 when a server is ready")
+    add(
+        "--health",
+        default="/health",
+        metavar="PATH",
+        help="path that answers 200 when a server is ready",
+    )
     about = "processes in which the plugin must be at work (default: 1; with TP, its size)"
     add("--workers", type=numbers.COUNT, default=1, help=about)
-    about = "report although nothing shows whether the plugin is at work; the report says so"
+    about = "report even if nothing shows whether the plugin is at work; the report says so"
     add("--trust-engagement", action="store_true", help=about)
 
 
@@ -176,10 +206,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``dsv4-plugin ab``; ``arguments.after`` are options of both servers.
 
     Returns:
-        0, or the exit code of what went wrong (:class:`AbError`), which is said.
+        0, or the exit code of what went wrong (:class:`AbError`), which is printed.
 
     Raises:
-        UsageError: it cannot be run like this.
+        UsageError: the options cannot be run like this.
     """
     if arguments.results is not None:
         _again(arguments)
@@ -232,7 +262,7 @@ class _Plan:
             )
         known = (arguments.status_dir_a, arguments.status_dir_b, arguments.log_a, arguments.log_b)
         if not running and any(known):
-            raise UsageError("--status-dir-a/-b and --log-a/-b are for --url-a and --url-b")
+            raise UsageError("--status-dir-a/-b and --log-a/-b need --url-a and --url-b")
         for option, path in zip(("--status-dir-a", "--status-dir-b"), known[:2], strict=True):
             if path is not None and not path.is_dir():
                 raise UsageError(f"{option} {path} is no folder")
@@ -278,23 +308,23 @@ class _Plan:
         )  # fmt: skip
 
     def url(self, side: str) -> str:
-        """Return where a side answers."""
+        """Return the address of a side."""
         host = self.arguments.host
         host = f"[{host}]" if ":" in host else host
         return self.urls[side] or f"http://{host}:{self.ports[side]}"
 
     def environ(self, side: str, status: Path) -> dict[str, str]:
-        """Return the environment of a server that is started."""
+        """Return the environment of a server that this command starts."""
         return server_environ(side, self.common, self.own[side], str(status))
 
     def asked(self, side: str) -> dict[str, str]:
-        """Return what sets this side's environment apart."""
+        """Return the variables that set this side's environment apart."""
         if self.design.mode == "running":
             return {}
         return {**self.common, **DEFAULTS[side], **self.own[side]}
 
     def server(self, side: str, folder: Path, console: Console) -> Server:
-        """Return a server of a side, not started yet."""
+        """Return the server of a side; it is not started yet."""
         a = self.arguments
         if self.design.mode == "running":
             low = side.lower()
@@ -340,7 +370,7 @@ def _url(arguments: argparse.Namespace, name: str) -> str | None:
     """Return the address of a running server.
 
     Raises:
-        UsageError: it is none that can be asked.
+        UsageError: the address has a wrong form.
     """
     text = getattr(arguments, name)
     if text is None:
@@ -363,9 +393,9 @@ def _run(arguments: argparse.Namespace, more: list[str]) -> int:
         return 0
     folder = arguments.out
     if folder is None:
-        raise UsageError("--out DIR is missing: where results and logs go")
+        raise UsageError("--out DIR is missing: the folder for results and logs")
     folder = folder.absolute()
-    if arguments.plot:  # now, not when all is measured
+    if arguments.plot:  # fail now, not after everything is measured
         plot.check(arguments.plot, folder)
     with reading(folder, "folder"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -403,16 +433,18 @@ def _run(arguments: argparse.Namespace, more: list[str]) -> int:
         if arguments.plot:
             plot.draw(told, arguments.plot)
             print(f"drawn to {arguments.plot}")
-    print(f"{'written' if code == 0 else 'what there is was written'} to {folder / 'ab.json'}")
+    print(
+        f"{'written' if code == 0 else 'the results so far were written'} to {folder / 'ab.json'}"
+    )
     return code
 
 
 def _guarded(action: Callable[[], None], document: dict[str, Any], console: Console) -> int:
-    """Run it; an error is printed and goes into the document."""
+    """Run the action; print an error and put it into the document."""
     try:
         action()
     except AbError as error:
-        # A server that could not be stopped must not hide why it was to be stopped.
+        # An error while a server is stopped must not hide the error that led to the stop.
         first = error.__context__
         said = f"{first}\n{error}" if isinstance(first, AbError) else str(error)
         refused = isinstance(error, Refused)
@@ -428,7 +460,7 @@ def _guarded(action: Callable[[], None], document: dict[str, Any], console: Cons
 
 
 def _ask_versions(plan: _Plan, document: dict[str, Any]) -> None:
-    """Ask the Python of the servers that are started what it has."""
+    """Ask the Python of the servers that will be started for its versions."""
     for side in SIDES if plan.design.mode != "running" else ():
         environ = plan.environ(side, Path("OUT", "SERVER", "status"))
         document["sides"][side]["versions"] = plan.secrets.data(
@@ -449,7 +481,7 @@ def _document(plan: _Plan) -> dict[str, Any]:
             "env": told(environ, plan.asked(side), plan.secrets),
             "expect": a.expect_a if side == "A" else a.expect_b,
             "versions": None,
-            "engagement": {"summary": "not looked at yet"},
+            "engagement": {"summary": "not checked yet"},
         }  # fmt: skip
     example = Client(plan.engine, plan.client, plan.client_args, a.model, {}, 0, Console())
     load = plan.design.workloads[0]
@@ -492,6 +524,6 @@ def _show(plan: _Plan) -> None:
 
 
 def _absent(plan: _Plan, command: list[str], environ: dict[str, str]) -> None:
-    """Say of a command that is shown why it could not be started here."""
+    """Print why a command that is shown could not be started here."""
     if why := startable(command, environ):
         print(f"   cannot be started here: {plan.secrets.text(why)}")

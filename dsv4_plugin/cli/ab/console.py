@@ -1,4 +1,4 @@
-"""Progress lines, and an end on request: signals are noted here and raised at a safe place."""
+"""Progress lines, and an end on request: signals are noted and raised at a safe place."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Console:
-    """Says what happens, with the time since the start; ``with`` it, signals end the run.
+    """Prints what happens, with the time since the start; in ``with``, signals end the run.
 
-    A signal sets a mark, and :meth:`pause`, where every wait of a run is spent, raises
-    :class:`Interrupted`. So no process is ever started without being remembered, and stopping is
-    not itself interrupted; a second signal makes :attr:`urgent` true: no more patience. Where the
-    reader of the lines has gone (``| head``), the run ends as by a signal.
+    A signal sets a mark. :meth:`pause`, which does every wait of a run, raises
+    :class:`Interrupted`. So every started process is remembered, and a stop is not interrupted
+    itself. A second signal makes :attr:`urgent` true, and the run waits no longer. If the reader of
+    the lines has gone (``| head``), the run ends as by a signal.
     """
 
     def __init__(self, secrets: Secrets | None = None) -> None:
@@ -33,8 +33,8 @@ class Console:
 
     def __enter__(self) -> Console:
         if threading.current_thread() is threading.main_thread():
-            # A handler, also where the shell ignores SIGINT for a job in the background: what is
-            # started would inherit the ignoring, but not a handler.
+            # Set a handler even if the shell ignores SIGINT for a background job. A started process
+            # would inherit the ignoring, but it does not inherit a handler.
             self._before = {s: signal.signal(s, self._note) for s in SIGNALS}
         return self
 
@@ -48,7 +48,7 @@ class Console:
 
     @property
     def urgent(self) -> bool:
-        """Whether the wish to end came twice."""
+        """Whether a second signal asked for the end."""
         return len([number for number in self.signals if number != signal.SIGPIPE]) > 1
 
     def say(self, text: str) -> None:

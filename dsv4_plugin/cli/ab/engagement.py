@@ -1,6 +1,6 @@
-"""Whether the plugin was at work in a server: the counters of its processes, and its log line.
+"""Whether the plugin was at work in a server, from its processes' counters and its log line.
 
-An A/B in which B ran upstream's code as well would measure noise and call it a result.
+If B ran the engine's own code like A, an A/B would measure noise and call it a result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dsv4_plugin.cli.shared import statuses
 
 __all__ = ["Evidence", "judge", "look"]
 
-# What the adapters log (engines/shared/adapter.py, tokenspeed/readers.py).
+# The line that the adapters log (engines/shared/adapter.py, tokenspeed/readers.py).
 _ACTIVE = re.compile(r"dsv4 active in ")
 _OF_PLUGIN = re.compile(r"\bdsv4\b", re.IGNORECASE)
 SHOWN = 5  # lines of the log in an error
@@ -23,7 +23,7 @@ SHOWN = 5  # lines of the log in an error
 
 @dataclass
 class Evidence:
-    """``processes``: the status files of living processes; ``lines``: the log's active lines."""
+    """``processes``: status files of running processes; ``lines``: the log's ``active`` lines."""
 
     processes: list[dict[str, Any]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -32,16 +32,16 @@ class Evidence:
 
     @property
     def engaged(self) -> list[dict[str, Any]]:
-        """The processes in which a call was served by the plugin."""
+        """The processes in which the plugin served a call."""
         return [p for p in self.processes if statuses.served(p)]
 
     @property
     def failures(self) -> list[str]:
-        """What was switched off after an error."""
+        """The parts that were switched off after an error."""
         return statuses.failures(self.processes)
 
     def summary(self) -> str:
-        """Say in one line what was found."""
+        """Return one line that says what was found."""
         if self.engaged:
             counts = [
                 f"process {p.get('pid')}: "
@@ -50,11 +50,11 @@ class Evidence:
             ]
             return f"at work in {len(self.engaged)} process(es); " + "; ".join(counts)
         if self.lines:
-            return "said to be at work by the log only"
-        return "nothing shows the plugin at work" if self.looked_at else "not looked"
+            return "only the log says that the plugin is at work"
+        return "nothing shows the plugin at work" if self.looked_at else "not checked"
 
     def mixed(self) -> list[str]:
-        """Name the kinds of calls of which the engine's own code served some."""
+        """Name the kinds of calls that the engine's own code partly served."""
         found = []
         for p in self.engaged:
             counters = p["counters"]
@@ -67,12 +67,12 @@ class Evidence:
         return list(dict.fromkeys(found))
 
     def as_data(self) -> dict[str, Any]:
-        """Return it for the results file."""
+        """Return the evidence for the results file."""
         return {**asdict(self), "summary": self.summary()}
 
 
 def look(server: Server) -> Evidence:
-    """Collect what there is about a server."""
+    """Collect the evidence about a server."""
     evidence = Evidence()
     if server.status is not None:
         evidence.looked_at.append("status files")
@@ -91,13 +91,13 @@ def look(server: Server) -> Evidence:
 def judge(
     server: Server, expect: str, *, workers: int = 1, trust: bool = False
 ) -> tuple[Evidence, list[str]]:
-    """Compare what is found with what this side is meant to be, ``on`` or ``off``.
+    """Compare the evidence with what this side is meant to be, ``on`` or ``off``.
 
-    ``trust`` takes the user's word where there is nothing to look at, or nothing to be seen; it
-    does not go against what is seen. Returns the evidence, and warnings for the report.
+    ``trust`` takes the user's word if there is no evidence or nowhere to look. It does not override
+    evidence. Returns the evidence, and warnings for the report.
 
     Raises:
-        Refused: it is not what it is meant to be, or nothing shows that it is.
+        Refused: the evidence contradicts it, or nothing shows that it is so.
     """
     evidence = look(server)
     name = f"server {server.name}"

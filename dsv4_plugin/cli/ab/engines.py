@@ -1,4 +1,4 @@
-"""The engines: how a server is started, and the options of their benchmark clients."""
+"""The engines: how their servers start, and the options of their benchmark clients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Workload:
-    """What one run of the client sends: lengths in tokens, prompts, how many at once."""
+    """What one run of the client sends: lengths in tokens, number of prompts, how many at once."""
 
     input_len: int
     output_len: int
@@ -29,10 +29,10 @@ class Workload:
 
     @classmethod
     def parse(cls, text: str) -> Workload:
-        """Read ``in=8192,out=128,n=16,c=4``; what is left out has the value of the default.
+        """Read ``in=8192,out=128,n=16,c=4``; a missing key has the default value.
 
         Raises:
-            UsageError: another key, or a value that is no positive integer.
+            UsageError: an unknown key, or a value that is no positive integer.
         """
         values = {"in": 8192, "out": 128, "n": 16, "c": 4}
         for part in filter(None, text.split(",")):
@@ -59,8 +59,8 @@ class Engine:
 
     distribution: str
     port: int
-    server: tuple[str, ...]  # python's arguments, before the model
-    client: tuple[str, ...]  # python's arguments; empty where the engine has none
+    server: tuple[str, ...]  # Python's arguments before the model
+    client: tuple[str, ...]  # Python's arguments; empty if the engine has no client
     flags: Callable[[str, str | None, Workload, int, Path], list[str]]
     read: Callable[[Path], Any]
 
@@ -80,8 +80,8 @@ def _vllm_flags(url: str, model: str | None, load: Workload, seed: int, result: 
 def _sglang_flags(
     url: str, model: str | None, load: Workload, seed: int, result: Path
 ) -> list[str]:
-    # random-ids downloads nothing; a ratio of 1 means that every prompt has the full length. Its
-    # own warm-up would send the first prompt twice and answer it from the prefix cache.
+    # random-ids downloads nothing. A ratio of 1 gives every prompt the full length. The client's
+    # own warm-up would send the first prompt twice, and the prefix cache would answer it.
     return [
         "--backend", "sglang", "--base-url", url, *(["--model", model] if model else []),
         "--dataset-name", "random-ids", "--random-input-len", str(load.input_len),
@@ -109,7 +109,7 @@ ENGINES: Mapping[str, Engine] = {
         "sglang", 30000, ("-m", "sglang.launch_server", "--model-path"),
         ("-m", "sglang.bench_serving"), _sglang_flags, _last_line,
     ),
-    # It brings no client. Its server speaks OpenAI's protocol, so vLLM's client can ask it.
+    # TokenSpeed has no client. Its server speaks OpenAI's protocol, so vLLM's client can ask it.
     "tokenspeed": Engine(
         "tokenspeed", 8000, ("-m", "tokenspeed.cli", "serve", "--model"), (), _vllm_flags, _one
     ),
@@ -117,7 +117,7 @@ ENGINES: Mapping[str, Engine] = {
 
 
 def split(text: str, option: str) -> list[str]:
-    """Split an option's value as a shell would; no shell ever sees it.
+    """Split an option's value as a shell would; no shell is involved.
 
     Raises:
         UsageError: a quote is not closed.
@@ -129,7 +129,7 @@ def split(text: str, option: str) -> list[str]:
 
 
 def _fill(command: Sequence[str], values: Mapping[str, object]) -> list[str]:
-    """Put values into ``{name}``; other braces (JSON) are left alone."""
+    """Put values into ``{name}``; other braces (JSON) stay as they are."""
     out = []
     for part in command:
         for name, value in values.items():
@@ -139,7 +139,7 @@ def _fill(command: Sequence[str], values: Mapping[str, object]) -> list[str]:
 
 
 def server_command(command: Sequence[str], more: Sequence[str], host: str, port: int) -> list[str]:
-    """Return the command of a server: ``{host}`` and ``{port}``, else the options at the end."""
+    """Return the command of a server: ``{host}`` and ``{port}`` filled in, or added as options."""
     whole = [*command, *more]
     if not any("{port}" in part for part in whole):
         whole += ["--host", host, "--port", str(port)]
@@ -150,7 +150,7 @@ def client_command(
     engine: Engine, command: Sequence[str], more: Sequence[str], url: str, model: str | None,
     load: Workload, seed: int, result: Path,
 ) -> list[str]:  # fmt: skip
-    """Return the command of a client; one that names ``{result}`` gets no more options."""
+    """Return the command of a client; one that contains ``{result}`` gets no more options."""
     whole = list(command)
     if not any("{result}" in part for part in whole):
         whole += engine.flags(url, model, load, seed, result)
@@ -166,7 +166,7 @@ def load_result(engine: Engine, file: Path, what: str) -> Any:
     """Return the document that a client wrote.
 
     Raises:
-        AbError: there is none, or it is no JSON object.
+        AbError: there is no document, or it is no JSON object.
     """
     try:
         document = engine.read(file)

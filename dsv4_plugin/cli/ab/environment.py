@@ -1,4 +1,4 @@
-"""What each side runs in: its variables, and the versions that its Python sees."""
+"""The environment of each side: its variables, and the versions that its Python has."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = [
 ]  # fmt: skip
 
 DEFAULTS = {"A": {"DSV4_PLUGIN": "0"}, "B": {"DSV4_PLUGIN": "1"}}
-# What a results file tells of an environment: never all of it, it may hold secrets.
+# The prefixes that a results file shows; the whole environment may hold secrets.
 _TOLD = ("CUDA_", "DG_", "DSV4_", "NCCL_", "SGLANG_", "SGL_", "TORCH", "TRITON_", "VLLM_")
-# Run by the Python of a server, so it must stand alone.
+# The Python of a server runs this text, so it must stand alone.
 _PROBE = """
 import json, platform, sys
 from importlib import metadata
@@ -49,12 +49,13 @@ def parse(entries: list[str], option: str) -> dict[str, str]:
     """Read ``NAME=VALUE`` entries.
 
     Raises:
-        UsageError: no ``=``, no name, or ``DSV4_STATUS_DIR``, which is set here for each server.
+        UsageError: no ``=``, no name, or ``DSV4_STATUS_DIR``, which ``ab`` sets for each server.
     """
     out = {}
     for entry in entries:
         name, equals, value = entry.partition("=")
-        if not equals or not name:  # not quoted: it may be the value alone
+        # the message does not quote it: it may be a secret value without its name
+        if not equals or not name:
             raise UsageError(f"{option} must be NAME=VALUE, got one without a name or '='")
         if name == "DSV4_STATUS_DIR":
             raise UsageError(f"{option}: ab sets DSV4_STATUS_DIR, another folder for each server")
@@ -65,24 +66,24 @@ def parse(entries: list[str], option: str) -> dict[str, str]:
 def server_environ(
     side: str, common: Mapping[str, str], own: Mapping[str, str], status: str
 ) -> dict[str, str]:
-    """Return the environment of a server: this process's, then what was asked for."""
+    """Return the environment of a server: this process's, then the user's variables."""
     return {**os.environ, **common, **DEFAULTS[side], **own, "DSV4_STATUS_DIR": status}
 
 
 def client_environ(common: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the client: one for both sides, the plugin off."""
+    """Return the environment of the client: the same for both sides, with the plugin off."""
     environ = {**os.environ, **common, "DSV4_PLUGIN": "0"}
     environ.pop("DSV4_STATUS_DIR", None)
     return environ
 
 
 def secrets_of(environs: Iterable[Mapping[str, str]], commands: Iterable[Sequence[str]]) -> Secrets:
-    """Return the secrets of a run: of what was asked for, and of this process's environment."""
+    """Return the secrets of a run: of the user's variables and of this process's environment."""
     return Secrets([os.environ, *environs], commands)
 
 
 def told(environ: Mapping[str, str], asked: Mapping[str, str], secrets: Secrets) -> dict[str, str]:
-    """Return what a results file says of an environment: what was asked for, and some prefixes."""
+    """Return what a results file shows of an environment: the user's variables and prefixes."""
     return secrets.environ(
         {
             name: value
@@ -93,7 +94,7 @@ def told(environ: Mapping[str, str], asked: Mapping[str, str], secrets: Secrets)
 
 
 def versions(python: str, environ: Mapping[str, str], *distributions: str) -> dict[str, Any]:
-    """Ask a Python what is installed for it; ``{"error": …}`` where it cannot be asked."""
+    """Ask a Python for its installed versions; ``{"error": …}`` if it cannot be asked."""
     command = [python, "-c", _PROBE, *distributions]
     try:
         done = subprocess.run(
@@ -106,9 +107,9 @@ def versions(python: str, environ: Mapping[str, str], *distributions: str) -> di
 
 
 def startable(command: Sequence[str], environ: Mapping[str, str]) -> str:
-    """Return why a command cannot be started here, or nothing.
+    """Return why a command cannot be started here, or an empty text.
 
-    Of ``PYTHON -m MODULE`` the package is looked for, and not imported.
+    For ``PYTHON -m MODULE`` it looks for the package and does not import it.
     """
     python, dash, *rest = [*command, "", ""]
     if shutil.which(python, path=environ.get("PATH")) is None:
@@ -128,7 +129,7 @@ def startable(command: Sequence[str], environ: Mapping[str, str]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return where and by which version of this command a run is made."""
+    """Return the machine and the version of this command that a run is made with."""
     import dsv4_plugin
 
     cards = gpus()

@@ -1,8 +1,8 @@
-"""The order of things: start, warm up, look whether the plugin is at work, measure, stop.
+"""The order of the steps: start, warm up, check whether the plugin is at work, measure, stop.
 
-``restart`` starts the server anew for each half of a pair (A B A B …), so the interval covers what
-differs between two starts. ``together`` and ``running`` alternate between two servers that are up;
-their interval covers the runs on these two servers only.
+``restart`` starts the server anew for each half of a pair (A B A B …), so the interval includes
+what differs between two starts. ``together`` and ``running`` alternate between two servers that
+both run. Their interval includes only the runs on these two servers.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from dsv4_plugin.cli.shared import outputs
 __all__ = ["Design", "Experiment"]
 
 SETTLED_BY = ("TTFT mean", "TPOT mean")
-# Every prompt is sent once to a server, or the prefix cache would answer: each workload has its
-# own seeds, and the warm-up has seeds that no run has.
+# A server gets every prompt only once, because the prefix cache would answer it the second time. So
+# each workload has its own seeds, and the warm-up has seeds that no run has.
 SEEDS_OF_A_WORKLOAD = 10_000
 WARM_UP_SEEDS = 5_000
 
 
 @dataclass(frozen=True)
 class Design:
-    """How much is run, and in which order."""
+    """How much runs, and in which order."""
 
     mode: str  # restart, together, running
     workloads: tuple[Workload, ...]
     pairs: int = 3
-    runs: int = 1  # of the client, for each workload and half of a pair
+    runs: int = 1  # client runs for each workload and half of a pair
     order: str = "abab"
     seed: int = 0
     warmup_rounds: int = 8
@@ -57,11 +57,11 @@ class Design:
         return self.seed + workload * SEEDS_OF_A_WORKLOAD + (pair - 1) * self.runs + run - 1
 
     def warmup_seed(self, workload: int, number: int) -> int:
-        """Return the seed of a round of the warm-up."""
+        """Return the seed of a warm-up round."""
         return self.seed + workload * SEEDS_OF_A_WORKLOAD + WARM_UP_SEEDS + number
 
     def warmup_load(self, load: Workload) -> Workload:
-        """Return the warm-up's form of a workload: the same shapes, fewer prompts."""
+        """Return the workload of the warm-up: the same shapes, fewer prompts."""
         prompts = self.warmup_prompts or min(load.prompts, max(4, 2 * load.concurrency))
         return Workload(load.input_len, load.output_len, prompts, load.concurrency)
 
@@ -69,7 +69,7 @@ class Design:
 class Experiment:
     """Runs a design and keeps ``document`` and its file up to date.
 
-    ``make(side, folder)`` returns a server that is not started yet; ``expect`` says for each side
+    ``make(side, folder)`` returns a server that is not started yet. ``expect`` says for each side
     whether the plugin is meant to be ``on`` or ``off``.
     """
 
@@ -97,7 +97,7 @@ class Experiment:
         """Run everything.
 
         Raises:
-            AbError: something did not work, or must not be reported.
+            AbError: a step failed, or the result must not be reported.
         """
         design = self._design
         if design.mode == "restart":
@@ -147,7 +147,7 @@ class Experiment:
         return self._folder / folder / name
 
     def _prepare(self, side: str, server: Server, name: str) -> None:
-        if self._expect[side] == "off":  # what refutes that is there before the warm-up
+        if self._expect[side] == "off":  # evidence against "off" exists before the warm-up
             self._judge(side, server)
         for number, load in enumerate(self._design.workloads, 1):
             self._warm_up(side, server, number, load, self._folder / name)
@@ -223,7 +223,7 @@ class Experiment:
             self._same_work(number, pair, run)
 
     def _same_work(self, number: int, pair: int, run: int) -> None:
-        """Compare what both sides were given, once both have it, and what they generated."""
+        """Compare the work of both sides, once both have run: prompts and generated tokens."""
         a = self._results.get(("A", number, pair, run))
         b = self._results.get(("B", number, pair, run))
         if a is None or b is None:

@@ -1,9 +1,9 @@
-"""The ratio of paired figures, with an interval that admits how few pairs there are.
+"""The ratio of paired figures, with an interval that reflects how few pairs there are.
 
-The pair is the unit: runs on one start of a server share its memory layout and whatever it tuned
-at start-up, so they are averaged before anything is compared. Times are compared by ratios, so
-means and Student's t are taken of logarithms. A bootstrap over three pairs could not leave the
-range of the three, and would be too narrow.
+The pair is the unit. Runs on one start of a server share its memory layout and its start-up tuning,
+so they are averaged before anything is compared. Times are compared by ratios, so means and
+Student's t are computed on logarithms. A bootstrap of three pairs would be too narrow, because it
+cannot leave the range of the three.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Ratio:
 
     @property
     def decided(self) -> bool:
-        """Whether the interval leaves out 1."""
+        """Whether the interval excludes 1."""
         return self.low > 1 or self.high < 1
 
 
@@ -44,12 +44,12 @@ def t_quantile(freedom: int) -> float:
         raise ValueError(f"freedom must be at least 1, got {freedom}")
     if freedom <= len(_T):
         return _T[freedom - 1]
-    z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)  # Cornish-Fisher
+    z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)  # Cornish-Fisher expansion
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
-    """Compare pairs ``(a[i], b[i])``, positive, at least two of them."""
+    """Compare pairs ``(a[i], b[i])``; the values are positive, and there are at least two pairs."""
     logs = [math.log(y / x) for x, y in zip(a, b, strict=True)]
     if len(logs) < 2:
         raise ValueError(f"an interval needs at least 2 pairs, got {len(logs)}")

@@ -1,4 +1,4 @@
-"""The figures of a benchmark client that are compared, and how a result file names them."""
+"""The figures of a benchmark client that are compared, and their names in a result file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ METRICS: tuple[Metric, ...] = (
 
 @dataclass(frozen=True)
 class Result:
-    """One run of the client. ``texts``: what was generated, in the order of the prompts."""
+    """One run of the client. ``texts``: the generated texts, in the order of the prompts."""
 
     metrics: dict[str, float]
     completed: int
@@ -48,10 +48,10 @@ class Result:
 def read(
     document: Mapping[str, Any], prompts: int, what: str, hide: Callable[[str], str] = str
 ) -> Result:
-    """Take what is compared out of a client's result; ``hide`` takes secrets out of its words.
+    """Read the compared figures from a client's result; ``hide`` removes secrets from error texts.
 
     Raises:
-        AbError: a request failed, or the file has not what it must have: that is no measurement.
+        AbError: a request failed, or the file lacks a required value, so nothing was measured.
     """
     errors = document.get("errors") or ()
     errors = [e for e in errors if e] if isinstance(errors, (list, tuple)) else [errors]
@@ -95,7 +95,7 @@ def _count(value: Any, key: str, what: str) -> int:
 
 
 def _figure(value: Any, key: str, what: str) -> float:
-    """Return a figure; 0 where there is none, such as a time per output token after one token."""
+    """Return a figure; 0 if there is none, such as the time per output token after one token."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return 0.0
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

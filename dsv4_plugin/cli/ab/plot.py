@@ -1,4 +1,4 @@
-"""The plot of a run: every pair's figures, and the ratios with their intervals."""
+"""The plot of a run: the figures of every pair, and the ratios with their intervals."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ COLORS = {
 
 
 def check(file: Path, *coming: Path) -> None:
-    """Check that a plot can be drawn into ``file``; the folders ``coming`` will be there.
+    """Check that a plot can be drawn into ``file``; the folders ``coming`` will exist by then.
 
     Raises:
-        UsageError: its form, its folder or matplotlib is missing.
+        UsageError: the file's form is unknown, or its folder or matplotlib is missing.
     """
     try:
         outputs.check_plot(file)
@@ -34,7 +34,7 @@ def check(file: Path, *coming: Path) -> None:
 def draw(document: Row, file: Path) -> None:
     """Draw a complete run into ``file`` (.png, .svg, .pdf): a row of panels for each workload.
 
-    Left: B/A of every metric with its interval. Right: the pairs, A joined with its B.
+    Left: B/A of every metric with its interval. Right: the pairs; a line joins A and its B.
 
     Raises:
         UsageError: matplotlib is not installed, or there is nothing to draw.

@@ -1,6 +1,6 @@
-"""Start a command in a session of its own, follow its log, and stop all that came of it.
+"""Start a command in its own session, follow its log, and stop all processes that it started.
 
-A command is a list and never meets a shell.
+A command is a list; no shell reads it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dsv4_plugin.cli.ab.console import Console
 
 __all__ = ["PATIENCE", "Patience", "Process", "tail"]
 
-LINES = 30  # of a log, in an error
-# How long each signal has to work. An engine that is told to end frees its GPU memory itself.
+LINES = 30  # lines of a log that an error shows
+# How many seconds each signal has to work. An engine that is told to end frees its GPU memory.
 Patience = tuple[tuple[signal.Signals, float], ...]
 PATIENCE: Patience = ((signal.SIGINT, 20.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0))
 
 
 class Process:
-    """A command with its output in ``log``; ``mark`` is an environment entry only it has."""
+    """A command whose output goes to ``log``; only its processes have the variable ``mark``."""
 
     def __init__(
         self, name: str, command: Sequence[str], environ: Mapping[str, str], log: Path,
@@ -62,7 +62,7 @@ class Process:
         return self._popen.poll()
 
     def last_line(self) -> str:
-        """Return the last line of the log that says something."""
+        """Return the last line of the log that is not empty."""
         lines = [line for line in self._tail() if line.strip()]
         return lines[-1].strip()[:100] if lines else "no output yet"
 
@@ -71,14 +71,14 @@ class Process:
         return list(map(self._console.secrets.text, tail(self.log)))
 
     def died(self, when: str) -> AbError:
-        """Return the error for an end that was not asked for."""
+        """Return the error for an end that this command did not ask for."""
         code = self.ended()
         how = f"with exit code {code}" if code is None or code >= 0 else f"by signal {-code}"
         text = "\n".join(f"    {line}" for line in self._tail())
         return AbError(f"{self.name} ended {how} {when}; the end of {self.log}:\n{text}")
 
     def living(self) -> list[int]:
-        """Return the processes of this session, and those that took the mark elsewhere."""
+        """Return the processes of this session, and processes elsewhere that inherited the mark."""
         self._popen.poll()  # a dead leader is reaped
         found = []
         for entry in os.listdir("/proc"):
@@ -89,7 +89,7 @@ class Process:
     def _is_mine(self, pid: int) -> bool:
         try:
             with open(f"/proc/{pid}/stat", "rb") as file:
-                # state ppid pgrp session, after a name that may hold anything
+                # state ppid pgrp session, after a name that may hold any character
                 state, _, group, session = file.read().rpartition(b")")[2].split()[:4]
             if state in (b"Z", b"X"):
                 return False
@@ -103,19 +103,19 @@ class Process:
             return False
 
     def stop(self, patience: Patience | None = None) -> None:
-        """End it and whatever it started: SIGINT, then SIGTERM, then SIGKILL.
+        """End the command and all that it started: SIGINT, then SIGTERM, then SIGKILL.
 
-        ``patience``: each signal, and the seconds it has to work (default: ``PATIENCE``).
+        ``patience``: each signal, and the seconds that it has to work (default: ``PATIENCE``).
 
         Raises:
-            AbError: something of it is alive after SIGKILL.
+            AbError: a process of it is alive after SIGKILL.
         """
         for number, seconds in patience or PATIENCE:
             if self._console.urgent and number != signal.SIGKILL:
                 continue
             left = self.living()
             for pid in left:
-                with contextlib.suppress(OSError):  # gone, or another user's
+                with contextlib.suppress(OSError):  # gone, or owned by another user
                     os.kill(pid, number)
             end = time.monotonic() + seconds
             while left and time.monotonic() < end:
@@ -131,13 +131,13 @@ class Process:
 
 
 def tail(file: Path, lines: int = LINES) -> list[str]:
-    """Return the last lines of a text file, carriage returns of progress bars resolved."""
+    """Return the last lines of a text file, with carriage returns of progress bars resolved."""
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - 64_000))
             text = stream.read().decode(errors="replace")
     except OSError:
         return []
-    # A progress bar overwrites its line: what stands after the last carriage return is shown.
+    # A progress bar overwrites its line, so only the text after the last carriage return counts.
     shown_lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
     return (shown_lines[:-1] if not shown_lines[-1] else shown_lines)[-lines:]

@@ -1,4 +1,4 @@
-"""The summary of a run's figures and the table that is printed."""
+"""The summary of a run's figures, and the printed table."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from dsv4_plugin.cli.shared import screen
 __all__ = ["FIGURE", "closing", "lines", "summarise"]
 
 Row = dict[str, Any]
-FIGURE = "TPOT mean"  # the declared figure where --figure names no other
+FIGURE = "TPOT mean"  # the declared figure if --figure names no other
 
 
 def summarise(document: Row) -> list[Row]:
-    """Return one row for each workload and metric that every run has.
+    """Return one row for each workload and each metric that every run has.
 
-    Runs of the same half of a pair are averaged; mean and standard deviation of a side, the ratio
-    and its interval are over the pairs. Where nothing shows that the plugin was at work in one side
-    only, a figure of B is "higher" or "lower", and neither better nor worse.
+    Runs of the same half of a pair are averaged. A side's mean and standard deviation, the ratio
+    and its interval are over the pairs. If nothing shows that the plugin was at work in one side
+    only, a figure of B is "higher" or "lower", not better or worse.
     """
     rows = []
     unproven = _unproven(document)
@@ -51,7 +51,7 @@ def summarise(document: Row) -> list[Row]:
 
 
 def lines(document: Row) -> list[str]:
-    """Return the table, and what has to be read with it."""
+    """Return the table and the notes that belong to it."""
     about, design = document["machine"], document["design"]
     declared = document.get("figure", FIGURE)
     text = [
@@ -75,18 +75,18 @@ def lines(document: Row) -> list[str]:
     text += [
         "",
         f"B/A: geometric mean over the pairs; interval: Student's t on logarithms, "
-        f"{design['pairs'] - 1} degrees of freedom. One in twenty such intervals misses.",
-        f"The figure that was declared before the run is {declared}. A verdict in parentheses is "
-        "of another figure, and not corrected for how many there are.",
-        "It covers two starts of a server as well as two runs." if design["mode"] == "restart"
-        else "It covers runs on these two servers, not what differs between two starts of one.",
+        f"{design['pairs'] - 1} degrees of freedom. One in twenty such intervals is wrong.",
+        f"The figure that was declared before the run is {declared}. A verdict in parentheses "
+        "is for another figure and is not corrected for the number of figures.",
+        "The interval includes the differences between starts." if design["mode"] == "restart"
+        else "The interval does not include the differences between starts.",
     ]  # fmt: skip
     text += [f"note: {warning}" for warning in document["warnings"]]
     return [*text, "", *closing(document)]
 
 
 def closing(document: Row) -> list[str]:
-    """Return one sentence a workload on the declared figure, which ends the report."""
+    """Return one sentence per workload about the declared figure; it ends the report."""
     design, unproven = document["design"], _unproven(document)
     text = []
     for row in document["summary"]:
@@ -113,12 +113,12 @@ def closing(document: Row) -> list[str]:
 
 
 def _unproven(document: Row) -> bool:
-    """Whether the user's word stands for what ran in a server."""
+    """Whether only the user's word says what ran in a server."""
     return any("UNVERIFIED" in warning for warning in document["warnings"])
 
 
 def _cells(row: Row, declared: bool) -> list[str]:
-    """Return a line of the table."""
+    """Return a row of the printed table."""
     means = [f"{row[name]:.2f}" for name in ("a_mean", "a_sd", "b_mean", "b_sd")]
     verdict = row["verdict"]
     return [

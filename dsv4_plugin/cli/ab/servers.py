@@ -1,4 +1,4 @@
-"""A server: one that is started here, or one that runs already."""
+"""A server that this command starts, or a server that already runs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Server", "free_port", "version"]
 
 POLL_S = 0.5
 SAY_EVERY_S = 15.0
-PORT_S = 2.0  # how long a port may be held by what has just ended
+PORT_S = 2.0  # how long a process that just ended may hold a port
 
 
 def free_port(host: str, port: int, console: Console, patience: float = 0.0) -> None:
     """Return once nothing listens on ``port``.
 
     Raises:
-        AbError: somebody does, for longer than ``patience`` seconds.
+        AbError: another process listens, for longer than ``patience`` seconds.
     """
     end = time.monotonic() + patience
     while True:
@@ -45,7 +45,7 @@ def free_port(host: str, port: int, console: Console, patience: float = 0.0) -> 
 
 
 def version(url: str) -> str | None:
-    """Return the version that a server says it is of, or None."""
+    """Return the version that a server reports, or None."""
     for path in ("/version", "/server_info", "/get_server_info"):
         reply = ask(url, path, most=1 << 20)
         if reply.status == 200:
@@ -59,10 +59,10 @@ def version(url: str) -> str | None:
 
 
 class Server:
-    """Answers at ``url``. Started here if ``command`` is given, else somebody else's.
+    """Answers at ``url``. This command starts it if ``command`` is given; else it already runs.
 
-    ``status`` is the folder of ``DSV4_STATUS_DIR`` and ``log`` the log, where they are known;
-    ``cwd`` is where the command runs.
+    ``status`` is the folder of ``DSV4_STATUS_DIR`` and ``log`` the log, if they are known. The
+    command runs in ``cwd``.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ class Server:
         """Start it, if it has a command, and wait until it is healthy; returns the seconds.
 
         Raises:
-            AbError: the port is taken, it ended, or it is not healthy in time.
+            AbError: the port is taken, the server ended, or it is not healthy in time.
         """
         self.begin()
         return self.wait(timeout)
 
     def begin(self) -> None:
-        """Start it, if it is ours to start; :meth:`wait` says when it serves.
+        """Start it, if it has a command; :meth:`wait` says when it serves.
 
         Raises:
             AbError: the port is taken, or there is no such program.
@@ -115,7 +115,7 @@ class Server:
         """Wait until it is healthy; returns the seconds since :meth:`begin`.
 
         Raises:
-            AbError: it ended, or is not healthy ``timeout`` seconds after :meth:`begin`.
+            AbError: it ended, or it is not healthy ``timeout`` seconds after :meth:`begin`.
         """
         said = 0.0
         while True:
@@ -123,7 +123,7 @@ class Server:
             reply = ask(self.url, self._health, most=0)
             seconds = time.monotonic() - self._began
             if reply.status == 200:
-                self.check()  # it is this one that answered
+                self.check()  # the answer came from this server and no other
                 return seconds
             if seconds > timeout:
                 raise AbError(
@@ -140,15 +140,15 @@ class Server:
         return before + self.process.last_line() if self.process else ""
 
     def healthy(self) -> bool:
-        """Whether it answers that it is."""
+        """Whether its health answer is 200."""
         return ask(self.url, self._health, most=0).status == 200
 
     def check(self) -> None:
-        """Raise :class:`AbError` if it was started here and has ended."""
+        """Raise :class:`AbError` if this command started it and it has ended."""
         if self.process is not None and self.process.ended() is not None:
             raise self.process.died("without being asked to")
 
     def stop(self) -> None:
-        """Stop it, if it was started here."""
+        """Stop it, if this command started it."""
         if self.process is not None:
             self.process.stop(self._patience)

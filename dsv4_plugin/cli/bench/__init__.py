@@ -1,1 +1,1 @@
-"""``dsv4-plugin bench``: the ops' times, beside other implementations."""
+"""``dsv4-plugin bench``: the times of the ops beside other implementations."""

@@ -1,7 +1,7 @@
-"""What the benchmarks of cells have in common: the plugin beside the peers, warm and cold.
+"""What the benchmarks share: each measures *cells* (one case at one size), warm and cold.
 
-*Warm*: the same tensors at every launch. *Cold*: a rotation over copies of what is read, more than
-the L2 holds or each read once after the L2 was overwritten.
+*Warm*: every launch uses the same tensors. *Cold*: the launches rotate over copies of what is read.
+The copies together are larger than the L2, or each is read once after the L2 was overwritten.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from dsv4_plugin.cli.checks.timing import time_calls
 __all__ = ["DIRTY", "Cell", "CellBench", "Row", "copies_for", "launches_for", "time_cold"]
 
 COLD_BYTES = 150 << 20
-DIRTY = -2  # what fills an output before a call: no answer
+DIRTY = -2  # an output is filled with it before a call; it is no answer
 MOST_COPIES = 64
-MOST_BYTES = 12 << 30  # of all copies together: some hold more than is read
-COLD_PEERS = 2  # the best peers of a cell that are measured cold too
+MOST_BYTES = 12 << 30  # all copies together; some hold more than is read
+COLD_PEERS = 2  # how many of a cell's best peers are measured cold too
 GRAPH_US = 8000.0  # a graph is not made much longer than this
 
 Row = dict[str, Any]
-Cell = Callable[[Any], tuple[float, str]]  # measures a case: its floor in µs, and what is shown
+# measures a case; returns its floor in µs and the shown text
+Cell = Callable[[Any], tuple[float, str]]
 
 
 @dataclass
 class CellBench:
-    """Measures cells; ``results`` grows as it goes, and ``saved`` is called after each cell."""
+    """Measures cells; ``results`` grows with each cell, and then ``saved`` is called."""
 
     peers: Peers
     say: Callable[[str], None]
@@ -55,7 +56,7 @@ class CellBench:
         return "cuda" if self.device == "cuda" else "torch"
 
     def run(self, cases: Sequence[Any]) -> None:
-        """Measure the cases, those on the same tensors (their ``data``) together."""
+        """Measure the cases; cases with the same tensors (their ``data``) are measured together."""
         if self.progress.out_of_time:
             return
         self.progress.start(len(cases))
@@ -72,14 +73,14 @@ class CellBench:
                 self.progress.done(f"{case}{floor}  {text}")
                 self.saved()
             self._end()
-            del cell  # and the tensors that it holds, before there are others
+            del cell  # and the tensors that it holds, before new ones are made
 
     def _begin(self, group: list[Any]) -> Cell:
-        """Make the tensors of a group; returns what measures one of its cases."""
+        """Make the tensors of a group; return the function that measures one of its cases."""
         raise NotImplementedError
 
     def _end(self) -> None:
-        """Add to the results of a group what needs all of them."""
+        """Add figures that need the results of a whole group."""
 
     def measure(
         self,
@@ -89,16 +90,17 @@ class CellBench:
         warm: Callable[[str], Row],
         cold: Callable[[str, float], float | None],
     ) -> str:
-        """Measure every implementation in one cell; returns what the progress line shows.
+        """Measure every implementation in one cell; return the text of the progress line.
 
-        ``runs`` has the plugin first. ``warm`` gives the figures of an implementation, ``cold`` its
-        microseconds on cold memory, given the warm ones; that of the best peers is taken.
+        ``runs`` has the plugin first. ``warm`` returns the figures of an implementation. ``cold``
+        gets the warm microseconds and returns those on cold memory; it is called for the plugin and
+        the best peers.
         """
         mine: list[Row] = []
         for name in runs:
             try:
                 mine.append({**about, "implementation": name, **warm(name)})
-            except Exception as error:  # outside of what this peer takes
+            except Exception as error:  # the peer does not take this case
                 if name == PLUGIN:
                     raise
                 self._refuse(name, case, error)
@@ -110,29 +112,29 @@ class CellBench:
         return "  ".join(map(_shown if self.device == "cuda" else dry.shown, mine))
 
     def _refuse(self, name: str, case: Any, error: Exception) -> None:
-        """Say once for each dtype that a peer does not take a case."""
+        """Log once per dtype that a peer does not take a case."""
         if (name, case.dtype) not in self._refused:
             self._refused.add((name, case.dtype))
             self.say(f"  {name} refuses {case}: {error}"[:160])
 
 
 def copies_for(read: int, held: int) -> int:
-    """Return how many copies make a call cold that reads ``read`` of the ``held`` bytes of each."""
+    """Return how many copies make a call cold that reads ``read`` of each copy's ``held`` bytes."""
     return max(1, min(MOST_COPIES, -(-COLD_BYTES // read), MOST_BYTES // held))
 
 
 def launches_for(us: float, most: int) -> int:
-    """Return how many launches of at least ``us`` a graph gets: fewer where one takes long."""
+    """Return the launches of a graph: fewer if one launch takes long (at least ``us``)."""
     return max(4, min(most, int(GRAPH_US / max(2 * us, 1e-3))))
 
 
 def time_cold(
     calls: Sequence[Callable[[], Any]], device: str, warm_us: float, *, replays: int
 ) -> float:
-    """Time a rotation; one buffer that is larger than the L2 is cold already."""
+    """Time a rotation; a single buffer that is larger than the L2 is already cold."""
     if len(calls) == 1:
         return warm_us
-    # The rotation is larger than the L2, or each copy has one launch after the L2 was flushed.
+    # The rotation is larger than the L2, or each copy gets one launch after the L2 was flushed.
     again = len(calls) < MOST_COPIES and warm_us < GRAPH_US / 20
     launches = max(20, len(calls)) if again else len(calls)
     return round(time_calls(calls, device, launches=launches, replays=replays, flush=True), 3)
@@ -143,6 +145,6 @@ def _warm_us(row: Row) -> float:
 
 
 def _shown(row: Row) -> str:
-    """Show warm/cold, where cold was measured; ! is an answer that is wrong."""
+    """Show warm/cold, if cold was measured; ! marks a wrong answer."""
     cold = "" if row["cold_us"] is None else f"/{row['cold_us']:.2f}"
     return f"{row['implementation']} {row['warm_us']:.2f}{cold}{'' if sound(row) else '!'}"

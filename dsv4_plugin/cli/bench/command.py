@@ -1,8 +1,8 @@
-"""``dsv4-plugin bench``: the ops against the peers that are installed, on the GPU at hand.
+"""``dsv4-plugin bench``: the ops and the installed *peers* (kernels of others), on this GPU.
 
-A peer that is not there is named, not made up. Every figure is microseconds a call inside a CUDA
-graph (:mod:`dsv4_plugin.cli.checks.timing`). This file has the options; what measures is
-imported when it runs.
+The output names a peer that is missing; its figures are not replaced. Every figure is microseconds
+per call inside a CUDA graph (:mod:`dsv4_plugin.cli.checks.timing`). This file has the options. The
+measuring modules are imported when the command runs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ __all__ = ["add_arguments", "engines", "grid", "run", "timing"]
 
 K = numbers.whole(1, max(choices.KS))
 WHAT = {
-    "topk": "the selection, on scores that are there",
+    "topk": "the selection, on given scores",
     "logits": "the scores, from the cache",
-    "chain": "scores and selection in one graph",
+    "chain": "scores and selection in one CUDA graph",
     "candidates": "the index layers of DeepSeek-V4.1",
     "read": "reads and gathers of the cache (needs a GPU)",
     "plot": "draw a results file, without a GPU",
@@ -46,12 +46,12 @@ SUITES = {
     "topk": (
         choices.TOPK_SUITES,
         "decode: k x rows x columns (default); served: as in a server, where a call's code is "
-        "cold; narrow: 8K rows in 256,000-wide buffers; adversarial: scores that hurt; prefill: "
+        "cold; narrow: 8K rows in 256,000-wide buffers; adversarial: hard scores; prefill: "
         "thousands of rows; paged: answers in pool slots",
     ),
     "logits": (
         choices.LOGITS_SUITES,
-        "decode: requests x keys (default); next_n: several queries a request; varied: lengths "
+        "decode: requests x keys (default); next_n: several queries per request; varied: lengths "
         "that differ; prefill: causal windows of gathered keys",
     ),
     "candidates": (
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if what == "plot":
             one.add_argument("results", type=Path, metavar="RESULTS.json", help="the file to draw")
             one.add_argument("--plot", type=outputs.plot, metavar="FILE", required=True,
-                             help="the figure (.png or .svg); needs matplotlib")  # fmt: skip
+                             help="the plot (.png or .svg); needs matplotlib")  # fmt: skip
             one.add_argument("--k", type=K, help="the k to draw (default: the smallest)")
             continue
         if what == "chain":
@@ -86,11 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if what == "candidates":
             one.add_argument(
                 "--cache", choices=choices.CACHES, default="fp8",
-                help="the keys: as in vLLM (default), or as in SGLang, in bfloat16 alone",
+                help="the keys: fp8 as in vLLM (default), or fp4 as in SGLang, bfloat16 only",
             )  # fmt: skip
             one.add_argument(
                 "--next-n", type=numbers.COUNT, nargs="+", default=[1],
-                help="rows a request has; --rows are requests (default: 1)",
+                help="rows per request; --rows then counts requests (default: 1)",
             )  # fmt: skip
         if what != "read":
             grid(one)
@@ -108,14 +108,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if what == "chain":
             _choice(one, "sglang", "SGLang 0.5.23", "sglang_v2")
         one.add_argument("--json", type=outputs.file, metavar="FILE",
-                         help="write the results there")  # fmt: skip
+                         help="write the results to this file")  # fmt: skip
         one.add_argument("--plot", type=outputs.plot, metavar="FILE",
-                         help="draw the results (.png or .svg), of suites decode; needs "
+                         help="draw the results of the suite decode (.png or .svg); needs "
                          "matplotlib")  # fmt: skip
 
 
 def grid(parser: argparse._ActionsContainer) -> None:
-    """Declare which cells are measured."""
+    """Declare the options that choose the measured cells."""
     parser.add_argument("--rows", type=numbers.COUNT, nargs="+",
                         help="only these numbers of rows (logits, chain: of requests)")  # fmt: skip
     parser.add_argument("--columns", type=numbers.COUNT, nargs="+",
@@ -123,13 +123,13 @@ def grid(parser: argparse._ActionsContainer) -> None:
 
 
 def timing(parser: argparse.ArgumentParser) -> None:
-    """Declare how cells are timed, and where."""
+    """Declare the options that say how and where cells are timed."""
     add = parser.add_argument
     add("--launches", type=numbers.COUNT, default=40, help="launches in a graph (default: 40)")
     add("--replays", type=numbers.COUNT, default=7,
-        help="replays, whose median counts (default: 7)")  # fmt: skip
+        help="replays of a graph; their median counts (default: 7)")  # fmt: skip
     add("--budget", type=numbers.BUDGET, metavar="SECONDS",
-        help="begin no cell after this time; what was measured is reported")  # fmt: skip
+        help="begin no cell after this time; report what was measured")  # fmt: skip
     add(
         "--device", choices=("cuda", "cpu"), default="cuda",
         help="cpu: a dry run on the torch reference, which checks answers and shows no times",
@@ -137,42 +137,42 @@ def timing(parser: argparse.ArgumentParser) -> None:
 
 
 def _peers(parser: argparse.ArgumentParser) -> None:
-    """Declare the peers of a benchmark of cells."""
+    """Declare the options for peers."""
     parser.add_argument(
         "--peers", type=Path, metavar="FILE.py",
         help="other kernels: the file's functions available(), available_prefill(), "
         "available_paged(), available_logits() and available_ragged_logits() return them",
     )  # fmt: skip
     parser.add_argument("--cold", action="store_true",
-                        help="cold for every peer, not only the best two of a cell")  # fmt: skip
+                        help="measure all peers cold, not only the best two of a cell")  # fmt: skip
 
 
 def _against(parser: argparse.ArgumentParser) -> None:
-    """Declare the engines whose kernels are peers."""
+    """Declare the options for engines whose kernels are peers."""
     parser.add_argument(
         "--against", action="extend", type=engines, default=[], metavar="ENGINE[,ENGINE...]",
-        help=f"the kernels of what is installed here of {', '.join(choices.ENGINES)}; what is not "
-        "is named. May be repeated",
+        help=f"compare with the installed kernels of {', '.join(choices.ENGINES)}; the output "
+        "names the missing ones. Can be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--load-library", action="append", default=[], metavar="SO",
-        help="torch op library of a peer (vLLM's _C*.so) where the engine itself is not installed",
+        help="torch op library of a peer (vLLM's _C*.so), if the engine itself is not installed",
     )  # fmt: skip
 
 
 def _choice(parser: argparse.ArgumentParser, engine: str, release: str, usual: str) -> None:
     parser.add_argument(
         f"--{engine}-choice", metavar="NAME",
-        help=f"the top-k peer that stands for what {release} itself runs (default: {usual}, or "
-        f"where that is not loaded, what --against {engine} runs itself)",
+        help=f"the top-k peer that stands for {release}'s own choice (default: {usual}, or "
+        f"if that is not loaded, the choice of --against {engine})",
     )  # fmt: skip
 
 
 def engines(text: str) -> list[str]:
-    """Read engines with commas between.
+    """Read engines, separated by commas.
 
     Raises:
-        UsageError: one is not known.
+        UsageError: an engine is not known.
     """
     for word in text.split(","):
         if word not in choices.ENGINES:
@@ -186,10 +186,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``dsv4-plugin bench``.
 
     Returns:
-        0 if every answer of the plugin's was right, 1 if one was not.
+        0 if every answer of the plugin was right, 1 if an answer was wrong.
 
     Raises:
-        UsageError: it cannot be run like this, or nothing was measured.
+        UsageError: the options cannot be run like this, or nothing was measured.
     """
     if arguments.what == "plot":
         _plot(arguments)
@@ -200,8 +200,8 @@ def run(arguments: argparse.Namespace) -> int:
     on_cpu = getattr(arguments, "device", "cuda") == "cpu"
     if not on_cpu and not torch.cuda.is_available():
         raise UsageError(
-            "there is no CUDA device here; nothing was measured (--device cpu is a dry run, of all "
-            "but read)"
+            "there is no CUDA device here; nothing was measured (--device cpu: a dry run of all "
+            "but bench read)"
         )
     if on_cpu and arguments.plot:
         raise UsageError(dry.NO_PLOT)
@@ -244,7 +244,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _bench(what: str) -> Callable[[argparse.Namespace, Results, Callable[[str], None]], None]:
-    """Return what measures one of :data:`WHAT` and fills the results file."""
+    """Return the function that measures one of :data:`WHAT` and fills the results file."""
     if what == "topk":
         from dsv4_plugin.cli.bench.topk.command import run
     elif what == "candidates":
@@ -264,8 +264,8 @@ def _load(torch: Any, library: str) -> None:
 
 
 def _right(row: dict[str, Any]) -> bool:
-    """Whether a result is no wrong answer of the plugin's; a peer's may be wrong."""
-    if "equal" in row:  # bench read: bit for bit beside an engine's
+    """Whether a result is right or a peer's; only the plugin's wrong answers count."""
+    if "equal" in row:  # bench read: compared bit for bit with an engine's
         return bool(row["equal"])
     return row["implementation"] != compare.PLUGIN or compare.right(row)
 

@@ -1,6 +1,6 @@
 """A dry run of a benchmark on a CPU: answers are checked, times mean nothing.
 
-So the grid is small where the options leave it open, and no time is shown, compared or drawn.
+So the grid is small unless the options set it, and no time is shown, compared or drawn.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["NO_PLOT", "SAID", "shown", "shrink"]
 SAID = "A dry run on a CPU: answers are checked. Its times mean nothing, so none is shown."
 NO_PLOT = "--plot draws times, and those of a dry run on a CPU mean nothing"
 
-# What --k, --rows and --columns are where they are not given, by benchmark.
+# The values of --k, --rows and --columns if they are not given, by benchmark.
 GRIDS: dict[str, dict[str, list[int]]] = {
     "topk": {"k": [512], "rows": [1, 8], "columns": [8192]},
     "logits": {"rows": [1], "columns": [1024]},
@@ -25,7 +25,7 @@ GRIDS: dict[str, dict[str, list[int]]] = {
 
 
 def shrink(arguments: argparse.Namespace) -> str:
-    """Give the open options the values of a small grid; returns a line that says so, or ''."""
+    """Give the unset options a small grid; return a line that says so, or ''."""
     left = {
         name: values
         for name, values in GRIDS.get(arguments.what, {}).items()
@@ -33,11 +33,11 @@ def shrink(arguments: argparse.Namespace) -> str:
     }
     vars(arguments).update(left)
     shown = ", ".join(f"--{name} {' '.join(map(str, values))}" for name, values in left.items())
-    return f"A small grid, for a CPU: {shown} (others: give these options)" if shown else ""
+    return f"A small grid, for a CPU: {shown} (these options change it)" if shown else ""
 
 
 def shown(row: dict[str, Any]) -> str:
-    """Return whose answer a result is of, and whether it is right."""
+    """Return whose answer a result is, and whether it is right."""
     op = f" {row['op']}" if "op" in row else ""
     word = "exact" if "exact" in row else "right"
     return f"{row['implementation']}{op} {word if right(row) else 'WRONG'}"

@@ -1,8 +1,8 @@
-"""What no top-k can beat: the time of one pass over the scores, and the rate of the memory.
+"""The time that no top-k can beat: one pass over the scores; and the rate of the memory.
 
-The floor of a cell is a kernel that reads every score of every row once and writes one maximum a
-block; its launch is part of it, programmatic dependent launch and a final reduction are not. The
-best of a few grids counts. It is timed as everything else, in a CUDA graph, warm.
+The floor of a cell is a kernel that reads every score of every row once and writes one maximum per
+block. It includes the launch, but no programmatic dependent launch and no final reduction. The best
+of a few grids counts. It is timed like everything else: in a CUDA graph, warm.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def _kernel() -> Any:
 
 
 def method(device: str | torch.device) -> str:
-    """Say what :func:`floor_us` measures on this device."""
+    """Describe what :func:`floor_us` measures on this device."""
     if torch.device(device).type == "cuda" and _kernel() is not None:
         return "a Triton kernel that reads every score once, best of three grids, launch included"
     return "torch.amax over the rows, launch included"
 
 
 def _readers(problem: Problem) -> list[Callable[[], Any]]:
-    """Return ways of reading every score once."""
+    """Return several ways to read every score once."""
     logits, columns = problem.logits, int(problem.lengths.max())
     ragged = problem.row_starts is not None
     kernel = _kernel()
@@ -71,7 +71,7 @@ def floor_us(problem: Problem, *, launches: int = 40, replays: int = 5) -> float
 
 
 def read_rate(device: str | torch.device) -> float:
-    """Measure the bytes a microsecond of a read-only pass over 1 GiB."""
+    """Measure the rate of a read-only pass over 1 GiB, in bytes per microsecond."""
     gpu = torch.device(device).type == "cuda"
     rows, columns = (_ROOF_ROWS, _ROOF_COLUMNS) if gpu else (64, 1 << 14)
     x = torch.zeros(rows, columns, device=device)
@@ -80,9 +80,9 @@ def read_rate(device: str | torch.device) -> float:
 
 
 def copy_rate(device: str | torch.device) -> float:
-    """Measure the bytes a microsecond, read and written, of a copy of 1 GiB."""
+    """Measure the rate of a copy of 1 GiB, read and written, in bytes per microsecond."""
     source = torch.zeros(1 << (28 if torch.device(device).type == "cuda" else 20), device=device)
     target = torch.empty_like(source)
-    # A kernel: a copy node of the graph would go through the copy engine, which is slower.
+    # Use a kernel: a copy node of the graph would use the copy engine, which is slower.
     us = time_calls([lambda: torch.mul(source, 2.0, out=target)], device, launches=5, replays=7)
     return 2 * source.numel() * source.element_size() / us

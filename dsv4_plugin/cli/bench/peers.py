@@ -13,10 +13,10 @@ from dsv4_plugin.cli.shared.run import UsageError
 __all__ = ["FORMS_OF", "Call", "Peers", "load"]
 
 # decode: (logits, lengths, k, out) → None; prefill: (logits, row_starts, row_ends, k, out) → None;
-# paged: (logits, lengths, page_table, k, out) → None, pages of 64, `out` in pool slots.
+# paged: (logits, lengths, page_table, k, out) → None, with pages of 64 and pool slots in `out`.
 # out is int32 [rows, k]; its indices count from the row's start, in any order.
 # logits: (q, cache, weights, lengths [batch, next_n], block_table, dtype) → logits;
-# ragged_logits: (q, k, k_scale, weights, row_starts, row_ends, dtype) → logits, a column a key.
+# ragged_logits: (q, k, k_scale, weights, row_starts, row_ends, dtype) → logits, a column per key.
 Call = Callable[..., Any]
 
 TOPK_FORMS = ("decode", "prefill", "paged")
@@ -29,7 +29,7 @@ TORCH = "torch"
 
 
 class Peers:
-    """The kernels of other engines by name; a string in place of a function says why it is none."""
+    """The kernels of other engines by name; in place of a function, why it is missing."""
 
     def __init__(self, **forms: dict[str, Call | str]) -> None:
         self._calls = {
@@ -38,11 +38,12 @@ class Peers:
         }
         every = {name: call for named in forms.values() for name, call in named.items()}
         self.missing = {name: why for name, why in every.items() if isinstance(why, str)}
-        self._engine: dict[str, str] = {}  # of the kernels that an engine here has brought
+        # engine by kernel, for the kernels of an installed engine
+        self._engine: dict[str, str] = {}
         self.choices: dict[str, str] = {}  # engine -> the name of the top-k that it runs itself
 
     def add(self, engine: str, forms: dict[str, dict[str, Call | str]], choice: str | None) -> None:
-        """Add what an installed engine has; what is there already keeps its name."""
+        """Add the kernels of an installed engine; a kernel that is already there keeps its name."""
         for form, named in forms.items():
             calls = self._calls.setdefault(form, {})
             for name, call in named.items():
@@ -61,9 +62,9 @@ class Peers:
         return asked or usual
 
     def chains(self, choices: Sequence[str]) -> list[tuple[str, str]]:
-        """Return logits kernel and top-k of every chain: of one engine, or of a file and another.
+        """Return logits kernel and top-k of each chain: of one engine, or of a file and another.
 
-        The top-k are the ``choices``; torch's goes with torch's logits only.
+        The top-k are the ``choices``; torch's top-k goes only with torch's logits.
         """
         ends = {*choices, *self.choices.values()} if self.choices else set(choices)
         found = []
@@ -86,7 +87,7 @@ def _function(form: str) -> str:
 
 
 def load(file: Path | None, forms: Sequence[str] = TOPK_FORMS) -> Peers:
-    """Load the kernels of ``forms`` from ``file``, which must have one of them."""
+    """Load the kernels of ``forms`` from ``file``, which must have at least one form."""
     if file is None:
         return Peers()
     module = _module(file)
@@ -104,7 +105,7 @@ def _module(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's file does
+    except (Exception, SystemExit) as error:  # the user's file can raise anything
         raise UsageError(
             f"--peers {file} cannot be loaded: {type(error).__name__}: {error}"
         ) from error

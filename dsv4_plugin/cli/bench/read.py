@@ -20,7 +20,7 @@ from dsv4_plugin.cli.shared.run import interruptible
 
 __all__ = ["bench_read", "run"]
 
-TOKENS = 14_338  # the prefill batch of the first seed
+TOKENS = 14_338  # the prefill batch of the first measurement
 PAGES = 16_384
 HEAD_DIM = 128
 
@@ -48,9 +48,9 @@ def bench_read(
     rows: list[Row],
     saved: Callable[[], None] = lambda: None,
 ) -> None:
-    """The read by slot and the paged gather, against the byte floor and the engines' gathers.
+    """Time the read by slot and the paged gather, beside the byte floor and the engines' gathers.
 
-    ``rows`` grows as it goes, and ``saved`` is called after each figure.
+    ``rows`` grows with each figure, and then ``saved`` is called.
     """
     peers = {name: call for e in engines for name, call in kernels(e, "gather").items()}
     for name, why in peers.items():
@@ -83,7 +83,7 @@ def bench_read(
             add(f"read {name} warm", backend, time_graph(warm, launches=n), floor)
             add(f"read {name} cold slots", backend, time_graph(cold, launches=n), floor)
 
-    # 16 requests of random pages, as a prefill chunk has them.
+    # 16 requests with random pages, as in a prefill chunk.
     each = [TOKENS // 16 + (i < TOKENS % 16) for i in range(16)]
     cu = torch.tensor([0, *each]).cumsum(0).int().cuda()
     width = -(-max(each) // 64)

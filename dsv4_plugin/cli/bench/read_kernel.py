@@ -1,4 +1,4 @@
-"""The one-pass floor as a Triton kernel: read every score of every row once, keep a maximum."""
+"""The one-pass floor as a Triton kernel: it reads every score once and keeps a maximum."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def read_rows(x, starts, lengths, out, stride, columns, chunk, RAGGED: tl.conste
               BLOCK: tl.constexpr):  # fmt: skip
     """Program (part, row) reads ``chunk`` columns of its row and writes their maximum.
 
-    Windows are cut down to multiples of 16 columns, so that loads stay 16 bytes wide.
+    Windows are cut down to multiples of 16 columns, so that each load is 16 bytes wide.
     """
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, n = 0, columns

@@ -21,10 +21,10 @@ Bench = TypeVar("Bench", bound=CellBench)
 
 
 def chosen(arguments: argparse.Namespace, known: Sequence[str]) -> list[str]:
-    """Return the suites of ``--suite``, each once.
+    """Return the suites of ``--suite`` without repetitions.
 
     Raises:
-        UsageError: ``--plot`` has nothing to draw in them.
+        UsageError: ``--plot`` finds nothing to draw in them.
     """
     names = list(known) if "all" in arguments.suite else list(dict.fromkeys(arguments.suite))
     if arguments.plot and "decode" not in names:
@@ -33,7 +33,7 @@ def chosen(arguments: argparse.Namespace, known: Sequence[str]) -> list[str]:
 
 
 def peers(arguments: argparse.Namespace, forms: Sequence[str], say: Say) -> Peers:
-    """Load the peers of ``--peers`` and ``--against``, and say which ones are missing."""
+    """Load the peers of ``--peers`` and ``--against``, and print which are missing."""
     found = upstream.load(arguments.against, forms, arguments.peers, of=arguments.what)
     for name, why in found.missing.items():
         say(f"{name} is not compared: {why}")
@@ -43,7 +43,7 @@ def peers(arguments: argparse.Namespace, forms: Sequence[str], say: Say) -> Peer
 def bench(
     kind: type[Bench], arguments: argparse.Namespace, file: Results, say: Say, others: Peers
 ) -> Bench:
-    """Make what measures the cells, with the options of the command line."""
+    """Make the object that measures the cells, with the options of the command line."""
     return kind(
         others, say, file.save, device=arguments.device,
         cold_all=getattr(arguments, "cold", False), launches=arguments.launches,
@@ -60,12 +60,12 @@ def run(
     tables: Callable[[list[Row]], list[str]],
     **engines: str,
 ) -> None:
-    """Measure the suites, keep the results file up to date, and say what was found.
+    """Measure the suites, keep the results file up to date, and print the results.
 
     Args:
         arguments: the options.
-        file: the results file; ``about`` goes into its document.
-        measure: what measures the cells of a suite.
+        file: the results file; ``about`` becomes part of it.
+        measure: the object that measures the cells of a suite.
         suites: the cells by suite.
         about: what the results were measured with.
         tables: makes the tables of the results.
@@ -102,7 +102,7 @@ def run(
 
 
 def answers(results: list[Row]) -> list[str]:
-    """Return for each implementation in how many cells its answers were right."""
+    """Return one line per implementation: in how many cells its answers were right."""
     lines = ["", "Answers"]
     for name in dict.fromkeys(row["implementation"] for row in results):
         rows = [row for row in results if row["implementation"] == name]

@@ -1,8 +1,8 @@
 """Vectorised oracles of the candidate ops, on any device; they share no code with the ops.
 
-All of them start from *dense* scores: those of all keys of a row, as ``paged_logits`` gives them,
-in the dtype that is selected on. There is one length a row, in keys. Selection is a stable sort
-(:class:`.oracles.Ranking`), and everything is compared without a tolerance.
+All of them start from *dense* scores: the scores of all keys of a row, as ``paged_logits`` gives
+them, in the dtype of the selection. There is one length per row, in keys. Selection is a stable
+sort (:class:`.oracles.Ranking`). Everything is compared without a tolerance.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def maxima(dense: torch.Tensor, n: torch.Tensor, piece: int = 8) -> torch.Tensor
 
 
 def blocks(found: torch.Tensor, n: torch.Tensor, k: int, piece: int = 8) -> torch.Tensor:
-    """Return the ``k`` best blocks, ascending and -1 behind, by the blocks' scores."""
+    """Return the ``k`` best blocks by the blocks' scores, ascending, then -1."""
     ranking = Ranking(found, -(-n.reshape(-1).long() // piece), k)
     return ascending(ranking.want(k))
 
@@ -56,7 +56,7 @@ def ascending(index: torch.Tensor) -> torch.Tensor:
 
 
 def _keys(candidates: torch.Tensor, piece: int) -> torch.Tensor:
-    """Return the key of every column, below zero where there is no candidate."""
+    """Return the key of every column; below zero if there is no candidate."""
     column = torch.arange(candidates.shape[1] * piece, device=candidates.device)
     block = candidates.long()[:, column // piece]
     return torch.where(block < 0, -1, block * piece + column % piece)
@@ -65,7 +65,7 @@ def _keys(candidates: torch.Tensor, piece: int) -> torch.Tensor:
 def scores(
     dense: torch.Tensor, candidates: torch.Tensor, n: torch.Tensor, piece: int = 8
 ) -> torch.Tensor:
-    """Return the scores of the candidates' keys, -inf where the row sees none."""
+    """Return the scores of the candidates' keys; -inf for a key that the row does not see."""
     n = n.reshape(-1, 1).long().clamp(0, dense.shape[1])
     key = _keys(candidates, piece)
     there = (key >= 0) & (key < n)
@@ -74,7 +74,7 @@ def scores(
 
 
 def visible(candidates: torch.Tensor, n: torch.Tensor, piece: int = 8) -> torch.Tensor:
-    """Count the columns that a row sees, for candidates that ascend; int64 ``[rows]``."""
+    """Count the columns that a row sees, for ascending candidates; int64 ``[rows]``."""
     key = _keys(candidates, piece)
     return ((key >= 0) & (key < n.reshape(-1, 1))).sum(1)
 
@@ -82,7 +82,7 @@ def visible(candidates: torch.Tensor, n: torch.Tensor, piece: int = 8) -> torch.
 def selection(
     logits: torch.Tensor, candidates: torch.Tensor, n: torch.Tensor, k: int, piece: int = 8
 ) -> torch.Tensor:
-    """Return positions, ascending and -1 behind, for candidates that ascend."""
+    """Return positions, ascending, then -1, for ascending candidates."""
     column = ascending(Ranking(logits, visible(candidates, n, piece), k).want(k)).long()
     key = _keys(candidates, piece)
     position = key.gather(1, column.clamp(min=0))

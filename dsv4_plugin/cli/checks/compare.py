@@ -1,6 +1,6 @@
 """How the plugin's figures compare with its peers': the best peer of a cell, and ratios to it.
 
-A figure counts only where its answer was not found wrong.
+A figure counts unless its answer was found wrong.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ __all__ = [
     "PLUGIN", "Cell", "Ratio", "best_peers", "chain_name", "geomean", "ratios", "right", "sound",
 ]  # fmt: skip
 
-PLUGIN = "dsv4"  # how the plugin's implementation is named in results
+PLUGIN = "dsv4"  # the name of the plugin's implementation in results
 
 Row = dict[str, Any]
-Cell = tuple[Any, ...]  # k (0 without one), rows, columns, and what else is not the usual
+# k (0 if there is none), rows, columns, and each value that is not the usual one
+Cell = tuple[Any, ...]
 Cells = dict[Cell, Row]
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The plugin's time over another's in the cells that have both; below 1 it is faster."""
+    """The plugin's time over another's, in the cells that have both; below 1 it is faster."""
 
     name: str
     mean: float  # geometric
     worst: float
-    where: str  # the cell of the worst, and the peer
+    where: str  # the cell of the worst ratio, and its peer
     cells: int
 
     def __str__(self) -> str:
@@ -38,28 +39,28 @@ class Ratio:
 
 
 def sound(row: Row) -> bool:
-    """Whether an answer was not found wrong: not exact, or, of logits, out of tolerance."""
+    """Whether an answer was not found wrong (not exact, or logits out of tolerance)."""
     return row.get("exact") is not False and row.get("right") is not False
 
 
 def right(row: Row) -> bool:
-    """Whether an answer is right, its ties included where they were looked at."""
+    """Whether an answer is right; its ties count if they were checked."""
     return sound(row) and bool(row.get("lowest_index", True))
 
 
 def geomean(values: Iterable[float]) -> float:
-    """Return the mean by which ratios are compared."""
+    """Return the geometric mean, by which ratios are compared."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))
 
 
 def chain_name(logits: str, topk: str) -> str:
-    """Return the name of a peers' chain."""
+    """Return the name of a chain of two peers."""
     return f"{logits} + {topk}"
 
 
 def best_peers(rows: Iterable[Row], dtype: str, field: str = "warm_us") -> Cells:
-    """Return the fastest sound peer of every cell: of any dtype, or, for float32, of float32."""
+    """Return the fastest sound peer of every cell: of any dtype; for float32, of float32 only."""
     of = (row for row in rows if dtype != "float32" or row["dtype"] == "float32")
     return _fastest((row for row in of if row["implementation"] != PLUGIN), field)
 
@@ -67,8 +68,8 @@ def best_peers(rows: Iterable[Row], dtype: str, field: str = "warm_us") -> Cells
 def ratios(results: list[Row], **engines: str) -> list[Ratio]:
     """Return the ratios of every suite to the best peer and to what engines run themselves.
 
-    ``engines`` names, by engine, the peer that is the engine's own choice, or the top-k that ends
-    its chain.
+    ``engines`` maps an engine to the peer that is the engine's own choice, or to the top-k that
+    ends its chain.
     """
     found = []
     for suite in dict.fromkeys(row["suite"] for row in results):

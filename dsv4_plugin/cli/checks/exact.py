@@ -1,6 +1,6 @@
-"""The bound that errors of index logits keep to, and how a tensor is held against it.
+"""The bound of the errors of index logits, and the check of a tensor against it.
 
-Errors of accumulation are counted in units of a score's *magnitude*
+The unit of accumulation errors is a score's *magnitude*
 ``|scale| · Σ_h |w_h| · Σ_d |q_d · k_d|`` (docs/numerics.md).
 """
 
@@ -14,10 +14,10 @@ from dsv4_plugin.cli.checks.oracles import table
 
 __all__ = ["TOLERANCE", "codes", "outside"]
 
-# Error of the sums, in units of the magnitude. The reference's dot products are exact; 64 products
-# and sums in float32 are left. Hopper's FP8 tensor cores align the products of a step to the
-# largest and keep some 14 bits, which is most where few products are much larger than the rest:
-# "bytes" are spread evenly over the exponents, "normal" is what an engine writes.
+# Error of the sums, in units of the magnitude. The reference's dot products are exact; the errors
+# of 64 products and sums in float32 remain. Hopper's FP8 tensor cores align the products of a step
+# to the largest product and keep some 14 bits. The error is largest if few products are much larger
+# than the rest: "bytes" are spread evenly over the exponents, "normal" is what an engine writes.
 TOLERANCE = {
     ("torch", "normal"): 2.0**-17,
     ("torch", "bytes"): 2.0**-17,
@@ -29,9 +29,10 @@ TOLERANCE = {
 
 
 def codes(shape: tuple[int, ...], kind: str, g: torch.Generator) -> torch.Tensor:
-    """Draw e4m3: ``normal``, as quantisation by the largest value makes them, or all ``bytes``.
+    """Draw e4m3: ``normal``, as quantisation by the largest value gives them, or all ``bytes``.
 
-    Or the queries of FP4 keys, bfloat16: ``fp4``, as SGLang makes them, or ``fp4 wide``, any.
+    The kinds ``fp4`` and ``fp4 wide`` draw bfloat16 queries for FP4 keys: as SGLang makes them, or
+    any.
     """
     some: Any = {"generator": g, "device": g.device}
     if kind == "fp4 wide":
@@ -53,8 +54,8 @@ def outside(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return which elements of ``got`` are wrong, and the interval that each must lie in.
 
-    A score is right if it is what some sum within the tolerance rounds to: rounding keeps order, so
-    the two ends of the interval, rounded to the dtype of ``got``, hold it between them.
+    A score is right if some sum within the tolerance rounds to it. Rounding keeps the order of
+    numbers. So the two ends of the interval, rounded to the dtype of ``got``, enclose the score.
     """
     error = size * tolerance
     low, high = (score - error).to(got.dtype), (score + error).to(got.dtype)

@@ -20,8 +20,9 @@ def fp8_cache(
 ) -> torch.Tensor:
     """Make a page-planar FP8 cache ``[pages, block_size · (head_dim + 4)]`` of random keys.
 
-    Every e4m3 byte but NaN, scales as the engines write them (powers of two) and odd ones. With
-    ``pad`` the result is a view into pages that are ``pad`` bytes longer, filled with 0xFF.
+    The keys have every e4m3 byte but NaN. The scales are powers of two, as the engines write them,
+    and other numbers. With ``pad`` the result is a view into pages that are ``pad`` bytes longer,
+    filled with 0xFF.
     """
     g = torch.Generator(device="cpu").manual_seed(seed)
     split, size = block_size * head_dim, block_size * (head_dim + 4)
@@ -36,7 +37,7 @@ def fp8_cache(
 
 
 def _relu_sum(rows: int, columns: int, g: torch.Generator) -> torch.Tensor:
-    """Scores with a plateau of exact zeros, as the indexer's ReLU-sum makes them."""
+    """Scores with a plateau of exact zeros, like the indexer's sum over ReLUs."""
     x = torch.zeros(rows, columns, device=g.device)
     for _ in range(4):
         x += torch.relu(torch.randn(rows, columns, generator=g, device=g.device) - 1.0)
@@ -44,7 +45,7 @@ def _relu_sum(rows: int, columns: int, g: torch.Generator) -> torch.Tensor:
 
 
 def _special(rows: int, columns: int, g: torch.Generator) -> torch.Tensor:
-    """NaN of both signs, infinities, zeros of both signs among few distinct numbers."""
+    """A few distinct numbers, with NaN of both signs, infinities, and zeros of both signs."""
     pool = torch.tensor(
         [float("nan"), -float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0],
         device=g.device,
@@ -53,9 +54,9 @@ def _special(rows: int, columns: int, g: torch.Generator) -> torch.Tensor:
 
 
 def _signed_sum(rows: int, columns: int, g: torch.Generator) -> torch.Tensor:
-    """Rows that lie more or less below zero, as heads with weights of both signs make them.
+    """Rows that lie more or less below zero, like sums over heads with weights of both signs.
 
-    Thresholds of some are negative, of some close to zero.
+    The thresholds of some rows are negative, of others close to zero.
     """
     below = 4 * (torch.arange(rows, device=g.device) + 0.5) / max(rows, 1)
     return torch.randn(rows, columns, generator=g, device=g.device) - below[:, None]

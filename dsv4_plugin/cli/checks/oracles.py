@@ -1,8 +1,8 @@
 """Vectorised oracles of the ops, on any device; they share no code with the implementations.
 
-``faults`` needs no reference at all: it looks at an answer and at the scores. ``Ranking`` finds the
-one right answer by a stable sort. ``table`` has the numbers of a format by its definition. What is
-found is :class:`Wrong`.
+``faults`` needs no reference: it checks an answer against the scores. ``Ranking`` finds the one
+right answer by a stable sort. ``table`` has the numbers of a format, from its definition. A failed
+check raises :class:`Wrong`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 
 __all__ = ["RULES", "TIES", "Ranking", "Wrong", "faults", "same_bits", "table"]
 
-_CHUNK = 1 << 24  # scores looked at in one step: 128 MiB of float64
+_CHUNK = 1 << 24  # scores checked in one step: 128 MiB of float64
 
 
 class Wrong(AssertionError):
-    """An answer breaks a promise; ``rows`` names some of the rows that do."""
+    """An answer breaks a promise; ``rows`` has some of the rows that break it."""
 
     def __init__(self, why: str, rows: Iterable[int] = ()) -> None:
         super().__init__(why)
@@ -26,7 +26,7 @@ class Wrong(AssertionError):
 
 
 def _ranked(x: torch.Tensor) -> torch.Tensor:
-    """Scores as finite float64 that compare as the selection does: NaN below -inf, -0.0 as 0.0."""
+    """Scores as finite float64 that compare as in the selection: NaN below -inf, -0.0 as 0.0."""
     x = x.double() + 0.0
     return torch.where(x.isnan(), -1.5e308, x.clamp(-1e308, 1e308))
 
@@ -52,7 +52,7 @@ RULES = (
     "the order is not by value, then index",
     "the columns do not ascend, with -1 after them",
 )
-TIES = 4  # the rule of ties; those before it are of the set
+TIES = 4  # the rule of ties; the rules before it are those of the set
 
 
 def faults(
@@ -67,8 +67,9 @@ def faults(
 ) -> torch.Tensor:
     """Return bool ``[rows, len(RULES)]``: which row breaks which promise of the top-k.
 
-    ``lengths`` has one entry a row; ``out`` counts from each row's start. Nothing synchronises.
-    ``ascending``: without ``sort`` the order counts too, which engines' own kernels do not promise.
+    ``lengths`` has one entry per row. ``out`` counts from each row's start. Nothing synchronises.
+    ``ascending``: without ``sort`` the order counts too; the engines' own kernels do not promise
+    it.
     """
     start, n = _windows(logits, lengths, starts)
     rows, columns = logits.shape
@@ -91,7 +92,7 @@ def _faults(
     used = index >= 0
     outside = ((index >= n[:, None]) | (index < -1)).any(1)
     inside = used & (index < n[:, None])
-    at = torch.where(inside, index + start[:, None], columns)  # column `columns`: no column
+    at = torch.where(inside, index + start[:, None], columns)  # the value `columns` means no column
     times = torch.zeros(rows, columns + 1, dtype=torch.int32, device=logits.device)
     times.scatter_add_(1, at, torch.ones_like(at, dtype=torch.int32))
     times = times[:, :columns]
@@ -139,9 +140,9 @@ def _reduced(x: torch.Tensor, empty: float, how: str) -> torch.Tensor:
 
 
 class Ranking:
-    """The first `most` columns of every row by (value, lowest index), found by one stable sort.
+    """The first `most` columns of every row by (value, lowest index), from one stable sort.
 
-    Efficient enough for the largest shapes on a GPU; one ranking answers for every k up to `most`.
+    It is fast enough for the largest shapes on a GPU. One ranking answers for every k up to `most`.
     """
 
     def __init__(
@@ -167,13 +168,13 @@ class Ranking:
         self.order = torch.cat(parts)
 
     def rows(self, index: torch.Tensor) -> Ranking:
-        """Return the ranking of some of the rows, in this order, as one of its own."""
+        """Return a ranking of some of the rows, in this order."""
         some = object.__new__(Ranking)
         some.n, some.order, some.device = self.n[index], self.order[index], self.device
         return some
 
     def want(self, k: int) -> torch.Tensor:
-        """Return int32 [rows, k], best first; a row no longer than k: 0 ... n - 1, then -1."""
+        """Return int32 [rows, k], best first; for a row no longer than k: 0 ... n - 1, then -1."""
         rank = torch.arange(k, device=self.device)
         short = torch.where(rank < self.n[:, None], rank, -1)
         wide = torch.full_like(short, -1)
@@ -182,12 +183,12 @@ class Ranking:
         return torch.where((self.n <= k)[:, None], short, wide).int()
 
     def check(self, out: torch.Tensor, k: int, sort: bool = False, context: str = "") -> None:
-        """Raise unless range, uniqueness, the exact set, ties, short rows and the order hold.
+        """Raise unless range, uniqueness, the exact set, ties, short rows and the order are right.
 
-        Without ``sort`` the order is that of the columns.
+        Without ``sort`` the right order is that of the columns.
         """
         want, got = self.want(k), out
-        short = (self.n <= k)[:, None]  # these have their order in both forms
+        short = (self.n <= k)[:, None]  # these rows have the same order in both forms
         odd = (torch.where(short, out, 0) != torch.where(short, want, 0)).any(1)
         if bool(odd.any()):
             why = (
@@ -224,7 +225,7 @@ _E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 @functools.cache
 def table(name: str, device: torch.device) -> torch.Tensor:
-    """Return what the codes of a format stand for, in float64: ``e4m3``, ``e2m1``, ``ue8m0``."""
+    """Return the values of the codes of a format in float64: ``e4m3``, ``e2m1``, ``ue8m0``."""
     if name == "e4m3":
         values = [_e4m3(byte) for byte in range(256)]
         return torch.tensor(values, dtype=torch.float64, device=device)
@@ -235,7 +236,7 @@ def table(name: str, device: torch.device) -> torch.Tensor:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return where two tensors of one dtype have the same bits, any NaN equal to any other."""
+    """Return where two tensors of one dtype have equal bits; any NaN equals any other."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
     equal = a.contiguous().view(words) == b.contiguous().view(words)
     return equal | (a.isnan() & b.isnan()) if a.element_size() > 1 else equal

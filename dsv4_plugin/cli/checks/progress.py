@@ -1,4 +1,4 @@
-"""The progress of a benchmark over its cells, and the time that it may take."""
+"""The progress of a benchmark over its cells, and the time that it can take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Says how far a list of cells is and how long the rest will take."""
+    """Prints how many cells are done and how long the rest will take."""
 
     def __init__(self, say: Callable[[str], None], budget_s: float | None = None) -> None:
         self._say, self._budget_s, self.out_of_time = say, budget_s, False
@@ -23,7 +23,7 @@ class Progress:
         self._cells, self._done, self._since = cells, 0, time.monotonic()
 
     def spent(self) -> bool:
-        """Whether the budget is spent, so that no cell may begin; said once."""
+        """Whether the budget is spent, so that no further cell begins; prints that once."""
         if self.out_of_time or self._budget_s is None:
             return self.out_of_time
         if time.monotonic() - self._begin > self._budget_s:
@@ -33,7 +33,7 @@ class Progress:
         return self.out_of_time
 
     def done(self, line: str) -> None:
-        """Say that a cell is done."""
+        """Print that a cell is done."""
         self._done += 1
         took = time.monotonic() - self._since
         left = took / self._done * (self._cells - self._done)

@@ -1,4 +1,4 @@
-"""What a results file must say of where it was made, without importing torch or an engine."""
+"""Where a results file was made, found without importing torch or an engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["commit", "gpus", "output"]
 
 
 def output(*command: str) -> str:
-    """Return what a command printed, or ``unknown`` where it cannot be run."""
+    """Return the output of a command, or ``unknown`` if it cannot be run."""
     try:
         done = subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=True
@@ -20,7 +20,7 @@ def output(*command: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit of a checkout, else the one that the installed version was built from."""
+    """Return the commit of a checkout, else that from which the installed version was built."""
     found = output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
     if found == "unknown":
         try:
@@ -33,7 +33,7 @@ def commit() -> str:
 
 
 def gpus() -> list[dict[str, str]]:
-    """Return name, driver and memory of every NVIDIA GPU of the machine, as the driver says it."""
+    """Return name, driver and memory of every NVIDIA GPU of the machine, by the driver."""
     fields = ("index", "name", "driver_version", "memory.total")
     said = output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
     rows = [line.split(", ") for line in said.splitlines()]

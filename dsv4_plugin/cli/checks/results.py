@@ -1,4 +1,4 @@
-"""The results file of a command: whole at any moment, also when the run is killed."""
+"""The results file of a command: complete JSON at any moment, also when the run is killed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ SAVE_EVERY_S = 2.0
 class Results:
     """A results document and the file that it is kept in, if any.
 
-    The file is written at once, with ``complete`` false, so what cannot be written is refused
-    before the work begins. ``with`` it, the file has what there is however the block ends; where
-    the run is refused before it saved anything, the file is what it was.
+    The file is written at once, with ``complete`` false, so that a file that cannot be written
+    stops the command before the work begins. In a ``with`` block the file gets all results so far,
+    however the block ends. If the run is refused before it saved anything, the file keeps its old
+    content.
 
     Raises:
         UsageError: the file cannot be written.
@@ -38,9 +39,9 @@ class Results:
             raise UsageError(f"--json cannot be written: {error}") from error
 
     def save(self, *, now: bool = False) -> None:
-        """Write the file, unless it was written a moment ago; ``now``: in any case.
+        """Write the file unless it was just written; ``now``: in any case.
 
-        A pipe or a device takes one document only: it is written at the end.
+        A pipe or a device takes only one document, so it is written at the end.
         """
         lost_signals()
         self._began = True
@@ -51,8 +52,12 @@ class Results:
             self._saved = time.monotonic()
 
     def said(self) -> str:
-        """Return where it was written, for the last line of a run that was interrupted."""
-        return f"what there is was written to {self.file}" if self.file else "nothing was written"
+        """Return where the results are, for the last line of an interrupted run."""
+        return (
+            f"the results so far were written to {self.file}"
+            if self.file
+            else "nothing was written"
+        )
 
     def __enter__(self) -> Results:
         return self

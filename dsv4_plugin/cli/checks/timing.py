@@ -1,4 +1,4 @@
-"""Timing of GPU work: CUDA-graph replays, the median of several, warm or cold."""
+"""Timing of GPU work by replays of a CUDA graph: the median of several, warm or cold."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FLUSH_BYTES = 256 << 20  # the L2 of an H200 holds 60 MB
 
 
 def capture(calls: Sequence[Callable[[], Any]], launches: int) -> torch.cuda.CUDAGraph:
-    """Return a graph of ``launches`` calls, of ``calls`` in turn; each is called once before."""
+    """Return a graph of ``launches`` calls, taken from ``calls`` in turn; each runs once before."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls:  # compilation and lazy loading stay outside of the capture
+        for call in calls:  # compilation and lazy loading must happen before the capture
             call()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -40,11 +40,12 @@ def time_graph(
     replays: int = 21,
     flush: bool = False,
 ) -> float:
-    """Return microseconds a call: a graph of ``launches`` calls, the median of ``replays``.
+    """Return microseconds per call of a graph of ``launches`` calls: the median of ``replays``.
 
-    ``calls`` are taken in turn: one call measures warm caches, several over different memory
-    (more than the L2 holds) measure cold ones. ``flush`` overwrites the L2 before each replay,
-    outside of what is timed: calls over different memory are cold then, however small it is.
+    ``calls`` are taken in turn. One call measures warm caches. Several calls over different memory,
+    together more than the L2 holds, measure cold caches. ``flush`` overwrites the L2 before each
+    replay, outside the timed part. Then calls over different memory are cold even if that memory is
+    small.
     """
     graph = capture(calls, launches)
     times = []
@@ -70,9 +71,10 @@ def time_calls(
     replays: int = 7,
     flush: bool = False,
 ) -> float:
-    """Return microseconds a call: :func:`time_graph` on a GPU, the wall clock elsewhere.
+    """Return microseconds per call: :func:`time_graph` on a GPU, the wall clock elsewhere.
 
-    Elsewhere is a dry run of the harness: each call runs once and the figure means nothing.
+    Without a GPU this is a dry run of the benchmark: each call runs once, and the figure means
+    nothing.
     """
     if torch.device(device).type == "cuda":
         return time_graph(calls, launches=launches, replays=replays, flush=flush)
@@ -83,7 +85,7 @@ def time_calls(
 
 
 def machine() -> dict[str, Any]:
-    """Return what a result file must say of where it was made."""
+    """Return the facts about this machine that a result file must contain."""
     import dsv4_plugin
 
     about: dict[str, Any] = {

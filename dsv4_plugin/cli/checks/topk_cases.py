@@ -28,7 +28,7 @@ DTYPES = {name: getattr(torch, name) for name in TOPK_DTYPES}
 
 NARROW_LENGTH, NARROW_WIDTH = 8192, 256_000
 
-# The distributions that have hurt kernels (docs/notes/topk.md), each held against "normal".
+# Distributions on which kernels were slow or wrong (docs/notes/topk.md), each next to "normal".
 ADVERSARIAL = (
     "all_equal",
     "two_values",
@@ -45,7 +45,7 @@ ADVERSARIAL_SHAPES = ((1, 8192), (1, 65_536), (8, 256_000), (32, 65_536), (128, 
 PAGED_ROWS, PAGED_COLUMNS = (1, 8, 32), (8192, 65_536, 256_000)
 PAGE_SIZE = 64
 
-# As in a server, where a call's own code is cold.
+# As in a server, where the code of a call is cold.
 SERVED_KS, SERVED_ROWS, SERVED_COLUMNS = (512, 2048), (1, 8, 32, 128), (8192, 65_536, 256_000)
 
 PREFILL_ROWS = (2048, 8192)
@@ -61,12 +61,12 @@ class Problem:
     lengths: torch.Tensor
     row_starts: torch.Tensor | None = None
     page_table: torch.Tensor | None = None  # the identity, so that slots are columns
-    # Where each row's columns begin and end, as the engines' prefill kernels take it.
+    # Where each row's columns begin and end, in the form of the engines' prefill kernels.
     starts: torch.Tensor = dataclasses.field(init=False)
     row_ends: torch.Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        """Make the two from the others."""
+        """Derive the two from the other fields."""
         starts = self.row_starts
         self.starts = torch.zeros_like(self.lengths) if starts is None else starts
         self.row_ends = self.starts + self.lengths
@@ -80,14 +80,14 @@ class Case:
     dtype: str
     k: int
     rows: int
-    columns: int  # of each row that count; the longest row's where they differ
+    columns: int  # the counted columns of each row; of the longest row where they differ
     kind: str = "normal"
     width: int = 0  # of the buffer; 0: as wide as the rows
     windows: str = "full"  # or "causal": two packed requests, each row sees its prefix
 
     @property
     def data(self) -> tuple[object, ...]:
-        """What the tensors depend on: cases with the same are measured on the same tensors."""
+        """What the tensors depend on; cases with equal ``data`` share their tensors."""
         dtype = DTYPES[self.dtype]
         return (
             dtype, self.rows, self.columns, self.kind, self.width, self.windows,
@@ -104,7 +104,7 @@ class Case:
         return columns * DTYPES[self.dtype].itemsize
 
     def _causal(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Starts and lengths of two requests packed side by side, each the end of its context."""
+        """Starts and lengths of two packed requests; each row is at the end of its context."""
         half, context = max(1, self.rows // 2), self.columns // 2
         row = torch.arange(self.rows)
         request, at = row.div(half, rounding_mode="floor").clamp(max=1), row % half
@@ -132,7 +132,7 @@ class Case:
             logits[:, self.columns :] = float("nan")
         if self.windows == "full":
             lengths = torch.full((self.rows,), self.columns, dtype=torch.int32, device=device)
-            # Engines always hand starts to their prefill kernels.
+            # Engines always pass starts to their prefill kernels.
             starts = torch.zeros_like(lengths) if prefill else None
             return Problem(logits, lengths, starts, self._page_table(device))
         if self.windows != "causal":
@@ -151,7 +151,7 @@ class Case:
 # ---- The suites of the benchmark -----------------------------------------------------------------
 
 
-# suite → k, rows, columns, and what else makes cells of each of these
+# suite → k, rows, columns, and the other values that make its cells
 _Suite = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[dict[str, Any]]]
 _USUAL: Sequence[dict[str, Any]] = ({},)
 _GRIDS: dict[str, _Suite] = {
@@ -174,16 +174,16 @@ def suite(
     rows: Sequence[int] | None = None,
     columns: Sequence[int] | None = None,
 ) -> list[Case]:
-    """Return the cases of one suite, or those of them that the arguments leave.
+    """Return the cases of one suite, limited by the arguments.
 
-    Arguments replace the suite's own lists; for ``adversarial``, whose shapes belong together,
-    ``rows`` and ``columns`` choose among them.
+    The arguments replace the suite's own lists. The shapes of ``adversarial`` belong together, so
+    there ``rows`` and ``columns`` choose among them.
     """
     if name not in _GRIDS:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")
     usual_ks, usual_rows, usual_columns, every = _GRIDS[name]
     if name == "narrow":
-        columns = None  # its rows have one length
+        columns = None  # all rows of this suite have one length
     shapes: Iterable[tuple[int, int]] = itertools.product(
         rows or usual_rows, columns or usual_columns
     )

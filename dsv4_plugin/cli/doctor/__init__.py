@@ -1,1 +1,1 @@
-"""``dsv4-plugin doctor``: what is here, what engages, and why not."""
+"""``dsv4-plugin doctor``: what is installed, what engages, and why not."""

@@ -1,7 +1,8 @@
 """``dsv4-plugin doctor --engines``: the seams in releases that are not installed.
 
-pip brings the wheels (nothing they depend on, nothing is built or run), their Python files are
-unpacked, and the probes of the adapters read them: no engine is imported or installed.
+pip downloads the wheels without their dependencies, and nothing is built or run. The command
+unpacks their Python files, and the probes of the adapters read them. So no engine is imported or
+installed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Data = dict[str, Any]
 
 
 class SpecError(ValueError):
-    """Not the name of a release."""
+    """The text is not the name of a release."""
 
 
 def matrix(
@@ -46,17 +47,17 @@ def matrix(
     """Probe releases: ``engine``, ``engine==version`` or ``engine@folder of its packages``.
 
     Args:
-        specs: the releases; without a version the newest one that pip finds for this Python.
-        folder: where wheels and their Python files are kept; None: nowhere.
-        found: what is filled and returned, so that the caller of an interrupted run has it.
-        say: takes a line after each release, with the time that is left.
+        specs: the releases; without a version, the newest one that pip finds for this Python.
+        folder: where wheels and their Python files are kept; None: they are not kept.
+        found: the list that is filled and returned, so that an interrupted caller still has it.
+        say: gets a line after each release, with the time left.
 
     Returns:
-        One entry a release: ``engine``, ``version``, ``seams`` (name -> where, why), ``error``, and
-        ``complete``: false for one that was not looked at to its end.
+        One entry per release: ``engine``, ``version``, ``seams`` (name -> where, why), ``error``,
+        and ``complete``, which is false if the release was not read to its end.
 
     Raises:
-        SpecError: a spec is none of the three, or its engine is not known.
+        SpecError: a spec has none of the three forms, or its engine is not known.
     """
     found = [] if found is None else found
     wanted = [_parsed(spec) for spec in specs]
@@ -100,7 +101,7 @@ def probe(engine: str, folder: Path) -> Data:
     """Return the seams of the engine whose packages lie in ``folder``: name -> where, why.
 
     Raises:
-        Missing: the engine is not there.
+        Missing: the engine is not in the folder.
     """
     if not (folder / engine).is_dir():
         raise source.Missing(f"there is no {engine} in {folder}")
@@ -110,7 +111,7 @@ def probe(engine: str, folder: Path) -> Data:
 
 
 def _unpacked(engine: str, version: str | None, root: Path) -> tuple[str, str]:
-    """Download a release and unpack its Python files: the folder and the version."""
+    """Download a release and unpack its Python files; return the folder and the version."""
     first, *more = ENGINES[engine][0]
     target = root / f"{engine}-{version}"
     if version and (target / ".complete").exists():
@@ -127,7 +128,7 @@ def _unpacked(engine: str, version: str | None, root: Path) -> tuple[str, str]:
 
 
 def _download(requirement: str, folder: Path) -> Path:
-    """Let pip bring one wheel; an sdist would have to be built, so none is taken."""
+    """Let pip download one wheel; an sdist is not taken, because it would have to be built."""
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
     done = subprocess.run(
@@ -150,7 +151,7 @@ def _download(requirement: str, folder: Path) -> Path:
 
 
 def _unzip(wheel: Path, target: Path) -> list[str]:
-    """Unpack the Python files of a wheel; returns what it requires."""
+    """Unpack the Python files of a wheel; return its requirements."""
     needs: list[str] = []
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
@@ -163,7 +164,7 @@ def _unzip(wheel: Path, target: Path) -> list[str]:
 
 
 def render(releases: list[Data]) -> str:
-    """Return the matrix for people: a table for each engine, then why a seam is not there."""
+    """Return the matrix as text: a table per engine, then why each missing seam is missing."""
     lines: list[str] = []
     for engine in dict.fromkeys(data["engine"] for data in releases):
         some = [data for data in releases if data["engine"] == engine]

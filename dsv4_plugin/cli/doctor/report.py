@@ -1,7 +1,7 @@
-"""``dsv4-plugin doctor``: what is installed here, what would run, and why not something better.
+"""``dsv4-plugin doctor``: what is installed, what would run, and why nothing better.
 
-:func:`collect` gathers plain data, :func:`render` writes it for people. Whatever is missing or
-broken is part of the answer, so nothing here raises; neither torch nor an engine has to be there.
+:func:`collect` gathers plain data, and :func:`render` makes the text. Missing and broken parts
+belong to the answer, so nothing here raises. Neither torch nor an engine needs to be installed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GROUPS = (
     "tokenspeed.plugins",
     "tokenspeed_kernel.plugins",
 )
-# part of the report -> (what it is called, its distribution)
+# part of the report -> (its name, its distribution)
 ENGINES = {
     "vllm": ("vLLM", "vllm"),
     "sglang": ("SGLang", "sglang"),
@@ -51,16 +51,16 @@ SWITCHES = (
 )
 TOPK_K = 512  # the k of DeepSeek-V4
 WIDTH = 100
-MOST = 4  # rows of a part on one screen
+MOST = 4  # rows of a part that the short report shows
 
 Data = dict[str, Any]
 
 
 def run_engines(specs: Sequence[str], as_json: bool = False, folder: Path | None = None) -> int:
-    """Print the seams of releases that are not installed; without ``specs`` the newest of each.
+    """Print the seams of releases that are not installed; without ``specs``, of the newest ones.
 
     Returns:
-        0 if every seam was found, 1 if one moved or a release cannot be had.
+        0 if every seam was found, 1 if a seam moved or a release cannot be downloaded.
 
     Raises:
         UsageError: a spec is wrong.
@@ -90,20 +90,20 @@ def _say_to_a_person(line: str) -> None:
 
 
 def run(as_json: bool = False, everything: bool = False) -> int:
-    """Print the report, on a screen or with ``everything``.
+    """Print the short report, or with ``everything`` the whole report.
 
     Returns:
         0 if the compiled kernels can serve here, 1 if the plugin would leave everything to the
-        engine or to torch, 2 if a setting has a value it cannot have.
+        engine or to torch, 2 if a setting has a forbidden value.
     """
-    with contextlib.redirect_stdout(sys.stderr):  # an engine that is imported may log to stdout
+    with contextlib.redirect_stdout(sys.stderr):  # an imported engine may log to stdout
         data = collect()
     print(json.dumps(data, indent=2) if as_json else render(data, everything))
     return data["exit_code"]
 
 
 def collect() -> Data:
-    """Return everything the report says, as data that JSON can hold."""
+    """Return all contents of the report as data that JSON can hold."""
     data: Data = {
         "versions": _guarded(_versions),
         "gpu": _guarded(_gpu),
@@ -127,17 +127,17 @@ def collect() -> Data:
 def _guarded(part: Callable[[], Any]) -> Any:
     try:
         return part()
-    except (Exception, SystemExit) as error:  # a broken package may raise anything
+    except (Exception, SystemExit) as error:  # a broken package can raise anything
         return {"error": _said(error)}
 
 
 @functools.cache
 def _torch() -> tuple[Any, str]:
-    """Return torch, or None and why it cannot be imported; a second try would say another thing."""
+    """Return torch, or None and the import error; a second import would give another error."""
     try:
         import torch
 
-        torch.cuda.is_available()  # a package that is not all there is imported, and has nothing
+        torch.cuda.is_available()  # an incomplete torch can be imported but has no members
     except (Exception, SystemExit) as error:
         return None, f"torch cannot be imported ({_said(error)})"
     return torch, ""
@@ -209,7 +209,7 @@ def _library() -> Data:
 
 
 def _check(device: str = "cuda:0", backend: str = "cuda") -> Data:
-    """Run one top-k by the compiled kernels, and compare it with the torch reference's."""
+    """Run one top-k with the compiled kernels, and compare it with the torch reference."""
     torch, why = _torch()
     why = why or ("" if torch.cuda.is_available() or device == "cpu" else "there is no GPU")
     if not why:
@@ -231,7 +231,7 @@ def _check(device: str = "cuda:0", backend: str = "cuda") -> Data:
 
 
 def _status_dir() -> str | None:
-    """Return why no status can be written to DSV4_STATUS_DIR, if it is set."""
+    """Return why no status can be written to DSV4_STATUS_DIR, if that is set."""
     value = os.environ.get("DSV4_STATUS_DIR", "").strip()
     try:
         if value:
@@ -263,7 +263,7 @@ def _unknown_variables() -> dict[str, str | None]:
 
 
 def _ops() -> Data:
-    """Map every op to what a call on the first device would get, and why not what comes before."""
+    """Map every op to what serves a call on the first device, and why no better one does."""
     torch, why = _torch()
     if torch is None:
         return {"error": why}
@@ -274,10 +274,10 @@ def _ops() -> Data:
     asked = {
         ("topk",): (half, torch.float16, single),
         ("read", "read_mxfp4", "gather"): (single, half),
-        # From the third on they are what DeepSeek-V4.1 has besides.
+        # From the third entry on, these are the extra ops of DeepSeek-V4.1.
         ("paged_logits", "ragged_logits", "block_maxima", "select_blocks", "candidate_logits",
          "candidate_logits_ragged", "select_candidates", "candidate_select"): (half, single),
-        ("gather",): (torch.uint8,),  # the keys stay quantised, which is what engines ask for
+        ("gather",): (torch.uint8,),  # the keys stay quantised, as the engines ask for them
     }  # fmt: skip
     calls = [
         backends.Call(op, device, dtype, TOPK_K if op == "topk" else 0)
@@ -302,9 +302,9 @@ def _what_serves(backends: Any, call: Any, wish: str) -> Data:
     auto = next((name for name in backends.ORDER if not unmet[name]), None)
     error = None
     try:
-        backends.resolve(call)  # as an op does it, so that DSV4_BACKEND counts
+        backends.resolve(call)  # resolved as an op resolves it, so that DSV4_BACKEND counts
     except SettingError:
-        pass  # said once, beside the setting
+        pass  # the row of the setting already shows this
     except Exception as refused:
         error = str(refused)
     return {
@@ -325,7 +325,7 @@ def _entry_points() -> dict[str, str | None]:
 
 
 def _engine(name: str) -> Data:
-    """Look for the seams in the engine that is installed: reads its source, imports nothing."""
+    """Look for the seams in the installed engine; it reads the source and imports nothing."""
     from dsv4_plugin.engines.shared import source
 
     called, distribution = ENGINES[name]
@@ -351,14 +351,14 @@ def _verdict(data: Data) -> tuple[int, str, str]:
             return 2, f"a setting is wrong: {row['error']}", f"correct {name}, or unset it"
     if settings["DSV4_PLUGIN"]["value"].strip() == "0":
         said = "DSV4_PLUGIN=0: the plugin changes nothing, whatever else asks for it"
-        return 1, said, "unset DSV4_PLUGIN to have the plugin"
+        return 1, said, "unset DSV4_PLUGIN to use the plugin"
     if "error" in data["ops"]:
         said = f"no op can run here: {data['ops']['error']}"
         return 1, said, "run doctor in the Python that runs the engine; it has torch"
     ops = [row for row in data["ops"].values() if isinstance(row, dict)]
     refused = [row["error"] for row in ops if row["error"]]
     if refused:
-        said = f"what is asked for cannot be had: {refused[0]}"
+        said = f"the requested backend is not available: {refused[0]}"
         return 1, said, f"unset DSV4_BACKEND, or else: {_mend(data)}"
     check = data["check"]
     broken = check.get("error") or (check.get("exact") is False and "its answer is not exact")
@@ -372,14 +372,12 @@ def _verdict(data: Data) -> tuple[int, str, str]:
     names = sorted({row["auto"] for row in ops if row["auto"]})
     if not names:
         return 1, f"{why}no implementation can run here", report
-    said = (
-        f"{why}the ops run here on {' and '.join(names)}, and an engine's top-k would stay its own"
-    )
+    said = f"{why}the ops run here on {' and '.join(names)}, and an engine would keep its own top-k"
     return 1, said, _mend(data)
 
 
 def _mend(data: Data) -> str:
-    """Return what gives this machine the compiled kernels."""
+    """Return how this machine can get the compiled kernels."""
     from dsv4_plugin.kernels.cuda import CAPABILITIES, REPAIR
 
     fitting = {f"{major}.{minor}" for major, minor in CAPABILITIES}
@@ -401,7 +399,7 @@ def _mend(data: Data) -> str:
 
 
 def _unread(unknown: Data) -> str:
-    """Return what a verdict adds for variables that nobody reads."""
+    """Return what a verdict adds for variables that are not settings."""
     if not unknown or "error" in unknown:
         return ""
     names = ", ".join(
@@ -422,10 +420,10 @@ def _why_not_cuda(data: Data) -> str:
 
 
 def render(data: Data, everything: bool = False) -> str:
-    """Write the report of :func:`collect`: on a screen, or ``everything``.
+    """Write the report of :func:`collect`: the short form, or ``everything``.
 
-    On a terminal the lines fit its width. Elsewhere the verdict and what to do next are the last
-    two lines.
+    On a terminal the lines fit its width. Elsewhere the last two lines are the verdict and the next
+    step.
     """
     width = screen.columns()
     lines = _everything(data, width or WIDTH) if everything else _screen(data, width or WIDTH)
@@ -455,7 +453,7 @@ def _everything(data: Data, width: int) -> list[str]:
 
 
 def _screen(data: Data, width: int) -> list[str]:
-    """Return what matters: versions, GPU, library, what is set, and what stays the engine's."""
+    """Return the short report: versions, GPU, library, settings, and what the engine keeps."""
     versions, points = data["versions"], data["entry_points"]
     there = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     named = [row for row in _setting_rows(data) if not row[1].endswith(" (default)")]
@@ -485,14 +483,14 @@ def _screen(data: Data, width: int) -> list[str]:
 
 
 def _short(rows: list[Row]) -> list[Row]:
-    """Return a row for all ops that the same implementation serves, then why not a better one."""
+    """Return one row for all ops that the same implementation serves, then why not a better one."""
     of: dict[str, list[str]] = {}
     for name, text in rows:
         if name:
             of.setdefault(text, []).append(name.split()[0])
     ops = [("ops", f"{text}: {', '.join(dict.fromkeys(names))}") for text, names in of.items()]
     reasons = [row for row in rows if not row[0] and "compiled library" not in row[1]]
-    return [*ops[:MOST], *reasons[:MOST]]  # the library has a row of its own
+    return [*ops[:MOST], *reasons[:MOST]]  # the library has its own row
 
 
 def _plain(part: Data, say: Callable[[Any], str]) -> list[Row]:
@@ -524,8 +522,8 @@ def _library_row(library: Data) -> Row:
 
 def _check_row(check: Data) -> Row:
     if check.get("ran"):
-        right = "the same" if check["exact"] else "ANOTHER"
-        return ("check", f"one top-k by the kernels on the GPU: {right} answer as torch's")
+        right = "the same answer as" if check["exact"] else "ANOTHER answer than"
+        return ("check", f"one top-k by the kernels on the GPU: {right} torch")
     return (
         "check",
         f"FAILED: {check['error']}" if "error" in check else f"not run: {check['why']}",

@@ -1,4 +1,4 @@
-"""The plots of results files, a file a kind of results; matplotlib is loaded to draw only."""
+"""The plots of results files, one module per kind of results; matplotlib loads only to draw."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DRAW = {"recall": recall.draw, "read": reads.draw, "candidates": candidates.draw
 
 
 def draw(document: dict[str, Any], file: Path, *, k: int | None = None) -> None:
-    """Draw a results document into ``file`` (.png, .svg, .pdf); ``k``: of several, the one to draw.
+    """Draw a results document into ``file`` (.png, .svg, .pdf); ``k``: which of several to draw.
 
     Raises:
         UsageError: matplotlib is not installed, or the document has nothing to draw.

@@ -1,4 +1,4 @@
-"""The plot of ``bench candidates``: a panel a chain, a pair of curves a row count."""
+"""The plot of ``bench candidates``: a panel per chain, a pair of curves per row count."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHAINS = ("consumer", "source", "step")
 
 
 def draw(document: Row, file: Path) -> None:
-    """Draw the chains of decode into ``file``: a panel a chain, a pair of curves a row count.
+    """Draw the chains of decode into ``file``: a panel per chain, a pair of curves per row count.
 
     Raises:
         UsageError: matplotlib is not installed, or the document has no decode cells.

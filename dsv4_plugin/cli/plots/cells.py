@@ -1,4 +1,4 @@
-"""The plot of a results file: microseconds and ratios over the columns, one panel a row count."""
+"""The plot of a results file: microseconds and ratios over the columns, one panel per row count."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["TITLE", "draw", "over_columns"]
 Row = dict[str, Any]
 Line = list[tuple[int, float]]
 
-FLOOR = {  # what is drawn as the floor, by what was measured
+FLOOR = {  # what the floor is, by what was measured
     "topk": "one pass over bfloat16",
     "logits": "bytes of the keys",
     "chain": "bytes of the keys",
@@ -23,7 +23,7 @@ TITLE = {"topk": "Exact top-k", "logits": "Index logits", "chain": "Index logits
 
 
 def over_columns(axis: Any, rows: list[Row], label: str) -> None:
-    """Make the x axis of a panel that of the rows' columns, in powers of two."""
+    """Make the x axis of a panel show the rows' columns, in powers of two."""
     from matplotlib.ticker import NullLocator
 
     axis.set_xscale("log", base=2)
@@ -36,9 +36,9 @@ def over_columns(axis: Any, rows: list[Row], label: str) -> None:
 def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     """Draw the decode suite of a results document into ``file`` (.png, .svg, .pdf).
 
-    Above: microseconds, warm, with the floor: one pass over the bfloat16 scores of the top-k, the
-    bytes of the keys elsewhere. Below: the plugin over the best peer of the cell, or over the floor
-    where the document has no peers.
+    Above: microseconds, warm, with the floor. The floor of the top-k is one pass over the bfloat16
+    scores; elsewhere it is the bytes of the keys. Below: the plugin over the best peer of the cell,
+    or over the floor if the document has no peers.
 
     Raises:
         UsageError: matplotlib is not installed, or the document has no such cells.
@@ -83,7 +83,8 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     about = document.get("machine", {})
     figure.suptitle(f"{TITLE[what]}{f', k = {k}' if k else ''}: {about.get('gpu', 'no GPU')}, "
                     f"dsv4-plugin {about.get('plugin', '?')}")  # fmt: skip
-    axes[1][0].set_ylim(bottom=0)  # shared by the row; last, as it ends the scaling
+    # shared by the row of panels; set last, because it ends the automatic scaling
+    axes[1][0].set_ylim(bottom=0)
     labels: dict[str, Any] = {}
     for axis in axes[0]:
         labels |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -110,7 +111,7 @@ def _curves(rows: list[Row], floor_name: str) -> dict[str, Line]:
 
 
 def _ratios(rows: list[Row], floor_name: str) -> tuple[str, dict[str, Line]]:
-    """Return what the plugin is divided by, and the ratios of each dtype over the columns."""
+    """Return what the plugin is divided by, and each dtype's ratios over the columns."""
     ratios: dict[str, Line] = {}
     peers = any(row["implementation"] != PLUGIN for row in rows)
     for row in rows:

@@ -1,4 +1,4 @@
-"""The plot of ``bench read``: one group a case, a bar an implementation, the byte floor across."""
+"""The plot of ``bench read``: a group per case, a bar per implementation, a line for the floor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plot of a recall file: overlap over the columns, one panel a k, one line a dtype and kind."""
+"""The plot of a recall file: overlap over the columns, a panel per k, a line per dtype and kind."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 __all__ = ["PAPER"]
 
-# What our figures stand beside.
+# The published figure that the results are compared with.
 PAPER = {
     "recall": 0.997,
     "dtype": "bfloat16",

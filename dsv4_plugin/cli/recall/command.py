@@ -26,11 +26,11 @@ COLUMNS = tuple(8192 << i for i in range(6))  # 8K … 256K
 _ON_CPU: dict[str, Any] = {"rows": 32, "columns": (8192, 32_768)}
 _ON_GPU: dict[str, Any] = {"rows": 1024, "columns": COLUMNS}
 
-# The full definitions are in measure.py.
+# measure.py has the full definitions.
 LEGEND = """\
-What the selection on rounded scores keeps of the float32 one: mean, 1st percentile and worst row.
-beyond: what differs without a tie after rounding (must be 0). gap, depth: how far the lowest choice
-lies below the k-th, relative and in places. mass lost: of the selected scores' sum.
+The selection on rounded scores against the float32 one: mean, 1st percentile and worst row.
+beyond: differences without a tie after rounding (must be 0). gap, depth: how far the lowest choice
+lies below the k-th, relative and in places. mass lost: share of the sum of the selected scores.
 """
 
 Row = dict[str, Any]
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--scores", type=Path, nargs="+", metavar="FILE.safetensors",
-        help="captured scores in place of drawn ones: float32 [rows, columns] tensors, with "
+        help="use captured scores instead of drawn ones: float32 [rows, columns] tensors, with "
         "optional lengths",
     )  # fmt: skip
     add("--kind", nargs="+", choices=tuple(KINDS), help="drawn scores (default: all)")
@@ -58,16 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: 512 1024 2048",
     )
     add("--columns", type=numbers.COUNT, nargs="+", help="default: 8K … 256K; on a CPU 8K and 32K")
-    add("--rows", type=numbers.COUNT, help="rows of each (default: 1024; on a CPU 32)")
+    add("--rows", type=numbers.COUNT, help="rows of each kind (default: 1024; on a CPU 32)")
     add("--dtype", nargs="+", choices=tuple(DTYPES), help="default: all")
     add("--seed", type=numbers.SEED, default=0)
-    add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    add("--json", type=outputs.file, metavar="FILE", help="write the results there")
+    add("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
+    add("--json", type=outputs.file, metavar="FILE", help="write the results to this file")
     add(
         "--plot",
         type=outputs.plot,
         metavar="FILE",
-        help="draw them (.png or .svg); needs matplotlib",
+        help="draw the results (.png or .svg); needs matplotlib",
     )
 
 
@@ -75,13 +75,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``dsv4-plugin recall``.
 
     Returns:
-        0 if rounding explains whatever differs, 1 if it does not.
+        0 if rounding explains every difference, 1 if it does not.
 
     Raises:
-        UsageError: it cannot be run like this, or nothing was compared.
+        UsageError: the options cannot be run like this, or nothing was compared.
     """
     if arguments.scores and (arguments.kind or arguments.columns or arguments.rows):
-        raise UsageError("--scores brings its own rows; --kind, --columns and --rows draw others")
+        raise UsageError("--scores has its own rows: --kind, --columns and --rows do not apply")
     need_torch()
     import torch
 
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _left(arguments: argparse.Namespace, device: str) -> Callable[[int], str]:
-    """Return what says how long the rest takes: on a terminal, where the cells can be counted."""
+    """Return a function for the time left: on a terminal, if the number of cells is known."""
     if arguments.scores or screen.columns() is None:
         return lambda done: ""
     kinds, dtypes = arguments.kind or KINDS, arguments.dtype or DTYPES
@@ -138,7 +138,7 @@ def _left(arguments: argparse.Namespace, device: str) -> Callable[[int], str]:
 
 
 def _measured(arguments: argparse.Namespace, device: str) -> Iterator[Row]:
-    """Yield the results, as they are measured."""
+    """Yield the results as they are measured."""
     from dsv4_plugin.cli.recall import sources
 
     default = _ON_GPU if device == "cuda" else _ON_CPU
@@ -193,7 +193,7 @@ def _line(row: Row) -> str:
 
 
 def _beside(results: Sequence[Row]) -> str:
-    """Say the mean recall of bfloat16 here beside the paper's."""
+    """Compare the mean recall of bfloat16 here with the paper's."""
     means = [100 * row["mean"] for row in results if row["dtype"] == "bfloat16" and row["rows"]]
     text = f"the paper: {100 * PAPER['recall']:.1f} % with bfloat16 scores ({PAPER['source']})"  # type: ignore[operator]
     if not means:

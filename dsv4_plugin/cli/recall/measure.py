@@ -1,20 +1,20 @@
-"""What is measured of a selection in a narrower dtype, against the exact float32 selection.
+"""How a selection in a narrower dtype compares with the exact float32 selection.
 
-``S`` is the exact selection of a row on its float32 scores, ``D`` the exact selection on the same
-scores rounded to the dtype (to nearest, ties to even), both of ``k`` columns with ties to the
-lowest column; ``t`` is the k-th largest float32 score, the smallest in ``S``.
+``S`` is the exact selection of a row on its float32 scores. ``D`` is the exact selection on the
+same scores rounded to the dtype (to nearest, ties to even). Both have ``k`` columns, with ties to
+the lowest column. ``t`` is the k-th largest float32 score, the smallest in ``S``.
 
 * **overlap**: ``|S ∩ D| / k``. Rows of at most ``k`` columns select all of them and are left out.
-* **swapped**: ``k - |S ∩ D|``, the positions that ``D`` has in the place of others.
+* **swapped**: ``k - |S ∩ D|``, the positions that ``D`` has instead of others.
 * **beyond ties**: swapped positions whose rounded score is not the rounded ``t``. Rounding never
-  changes the order of two scores, it only makes them equal, so there can be none: what differs is
-  chosen among scores that *tie with the k-th after rounding*. It is counted all the same.
+  changes the order of two scores; it only makes them equal. So this number must be zero: the
+  differences are choices among scores that *tie with the k-th after rounding*. It is counted as a
+  check.
 * **gap**: ``(t - s) / |t|`` for the lowest score ``s`` in ``D``: how far below the threshold the
-  dtype reaches; by the above at most one unit in its last place (bfloat16: 2⁻⁷ relative). Where
-  ``t`` is zero the largest magnitude in ``S`` divides.
+  dtype reaches. It is at most one unit in the dtype's last place (bfloat16: 2⁻⁷ relative). If
+  ``t`` is zero, the divisor is the largest magnitude in ``S``.
 * **depth**: how many places below the k-th the lowest position in ``D`` ranks in float32.
-* **mass lost**: ``(Σ s in S - Σ s in D) / Σ |s| in S``, the share of the selected scores that is
-  given up.
+* **mass lost**: ``(Σ s in S - Σ s in D) / Σ |s| in S``, the lost share of the selected scores.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ DTYPES = {name: getattr(torch, name) for name in RECALL_DTYPES}
 
 
 def percentile(values: torch.Tensor, percent: float) -> float:
-    """Return the nearest-rank percentile: of fewer than 100 rows the 1st is the worst row."""
+    """Return the nearest-rank percentile; with fewer than 100 rows the 1st is the worst row."""
     rank = max(1, math.ceil(values.numel() * percent / 100))
     return float(values.sort().values[rank - 1])
 
 
 @dataclass
 class Statistics:
-    """Rows of one kind, k and dtype, added batch by batch."""
+    """The figures of the rows of one kind, k and dtype, added batch by batch."""
 
     k: int
     dtype: str
@@ -82,7 +82,7 @@ class Statistics:
         self._rows.setdefault(name, []).append(values.cpu())
 
     def row(self) -> dict[str, Any]:
-        """Return the figures; None where no row is longer than k."""
+        """Return the figures; None if no row is longer than k."""
         if not self._rows:
             return {"k": self.k, "dtype": self.dtype, "rows": 0, "short_rows": self.short_rows}
         all_rows = {name: torch.cat(values) for name, values in self._rows.items()}

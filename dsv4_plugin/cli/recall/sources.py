@@ -1,4 +1,4 @@
-"""Where the scores come from: drawn at random, computed as the indexer does, or captured."""
+"""The sources of the scores: drawn at random, computed like the indexer's, or captured."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["KINDS", "Scores", "captured", "drawn"]
 
 HEADS, HEAD_DIM, PAGE = 64, 128, 64
 E4M3_MAX = 448.0
-_ELEMENTS = 1 << 24  # scores at a time; a batch of rows has at most so many
+_ELEMENTS = 1 << 24  # scores at a time; a batch has no more
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A batch of rows: float32 ``[rows, columns]`` and int32 ``[rows]`` columns in each."""
+    """A batch of rows: float32 ``[rows, columns]``, and int32 ``[rows]``: columns per row."""
 
     scores: torch.Tensor
     lengths: torch.Tensor
@@ -33,10 +33,11 @@ def drawn(
     """Yield batches of one of :data:`KINDS`, ``rows`` in all, every row full.
 
     ``relu_sum`` is the indexer's formula ``Σ_h w_h · ReLU(q_h · k_i)`` over 64 heads of 128 values,
-    in float32: random keys, quantised to e4m3 with a power-of-two scale for each and read back from
-    a page-planar cache; random e4m3 queries. The rows are queries over one context, as the steps of
-    one request are. With weights in (0, 1) the scores lie close together, far from zero; a model's
-    weights come from a projection and have both signs, as in ``relu_sum_signed``.
+    in float32. The keys are random, quantised to e4m3 with one power-of-two scale per key, and read
+    back from a page-planar cache. The queries are random e4m3. The rows are queries over one
+    context, like the steps of one request. With weights in (0, 1) the scores lie close together,
+    far from zero. A model's weights come from a projection and have both signs, as in
+    ``relu_sum_signed``.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -53,7 +54,7 @@ def drawn(
 
 
 def _keys(columns: int, g: torch.Generator, device: str | torch.device) -> torch.Tensor:
-    """Return ``[columns, 128]`` float32 keys as the indexer's cache gives them back."""
+    """Return ``[columns, 128]`` float32 keys as the indexer's cache returns them."""
     pages = -(-columns // PAGE)
     cache = torch.empty(pages, PAGE * (HEAD_DIM + 4), dtype=torch.uint8, device=device)
     split = PAGE * HEAD_DIM
@@ -83,8 +84,8 @@ def captured(
     """Yield name, columns and batches of every tensor of scores in a ``.safetensors`` file.
 
     Scores are float32 ``[rows, columns]``. A tensor ``lengths`` (integer, ``[rows]``), or
-    ``NAME.lengths`` for one tensor's own, has the columns that count; without it all do. Other
-    tensors are an error: a file that is read in part would look like one that is read.
+    ``NAME.lengths`` for the tensor ``NAME``, has the number of columns that count; without it all
+    count. Other tensors are an error, because the user could not see that they were ignored.
 
     Raises:
         UsageError: safetensors is not installed, or the file is not of this form.

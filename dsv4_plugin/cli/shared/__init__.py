@@ -1,1 +1,1 @@
-"""What every command does alike: options, outputs, interrupts, secrets."""
+"""What all commands share: options, outputs, interrupts, secrets."""

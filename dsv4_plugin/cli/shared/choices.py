@@ -1,4 +1,4 @@
-"""What options choose among. Here because a mistyped option is told without importing torch."""
+"""The values of options. They are here so that an option is checked without importing torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LOGITS_DTYPES = TOPK_DTYPES
 LOGITS_SUITES = ("decode", "next_n", "varied", "prefill")
 CANDIDATE_SUITES = ("decode", "prefill")
 CACHES = ("fp8", "fp4")  # of the index layers of V4.1
-ENGINES = ("vllm", "sglang", "flashinfer", "torch")  # whose kernels --against loads
+ENGINES = ("vllm", "sglang", "flashinfer", "torch")  # the engines whose kernels --against loads
 
-# Drawn scores -> what they are.
+# Drawn scores -> their distribution.
 RECALL_KINDS = {
     "normal": "N(0, 1)",
     "relu_sum": "weights in (0, 1)",
     "relu_sum_signed": "weights N(0, 1)",
 }
-RECALL_DTYPES = ("bfloat16", "float16")  # that `recall` selects in, torch's names
+RECALL_DTYPES = ("bfloat16", "float16")  # the dtypes that `recall` selects in, by torch's names

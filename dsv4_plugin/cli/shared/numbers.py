@@ -1,4 +1,4 @@
-"""The one reader of the numbers on every command line: types for argparse, each with its bounds."""
+"""The one reader of numbers on every command line: types for argparse, each with its bounds."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ UNITS = {"k": 1024, "m": 1024 * 1024}
 
 
 def whole(least: int, most: int, *, units: bool = False) -> Callable[[str], int]:
-    """Return a reader of whole numbers from ``least`` to ``most``; with ``units`` of ``64K`` too.
+    """Return a reader of whole numbers from ``least`` to ``most``; with ``units`` also ``64K``.
 
-    The reader raises :class:`UsageError` with what is allowed and what came.
+    The reader raises :class:`UsageError`, which says what is allowed and what came.
     """
 
     def read(text: str) -> int:
         digits = text.strip()
         factor = UNITS.get(digits[-1:].lower(), 1) if units else 1
         digits = digits[:-1] if factor > 1 else digits
-        # Fewer digits than Python refuses to convert; a longer number is out of bounds anyway.
+        # Python refuses to convert very long numbers; they are out of bounds in any case.
         if re.fullmatch(r"[+-]?[0-9]{1,30}", digits):
             value = int(digits) * factor
             if least <= value <= most:
@@ -35,9 +35,9 @@ def whole(least: int, most: int, *, units: bool = False) -> Callable[[str], int]
 
 
 def real(*, most: float, least: float | None = None) -> Callable[[str], float]:
-    """Return a reader of finite numbers: from ``least``, else above zero, to ``most``.
+    """Return a reader of finite numbers up to ``most``, from ``least`` or above zero.
 
-    The reader raises :class:`UsageError` with what is allowed and what came.
+    The reader raises :class:`UsageError`, which says what is allowed and what came.
     """
     bounds = (
         f"above 0 and at most {most:.15g}" if least is None else f"from {least:.15g} to {most:.15g}"
@@ -64,4 +64,4 @@ LENGTH = whole(1, 2**31 - 1, units=True)  # in tokens
 SEED = whole(0, 2**31 - 1)
 PORT = whole(1, 65_535)
 SECONDS = real(most=6e7)
-BUDGET = real(least=0, most=6e7)  # in seconds; with 0 nothing is measured, and that is said
+BUDGET = real(least=0, most=6e7)  # in seconds; with 0 the command measures nothing and says so

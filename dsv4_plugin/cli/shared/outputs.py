@@ -1,8 +1,8 @@
-"""The files that a command writes: refused before its work begins, whole at any moment.
+"""The files that a command writes: checked before its work begins, complete at any moment.
 
-:func:`file`, :func:`plot` and :func:`folder` are types for argparse; :func:`apart` looks at all
-files of a command line together. A file is written beside its place and then moved there, so that
-a reader never sees a half, also where the command is killed.
+:func:`file`, :func:`plot` and :func:`folder` are types for argparse. :func:`apart` checks all files
+of a command line together. A file is written beside its place and then moved there. So a reader
+never sees half a file, even if the command is killed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = [
 ]  # fmt: skip
 
 PLOTS = (".png", ".svg", ".pdf")
-OPTIONS = ("json", "plot", "trace")  # the options of all commands that name a file to write
+OPTIONS = ("json", "plot", "trace")  # the options, of all commands, that name a file to write
 
 
 def file(text: str) -> Path:
-    """Read the name of a file that is to be written.
+    """Read the name of a file that will be written.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: the file cannot be written.
     """
     path = Path(text)
     if why := _refused(path):
@@ -38,7 +38,7 @@ def file(text: str) -> Path:
 
 
 def plot(text: str) -> Path:
-    """Read the name of a plot: as :func:`file`, its form known, matplotlib there."""
+    """Read the name of a plot: like :func:`file`, and its form is known and matplotlib is there."""
     path = Path(text)
     check_plot(path)
     return file(text)
@@ -48,7 +48,7 @@ def check_plot(path: Path) -> None:
     """Check the form of a plot, and that matplotlib can be loaded.
 
     Raises:
-        UsageError: one of them is not so.
+        UsageError: the form is not known, or matplotlib cannot be loaded.
     """
     if path.suffix not in PLOTS:
         raise UsageError(f"must end in one of {', '.join(PLOTS)}, got {path}")
@@ -59,7 +59,7 @@ def require() -> None:
     """Load matplotlib for drawing into files.
 
     Raises:
-        UsageError: it is not installed, or cannot be loaded.
+        UsageError: matplotlib is not installed or cannot be loaded.
     """
     try:
         import matplotlib
@@ -79,7 +79,7 @@ def require() -> None:
 
 
 def folder(text: str) -> Path:
-    """Read the name of a folder that is there or can be made; it is made by :func:`make_folder`."""
+    """Read the name of a folder that exists or that :func:`make_folder` can make."""
     path = Path(text)
     there = path.absolute()
     try:
@@ -103,7 +103,7 @@ def make_folder(option: str, path: Path) -> Path:
     """Make a folder, and try to write in it.
 
     Raises:
-        UsageError: it cannot be made, or nothing can be written in it.
+        UsageError: the folder cannot be made, or a file cannot be written in it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def _paths(arguments: argparse.Namespace) -> Iterator[tuple[str, Path]]:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a path is a pipe or a device: written once and in place, never replaced."""
+    """Whether a path is a pipe or a device, which is written once, in place."""
     try:
         return path.exists() and not path.is_file() and not path.is_dir()
     except OSError:
@@ -147,7 +147,7 @@ def is_stream(path: Path) -> bool:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a text file so that it is whole at any moment.
+    """Write a text file so that a reader never sees half of it.
 
     Raises:
         OSError: it cannot be written.
@@ -170,14 +170,14 @@ def _part(path: Path) -> Path:
 
 
 def _refused(path: Path) -> str | None:
-    """Return why a file cannot be written; tries it, and leaves nothing."""
+    """Return why a file cannot be written; it tries, and leaves no file."""
     try:
         if path.is_dir():
             return f"{path} is a folder"
         if not path.parent.is_dir():
             return f"there is no folder {path.parent}"
         if is_stream(path):
-            if path.is_char_device():  # a blank, before the document: /dev/full takes none
+            if path.is_char_device():  # writes a blank before the document: /dev/full takes no byte
                 with path.open("ab", buffering=0) as device:
                     device.write(b"\n")
             return None if os.access(path, os.W_OK) else "Permission denied"
@@ -199,7 +199,7 @@ def _said(error: Exception) -> str:
 
 
 def text_of(document: Any) -> str:
-    """Return a results document as JSON: its rows (``results``), if any, a line each, last."""
+    """Return a results document as JSON; its rows (``results``), if any, come last, a line each."""
     rows = isinstance(document.get("results"), list)
     head = {name: value for name, value in document.items() if not (rows and name == "results")}
     text = json.dumps(head, indent=1, default=str).removesuffix("\n}")
@@ -210,7 +210,7 @@ def text_of(document: Any) -> str:
 
 
 def save(figure: Any, file: Path) -> None:
-    """Write a figure; of the same figures the same SVG, so that a commit shows what changed."""
+    """Write a figure; the same figure gives the same SVG, so a commit shows real changes only."""
     import matplotlib
     from matplotlib import pyplot
 

@@ -15,18 +15,18 @@ from urllib.parse import unquote, urlsplit
 
 __all__ = ["ANSWER_S", "Reply", "ask", "opened"]
 
-ANSWER_S = 5.0  # how long a server may take for an answer
+ANSWER_S = 5.0  # how long a server may take to answer
 
 
 class Reply(NamedTuple):
-    """A status (0: nothing came that is HTTP), in words what came, and the body."""
+    """A status (0: no HTTP answer came), a description of what came, and the body."""
 
     status: int
     said: str
     body: bytes
 
 
-@functools.cache  # it reads the certificates of this machine
+@functools.cache  # because it reads the certificates of this machine
 def _opener() -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -35,13 +35,13 @@ def _opener() -> urllib.request.OpenerDirector:
 def opened(
     url: str, path: str, data: bytes | None = None, timeout: float = ANSWER_S
 ) -> Iterator[http.client.HTTPResponse]:
-    """Ask for a path and give the response, to be read as it comes; ``data`` (JSON) is a POST.
+    """Send a request and return the response for reading; with ``data`` (JSON) it is a POST.
 
-    Proxies are for other machines.
+    It uses no proxy for this machine.
 
     Raises:
         urllib.error.HTTPError: the status is an error.
-        ConnectionError: another protocol, or half of an answer; also while it is read.
+        ConnectionError: another protocol, or half an answer; also raised while the caller reads.
         OSError: there is no answer.
     """
     at = urlsplit(url)
@@ -61,9 +61,9 @@ def opened(
 
 
 def ask(url: str, path: str, data: Any = None, timeout: float = ANSWER_S, most: int = -1) -> Reply:
-    """Ask for a path and return what came, of the body up to ``most`` bytes; never raises.
+    """Send a request and return the answer with at most ``most`` bytes of body; never raises.
 
-    ``data`` becomes JSON and is a POST.
+    ``data`` becomes JSON and makes the request a POST.
     """
     try:
         sent = None if data is None else json.dumps(data).encode()

@@ -1,9 +1,9 @@
-"""What all commands share: how options are read, and the one end of every run.
+"""What all commands share: how options are read, and how every run ends.
 
-:func:`ended` runs a command. What its user can repair is one line and exit code 2, a reader of its
-output that has gone ends it without a word, and a signal ends it with one line and the exit code
-130 (Ctrl-C), 143 or 129. A long run is done in :func:`interruptible`: an interrupted run still
-says, and writes, what there is. Nothing here imports torch.
+:func:`ended` runs a command. An error that the user can repair is one line and exit code 2. If the
+reader of the output has gone, the command ends silently. A signal ends it with one line and exit
+code 130 (Ctrl-C), 143 or 129. A long run is done in :func:`interruptible`: an interrupted run still
+prints and writes its results so far. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# What stands for a character that a stream cannot encode; "?" for the others.
+# Replacements for characters that a stream cannot encode; "?" for all others.
 PLAIN = {
     "±": "+-", "…": "...", "–": "-", "—": "-", "·": "*", "×": "x", "µ": "u", "≥": ">=", "≤": "<=",
     "→": "->", "Σ": "sum", "√": "sqrt", "“": '"', "”": '"', "‘": "'", "’": "'", "█": "#",
@@ -38,11 +38,11 @@ PLAIN = {
 
 
 class UsageError(ValueError, argparse.ArgumentTypeError):
-    """What a user of a command can repair: an option, or a file that one names."""
+    """An error that the user can repair: in an option, or in a file that an option names."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to end; ``said`` is what the command adds to the last line."""
+    """A signal asked the run to end; ``said`` is added to the last line."""
 
     def __init__(self, number: int = signal.SIGINT, said: str = "") -> None:
         super().__init__(number)
@@ -50,10 +50,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose error is a :class:`UsageError`: one line, where :func:`ended` says it."""
+    """A parser whose error is a :class:`UsageError`: :func:`ended` prints it as one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what is wrong."""
+        """Raise the error."""
         said = re.sub(r"^argument (-[^:]*): (?=must |cannot |needs )", r"\1 ", message)
         raise UsageError(f"{said} (see {self.prog} --help)")
 
@@ -65,7 +65,7 @@ def examples(parser: argparse.ArgumentParser, *lines: str) -> None:
 
 
 class _Help(argparse.HelpFormatter):
-    """Folds the description, and leaves the lines of the examples as they are."""
+    """Wraps the description, and leaves the lines of the examples as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if text.startswith("examples:"):
@@ -77,9 +77,9 @@ def ended(prog: str, body: Callable[[], int], argv: Sequence[str] = ()) -> int:
     """Run a command to its end; returns its exit code.
 
     Args:
-        prog: how its errors begin.
+        prog: the beginning of its error lines.
         body: does the work and returns an exit code.
-        argv: its arguments, whose secrets no error may show.
+        argv: its arguments; no error may show their secrets.
     """
     known = secrets.Secrets(commands=[argv, sys.argv])
 
@@ -88,7 +88,7 @@ def ended(prog: str, body: Callable[[], int], argv: Sequence[str] = ()) -> int:
             print(f"{prog}: {known.text(_line(str(error)))}", file=sys.stderr, flush=True)
         return code
 
-    # torch's own warning where there is no NumPy; nothing here needs it.
+    # Hide torch's own warning about a missing NumPy; nothing here needs NumPy.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     _came.clear()
     with _streams(), _signals():
@@ -110,7 +110,7 @@ def ended(prog: str, body: Callable[[], int], argv: Sequence[str] = ()) -> int:
             _let_go()
             return 128 + int(signal.SIGPIPE)
         except OSError as error:
-            if error.filename is None:  # most likely the stream that the report goes to
+            if error.filename is None:  # most likely the stream of the report
                 _let_go()
             return say(error, 1)
         except MemoryError as error:
@@ -123,9 +123,9 @@ def ended(prog: str, body: Callable[[], int], argv: Sequence[str] = ()) -> int:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Run]:
-    """Do the long part of a command: a signal ends it, and the command goes on with its report.
+    """Run the long part of a command: a signal ends it, and the command goes on with its report.
 
-    The command ends with :meth:`Run.end`, which passes the signal on.
+    The command ends with :meth:`Run.end`, which raises the signal again.
     """
     run = Run()
     try:
@@ -136,7 +136,7 @@ def interruptible() -> Iterator[Run]:
 
 
 class Run:
-    """Whether the long part of a command came to its planned end."""
+    """Whether the long part of a command ran to its planned end."""
 
     def __init__(self) -> None:
         self.interrupt: KeyboardInterrupt | None = None
@@ -147,17 +147,17 @@ class Run:
         return self.interrupt is None
 
     def must(self, done: object, nothing: str, said: str = "") -> None:
-        """End it here where nothing was ``done``: as the signal wants it, else as a mistake.
+        """Stop here if nothing was ``done``: because of the signal, or with an error.
 
         Raises:
-            UsageError: no signal came; a run that did ``nothing`` is not a good one.
+            UsageError: no signal came; a run that did ``nothing`` is a failed run.
         """
         if not done:
             self.end(said)
             raise UsageError(nothing)
 
     def end(self, said: str = "") -> None:
-        """Raise the interruption again, if there was one; ``said`` is for the last line."""
+        """Raise the interruption again, if there was one; ``said`` is added to the last line."""
         if self.interrupt is not None:
             number = getattr(self.interrupt, "exit_code", 128 + signal.SIGINT) - 128
             raise Interrupted(number, said) from None
@@ -165,7 +165,7 @@ class Run:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Let signals wait until the block is done: what was started is being stopped, or written."""
+    """Delay signals until the block ends, because it stops processes or writes files."""
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -187,7 +187,7 @@ def need_torch() -> None:
         import torch
 
         torch.cuda.is_available()
-    except (Exception, SystemExit) as error:  # whatever a broken installation raises
+    except (Exception, SystemExit) as error:  # a broken installation can raise anything
         lost_signals()
         raise UsageError(f"torch cannot be imported ({type(error).__name__}: {error})") from error
     lost_signals()
@@ -195,7 +195,7 @@ def need_torch() -> None:
 
 @contextlib.contextmanager
 def reading(file: object, what: str = "results file") -> Iterator[None]:
-    """Read a file of the user's: what is odd in it is a :class:`UsageError`, whatever it raises."""
+    """Read a file of the user's: any error in it becomes a :class:`UsageError`."""
     try:
         yield
     except UsageError:
@@ -212,7 +212,7 @@ def _line(text: str) -> str:
 
 
 def _let_go() -> None:
-    """Take the stream away that cannot be written, or Python complains once more at its exit."""
+    """Detach a stream that cannot be written, or Python reports it again at its exit."""
     with contextlib.suppress(Exception):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -230,7 +230,7 @@ codecs.register_error("dsv4-plain", _plain)
 
 @contextlib.contextmanager
 def _streams() -> Iterator[None]:
-    """Let every text be printed: what a stream cannot encode is printed by a stand-in."""
+    """Make every text printable: replace what a stream cannot encode."""
     changed: list[tuple[Any, str]] = []
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
@@ -245,7 +245,7 @@ def _streams() -> Iterator[None]:
                 stream.reconfigure(errors=before)
 
 
-_came: list[int] = []  # signals whose exception nothing has caught yet
+_came: list[int] = []  # signals whose exception was not caught yet
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
@@ -254,10 +254,10 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def lost_signals() -> None:
-    """Raise a signal again whose exception was lost: in an import, say, or a destructor.
+    """Raise a signal again if its exception was lost, for example in an import or a destructor.
 
     Raises:
-        Interrupted: a signal came that has ended nothing.
+        Interrupted: a signal came that has not ended anything yet.
     """
     if _came:
         raise Interrupted(_came[0])
@@ -265,7 +265,7 @@ def lost_signals() -> None:
 
 @contextlib.contextmanager
 def _signals(handler: Callable[[int, FrameType | None], None] = _raise) -> Iterator[None]:
-    """Put a handler to the signals that end a run, but for those that the caller ignores."""
+    """Install a handler for the signals that end a run, except those that the caller ignores."""
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:

@@ -1,6 +1,6 @@
-"""What a person sees: text that fits the terminal, tables, and the time that is left.
+"""The output for a person: text that fits the terminal, tables, and the time left.
 
-In a pipe or a file no line is folded and nothing is coloured, because a program may read it.
+In a pipe or a file no line is wrapped and nothing is coloured, because a program may read it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ __all__ = ["clock", "columns", "fold", "pairs", "table"]
 
 
 def columns() -> int | None:
-    """Return how many columns the terminal has; None where stdout is no terminal."""
+    """Return how many columns the terminal has; None if stdout is no terminal."""
     if sys.stdout is None or not sys.stdout.isatty():
         return None
     return max(40, shutil.get_terminal_size().columns)
 
 
 def fold(text: str, before: str = "", width: int | None = None) -> list[str]:
-    """Return a text as lines of at most ``width`` columns, the first one after ``before``."""
+    """Return a text as lines of at most ``width`` columns; ``before`` begins the first line."""
     if width is None:
         return [before + text]
     room = max(20, width - len(before))
@@ -31,16 +31,16 @@ def fold(text: str, before: str = "", width: int | None = None) -> list[str]:
 
 
 def pairs(rows: Sequence[tuple[str, str]], width: int | None = None) -> list[str]:
-    """Align names and texts; a long text goes on under its own column."""
+    """Align names and texts; a long text continues in its own column."""
     left = max((len(name) for name, _ in rows), default=0) + 2
     lines = [line for name, text in rows for line in fold(text, f"{name:<{left}}", width)]
     return [line.rstrip() for line in lines]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: bool = True) -> list[str]:
-    """Return the lines of a table: by rich on a terminal that has it, else in plain columns.
+    """Return the lines of a table: by rich on a terminal if it is installed, else plain.
 
-    ``right``: all columns but the first are aligned to the right. rich respects NO_COLOR itself.
+    ``right``: all columns but the first are right-aligned. rich itself respects NO_COLOR.
     """
     width = columns()
     if width is not None:

@@ -1,9 +1,9 @@
-"""What must not be told: one table of the names that hide secrets, and what stands under them.
+"""Secrets that must not be shown: one table of the names that hide them.
 
-A secret is found by its name, in every spelling: a variable, an option (``--api-key X``,
-``--api-key=X``), a header (``Authorization: …``), JSON, the query of a URL, a command inside of an
-argument, a line of a log; by its form (``user:password@host``, ``Bearer …``, tokens of known
-makers); and by its value, once :class:`Secrets` has seen it under such a name.
+A secret is found in three ways. By its name, in every spelling: a variable, an option (``--api-key
+X``, ``--api-key=X``), a header (``Authorization: …``), JSON, the query of a URL, a command inside
+an argument, a line of a log. By its form: ``user:password@host``, ``Bearer …``, tokens of known
+makers. And by its value, once :class:`Secrets` has seen it under such a name.
 """
 
 from __future__ import annotations
@@ -18,35 +18,36 @@ __all__ = ["HIDDEN", "Secrets", "command", "is_secret"]
 
 HIDDEN = "***"
 
-# The table. A name is split into words (API_KEY, api-key, apiKey). A secret has a word with one of
-# these at its end,
+# The table. A name is split into words (API_KEY, api-key, apiKey). A name is secret if one of its
+# words ends with one of these,
 _ANYWHERE = ("apikey", "authorization", "bearer", "cookie", "credential", "credentials", "jwt",
              "passcode", "passphrase", "passwd", "password", "secret", "secrets")  # fmt: skip
-# or has one of these as its last word,
+# or if its last word is one of these,
 _LAST = {"auth", "keys", "pass", "pat", "pw", "sas", "sig", "signature", "userpwd"}
-# or a last word that ends so,
+# or if its last word ends with one of these,
 _ENDS = ("key", "token")
-# or one of these as its last word behind another ($PWD is a folder, --max-tokens a number).
+# or if its last word is one of these and not the only word ($PWD is a folder, --max-tokens a
+# number).
 _BEHIND: dict[str, set[str] | None] = {
     "pwd": None,
     "tokens": {"access", "api", "auth", "bearer", "hf", "secret", "session"},
 }
-_MEANINGLESS = {"b64", "base64", "hex", "value"}  # at the end of a name
+_MEANINGLESS = {"b64", "base64", "hex", "value"}  # words that do not count at the end of a name
 
 _USER_OPTIONS = ("-u", "--user", "--proxy-user")  # curl's: user:password
 
 _TOO_COMMON = {"auto", "default", "empty", "false", "none", "null", "true"}
-_LEAST = 4  # characters of a value that is looked for in any text
+_LEAST = 4  # the fewest characters of a value that is looked for in any text
 
 _NAME = re.compile(r"""(?<![\w.-])-{0,2}(?P<name>[A-Za-z_][\w.-]*)\\*["']?\s*(?:=>|[:=])\s*""")
 _OPTION = re.compile(r"""(?<![\w.-])--?(?P<name>[A-Za-z][\w.-]*)\\*["']?,?\s+(?!\\*["']?--)""")
 _VALUE = re.compile(
     r"""(?P<open>\\*["'])(?P<quoted>.*?)(?P=open)|"""
-    r"""[\[{(].*?[\]})]|\\*["'\[{(][^\n]*|"""  # the second: one that is cut off
+    r"""[\[{(].*?[\]})]|\\*["'\[{(][^\n]*|"""  # the second form is a value that is cut off
     r"""(?:(?:Bearer|Basic|Token|Digest|ApiKey|Negotiate)\s+)?[^\s,;&"'<>\])}\\]+""",
     re.S | re.I,
 )
-_REST = re.compile(r"""[^"'\n]+""")  # of a header, whose value may have blanks
+_REST = re.compile(r"""[^"'\n]+""")  # of a header, whose value can contain blanks
 _HEADERS = ("authorization", "cookie")
 _USER = re.compile(
     r"""(?<![A-Za-z0-9+.-])(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>[^/\s"'<>]*)@|"""
@@ -60,7 +61,7 @@ _FORMS = re.compile(
 
 
 def is_secret(name: str) -> bool:
-    """Whether what stands under a name (a variable, an option, a header, a key) is a secret."""
+    """Whether the value under a name (a variable, an option, a header, a key) is a secret."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
     words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", spaced) if word]
     if any(word.endswith(_ANYWHERE) for word in words):
@@ -79,7 +80,7 @@ def is_secret(name: str) -> bool:
 
 
 def command(parts: Sequence[str], found: list[str] | None = None) -> list[str]:
-    """Return a command line without its secrets; what was hidden is added to ``found``."""
+    """Return a command line without its secrets; hidden values are added to ``found``."""
     found = [] if found is None else found
     out: list[str] = []
     hide = more = False
@@ -87,7 +88,7 @@ def command(parts: Sequence[str], found: list[str] | None = None) -> list[str]:
         if hide and not part.startswith("--"):
             found.append(part)
             out.append(HIDDEN)
-            hide = more  # `--api-key A B`: an option that takes several
+            hide = more  # `--api-key A B`: an option that takes several values
             continue
         hide = False
         if out and out[-1] in _USER_OPTIONS and ":" in part:
@@ -139,7 +140,7 @@ def _part(text: str, found: list[str]) -> str:
 
 
 def _data(value: Any, found: list[str]) -> Any:
-    """Return what JSON holds without what stands under the names of secrets."""
+    """Return JSON data without the values under the names of secrets."""
     if isinstance(value, Mapping):
         return {
             name: _all_hidden(each, found) if is_secret(str(name)) else _data(each, found)
@@ -204,18 +205,17 @@ def _named(text: str, pattern: re.Pattern[str], found: list[str]) -> str:
 
 
 def _prose(whole: str, name: str, value: str) -> bool:
-    """Whether a name and what follows are more likely words: "ms a token: 2.5"."""
+    """Whether a name and its value are more likely plain words: "ms a token: 2.5"."""
     bare = re.fullmatch(r"[a-z]+", name) and not name.endswith(_ANYWHERE)
     return bool(bare and re.search(r"[:\s]\s+$", whole) and '"' not in whole and "'" not in whole
                 and "--" not in whole and len(value) < 8)  # fmt: skip
 
 
 class Secrets:
-    """The secrets of a run, by what its environments and command lines have under such names.
+    """The secrets of a run: the values of secret names in its environments and command lines.
 
-    Args:
-        environs: environments; the values of secret names are known from then on.
-        commands: command lines; so are those of their secret options.
+    Args: environs: environments; the values of their secret names become known. commands: command
+    lines; the values of their secret options become known.
     """
 
     def __init__(
@@ -246,9 +246,9 @@ class Secrets:
         return _text(text, [])
 
     def data(self, value: Any) -> Any:
-        """Return what JSON holds with every text as :meth:`text` gives it; names stay.
+        """Return JSON data with every text as :meth:`text` gives it; names stay.
 
-        Of the names only those of environment variables count: "key" may be a figure.
+        Only the names of environment variables count here: "key" may be a figure.
         """
         if isinstance(value, Mapping):
             return {
@@ -282,7 +282,7 @@ _SCHEMES = {"apikey", "basic", "bearer", "digest", "negotiate", "token"}
 
 
 def _quoted(text: str) -> str:
-    """Return a text as it stands in a URL."""
+    """Return a text in the encoding of a URL."""
     return "".join(
         c
         if c.isascii() and (c.isalnum() or c in "-_.~")
@@ -292,7 +292,7 @@ def _quoted(text: str) -> str:
 
 
 def _telling(value: str) -> bool:
-    """Whether a value can be looked for in any text without hiding what is no secret."""
+    """Whether a value can be searched for in any text without hiding ordinary text."""
     return (
         len(value) >= _LEAST
         and value.lower() not in _TOO_COMMON

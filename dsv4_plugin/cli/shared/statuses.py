@@ -1,4 +1,4 @@
-"""What a server's processes say of themselves: status files, or the engine's ``/metrics``."""
+"""What a server's processes report: status files, or the engine's ``/metrics``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 def of_folder(folder: Path) -> list[dict[str, Any]]:
-    """Return the status of each living process with a file in a ``DSV4_STATUS_DIR``.
+    """Return the status of each running process with a file in a ``DSV4_STATUS_DIR``.
 
-    What cannot be read, or is no status, is left out.
+    A file that cannot be read, or is no status, is left out.
     """
     return [_sound(data) for data in reports(folder) if isinstance(data.get("counters"), dict)]
 
@@ -48,7 +48,7 @@ def served(status: dict[str, Any]) -> dict[str, int]:
 
 
 def failures(statuses: list[dict[str, Any]]) -> list[str]:
-    """Say what was switched off after an error, and where."""
+    """Return what was switched off after an error, and in which process."""
     return [
         f"process {status.get('pid')}: {part} {why}"
         for status in statuses

@@ -150,7 +150,7 @@ def test_both_at_once(tmp_path: Path, port: int, capsys: pytest.CaptureFixture[s
     assert data["figure"] == "ITL p99"
     assert [s["url"].rpartition(":")[2] for s in data["servers"]] == [str(port), str(port + 1)]
     assert "".join(r["side"] for r in data["runs"]) == "ABBAAB"
-    assert "not what differs between two starts" in said.out
+    assert "does not include the differences between starts" in said.out
     for log in (tmp_path / "out").glob("*/server.log"):
         assert "REPEATED" not in log.read_text()
 
@@ -515,7 +515,7 @@ USAGE = {
     "the same address": (["--url-a=http://a", "--url-b=http://a/"], "the same server"),
     "two modes": (["--together", "--restart"], "exclude each other"),
     "running and started": (["--url-a=http://a", "--url-b=http://b"], "no server is started"),
-    "the log of a server of ab's": (["--log-a=x"], "are for --url-a and --url-b"),
+    "the log of a server of ab's": (["--log-a=x"], "need --url-a and --url-b"),
     "no such figure": (["--figure=TPOT"], "--figure: invalid choice: 'TPOT'"),
     "an engine without a client": (
         ["--engine=tokenspeed", "--client-command="],

@@ -1,9 +1,9 @@
 // Reads of the FP8 indexer cache: dequantise the keys at a list of slots, or gather the keys of
 // every sequence. A page is planar: block_size x 128 e4m3 bytes, then block_size float32 scales.
 //
-// Both are bound by latency and bytes. A warp takes a fixed number of keys: its lanes find the keys
-// (slot, page, scale: one coalesced load each) and hand them round by shuffles; then all loads of
-// values are in flight before the first store.
+// Latency and bytes bound both. A warp takes a fixed number of keys. Its lanes find the keys (slot,
+// page, scale: one coalesced load each) and exchange them by shuffles. Then all loads of values are
+// in flight before the first store.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct CacheParams {
   int64_t pages;
   int64_t page_stride;  // bytes, a multiple of 16
   int32_t block_size;
-  int32_t block_shift;  // log2(block_size), or -1 where it is no power of two
+  int32_t block_shift;  // log2(block_size), or -1 if it is no power of two
   int64_t tokens;
   void* out;  // float, bfloat16 or e4m3 [tokens, 128]
   int64_t out_stride;
@@ -45,8 +45,8 @@ enum class KeyKind : int {
   kNone,   // nothing is written for this token
 };
 
-// Where a key is, and its scale. The scale is on its way from memory while the place is handed
-// round: nothing looks at it before the values have been asked for.
+// Where a key is, and its scale. The scale is still on its way from memory while the lanes exchange
+// the places: no instruction uses it before the values have been requested.
 struct KeyPlace {
   KeyKind kind;
   const uint8_t* values;
@@ -89,8 +89,8 @@ struct SlotKeys {
 
 template <class Length>
 struct SequenceKeys {
-  // Called by all lanes of a warp. The sequence of a token is the number of sequences that end at
-  // or before it; 32 ends at a time are held by the lanes and compared with every lane's token.
+  // All lanes of a warp call this. The sequence of a token is the number of sequences that end at
+  // or before it. The lanes hold 32 ends at a time and compare them with every lane's token.
   static __device__ __forceinline__ KeyPlace find(const CacheParams& p, int64_t token) {
     const auto* ends = static_cast<const Length*>(p.cu_seq_lens) + 1;
     int32_t sequence = 0;
@@ -106,7 +106,7 @@ struct SequenceKeys {
           start = other;
         }
       }
-      // The ends do not decrease: once the last of 32 lies past every token, no later one counts.
+      // The ends do not decrease. Once the last of 32 lies past every token, no later end counts.
       if (__all_sync(kFullWarp, __shfl_sync(kFullWarp, end, held - 1) > token)) break;
     }
     if (token >= p.tokens || sequence >= p.batch) return {KeyKind::kNone, nullptr, 0.0f};
@@ -134,7 +134,7 @@ __device__ __forceinline__ float4 widen_e4m3x4(uint32_t four, float scale) {
   return make_float4(low.x * scale, low.y * scale, high.x * scale, high.y * scale);
 }
 
-// What a lane loads of a key and what it stores: 16 bytes of output each.
+// What a lane loads of a key, and what it stores: 16 bytes of output each.
 struct ToFloat32 {
   using Out = float;
   using Word = uint32_t;
@@ -164,7 +164,7 @@ struct ToBfloat16 {
 struct ToQuantised {
   using Out = uint8_t;
   using Word = uint4;
-  // A key that is not there has the e4m3 NaN where its scale is NaN.
+  // A missing key whose scale is NaN is written as the e4m3 NaN.
   static __device__ __forceinline__ void store(Out* row, int part, Word word, float /*scale*/) {
     reinterpret_cast<uint4*>(row)[part] = word;
   }
@@ -185,13 +185,13 @@ __device__ __forceinline__ uint4 filled_word(uint32_t value) {
   return make_uint4(value, value, value, value);
 }
 
-// Keys: SlotKeys or SequenceKeys. Form: what is stored. kRounds: loads a lane has in flight.
+// Keys: SlotKeys or SequenceKeys. Form: what is stored. kRounds: loads in flight per lane.
 template <class Keys, class Form, int kRounds>
 __global__ void __launch_bounds__(kCacheThreads) index_cache_kernel(const CacheParams p) {
   using Word = typename Form::Word;
   constexpr int kLanesPerKey = kHeadDim / sizeof(Word);
   constexpr int kKeysPerRound = kWarpSize / kLanesPerKey;
-  constexpr int kKeys = kRounds * kKeysPerRound;  // of a warp
+  constexpr int kKeys = kRounds * kKeysPerRound;  // per warp
   static_assert(kKeys <= kWarpSize, "each key of a warp is found by one lane");
 
   pdl_wait();

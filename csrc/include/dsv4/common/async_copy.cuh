@@ -1,4 +1,4 @@
-// Asynchronous copies from global to shared memory, by the thread that asks for them.
+// Asynchronous copies from global to shared memory; the calling thread starts them.
 #pragma once
 
 #include "dsv4/common/warp.cuh"
@@ -12,7 +12,7 @@ __device__ __forceinline__ void copy_chunk(void* to, const void* from) {
                : "memory");
 }
 
-// The same of a piece of keys: whatever lies beside it is not sent for to the L2.
+// Copies 16 bytes of a piece of keys, without a prefetch of its neighbours to the L2.
 __device__ __forceinline__ void copy_piece_chunk(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
                : "memory");

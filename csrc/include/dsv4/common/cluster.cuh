@@ -19,11 +19,11 @@ struct ClusterShape {
     const uint32_t size = cluster_size();
     return {size, cluster_rank(), 0xffffffffu / size + 1u};
   }
-  // x / size, where size is above 1 and x * size below 2^32. The division itself, of 64 bits at
-  // that, is a call: it stood between the row's length and its first score.
+  // x / size, for size above 1 and x * size below 2^32. A real division of 64 bits is a function
+  // call, and it would lie between the row's length and its first score.
   __device__ __forceinline__ uint32_t divide(uint32_t x) const { return __umulhi(x, reciprocal); }
   __device__ __forceinline__ uint32_t divide_up(uint32_t x) const { return divide(x + size - 1u); }
-  // Of an even size: the first half of the CTAs.
+  // The first half of the CTAs, for an even size.
   __device__ __forceinline__ ClusterShape half() const {
     return {size / 2u, rank, reciprocal * 2u};
   }

@@ -1,5 +1,5 @@
-// Division of row numbers and indices by a number that the host knows. It takes three instructions;
-// a division takes some forty, and the compiler copies them to every use.
+// Division of row numbers and indices by a number that the host knows. It takes three instructions.
+// A real division takes some forty, and the compiler copies them to every use.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +7,10 @@
 namespace dsv4 {
 
 // With 2^(shift - 1) < d <= 2^shift and m = floor(2^(31 + shift) / d) + 1, n m / 2^(31 + shift)
-// exceeds n / d by less than 1 / d for every n < 2^31, so its floor is that of n / d; and m fits 32
-// bits.
+// exceeds n / d by less than 1 / d for every n < 2^31. So its floor is the floor of n / d. m fits
+// in 32 bits.
 struct Divisor {
-  int32_t value;  // d, from 1 on
+  int32_t value;  // d, at least 1
   uint32_t multiplier;
   int32_t shift;
 

@@ -1,6 +1,6 @@
-// Host side of every launch: what the device has, and a launch that may begin while the kernel
-// before it in the stream still runs (programmatic dependent launch; the kernel waits itself, see
-// pdl_wait).
+// Host side of every launch: the limits of the device, and a launch that may begin while the
+// previous kernel in the stream still runs (programmatic dependent launch; the kernel itself waits,
+// see pdl_wait).
 #pragma once
 
 #include <atomic>
@@ -22,11 +22,12 @@ inline cudaError_t multiprocessors(int device, int* count) {
   return error;
 }
 
-// Lets a kernel use `bytes` of dynamic shared memory, always the same for a kernel. Once a device.
+// Lets a kernel use `bytes` of dynamic shared memory, the same for every launch of the kernel. It
+// is set once per device.
 //
-// A multiprocessor divides its memory into L1 and shared memory anew only when it is idle, so the
-// selection and the logits, which follow each other, ask for the same: the most shared memory.
-// (That their chain got no faster by it stands in docs/notes/logits.md.)
+// A multiprocessor changes the split of its memory into L1 and shared memory only when it is idle.
+// The selection follows the logits, so both ask for the same split: the most shared memory.
+// (docs/notes/logits.md reports that their chain did not become faster by it.)
 template <auto kKernel>
 inline cudaError_t allow_shared_memory(int device, int bytes) {
   static std::atomic<bool> done[kMaxDevices];

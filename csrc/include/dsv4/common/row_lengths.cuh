@@ -1,5 +1,5 @@
-// How many columns a row has: one length a row, or one a request whose next_n rows end one column
-// apart.
+// How many columns a row has: one length per row, or one per request whose next_n rows end one
+// column apart.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace dsv4 {
 
-// Integers of either width behind one pointer; strides in elements.
+// Integers of 32 or 64 bits behind one pointer; strides in elements.
 struct IntTensor {
   const void* data;
   bool is_int64;
@@ -20,8 +20,8 @@ struct IntTensor {
   }
 };
 
-// length(row) = lengths[row / group, row % group], or, where the engine keeps one length for its
-// `group` rows, lengths[row / group] - group + 1 + row % group. Not clipped to anything.
+// length(row) = lengths[row / group, row % group]. If the engine keeps one length for its `group`
+// rows, it is lengths[row / group] - group + 1 + row % group. It is not clipped.
 struct RowLengths {
   IntTensor lengths;
   int64_t stride0;
@@ -29,7 +29,7 @@ struct RowLengths {
   Divisor group;
   bool shared;
 
-  // Where a row's length is found: worked out before griddepcontrol.wait, read after it.
+  // The address of a row's length: computed before griddepcontrol.wait, read after it.
   struct Place {
     int64_t at;
     int32_t adjust;

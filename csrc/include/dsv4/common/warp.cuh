@@ -21,15 +21,15 @@ __device__ __forceinline__ uint32_t lanes_below() {
   return mask;
 }
 
-// Keeps an address of global memory in registers: to the compiler it is not worth two of them, and
-// it would be worked out again at every use.
+// Keeps an address of global memory in registers. The compiler would not spend two registers on it
+// and would compute it again at every use.
 template <class T>
 __device__ __forceinline__ void hold(T*& address) {
   asm volatile("" : "+l"(address));
   __builtin_assume(__isGlobal(address));
 }
 
-// Inclusive prefix sum over the lanes of a full warp: two instructions a step.
+// Inclusive prefix sum over the lanes of a full warp: two instructions per step.
 __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value) {
 #pragma unroll
   for (int step = 1; step < kWarpSize; step *= 2) {
@@ -48,11 +48,12 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value) {
 
 // ---- Programmatic dependent launch --------------------------------------------------------------
 
-// Everything the previous kernels of the stream wrote is visible, and what they still read may be
-// overwritten. It must come before the first global read *and* before the first global write.
+// After it, everything that the previous kernels of the stream wrote is visible, and what they read
+// may be overwritten. It must come before the first global read *and* before the first global
+// write.
 __device__ __forceinline__ void pdl_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Lets the next kernel's CTAs become resident as soon as this grid is; they stop in their own wait.
+// Lets the CTAs of the next kernel become resident once this grid is; they stop at their own wait.
 __device__ __forceinline__ void pdl_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
@@ -75,8 +76,8 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
-// The arrival that follows barrier_init_fence: it publishes nothing else, and without `release` is
-// no fence of the whole GPU.
+// The arrival that follows barrier_init_fence. It publishes nothing else, and without `release` it
+// does not fence the whole GPU.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -99,8 +100,8 @@ __device__ __forceinline__ void store_remote(uint32_t address, uint64_t v) {
 
 // ---- Transaction barriers -----------------------------------------------------------------------
 
-// A store that counts its bytes off a barrier beside the data: one way, where a cluster barrier
-// costs a round trip (0.37 us on an H200).
+// Support for a store that also subtracts its bytes from a barrier's count. It is one way; a
+// cluster barrier costs a round trip (0.37 us on an H200).
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

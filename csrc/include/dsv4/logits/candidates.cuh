@@ -1,14 +1,14 @@
 // Index logits of candidates: each row has a list of pieces of 8 keys, and column c of its output
 // is key candidates[c / 8] * 8 + c % 8. The keys are in pages (decode) or gathered (prefill).
 //
-// A CTA is one warpgroup, four fit a multiprocessor. The work is the rows' blocks of 64 columns
-// (eight pieces), laid end to end and shared out evenly; a row's length does not matter to it.
-// Every warp keeps the candidates of four blocks in its lanes with the places of their keys, those
-// of the next four with their pages on the way, and those of the four after that on their way: two
-// dependent loads that are waited for once.
+// A CTA is one warpgroup; four fit on a multiprocessor. The work is the rows' blocks of 64 columns
+// (eight pieces), laid end to end and shared out evenly. A row's length does not change it. Every
+// warp keeps three sets of four blocks in its lanes: candidates with the places of their keys,
+// candidates whose pages are on their way, and candidates that are on their way themselves. So it
+// waits only once for two dependent loads.
 //
-// Scores are those of paged.cuh and ragged.cuh bit for bit: a product's rows do not depend on each
-// other, and the heads are added in the same order.
+// Scores are those of paged.cuh and ragged.cuh bit for bit: the rows of a product do not depend on
+// each other, and the heads are added in the same order.
 #pragma once
 
 #include <cstdint>
@@ -23,18 +23,19 @@ template <int kHeads_>
 struct CandidateConfig {
   static constexpr int kHeads = kHeads_, kRows = 1;
   static constexpr int kStages = 4;  // blocks of keys in the ring
-  static constexpr int kCtas = 4;    // a multiprocessor
+  static constexpr int kCtas = 4;    // per multiprocessor
   using Shared = PipelineShared<CandidateConfig>;
 };
 
-// ---- Where the keys of a row's pieces are
-// --------------------------------------------------------
+// ---- Where the keys of a row's pieces are -------------------------------------------------------
 //
-// length      keys that the row sees
-// lookup      begins to find a piece that the row sees
-// place       where it is, by what lookup returned; below zero: nowhere
-// values,     addresses by a place; kWhole: all keys of a piece may be read, even those that the
-// row scales      does not see kScaleAlign of a piece's scales, in bytes
+// length       keys that the row sees
+// lookup       begins to find a piece that the row sees
+// place        where the piece is, from what lookup returned; below zero: nowhere
+// values,      addresses, from a place
+// scales
+// kWhole       all keys of a piece may be read, even those that the row does not see
+// kScaleAlign  the alignment of a piece's scales, in bytes
 
 template <int kPageKeys>
 struct PagedPieces {
@@ -82,7 +83,7 @@ struct RaggedPieces {
   __device__ __forceinline__ RaggedPieces(const Params& p, int32_t row) : keys(p.keys) {
     const KeyWindow window(p.keys, row, p.keys.keys);
     start = window.start;
-    length = start < 0 ? 0 : window.end - start;  // candidates have no keys before the first
+    length = start < 0 ? 0 : window.end - start;  // there are no candidate keys before key 0
     query = p.queries.row(row, 0);
   }
 
@@ -96,10 +97,10 @@ struct RaggedPieces {
   __device__ __forceinline__ const float* scales(int32_t key) const { return keys.k_scale + key; }
 };
 
-// ---- A row's list
-// -------------------------------------------------------------------------------- The pieces of
-// blocks `first` ... `last` - 1, as far as there are candidates: 32 at a time, four blocks, in the
-// lanes of a warp.
+// ---- A row's list -------------------------------------------------------------------------------
+//
+// The pieces of blocks `first` ... `last` - 1, as far as there are candidates: 32 at a time (four
+// blocks) in the lanes of a warp.
 template <class Pieces>
 class CandidateList {
  public:
@@ -116,14 +117,14 @@ class CandidateList {
     after_ = load(2);
   }
 
-  // Finds the first pieces. Its own step, so that the rows' copies can begin between.
+  // Finds the first pieces. A separate step, so that the copies of the rows can begin in between.
   __device__ __forceinline__ void begin() {
     const int32_t found = lookup(now_, at_);
     next_found_ = lookup(next_, at_ + kWarpSize);
     settle(found);
   }
 
-  // Turns are asked for in ascending order ...
+  // Callers ask for turns in ascending order ...
   __device__ __forceinline__ void advance(int32_t turn) {
     if (turn - base_ < kHeld) return;
     base_ += kHeld;
@@ -137,15 +138,15 @@ class CandidateList {
     settle(found);
   }
 
-  // ... and then the place of a piece of that block, below zero where it has none, and how many of
-  // its keys there are and are seen by the row.
+  // ... and then for the place of a piece of that block, which is below zero if there is none, and
+  // for how many of its keys exist and are seen by the row.
   __device__ __forceinline__ int32_t place(int32_t turn, int piece) const {
     return __shfl_sync(kFullWarp, place_, (turn - base_) * kPieces + piece);
   }
   __device__ __forceinline__ int32_t seen(int32_t turn, int piece) const {
     return __shfl_sync(kFullWarp, seen_, (turn - base_) * kPieces + piece);
   }
-  // The latter also of a block of the four turns before.
+  // The number of seen keys, also for a block of the previous four turns.
   __device__ __forceinline__ int32_t recall_seen(int32_t turn, int piece) const {
     const int32_t at = turn - base_;
     return __shfl_sync(kFullWarp, at < 0 ? before_seen_ : seen_,
@@ -160,7 +161,7 @@ class CandidateList {
     return at < p_.count ? candidates_[at] : -1;
   }
 
-  // Keys of a piece that the row sees. Any number may be given.
+  // The keys of a piece that the row sees. `piece` may be any number.
   __device__ __forceinline__ int32_t visible(int32_t piece) const {
     if (piece < 0 || piece > pieces_.length / kPieceKeys) return 0;
     const int32_t left = pieces_.length - piece * kPieceKeys;
@@ -171,7 +172,7 @@ class CandidateList {
     return at < end_ && visible(piece) > 0 ? pieces_.lookup(piece) : -1;
   }
 
-  // now_ and what lookup found of it become places.
+  // Turns now_, with what lookup found for it, into places.
   __device__ __forceinline__ void settle(int32_t found) {
     const int32_t sees = visible(now_);
     const bool looked_up = at_ < end_ && sees > 0;
@@ -180,7 +181,8 @@ class CandidateList {
     if (p_.out_lengths != nullptr && threadIdx.x < kWarpSize) write_length(sees);
   }
 
-  // The row's columns, by the one CTA that has the last of its candidates, or the first column.
+  // Writes the row's columns. The one CTA with the row's last candidate, or with the first column,
+  // does it.
   __device__ __forceinline__ void write_length(int32_t sees) const {
     const int32_t beside = __shfl_down_sync(kFullWarp, now_, 1);
     const int32_t beyond = __shfl_sync(kFullWarp, next_, 0);
@@ -194,7 +196,7 @@ class CandidateList {
   const CandidateParams& p_;
   const Pieces& pieces_;
   const int32_t* candidates_;
-  int32_t at_;   // this lane's candidate of those in now_
+  int32_t at_;   // the index of this lane's candidate in now_
   int32_t end_;  // of the range
   int32_t row_;
   int32_t base_ = 0;
@@ -204,14 +206,15 @@ class CandidateList {
   int32_t before_seen_ = 0;
 };
 
-// Begins the copy of a block's pieces to a slot of the ring: 16 keys a turn, so that the piece of a
-// turn is the same for all lanes of a warp. What is not there leaves its part of the slot as it is.
+// Begins the copy of a block's pieces to a slot of the ring. A turn copies 16 keys, so that all
+// lanes of a warp have the same piece in a turn. A missing piece leaves its part of the slot
+// unchanged.
 template <class Config, class Pieces>
 __device__ __forceinline__ void copy_pieces(const PipelineShared<Config>& shared,
                                             const Pieces& pieces, CandidateList<Pieces>& list,
                                             int32_t turn, int slot) {
   const int thread = threadIdx.x % kGroupThreads;
-  constexpr int kEach = kGroupThreads * 16 / kKeyBytes;  // keys a turn
+  constexpr int kEach = kGroupThreads * 16 / kKeyBytes;  // keys per turn
   uint8_t* keys = shared.ring.keys + slot * kBlockValues;
   list.advance(turn);
 #pragma unroll
@@ -228,7 +231,7 @@ __device__ __forceinline__ void copy_pieces(const PipelineShared<Config>& shared
     }
   }
   float* scales = shared.ring.scales + slot * kBlockKeys;
-  constexpr int kScales = Pieces::kScaleAlign / 4;  // a thread
+  constexpr int kScales = Pieces::kScaleAlign / 4;  // per thread
   const int first = thread * kScales;
   const int piece = first / kPieceKeys % kPieces;
   const int32_t place = list.place(turn, piece), seen = list.seen(turn, piece);
@@ -240,7 +243,7 @@ __device__ __forceinline__ void copy_pieces(const PipelineShared<Config>& shared
   }
 }
 
-// Writes the score of own_key() of a row's block. `seen`: keys of its piece that the row sees.
+// Writes the score of own_key() in a block of a row. `seen`: keys of its piece that the row sees.
 template <class Out>
 __device__ __forceinline__ void write_piece(const CandidateParams& p, Out* row, int32_t block,
                                             int32_t seen, float score) {
@@ -275,7 +278,7 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
   pdl_wait();
   pdl_launch_dependents();
 
-  const uint32_t blocks = (p.count + kPieces - 1) / kPieces;  // a row
+  const uint32_t blocks = (p.count + kPieces - 1) / kPieces;  // per row
   const uint32_t total = p.rows * blocks;
   const uint32_t each = total / gridDim.x, more = total - each * gridDim.x;
   uint32_t block = blockIdx.x * each + (blockIdx.x < more ? blockIdx.x : more);

@@ -1,8 +1,10 @@
 // Index logits of FP4 keys: the kernels of paged.cuh and candidates.cuh with the keys of
-// fp4_keys.cuh and the scores of fp4_score.cuh. What serves a call, and its launch.
+// fp4_keys.cuh and the scores of fp4_score.cuh. This file chooses the kernel of a call and launches
+// it.
 //
-// Rows of a request share one decoding of its keys: up to six of them. More rows, a chunk of
-// prefill, are cut into groups of four, which are worked on like requests with the same keys.
+// Up to six rows of a request share one decoding of its keys. If there are more rows (a chunk of
+// prefill), they are cut into groups of four. Each group is treated like a request with the same
+// keys.
 #pragma once
 
 #include <cstdint>
@@ -27,12 +29,12 @@ struct Fp4PagedConfig {
   using Page = Fp4Page;
   using Shared = Fp4Shared<Fp4PagedConfig>;
   static constexpr int kRows = kRows_;
-  static constexpr int kCtas = kCtas_;  // a multiprocessor
+  static constexpr int kCtas = kCtas_;  // per multiprocessor
   static constexpr bool kMaxima = kMaxima_;
   static constexpr int kGroup = kRows;
 };
 
-// score_range() copies them, while keys are on their way.
+// score_range() copies them while keys are on their way.
 template <class Config>
 __device__ __forceinline__ void copy_rows(const Queries&, const RequestRows&,
                                           const Fp4Shared<Config>&) {}
@@ -91,7 +93,7 @@ inline cudaError_t launch_fp4_rows(const PagedLogitsParams& p, int sms, int devi
   return launch_resident<paged_logits_kernel<Out, Config>, Config>(p, blocks, sms, device, stream);
 }
 
-// Scores, or the maxima of pieces, or both, in bfloat16: what has an output in `p`.
+// Scores, or the maxima of pieces, or both, in bfloat16: `p` has an output for each one wanted.
 inline cudaError_t launch_fp4(const PagedLogitsParams& p, int device, cudaStream_t stream) {
   int sms = 0;
   const cudaError_t error = multiprocessors(device, &sms);
@@ -115,13 +117,13 @@ inline cudaError_t launch_fp4(const PagedLogitsParams& p, int device, cudaStream
 struct Fp4CandidateConfig {
   using Shared = Fp4Shared<Fp4CandidateConfig>;
   static constexpr int kRows = 1;
-  static constexpr int kCtas = 5;  // a multiprocessor
+  static constexpr int kCtas = 5;  // per multiprocessor
 };
 
 struct Fp4Pieces : PagedPieces<Fp4Page::kKeys> {
   using PagedPieces::PagedPieces;
 
-  // A place's values and scales, of which this thread loads a part.
+  // Loads this thread's part of a place's values and scales.
   __device__ __forceinline__ void load(int32_t place, Fp4Values& key) const {
     const uint8_t* const page = keys.page(place / kOfPage);
     const int32_t first = place % kOfPage * kPieceKeys;

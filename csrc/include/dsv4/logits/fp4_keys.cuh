@@ -1,10 +1,10 @@
-// FP4 keys on their way to the matrix unit: a thread's part of 64 keys, loaded to its registers and
-// decoded there to bfloat16, and queries in the order that belongs to that.
+// FP4 keys on their way to the matrix unit. A thread loads its part of 64 keys into registers and
+// decodes it there to bfloat16. The queries are stored in the matching order.
 //
 // A thread has the 32 values of two keys that share a scale: values 32 t ... 32 t + 31 with t =
-// lane % 4, sixteen bytes in a row. A product's terms may be added in any order, so an instruction
-// takes of every thread the four values that its decoding has beside each other: step s takes codes
-// 2 (s % 2) + u and the one four further, u = 0 and 1, of word s / 2 of eight codes.
+// lane % 4, sixteen consecutive bytes. The terms of a product may be added in any order. So an
+// instruction takes, from every thread, the four values that decoding puts side by side: step s
+// takes codes 2 (s % 2) + u and the code four further, u = 0 and 1, of word s / 2 of eight codes.
 #pragma once
 
 #include <cstdint>
@@ -30,11 +30,11 @@ struct Fp4Values {
   uint4 codes;
   uint32_t scale;  // ue8m0: 2^(scale - 127), 255 is NaN
 
-  // Of eight keys of a warp: where this thread's values and their scale are, from the first key on.
+  // Among eight keys of a warp: the offset of this thread's values and scale from the first key.
   __device__ __forceinline__ static int value_offset() { return lane_id() * 16; }
   __device__ __forceinline__ static int scale_offset() { return lane_id(); }
 
-  // Past the L1, which may have old lines.
+  // Not through the L1, which may hold old lines.
   __device__ __forceinline__ void load(const uint8_t* values, const uint8_t* scales) {
     codes = __ldcg(reinterpret_cast<const uint4*>(values));
     scale = __ldcg(scales);
@@ -42,9 +42,9 @@ struct Fp4Values {
 
   // Writes registers `first` and `first` + 2 of every step.
   //
-  // The bits of a code, s eem, become a bfloat16 with the sign s, the exponent ee and the mantissa
-  // m on top: 2^-126 of the code's value, zeros and subnormal numbers included. One multiplication
-  // by 2^(scale - 1) makes the value of that, as far as bfloat16 has such a factor: else
+  // The bits of a code, s eem, become a bfloat16 with sign s, exponent ee and m as the top bit of
+  // the mantissa. That is 2^-126 times the code's value, zeros and subnormal numbers included. One
+  // multiplication by 2^(scale - 1) makes it the value, if bfloat16 has such a factor; otherwise
   // multiply_more() is needed.
   __device__ __forceinline__ void decode(Bf16Values (&a)[kFp4Steps], int first) const {
     const uint32_t factor = ((min(scale, kMost) + 126) << 7) * 0x10001;
@@ -69,12 +69,12 @@ struct Fp4Values {
     }
   }
 
-  static constexpr uint32_t kMost = 128;  // of scales that decode() multiplies with
+  static constexpr uint32_t kMost = 128;  // the largest scale that decode() multiplies by
 
  private:
   static constexpr uint32_t kBits = 0x81c081c0;
 
-  // The codes in bits 0 ... 3, and in bits 4 ... 7, of each half.
+  // The codes in bits 0 ... 3 (even), and in bits 4 ... 7, of each half.
   __device__ __forceinline__ static uint32_t even(uint32_t w) {
     return (w & 0x000f000f) * ((1u << 12) + (1u << 6)) & kBits;
   }
@@ -83,10 +83,10 @@ struct Fp4Values {
   }
 };
 
-// A thread's part of 64 keys: those of its low_key() and of the one eight further.
+// A thread's part of 64 keys: that of its low_key() and that of the key eight further.
 struct Fp4Keys {
   Fp4Values low, high;
-  int32_t mark;  // what whoever loads them has to tell of own_key()
+  int32_t mark;  // set by the loading code; what it must tell about own_key()
 
   __device__ __forceinline__ void decode(Bf16Values (&a)[kFp4Steps]) const {
     low.decode(a, 0);
@@ -101,7 +101,7 @@ struct Fp4Keys {
 // The shared memory of a CTA: queries and weights of kRows rows that are scored together.
 template <int kRows>
 struct Fp4Rows {
-  static constexpr int kTogether = kRows == 1 ? 1 : 2;            // rows that an instruction takes
+  static constexpr int kTogether = kRows == 1 ? 1 : 2;            // rows per instruction
   static constexpr int kHalfBytes = kTogether * kFp4Heads * 128;  // of the values of four steps
   static constexpr int kQueryBytes = kFp4Heads * 256;
   static constexpr int kBytes = kRows * (kQueryBytes + kFp4Heads * 2);
@@ -113,7 +113,7 @@ struct Fp4Rows {
   __device__ __forceinline__ explicit Fp4Rows(uint8_t* memory)
       : queries(memory), weights(reinterpret_cast<uint16_t*>(memory + kRows * kQueryBytes)) {}
 
-  // Copies one row. Eight values of a query go to four places, in pairs four values apart.
+  // Copies one row. Eight values of a query go to four places, in pairs that lie four values apart.
   __device__ __forceinline__ void copy(int row, const uint8_t* query,
                                        const uint8_t* from_weights) const {
     const int thread = threadIdx.x % kGroupThreads;

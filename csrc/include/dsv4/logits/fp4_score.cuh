@@ -1,11 +1,11 @@
-// Scores of FP4 keys. A warp decodes its own sixteen keys of a block in registers, to which they
-// were loaded two blocks ahead, so the warps of a CTA wait for each other only at the matrix
-// instruction; what hides a wait are the other CTAs of the multiprocessor.
+// Scores of FP4 keys. A warp decodes its own sixteen keys of a block in registers, into which they
+// were loaded two blocks ahead. So the warps of a CTA wait for each other only at the matrix
+// instruction. The other CTAs of the multiprocessor hide that wait.
 //
-// The scores are SGLang's: a dot product is rounded to bfloat16 before ReLU, its product with the
-// weight to bfloat16, the sum of the heads to bfloat16 at the end. Dot products are exact in
-// float32, in whatever order the matrix unit adds, as long as the scales of a key times those of a
-// query are less than 2^9 apart.
+// The scores are those of SGLang. A dot product is rounded to bfloat16 before ReLU, its product
+// with the weight to bfloat16, and the sum of the heads to bfloat16 at the end. Dot products are
+// exact in float32, whatever the order in which the matrix unit adds, as long as the products of
+// key scale and query scale are less than 2^9 apart.
 #pragma once
 
 #include <cstdint>
@@ -15,15 +15,15 @@
 
 namespace dsv4 {
 
-// (ReLU(a), ReLU(b)), NaN where a number is NaN; `a` in the low half.
+// (ReLU(a), ReLU(b)), NaN if a number is NaN; `a` is in the low half.
 __device__ __forceinline__ uint32_t relu_bf16x2(float a, float b) {
   uint32_t r;
   asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
   return r;
 }
 
-// The sum over the eight heads of a row that this thread has, of the low key (kKey 0) or the other.
-// `sums` are the row's; `weights`: heads 8 i + 2 (lane % 4) and the next.
+// The sum over a row's eight heads that this thread has, for the low key (kKey 0) or the other key.
+// `sums` belong to the row; `weights` are those of heads 8 i + 2 (lane % 4) and the next.
 template <int kKey>
 __device__ __forceinline__ float sum_products(const float* sums, const uint32_t (&weights)[4]) {
   float even = 0, odd = 0;
@@ -43,7 +43,7 @@ class Fp4Scorer {
  public:
   using Rows = Fp4Rows<kRows>;
 
-  // The rows have been written to shared memory by all threads.
+  // All threads have written the rows to shared memory before.
   __device__ __forceinline__ explicit Fp4Scorer(const Rows& rows)
       : queries_(mma_operand(shared_address(rows.queries))) {
     mma_shared_fence();
@@ -58,7 +58,7 @@ class Fp4Scorer {
     }
   }
 
-  // Scores of own_key(), of the rows from first_own_row() on.
+  // Scores of own_key() for the rows from first_own_row() on.
   __device__ __forceinline__ void score(const Bf16Values (&keys)[kFp4Steps],
                                         float (&own)[kOwnRows<kRows>]) const {
     Sums sums[kRows / kTogether];
@@ -87,7 +87,8 @@ class Fp4Scorer {
     }
   }
 
-  // The sums of one instruction after those of the other, while the matrix unit works on the next.
+  // Adds the sums of one instruction after those of the other, while the matrix unit works on the
+  // next.
   template <int kAt>
   __device__ __forceinline__ void add_heads(Sums (&sums)[kRows / kTogether],
                                             float (&pair)[kRows]) const {
@@ -109,9 +110,9 @@ class Fp4Scorer {
   uint32_t weights_[kRows][4];
 };
 
-// Blocks 0 ... turns - 1 of 64 keys, at least one, against rows. load(turn, keys) begins to load a
-// thread's part, copy() writes the rows to shared memory, and finish(turn, mark, scores) gets what
-// came out.
+// Scores blocks 0 ... turns - 1 of 64 keys, at least one, for rows. load(turn, keys) begins to load
+// a thread's part, copy() writes the rows to shared memory, and finish(turn, mark, scores) gets the
+// scores.
 template <int kRows, class Load, class Copy, class Finish>
 __device__ __forceinline__ void score_fp4(const Fp4Rows<kRows>& rows, int32_t turns,
                                           const Load& load, const Copy& copy,

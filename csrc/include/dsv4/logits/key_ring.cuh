@@ -1,5 +1,5 @@
-// What the matrix unit reads, brought to shared memory by a warpgroup, asynchronously and in its
-// layout: queries, and a ring of key blocks, 64 keys and their scales a slot.
+// The operands of the matrix unit in shared memory, in its layout: queries, and a ring of key
+// blocks with 64 keys and their scales per slot. A warpgroup copies them asynchronously.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,12 @@
 
 namespace dsv4 {
 
-// Where chunk `chunk` (16 bytes) of row `row` (128 bytes) is kept; see mma_operand.
+// Where chunk `chunk` (16 bytes) of row `row` (128 bytes) is stored; see mma_operand.
 __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * kKeyBytes + ((chunk ^ (row & 7)) * 16);
 }
 
-// Begins the copy of the first `count` of `kRows` rows of 128 bytes; what is past them stays.
+// Begins the copy of the first `count` of `kRows` rows of 128 bytes; later rows stay unchanged.
 template <int kRows>
 __device__ __forceinline__ void copy_rows(uint8_t* to, const uint8_t* from, int count = kRows) {
   const int thread = threadIdx.x % kGroupThreads;
@@ -53,8 +53,9 @@ struct KeyRing {
   uint8_t* keys;  // [kSlots][64][kKeyBytes], a multiple of kSwizzleBytes
   float* scales;  // [kSlots][64]
 
-  // Begins the copy of kKeys keys to a slot, from its key `at` on; of the first `count` of them,
-  // what is past them stays. The keys are at multiples of 16 bytes, the scales of kScaleAlign.
+  // Begins the copy of kKeys keys to a slot, from its key `at` on. Only the first `count` are
+  // copied; the rest of the slot stays unchanged. Keys are aligned to 16 bytes, scales to
+  // kScaleAlign.
   template <int kScaleAlign, int kKeys = kBlockKeys>
   __device__ __forceinline__ void copy(int32_t slot, const uint8_t* from, const float* from_scales,
                                        int32_t count = kKeys, int32_t at = 0) const {
@@ -73,7 +74,7 @@ struct KeyRing {
     return scales[slot * kBlockKeys + own_key()];
   }
 
-  // Begins a slot's 64 keys against the queries from `query` on, as many as the columns hold.
+  // Begins a slot's 64 keys times the queries from `query` on, as many as the columns hold.
   template <int kColumns>
   __device__ __forceinline__ void multiply(MmaSums<kColumns>& sums, int32_t slot,
                                            const uint8_t* query) const {

@@ -1,4 +1,4 @@
-// Host side of the index logits: which kernel serves a call, and its launch.
+// Host side of the index logits: the choice of the kernel, and its launch.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace dsv4 {
 
 enum class LogitsType { kBfloat16, kFloat16, kFloat32 };
 
-// Calls `f` with a null pointer of the output's type and the number of heads as a constant.
+// Calls `f` with a null pointer of the output's type, and with the number of heads as a constant.
 template <class F>
 inline cudaError_t with_types(LogitsType type, int heads, const F& f) {
   const auto with_heads = [&](auto* out) {
@@ -35,7 +35,7 @@ inline cudaError_t with_types(LogitsType type, int heads, const F& f) {
   return cudaErrorInvalidValue;
 }
 
-// The same with the keys of a page, 32 or 64.
+// The same, also with the keys per page (32 or 64) as a constant.
 template <class F>
 inline cudaError_t with_page(int page_keys, const F& f) {
   if (page_keys == 64) return f(std::integral_constant<int, 64>());
@@ -55,7 +55,7 @@ inline cudaError_t launch_paged_config(const PagedLogitsParams& p, int64_t block
   return launch_resident<paged_logits_kernel<Out, Config>, Config>(p, blocks, sms, device, stream);
 }
 
-// Scores, or the maxima of pieces, or both: what has an output in `p`.
+// Scores, or the maxima of pieces, or both: `p` has an output for each one wanted.
 inline cudaError_t launch_paged_logits(const PagedLogitsParams& p, LogitsType type, int heads,
                                        int page_keys, int device, cudaStream_t stream) {
   int sms = 0;
@@ -132,7 +132,7 @@ inline cudaError_t launch_ragged_logits(const RaggedLogitsParams& p, LogitsType 
     using Out = std::remove_pointer_t<decltype(out)>;
     using Large = TileConfig<decltype(head_count)::value, 4>;
     using Small = TileConfig<decltype(head_count)::value, 2>;
-    // Chunks are long, to pay for a tile's keys, if the multiprocessors then have several each.
+    // Chunks are long, to make use of a tile's keys, if each multiprocessor then still has several.
     constexpr int64_t kEach = 4;
     const auto enough = [&](int64_t keys, int32_t chunk, int64_t ctas) {
       return ceil_div(p.keys.keys, keys) * ceil_div(p.rows, chunk) >= kEach * ctas * sms;

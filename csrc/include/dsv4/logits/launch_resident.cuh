@@ -1,4 +1,4 @@
-// The launch that the kernels of one warpgroup a CTA share.
+// The launch of the kernels whose CTA is one warpgroup.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace dsv4 {
 
-// As many CTAs as fit at once, and no more than there are blocks.
+// As many CTAs as fit at once, but no more than there are blocks.
 template <auto kKernel, class Config, class Params>
 inline cudaError_t launch_resident(const Params& p, int64_t blocks, int sms, int device,
                                    cudaStream_t stream) {

@@ -1,14 +1,15 @@
-// Index logits over the paged FP8 cache (decode): rows = batch * next_n, each request's keys behind
-// its block table. On request the largest score of every piece of 8 keys, with the scores or in
-// place of them.
+// Index logits over the paged FP8 cache (decode): rows = batch * next_n; each request's block table
+// has its keys. On request the kernel writes the largest score of every piece of 8 keys, with the
+// scores or instead of them.
 //
-// A CTA is one warpgroup, and two or four fit a multiprocessor. It takes its share of the blocks
-// (64 keys: a page, or two of 32 keys) of all requests, request by request; as many rows of a
-// request as an instruction has columns for share one read of its keys. A single request's blocks
-// are dealt to the CTAs in turn, so that each knows its first page before it knows the length.
+// A CTA is one warpgroup, and two or four fit on a multiprocessor. It takes its share of the blocks
+// (64 keys: one page, or two pages of 32 keys) of all requests, request by request. As many rows of
+// a request as an instruction has columns for share one read of its keys. If there is a single
+// request, the CTAs get its blocks in turn, so that each knows its first page before it knows the
+// length.
 //
-// Scores are float32 until they are rounded once, and a key's score depends on the key and the
-// query alone.
+// Scores are float32 until they are rounded once. A key's score depends on the key and the query
+// alone.
 #pragma once
 
 #include <cstdint>
@@ -25,17 +26,18 @@ struct PagedConfig {
   using Page = dsv4::Page<kPageKeys>;
   static constexpr int kHeads = kHeads_;
   static constexpr int kRows = kRows_;
-  // Blocks of keys in the ring: of one row as many as four CTAs have room for where a
-  // multiprocessor is not kept busy by 64 heads (64 x 256K: 588 us, with five 543).
+  // Blocks of keys in the ring. For single rows with 64 heads four are enough to keep a
+  // multiprocessor busy. With 32 heads five are faster (64 x 256K: 543 us, with four 588), and four
+  // CTAs have room for them.
   static constexpr int kStages = kRows == 1 && kHeads == 64 ? 4 : 5;
-  static constexpr int kCtas = kRows == 1 ? 4 : 2;  // a multiprocessor
-  static constexpr bool kMaxima = kMaxima_;         // of pieces are written
+  static constexpr int kCtas = kRows == 1 ? 4 : 2;  // per multiprocessor
+  static constexpr bool kMaxima = kMaxima_;         // whether the maxima of pieces are written
   static constexpr int kGroup = kRows == 1 ? 1 : kAllRows;
   using Shared = PipelineShared<PagedConfig>;
 };
 
-// Rows first ... first + count - 1 of a request, at most kRows; `row` is the first of them among
-// those of the call.
+// Rows first ... first + count - 1 of a request, at most kRows. `row` is the number of the first of
+// them in the call.
 struct RequestRows {
   int32_t request;
   int32_t first;
@@ -70,9 +72,9 @@ __device__ __forceinline__ float larger_or_nan(float a, float b) {
 
 // The largest score of every piece of a row. `row`: its maxima.
 //
-// A piece's keys are the own_key()s of eight lanes of a warp that differ in bits 2, 3 and 4 of
-// their number, so all lanes of a warp call this. `key`: this lane's; `score`: -inf where it is not
-// seen.
+// A piece's keys are the own_key()s of eight lanes of a warp whose numbers differ in bits 2, 3 and
+// 4, so all lanes of a warp call this. `key`: this lane's key; `score`: -inf if the row does not
+// see it.
 template <int kRows, class Out>
 __device__ __forceinline__ void write_maximum(Out* row, int32_t key, int32_t length, float score) {
 #pragma unroll
@@ -81,17 +83,17 @@ __device__ __forceinline__ void write_maximum(Out* row, int32_t key, int32_t len
   }
   const int32_t piece = key / kPieceKeys;
   if (lane_id() >= 4 || !writes_score<kRows>() || piece * kPieceKeys >= length) return;
-  // The newest piece and one with a NaN are always among the best.
+  // The newest piece and a piece with a NaN are always among the best.
   const bool pinned = piece == (length - 1) / kPieceKeys || score != score;
   round_to(pinned ? INFINITY : score, row + piece);
 }
 
-// Where the scores of a thread go, of rows of a request.
+// Where a thread's scores go, for rows of a request.
 template <class Out, class Config>
 struct RangeOutput {
   static constexpr int kRows = Config::kRows, kOwn = kOwnRows<kRows>;
 
-  Out* out[kOwn];  // of own_key(), or null where there is none
+  Out* out[kOwn];  // for own_key(); null if there is none
   Out* maxima[kOwn];
   int32_t length[kOwn];
   bool scores;
@@ -115,7 +117,7 @@ struct RangeOutput {
     }
   }
 
-  // The scores of own_key() of the block from `key` on. `there`: the key's page exists.
+  // The scores of own_key() in the block from `key` on. `there`: the key's page exists.
   __device__ __forceinline__ void write(int32_t key, bool there, const float (&score)[kOwn]) const {
 #pragma unroll
     for (int o = 0; o < kOwn; ++o) {
@@ -131,14 +133,14 @@ struct RangeOutput {
   }
 };
 
-// A range's blocks against rows of its request, which are on their way.
+// A range's blocks times rows of its request, which are on their way.
 template <class Out, class Config, class Pages>
 __device__ __forceinline__ void score_range(const PagedLogitsParams& p, const BlockRange& range,
                                             Pages& pages, const RequestRows& rows,
                                             const PipelineShared<Config>& shared) {
   using Page = typename Config::Page;
 
-  // A page that does not exist leaves its part of the slot as it is.
+  // A missing page leaves its part of the slot unchanged.
   const auto copy = [&](int32_t turn, int slot) {
 #pragma unroll
     for (int part = 0; part < Page::kOfBlock; ++part) {
@@ -169,15 +171,15 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
   pdl_wait();
   pdl_launch_dependents();
 
-  // A single request's length, pages and query are on their way at the same time: its table row may
-  // be read beyond the length, not beyond its width.
+  // The length, pages and query of a single request are on their way at the same time. Its table
+  // row may be read beyond the length, but not beyond the table's width.
   const RowGroups<Config::kGroup> groups(p);
   const bool single = groups.count == 1;
   const int32_t step = static_cast<int32_t>(gridDim.x);
   BlockList<Config::kGroup> list(groups);
   BlockRange range{0, static_cast<int32_t>(blockIdx.x), 0, step};
   Pages pages(p.keys.block_table, single ? p.keys.table_width : 0, range.first, step);
-  uint32_t block = 0, end = 0;  // of the list
+  uint32_t block = 0, end = 0;  // numbers in the list
   if (single) {
     copy_rows(p.queries, RequestRows(p.queries, 0, 0, Config::kRows), shared);
     range.last = static_cast<int32_t>(groups.blocks(0));
@@ -188,7 +190,7 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
     block = blockIdx.x * each + (blockIdx.x < more ? blockIdx.x : more);
     end = block + each + (blockIdx.x < more ? 1 : 0);
   }
-  bool copied = single;  // the first rows
+  bool copied = single;  // whether the first rows are copied
   while (block < end) {
     if (!single) {
       range = list.find(block, end);
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(kGroupThreads, Config::kCtas)
     for (int32_t first = groups.begin(range.group); first < last; first += Config::kRows) {
       const RequestRows rows(p.queries, request, first, Config::kRows);
       if (!copied) {
-        __syncthreads();  // no thread still reads the rows before
+        __syncthreads();  // all threads have read the previous rows
         copy_rows(p.queries, rows, shared);
       }
       copied = false;

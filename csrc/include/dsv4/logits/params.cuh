@@ -1,4 +1,4 @@
-// What a call of the index logits is told.
+// The parameters of a call of the index logits.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ constexpr int kBlockKeys = 64;                        // keys scored together
 constexpr int kBlockValues = kBlockKeys * kKeyBytes;  // bytes of their values
 constexpr int kBlockBytes = kBlockValues + kBlockKeys * 4;
 constexpr int kPieceKeys = 8;                     // keys of a piece: one candidate of a row
-constexpr int kPieces = kBlockKeys / kPieceKeys;  // of a block
+constexpr int kPieces = kBlockKeys / kPieceKeys;  // pieces per block
 
 // A page of the cache: the e4m3 values of its keys, then their float32 scales.
 template <int kKeys_>
@@ -24,25 +24,25 @@ struct Page {
   static constexpr int kKeys = kKeys_;
   static constexpr int kScales = kKeys * kKeyBytes;  // where the scales begin
   static constexpr int kBytes = kScales + kKeys * 4;
-  static constexpr int kOfBlock = kBlockKeys / kKeys;  // pages of a block
+  static constexpr int kOfBlock = kBlockKeys / kKeys;  // pages per block
 };
 
-// A page of FP4 keys: 64 bytes a key, then four scales a key.
+// A page of FP4 keys: 64 bytes per key, then four scales per key.
 struct Fp4Page {
   static constexpr int kKeys = kBlockKeys;
   static constexpr int kKeyBytes = 64;
-  static constexpr int kKeyScales = 4;  // ue8m0, each of 32 values
+  static constexpr int kKeyScales = 4;  // ue8m0, one for each 32 values
   static constexpr int kScales = kKeys * kKeyBytes;
   static constexpr int kBytes = kScales + kKeys * kKeyScales;
   static constexpr int kOfBlock = 1;
 };
 
-// The longest row that a kernel takes: a block may reach past it, and its last key's number must
-// not overflow.
+// The longest row that a kernel takes: a block may reach past its end, and the number of the
+// block's last key must not overflow.
 constexpr int32_t kMostColumns = INT32_MAX - 4096;
 
-// q [rows, heads, 128] and weights [rows, heads], where row = request * next_n + j: e4m3 and
-// float32, or bfloat16 both for FP4 keys. Strides in bytes.
+// q [rows, heads, 128] and weights [rows, heads], with row = request * next_n + j. They are e4m3
+// and float32, or both bfloat16 for FP4 keys. Strides in bytes.
 struct Queries {
   const uint8_t* q;
   int64_t request_stride;
@@ -86,7 +86,7 @@ struct PagedKeys {
 
 struct PagedLogitsParams {
   Queries queries;
-  LogitsOutput output;  // the scores; out may be null where maxima are asked for
+  LogitsOutput output;  // the scores; out may be null if maxima are asked for
   LogitsOutput maxima;  // of pieces
   int32_t columns;      // the longest row: what the outputs have room for
   RowLengths lengths;
@@ -94,7 +94,7 @@ struct PagedLogitsParams {
   int32_t batch;
 };
 
-// What both forms of candidate logits are told.
+// The parameters that both forms of candidate logits share.
 struct CandidateParams {
   Queries queries;
   LogitsOutput output;  // columns: kPieceKeys for each candidate
@@ -136,8 +136,8 @@ struct RaggedCandidateParams : CandidateParams {
   RaggedKeys keys;
 };
 
-// The window of a row: column j is key start + j. Of keys [start, end) those from 0 on exist, and
-// the others of the row's columns have none.
+// The window of a row: column j is key start + j. Of the keys [start, end) those from 0 on exist;
+// the other columns of the row have no key.
 struct KeyWindow {
   int32_t start = 0;
   int32_t end = 0;
@@ -145,19 +145,19 @@ struct KeyWindow {
 
   KeyWindow() = default;
 
-  // Of at most `most` columns.
+  // A window of at most `most` columns.
   __device__ __forceinline__ KeyWindow(const RaggedKeys& keys, int32_t row, int32_t most) {
     const int64_t from = keys.row_starts[row * keys.row_start_stride];
     const int64_t to = keys.row_ends[row * keys.row_end_stride];
     if (to <= from) return;
     const uint64_t count = static_cast<uint64_t>(to) - static_cast<uint64_t>(from);
     columns = count < static_cast<uint64_t>(most) ? static_cast<int32_t>(count) : most;
-    if (from >= keys.keys || from <= -columns) return;  // none exists
+    if (from >= keys.keys || from <= -columns) return;  // no key exists
     start = static_cast<int32_t>(from);
     end = static_cast<int32_t>(from + columns < keys.keys ? from + columns : keys.keys);
   }
 
-  // The keys of a row of the warp's.
+  // The window of a row of this warp, from the lane that has it.
   __device__ __forceinline__ KeyWindow of(int lane) const {
     KeyWindow other;
     other.start = __shfl_sync(kFullWarp, start, lane);

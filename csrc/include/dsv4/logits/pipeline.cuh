@@ -1,6 +1,6 @@
-// Blocks of 64 keys against the rows of one CTA, one block after the other: keys are copied to a
-// ring in shared memory some blocks ahead, and the matrix unit works on a block while the sums of
-// the one before are turned into scores.
+// Scores blocks of 64 keys for the rows of one CTA, one block after the other. Keys are copied some
+// blocks ahead to a ring in shared memory. The matrix unit works on a block while the sums of the
+// previous block become scores.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 namespace dsv4 {
 
-// The shared memory of a CTA, one warpgroup. Config: kHeads, kRows that are scored together,
-// kStages of the ring.
+// The shared memory of a CTA of one warpgroup. Config has kHeads, kRows (rows that are scored
+// together) and kStages (blocks in the ring).
 template <class Config>
 struct PipelineShared {
   using Rows = RowSet<Config::kHeads, Config::kRows>;
@@ -30,8 +30,8 @@ struct PipelineShared {
   }
 };
 
-// Copy: copy(turn, slot) begins the copy of a block's keys to a slot of the ring. The rows are on
-// their way when it is built.
+// Copy: copy(turn, slot) begins the copy of a block's keys to a slot of the ring. The copies of the
+// rows have already begun when the pipeline is constructed.
 template <class Config, class Copy>
 class BlockPipeline {
  public:
@@ -42,7 +42,8 @@ class BlockPipeline {
     for (int s = 0; s < kAhead; ++s) begin_copy(s);
   }
 
-  // finish(turn, scores): scores of own_key() of that block, of the rows from first_own_row() on.
+  // finish(turn, scores) gets the scores of own_key() in that block for the rows from
+  // first_own_row() on.
   template <class Finish>
   __device__ __forceinline__ void run(const Finish& finish) {
     Sums even, odd;
@@ -78,15 +79,15 @@ class BlockPipeline {
   static constexpr int kHeads = Config::kHeads, kRows = Config::kRows, kOwn = kOwnRows<kRows>;
   using Sums = MmaSums<kRows * kHeads>;
 
-  // The slot of block b is free once every warp is done with it, which is known two blocks later.
+  // The slot of block b is free once every warp is done with it; that is known two blocks later.
   static constexpr int kAhead = Config::kStages - 2;
 
   __device__ __forceinline__ void begin_copy(int32_t turn) {
     if (turn < turns_) copy_(turn, turn % Config::kStages);
-    copies_commit();  // an empty group where there is nothing left: they are counted
+    copies_commit();  // empty if no copy is left: the groups are counted
   }
 
-  // The blocks up to `turn` are there, and the slot of block turn + kAhead is free.
+  // After it, the blocks up to `turn` are in the ring, and the slot of block turn + kAhead is free.
   __device__ __forceinline__ void arrive(int32_t turn) {
     copies_wait<kAhead - 1>();
     mma_shared_fence();

@@ -1,11 +1,11 @@
 // Index logits over gathered keys (prefill): row r scores keys row_starts[r] ... row_ends[r] - 1,
-// and column j of its output is key row_starts[r] + j. A key that does not exist scores -inf.
+// and column j of its output is key row_starts[r] + j. A missing key scores -inf.
 //
-// A CTA keeps a tile of keys in shared memory and a chunk of rows comes by: each of its warpgroups
-// takes a few rows at a time, as many as an instruction has columns for, with their weights in
-// registers, and goes through the tile's blocks of 64 keys. Four warpgroups share a multiprocessor,
-// in one CTA or in two: while one turns sums into scores or waits for queries, the matrix unit
-// works for the others.
+// A CTA keeps a tile of keys in shared memory and works through a chunk of rows. Each of its
+// warpgroups takes a few rows at a time, as many as an instruction has columns for. It keeps their
+// weights in registers and goes through the tile's blocks of 64 keys. Four warpgroups share a
+// multiprocessor, in one CTA or in two. While a warpgroup turns sums into scores or waits for
+// queries, the matrix unit works for the others.
 #pragma once
 
 #include <cstdint>
@@ -16,15 +16,15 @@
 
 namespace dsv4 {
 
-constexpr int kMostChunkRows = 32;  // a lane each
+constexpr int kMostChunkRows = 32;  // one per lane
 constexpr int kLeastChunkRows = 8;
 
-// kGroups is 4, or 2 for calls that have too few tiles of the larger size.
+// kGroups is 4, or 2 for calls with too few tiles of the larger size.
 template <int kHeads_, int kGroups_>
 struct TileConfig {
   static constexpr int kHeads = kHeads_, kGroups = kGroups_;
   static constexpr int kThreads = kGroups * kGroupThreads;
-  static constexpr int kCtas = 4 / kGroups;  // a multiprocessor
+  static constexpr int kCtas = 4 / kGroups;  // per multiprocessor
   static constexpr int kBlocks = 4 * kGroups;
   static constexpr int kKeys = kBlocks * kBlockKeys;
   static constexpr int kRows = kMmaColumns / kHeads;
@@ -49,12 +49,12 @@ struct TileShared {
   }
 };
 
-// The threads of a warpgroup meet.
+// A barrier for the threads of a warpgroup.
 __device__ __forceinline__ void group_sync(int32_t group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
 }
 
-// Writes -inf where a column of the chunk's rows has no key. A lane has a row's window.
+// Writes -inf where a column of the chunk's rows has no key. A lane has the window of a row.
 template <class Out>
 __device__ __forceinline__ void write_missing(const RaggedLogitsParams& p, const KeyWindow& window,
                                               int32_t row0) {
@@ -71,14 +71,14 @@ __device__ __forceinline__ void write_missing(const RaggedLogitsParams& p, const
   }
 }
 
-// grid: for each tile of keys, the chunks of `chunk` rows: CTAs that run side by side have the same
-// keys.
+// grid: for each tile of keys, the chunks of `chunk` rows. So CTAs that run side by side have the
+// same keys.
 template <class Out, class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     ragged_logits_kernel(const __grid_constant__ RaggedLogitsParams p, int32_t chunk) {
   constexpr int kRows = Config::kRows, kOwn = kOwnRows<kRows>;
   extern __shared__ __align__(kSwizzleBytes) uint8_t memory[];
-  // The shuffle tells the compiler that a warp is of one group.
+  // The shuffle tells the compiler that all lanes of a warp are in one group.
   const int32_t group = __shfl_sync(kFullWarp, threadIdx.x / kGroupThreads, 0);
   const TileShared<Config> shared(memory, group);
   const uint32_t chunks = (p.rows + chunk - 1) / chunk, tile = blockIdx.x / chunks;
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   pdl_wait();
   pdl_launch_dependents();
 
-  // Every warp finds out for itself which rows want keys of this tile; a lane has a row's window.
+  // Every warp finds out itself which rows need keys of this tile; a lane has the window of a row.
   KeyWindow window;
   if (lane_id() < chunk && row0 + lane_id() < p.rows) {
     window = KeyWindow(p.keys, row0 + lane_id(), p.output.columns);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   }
   copies_commit();
 
-  // Rows j ... j + kRows - 1 of the chunk are the next that this group has to do with.
+  // Rows j ... j + kRows - 1 of the chunk are the next that this group must score.
   const auto next = [&](int32_t j) {
     while (j < chunk && (wanted >> j & ((1u << kRows) - 1)) == 0) j += Config::kGroups * kRows;
     return j;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   while (j < chunk) {
     HeadWeights<Config::kHeads, kRows> weights;
     weights.load(shared.rows.weights);
-    int32_t from = INT32_MAX, to = 0;  // keys that any of the rows wants
+    int32_t from = INT32_MAX, to = 0;  // the keys that at least one of the rows needs
     int32_t start[kOwn];
     uint32_t length[kOwn];
     Out* out[kOwn];
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     }
     j = next(j + Config::kGroups * kRows);
     if (j >= chunk) break;
-    group_sync(group);  // no thread still reads the old queries
+    group_sync(group);  // all threads have read the old queries
     copy_rows(j);
     copies_wait<0>();
     mma_shared_fence();

@@ -1,6 +1,6 @@
-// Scores of 64 keys against one or several queries: score = scale * sum over heads of weight *
-// ReLU(q . k), by one warpgroup. The matrix unit gives q . k for the 64 keys and all heads; what is
-// here turns that into scores.
+// Scores of 64 keys for one or several queries: score = scale * sum over heads of weight * ReLU(q .
+// k), by one warpgroup. The matrix unit gives q . k for the 64 keys and all heads. This file turns
+// that into scores.
 #pragma once
 
 #include <cstdint>
@@ -12,17 +12,17 @@
 namespace dsv4 {
 
 constexpr int kGroupThreads = 128;  // a warpgroup: four warps, sixteen keys each
-constexpr int kMmaColumns = 128;    // rows x heads that one instruction takes
+constexpr int kMmaColumns = 128;    // rows x heads per instruction
 
-// Of the 64 keys: the first of the two whose sums a thread holds (the other is 8 further), and the
-// one whose scores it ends up with.
+// Two of the 64 keys: the first of the two whose sums a thread holds (the other is 8 further), and
+// the key whose scores the thread gets in the end.
 __device__ __forceinline__ int low_key() {
   return (threadIdx.x % kGroupThreads) / kWarpSize * 16 + lane_id() / 4;
 }
 __device__ __forceinline__ int own_key() { return low_key() + (lane_id() & 1) * 8; }
 
-// Of kRows rows scored together: how many scores a thread ends up with, of rows first_own_row() and
-// the next. A single row's are held by two lanes, of which one writes.
+// How many scores a thread gets when kRows rows are scored together: of row first_own_row() and the
+// next. The score of a single row is in two lanes, one of which writes it.
 template <int kRows>
 constexpr int kOwnRows = kRows == 1 ? 1 : kRows / 2;
 
@@ -35,7 +35,7 @@ __device__ __forceinline__ bool writes_score() {
   return kRows > 1 || (lane_id() & 2) == 0;
 }
 
-// Weights of kRows rows for the heads whose sums a thread holds, 8 i + 2 (lane % 4) and the next.
+// Weights of kRows rows for the heads whose sums a thread holds: 8 i + 2 (lane % 4) and the next.
 template <int kHeads, int kRows>
 struct HeadWeights {
   float2 v[kRows][kHeads / 8];
@@ -53,14 +53,14 @@ struct HeadWeights {
   }
 };
 
-// max(x, 0), NaN where x is NaN (fmaxf would hide it).
+// max(x, 0), and NaN if x is NaN (fmaxf would hide it).
 __device__ __forceinline__ float relu(float x) {
   float r;
   asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(r) : "f"(x));
   return r;
 }
 
-// Two lanes have half of a key's sums each: adds them up, of the rows from first_own_row() on.
+// Two lanes have half of a key's sums each: adds them, for the rows from first_own_row() on.
 template <int kRows>
 __device__ __forceinline__ void give_rows(const float (&pair)[kRows],
                                           float (&own)[kOwnRows<kRows>]) {
@@ -78,13 +78,13 @@ __device__ __forceinline__ void give_rows(const float (&pair)[kRows],
   }
 }
 
-// Sums over the heads for own_key(), without its scale, of the rows from first_own_row() on. `sums`
-// are the columns of MmaSums, row after row. The order of the additions depends on nothing.
+// Sums over the heads for own_key(), without its scale, for the rows from first_own_row() on.
+// `sums` are the columns of MmaSums, row after row. The order of the additions is always the same.
 template <int kHeads, int kRows>
 __device__ __forceinline__ void sum_heads(const float (&sums)[kRows * kHeads / 2],
                                           const HeadWeights<kHeads, kRows>& weights,
                                           float (&own)[kOwnRows<kRows>]) {
-  // Four lanes share two keys: each gives away the key that it does not end up with ...
+  // Four lanes share two keys: each gives away the key that it does not keep ...
   const bool odd = lane_id() & 1;
   float pair[kRows];
 #pragma unroll

@@ -1,5 +1,5 @@
-// The Hopper matrix instruction as the logits of FP4 keys use it: 64 keys, which come from
-// registers as bfloat16, times the 32 heads of a query or of two, float32 sums.
+// The Hopper matrix instruction for the logits of FP4 keys: 64 bfloat16 keys from registers, times
+// the 32 heads of one or two queries, with float32 sums.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,14 @@
 
 namespace dsv4 {
 
-constexpr int kBf16Depth = 16;  // values of a key an instruction takes
+constexpr int kBf16Depth = 16;  // values of a key per instruction
 
-// A thread's part of 64 keys' values that one instruction takes: of the keys lane / 4 and lane / 4
-// + 8 of its warp's sixteen, columns 2 (lane % 4) and the next, then the same of 8 columns further.
+// A thread's part of the values of 64 keys that one instruction takes. It has keys lane / 4 and
+// lane / 4 + 8 of its warp's sixteen, columns 2 (lane % 4) and the next, then the same 8 columns
+// further.
 using Bf16Values = uint32_t[4];
 
-// Sums as in MmaSums. set() begins with, and add() adds, what 16 values contribute; `b` as in
+// Sums as in MmaSums. set() starts with the contribution of 16 values, and add() adds it; `b` as in
 // mma_operand(). An instruction takes as long for 32 columns as for 64.
 template <int kColumns>
 struct Bf16Sums;

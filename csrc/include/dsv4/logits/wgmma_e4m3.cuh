@@ -1,5 +1,5 @@
-// The Hopper matrix instruction as the index logits use it: 64 keys times the `heads` vectors of a
-// query, e4m3, float32 sums.
+// The Hopper matrix instruction for the index logits: 64 keys times the `heads` vectors of a query,
+// e4m3, with float32 sums.
 #pragma once
 
 #include <cstdint>
@@ -8,24 +8,25 @@
 
 namespace dsv4 {
 
-constexpr int kMmaDepth = 32;        // values of a key an instruction takes
-constexpr int kSwizzleBytes = 1024;  // B is kept in groups of 8 rows of 128 bytes
+constexpr int kMmaDepth = 32;        // values of a key per instruction
+constexpr int kSwizzleBytes = 1024;  // B is stored in groups of 8 rows of 128 bytes
 
 // Describes rows of 128 bytes in shared memory whose 16-byte chunks are stored at chunk ^ (row % 8)
-// (the 128-byte swizzle). `address` is a multiple of kSwizzleBytes; adding kMmaDepth / 16 to the
-// result describes the next 32 values of every row.
+// (the 128-byte swizzle). `address` is a multiple of kSwizzleBytes. The result plus kMmaDepth / 16
+// describes the next 32 values of every row.
 __device__ __forceinline__ uint64_t mma_operand(uint32_t address) {
   constexpr uint64_t kGroupStride = kSwizzleBytes / 16;
   return (uint64_t{1} << 62) | (kGroupStride << 32) | (uint64_t{1} << 16) |
          ((address & 0x3ffff) >> 4);
 }
 
-// Registers written before are seen by the instructions that follow.
+// Makes earlier writes to registers visible to the instructions that follow.
 __device__ __forceinline__ void mma_begin() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// Shared memory written before by this thread is seen by matrix instructions after a barrier.
+// Makes this thread's earlier writes to shared memory visible to matrix instructions after a
+// barrier.
 __device__ __forceinline__ void mma_shared_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -41,10 +42,10 @@ __device__ __forceinline__ void mma_wait() {
 }
 
 // Sums of one thread over 64 keys and `columns` heads: rows lane / 4 and lane / 4 + 8 of its warp's
-// sixteen keys, columns 8 i + 2 (lane % 4) and the next; v[4 i + 2 r + c] is row r, column c of
-// those. set() begins with, and add() adds, what 32 values contribute; see mma_operand. (Two
-// functions: were set() given the old sums, the compiler would move them about while the matrix
-// unit writes.)
+// sixteen keys, columns 8 i + 2 (lane % 4) and the next. v[4 i + 2 r + c] is row r, column c of
+// these. set() starts with the contribution of 32 values, and add() adds it; see mma_operand. (They
+// are two functions: if set() got the old sums, the compiler would move them while the matrix unit
+// writes.)
 template <int kColumns>
 struct MmaSums;
 
@@ -155,8 +156,8 @@ struct MmaSums<128> {
   }
 };
 
-// Ties values to this point of the program: the compiler knows nothing of what the matrix unit
-// still reads or has yet to write.
+// Ties values to this point of the program, because the compiler does not know what the matrix unit
+// still reads or will write.
 template <int kCount>
 __device__ __forceinline__ void pin(float (&values)[kCount]) {
 #pragma unroll

@@ -1,6 +1,6 @@
 // The work of a paged call, laid end to end: blocks of 64 keys of request 0, then those of request
-// 1, ... The kernel's CTAs share them evenly by the lengths on the device; no schedule is made on
-// the host or by a kernel of its own.
+// 1, ... The CTAs of the kernel share them evenly, by the lengths on the device. Neither the host
+// nor another kernel makes a schedule.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace dsv4 {
 
-// Blocks first, first + step, ... below last for a group of rows.
+// Blocks first, first + step, ... below last, for a group of rows.
 struct BlockRange {
   int32_t group;
   int32_t first;
@@ -22,8 +22,8 @@ __device__ __forceinline__ int32_t clip_length(int64_t length, int32_t most) {
   return static_cast<int32_t>(length < 0 ? 0 : length > most ? most : length);
 }
 
-// The rows of a call in groups that have their blocks in common: the rows of a request, or, with
-// kMost, at most so many of them.
+// The rows of a call in groups that share their blocks: the rows of a request, or, with kMost, at
+// most kMost of them.
 constexpr int kAllRows = 0;
 
 template <int kMost>
@@ -31,8 +31,8 @@ struct RowGroups {
   static constexpr bool kCut = kMost > 1;
 
   const PagedLogitsParams& p;
-  int32_t each;   // groups of a request
-  int32_t count;  // of all
+  int32_t each;   // groups per request
+  int32_t count;  // all groups
 
   __device__ __forceinline__ explicit RowGroups(const PagedLogitsParams& p) : p(p) {
     each = kCut ? (p.queries.next_n + kMost - 1) / kMost : 1;
@@ -42,7 +42,7 @@ struct RowGroups {
   __device__ __forceinline__ int32_t request(int32_t group) const {
     return kCut && each > 1 ? group / each : group;
   }
-  // Rows begin ... end - 1 of its request.
+  // Rows begin ... end - 1 of the group's request.
   __device__ __forceinline__ int32_t begin(int32_t group) const {
     return kCut && each > 1 ? group % each * kMost : 0;
   }
@@ -58,7 +58,7 @@ struct RowGroups {
     int64_t length = p.lengths.of(row + last);
     if (kMost != 1 && !p.lengths.shared) {
       const int32_t first = begin(group);
-#pragma unroll(kCut ? kMost - 1 : 1)  // of few rows all lengths are on their way at the same time
+#pragma unroll(kCut ? kMost - 1 : 1)  // with few rows all lengths are on their way at the same time
       for (int32_t j = first; j < (kCut ? first + kMost - 1 : last); ++j) {
         const int64_t other = p.lengths.of(row + (kCut ? min(j, last) : j));
         length = other > length ? other : length;
@@ -68,7 +68,7 @@ struct RowGroups {
   }
 };
 
-// Every warp keeps this for itself: lane i of a turn looks at group `base + i`.
+// Every warp keeps its own copy: lane i of a turn has group `base + i`.
 template <int kMost>
 class BlockList {
  public:
@@ -90,9 +90,9 @@ class BlockList {
     return sum;
   }
 
-  // The group that has block `block` of the list, and its blocks up to `end` of the list. Blocks
-  // are asked for in ascending order. One past the list (the lengths have changed since
-  // total()) gives an empty range.
+  // The group of block `block` in the list, and its blocks up to `end` of the list. Callers ask for
+  // blocks in ascending order. A block past the list (the lengths have changed since total()) gives
+  // an empty range.
   __device__ __forceinline__ BlockRange find(uint32_t block, uint32_t end) {
 #pragma unroll 1
     while (base_ < groups_.count) {
@@ -125,12 +125,12 @@ class BlockList {
   const RowGroups<kMost>& groups_;
   int32_t base_ = 0;
   uint32_t before_ = 0;  // blocks of the groups before base_
-  uint32_t own_ = 0;     // of this lane's group
-  uint32_t upto_ = 0;    // of the turn's groups up to this lane's
+  uint32_t own_ = 0;     // blocks of this lane's group
+  uint32_t upto_ = 0;    // blocks of the turn's groups up to this lane's
 };
 
-// The pages, kPages a block, of blocks first, first + step, ... in a table row, as far as they lie
-// below its entry `end`: 32 pages at a time in the lanes of a warp, the next 32 on their way.
+// The pages, kPages per block, of blocks first, first + step, ... in a table row, as far as they
+// lie below its entry `end`: 32 pages at a time in the lanes of a warp, the next 32 on their way.
 template <int kPages>
 class PageNumbers {
  public:
@@ -144,7 +144,7 @@ class PageNumbers {
     next_ = fetch();
   }
 
-  // Page `part` of the block `turn` steps from the first. Turns are asked for in ascending order
+  // Page `part` of the block `turn` steps from the first. Callers ask for turns in ascending order
   // ...
   __device__ __forceinline__ int32_t get(int32_t turn, int part) {
     if (turn - base_ >= kHeld) {
@@ -156,7 +156,7 @@ class PageNumbers {
     return __shfl_sync(kFullWarp, now_, (turn - base_) * kPages + part);
   }
 
-  // ... and each of the last 32 pages that were asked for may be asked for again.
+  // ... and may ask again for each of the last 32 pages.
   __device__ __forceinline__ int32_t recall(int32_t turn, int part) const {
     const int32_t at = turn - base_;
     return __shfl_sync(kFullWarp, at < 0 ? before_ : now_, (at & (kHeld - 1)) * kPages + part);

@@ -1,13 +1,14 @@
 // A lower bound of the row's threshold from a histogram of group maxima.
 //
-// Maxima of disjoint groups are distinct scores, so if r groups reach a value, r scores do: nothing
-// below it can be among the r largest. True of any data. Two resolutions:
+// Maxima of disjoint groups are distinct scores. So if r groups reach a value, r scores do, and no
+// score below it can be among the r largest. This holds for any data. There are two resolutions:
 //
-//   GroupRanks    one bin for each value of the upper 12 bits of an order (bfloat16: eight bins an
-//                 octave), and a coarse one over 32 of those, so that a warp finds a rank with two
-//                 scans and no barrier. For slices that are listed: the bound decides how many.
-//   OctaveRanks   the upper nine bits (bfloat16: one bin an octave): one atomic a group and one
-//                 scan. For slices in registers, where all scores are looked at anyway. A threshold
+//   GroupRanks    one bin for each value of the upper 12 bits of an order (bfloat16: eight bins per
+//                 octave), and a coarse bin for 32 of those, so that a warp finds a rank with two
+//                 scans and no barrier. For slices that are listed: the bound decides how many
+//                 units are listed.
+//   OctaveRanks   the upper nine bits (bfloat16: one bin per octave): one atomic per group and one
+//                 scan. For slices in registers, where all scores are examined anyway. A threshold
 //                 in the bound's bin or the next is less than 256 heads above the bound.
 #pragma once
 
@@ -21,15 +22,15 @@ namespace dsv4 {
 
 constexpr int kFineBins = 1 << 12;
 constexpr int kCoarseBins = kFineBins / kWarpSize;
-constexpr int kOctaveBits = 7;  // of a head, below its octave
+constexpr int kOctaveBits = 7;  // bits of a head below its octave
 constexpr int kOctaveBins = 1 << (16 - kOctaveBits);
 constexpr uint32_t kNoBound = 0xffffu;
 
 struct GroupHistogram {
-  alignas(16) uint32_t fine[kFineBins];  // bin 0 holds NaN and nothing else
+  alignas(16) uint32_t fine[kFineBins];  // bin 0 holds only NaN
   uint32_t coarse[kCoarseBins];
 
-  // Adds two groups by the packed heads of their maxima.
+  // Adds two groups, given the packed heads of their maxima.
   __device__ __forceinline__ void add_pair(uint32_t heads) {
     const uint32_t order = order_pair(heads);
     add((order >> 4) & 0xfffu);
@@ -39,7 +40,7 @@ struct GroupHistogram {
     atomicAdd(fine + bin, 1u);
     atomicAdd(coarse + bin / kWarpSize, 1u);
   }
-  // The same by octave, in the first of the fine bins. NaN must be none of the heads.
+  // The same by octave, in the first of the fine bins. No head may be NaN.
   __device__ __forceinline__ void add_octaves(uint32_t heads) {
     const uint32_t order = order_pair(heads);
     atomicAdd(fine + ((order >> kOctaveBits) & (kOctaveBins - 1)), 1u);
@@ -48,12 +49,12 @@ struct GroupHistogram {
 };
 
 struct GroupPick {
-  uint32_t bound;    // order of a head; kNoBound where fewer than `rank` groups hold a number
-  uint32_t reached;  // groups that reach it
+  uint32_t bound;    // order of a head; kNoBound if fewer than `rank` groups hold a number
+  uint32_t reached;  // groups that reach the bound
 };
 
-// Both are used by a whole warp, to which the histogram is complete and visible; one lane calls
-// take(GroupPick).
+// A whole warp uses each of the two after the histogram is complete and visible to it. One lane
+// calls take(GroupPick).
 struct GroupRanks {
   const GroupHistogram& hist;
   const uint32_t last_head;
@@ -76,7 +77,7 @@ struct GroupRanks {
     }
     const int owner = __ffs(lanes) - 1;
     const uint32_t outside = reached - upto[3];
-    const uint32_t rest = rank - outside;  // meaningful in the owner alone
+    const uint32_t rest = rank - outside;  // meaningful only in the lane that owns the rank
     const uint32_t quarter = (upto[0] < rest) + (upto[1] < rest) + (upto[2] < rest);
     const uint32_t skipped = quarter == 0   ? 0u
                              : quarter == 1 ? upto[0]

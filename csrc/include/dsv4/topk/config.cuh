@@ -1,5 +1,5 @@
-// What a compiled top-k kernel is made for, what the host adds to it, and the shared memory of its
-// CTAs.
+// The template arguments of a compiled top-k kernel, the choices that the host adds, and the shared
+// memory of its CTAs.
 #pragma once
 
 #include <cstdint>
@@ -13,18 +13,18 @@ namespace dsv4 {
 
 constexpr int kTopkUnitSteps = 64;
 
-// What the host chooses beside the template arguments.
+// The choices of the host beside the template arguments.
 struct TopkPlan {
   int32_t solo_units;  // longest row, in units, that one CTA of a cluster serves alone
-  int32_t half_units;  // longest row, in units, that half of a cluster serves; 0: half never does
+  int32_t half_units;  // longest row, in units, that half of a cluster serves; 0: never
   bool staged;         // indices are gathered in shared memory before they are written
-  int32_t list_steps;  // units a thread that the lists have room for, in whole batches
-  int32_t mask_steps;  // units a thread that the masks have room for
+  int32_t list_steps;  // units per thread that the lists have room for, in whole batches
+  int32_t mask_steps;  // units per thread that the masks have room for
   // Byte offsets in shared memory.
-  uint32_t lists;     // the warps' maxima; later their lists take the same place
+  uint32_t lists;     // the warps' maxima, and later their lists in the same place
   uint32_t received;  // histograms that the peers send
   uint32_t staging;   // indices before they are written
-  uint32_t entries;   // pairs of score and index to sort
+  uint32_t entries;   // pairs of score and index for the sort
   uint32_t kept;      // what a form keeps of the row
 };
 
@@ -36,13 +36,13 @@ struct TopkConfig {
   static constexpr int kThreads = kThreads_;
   static constexpr bool kCluster = kCluster_;
   static constexpr int kWarps = kThreads / kWarpSize;
-  static constexpr int kMinBlocks = 1024 / kThreads;  // 64 registers a thread
-  // Units that a thread keeps in registers. Four of float32 spill, and cost short rows more than
-  // they save.
+  static constexpr int kMinBlocks = 1024 / kThreads;  // 64 registers per thread
+  // Units that a thread keeps in registers. Four float32 units would spill and cost short rows more
+  // than they save.
   static constexpr int kHeld = Policy::kBits == 16 ? 4 : 2;
-  // Units in flight a thread.
+  // Units in flight per thread.
   static constexpr int kBatch = sizeof(typename Policy::Scalar) == 2 ? 8 : 4;
-  static constexpr int kSteps = kTopkUnitSteps;  // units a thread at most
+  static constexpr int kSteps = kTopkUnitSteps;  // the most units per thread
   static constexpr int kMaxUnits = kThreads * kSteps;
 
   static_assert(kWarps <= kWarpSize, "one lane reads one warp's count");
@@ -54,7 +54,7 @@ struct TopkConfig {
 template <class Config>
 struct TopkSmem {
   using Policy = typename Config::Policy;
-  // Zero when the row begins, up to kZeroBytes, and so are the masks.
+  // These bytes, up to kZeroBytes, are zero when the row begins, and so are the masks.
   GroupHistogram groups;
   ThresholdSmem<Policy::kBits> threshold;
   // Not initialised.
@@ -65,9 +65,9 @@ struct TopkSmem {
   uint32_t bounds[2][kMaxCluster];
   uint32_t equals[kMaxCluster];
   alignas(16) uint32_t warp_chosen[kWarpSize];
-  // Then 16-bit words: masks[kThreads * mask_steps], lists[kThreads * list_steps],
-  // received[rounds][C][kBins]; then staged indices and entries to sort. Or, over all of these,
-  // TopkWideSmem.
+  // After it come 16-bit words: masks[kThreads * mask_steps], lists[kThreads * list_steps],
+  // received[rounds][C][kBins]; then staged indices and entries for the sort. TopkWideSmem takes
+  // the place of all of these.
 
   static constexpr int kZeroBytes =
       sizeof(GroupHistogram) + ThresholdSmem<Policy::kBits>::kZeroBytes;

@@ -1,5 +1,5 @@
-// One CTA's slice of a row: which units it has, the bound and the counts it shares with the other
-// slices, and how the chosen indices get to their positions.
+// One CTA's slice of a row: the units that it has, the bound and the counts that it shares with the
+// other slices, and how the chosen indices get to their positions.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,8 @@ struct TopkSlice {
   using Smem = TopkSmem<Config>;
   static constexpr int kThreads = Config::kThreads;
   static constexpr int kWarps = Config::kWarps;
-  // Counts travel packed: above the threshold in the low 12 bits, equal to it in the high 20.
+  // Counts are packed: those above the threshold in the low 12 bits, those equal to it in the high
+  // 20.
   static constexpr int kEqualShift = 12;
   static constexpr uint32_t kAboveMask = (1u << kEqualShift) - 1u;
   static_assert(kTopkMax < 1 << kEqualShift, "fewer than k lie above");
@@ -30,11 +31,11 @@ struct TopkSlice {
   Smem& smem;
   const RowUnits<Policy>& units;
   const int32_t row;
-  const ClusterShape cluster;  // size 1: alone
+  const ClusterShape cluster;  // size 1: one CTA alone
   ThresholdFinder<Policy, kThreads> finder;
   int32_t begin;  // this CTA's units of the row
   int32_t count;
-  int32_t depth;  // units a thread
+  int32_t depth;  // units per thread
   int32_t least;  // units of the shortest slice: the same in every CTA of the cluster
 
   __device__ __forceinline__ TopkSlice(const Params& params, const TopkPlan& chosen, Smem& memory,
@@ -52,7 +53,7 @@ struct TopkSlice {
     count = least = units.count;
     if (together()) {
       least = cluster.divide(units.count);
-      const uint32_t longer = units.count - least * cluster.size;  // CTAs with one unit more
+      const uint32_t longer = units.count - least * cluster.size;  // CTAs with one more unit
       begin = cluster.rank * least + min(cluster.rank, longer);
       count = least + (cluster.rank < longer ? 1 : 0);
     }
@@ -74,27 +75,27 @@ struct TopkSlice {
   }
   __device__ __forceinline__ int32_t* out() const { return p.out + row * p.out_stride; }
 
-  // The last order with this head. -0.0 is never a bound: its equal +0.0 is.
+  // The last order with this head. The bound is never -0.0; it is +0.0, which equals it.
   static __device__ __forceinline__ uint32_t full_order(uint32_t head) {
     if constexpr (Policy::kBits == 16) return head == 0x8000u ? 0x7fffu : head;
     return min((head << 16) | 0xffffu, Policy::kLastOrder);
   }
 
   // ---- Bound ------------------------------------------------------------------------------------
-  // Groups that suffice for GroupRanks to give a good one: some more than the rank asked of them.
+  // The number of groups that gives GroupRanks a good bound: some more than the rank asked of them.
   __device__ __forceinline__ uint32_t groups_wanted() const {
     const uint32_t k = p.k;
     return together() ? k + k / 4 : 2 * k - k / 4;
   }
 
   // The order of a head that at least k scores of the row reach. pick_rank(rank, take): a whole
-  // warp finds that of its slice, by GroupRanks or OctaveRanks.
+  // warp finds the head of its slice, by GroupRanks or OctaveRanks.
   template <class PickRank>
   __device__ __forceinline__ GroupPick find_bound(PickRank pick_rank) {
     __syncthreads();
-    // Every slice's own bound is the row's; and if every slice has k / C scores that reach a value,
-    // the row has k. The first is sharp where one slice holds the best scores, the second where all
-    // are alike. A warp for each.
+    // The bound of every slice is a bound of the row. And if every slice has k / C scores that
+    // reach a value, the row has k. The first is sharp if one slice holds the best scores, the
+    // second if all slices are alike. One warp computes each.
     if (warp_id() < (together() ? 2 : 1)) {
       const bool is_share = warp_id() == 1;
       uint32_t mine = 0;
@@ -108,12 +109,12 @@ struct TopkSlice {
       if (together()) exchange_bound(is_share, __reduce_max_sync(kFullWarp, mine));
     }
     __syncthreads();
-    return {smem.bound[0], smem.bound[1]};  // `reached` is known to a slice that is alone only
+    return {smem.bound[0], smem.bound[1]};  // `reached` is known only to a slice that is alone
   }
 
   // ---- Positions --------------------------------------------------------------------------------
-  // What precedes this thread, whose own count (packed) is `own`: in the lower threads of the CTA
-  // and in the lower ranks. .x: above the threshold; .y: equal to it.
+  // The counts before this thread, whose own count (packed) is `own`: in the lower threads of the
+  // CTA and in the lower ranks. .x: above the threshold; .y: equal to it.
   __device__ __forceinline__ uint2 counted_before(uint32_t own, const Threshold& t) const {
     const uint32_t upto = warp_inclusive_sum(own);
     const uint32_t chosen = __shfl_sync(kFullWarp, upto, kWarpSize - 1);
@@ -138,14 +139,15 @@ struct TopkSlice {
                       lower_equal(t) + (below >> kEqualShift) + (ahead >> kEqualShift));
   }
 
-  // Equals of the lower ranks. If the threshold search did not count them, counted_before did.
+  // Scores equal to the threshold in the lower ranks. Either the threshold search counted them or
+  // counted_before() did.
   __device__ __forceinline__ uint32_t lower_equal(const Threshold& t) const {
     if (!together() || t.counted) return t.lower_equal;
     return __reduce_add_sync(kFullWarp, lane_id() < cluster.rank ? smem.equals[lane_id()] : 0u);
   }
 
-  // Which of 32 scores in a row are chosen, and the position of the first of these; `before` counts
-  // what precedes them in the row.
+  // Which of 32 consecutive scores are chosen, and the position of the first of these. `before`
+  // counts the scores that precede them in the row.
   struct Chosen {
     uint32_t bits;
     uint32_t position;
@@ -164,8 +166,9 @@ struct TopkSlice {
   }
 
   // ---- Writing ----------------------------------------------------------------------------------
-  // An index goes straight to `out`, or through shared memory: to be sorted, to be looked up in a
-  // page table, or because there are so many that scattered stores take longer than a second step.
+  // An index goes straight to `out` or through shared memory. It goes through shared memory for a
+  // sort, for a page table, or if there are so many indices that scattered stores take longer than
+  // a second step.
   __device__ __forceinline__ int32_t* place() const { return plan.staged ? staging() : out(); }
 
   // A lane's 32 scores from row index `first` on.
@@ -178,8 +181,8 @@ struct TopkSlice {
     }
   }
 
-  // The same by a whole warp. Where few lanes hold much of the answer (sorted rows), all lanes
-  // write it.
+  // The same by a whole warp. If few lanes hold much of the answer (sorted rows), all lanes write
+  // it.
   static constexpr int kMany = 8;
   __device__ __forceinline__ void write_warp(int32_t first, Chosen chosen) const {
     uint32_t many = __ballot_sync(kFullWarp, __popc(chosen.bits) > kMany);
@@ -200,11 +203,11 @@ struct TopkSlice {
     write(first, chosen);
   }
 
-  // After the last write: what went through shared memory.
+  // After the last write: writes the indices that went through shared memory.
   __device__ __forceinline__ void finish(const Threshold& t) const {
     if (!plan.staged) return;
     __syncthreads();
-    uint32_t first = 0;  // this CTA's positions are a run
+    uint32_t first = 0;  // this CTA's positions are contiguous
     uint32_t last = p.k;
     if (together()) {
       const uint32_t of_warp = lane_id() < kWarps ? smem.warp_chosen[lane_id()] : 0u;
@@ -227,7 +230,7 @@ struct TopkSlice {
   }
 
  private:
-  // Tells all ranks the slice's own bound, or what its share of k reaches; one warp learns the
+  // Tells all ranks the slice's own bound, or the bound for its share of k; one warp computes the
   // row's.
   __device__ __forceinline__ void exchange_bound(bool is_share, uint32_t own) {
     if (threadIdx.x == 0) {

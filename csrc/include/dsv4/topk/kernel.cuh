@@ -1,18 +1,18 @@
-// Exact top-k of a row: one CTA, or a cluster of C CTAs with a slice of the row each. Every score
-// is read once from memory.
+// Exact top-k of a row: one CTA, or a cluster of C CTAs with one slice of the row each. Every score
+// is read from memory once.
 //
-//   1. scores     a short slice to registers (units_in_registers.cuh); of a longer one the maximum
-//                 of every unit to shared memory (units_in_smem.cuh)
+//   1. scores     a short slice goes to registers (units_in_registers.cuh); of a longer one the
+//                 maximum of every unit goes to shared memory (units_in_smem.cuh)
 //   2. bound      a value that at least k scores reach, from a histogram of the maxima of groups
-//                 (bound.cuh). The CTAs of a cluster exchange theirs.
-//   3. list       of a longer slice, the units that reach the bound: little more than k of them
-//   4. threshold  how far the scores lie above the bound                      threshold.cuh
+//                 (bound.cuh). The CTAs of a cluster exchange their bounds.
+//   3. list       for a longer slice: the units that reach the bound, few more than k
+//   4. threshold  from how far the scores lie above the bound                 threshold.cuh
 //   5. masks      which scores lie above the threshold, which equal it        select_row.cuh
 //   6. write      counts in row order, ascending positions                    cta_slice.cuh
 //
-// Everything is decided on the device by the row's own length: a row of up to plan.solo_units is
-// rank 0's work whatever the width of the buffer, one of up to plan.half_units that of half the
-// cluster, and the other CTAs leave.
+// The row's own length decides everything, on the device and whatever the width of the buffer. Rank
+// 0 serves a row of up to plan.solo_units alone. Half of the cluster serves a row of up to
+// plan.half_units. The other CTAs leave.
 #pragma once
 
 #include <cstddef>
@@ -64,8 +64,9 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
       static_cast<const typename Policy::Scalar*>(p.logits) + row * p.logits_stride;
   const auto wait = [] {
     pdl_wait();
-    // Not before the wait: then kernels after the next would start as well, and their waiting CTAs
-    // would crowd those of one launch onto few multiprocessors (128 x 8K: 5.3 us instead of 4.0).
+    // Not before the wait. Otherwise kernels after the next would start as well, and their waiting
+    // CTAs would crowd those of one launch onto few multiprocessors (128 x 8K: 5.3 us instead of
+    // 4.0).
     pdl_launch_dependents();
   };
   const bool early = Config::Form::early(p);
@@ -91,10 +92,11 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
       const int32_t share = together ? cluster.divide_up(units.count) : units.count;
       const bool held = share <= Config::kHeld * Config::kThreads;
       if (!TopkSteps<Config>(slice, held).run() && cluster.rank == 0) {
-        // What is left: rows with fewer numbers than a bound needs, and a threshold of -inf.
+        // The remaining rows: those with fewer numbers than a bound needs, and those with a
+        // threshold of -inf.
         __syncthreads();
-        // Not over TopkSmem: the memory of a live mbarrier must not hold anything else. Where it
-        // did, one row of some thousands came out with the state of the four barriers in place of
+        // Not over TopkSmem: the memory of a live mbarrier must not hold anything else. When it
+        // did, one row of some thousands came out with the state of the four barriers instead of
         // its first four entries.
         wide_select<typename Config::Form, Policy, Config::kThreads>(p, row, scores, window,
                                                                      memory + sizeof(Smem));
@@ -103,9 +105,9 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
   }
   Output::started();
   if constexpr (Config::kCluster) {
-    if (!joined) cluster_wait();  // no CTA leaves the start-up barrier half done
+    if (!joined) cluster_wait();  // no CTA may leave in the middle of the start-up barrier
   }
-  if (early && !joined) wait();  // what is launched next counts on the kernel before this one, too
+  if (early && !joined) wait();  // the next launch also relies on the kernel before this one
 }
 
 }  // namespace dsv4

@@ -15,9 +15,9 @@
 
 namespace dsv4 {
 
-// Up to this k every thread writes its indices where they belong; more are staged in shared memory
-// and written side by side. Staging takes 350 cycles more for k = 512 and 1024 (1 x 8K), and 400 to
-// 1,100 less for 2048 (1 and 128 x 8K).
+// Up to this k every thread writes its indices to their final place. For a larger k they are staged
+// in shared memory and written side by side. Staging takes 350 cycles more for k = 512 and 1024 (1
+// x 8K), and 400 to 1,100 less for 2048 (1 and 128 x 8K).
 constexpr int kScattered = 1024;
 
 // Shared memory of one call, in bytes; fills in the plan's offsets.
@@ -60,7 +60,7 @@ inline size_t shared_bytes(const typename Config::Form::Params& p, int cluster, 
   return plan->kept + Config::Form::kept_bytes(p);
 }
 
-// Lets the kernel use what the device has. Once a device.
+// Lets the kernel use all that the device has. Once per device.
 template <class Config>
 inline cudaError_t prepare(int device, const DeviceLimits& limits) {
   static std::atomic<bool> done[kMaxDevices];
@@ -76,7 +76,8 @@ inline cudaError_t prepare(int device, const DeviceLimits& limits) {
   return cudaSuccess;
 }
 
-// Clusters of so many CTAs, each with `bytes` of shared memory, that run at once; 0 if none can.
+// Clusters of so many CTAs, each with `bytes` of shared memory, that can run at once; 0 if none
+// can.
 template <class Config>
 inline int resident_clusters(int cluster, size_t bytes) {
   cudaLaunchAttribute attribute;
@@ -92,24 +93,25 @@ inline int resident_clusters(int cluster, size_t bytes) {
   if (cudaOccupancyMaxActiveClusters(&resident, topk_kernel<Config>, &config) == cudaSuccess) {
     return resident;
   }
-  cudaGetLastError();  // not an error of the caller's
+  cudaGetLastError();  // clears the error; it is not the caller's
   return 0;
 }
 
-// Shared memory that spreads the CTAs of a launch over all multiprocessors, by leaving room for no
-// more than the even share on each; 0 where registers leave no more than that anyway.
+// The shared memory that spreads the CTAs of a launch over all multiprocessors, because it leaves
+// room for no more than the even share on each; 0 if registers leave no more room anyway.
 //
-// Otherwise a multiprocessor that is free early takes several: behind the logits, whose CTAs end
-// one after the other, some had two rows and others none (128 x 64K: 17.0 us, one each 13.0; 16 x
-// 64K, eight CTAs each: 9.4, six of them spread 6.4).
+// Otherwise a multiprocessor that is free early takes several CTAs. The CTAs of the logits end one
+// after the other, so after them some multiprocessors had two rows and others none (128 x 64K: 17.0
+// us, with one each 13.0; 16 x 64K, eight CTAs each: 9.4, spread over six each 6.4).
 template <class Config>
 inline size_t spreading_bytes(int64_t rows, int cluster, int device, const DeviceLimits& limits) {
-  constexpr int kMost = Config::kMinBlocks;                            // CTAs a multiprocessor
-  static std::atomic<int> known[kMaxDevices][kMaxCluster + 1][kMost];  // clusters that run, and one
+  constexpr int kMost = Config::kMinBlocks;  // CTAs per multiprocessor
+  // the number of clusters that run, plus one
+  static std::atomic<int> known[kMaxDevices][kMaxCluster + 1][kMost];
   for (int64_t share = ceil_div(rows * cluster, limits.sms); share < kMost; ++share) {
     const int64_t bytes = bytes_of_share(share, limits);
     if (cluster == 1) return bytes;
-    // A cluster needs its multiprocessors side by side: with a larger share there is room for more.
+    // A cluster needs its multiprocessors side by side; with a larger share there is room for more.
     std::atomic<int>& clusters = known[device][cluster][share];
     if (clusters.load(std::memory_order_relaxed) == 0) {
       clusters.store(1 + resident_clusters<Config>(cluster, bytes), std::memory_order_relaxed);
@@ -198,7 +200,7 @@ inline cudaError_t device_limits(int device, DeviceLimits* limits) {
     if (error != cudaSuccess) return error;
     known_shared[device][i].store(*shared[i].value);
   }
-  // Clusters of 16 are not portable, so one is tried: the largest shape with the most memory.
+  // Clusters of 16 are not portable, so the code tries one: the largest shape with the most memory.
   using Probe = TopkConfig<Bfloat16Keys, 512, true>;
   error = prepare<Probe>(device, *limits);
   if (error != cudaSuccess) return error;

@@ -1,5 +1,6 @@
-// Which scores of a slice lie above the threshold and which equal it: two bytes a unit, in shared
-// memory. They are set by whoever looks at a unit, and read by the thread that has it in row order.
+// Which scores of a slice lie above the threshold, and which equal it: two bytes per unit, in
+// shared memory. The thread that examines a unit sets its mask; the thread that has it in row order
+// reads it.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +9,9 @@
 
 namespace dsv4 {
 
-// A thread owns `granules` 16-byte granules of eight units each, stored so that eight lanes that
-// read their granule g at once meet no bank twice. A block is half a granule: 32 scores.
+// A thread owns `granules` 16-byte granules of eight units each. They are stored so that eight
+// lanes that read their granule g together have no bank conflict. A block is half a granule: 32
+// scores.
 struct TopkMasks {
   static constexpr int kGranule = 8;
   static constexpr int kBlock = kGranule / 2;
@@ -18,14 +20,14 @@ struct TopkMasks {
   int32_t granules;  // a power of two, so that a thread's granules can trade places
   int32_t shift;
 
-  // depth: units a thread.
+  // depth: units per thread.
   __device__ __forceinline__ TopkMasks(uint16_t* memory, int32_t depth) : masks(memory) {
     const int32_t least = (depth + kGranule - 1) / kGranule;
     shift = least <= 1 ? 0 : 32 - __clz(least - 1);
     granules = 1 << shift;
   }
 
-  // `unit`: its number in the slice; eight bits each.
+  // `unit`: its number in the slice; `above` and `equal` have eight bits each.
   __device__ __forceinline__ void set(int32_t unit, uint32_t above, uint32_t equal) const {
     const int32_t g = unit / kGranule;
     masks[place(g >> shift, g & (granules - 1)) * kGranule + unit % kGranule] =
@@ -55,13 +57,13 @@ struct TopkMasks {
   static __device__ __forceinline__ uint32_t count_equal(const uint4& m) {
     return __popc(equal_of(m.x, m.y)) + __popc(equal_of(m.z, m.w));
   }
-  // Which of a granule's two blocks hold any.
+  // Which of a granule's two blocks have a bit set.
   static __device__ __forceinline__ uint32_t blocks_of(const uint4& m) {
     return ((m.x | m.y) != 0 ? 1u : 0u) | ((m.z | m.w) != 0 ? 2u : 0u);
   }
 
  private:
-  // Where a thread's granule lies, counted in granules.
+  // Where a thread's granule is stored, counted in granules.
   __device__ __forceinline__ int32_t place(int32_t thread, int32_t g) const {
     const int32_t turn = shift >= 3 ? thread : thread >> (3 - shift);
     return (thread << shift) + (g ^ (turn & (granules - 1)));

@@ -1,33 +1,33 @@
-// Scores as ordered keys, eight to a unit.
+// Scores as ordered keys, eight per unit.
 //
-// order(x) is an unsigned integer, 0 best: order(a) < order(b) exactly when a comes before b in a
-// top-k of numbers. -0.0 and +0.0 are one number, though their orders are neighbours: where orders
-// are counted, -0.0 has become +0.0. NaN is no number: it never reaches a bound and never passes a
-// comparison.
+// order(x) is an unsigned integer, 0 is best: order(a) < order(b) exactly when a comes before b in
+// a top-k of numbers. -0.0 and +0.0 are one number, though their orders are neighbours; code that
+// counts orders first turns -0.0 into +0.0. NaN is no number: it never reaches a bound and never
+// passes a comparison.
 //
 // A policy says how a dtype in memory becomes units of eight scores:
 //   Scalar            the score in memory          Unit    eight scores in registers
 //   kBits             bits of an order
 //   load, pad, set    a whole unit (16-byte aligned); a unit of NaN; one score of a partial unit
 //   nan               a score that is not a number
-//   kOctave           heads from a power of two to the next
+//   kOctave           the number of heads from one power of two to the next
 //   pair              maxima of the two halves (or parities) of a unit: a packed pair of heads
 //   quarters          maxima of two of its four quarters, likewise
 //   add_digit         counts a Digit of the scores' orders
 //   add_above         counts how far the scores lie above a bound
-//   each_order        a walk over the eight orders, NaN as -inf and -0.0 as +0.0
-//   may_hold          whether that walk can meet a range of orders (float32 only)
-//   classify          one bit a score: above the threshold; equal to it
+//   each_order        visits the eight orders, NaN as -inf and -0.0 as +0.0
+//   may_hold          whether one of these orders can be in a range (float32 only)
+//   classify          one bit per score: above the threshold; equal to it
 //   order_of, raw_of  order of one score, and back
-//   bits, element     raw bits of a score in memory, of one in a unit
-//   sort_order        an order that equal numbers share, NaN last
+//   bits, element     raw bits of a score in memory, and in a unit
+//   sort_order        an order that is the same for equal numbers, NaN last
 //
-// Histograms have kBins bins, and one more for what is not to be counted: an unconditional
-// atomicAdd is four times cheaper than one behind a branch.
+// Histograms have kBins bins, and one more for scores that must not count: an unconditional
+// atomicAdd costs a quarter of one behind a branch.
 //
-// A *head* is the upper 16 bits of a score. It orders like the score, coarsely, and compares as a
-// bfloat16 or float16 number. The hardware maximum ignores NaN unless both operands are, and then
-// gives 0x7fff, the best order of all, where only NaN can be.
+// A *head* is the upper 16 bits of a score. Heads order like the scores, but coarsely. They compare
+// as bfloat16 or float16 numbers. The hardware maximum ignores NaN unless both operands are NaN;
+// then it gives 0x7fff, the best order of all, which only NaN can have.
 #pragma once
 
 #include <cstdint>
@@ -37,13 +37,13 @@
 
 namespace dsv4 {
 
-constexpr int kUnit = 8;  // scores of a unit
+constexpr int kUnit = 8;  // scores per unit
 constexpr int kBins = 256;
-constexpr int kSink = kBins;           // the bin of what is not counted
-constexpr int kHistogram = kBins + 4;  // words of a histogram
+constexpr int kSink = kBins;           // the bin of scores that must not count
+constexpr int kHistogram = kBins + 4;  // words per histogram
 
-// Eight bits of what an order is above `base`: those from `shift` on. Counted where the bits above
-// them are `prefix`. Orders of 16 bits have base 0.
+// Eight bits of the distance of an order above `base`: those from bit `shift` on. A score counts if
+// the bits above them equal `prefix`. Orders of 16 bits have base 0.
 struct Digit {
   uint32_t base;
   uint32_t prefix;
@@ -54,7 +54,7 @@ __device__ __forceinline__ uint32_t word(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Not ld.global.nc: launched early, this kernel may be alive while the scores are still being
+// Not ld.global.nc: with an early launch this kernel may run while the scores are still being
 // written.
 //
 // kAnywhere: p may point to shared memory.
@@ -104,7 +104,7 @@ struct Heads {
     const Pair m = __hmax2(as(a), as(b));
     return reinterpret_cast<const uint32_t&>(m);
   }
-  // The maxima of two units, by each one's pair, as one packed pair.
+  // The maxima of two units, given a pair for each, as one packed pair.
   static __device__ __forceinline__ uint32_t unit_maxima(uint32_t pair0, uint32_t pair1) {
     return better(__byte_perm(pair0, pair1, 0x5410), __byte_perm(pair0, pair1, 0x7632));
   }
@@ -117,7 +117,7 @@ struct Heads {
   }
 };
 
-// Two masks of 16 bits in one word, four times, to eight bits, element 0 lowest.
+// Four words, each with two masks of 16 bits, as eight bits, element 0 lowest.
 __device__ __forceinline__ uint32_t gather_bits(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   const uint32_t spread =
       (a & 0x00020001u) | (b & 0x00080004u) | (c & 0x00200010u) | (d & 0x00800040u);
@@ -151,7 +151,7 @@ struct Keys16 {
   static __device__ __forceinline__ bool is_nan(uint32_t raw) {
     return (raw & 0x7fffu) > kInfinity;
   }
-  // An order that equal numbers share, NaN last.
+  // An order that is the same for equal numbers, NaN last.
   static __device__ __forceinline__ uint32_t sort_order(uint32_t raw) {
     const uint32_t order = order_of(raw);
     return is_nan(raw) ? 0xffffu : order == 0x8000u ? 0x7fffu : order;
@@ -189,9 +189,9 @@ struct Keys16 {
       atomicAdd(hist + (bins >> 16), 1u);
     }
   }
-  // Bin 255 - d for a score d steps above the bound, d cut at 255. Bin 255: not above it. Above a
-  // positive bound a step is one of raw bits, but rows whose threshold is negative are too common
-  // to be served by code of their own, which would have to be fetched.
+  // Bin 255 - d for a score d steps above the bound, where d is at most 255. Bin 255: not above the
+  // bound. Above a positive bound a step is one step of raw bits. Rows with a negative threshold
+  // are too common for separate code, because a launch would have to fetch that code too.
   static __device__ __forceinline__ void add_above(uint32_t* hist, const Unit& u, uint32_t bound) {
     const uint32_t raw = raw_of(bound) * 0x10001u;
 #pragma unroll
@@ -304,8 +304,8 @@ struct Float32Keys {
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) f(order_above(element(u, e), kLastOrder));
   }
-  // Whether an order of the unit may lie in [low, high]: never wrong about one that does. Half as
-  // dear as each_order.
+  // Whether an order of the unit may lie in [low, high]. If one does, the answer is always true. It
+  // costs half of each_order.
   static __device__ __forceinline__ bool may_hold(const Unit& u, uint32_t low, uint32_t high) {
     bool may = high >= kLastOrder - 1;      // NaN counts as -inf
     const uint32_t width = high - low + 1;  // one more: -0.0 counts as +0.0
@@ -319,7 +319,7 @@ struct Float32Keys {
       atomicAdd(hist + min(rest ^ (d.prefix << 8), static_cast<uint32_t>(kSink)), 1u);
     });
   }
-  // Bin 255 - d for a score in the d-th stretch of 65,536 orders above the bound, d cut at 255.
+  // Bin 255 - d for a score in the d-th stretch of 65,536 orders above the bound; d is at most 255.
   static __device__ __forceinline__ void add_above(uint32_t* hist, const Unit& u, uint32_t bound) {
     const uint32_t raw = raw_of(bound);
 #pragma unroll

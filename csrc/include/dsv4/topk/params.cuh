@@ -1,5 +1,5 @@
-// What one top-k call is told, and the two things every kernel does with it: find a row's window of
-// scores, and write a row's answer.
+// The parameters of one top-k call, and the two things that every kernel does with them: it finds a
+// row's window of scores, and it writes a row's answer.
 #pragma once
 
 #include <cstddef>
@@ -20,16 +20,16 @@ struct TopkParams {
   int32_t k;
 
   RowLengths lengths;
-  int32_t length_shift;  // a column stands for 2^length_shift of what the lengths count
+  int32_t length_shift;  // a column stands for 2^length_shift of the things that lengths count
 
   IntTensor row_starts;  // [rows] or null
   int64_t row_start_stride;
 
   int32_t* out;  // [rows, k], stride(1) == 1
   int64_t out_stride;
-  int32_t* out_raw;  // the same, or null
+  int32_t* out_raw;  // as `out`, or null
   int64_t out_raw_stride;
-  int32_t* out_counts;  // [rows] or null: how many indices a row has
+  int32_t* out_counts;  // [rows] or null: the number of indices of each row
 
   const int32_t* page_table;  // [rows / page_group, pages], stride(1) == 1; null if pages is 0
   int64_t page_table_stride;
@@ -39,23 +39,23 @@ struct TopkParams {
 
   bool sort;
 
-  // A table of width 0 counts: it has no memory, and every slot is -1.
+  // A table of width 0 is a table: it has no memory, and every slot is -1.
   __host__ __device__ __forceinline__ bool paged() const { return page_size.value > 0; }
 
-  // Every thread of one CTA of a row calls this as soon as the length is known: then the length
-  // needs no register later on.
+  // Every thread of one CTA of a row calls this as soon as the length is known, so that the length
+  // needs no register later.
   __device__ __forceinline__ void write_count(int32_t row, int32_t length) const {
     if (out_counts != nullptr && threadIdx.x == 0) out_counts[row] = length < k ? length : k;
   }
 };
 
-// The scores one row may look at: columns [start, start + length).
+// The scores that one row may read: columns [start, start + length).
 struct RowWindow {
   int32_t start;
   int32_t length;
 };
 
-// Where a row's length and start are found. Built before griddepcontrol.wait, read after it.
+// Where a row's length and start are. Built before griddepcontrol.wait, read after it.
 struct WindowSource {
   RowLengths::Place length_at;
   int64_t start_at;
@@ -69,7 +69,7 @@ struct WindowSource {
     int64_t start = 0;
     if (p.row_starts.data != nullptr) {
       start = p.row_starts[start_at];
-      // A start outside of the row leaves nothing to look at.
+      // A start outside the row's buffer leaves no column.
       start = start < 0 || start > p.columns ? p.columns : start;
     }
     const int64_t room = p.columns - start;
@@ -96,7 +96,7 @@ struct RowOutput {
         page_count(p.pages),
         page_size(p.page_size) {}
 
-  // Sends for the row's pages, to the L2: when its indices are known, each waits for its page.
+  // Prefetches the row's pages to the L2, because each chosen index later waits for its page.
   // `rank` of `ranks` CTAs; a thread has a line of 32 pages.
   static __device__ __forceinline__ void start(const TopkParams& p, int32_t row,
                                                const RowWindow& window, uint32_t rank,
@@ -109,19 +109,19 @@ struct RowOutput {
     }
   }
 
-  // Begins to keep in shared memory what a CTA's slice of the row needs: nothing.
+  // Begins to keep in shared memory what a CTA's slice of the row needs; this form needs nothing.
   static __device__ __forceinline__ void keep(const TopkParams&, int32_t, const RowWindow&,
                                               int32_t*, int32_t, int32_t) {}
 
-  // What keep() began has arrived, as far as this thread began it.
+  // Waits for the copies that keep() began in this thread.
   static __device__ __forceinline__ void started() {}
 
-  // What is stored for a chosen index.
+  // The stored value of a chosen index.
   static __device__ __forceinline__ int32_t placed(const int32_t*, int32_t index) { return index; }
 
-  // The pool slot of a row-local index: -1 for an index beyond the table (a length the caller's
-  // table does not cover), for one on a page that is none (a table padded with -1), and for a slot
-  // that int32 does not hold.
+  // The pool slot of a row-local index. It is -1 for an index beyond the table (a length that the
+  // caller's table does not cover), for a missing page (a table padded with -1), and for a slot
+  // that does not fit in int32.
   __device__ __forceinline__ int32_t slot(int32_t index) const {
     if (page_size.value == 0 || index < 0) return index;
     const int32_t page = page_size.divide(index);
@@ -137,7 +137,7 @@ struct RowOutput {
     if (out_raw != nullptr) out_raw[position] = index;
   }
 
-  // A row no longer than k: every position in order, then -1. No score is read.
+  // A row no longer than k: every position in order, then -1. It reads no score.
   __device__ __forceinline__ void write_all(int32_t length, int32_t k) const {
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < k; i += blockDim.x) write(i, i < length ? i : -1);
@@ -151,7 +151,7 @@ struct RowForm {
   using Window = RowWindow;
   using Output = RowOutput;
   static constexpr bool kSorts = true;
-  // Whether all but the scores may be read before griddepcontrol.wait.
+  // Whether everything but the scores may be read before griddepcontrol.wait.
   static __device__ __forceinline__ bool early(const Params&) { return false; }
 
   static size_t kept_bytes(const Params&) { return 0; }

@@ -1,5 +1,5 @@
 // One digit of a radix select: the bin of a 256-bin histogram at which a running count reaches
-// `need`. One warp does it without a barrier, and every warp may do it for itself.
+// `need`. One warp finds it without a barrier; every warp may do it for itself.
 #pragma once
 
 #include <cstdint>
@@ -13,18 +13,18 @@ constexpr int kLaneBins = kBins / kWarpSize;
 
 struct Pick {
   uint32_t bin;     // smallest bin with count(bins <= bin) >= need
-  uint32_t before;  // count in the bins before it; where nothing is found, in all bins
+  uint32_t before;  // count in the bins before it; if no bin is found, in all bins
   uint32_t count;   // count in the bin itself
   bool found;       // whether the histogram holds `need` at all
 };
 
-// Lane i owns the bins 8i ... 8i + 7 and brings their counts; bin 0 holds the best. One lane calls
-// take(pick): the one that owns the bin, or the last where nothing is found.
+// Lane i owns the bins 8i ... 8i + 7 and passes their counts; bin 0 holds the best. One lane calls
+// take(pick): the lane that owns the bin, or the last lane if no bin is found.
 template <class Take>
 __device__ __forceinline__ void pick_bin(const uint32_t (&bins)[kLaneBins], uint32_t need,
                                          Take take) {
   static_assert(kLaneBins == 8, "a tree over eight bins");
-  // Running counts, each by the shortest way: they are there before the sum over the lanes is.
+  // Running counts, each in the fewest steps, so that they are ready before the sum over the lanes.
   const uint32_t upto2 = bins[0] + bins[1];
   const uint32_t upto4 = upto2 + (bins[2] + bins[3]);
   const uint32_t upto6 = upto4 + (bins[4] + bins[5]);
@@ -35,7 +35,7 @@ __device__ __forceinline__ void pick_bin(const uint32_t (&bins)[kLaneBins], uint
   const uint32_t reached = warp_inclusive_sum(own);
   const uint32_t outside = reached - own;
   if (outside < need && need <= reached) {
-    // Three halvings of [begin, end), the counts before and with the bin looked for.
+    // Halves [begin, end) three times; keeps the counts before the bin and with it.
     const uint32_t rest = need - outside;
     const bool four = upto4 < rest;
     uint32_t begin = four ? upto4 : 0u;
@@ -68,7 +68,7 @@ __device__ __forceinline__ void load_bins(const uint32_t* hist, uint32_t (&bins)
   bins[7] = high.w;
 }
 
-// The same for a histogram in memory, and every lane has the answer.
+// The same for a histogram in memory; every lane gets the answer.
 __device__ __forceinline__ Pick pick_bin(const uint32_t* hist, uint32_t need) {
   uint32_t bins[kLaneBins];
   load_bins(hist, bins);

@@ -1,5 +1,5 @@
-// A row's window cut into units of eight scores that start on 16-byte boundaries, whatever the
-// alignment of the window's first score.
+// A row's window in units of eight scores that start on 16-byte boundaries, whatever the alignment
+// of the window's first score.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 
 namespace dsv4 {
 
-// Unit g holds the row-local indices [8 g - head, 8 g + 8 - head). Only the first and the last can
-// reach outside [0, length); those are read score by score and padded with NaN, so no byte outside
-// the window is ever touched.
+// Unit g holds the row-local indices [8 g - head, 8 g + 8 - head). Only the first and the last unit
+// can reach outside [0, length). These two are read score by score and padded with NaN, so no byte
+// outside the window is read.
 template <class Policy>
 struct RowUnits {
   using Scalar = typename Policy::Scalar;
@@ -20,8 +20,8 @@ struct RowUnits {
   const Scalar* aligned;
   int32_t head;
   int32_t length;
-  int32_t count;        // units; at least one valid score in each
-  int32_t whole_begin;  // units [whole_begin, whole_end) lie inside the window altogether
+  int32_t count;        // units; each has at least one valid score
+  int32_t whole_begin;  // units [whole_begin, whole_end) lie entirely inside the window
   int32_t whole_end;
 
   // `row`: the row's column 0.
@@ -59,8 +59,8 @@ struct RowUnits {
     return whole(g) ? load_whole(g) : load_partial(g);
   }
 
-  // The same with the partial units in shared memory, which a warp has brought there for those that
-  // it owns: much less code than load_partial, of which every use is a copy.
+  // The same with the partial units in shared memory, where a warp has put those that it owns. This
+  // is much less code than load_partial, which the compiler copies to each use.
   using Edges = Scalar[2][kUnit];  // aligned to 16 bytes
 
   template <class Owns>
@@ -78,7 +78,7 @@ struct RowUnits {
   __device__ __forceinline__ Unit load(int32_t g, const Edges& edges) const {
     return Policy::template load<true>(whole(g) ? at(g) : edges[g == 0 ? 0 : 1]);
   }
-  // Raw bits of one score: an index of the row, in the order's own dtype.
+  // Raw bits of one score, by its index in the row, in the dtype of the order.
   __device__ __forceinline__ uint32_t bits(int32_t index) const {
     return Policy::bits(aligned[index + head]);
   }

@@ -1,6 +1,6 @@
 // The selection from one CTA's slice of a row, step by step. The slice is held in registers or
-// listed; from the bound on both are served by the same code, which works on kHeld units at a time:
-// those held, or the next of the list, read into the same registers.
+// listed. From the bound on, the same code serves both: it works on kHeld units at a time, either
+// the held units or the next units of the list, read into the same registers.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +43,7 @@ class TopkSteps {
   }
 
  private:
-  // Reads the scores. False: a slice that is to be listed has no bound.
+  // Reads the scores. False: the slice must be listed and has no bound.
   __device__ __forceinline__ bool find_bound() {
     const Held held{s_, u_};
     if (held_) {
@@ -51,8 +51,9 @@ class TopkSteps {
     } else {
       list_.stream();
     }
-    // The start-up barrier: no peer is written to before it runs, and none of its CTAs leaves it
-    // half done. Here, while the scores are on their way, also where one CTA is alone.
+    // The start-up barrier. A peer must not be written to before it runs, and no CTA may leave the
+    // barrier half done. It is here because the scores are on their way; a CTA that is alone uses
+    // it too.
     if constexpr (Config::kCluster) cluster_wait();
     if (held_ && !held.add_groups()) return true;
     GroupHistogram& groups = s_.smem.groups;
@@ -75,8 +76,8 @@ class TopkSteps {
     return true;
   }
 
-  // Every unit that may exceed the bound to visit(), or every one that may reach it to rare(), by
-  // less code.
+  // Calls visit() for every unit that may exceed the bound, or, with less code, rare() for every
+  // unit that may reach it.
   template <class Visit, class Rare>
   __device__ __forceinline__ void each(bool above, Visit visit, Rare rare) {
     turns(false, above ? List::kExceeds : List::kListed, [&] {
@@ -92,7 +93,8 @@ class TopkSteps {
     });
   }
 
-  // visit(unit, entry) of those in u_, kAtOnce of them by one piece of code: they go round.
+  // Calls visit(unit, entry) for the units in u_. One piece of code serves kAtOnce of them: they
+  // rotate.
   template <int kAtOnce, class Visit>
   __device__ __forceinline__ void around(Visit visit) {
 #pragma unroll 1
@@ -113,10 +115,9 @@ class TopkSteps {
     }
   }
 
-  // Brings kHeld units after the other to u_, and calls turn() for them, until it returns false or
-  // all have been there. some_: bit i where any lane has one in u_[i]. A listed unit is read where
-  // its entry has a bit of `wanted`; with `all`, the slice's units are taken for the list, in row
-  // order for each thread.
+  // Brings kHeld units at a time to u_ and calls turn() for them, until it returns false or no unit
+  // is left. some_: bit i if any lane has a unit in u_[i]. A listed unit is read if its entry has a
+  // bit of `wanted`. With `all` the slice's units replace the list, in row order for each thread.
   template <class Turn>
   __device__ __forceinline__ void turns(bool all, uint32_t wanted, Turn turn) {
     uint32_t first = 0;
@@ -132,7 +133,7 @@ class TopkSteps {
     } while (turn() && !held_ && first < end);
   }
 
-  // The warp's entries from `first` on and their units, NaN where there is none.
+  // Reads the units of the warp's entries from `first` on; NaN where there is no entry.
   __device__ __forceinline__ void fetch(bool all, uint32_t first, uint32_t wanted) {
     const uint16_t* from = list_.entries();
     some_ = 0;
@@ -155,13 +156,13 @@ class TopkSteps {
     }
   }
 
-  // Which scores of listed units lie above the threshold and which equal it, to the masks. Units
-  // that hold no more than the bound matter only where the threshold is the bound.
+  // Sets the masks: which scores of listed units lie above the threshold, and which equal it. Units
+  // that hold no score above the bound matter only if the threshold is the bound.
   __device__ __forceinline__ void mark(const Threshold& t) {
     const uint32_t raw = Policy::raw_of(t.order);
     const TopkMasks masks(s_.masks(), s_.depth);
     const bool at_bound = t.order >= bound_;
-    // On a plateau first the warp's units in row order, until it has enough equals.
+    // On a plateau it first takes the warp's units in row order, until it has enough equal scores.
     bool all = at_bound && plateau_;
     uint32_t wanted = at_bound ? List::kListed : List::kExceeds;
     uint32_t equals = 0;
@@ -187,8 +188,8 @@ class TopkSteps {
     __syncthreads();
   }
 
-  // A thread takes its share of the slice's units in a row, and goes from one of its own blocks
-  // that hold any to the next: as many turns as the fullest lane needs.
+  // A thread takes its consecutive share of the slice's units and goes from one of its nonempty
+  // blocks to the next. So the loop has as many turns as the fullest lane needs.
   __device__ __forceinline__ void write(const Threshold& t) const {
     const TopkMasks masks(s_.masks(), s_.depth);
     uint32_t own = 0;  // packed as in TopkSlice

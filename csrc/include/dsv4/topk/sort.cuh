@@ -1,4 +1,4 @@
-// sort=True: the chosen indices best first, ties by ascending index.
+// sort=True: the chosen indices, best first, ties by ascending index.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace dsv4 {
 
-// `order`: 0 best. An entry of a score is above 0, which stands for none.
+// `order`: 0 is best. The entry of a score is above 0, which stands for no entry.
 __device__ __forceinline__ uint64_t sort_entry(uint32_t order, int32_t index) {
   return (static_cast<uint64_t>(~order) << 32) | (0xffffffffu - static_cast<uint32_t>(index));
 }
@@ -17,8 +17,8 @@ __device__ __forceinline__ int32_t sort_entry_index(uint64_t entry) {
   return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(entry));
 }
 
-// Both are out of line: they are rare, and would push other code out of what a launch fetches. What
-// they are told comes by value: a reference would keep the caller's in local memory.
+// Both are out of line, because they are rare and would push other code out of what a launch
+// fetches. Their arguments come by value: a reference would keep the caller's in local memory.
 
 // Bitonic, descending, in shared memory; entries[0, k) are set and visible to the block on entry.
 // entries must have room for the next power of two.
@@ -46,7 +46,7 @@ static __device__ __noinline__ void sort_and_write(uint64_t* entries, int32_t k,
   __syncthreads();  // the caller may fill entries for its next row
 }
 
-// Rank 0 writes the answer, of which this CTA has staged the positions [first, last).
+// Rank 0 writes the answer; this CTA has staged the positions [first, last) of it.
 template <class Policy>
 static __device__ __noinline__ void sort_slice(RowUnits<Policy> units, const int32_t* staged,
                                                uint64_t* entries, uint32_t first, uint32_t last,

@@ -1,13 +1,13 @@
-// The k-th best score of a row: by how far the scores lie above a bound that at least k of them
+// The k-th best score of a row: from how far the scores lie above a bound that at least k of them
 // reach, or digit by digit from the top.
 //
-// One warp closes a round: it finds the digit and publishes it, and the other warps wait in a
-// barrier. If every warp found the digit for itself there were no barrier, but it took twice as
-// long: the shuffles of all warps queue up in one unit.
+// One warp closes a round: it finds the digit and publishes it, and the other warps wait at a
+// barrier. If every warp found the digit itself there would be no barrier, but it took twice as
+// long, because the shuffles of all warps queue up in one unit.
 //
 // The CTAs of a cluster push their histograms into each other's shared memory. Once a CTA holds all
-// of them it knows the row's digit and, from the counts of the lower ranks, where its own part of
-// the answer goes and which share of the ties is its own. There is no leader and no second trip.
+// of them, it knows the row's digit. From the counts of the lower ranks it knows where its own part
+// of the answer goes and which ties belong to it. There is no leader and no second exchange.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,8 @@ namespace dsv4 {
 constexpr int kRankMost = 256;
 
 struct Threshold {
-  uint32_t order;        // of the k-th best score: every score of a smaller order is chosen
-  uint32_t need;         // scores of this very order that are chosen, the first ones of the row
+  uint32_t order;        // order of the k-th best score; every score of a smaller order is chosen
+  uint32_t need;         // how many scores of this order are chosen: the first ones of the row
   uint32_t lower_above;  // scores of smaller order in the slices of the lower ranks
   uint32_t lower_equal;  // scores of this order in the slices of the lower ranks, if `counted`
   bool counted;
@@ -31,12 +31,13 @@ struct Threshold {
 
 template <int kBits>
 struct ThresholdSmem {
-  static constexpr int kRounds = 1 + kBits / 8;  // above a bound, and digits from the top
-  static constexpr int kRefine = kRounds;        // a histogram for the caller
+  // one above a bound, and one per digit from the top
+  static constexpr int kRounds = 1 + kBits / 8;
+  static constexpr int kRefine = kRounds;  // one more histogram, for the caller
 
-  // Zero when the row begins; each round has its own, so none has to be cleared in between.
+  // Zero when the row begins. Each round has its own, so no histogram has to be cleared in between.
   alignas(16) uint32_t hist[kRounds + 1][kHistogram];
-  alignas(16) uint32_t ranked[4];  // scores in rank_list, then padding
+  alignas(16) uint32_t ranked[4];  // number of scores in rank_list, then padding
   // Not initialised.
   alignas(16) uint4 rank_found;
   alignas(16) uint32_t picked[8];
@@ -54,16 +55,16 @@ struct ThresholdSmem {
   }
 };
 
-// A round of the whole row.
+// The result of a round for the whole row.
 struct RoundPick {
   Pick pick;
   uint32_t lower_before;  // the share of the lower ranks in `before` and `count`
   uint32_t lower_count;
 };
 
-constexpr uint32_t kNone = 0xffffffffu;  // no order: behind NaN
+constexpr uint32_t kNone = 0xffffffffu;  // no order: after NaN
 
-// What a cluster exchanges: 16-bit counts of every round, from every rank.
+// What a cluster exchanges: the 16-bit counts of every round from every rank.
 __host__ __device__ constexpr uint32_t received_bytes(int rounds, uint32_t cluster) {
   return cluster > 1 ? rounds * cluster * kBins * sizeof(uint16_t) : 0u;
 }
@@ -81,18 +82,18 @@ struct ThresholdFinder {
 
   __device__ __forceinline__ bool together() const { return cluster.size > 1; }
 
-  // The threshold of the row, or false where the row may have fewer than k numbers: then nothing is
-  // known.
+  // Finds the threshold of the row. Returns false if the row may have fewer than k numbers; then
+  // nothing is known.
   //
-  // First by how far the scores lie above `bound`, an order that at least k of them reach (kNone:
-  // there is none). Where the threshold lies further above it than the histogram reaches, and where
-  // there is no bound, by the digits of the orders from the top. All rounds share one loop, and
-  // with it their code: a kernel that is launched finds its first 64 KB in the instruction cache
-  // and waits for whatever follows (docs/notes/topk.md).
+  // It first uses how far the scores lie above `bound`, an order that at least k of them reach
+  // (kNone: there is none). If the threshold lies further above it than the histogram reaches, or
+  // if there is no bound, it uses the digits of the orders from the top. All rounds share one loop
+  // and its code: a launched kernel finds its first 64 KB in the instruction cache and waits for
+  // all that follows (docs/notes/topk.md).
   //
   // each(above, visit, rare) calls rare(unit) for every unit of this thread that may hold one of
-  // the k best; with `above`, visit(unit) for every one that may hold one above the bound instead.
-  // `sparse`: most of these hold none.
+  // the k best. With `above` it calls visit(unit) instead, for every unit that may hold one above
+  // the bound. `sparse`: most of these units hold none.
   template <class Each>
   __device__ __forceinline__ bool find(Threshold& t, uint32_t k, uint32_t bound, bool sparse,
                                        Each each) {
@@ -114,7 +115,8 @@ struct ThresholdFinder {
       t.need -= pick.before;
       t.lower_above += found.lower_before;
       if (was_above && !pick.found) {
-        // Fewer than k lie above the bound: it is the threshold. Its equals were not counted.
+        // Fewer than k lie above the bound, so the bound is the threshold. Scores equal to it were
+        // not counted.
         t.counted = false;
         return true;
       }
@@ -145,12 +147,12 @@ struct ThresholdFinder {
         rank(t, pick.count, low, high, sparse, each);
         return t.order < Policy::kLastOrder || t.need == 0;
       }
-      // Many share these digits (a plateau): the next.
+      // Many scores share these digits (a plateau): go on with the next digit.
     }
   }
 
  private:
-  // Closes round `round`: a digit of the whole row. `kept`: bins that count.
+  // Closes round `round`: finds a digit of the whole row. `kept`: bins that count.
   __device__ __forceinline__ RoundPick close(int round, uint32_t need, uint32_t kept) {
     __syncthreads();
     if (together()) send(round);
@@ -161,7 +163,7 @@ struct ThresholdFinder {
     return {{first.x, first.y, first.z, first.w != 0}, lower.x, lower.y};
   }
 
-  // All orders up to `high` are chosen, and none behind it.
+  // All orders up to `high` are chosen, and none after it.
   __device__ __forceinline__ void take_all(Threshold& t, uint32_t high) const {
     t.order = high + 1;
     if (t.order == 1u << (kBits - 1)) ++t.order;  // not -0.0, which equals +0.0
@@ -170,8 +172,8 @@ struct ThresholdFinder {
     t.need = 0;
   }
 
-  // Ranks the `count` scores with orders in [low, high] against each other. Where they are sparse,
-  // a warp's units are first tested for any.
+  // Ranks the `count` scores with orders in [low, high] against each other. If they are sparse, a
+  // warp first tests whether its units hold any.
   template <class Each>
   __device__ __forceinline__ void rank(Threshold& t, uint32_t count, uint32_t low, uint32_t high,
                                        bool sparse, Each each) {
@@ -187,7 +189,7 @@ struct ThresholdFinder {
     each(false, [](const Unit&) {}, list);
     __syncthreads();
     if (together()) {
-      // Every rank's scores behind those of the lower ranks.
+      // Every rank puts its scores after those of the lower ranks.
       if (threadIdx.x == 0) barrier_expect(&smem.list_barrier, count * sizeof(uint32_t));
       const uint32_t own = smem.ranked[0];
       for (uint32_t i = threadIdx.x; i < own * cluster.size; i += kThreads) {
@@ -237,11 +239,11 @@ struct ThresholdFinder {
     *reinterpret_cast<uint2*>(smem.picked + 4) = make_uint2(lower_before, lower_count);
   }
 
-  // Pushes this CTA's histogram to all ranks. Counts are cut at 4,095, which is more than any k:
-  // sums of sixteen stay within 16 bits, and no step needs the exact value of a cut count.
+  // Pushes this CTA's histogram to all ranks. Counts are cut at 4,095, which is more than any k. So
+  // sums of sixteen counts fit in 16 bits, and no step needs the exact value of a cut count.
   //
-  // No CTA exits while a peer still writes to it: what is sent here is waited for here, by its
-  // receiver, and every CTA of the cluster takes part in every round.
+  // No CTA exits while a peer still writes to it: each receiver waits here for all that is sent to
+  // it, and every CTA of the cluster takes part in every round.
   __device__ __forceinline__ void send(int round) {
     constexpr uint32_t kCut = 4095u;
     const int lane = lane_id();
@@ -260,8 +262,8 @@ struct ThresholdFinder {
     }
   }
 
-  // One warp: the digit of the row's counts. Two whole functions, as a cluster's two sums and its
-  // search are one stream of instructions.
+  // One warp finds the digit of the row's counts. There are two whole functions, because a
+  // cluster's two sums and its search form one stream of instructions.
   __device__ __forceinline__ void pick_digit(int round, uint32_t need, uint32_t kept) {
     if (together()) return pick_shared_digit(round, need, kept);
     uint32_t bins[kLaneBins];
@@ -296,7 +298,7 @@ struct ThresholdFinder {
     }
     drop_bins(upto, kept);
     drop_bins(of_lower, kept);
-    // The lower ranks' counts ahead of each lane are summed up beside the search.
+    // The lower ranks' counts before each lane are summed up during the search.
     uint32_t lower_own = 0;
 #pragma unroll
     for (int i = 0; i < kLaneBins; ++i) lower_own += of_lower[i];

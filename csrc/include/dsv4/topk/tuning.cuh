@@ -1,4 +1,4 @@
-// Host side: which kernel serves a call, with how many threads and CTAs a row.
+// Host side: the kernel that serves a call, its threads per CTA, and the CTAs per row.
 #pragma once
 
 #include <cstddef>
@@ -13,12 +13,12 @@ namespace dsv4 {
 
 enum class ScoreType { kBfloat16, kFloat16, kFloat32 };
 
-// Threads of a CTA of topk_kernel, and the kernel for rows that no cluster holds.
+// Threads per CTA of topk_kernel, and the kernel for rows that no cluster can hold.
 enum class TopkShape : int { k512, k256, kWide };
 
 struct TopkChoice {
   TopkShape shape;
-  int cluster;  // CTAs a row
+  int cluster;  // CTAs per row
   int32_t
       solo_units;  // the longest row, in units of eight scores, that one CTA of a cluster serves
   int32_t half_units;  // the longest row, in units, that half of an even cluster serves
@@ -30,7 +30,7 @@ inline int64_t most_units(TopkShape shape) {
                                    : int64_t{shape == TopkShape::k256 ? 256 : 512} * kTopkUnitSteps;
 }
 
-// Units that the longest row of the call can take. A row may begin anywhere past a 16-byte
+// Units that the longest row of the call can have. A row may begin anywhere after a 16-byte
 // boundary.
 inline int64_t most_units(const TopkParams& p, ScoreType type) {
   const int bytes = type == ScoreType::kBfloat16 || type == ScoreType::kFloat16 ? 2 : 4;
@@ -43,13 +43,13 @@ inline int64_t most_units(const TopkParams& p, ScoreType type) {
 struct DeviceLimits {
   int sms;
   int largest_cluster;
-  int shared_bytes;     // a CTA may ask for
-  int shared_bytes_sm;  // a multiprocessor has for its CTAs
+  int shared_bytes;     // that a CTA may ask for
+  int shared_bytes_sm;  // that a multiprocessor has for its CTAs
   int reserved_bytes;   // of these, for each CTA, beside what it asks for
 };
 
-// Shared memory for each CTA with which `share` of them fit a multiprocessor, and one more does
-// not. It is given out in pieces of 128 bytes.
+// Shared memory per CTA with which `share` CTAs fit on a multiprocessor and one more does not. It
+// is allocated in pieces of 128 bytes.
 inline int64_t bytes_of_share(int64_t share, const DeviceLimits& device) {
   const int64_t too_much = device.shared_bytes_sm / (share + 1) / 128 * 128 + 128;
   const int64_t bytes = too_much - device.reserved_bytes;
@@ -57,7 +57,7 @@ inline int64_t bytes_of_share(int64_t share, const DeviceLimits& device) {
 }
 
 // Longest row, in units, that one CTA serves alone. A CTA of 512 threads takes a row of 8K as fast
-// as a cluster does; with 256 threads four CTAs are faster (1 x 8K in 256,000 columns: 3.69 us, one
+// as a cluster does. With 256 threads four CTAs are faster (1 x 8K in 256,000 columns: 3.69 us, one
 // CTA 3.99; float32 5.18 and 15).
 constexpr int32_t solo_units(TopkShape shape) { return shape == TopkShape::k256 ? 512 : 1024; }
 
@@ -65,9 +65,9 @@ constexpr int64_t kAny = INT32_MAX;  // rows, units or k
 constexpr int64_t k4K = 4096 / kUnit, k8K = 2 * k4K, k16K = 4 * k4K, k32K = 8 * k4K,
                   k64K = 16 * k4K, k128K = 32 * k4K;  // columns, in units
 
-// Longest row, in units, that half of a cluster serves. An exchange over sixteen CTAs costs more
-// than it saves up to 64K (1 x 16K in 256,000 columns: 4.64 us, eight CTAs 4.22; 1 x 64K: 4.69
-// and 4.55; 1 x 128K: 5.02 and 5.57).
+// Longest row, in units, that half of a cluster serves. Up to 64K, an exchange among sixteen CTAs
+// costs more than it saves (1 x 16K in 256,000 columns: 4.64 us, eight CTAs 4.22; 1 x 64K: 4.69 and
+// 4.55; 1 x 128K: 5.02 and 5.57).
 constexpr int32_t half_units(int cluster) { return cluster == 16 ? k64K : 0; }
 
 inline TopkChoice ctas(int cluster, TopkShape shape) {
@@ -76,18 +76,18 @@ inline TopkChoice ctas(int cluster, TopkShape shape) {
 
 // ---- The table of choices -----------------------------------------------------------------------
 //
-// A call takes the first line that it meets. Rows are compared with the number of multiprocessors.
-// Columns are those of the buffer, not of a row: an engine captures its graphs for the longest row,
-// so one choice serves rows of every length.
+// A call takes the first line whose conditions it meets. Rows are compared with the number of
+// multiprocessors. Columns are those of the buffer, not of a row: an engine captures its graphs for
+// the longest row, so one choice serves rows of every length.
 //
-// The numbers come from sweeps on an H200 (132 multiprocessors): every shape and cluster, k 512 and
-// 2048, 1 ... 128 rows, buffers of 8K ... 256K columns, rows of 2K columns up to the full width,
-// behind their logits and after what else a server runs (`python -m
-// benchmarks.tuning.sweep --behind-logits`) and alone (the same without the option). A plain
-// number is the geometric mean, over the rows' lengths, of the time against the best choice for
-// each length; a number with us is a time. The first is that of the line, the second that of the
-// next best choice or of the former one. Where nothing else is said they are for bfloat16 and k
-// 512.
+// The numbers come from sweeps on an H200 (132 multiprocessors) over every shape and cluster, k 512
+// and 2048, 1 ... 128 rows, buffers of 8K ... 256K columns, and rows of 2K columns up to the full
+// width. One sweep runs the top-k after its logits and the other kernels of a server (`python -m
+// benchmarks.tuning.sweep --behind-logits`), the other runs it alone (the same without the option).
+// A plain number is a geometric mean over the rows' lengths: the time against the best choice for
+// each length. A number with us is a time. The first number is that of the line, the second that of
+// the next best choice or of the former one. Numbers are for bfloat16 and k 512 unless a line says
+// otherwise.
 
 // At most `multiprocessors * num / den` rows.
 struct RowShare {
@@ -101,7 +101,7 @@ struct TopkLine {
   int64_t from;   // units of a row: at least
   int64_t units;  // units of a row: at most
   int64_t k;      // at most
-  int cluster;    // CTAs a row
+  int cluster;    // CTAs per row
   TopkShape shape;
 };
 
@@ -121,7 +121,7 @@ constexpr TopkLine kLines16Bit[] = {
     {kEighth,    kAny, 0,         k16K,  kAny, 4,  k256},
     {kEighth,    kAny, 0,         k32K,  kAny, 6,  k256},
     {kEighth,    kAny, 0,         kAny,  kAny, 6,  k512},  // 16 rows, 128K: 1.06 / eight of 256 1.12; 256K, k 2048: 1.04 / 1.14
-    // Clusters of four fit side by side, a multiprocessor for each CTA ...
+    // Clusters of four fit side by side, with a multiprocessor for each CTA ...
     {kTwoNinths, kAny, 0,         kAny,  kAny, 4,  k512},  // 24 rows, 64K: 1.07 / six 1.29
     // ... and here clusters of three.
     {kQuarter,   kAny, 0,         kAny,  kAny, 3,  k512},  // 32 rows, 64K: 1.07 / six 1.23
@@ -165,7 +165,7 @@ constexpr TopkLine kLinesFloat32[] = {
     {kAnyShare,  kAny, 0,         kAny,  kAny, 1,  k512},
 };
 
-// Candidates: rows of up to 16K columns, most of them full. The numbers are of rows alone.
+// Candidates: rows of up to 16K columns, most of them full. The numbers are for the top-k alone.
 constexpr TopkLine kCandidateLines16Bit[] = {
     // share     rows  from       units  k     CTAs threads  measured / next best
     {kTwoEach,   kAny, 0,         k8K,   kAny, 1,  k512},
@@ -193,7 +193,7 @@ inline TopkChoice first_line(const TopkLine (&lines)[kCount], int64_t rows, int6
 inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceLimits& device,
                               bool candidates = false) {
   const int64_t units = ceil_div(p.columns, kUnit);
-  const int64_t most = most_units(p, type);  // one more where rows begin anywhere
+  const int64_t most = most_units(p, type);  // one more if rows can begin anywhere
   const auto first = [&](const auto& lines) {
     return first_line(lines, p.rows, units, p.k, device.sms);
   };

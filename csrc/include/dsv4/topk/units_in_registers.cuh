@@ -1,5 +1,5 @@
-// A slice that stays in registers: a thread holds up to kHeld units in a row, so that threads are
-// in row order. All of its scores are looked at in every step, so a coarse bound suffices.
+// A slice that stays in registers: a thread holds up to kHeld consecutive units, so that threads
+// are in row order. Every step examines all of the scores, so a coarse bound is enough.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct HeldUnits {
   using H = typename Policy::H;
   static constexpr int kHeld = Config::kHeld;
   static_assert(kHeld % 2 == 0, "units are looked at in pairs");
-  // Of float16 the distances above a bound do not reach far, so it has to be a fine one.
+  // In float16 the distances above a bound do not reach far, so the bound has to be fine.
   static constexpr bool kOctaves = Policy::kOctave <= 1u << kOctaveBits;
 
   const Slice& s;
@@ -46,16 +46,16 @@ struct HeldUnits {
     }
   }
 
-  // Counts groups of scores by their maxima: units, halves of them or quarters, of the first size
-  // of which there are more than the rank that is asked of them, or single scores. False: there are
-  // too few.
+  // Counts groups of scores by their maxima. The groups are units, halves or quarters: the largest
+  // size that gives more groups than the rank asked of them. If no size does, they are single
+  // scores. False: there are too few scores.
   __device__ __forceinline__ bool add_groups() const {
     GroupHistogram& groups = s.smem.groups;
     const uint32_t least = s.least;
     if constexpr (kOctaves) {
       const uint32_t k = s.p.k;
-      // Of a row of one CTA twice as many: the fewer groups, the further below the threshold their
-      // k-th lies, and close to zero two octaves are soon between.
+      // A row of one CTA wants twice as many groups. The fewer groups there are, the further their
+      // k-th lies below the threshold, and close to zero that is soon a distance of two octaves.
       const uint32_t wanted = s.together() ? k + k / 8 : 2 * k + k / 4;
       const uint32_t share = s.together() ? s.cluster.divide_up(k) : k;
       const auto add = [&](uint32_t heads) {
@@ -64,7 +64,7 @@ struct HeldUnits {
       if (2 * least >= wanted) {
         add_pairs(least >= wanted, add);
       } else if (!s.together() && 4 * least < wanted && s.depth <= 2) {
-        // Every score: the bound's octave is the threshold's.
+        // Every score is a group: the bound's octave is the threshold's.
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (i < s.depth) {
@@ -91,7 +91,7 @@ struct HeldUnits {
     return true;
   }
 
-  // Writes the chosen indices: every thread looks at its own scores, and the counts of the threads
+  // Writes the chosen indices. Every thread examines its own scores; the counts of the threads
   // before it say where its part of the answer goes.
   __device__ __forceinline__ void write(const Threshold& t) const {
     uint32_t above = 0;
@@ -110,7 +110,7 @@ struct HeldUnits {
   }
 
  private:
-  // Units as groups, or their halves.
+  // Adds units, or their halves, as groups.
   template <class Add>
   __device__ __forceinline__ void add_pairs(bool whole, Add add) const {
 #pragma unroll

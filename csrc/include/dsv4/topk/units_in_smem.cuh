@@ -1,6 +1,7 @@
-// A slice of any length that the masks have room for: its scores are streamed once, and of every
-// unit only the maximum is kept, in shared memory. Units that reach a bound are listed, to be read
-// again from L1 or L2. A warp's list has room for all units of the warp, so no input overflows it.
+// A slice of any length that the masks have room for. Its scores are streamed once, and only the
+// maximum of every unit is kept, in shared memory. Units that reach a bound are listed and read
+// again from L1 or L2. A warp's list has room for all units of the warp, so no input can overflow
+// it.
 #pragma once
 
 #include <cstdint>
@@ -20,19 +21,19 @@ struct UnitList {
   // An entry of the list: a unit's number in the slice, and whether it holds more than the bound.
   static constexpr uint32_t kExceeds = 1u << 15;
   static constexpr uint32_t kNumber = kExceeds - 1u;
-  static constexpr uint32_t kListed = 1u << 16;        // in a register only: it is an entry at all
-  static constexpr uint32_t kPlateau = 4 * kWarpSize;  // listed units that are looked at one by one
+  static constexpr uint32_t kListed = 1u << 16;        // only in a register: it is an entry at all
+  static constexpr uint32_t kPlateau = 4 * kWarpSize;  // listed units that are examined one by one
 
   const Slice& s;
   uint32_t size;  // units in the warp's list
 
-  // Units are dealt to the threads step by step: where the best scores lie close together, as in a
-  // sorted row, many warps get of them.
+  // Units are dealt to the threads step by step. So if the best scores lie close together, as in a
+  // sorted row, many warps get some of them.
   __device__ __forceinline__ int32_t unit(int32_t step) const {  // its number in the slice
     return step * kThreads + threadIdx.x;
   }
 
-  // Loads this thread's units from `step` on; those outside of the slice are all NaN.
+  // Loads this thread's units from `step` on; units outside the slice are all NaN.
   template <int kCount>
   __device__ __forceinline__ void load(Unit (&u)[kCount], int32_t step) const {
     const int32_t first = s.begin + step * kThreads + warp_id() * kWarpSize;  // of the warp
@@ -84,8 +85,8 @@ struct UnitList {
     }
   }
 
-  // Many groups share the bound's bin: the k-th largest maximum of single units instead, to the
-  // last bit of a head.
+  // If many groups share the bound's bin, this takes the k-th largest maximum of single units
+  // instead, exact to the last bit of a head.
   __device__ __forceinline__ void refine(uint32_t& bound) const {
     uint32_t* hist = s.smem.threshold.hist[ThresholdSmem<Policy::kBits>::kRefine];
     const uint32_t* from = maxima();
@@ -115,9 +116,9 @@ struct UnitList {
            warp_id() * kWarpSize * s.plan.list_steps;
   }
 
-  // The warp's units that reach the bound, in any order, over the maxima. Where very many do, only
-  // those that exceed it, and true is returned: the others matter if the threshold is the bound,
-  // and are then gone through in row order.
+  // Lists the warp's units that reach the bound, in any order, over the maxima. If very many do, it
+  // lists only those that exceed the bound and returns true. The others matter only if the
+  // threshold is the bound, and then they are visited in row order.
   __device__ __forceinline__ bool fill(uint32_t bound) {
     Reached low, high;  // of steps 0 ... 31, and 32 ... 63
     look(low, 0, bound);
@@ -137,7 +138,7 @@ struct UnitList {
       };
       const uint32_t own = __popc(chosen);
       if (__any_sync(kFullWarp, own > Slice::kMany)) {
-        // Many: a step at a time, side by side.
+        // Many units: one step at a time, side by side.
 #pragma unroll 1
         for (int bit = 0; bit < 32; ++bit) {
           const uint32_t lanes = __ballot_sync(kFullWarp, (chosen >> bit) & 1u);
@@ -160,14 +161,14 @@ struct UnitList {
   }
 
  private:
-  // This lane's maxima: a word for steps 2j and 2j + 1 (low and high half), 32 words further for
+  // This lane's maxima: a word for steps 2j and 2j + 1 (low and high half), and 32 words further
   // the next two.
   __device__ __forceinline__ uint32_t* maxima() const {
     return reinterpret_cast<uint32_t*>(entries()) + lane_id();
   }
 
-  // Adds a batch's groups: half units, units, pairs or fours of units. pairs: each unit's two half
-  // maxima; heads: those of each two units.
+  // Adds the groups of a batch: half units, units, or pairs or fours of units. pairs: the two half
+  // maxima of each unit; heads: those of two units each.
   __device__ __forceinline__ void add_groups(const uint32_t (&pairs)[4], uint32_t heads01,
                                              uint32_t heads23, int level) const {
     GroupHistogram& groups = s.smem.groups;
@@ -187,8 +188,8 @@ struct UnitList {
     }
   }
 
-  // Which of this lane's units from `step` on reach and exceed the bound: bit i is step + 2 i, bit
-  // 16 + i the step after it.
+  // Which of this lane's units from `step` on reach and exceed the bound: bit i is step + 2 i, and
+  // bit 16 + i is the step after it.
   struct Reached {
     uint32_t reaches;
     uint32_t exceeds;

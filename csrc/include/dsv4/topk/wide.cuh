@@ -1,6 +1,6 @@
-// Top-k of a row of any width and any content: one CTA, which reads the scores once per digit and
-// twice more to write the answer. Nothing has to fit on chip and nothing has to be a number, so
-// this serves rows that no cluster can hold, and rows with fewer than k groups of numbers.
+// Top-k of a row of any width and any content, by one CTA. It reads the scores once per digit, and
+// twice more to write the answer. Nothing has to fit on the chip, and no score has to be a number.
+// So it serves rows that no cluster can hold, and rows with fewer than k groups of numbers.
 #pragma once
 
 #include <cstddef>
@@ -17,18 +17,19 @@ struct TopkWideSmem {
   static constexpr int kWarps = kThreads / kWarpSize;
   static_assert(kTopkMax == 2048, "entries holds the largest k, a power of two");
 
-  alignas(16) uint32_t hist[4][kBins];  // one per digit, so none has to be cleared in between
+  // one per digit, so no histogram has to be cleared in between
+  alignas(16) uint32_t hist[4][kBins];
   uint32_t above[kWarps];
   uint32_t equal[kWarps];
-  uint64_t entries[kTopkMax];  // last: without sort there need be no room for them
+  uint64_t entries[kTopkMax];  // last: without sort it needs no memory
 
   static constexpr size_t bytes(bool sort) {
     return sort ? sizeof(TopkWideSmem) : offsetof(TopkWideSmem, entries);
   }
 };
 
-// The row is longer than k. `scores`: its column 0. `memory` has room for TopkWideSmem and is the
-// block's own. The window comes by value: a reference would keep the caller's in local memory.
+// The row is longer than k. `scores`: its column 0. `memory` has room for TopkWideSmem and belongs
+// to the block. The window comes by value: a reference would keep the caller's in local memory.
 template <class Form, class Policy, int kThreads>
 __device__ __noinline__ void wide_select(const typename Form::Params& p, int32_t row,
                                          const typename Policy::Scalar* scores,
@@ -42,8 +43,8 @@ __device__ __noinline__ void wide_select(const typename Form::Params& p, int32_t
   for (int i = threadIdx.x; i < 4 * kBins; i += kThreads) smem.hist[0][i] = 0;
   __syncthreads();
 
-  // 1. The threshold, digit by digit: after the last one, `need` of the scores whose order is
-  //    `prefix` (in the digits seen so far) are chosen, and every one before it.
+  // 1. The threshold, digit by digit. After the last digit, `need` of the scores whose order is
+  //    `prefix` (in the digits seen so far) are chosen, and every score before them.
   uint32_t prefix = 0;
   uint32_t need = p.k;
   int shift = Policy::kBits;
@@ -101,7 +102,8 @@ __device__ __noinline__ void wide_select(const typename Form::Params& p, int32_t
   above = __reduce_add_sync(kFullWarp, lane < warp ? smem.above[lane] : 0u);
   equal = __reduce_add_sync(kFullWarp, lane < warp ? smem.equal[lane] : 0u);
 
-  // 3. Ascending positions: everything above the threshold, and the first `need` of its equals.
+  // 3. Ascending positions: every score above the threshold, and the first `need` scores equal to
+  // it.
   const typename Form::Output output(p, row, window);
   for (int32_t first = begin; first < end; first += kWarpSize) {
     const int32_t g = first + lane;

@@ -38,7 +38,7 @@ FP4_PREFILL = ((8192, 1 << 13), (4096, 1 << 15), (1024, 1 << 17), (128, 1 << 20)
 FP4_PREFILL_OPS = ("paged_logits", "block_maxima", "candidate_logits", "consumer", "source")
 LAYERS = 8
 MOST_HELD, K = 2048, 512
-# To guess how long a call takes: bytes a microsecond, and the ops that do not look at all keys.
+# Used to guess how long a call takes: bytes per microsecond, and the ops that read only some keys.
 DENSE_RATE, FEW_KEYS = 4e6, MOST_HELD * PIECE
 SHORT = ("select_blocks", "candidate_logits", "candidate_logits_ragged", "select_candidates")
 
@@ -123,7 +123,7 @@ class _Bench(CellBench):
         return Pool(self.width, self.requests, self.device, self.cache, self.queries)
 
     def _paged(self, case: _Case) -> None:
-        """Decode, and prefill where it reads pages, too."""
+        """Measure decode, and prefill that reads pages."""
         prefill = case.suite == "prefill"
         plugin = PluginOps(
             self._pool, case.rows, case.columns, self.held, self.k, DTYPES[case.dtype],
@@ -156,7 +156,7 @@ class _Bench(CellBench):
 
     def _record(self, case: _Case, name: str, wrong: str, timed: Sequence[Timed]) -> None:
         for op, calls in timed:
-            # A rotation once round, or as much of it as there is time for.
+            # Use one whole rotation, or as much of it as the time allows.
             few = op in SHORT or (op == "consumer" and name == PLUGIN)
             keys = FEW_KEYS if few else case.columns
             size = FORMS[self.cache].key_bytes

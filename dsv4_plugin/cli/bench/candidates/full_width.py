@@ -1,7 +1,7 @@
-"""What an engine does to a whole buffer of scores where it has no ops for candidates.
+"""What an engine without ops for candidates does to a whole buffer of scores.
 
-Two Triton kernels, as engines have them: the scores of all blocks, and -inf outside of a row's
-candidates. On a CPU, for a dry run, the same in torch.
+Two Triton kernels, like those of engines: the scores of all blocks, and a mask that writes -inf
+outside a row's candidates. On a CPU, for a dry run, torch does the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dsv4_plugin.cli.bench.candidates.problem import PIECE
 
 __all__ = ["block_scores", "mask"]
 
-BLOCKS = 512  # of a program
+BLOCKS = 512  # per program
 
 try:
     import triton
@@ -53,7 +53,7 @@ def _mask_kernel(scores, keep, stride, keep_stride, BLOCKS: tl.constexpr, PIECE:
 
 
 def block_scores(scores: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the largest score of every block to ``out``, inf for the newest.
+    """Write the largest score of every block to ``out``, and inf for a row's newest block.
 
     Args:
         scores: float32 ``[rows, columns]``, columns a multiple of 8 · 512 on a GPU.
@@ -72,10 +72,10 @@ def block_scores(scores: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor)
 
 
 def mask(scores: torch.Tensor, candidates: torch.Tensor, keep: torch.Tensor) -> None:
-    """Write -inf to the scores outside of the candidates.
+    """Write -inf to the scores outside the candidates.
 
     Args:
-        scores: float32 ``[rows, columns]``, as in :func:`block_scores`.
+        scores: float32 ``[rows, columns]``, as :func:`block_scores` takes them.
         candidates: int32 ``[rows, K]``.
         keep: uint8 ``[rows, columns / 8 + 1]`` for flags.
     """

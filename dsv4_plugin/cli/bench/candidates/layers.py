@@ -1,8 +1,9 @@
 """What ``bench candidates`` times: each op, and the chains of a layer and of a step.
 
-``dsv4`` is the plugin's ops. ``full width`` does what an engine does without them: float32 logits
-of all keys and a float32 top-k over the row, both the plugin's, and between them a mask over the
-whole buffer, or block scores and ``torch.topk`` over the whole buffer (:mod:`.full_width`).
+The implementation ``dsv4`` is the plugin's ops. ``full width`` does what an engine does without
+them. It uses the plugin's float32 logits of all keys and the plugin's float32 top-k over the row.
+Between them it masks the whole buffer, or it computes block scores and runs ``torch.topk`` over the
+whole buffer (:mod:`.full_width`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dsv4_plugin.ops.logits import new_logits
 
 __all__ = ["FullWidth", "PluginOps", "PrefillFullWidth", "PrefillPluginOps"]
 
-HALF_LAYERS, CONSUMERS = 3, 4  # of ratio 2, and of those that use candidates
+HALF_LAYERS, CONSUMERS = 3, 4  # layers of ratio 2, and layers that use candidates
 
 Call = Callable[[Group], None]
 
@@ -28,7 +29,7 @@ Call = Callable[[Group], None]
 class PluginOps:
     """The plugin's ops on ``rows`` rows of ``columns`` keys, in buffers of the pool's width.
 
-    ``next_n`` rows are a request's; ``width``: of the buffers, where it is another one.
+    ``next_n``: rows per request; ``width``: of the buffers, if it is not the pool's.
     """
 
     name = "dsv4"
@@ -56,7 +57,7 @@ class PluginOps:
 
     @property
     def ops(self) -> dict[str, Call]:
-        """What is timed, by name."""
+        """Return what is timed, by name."""
         return {
             "paged_logits": self.paged_logits,
             "block_maxima": lambda g: self.block_maxima(g, self.dense),
@@ -71,27 +72,27 @@ class PluginOps:
         }
 
     def paged_logits(self, g: Group) -> None:
-        """All keys' scores."""
+        """Score all keys."""
         ops.paged_logits(g.q, self.pool.cache, g.weights, self.lengths, g.table, out=self.dense,
                           backend=self.backend)  # fmt: skip
 
     def block_maxima(self, g: Group, logits: torch.Tensor | None) -> None:
-        """The blocks' scores, with those of all keys or without."""
+        """Score the blocks, with or without the scores of all keys."""
         ops.block_maxima(g.q, self.pool.cache, g.weights, self.lengths, g.table, out=self.maxima,
                           logits=logits, backend=self.backend)  # fmt: skip
 
     def select_blocks(self) -> None:
-        """The best blocks."""
+        """Select the best blocks."""
         ops.select_blocks(self.maxima, self.lengths, self.held, out=self.chosen,
                            backend=self.backend)  # fmt: skip
 
     def candidate_logits(self, g: Group) -> None:
-        """The scores of the candidates' keys."""
+        """Score the keys of the candidates."""
         ops.candidate_logits(g.q, self.pool.cache, g.weights, self.lists[id(g)], self.lengths,
                               g.table, out=self.scored, backend=self.backend)  # fmt: skip
 
     def select_candidates(self, g: Group) -> None:
-        """The best of them."""
+        """Select the best of these keys."""
         ops.select_candidates(self.scored, self.lists[id(g)], self.lengths, self.k, out=self.out,
                                backend=self.backend)  # fmt: skip
 
@@ -102,23 +103,23 @@ class PluginOps:
         )  # fmt: skip
 
     def consumer(self, g: Group) -> None:
-        """A layer that uses candidates."""
+        """Run a layer that uses candidates."""
         self._among(g, self.lists[id(g)])
 
     def source(self, g: Group) -> None:
-        """The layer that chooses them."""
+        """Run the layer that chooses the candidates."""
         self.block_maxima(g, self.dense)
         self.select_blocks()
         ops.topk(self.dense, self.lengths, self.k, out=self.out, backend=self.backend)
 
     def source_by_candidates(self, g: Group) -> None:
-        """The same without the scores of all keys: the best k lie in the best k + 1 blocks."""
+        """Run it without scores of all keys: the best k keys lie in the best k + 1 blocks."""
         self.block_maxima(g, None)
         self.select_blocks()
         self._among(g, self.chosen)
 
     def step(self, g: Group) -> None:
-        """All index layers of a decode step."""
+        """Run all index layers of a decode step."""
         for _ in range(HALF_LAYERS):
             ops.paged_logits(
                 g.q, self.pool.half_cache, g.weights, self.half_lengths, g.half_table,
@@ -130,7 +131,7 @@ class PluginOps:
             self._among(g, self.chosen)
 
     def why_wrong(self) -> str:
-        """Return what is wrong with the answers, by the oracles, or an empty string."""
+        """Return what the oracles find wrong with the answers, or an empty string."""
         g = self.groups[0]
         self.dense.fill_(-torch.inf)
         self.paged_logits(g)
@@ -172,7 +173,7 @@ class PluginOps:
 
 
 class FullWidth:
-    """The same layers without candidates ops, in float32."""
+    """The same layers without the candidate ops, in float32."""
 
     name = "full width"
 
@@ -190,7 +191,7 @@ class FullWidth:
 
     @property
     def ops(self) -> dict[str, Call]:
-        """What is timed, by name."""
+        """Return what is timed, by name."""
         return {
             "paged_logits": self.paged_logits,
             "mask": lambda g: self.mask(self.of.fixed),
@@ -201,17 +202,17 @@ class FullWidth:
         }
 
     def paged_logits(self, g: Group) -> None:
-        """All keys' scores."""
+        """Score all keys."""
         of = self.of
         ops.paged_logits(g.q, of.pool.cache, g.weights, of.lengths, g.table, out=self.dense,
                           backend=of.backend)  # fmt: skip
 
     def mask(self, candidates: torch.Tensor) -> None:
-        """-inf outside of the candidates, over the whole buffer."""
+        """Write -inf outside the candidates, in the whole buffer."""
         full_width.mask(self.dense, candidates, self.keep)
 
     def block_selection(self) -> None:
-        """The best blocks, over the whole buffer."""
+        """Select the best blocks in the whole buffer."""
         full_width.block_scores(self.dense, self.of.lengths, self.best)
         value, index = self.best.topk(self.chosen.shape[1], dim=1)
         self.chosen.copy_(torch.where(value == -torch.inf, -1, index))
@@ -220,19 +221,19 @@ class FullWidth:
         ops.topk(self.dense, lengths, self.of.k, out=self.out, backend=self.of.backend)
 
     def consumer(self, g: Group, candidates: torch.Tensor) -> None:
-        """A layer that uses candidates."""
+        """Run a layer that uses candidates."""
         self.paged_logits(g)
         self.mask(candidates)
         self._topk(self.of.lengths)
 
     def source(self, g: Group) -> None:
-        """The layer that chooses them."""
+        """Run the layer that chooses the candidates."""
         self.paged_logits(g)
         self.block_selection()
         self._topk(self.of.lengths)
 
     def step(self, g: Group) -> None:
-        """All index layers of a decode step."""
+        """Run all index layers of a decode step."""
         of = self.of
         for _ in range(HALF_LAYERS):
             ops.paged_logits(
@@ -266,7 +267,7 @@ class FullWidth:
 
 
 class PrefillPluginOps:
-    """A consumer's chunk of prefill rows by the plugin's ops."""
+    """A chunk of prefill rows in a layer that uses candidates, by the plugin's ops."""
 
     name = "dsv4"
 
@@ -281,7 +282,7 @@ class PrefillPluginOps:
 
     @property
     def ops(self) -> dict[str, Callable[[], None]]:
-        """What is timed, by name."""
+        """Return what is timed, by name."""
         return {
             "candidate_logits_ragged": self.candidate_logits,
             "select_candidates": self.select_candidates,
@@ -289,24 +290,24 @@ class PrefillPluginOps:
         }
 
     def candidate_logits(self) -> None:
-        """The scores of the candidates' keys."""
+        """Score the keys of the candidates."""
         p = self.p
         ops.candidate_logits_ragged(p.q, p.k, p.k_scale, p.weights, self.lists, p.starts, p.ends,
                                      out=self.scored, backend=self.backend)  # fmt: skip
 
     def select_candidates(self) -> None:
-        """The best of them."""
+        """Select the best of these keys."""
         ops.select_candidates(self.scored, self.lists, self.p.ends, self.k, out=self.out,
                                backend=self.backend)  # fmt: skip
 
     def consumer(self) -> None:
-        """Both."""
+        """Run both."""
         self.candidate_logits()
         self.select_candidates()
 
 
 class PrefillFullWidth:
-    """The same by the scores of all keys, in float32."""
+    """The same chunk by the scores of all keys, in float32."""
 
     name = "full width"
 
@@ -320,17 +321,17 @@ class PrefillFullWidth:
 
     @property
     def ops(self) -> dict[str, Callable[[], None]]:
-        """What is timed, by name."""
+        """Return what is timed, by name."""
         return {"ragged_logits": self.logits, "consumer": self.consumer}
 
     def logits(self) -> None:
-        """All keys' scores."""
+        """Score all keys."""
         p = self.of.p
         ops.ragged_logits(p.q, p.k, p.k_scale, p.weights, p.starts, p.ends, out=self.dense,
                            backend=self.of.backend)  # fmt: skip
 
     def consumer(self) -> None:
-        """Scores, mask, top-k."""
+        """Run scores, mask and top-k."""
         self.logits()
         full_width.mask(self.dense, self.of.lists, self.keep)
         ops.topk(self.dense, self.of.p.ends, self.of.k, out=self.out, backend=self.of.backend)

@@ -1,10 +1,11 @@
 """The tensors of ``bench candidates``: requests of a V4.1 model, their pages and queries.
 
-With the cache ``fp8`` they are as vLLM has them on Hopper, with ``fp4`` as SGLang has them.
+With the cache ``fp8`` they have the form of vLLM on Hopper, with ``fp4`` the form of SGLang.
 
 Buffers are as wide as the longest row that a server allows, whatever the rows' lengths, because
-their shapes are part of a CUDA graph. Queries, tables and candidates exist several times, more than
-the L2 holds, and the calls of a graph take them in turn: keys come from memory, as in a server.
+their shapes are part of a CUDA graph. There are several copies of queries, tables and candidates,
+together larger than the L2, and the calls of a graph use them in turn. So keys come from memory, as
+in a server.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ MOST_GROUPS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a key is kept."""
+    """How the cache keeps a key."""
 
     values: int  # bytes
     scales: int  # bytes
-    half_page: int  # keys of a page of the layers with a key for two tokens
-    page_bytes: dict[int, int]  # from one page to the next, by its keys
+    half_page: int  # keys per page in the layers with one key for two tokens
+    page_bytes: dict[int, int]  # bytes from one page to the next, by keys per page
 
     @property
     def key_bytes(self) -> int:
@@ -45,19 +46,19 @@ FORMS = {
 
 @dataclasses.dataclass
 class Group:
-    """What one decode step of a few requests is called with."""
+    """The arguments of one decode step of a few requests."""
 
     q: torch.Tensor  # [requests, next_n, HEADS, HEAD_DIM]
     weights: torch.Tensor  # [rows, HEADS]
-    table: torch.Tensor  # int32 [requests, pages] of the cache with a key a token
-    half_table: torch.Tensor  # int32 [requests, pages] of the caches with a key for two tokens
+    table: torch.Tensor  # int32 [requests, pages] of the cache with one key per token
+    half_table: torch.Tensor  # int32 [requests, pages] of the caches with one key for two tokens
 
 
 class Pool:
     """Pages of ``requests`` requests of ``width`` tokens, shuffled over two caches.
 
-    ``cache`` has a key a token in pages of 64 keys, ``half_cache`` one for two tokens: the layers
-    of ratio 1 and of ratio 2.
+    ``cache`` has one key per token in pages of 64 keys (layers of ratio 1). ``half_cache`` has one
+    key for two tokens (layers of ratio 2).
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Pool:
         cache = torch.empty(shape, dtype=torch.uint8, device=self.device)
         values = self.keys[:keys].view(torch.uint8).view(each, split)
         scales = self.scales[:keys].view(torch.uint8).view(each, end - split)
-        for request in range(self.requests):  # every request's keys are others of its own
+        for request in range(self.requests):  # every request has its own keys
             part = cache[request * each : (request + 1) * each]
             part[:, :split] = values.roll(request, 0)
             part[:, split:end] = scales.roll(request, 0)
@@ -100,7 +101,7 @@ class Pool:
         return cache[:, :end], order.view(self.requests, each)
 
     def groups(self, rows: int, next_n: int = 1) -> list[Group]:
-        """Return the calls of a rotation, each of other requests."""
+        """Return the calls of a rotation, each with other requests."""
         found, batch = [], rows // next_n
         for i in range(max(1, min(self.requests // batch, MOST_GROUPS))):
             part, first = slice(i * batch, (i + 1) * batch), i * rows % (len(self.q) - rows + 1)
@@ -111,7 +112,7 @@ class Pool:
 
 
 class Prefill:
-    """One request's gathered FP8 keys and a chunk of rows that all see all of them."""
+    """One request's gathered FP8 keys, and a chunk of rows that all see every key."""
 
     def __init__(self, pool: Pool, rows: int, columns: int) -> None:
         device = pool.device
@@ -132,7 +133,7 @@ def candidate_lists(rows: int, columns: int, held: int, seed: int, device: str) 
     blocks = -(-columns // PIECE)
     count = min(held, blocks)
     rank = torch.rand(rows, blocks, generator=g, device=device)
-    rank[:, -1] = 2.0  # the newest
+    rank[:, -1] = 2.0  # the newest block
     found = torch.full((rows, held), -1, dtype=torch.int32, device=device)
     found[:, :count] = rank.topk(count, dim=1).indices.sort(1).values.int()
     return found

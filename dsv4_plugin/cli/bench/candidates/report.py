@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def table(results: list[Row]) -> list[str]:
-    """Return a block of lines for each suite: a line an op, a column for each cell."""
+    """Return a block of lines for each suite: a line per op, a column per cell."""
     lines = []
     for suite in dict.fromkeys(row["suite"] for row in results):
         some = [row for row in results if row["suite"] == suite]

@@ -1,1 +1,1 @@
-"""The benchmarks of the index logits and of the chain to indices, beside those of the top-k."""
+"""The benchmarks of the index logits, and of the chain from logits to indices."""

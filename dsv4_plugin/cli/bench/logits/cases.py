@@ -1,7 +1,7 @@
 """The cases of ``bench logits`` and ``bench chain``, and the tensors of each.
 
-Keys are N(0,1), quantised as the engines do it (a scale a key, its largest value over 448); pages
-are shuffled over the cache. A :class:`Case` with ``k`` is a cell of the chain.
+Keys are N(0,1), quantised as the engines do it (one scale per key, its largest value over 448).
+Pages are shuffled over the cache. A :class:`Case` with ``k`` is a cell of the chain.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Paged:
 
     @property
     def n(self) -> torch.Tensor:
-        """The scores of every row."""
+        """The number of scores of every row."""
         return self.lengths.flatten()
 
     def keys(self, row: int, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +90,7 @@ class Ragged:
 
     @property
     def n(self) -> torch.Tensor:
-        """The scores of every row."""
+        """The number of scores of every row."""
         return self.row_ends
 
     def keys(self, row: int, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +112,7 @@ class Case:
 
     suite: str
     dtype: str
-    batch: int  # requests; of prefill: queries
+    batch: int  # requests; for prefill: queries
     columns: int  # keys of the longest row
     next_n: int = 1
     lengths: str = "full"  # or "varied": uniform, the first row full; prefill: "causal"
@@ -125,12 +125,12 @@ class Case:
 
     @property
     def data(self) -> tuple[object, ...]:
-        """What the tensors depend on: cases with the same are measured on the same tensors."""
+        """What the tensors depend on; cases with equal ``data`` share their tensors."""
         return self.suite == "prefill", self.batch, self.columns, self.next_n, self.lengths
 
     @property
     def cache_bytes(self) -> int:
-        """The bytes of the keys that the case holds, and of whole pages where it is paged."""
+        """The bytes of the keys that the case holds, with whole pages if it is paged."""
         if self.suite == "prefill":
             return self.columns * KEY_BYTES
         return self.batch * -(-self.columns // PAGE_SIZE) * PAGE_SIZE * KEY_BYTES
@@ -146,18 +146,18 @@ class Case:
         return drawn.clamp(min=min(self.next_n, self.columns))
 
     def ends(self) -> torch.Tensor:
-        """Return where every row of prefill ends: the last queries of one causal context."""
+        """Return where each row of prefill ends; the rows are a causal context's last queries."""
         row = torch.arange(self.batch)
         return (self.columns - self.batch + 1 + row).clamp(min=0).int()
 
     @property
     def keys_read(self) -> int:
-        """The keys that a call has to read once."""
+        """The keys that a call must read once."""
         return self.columns if self.suite == "prefill" else int(self.contexts().sum())
 
     @property
     def scores(self) -> int:
-        """The scores that a call makes."""
+        """The number of scores that a call computes."""
         if self.suite == "prefill":
             return int(self.ends().sum())
         behind = torch.arange(self.next_n)
@@ -219,7 +219,7 @@ def _cache(pages: int, g: torch.Generator) -> torch.Tensor:
 # ---- The suites ----------------------------------------------------------------------------------
 
 
-# suite → requests and keys of each, and what else makes cells of these
+# suite → requests and keys of each, and the other values that make its cells
 _GRIDS: dict[str, tuple[Sequence[tuple[int, int]], Sequence[dict[str, Any]]]] = {
     "decode": ((), ({},)),
     "next_n": (NEXT_N_SHAPES, [{"next_n": next_n} for next_n in NEXT_N]),
@@ -237,9 +237,9 @@ def suite(
 ) -> list[Case]:
     """Return the cases of one suite of ``bench logits``.
 
-    ``rows`` are requests (of ``prefill``: queries). In ``decode`` they and ``columns`` replace the
-    suite's lists; elsewhere both together replace its shapes, and one alone chooses among them.
-    Cells whose cache is larger than 40 GiB are left out.
+    ``rows`` are requests (for ``prefill``: queries). In ``decode`` they and ``columns`` replace the
+    suite's lists. In the other suites both together replace its shapes, and one alone chooses among
+    them. Cells whose cache is larger than 40 GiB are left out.
     """
     if name not in _GRIDS:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")
@@ -272,7 +272,7 @@ def chain(
     rows: Sequence[int] | None = None,
     columns: Sequence[int] | None = None,
 ) -> list[Case]:
-    """Return the cases of ``bench chain``; arguments choose as in the suites with shapes."""
+    """Return the cases of ``bench chain``; the arguments choose as in the suites with shapes."""
     return [
         Case("decode", dtype, batch, context, k=k)
         for batch, context in _shapes(CHAIN_SHAPES, rows, columns)

@@ -1,9 +1,10 @@
-"""Timing of the chain: from the keys to the indices of the best, in one CUDA graph.
+"""Timing of the chain: from the keys to the indices of the best keys, in one CUDA graph.
 
-The plugin runs :func:`dsv4_plugin.select`. A peer is a float32 logits kernel and then a top-k: each
-logits kernel of the peers file with the one that stands for vLLM's choice and with SGLang's, each
-of an installed engine with that engine's. Every answer must be the exact top-k of the scores that
-the same implementation's logits kernel makes, and those scores must be right.
+The plugin runs :func:`dsv4_plugin.select`. A peer is a float32 logits kernel and then a top-k. Each
+logits kernel of the peers file is joined with the top-k that stands for vLLM's choice and with
+SGLang's. Each logits kernel of an installed engine is joined with that engine's top-k. Every answer
+must be the exact top-k of the scores that the same implementation's logits kernel makes, and those
+scores must be right.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Answers = dict[int, dict[tuple[str, str], torch.Tensor]]  # k -> (implementation
 
 
 def shared(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
-    """Return which share of each row of indices ``b`` is in ``a``: the mean and the worst row.
+    """Return the share of each row of ``b`` that is also in ``a``: the mean and the worst row.
 
     A row of ``b`` without indices counts as shared.
     """
@@ -44,7 +45,7 @@ def shared(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
 
 
 class _Run:
-    """One implementation with an output of its own."""
+    """One implementation with its own output."""
 
     def __init__(self, call: Call, case: Case, device: torch.device) -> None:
         self._call = call
@@ -56,7 +57,7 @@ class _Run:
         self._call(problem, self.out)
 
     def soil(self) -> None:
-        """Make sure that what is there is no answer."""
+        """Overwrite the output with a value that is no answer."""
         self.out.fill_(DIRTY)
 
 
@@ -64,7 +65,7 @@ class ChainBench(KeyBench):
     """Measures cases of ``bench chain``; ``choices`` are the top-k peers that end a chain."""
 
     choices: tuple[str, ...] = ()
-    _begun = 0  # where the results of the group begin
+    _begun = 0  # index of the group's first result
     _answers: Answers  # of the group
 
     def _begin(self, group: list[Case]) -> Cell:
@@ -129,7 +130,7 @@ class ChainBench(KeyBench):
         return self.measure(case, self._about(case), runs, warm, cold)
 
     def _implementations(self, case: Case, problem: Paged) -> dict[str, _Run]:
-        """Return the plugin first, then the peers' chains, which are of float32 only."""
+        """Return the plugin first, then the peers' chains, which exist in float32 only."""
         device = problem.q.device
         scratch = new_logits(case.rows, case.columns, DTYPES[case.dtype], device)
 
@@ -156,7 +157,7 @@ class ChainBench(KeyBench):
         raise KeyError(name)
 
     def _agree(self, rows: list[Row], answers: Answers) -> None:
-        """Note beside the plugin's how much of its choice each right chain of the peers shares."""
+        """Note in the plugin's results how much of its choice each right peer chain shares."""
         for row in rows:
             if row["implementation"] != PLUGIN:
                 continue

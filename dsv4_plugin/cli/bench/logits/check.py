@@ -1,6 +1,6 @@
-"""Whether logits are right: a sample of them against float64, within the tests' tolerance.
+"""Whether logits are right: a sample is compared with float64, within the tests' tolerance.
 
-What is right is said by :func:`dsv4_plugin.cli.checks.exact.outside`.
+:func:`dsv4_plugin.cli.checks.exact.outside` defines what is right.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dsv4_plugin.cli.checks import exact
 
 __all__ = ["TOLERANCE", "Sample"]
 
-# By device: the tensor cores, the torch reference.
+# By device: the tolerance of the tensor cores, and of the torch reference.
 TOLERANCE = {"cuda": exact.TOLERANCE["cuda", "normal"], "cpu": exact.TOLERANCE["torch", "normal"]}
 MOST_ROWS, MOST_COLUMNS = 16, 4096
-EDGE = 64  # the first and the last columns of a row are always looked at
+EDGE = 64  # the first and last columns of a row are always checked
 
 
 class Sample:
-    """Rows and columns of a call, and their scores in float64, found once."""
+    """Rows and columns of a call, and their scores in float64, computed once."""
 
     def __init__(self, problem: Paged | Ragged) -> None:
         self._problem, self._g = problem, torch.Generator().manual_seed(0)
@@ -29,7 +29,7 @@ class Sample:
         self._parts = list(self._exact())
 
     def _exact(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Give row, columns, scores and magnitudes of what is looked at."""
+        """Yield row, columns, scores and magnitudes of the checked sample."""
         problem, n = self._problem, self._problem.n.tolist()
         rows = {0, len(n) - 1, *torch.randperm(len(n), generator=self._g)[: MOST_ROWS - 2].tolist()}
         for row in sorted(rows):
@@ -50,7 +50,7 @@ class Sample:
         return torch.cat([torch.arange(EDGE), drawn, torch.arange(n - EDGE, n)])
 
     def why_wrong(self, logits: torch.Tensor) -> str:
-        """Return what is wrong with ``logits`` first, or an empty string."""
+        """Return the first error in ``logits``, or an empty string."""
         for row, columns, score, size in self._parts:
             got = logits[row, columns]
             wrong = exact.outside(got, score, size, self.tolerance)[0]

@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]
         bench.choices = tuple(engines.values())
         about |= {f"{name}_choice": choice for name, choice in engines.items()}
         if others["logits"]:
-            # Where the peers are all of engines, an engine that was not named is not missed.
+            # If all peers come from engines, an engine that was not named is not reported as
+            # missing.
             missed = bench.choices if arguments.peers else tuple(filter(None, asked.values()))
             for name in sorted(set(missed) - set(others["decode"]) - set(others.missing)):
                 say(f"{name} is not compared: it is not among the peers")
@@ -56,5 +57,5 @@ def run(arguments: argparse.Namespace, file: Results, say: Callable[[str], None]
 
 
 def _form(suite: str) -> str:
-    """Return the form of the peers that a suite has."""
+    """Return the form of peers that a suite uses."""
     return "ragged_logits" if suite == "prefill" else "logits"

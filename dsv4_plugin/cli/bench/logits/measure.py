@@ -1,7 +1,7 @@
 """Timing of the logits' cases, one after the other, beside the peers.
 
 Every implementation is checked before and after it is timed. The floor of a cell is the time in
-which the memory reads the keys once, 132 bytes each, at the rate of a large read of the same run.
+which the memory reads the keys once, 132 bytes each, at the rate of a large read in the same run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dsv4_plugin.ops.logits import new_logits
 
 __all__ = ["Bench", "KeyBench", "peer_logits"]
 
-NOMINAL_OPS_US = 1e9  # operations a microsecond, to guess how long a cell takes
+NOMINAL_OPS_US = 1e9  # operations per microsecond, to guess how long a cell takes
 
 Problem = Paged | Ragged
 
@@ -36,7 +36,7 @@ def peer_logits(call: Any, dtype: torch.dtype, problem: Problem) -> torch.Tensor
 
 
 class KeyBench(CellBench):
-    """What the benchmarks that begin at the keys share; ``read_rate`` is in bytes a microsecond."""
+    """What the benchmarks that begin at the keys share; ``read_rate``: bytes per microsecond."""
 
     read_rate = 1.0
 
@@ -76,7 +76,7 @@ class KeyBench(CellBench):
     def _cold(
         self, case: Case, run: Callable[[Problem], Any], held: list[Problem], warm_us: float
     ) -> float | None:
-        """Time a rotation over the copies; prefill's keys are few and stay in the L2."""
+        """Time a rotation over the copies; the keys of a prefill are few and stay in the L2."""
         if case.suite == "prefill":
             return None
         calls = [functools.partial(run, problem) for problem in held]
@@ -84,14 +84,14 @@ class KeyBench(CellBench):
 
 
 class _Run:
-    """One implementation; keeps what it gave last."""
+    """One implementation; it keeps the logits of its last call."""
 
     def __init__(self, call: Callable[[Problem], torch.Tensor], out: torch.Tensor | None) -> None:
         self._call, self._out = call, out
         self.logits: torch.Tensor | None = None
 
     def __call__(self, problem: Problem) -> None:
-        self.logits = None  # so that the next call takes the same memory
+        self.logits = None  # so that the next call gets the same memory
         self.logits = self._call(problem)
 
     def why_wrong(self, sample: Sample) -> str:
@@ -100,7 +100,7 @@ class _Run:
         return sample.why_wrong(self.logits)
 
     def soil(self) -> None:
-        """Make sure that what is there is no answer, where the output is the plugin's."""
+        """Overwrite the output with a value that is no answer, if the output is the plugin's."""
         if self._out is not None:
             self._out.fill_(torch.nan)
 

@@ -13,14 +13,14 @@ Row = dict[str, Any]
 
 FLOOR = "the keys' bytes at the read rate"
 TITLES = {
-    "next_n": "Several queries a request",
+    "next_n": "Several queries per request",
     "varied": "Lengths from 1 to the columns",
     "prefill": "Prefill: causal windows of gathered keys",
 }
 
 
 def lines(results: list[Row]) -> list[str]:
-    """Return the table of each suite that was run."""
+    """Return the table of each suite that ran."""
     text = grid([row for row in results if row["suite"] == "decode"], FLOOR)
     for suite, title in TITLES.items():
         some = [row for row in results if row["suite"] == suite]
@@ -38,7 +38,7 @@ def _line(row: Row) -> str:
 
 
 def _agreement(plugin: list[Row]) -> list[str]:
-    """Say how much of the plugin's choice the peers' float32 chains share."""
+    """Describe how much of the plugin's choice the peers' float32 chains share."""
     text: list[str] = []
     for dtype in dict.fromkeys(row["dtype"] for row in plugin):
         for name in dict.fromkeys(name for row in plugin for name in row["agreement"]):

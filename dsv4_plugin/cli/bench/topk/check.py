@@ -1,6 +1,6 @@
-"""Whether an answer is the k largest scores: before and after every timing.
+"""Whether an answer is the k largest scores; checked before and after every timing.
 
-Peers promise the set by value only; :attr:`Verdict.ties` says whether equal scores went to the
+Peers promise only the set by value. :attr:`Verdict.ties` says whether equal scores went to the
 lowest index.
 """
 
@@ -17,7 +17,7 @@ __all__ = ["Verdict", "judge"]
 
 
 class Verdict(NamedTuple):
-    """What is true of an answer; ``why`` names the first thing that is not."""
+    """The properties of an answer; ``why`` names the first one that does not hold."""
 
     exact: bool
     ties: bool
@@ -25,12 +25,12 @@ class Verdict(NamedTuple):
 
 
 def judge(problem: Problem, out: torch.Tensor, *, ties: bool = False) -> Verdict:
-    """Judge ``[rows, k]`` indices that count from each row's start; -1 is no index.
+    """Judge ``[rows, k]`` indices that count from each row's start; -1 means no index.
 
-    ``ties``: the tie rule counts, too.
+    ``ties``: also require the tie rule.
     """
     broken = faults(problem.logits, problem.lengths, out.shape[1], out, starts=problem.row_starts)
-    rules = TIES + ties  # those of the set, and then that of ties
+    rules = TIES + ties  # the rule for the set, and then the rule for ties
     of_rule = broken.any(0).tolist()[:rules]
     why = next((rule for rule, bad in zip(RULES, of_rule, strict=False) if bad), "")
     return Verdict(not any(of_rule[:TIES]), ties and not any(of_rule), why)

@@ -1,8 +1,8 @@
 """Timing of the top-k's cases, one after the other, beside the peers.
 
-Every implementation is checked before and after it is timed. *Warm*: the same scores at every
-launch. *Cold*: copies of them in turn (:mod:`dsv4_plugin.cli.bench.cells`). *Served*: as in a
-server (:mod:`dsv4_plugin.cli.bench.topk.served`).
+Every implementation is checked before and after it is timed. *Warm*: every launch reads the same
+scores. *Cold*: the launches read copies in turn (:mod:`dsv4_plugin.cli.bench.cells`). *Served*: a
+call as in a server (:mod:`dsv4_plugin.cli.bench.topk.served`).
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class Bench(CellBench):
         return lambda case: (floor_us, self._cell(case, copies, problem, floor_us))
 
     def _copies(self, logits: torch.Tensor, read: int) -> list[torch.Tensor]:
-        """Return the scores and copies of them, of each of which a call reads ``read`` bytes."""
+        """Return the scores and copies of them; a call reads ``read`` bytes of each."""
         if logits.device.type != "cuda":
             return [logits]
         count = copies_for(read, logits.numel() * logits.element_size())
         return [logits, *(logits.clone() for _ in range(count - 1))]
 
     def _launches(self, case: Case, floor_us: float | None) -> int:
-        """How many launches a graph gets: fewer where one takes long."""
+        """Return the launches of a graph: fewer if one takes long."""
         us = floor_us if floor_us is not None else case.bytes_read / 2e6
         return launches_for(us, self.launches)
 
@@ -81,7 +81,7 @@ class Bench(CellBench):
     def _cell(
         self, case: Case, copies: list[torch.Tensor], problem: Problem, floor_us: float
     ) -> str:
-        """Measure every implementation in one cell; returns what the progress line shows."""
+        """Measure every implementation in one cell; return the text of the progress line."""
         held = [dataclasses.replace(problem, logits=x) for x in copies]
         runs = self._implementations(case)
         about: Row = {

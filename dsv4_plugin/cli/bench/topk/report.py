@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 
 def lines(results: list[Row], roof: Row) -> list[str]:
-    """Return the table of each suite that was run."""
+    """Return the table of each suite that ran."""
     text: list[str] = []
     suites = list(dict.fromkeys(row["suite"] for row in results))
     if "decode" in suites:
@@ -40,7 +40,7 @@ def _distinct(rows: list[Row], name: str) -> list[Any]:
 
 
 def grid(decode: list[Row], floor: str) -> list[str]:
-    """Return the tables rows x columns of the plugin, one a dtype and k, beside the best peer."""
+    """Return one rows x columns table per dtype and k: the plugin beside the best peer."""
     plugin = [row for row in decode if row["implementation"] == PLUGIN]
     text = []
     for dtype in _distinct(plugin, "dtype"):
@@ -120,7 +120,7 @@ def _paged(rows: list[Row]) -> list[str]:
 
 
 def _cells(title: str, rows: list[Row], us: Callable[[Row], str]) -> list[str]:
-    """Return a line a cell with every implementation in it."""
+    """Return one line per cell with every implementation in it."""
     text = ["", title]
     for cell in dict.fromkeys((row["k"], row["rows"], row["columns"]) for row in rows):
         shown = [

@@ -1,10 +1,10 @@
-"""What a call costs where a server makes it.
+"""The cost of a call under the conditions of a server.
 
-There a layer's other kernels, and the weights they read, have taken the caches since the last
-call: the kernel's own code comes from memory, and so do the lengths. Only the scores have just
-been written. So, in a CUDA graph, again and again: the L2 is overwritten, other kernels take the
-instruction caches, the scores are written, the call follows. What the graph takes longer than
-without the call is what the call costs, its launch included.
+In a server, a layer's other kernels and their weights have filled the caches since the last call.
+The kernel's own code comes from memory, and so do the lengths. Only the scores have just been
+written. The benchmark repeats this in a CUDA graph: it overwrites the L2, runs other kernels that
+fill the instruction caches, writes the scores and makes the call. The cost of the call, with its
+launch, is the time of this graph minus the time of a graph without the call.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dsv4_plugin.cli.checks.topk_cases import DTYPES
 __all__ = ["Elsewhere"]
 
 LAUNCHES = 8
-ROUNDS = 3  # with and without in turn; the median difference counts
+ROUNDS = 3  # rounds with and without the call in turn; the median difference counts
 
 
 class Elsewhere:
     """The work between two calls: other memory, other code.
 
-    The code is this package's own for all dtypes but that of the call: together these kernels are
-    several times larger than an instruction cache.
+    The other code is this package's kernels for all dtypes but that of the call. Together these
+    kernels are several times larger than an instruction cache.
     """
 
     def __init__(self, device: str) -> None:
@@ -48,7 +48,7 @@ class Elsewhere:
                 self._calls.append((name, call))
 
     def between(self, dtype: str) -> None:
-        """Do what lies between two calls of a ``dtype``."""
+        """Run the work that lies between two calls of a ``dtype``."""
         self.memory.zero_()
         for name, other in self._calls:
             if name != dtype:
@@ -63,7 +63,7 @@ class Elsewhere:
         *,
         replays: int,
     ) -> float:
-        """Return microseconds of ``call`` where ``scores`` was just copied from ``source``."""
+        """Return the microseconds of ``call`` just after ``scores`` was copied from ``source``."""
 
         def without() -> None:
             self.between(dtype)

@@ -1,13 +1,13 @@
 """The kernels of the engines that are installed here, as peers of the benchmarks.
 
-One file an engine, with
+There is one file per engine, with
 
-* ``name()``: what its kernels are called, with its release; None where it is not installed,
-* ``FORMS``: what it has of each form (:mod:`dsv4_plugin.cli.bench.peers`): the end of a kernel's
-  name, and what makes the kernel, or why there is none,
-* ``CHOICE``: the end of the name of the top-k that the engine runs itself, None for no engine.
+* ``name()``: the name of its kernels, with its release; None if it is not installed,
+* ``FORMS``: its kernels of each form (:mod:`dsv4_plugin.cli.bench.peers`): the end of a kernel's
+  name, and the function that makes the kernel, or a text that says why there is none,
+* ``CHOICE``: the end of the name of the top-k that the engine runs itself; None for no engine.
 
-Every kernel says which function of the engine it calls, and how the engine calls it itself.
+Every kernel says which function of the engine it calls, and how the engine itself calls it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ENGINES = dict(
 
 
 def kernels(engine: str, form: str) -> dict[str, Call | str]:
-    """Return an engine's kernels of a form by name; in place of a kernel, why there is none."""
+    """Return an engine's kernels of a form by name; a text says why a kernel is missing."""
     module = ENGINES[engine]
     name = module.name()
     if name is None:
@@ -42,7 +42,7 @@ def kernels(engine: str, form: str) -> dict[str, Call | str]:
 
 
 def choice(engine: str) -> str | None:
-    """Return the name of the top-k that an engine runs itself, None where there is none."""
+    """Return the name of the top-k that an engine runs itself; None if there is none."""
     module = ENGINES[engine]
     name, end = module.name(), module.CHOICE
     return None if name is None or end is None else name + end
@@ -51,8 +51,8 @@ def choice(engine: str) -> str | None:
 def load(engines: Sequence[str], forms: Sequence[str], file: Path | None, *, of: str) -> Peers:
     """Return the peers of the forms ``of`` a benchmark: the file's, and the engines' of ``forms``.
 
-    ``forms`` are those of the cells that are measured: what an engine has not got is said of these
-    only. A kernel of the file has the name where both have it.
+    ``forms`` are those of the measured cells. The output names an engine's missing kernels for
+    these forms only. If the file and an engine use the same name, the file's kernel keeps it.
     """
     found = peers.load(file, peers.FORMS_OF[of])
     for engine in dict.fromkeys(engines):

@@ -1,6 +1,6 @@
-"""FlashInfer: its fused top-k's, which vLLM and SGLang call where they are told to.
+"""FlashInfer: its fused top-k functions, which vLLM and SGLang call on request.
 
-Which kernel it takes (radix, clusters, CUB) is its own choice. Read in FlashInfer 0.6 and 0.7.
+FlashInfer itself chooses its kernel (radix, clusters, CUB). Read in FlashInfer 0.6 and 0.7.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE
 
 __all__ = ["CHOICE", "FORMS", "name"]
 
-CHOICE = None  # FlashInfer is no engine, and ends no chain
+CHOICE = None  # FlashInfer is no engine, so no chain ends with its top-k
 
 _windows = Prepared("the windows' lengths")
 
 
 def name() -> str | None:
-    """Return FlashInfer's name with its release, None where it is not installed."""
+    """Return FlashInfer's name with its release; None if it is not installed."""
     return release("flashinfer", "flashinfer-python")
 
 
@@ -40,7 +40,7 @@ def _function(name: str) -> Any:
 
 
 def _safe(function: Any) -> dict[str, Any]:
-    """Return what makes a call safe in a CUDA graph, where the release can be asked."""
+    """Return the argument that makes a call safe in a CUDA graph, if the release has it."""
     return {"dsa_graph_safe": True} if _takes(function, "dsa_graph_safe") else {}
 
 
@@ -55,8 +55,9 @@ def _decode() -> Any:
     def decode(logits: torch.Tensor, lengths: torch.Tensor, k: int, out: torch.Tensor) -> None:
         """``flashinfer.top_k_ragged_transform``, as vLLM's ``flashinfer`` backend calls it.
 
-        Arguments: scores, offsets (zeros), lengths, k. It returns a new tensor, which is copied, as
-        vLLM does: the copy is in the time. ``dsa_graph_safe`` as SGLang passes it.
+        Arguments: scores, offsets (zeros), lengths, k. It returns a new tensor. The peer copies it,
+        as vLLM does, so the time includes the copy. ``dsa_graph_safe`` is passed as SGLang passes
+        it.
         """
         need(logits.is_contiguous(), "takes contiguous scores only")
         out.copy_(ragged(logits, zeros_for(lengths, _windows), lengths, k, **more))
@@ -76,7 +77,7 @@ def _prefill() -> Any:
     ) -> None:  # fmt: skip
         """``flashinfer.top_k_ragged_transform`` with ``row_starts``, as SGLang's backend calls it.
 
-        Arguments as in :func:`_decode`; with offsets of zero indices count from the row's start.
+        Arguments as in :func:`_decode`; with offsets of zero, indices count from the row's start.
         """
         need(logits.is_contiguous(), "takes contiguous scores only")
         lengths = lengths_of(row_starts, row_ends, _windows)

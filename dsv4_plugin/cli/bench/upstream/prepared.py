@@ -1,8 +1,8 @@
-"""What a call of an engine needs beside its arguments, made before a capture.
+"""Tensors that an engine's call needs beside its arguments, made before a capture.
 
-An engine keeps its workspaces and makes its plans once a step, not once a layer. A benchmark calls
-every kernel eagerly with the tensors that it captures; there these are made, outside of what is
-timed.
+An engine keeps its workspaces and makes its plans once per step, not once per layer. A benchmark
+first calls every kernel eagerly with the tensors that it captures. That eager call makes these
+tensors, outside the timed part.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ __all__ = [
 ]  # fmt: skip
 
 T = TypeVar("T")
-Maker = Callable[[], Callable[..., Any]]  # returns a kernel, or raises why there is none
+# returns a kernel, or raises with the reason why there is none
+Maker = Callable[[], Callable[..., Any]]
 
 
 def capturing() -> bool:
@@ -33,9 +34,9 @@ def capturing() -> bool:
 
 
 class Prepared:
-    """What was made for a key; a capture finds it and makes nothing.
+    """Tensors that were made for a key; a capture finds them and makes nothing.
 
-    ``most`` bounds what is held: what was asked for longest ago goes first.
+    ``most`` limits how many are held; the least recently used one is dropped first.
     """
 
     def __init__(self, what: str, most: int = 256) -> None:
@@ -43,7 +44,7 @@ class Prepared:
         self._held: dict[Hashable, Any] = {}
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what is held for ``key``; in an eager call it is made where it is not."""
+        """Return the tensor held for ``key``; an eager call makes it if there is none."""
         if key not in self._held:
             if capturing():
                 raise RuntimeError(f"{self._what}: call once eagerly before a capture")
@@ -55,9 +56,9 @@ class Prepared:
         return held
 
     def anew(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return a copy of what ``make`` gives, made in every eager call, at one place for ``key``.
+        """Return a copy of what ``make`` gives; each eager call makes it again in the same memory.
 
-        What it is made of may have changed in place since; a capture keeps what is there.
+        Its source may have changed in place since; a capture keeps the content that is there.
         """
         if key in self._held and not capturing():
             self._held[key].copy_(make())
@@ -65,7 +66,7 @@ class Prepared:
 
 
 def need(condition: bool, what: str) -> None:
-    """Raise what a kernel takes, where a call is outside of it."""
+    """Raise with the limit of a kernel if a call is outside of it."""
     if not condition:
         raise ValueError(what)
 
@@ -74,7 +75,7 @@ def imported(name: str) -> Any:
     """Import a module of an engine.
 
     Raises:
-        LookupError: it is not there, or it cannot be imported; says why.
+        LookupError: it is not installed, or it cannot be imported; the message says why.
     """
     package = name.partition(".")[0]
     try:
@@ -83,12 +84,12 @@ def imported(name: str) -> Any:
         return importlib.import_module(name)
     except LookupError:
         raise
-    except Exception as error:  # an engine's import may fail in any way
+    except Exception as error:  # an engine's import can fail in any way
         raise LookupError(f"{name} cannot be imported ({reason(error)})") from error
 
 
 def tried(name: str, make: Maker) -> dict[str, Callable[..., Any] | str]:
-    """Return the kernel that ``make`` gives by name, or why there is none."""
+    """Return the kernel that ``make`` gives by name, or the reason why there is none."""
     try:
         return {name: make()}
     except LookupError as error:
@@ -98,10 +99,11 @@ def tried(name: str, make: Maker) -> dict[str, Callable[..., Any] | str]:
 
 
 def release(package: str, distribution: str | None = None) -> str | None:
-    """Return a package's name with its version, None where it is not installed.
+    """Return a package's name with its version; None if it is not installed.
 
-    The version is the distribution's; only where there is none the package is imported for it. One
-    that cannot be imported has its name alone: what is wrong with it is said of its kernels.
+    The version is the distribution's. The package is imported for its version only if there is no
+    distribution. A package that cannot be imported is named without version; the messages about its
+    kernels say what is wrong with it.
     """
     if not _there(package):
         return None
@@ -128,7 +130,7 @@ def reason(error: BaseException) -> str:
 
 
 def zeros_for(lengths: torch.Tensor, held: Prepared) -> torch.Tensor:
-    """Return a zero a row, as starts or offsets of rows that begin at their first column."""
+    """Return one zero per row: starts or offsets of rows that begin at their first column."""
     key = "zeros", lengths.shape, lengths.dtype, str(lengths.device)
     return held.get(key, lambda: torch.zeros_like(lengths))
 
@@ -140,7 +142,7 @@ def lengths_of(row_starts: torch.Tensor, row_ends: torch.Tensor, held: Prepared)
 
 
 def sms(device: torch.device) -> int:
-    """Return the number of multiprocessors; 132 where there is no GPU."""
+    """Return the number of multiprocessors; 132 without a GPU."""
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -149,7 +151,8 @@ def sms(device: torch.device) -> int:
 def schedule_of(module: Any, lengths: torch.Tensor, schedules: Prepared) -> torch.Tensor:
     """Return what DeepGEMM's paged logits need of the lengths, made as the engines make it.
 
-    ``get_paged_mqa_logits_metadata`` of lengths, keys a page and multiprocessors, once a step.
+    It is ``get_paged_mqa_logits_metadata`` of the lengths, keys per page and multiprocessors, once
+    per step.
     """
 
     def make() -> torch.Tensor:

@@ -26,7 +26,7 @@ __all__ = ["CHOICE", "FORMS", "name"]
 
 CHOICE = " v2"
 
-# Where the top-k of DeepSeek-V4 is: from 0.5.17 on, and before.
+# The module of DeepSeek-V4's top-k: from 0.5.17 on, and before.
 MODULES = ("sglang.kernels.ops.attention.dsv4.topk", "sglang.jit_kernel.dsv4.topk")
 TRANSFORMS = ("topk_transform_paged_v2", "topk_transform_512_v2")  # renamed in 0.5.20
 SMALL_COLUMNS = 16_384
@@ -38,7 +38,7 @@ _schedules = Prepared("DeepGEMM's schedule")
 
 
 def name() -> str | None:
-    """Return SGLang's name with its release, None where it is not installed."""
+    """Return SGLang's name with its release; None if it is not installed."""
     return release("sglang")
 
 
@@ -63,16 +63,17 @@ def _function(*names: str) -> Any:
 
 
 def _plan(make: Any, lengths: torch.Tensor) -> torch.Tensor:
-    """Return the plan for these lengths, made anew in every eager call.
+    """Return the plan for these lengths; each eager call makes it anew.
 
-    The kernel reads it before it waits for the kernel before it (programmatic dependent launch), so
-    that the plan's kernel must not be the one right before: the copy is between them.
+    The kernel reads the plan before it waits for the previous kernel (programmatic dependent
+    launch). So the kernel that makes the plan must not come right before it. The copy lies between
+    them.
     """
     return _plans.anew((len(lengths), lengths.data_ptr()), lambda: make(lengths))
 
 
 def _identity(logits: torch.Tensor) -> torch.Tensor:
-    """Return a page table by which a slot is a column."""
+    """Return a page table that makes a slot equal to a column."""
     (rows, columns), device = logits.shape, logits.device
 
     def make() -> torch.Tensor:
@@ -96,8 +97,8 @@ def _decode() -> Any:
         """``topk_transform_paged_v2`` without a page table: it writes columns.
 
         Arguments: scores, lengths, page tables, out, page size, plan. The plan is ``plan_topk_v2``
-        of the lengths, once a forward pass. SGLang passes the page table (:func:`_paged`); up to
-        0.5.16 it must be there, and is the identity here. Float32 only.
+        of the lengths, once per forward pass. SGLang passes the page table (:func:`_paged`). Up to
+        0.5.16 the kernel needs one; here it is then the identity. Float32 only.
         """
         _checked(logits)
         pages = None if columns_too else _identity(logits)
@@ -131,7 +132,7 @@ def _small_paged() -> Any:
         logits: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor, k: int,
         out: torch.Tensor,
     ) -> None:  # fmt: skip
-        """``topk_transform_bf16_small``, which SGLang runs in DeepSeek-V4.1's sparse indexer only.
+        """``topk_transform_bf16_small``, which SGLang runs only in V4.1's sparse indexer.
 
         Arguments: scores, lengths, page table, out, page size. Bfloat16, at most 16,384 columns.
         """
@@ -146,7 +147,7 @@ def _small() -> Any:
     mapped = _small_paged()
 
     def small(logits: torch.Tensor, lengths: torch.Tensor, k: int, out: torch.Tensor) -> None:
-        """:func:`_small_paged` through the identity: it always maps, so that a slot is a column."""
+        """:func:`_small_paged` with the identity table: it always maps columns to slots."""
         need(logits.shape[1] <= SMALL_COLUMNS, f"takes at most {SMALL_COLUMNS} columns")
         mapped(logits, lengths, _identity(logits), k, out)
 
@@ -163,8 +164,9 @@ def _prefill() -> Any:
         """``topk_transform_ragged_v2``, which the V3.2 path of SGLang runs on a prefill.
 
         Arguments: scores, lengths, and by name ``out_offsets``, ``out_indices``, ``row_starts``.
-        SGLang's offsets are the starts; zeros here, so that indices count from the row's start. It
-        overwrites up to three scores before a window, none of the row itself. Float32 only.
+        SGLang passes the starts as offsets; here they are zeros, so that indices count from the
+        row's start. The kernel overwrites up to three scores before a window, none of the row
+        itself. Float32 only.
         """
         _checked(logits)
         lengths = lengths_of(row_starts, row_ends, _windows)
@@ -188,7 +190,7 @@ def _deep_gemm(name: str) -> Any:
 
 
 def _wide(module: Any, name: str, dtype: torch.dtype) -> Any:
-    """Return the function of DeepGEMM that can be asked for a dtype."""
+    """Return the function of DeepGEMM that takes a dtype for the logits."""
     wide = getattr(module, name.replace("fp8_", "fp8_fp4_", 1), None)
     need(dtype == torch.bfloat16 and has_logits_dtype(wide), f"does not write {dtype}")
     return wide
@@ -206,8 +208,8 @@ def _logits() -> Any:
 
         Arguments: q, cache, weights, lengths ``[batch, next_n]``, page table, schedule, the longest
         row, False (no cleaning). The schedule is ``get_paged_mqa_logits_metadata`` of the lengths,
-        once a forward pass. SGLang asks for float32; bfloat16 is asked of
-        ``fp8_fp4_paged_mqa_logits``, with ``(q, None)`` and ``logits_dtype``.
+        once per forward pass. SGLang asks for float32. For bfloat16 the peer calls
+        ``fp8_fp4_paged_mqa_logits`` with ``(q, None)`` and ``logits_dtype``.
         """
         held = schedule_of(module, lengths, _schedules)
         rest = cache, weights, lengths, block_table, held, block_table.shape[1] * PAGE_SIZE
@@ -230,7 +232,7 @@ def _ragged_logits() -> Any:
         """``deep_gemm.fp8_mqa_logits`` as SGLang's prefill calls it.
 
         Arguments: q, ``(keys, scales)``, weights, starts, ends, ``clean_logits=False``, and
-        ``max_seqlen_k``, the longest window. Bfloat16 as in :func:`_logits`.
+        ``max_seqlen_k``, the longest window. Bfloat16 works as in :func:`_logits`.
         """
         rest = (k, k_scale), weights, row_starts, row_ends
         more: dict[str, Any] = {"clean_logits": False, "max_seqlen_k": len(k)}

@@ -1,7 +1,7 @@
-"""torch: the peer that everyone has.
+"""torch: the peer that is always installed.
 
-Its top-k is ``torch.topk``, its logits are a product in float32. On a CPU it makes a dry run a
-comparison of answers.
+Its top-k is ``torch.topk``; its logits are a product in float32. On a CPU it lets a dry run compare
+answers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["CHOICE", "FORMS", "name"]
 
 NAME, CHOICE = "torch", ""
 
-# One shape at a time: they are as large as the scores.
+# Buffers are kept for one shape at a time, because they are as large as the scores.
 _buffers = Prepared(NAME, most=1)
 _facts = Prepared(NAME)
 
@@ -28,11 +28,11 @@ def name() -> str:
 
 
 def decode(logits: torch.Tensor, lengths: torch.Tensor, k: int, out: torch.Tensor) -> None:
-    """``torch.topk(..., sorted=False)``; vLLM's and SGLang's ``torch`` backends call it likewise.
+    """``torch.topk(..., sorted=False)``, as vLLM's and SGLang's ``torch`` backends call it.
 
-    What lies beyond a row's length is masked first, as they do. Whether any does, and whether a row
-    is shorter than ``k``, is looked up in the eager call, in which all memory is allocated too. A
-    score of -inf is not told from a masked one.
+    Columns beyond a row's length are masked first, as in those backends. The eager call looks up
+    whether there are such columns and whether a row is shorter than ``k``; it also allocates all
+    memory. A score of -inf looks like a masked one.
     """
     _Select(logits, zeros_for(lengths, _facts), lengths, k).columns(out)
 
@@ -41,7 +41,7 @@ def prefill(
     logits: torch.Tensor, row_starts: torch.Tensor, row_ends: torch.Tensor, k: int,
     out: torch.Tensor,
 ) -> None:  # fmt: skip
-    """As :func:`decode`, for windows; the indices count from the row's start."""
+    """Like :func:`decode`, for windows; the indices count from the row's start."""
     lengths = lengths_of(row_starts, row_ends, _facts)
     _Select(logits, row_starts, lengths, k).columns(out)
 
@@ -50,12 +50,12 @@ def paged(
     logits: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor, k: int,
     out: torch.Tensor,
 ) -> None:  # fmt: skip
-    """As :func:`decode`, then the page table by ``torch.gather``: answers in pool slots."""
+    """Like :func:`decode`, then ``torch.gather`` on the page table: answers in pool slots."""
     _Select(logits, zeros_for(lengths, _facts), lengths, k).slots(page_table, out)
 
 
 class _Select:
-    """One selection; its buffers are of the eager call."""
+    """One selection; the eager call allocates its buffers."""
 
     def __init__(
         self, logits: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, k: int
@@ -128,10 +128,10 @@ def logits(
     q: torch.Tensor, cache: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor,
     block_table: torch.Tensor, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """The gathered pages, a batched product in float32, the heads' sum: what the scores are.
+    """Gather the pages, multiply in float32 and sum the heads: the definition of the scores.
 
-    SGLang has such a fallback for GPUs without DeepGEMM, in bfloat16. Memory is a multiple of the
-    cache's; a cell that does not fit is refused.
+    SGLang has such a fallback for GPUs without DeepGEMM, in bfloat16. It needs a multiple of the
+    cache's memory; a cell that does not fit is refused.
     """
     batch, next_n, heads, dim = q.shape
     pages = cache.flatten(1)[block_table.long().flatten()]
@@ -147,7 +147,7 @@ def ragged_logits(
     q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, weights: torch.Tensor,
     row_starts: torch.Tensor, row_ends: torch.Tensor, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """As :func:`logits`, of contiguous keys, a head at a time; windows are not looked at."""
+    """Like :func:`logits`, for contiguous keys, one head at a time; it ignores the windows."""
     keys, query = k.float().T, q.float()
     total = torch.zeros(q.shape[0], k.shape[0], device=q.device)
     for head in range(q.shape[1]):

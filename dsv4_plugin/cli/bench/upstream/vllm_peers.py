@@ -1,6 +1,6 @@
 """vLLM: the top-k that it chooses itself, its DeepGEMM, its gather.
 
-The compiled ops come with ``vllm._custom_ops``; where vLLM is not installed, with
+The compiled ops come with ``vllm._custom_ops``. If vLLM is not installed, they come with
 ``--load-library .../_C_stable_libtorch.abi3.so``. Read in vLLM 0.26 and 0.33.
 """
 
@@ -28,7 +28,7 @@ _schedules = Prepared("vllm's schedule")
 
 
 def name() -> str | None:
-    """Return vLLM's name with its release, or the loaded library's; None where there is neither."""
+    """Return vLLM's name with its release, or the loaded library's name; None without both."""
     loaded = _has("_C", "persistent_topk") or _has(*GATHER)
     return release("vllm") or (LIBRARY if loaded else None)
 
@@ -45,7 +45,7 @@ def _has(namespace: str, name: str) -> bool:
 
 
 def _op(namespace: str, name: str) -> Any:
-    """Return a compiled op, which an installed vLLM registers when its ops are imported."""
+    """Return a compiled op; an installed vLLM registers it when its ops are imported."""
     if not _has(namespace, name):
         imported("vllm._custom_ops")
         if not _has(namespace, name):
@@ -71,11 +71,11 @@ def _decode() -> Any:
     def decode(logits: torch.Tensor, lengths: torch.Tensor, k: int, out: torch.Tensor) -> None:
         """``cooperative_topk``, ``persistent_topk`` or ``top_k_per_row_decode``, as vLLM chooses.
 
-        vLLM takes the first for k 512, 1024, 2048, rows whose stride divides by four and up to 32
-        of them (0.33: ``AUTO_COOPERATIVE_MAX_ROWS``, 64), the second for more rows, the third for
-        another k. Arguments of the first two: logits, lengths, out, workspace (uint8, 1 MiB, of its
-        workspace manager), k, the longest row. The last is the width here: what a captured graph
-        of all lengths sees. Float32 only.
+        vLLM takes the first for k 512, 1024 or 2048, rows whose stride divides by four, and up to
+        32 rows (0.33: ``AUTO_COOPERATIVE_MAX_ROWS``, 64). It takes the second for more rows and the
+        third for another k. Arguments of the first two: logits, lengths, out, workspace (uint8, 1
+        MiB, from vLLM's workspace manager), k, the longest row. Here the longest row is the width,
+        as in a graph that was captured for all lengths. Float32 only.
         """
         rows, columns = logits.shape
         need(logits.dtype == torch.float32, "takes float32 only")
@@ -103,8 +103,8 @@ def _prefill() -> Any:
     ) -> None:  # fmt: skip
         """``top_k_per_row_prefill``, which vLLM runs on every chunk of a prefill.
 
-        Arguments: logits, starts, ends, out, rows, both strides, k; it counts from the row's start.
-        Float32 only.
+        Arguments: logits, starts, ends, out, rows, both strides, k. Indices count from the row's
+        start. Float32 only.
         """
         need(logits.dtype == torch.float32, "takes float32 only")
         op(logits, row_starts, row_ends, out, len(logits), logits.stride(0), logits.stride(1), k)
@@ -147,7 +147,7 @@ def _deep_gemm(function: str) -> Any:
 
 
 def _of_dtype(module: Any, name: str, dtype: torch.dtype) -> Any:
-    """Return vLLM's function, which writes float32, or for bfloat16 the DeepGEMM function below."""
+    """Return vLLM's function, which writes float32; for bfloat16 the DeepGEMM function below it."""
     if dtype == torch.float32:
         return getattr(module, name)
     below = getattr(module, f"_{name}_impl")
@@ -178,8 +178,8 @@ def _logits() -> Any:
 
         Arguments: ``(q, None)``, cache, weights, lengths, block table, schedule, the longest row,
         and up to 0.32 ``clean_logits=False``. The schedule is ``get_paged_mqa_logits_metadata`` of
-        the lengths, once a step. vLLM asks for float32; for bfloat16 the DeepGEMM function below is
-        called with ``logits_dtype``, which 0.33's has not.
+        the lengths, once per step. vLLM asks for float32. For bfloat16 the peer calls the DeepGEMM
+        function below it with ``logits_dtype``, which vLLM 0.33's DeepGEMM does not have.
         """
         call = _of_dtype(module, function, dtype)
         held = schedule_of(module, lengths, _schedules)
