@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -103,6 +104,56 @@ def test_a_room_imports_only_what_comes_before_it(module: str) -> None:
 def test_no_circle() -> None:
     graph = {m: {name for _, name in imports(m) if name in MODULES and name != m} for m in MODULES}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
+
+
+# Names of the command line that only the drivers use, and why they are in the package.
+ONLY_DRIVERS = {"dsv4_plugin.cli.shared.run": {"held"}}  # it needs the signal handler of this file
+
+
+@functools.cache
+def uses() -> list[tuple[str, set[str], set[str], set[str], set[str]]]:
+    """Of every module: its name, the names that it reads, its imports, attributes and strings."""
+    found = []
+    for module, file in MODULES.items():
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        found.append((
+            module,
+            {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)},
+            {f"{node.module}.{alias.name}" for node in froms for alias in node.names},
+            {node.attr for node in nodes if isinstance(node, ast.Attribute)},
+            {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)},
+        ))  # fmt: skip
+    return found
+
+
+def is_used(module: str, name: str) -> bool:
+    """Whether the package uses a name: in its module, imported, or as ``module.name``."""
+    return any(
+        (other == module and name in read)
+        or f"{module}.{name}" in imported
+        # As a string: what is loaded when it is needed.
+        or (other != module and name in attributes and (module in imported or module in strings))
+        for other, read, imported, attributes, strings in uses()
+    )
+
+
+def exported_by(module: str) -> set[str]:
+    for node in ast.parse(MODULES[module].read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def test_what_a_command_exports_is_used_in_the_package() -> None:
+    """What only tests and drivers use belongs to tests/kits or benchmarks."""
+    commands = [module for module in MODULES if room_of(module).startswith("dsv4_plugin.cli")]
+    unused = {
+        module: left
+        for module in commands
+        if (left := {name for name in exported_by(module) if not is_used(module, name)})
+    }
+    assert unused == ONLY_DRIVERS
 
 
 WALKS = {  # of CONTRIBUTING.md

@@ -105,7 +105,7 @@ def test_a_whole_run(tmp_path: Path, peers_file: Path, capsys: pytest.CaptureFix
 
 def test_a_killed_run_leaves_a_valid_file(tmp_path: Path) -> None:
     file = tmp_path / "topk.json"
-    command = [sys.executable, "-m", "dsv4_plugin.cli", "bench", "topk", "--device", "cpu",
+    command = [sys.executable, "-m", "dsv4_plugin", "bench", "topk", "--device", "cpu",
                "--json", str(file), "--k", "512", "1024", "2048", "--dtype", "float32", "bfloat16",
                "--rows", "32", "64", "96", "128", "--columns", "65536", "256000"]  # fmt: skip
     program = f"from dsv4_plugin.cli.main import main; main({command[3:]!r})"

@@ -31,9 +31,9 @@ def test_pure_wheel_is_for_any_platform_and_holds_no_binary(pure_wheel: Wheel, t
 def test_a_file_is_shipped_if_an_engine_or_a_command_imports_it(
     pure_wheel: Wheel, tree: Path
 ) -> None:
-    """From the entry points, the public names and ``python -m dsv4_plugin(.cli)`` on."""
+    """From the entry points, the public names and ``python -m dsv4_plugin`` on."""
     roots = [value.partition(":")[0] for value in ENTRY_POINTS.values()]
-    found = reachable(tree, [*roots, "dsv4_plugin.__main__", "dsv4_plugin.cli.__main__"])
+    found = reachable(tree, [*roots, "dsv4_plugin.__main__"])
     shipped = {
         name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         for name in pure_wheel.names
