@@ -359,5 +359,5 @@ def _main(arguments: argparse.Namespace) -> int:
             run.run()
         for row in run.results.get("summary", []):
             print(json.dumps(row))
-    work.end(f"what there is was written to {arguments.json}")
+    work.end(f"the results so far were written to {arguments.json}")
     return 0 if run.results["complete"] else 1

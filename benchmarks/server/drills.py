@@ -397,7 +397,7 @@ def _main(a: argparse.Namespace) -> int:
     passed = bool(results["drills"]) and all(d["passed"] for d in results["drills"])
     results["complete"] = work.whole and passed
     save()
-    work.end(f"what there is was written to {a.json}")
+    work.end(f"the results so far were written to {a.json}")
     return 0 if passed else 1
 
 
