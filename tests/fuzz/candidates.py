@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from kits.oracles import slots_of
+from kits.oracles import bits, slots_of
 
 from dsv4_plugin.cli.checks import candidate_oracles as oracle
 from dsv4_plugin.cli.checks.oracles import same_bits
 from tests.fuzz.case import CaseError, flag, number, one_of
 from tests.fuzz.logits import DTYPES, LogitsCase, PagedLogitsCase, RaggedLogitsCase
 from tests.fuzz.logits_run import problem_of
-from tests.fuzz.tensors import Parts, bits, check_form, dirty, raise_wrong, run_parts
+from tests.fuzz.tensors import Parts, check_form, dirty, raise_wrong, run_parts
 
 __all__ = [
     "BlockMaximaCase", "CandidateLogitsCase", "CandidateLogitsRaggedCase", "CandidateSelectCase",

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from kits.canary import Guarded
-from kits.oracles import check_selection
+from kits.oracles import bits, check_selection
 from kits.replay import captured
 
 from dsv4_plugin.cli.checks.oracles import Wrong
 from tests.fuzz.case import FORMS
 
 __all__ = [
-    "Parts", "Requests", "Tensors", "bits", "check_form", "check_indices", "dirty", "page_view",
+    "Parts", "Requests", "Tensors", "check_form", "check_indices", "dirty", "page_view",
     "raise_wrong", "run_parts",
 ]  # fmt: skip
 
@@ -170,12 +170,6 @@ def dirty(x: torch.Tensor) -> torch.Tensor:
     """Fill a result, in place, with what no call would write."""
     x.view(torch.uint8).fill_(_DIRT)
     return x
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    """Return the bits of a tensor as integers."""
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return x.contiguous().view(words)
 
 
 def page_view(pages: torch.Tensor, dimensions: int, block: int) -> torch.Tensor:

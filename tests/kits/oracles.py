@@ -78,6 +78,12 @@ def candidate_row(row, length, blocks, k, piece=8):
 # ---- Vectorised: what they find is Wrong ---------------------------------------------------------
 
 
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """Return the bits of a tensor as integers."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.contiguous().view(words)
+
+
 def check_selection(
     logits: torch.Tensor,
     lengths: torch.Tensor,

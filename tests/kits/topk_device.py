@@ -10,11 +10,11 @@ import functools
 
 import torch
 from kits import canary
+from kits.oracles import bits  # noqa: F401
 
 from dsv4_plugin import topk
 from dsv4_plugin.cli.checks.inputs import scores
 from dsv4_plugin.cli.checks.topk_cases import DTYPES
-from tests.fuzz.tensors import bits  # noqa: F401
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
