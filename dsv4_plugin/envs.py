@@ -103,6 +103,17 @@ VARIABLES: tuple[Variable, ...] = (
         "Other values: this implementation or an error, for every op that has one of that kind.",
     ),
     Variable(
+        "DSV4_SHARD_PREFILL",
+        "shard_prefill",
+        ("0", "1"),
+        "0",
+        "`1` shards the rows of a long prefill among the tensor-parallel ranks: each scores and "
+        "selects its slice, and one gather a layer brings all indices to all ranks, or an error "
+        "with every reason ([vLLM](docs/vllm.md#rows-sharded-among-ranks), "
+        "[SGLang](docs/sglang.md#rows-sharded-among-ranks)). It never ran on two GPUs, only with "
+        "two ranks on a CPU.",
+    ),
+    Variable(
         "DSV4_STRICT",
         "strict",
         ("0", "1"),
@@ -163,6 +174,7 @@ class Settings:
     logits: str = "auto"
     indexer_read: str = "auto"
     backend: str = "auto"
+    shard_prefill: bool = False
     strict: bool = False
     shadow: bool = False
     log: str = "info"

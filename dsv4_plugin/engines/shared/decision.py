@@ -76,7 +76,8 @@ def explicit() -> bool:
         now = envs.settings()
     except SettingError:
         return True
-    return now.topk != "off" and (now.topk != "auto" or _binding(now) is not None)
+    asked = now.topk != "off" and (now.topk != "auto" or _binding(now) is not None)
+    return asked or now.shard_prefill
 
 
 def _binding(settings: Settings) -> str | None:

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from dsv4_plugin.engines.shared import adapter
+from dsv4_plugin.engines.shared.row_shard import Group
 from dsv4_plugin.engines.vllm.slots import SlotStore
 
 __all__ = ["VllmAdapter", "current"]
@@ -15,7 +16,8 @@ class VllmAdapter(adapter.Adapter):
     """``indexer`` is vLLM's indexer module, ``slots`` what the top-k writes for the attention.
 
     ``configs`` are the configurations under which layers were built. ``published``: the forward
-    pass and the buffer in which the plugin wrote candidate blocks last.
+    pass and the buffer in which the plugin wrote candidate blocks last. ``group``: the ranks among
+    which the rows of a prefill are sharded, None where they are not.
     """
 
     def __init__(self, indexer: Any = None) -> None:
@@ -25,6 +27,7 @@ class VllmAdapter(adapter.Adapter):
         self.slots = SlotStore()
         self.configs: list[Any] = []
         self.published: tuple[Any, int] | None = None
+        self.group: Group | None = None
 
     @property
     def platform(self) -> Any:

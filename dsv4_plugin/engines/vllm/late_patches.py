@@ -16,14 +16,21 @@ from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 from dsv4_plugin.engines.shared.patches import Ledger
 from dsv4_plugin.engines.shared.seam import Place
 from dsv4_plugin.engines.shared.source import Missing
-from dsv4_plugin.engines.vllm import fill, wrappers
+from dsv4_plugin.engines.vllm import fill, row_shard, wrappers
 from dsv4_plugin.engines.vllm.adapter import VllmAdapter
-from dsv4_plugin.engines.vllm.probe import DEEP_GEMM, OP, TO_SLOTS
+from dsv4_plugin.engines.vllm.probe import (
+    DEEP_GEMM,
+    OP,
+    PLANNER,
+    SHARD,
+    SHARDS_ITSELF,
+    TO_SLOTS,
+)
 from dsv4_plugin.state import state
 
 __all__ = [
-    "around", "patch_logits_dtype", "patch_op", "patch_slots", "takes_logits_dtype", "unmet_op",
-    "unmet_slots",
+    "around", "patch_logits_dtype", "patch_op", "patch_shard", "patch_slots", "shards_itself",
+    "takes_logits_dtype", "unmet_op", "unmet_shard", "unmet_slots",
 ]  # fmt: skip
 
 _IMPLEMENTATIONS = ("_fp8_fp4_paged_mqa_logits_impl", "_fp8_fp4_mqa_logits_impl")
@@ -117,6 +124,38 @@ def patch_op(now: VllmAdapter) -> None:
     if not now.patches.get("topk.fill"):
         patch = now.ledger.replace(torch.ops.vllm, "sparse_attn_indexer", IndexerOp(), OP)
         now.patches["topk.fill"] = [patch]
+
+
+# --- the rows of a prefill -------------------------------------------------------------------
+
+
+def shards_itself() -> bool:
+    """Whether this vLLM shards the rows of a prefill among ranks."""
+    return hasattr(sys.modules.get(PLANNER), SHARDS_ITSELF)
+
+
+def unmet_shard(now: VllmAdapter) -> list[str]:
+    """Return why a step's prefill chunks cannot be narrowed."""
+    known = _problems(now, "shard")
+    if known is not None:
+        return known
+    try:
+        for place in SHARD:
+            place.in_process()
+    except Missing as error:
+        return [str(error)]
+    return []
+
+
+def patch_shard(now: VllmAdapter) -> None:
+    """Narrow a step's prefill chunks, and gather behind the last one of a layer."""
+    if not now.patches.get("shard"):
+        patches = []
+        for place, wrapper in zip(SHARD, (row_shard.narrow, row_shard.gather), strict=True):
+            found = place.in_process()
+            patched = around(found.original, wrapper)
+            patches.append(now.ledger.replace(found.owner, found.name, patched, str(place)))
+        now.patches["shard"] = patches
 
 
 # --- DeepGEMM's bfloat16 ---------------------------------------------------------------------

@@ -17,11 +17,13 @@ import torch
 from dsv4_plugin import envs, facts, log
 from dsv4_plugin.engines.shared import activation, decision, logits, shadow
 from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection, unique
-from dsv4_plugin.engines.vllm import late_patches
+from dsv4_plugin.engines.shared.row_shard import SETTING
+from dsv4_plugin.engines.vllm import late_patches, row_shard
 from dsv4_plugin.engines.vllm.adapter import VllmAdapter, current
 from dsv4_plugin.engines.vllm.layers import KINDS, Layer, LayerKind, kind_of, see
 from dsv4_plugin.errors import SettingError, UnmetError
 from dsv4_plugin.ops import dispatch as backends
+from dsv4_plugin.state import state
 
 __all__ = ["built"]
 
@@ -45,6 +47,7 @@ def built(layer: Any) -> None:
     if not envs.asked():
         log.debug(f"{seen.name}: the plugin is not switched on; vLLM's own code runs")
         now.decide(INERT)
+        now.group = None
         return
     settings = envs.settings()
     now.layers[layer] = seen
@@ -119,6 +122,7 @@ def _decide(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
         )
         group.gather, group.gather_why = _choose_gather(settings, group, now)
         group.also = {"guard": None, **_beside_topk(group, now, config)}
+    _shard(now, settings, config)
     _act(now, groups, config)
     decisions: dict[Hashable, Decision] = {
         kind.name: Decision(True, settings.strict, group.selection, group.gather)
@@ -133,6 +137,34 @@ def _decide(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
     now.decisions, now.decision = decisions, common
     for group in groups:
         _report(now, group)
+
+
+def _shard(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
+    """Shard the rows of prefills among the tensor-parallel ranks, if that is asked for."""
+    before, now.group = now.group, None
+    if not settings.shard_prefill:
+        return
+    if late_patches.shards_itself():
+        log.once(
+            logging.INFO,
+            f"{now.engine} shards the rows of prefills itself, under conditions of its own; "
+            f"{SETTING} changes nothing",
+        )
+        return
+    why = [
+        *late_patches.unmet_shard(now),
+        *row_shard.unmet(config, now.platform, now.layers.values()),
+    ]
+    if why:
+        raise UnmetError(SETTING, why)
+    now.group = before or row_shard.group()
+    late_patches.patch_shard(now)
+    state.seams["shard"].why = None
+    log.once(
+        logging.INFO,
+        f"dsv4 shards the rows of prefills in {now.engine} among {now.group.ranks} "
+        f"tensor-parallel ranks; this one is rank {now.group.rank}",
+    )
 
 
 def _no_blocks(groups: list[_Group], group: _Group) -> list[str]:

@@ -12,8 +12,8 @@ from dsv4_plugin.engines.shared.seam import Place, Seam
 from dsv4_plugin.engines.shared.source import Site
 
 __all__ = [
-    "APPLY_MASK", "DEEP_GEMM", "INDEXER", "NEIGHBOURS", "OP", "SEAMS", "SELECT_BLOCKS",
-    "SKIP_FILL", "TO_SLOTS", "TO_SLOTS_TAKES", "look",
+    "APPLY_MASK", "DEEP_GEMM", "INDEXER", "NEIGHBOURS", "OP", "PLANNER", "SEAMS",
+    "SELECT_BLOCKS", "SHARD", "SHARDS_ITSELF", "SKIP_FILL", "TO_SLOTS", "TO_SLOTS_TAKES", "look",
 ]  # fmt: skip
 
 INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
@@ -24,6 +24,7 @@ DEEP_GEMM = "vllm.utils.deep_gemm"
 # Patched when the indexer's module is imported.
 NEIGHBOURS = (TOPK, OPS, PLANNER, DEEP_GEMM)
 OP = "torch.ops.vllm.sparse_attn_indexer"
+SHARDS_ITSELF = "tp_prefill_row_sharding_supported"  # in the planner, from 0.32 on
 
 BLOCKS = "vllm.model_executor.kernels.attention.dsa.candidate_blocks"
 SELECT_BLOCKS = Place(
@@ -62,6 +63,20 @@ def _chunks(method: str) -> Place:
         PLANNER, method, _CHUNKS, exactly=True, skip=2,
         used=(PLANNER, method, "max_logits_bytes // 4"),
     )  # fmt: skip
+
+
+# Where a step's chunks are made, and what is called for each of them in each layer.
+SHARD = (
+    Place(
+        PLANNER, "DeepseekV32IndexerMetadataBuilder.build",
+        ("self", "common_prefix_len", "common_attn_metadata", "fast_build"), exactly=True,
+        used=(PLANNER, "DeepseekV32IndexerMetadataBuilder.build", "seq_lens_cpu_upper_bound"),
+    ),
+    Place(
+        INDEXER, "_merge_dcp_topk_global", ("logits", "topk_indices", "topk_tokens"),
+        used=(*_OP_CALLED, "row_starts=chunk.cu_seqlen_ks"),
+    ),
+)  # fmt: skip
 
 
 def _compiled(name: str, optional: bool = False) -> Place:
@@ -204,6 +219,18 @@ SEAMS = (
         why="vLLM keeps a prefill chunk's logits below `VLLM_SPARSE_INDEXER_MAX_LOGITS_MB` and "
         "counts four bytes each; in bfloat16 the same bytes hold twice the rows",
         until="vLLM's planner asks for the logits' dtype",
+    ),
+    Seam(
+        "shard",
+        (SHARD,),
+        puts="a step's prefill chunks with the rows of this rank alone, and behind the last chunk "
+        "of a layer a gather of all indices. Patched only under `DSV4_SHARD_PREFILL=1`, when a "
+        "layer is built",
+        why="every tensor-parallel rank scores and selects all rows of a prefill",
+        until="the oldest release served is 0.32, which does it itself",
+        upstream="vLLM #53691, #54394",
+        late=True,
+        optional=True,
     ),
 )  # fmt: skip
 

@@ -22,17 +22,24 @@ INDEXER = "vllm.model_executor.layers.sparse_attn_indexer"
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what a release lacks: DeepSeek-V4.1 (0.30), rows that ranks share (0.32)."""
+    """Leave out what a release lacks: DeepSeek-V4.1 (0.30), rows that ranks share (0.32).
+
+    Where vLLM shares them the plugin does not.
+    """
     if importlib.util.find_spec("vllm") is not None:
         import vllm
 
         version = tuple(map(int, vllm.__version__.split(".")[:2]))
-        since = {"host_candidates": (0, 30), "host_ranks": (0, 32)}
+        here = {
+            "host_candidates": version >= (0, 30),
+            "host_ranks": version >= (0, 32),
+            "host_shard": version < (0, 32),
+        }
         gone = [
             item
             for item in items
-            for start, release in since.items()
-            if item.path.name.startswith(start) and version < release
+            for start, there in here.items()
+            if item.path.name.startswith(start) and not there
         ]
         config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if item not in gone]

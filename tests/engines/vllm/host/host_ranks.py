@@ -58,3 +58,13 @@ def test_ranks_share_the_rows_of_a_prefill(case, ranks):
         assert each["same_as_alone"]
     # In which order a row has its indices is up to who selects; a gathered row is one rank's.
     assert found[0]["indices"] == found[1]["indices"]
+
+
+def test_the_setting_changes_nothing_where_vllm_shards(engine, run, monkeypatch, caplog):
+    for name in ("DSV4_PLUGIN", "DSV4_SHARD_PREFILL"):
+        monkeypatch.setenv(name, "1")
+    run.build(engine.problem(prefill=((600, 4),)))
+    assert "shards the rows of prefills itself" in caplog.text
+    planner = sys.modules["vllm.v1.attention.backends.mla.indexer"]
+    assert not hasattr(planner.DeepseekV32IndexerMetadataBuilder.build, "__wrapped__")
+    assert not hasattr(engine.indexer._merge_dcp_topk_global, "__wrapped__")

@@ -1,0 +1,148 @@
+"""The rows of an indexer prefill, sharded among the ranks of a tensor-parallel group.
+
+Without it every rank scores and selects the same rows. Here each rank does so for one slice of
+them, and one gather of int32 indices a layer brings all rows to all ranks. A row is one rank's from
+end to end, so nothing is merged, and the answer is the one of a rank alone.
+
+Ranks that disagree would hang or mix their rows. What excludes it:
+
+* The slices, and whether a prefill is sharded at all, come from lengths that the scheduler gave
+  every rank alike. Nothing is read from the device.
+* Every rank takes part in every gather, with an empty slice too, in the order of the layers.
+* No error is caught between slices and gather. Where a kernel of the plugin fails on one rank, the
+  engine's selects the same slice there, and then that rank comes to the gather.
+* At the start each rank tells the others that it shards, and waits until all have (:func:`agree`).
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsv4_plugin.version import __version__
+
+__all__ = ["FEWEST_KEYS", "SETTING", "Group", "Shard", "agree", "exchange", "shard"]
+
+SETTING = "DSV4_SHARD_PREFILL=1"
+# A prefill is sharded if its rows see so many keys together, beyond KEYS_PER_INDEX keys for each
+# index that is gathered. Both are estimates until two GPUs measured them: 2,048 rows of 32,768 keys
+# take 1.1 ms (benchmarks/results/h200_logits.json, h200_topk_prefill.json), so these keys take
+# 0.5 ms, of which two ranks save half, and a gather is expected to take less than 0.1 ms.
+FEWEST_KEYS = 1 << 25
+KEYS_PER_INDEX = 4
+_PATIENCE = datetime.timedelta(minutes=5)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The engine's tensor-parallel group: this rank, and its gather of equal pieces.
+
+    ``all_gather`` takes ``[rows, k]`` and returns ``[ranks · rows, k]``, in the order of the ranks.
+    """
+
+    rank: int
+    ranks: int
+    all_gather: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Who has which rows: rank ``r`` those from ``bounds[r]`` up to ``bounds[r + 1]``."""
+
+    group: Group
+    bounds: tuple[int, ...]
+
+    @property
+    def rows(self) -> slice:
+        """The rows of this rank."""
+        return slice(*self.bounds[self.group.rank : self.group.rank + 2])
+
+    @property
+    def every_row(self) -> slice:
+        """The rows of all ranks."""
+        return slice(self.bounds[0], self.bounds[-1])
+
+    def within(self, rows: slice) -> slice:
+        """Return which of ``rows`` are this rank's, counted from the first of ``rows``."""
+        begin = max(rows.start, self.rows.start)
+        end = max(begin, min(rows.stop, self.rows.stop))
+        return slice(begin - rows.start, end - rows.start)
+
+
+def shard(
+    group: Group, queries: Any, lengths: Any, ratio: int, k: int, first: int = 0
+) -> Shard | None:
+    """Cut the rows of a prefill into slices of about as many scored keys; None: it is too small.
+
+    Row ``j`` of a request of ``queries`` rows and ``lengths`` tokens sees the keys of all tokens up
+    to its own, a key for ``ratio`` tokens. Slices may be empty.
+
+    Args:
+        group: the ranks.
+        queries: rows of each request, in row order; numbers or a tensor of the host.
+        lengths: tokens of each request, its rows included; likewise.
+        ratio: tokens a key.
+        k: indices of a row.
+        first: the first row's number.
+    """
+    rows_of = torch.as_tensor(queries, dtype=torch.int64)
+    tokens = torch.as_tensor(lengths, dtype=torch.int64)
+    rows = int(rows_of.sum())
+    seen = torch.arange(1, rows + 1) + torch.repeat_interleave(
+        tokens - rows_of.cumsum(0), rows_of, output_size=rows
+    )
+    keys = (seen // ratio).cumsum(0)
+    if not rows or int(keys[-1]) < FEWEST_KEYS + KEYS_PER_INDEX * k * rows:
+        return None
+    shares = torch.arange(1, group.ranks) * keys[-1] // group.ranks
+    ends = torch.searchsorted(keys, shares, right=True).tolist()
+    return Shard(group, tuple(first + row for row in (0, *ends, rows)))
+
+
+def exchange(shard: Shard, rows: torch.Tensor) -> None:
+    """Fill the rows of all other ranks: ``rows`` int32 ``[every row, k]`` has this rank's.
+
+    The pieces are as long as the longest slice, so that one gather of equal pieces does it.
+    """
+    first, bounds, group = shard.bounds[0], shard.bounds, shard.group
+    sizes = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+    own = rows[shard.rows.start - first : shard.rows.stop - first]
+    piece = rows.new_empty(max(sizes), rows.shape[1])
+    piece[: len(own)].copy_(own)
+    pieces = group.all_gather(piece).unflatten(0, (group.ranks, -1))
+    for rank, (begin, size) in enumerate(zip(bounds, sizes, strict=False)):
+        if rank != group.rank and size:
+            rows[begin - first : begin - first + size].copy_(pieces[rank, :size])
+
+
+def agree(
+    members: Sequence[int], rank: int, patience: datetime.timedelta | None = None
+) -> list[str]:
+    """Tell the ranks of a group that this one shards; returns why not all of them do.
+
+    It goes through torch's store, not through the group: a rank that does not shard comes to no
+    collective of the plugin, and the plugin must not meet one of the engine's.
+
+    Args:
+        members: the global ranks of the group, in its order.
+        rank: this rank's place among them.
+        patience: how long the others may take to come here; five minutes if it is None.
+    """
+    try:
+        store: Any = torch.distributed.distributed_c10d._get_default_store()
+    except Exception as error:  # no process group, or a torch without this function
+        return [f"torch has no store in which ranks can agree ({type(error).__name__}: {error})"]
+    keys = [f"dsv4/shard_prefill/{'-'.join(map(str, members))}/{n}" for n in range(len(members))]
+    store.set(keys[rank], __version__)
+    patience = patience or _PATIENCE
+    try:
+        store.wait(keys, patience)
+    except Exception:
+        silent = [n for n, key in zip(members, keys, strict=True) if not store.check([key])]
+        return [f"rank {n} has not said in {patience} that it shards rows too" for n in silent]
+    others = sorted({store.get(key).decode() for key in keys})
+    return [] if len(others) == 1 else [f"ranks have other versions of dsv4: {', '.join(others)}"]
