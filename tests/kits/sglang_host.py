@@ -378,8 +378,8 @@ class Layer:
         scales = pages[:, split:].reshape(-1, 4)[:seq_len_sum]
         return keys.contiguous(), scales.contiguous()
 
-    def run(self, fp4: bool = False) -> None:
-        """Call SGLang's ``forward_c4_indexer`` once."""
+    def run(self, fp4: bool = False, **more: Any) -> None:
+        """Call SGLang's ``forward_c4_indexer`` once; ``more``: of the batch."""
         problem, rows = self.problem, len(self.problem.lengths)
         self.engine.envs.SGLANG_OPT_USE_TOPK_V2.set(self._v2)
         c4 = types.SimpleNamespace(
@@ -402,6 +402,7 @@ class Layer:
             extend_start_loc=torch.tensor([0]),
             extend_num_tokens=rows,
         )
+        vars(batch).update(more)
         if problem.prefill:
             self.engine.envs.SGLANG_OPT_DSV4_NONPAGED_INDEXER_MIN_QUERY_TOKENS.set(1)
         self.backend.forward_c4_indexer(x=self.x, q_lora=self.x, c4_indexer=c4, forward_batch=batch)

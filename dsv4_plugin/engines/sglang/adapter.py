@@ -8,13 +8,17 @@ from importlib import metadata
 from dsv4_plugin.engines.sglang import registry
 from dsv4_plugin.engines.sglang.probe import PAGED
 from dsv4_plugin.engines.shared import adapter
+from dsv4_plugin.engines.shared.row_shard import Group
 from dsv4_plugin.state import state
 
 __all__ = ["SglangAdapter", "current"]
 
 
 class SglangAdapter(adapter.Adapter):
-    """``targets`` are the hooked attributes of each seam."""
+    """``targets`` are the hooked attributes of each seam.
+
+    ``group``: the ranks among which the rows of a prefill are sharded, None where they are not.
+    """
 
     def __init__(self) -> None:
         try:
@@ -23,6 +27,7 @@ class SglangAdapter(adapter.Adapter):
             version = "of unknown version"
         super().__init__(f"SGLang {version}")
         self.targets: dict[str, tuple[str, ...]] = {}
+        self.group: Group | None = None
 
     def intact(self, name: str) -> bool:
         """Whether every call of a seam reaches the plugin's hook first."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from dsv4_plugin.engines.sglang.probe import LOGITS
+from dsv4_plugin.engines.sglang.row_shard import tagged
 from dsv4_plugin.engines.shared import adapter, logits
-from dsv4_plugin.engines.shared.decision import Selection
+from dsv4_plugin.engines.shared.decision import DTYPES, Selection
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 from dsv4_plugin.engines.shared.tensors import rows_of, saved_mib
 from dsv4_plugin.state import state
@@ -60,13 +61,14 @@ def _wrapper(
     @functools.wraps(float32)
     def patched(q: Any, *args: Any, **kwargs: Any) -> Any:
         now = adapter.current()
-        selection = now.call.selection
+        selection, rows = now.call.selection, now.call.rows
+        own = None if rows is None else rows.next_scored(rows_of(q))
         if selection is None:
             return float32(q, *args, **kwargs)
         out = None
         if "topk" not in now.off:
             if selection.logits == "plugin":
-                out = _by_plugin(plugin, selection, q, args, kwargs)
+                out = _by_plugin(plugin, own, selection, q, args, kwargs)
             elif selection.request_bf16 and with_dtype and isinstance(q, torch.Tensor):
                 out = _in_bf16(now, with_dtype, q, args, kwargs)
             if "topk" in now.off:
@@ -79,10 +81,15 @@ def _wrapper(
     return patched
 
 
-def _by_plugin(plugin: Any, selection: Selection, q: Any, args: Any, kwargs: Any) -> Any:
-    """Return the plugin's logits; None: the call has another form, or they failed."""
+def _by_plugin(
+    plugin: Any, own: slice | None, selection: Selection, q: Any, args: Any, kwargs: Any
+) -> Any:
+    """Return the plugin's logits; None: the call has another form, or they failed.
+
+    ``own``: this rank's rows, if those of the call are sharded; the logits are of these alone.
+    """
     try:
-        return plugin(selection, q, *args, **kwargs)
+        return plugin(own, selection, q, *args, **kwargs)
     except Exception as error:
         logits.failed(error)
         return None
@@ -102,17 +109,28 @@ def _in_bf16(now: adapter.Adapter, with_dtype: Any, q: Any, args: Any, kwargs: A
     return out
 
 
-def _plugin_paged(selection: Selection, q: Any, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+def _plugin_paged(
+    own: slice | None, selection: Selection, q: Any, *args: Any, **kwargs: Any
+) -> torch.Tensor | None:
     """Compute the logits of ``fp8_paged_mqa_logits``; None: the call has another form."""
     given = dict(zip(_PAGED, args, strict=False)) | kwargs
     known = set(_PAGED[:6]) <= set(given) <= set(_PAGED) and len(args) <= len(_PAGED)
     if not known or given.get("clean_logits"):
         return None
-    rest = (given[name] for name in ("cache", "weights", "lengths", "table", "columns"))
-    return logits.paged(selection, q, *rest)
+    cache, weights, lengths, table, columns = (
+        given[name] for name in ("cache", "weights", "lengths", "table", "columns")
+    )
+    if own is None:
+        return logits.paged(selection, q, cache, weights, lengths, table, columns)
+    if own.start == own.stop:
+        return _none(selection, q, columns, own)
+    weights, lengths, table = (x[own] for x in (weights, lengths, table))
+    return tagged(logits.paged(selection, q[own], cache, weights, lengths, table, columns), own)
 
 
-def _plugin_dense(selection: Selection, q: Any, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+def _plugin_dense(
+    own: slice | None, selection: Selection, q: Any, *args: Any, **kwargs: Any
+) -> torch.Tensor | None:
     """Compute the logits of ``fp8_mqa_logits``; None: the call has another form.
 
     Only with ``max_seqlen_k``, as SGLang calls it: rows begin at column zero then.
@@ -121,5 +139,17 @@ def _plugin_dense(selection: Selection, q: Any, *args: Any, **kwargs: Any) -> to
     known = set(given) == set(_DENSE) and len(args) <= len(_DENSE)
     if not known or given["clean_logits"] or not given["max_seqlen_k"]:
         return None
-    rest = (given[name] for name in ("keys", "weights", "starts", "ends", "max_seqlen_k"))
-    return logits.dense(selection, q, *rest)
+    keys, weights, starts, ends, columns = (
+        given[name] for name in ("keys", "weights", "starts", "ends", "max_seqlen_k")
+    )
+    if own is None:
+        return logits.dense(selection, q, keys, weights, starts, ends, columns)
+    if own.start == own.stop:
+        return _none(selection, q, columns, own)
+    weights, starts, ends = (x[own] for x in (weights, starts, ends))
+    return tagged(logits.dense(selection, q[own], keys, weights, starts, ends, columns), own)
+
+
+def _none(selection: Selection, q: torch.Tensor, columns: int, own: slice) -> torch.Tensor | None:
+    """Return logits of no row: all of the call's are other ranks'."""
+    return tagged(q.new_empty((0, columns), dtype=DTYPES[selection.dtype]), own)

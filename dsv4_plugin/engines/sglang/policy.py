@@ -6,13 +6,15 @@ that cannot be met ends the start with one error that lists every unmet conditio
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dsv4_plugin import envs
-from dsv4_plugin.engines.sglang import deep_gemm
+from dsv4_plugin import envs, log
+from dsv4_plugin.engines.sglang import deep_gemm, row_shard
 from dsv4_plugin.engines.sglang.adapter import SglangAdapter, current
 from dsv4_plugin.engines.shared import decision, logits, shadow
 from dsv4_plugin.engines.shared.decision import Selection
@@ -129,8 +131,25 @@ def _get(call: _Call) -> Selection | None:
             shadow.prepare(call.device, *kind.counters)
 
     return now.decide_once(
-        call, kind.dtypes, lambda settings, dtype: _possible(now, settings, call, dtype), report
+        call,
+        kind.dtypes,
+        lambda settings, dtype: _possible(now, settings, call, dtype),
+        report,
+        functools.partial(_shard, now) if kind is KINDS["v4"] else None,
     )
+
+
+def _shard(now: SglangAdapter, settings: envs.Settings, selection: Selection | None) -> list[str]:
+    """Shard the rows of prefills among the tensor-parallel ranks, or return why not."""
+    why = row_shard.unmet(selection, settings.shadow)
+    if not why and now.group is None:
+        now.group = row_shard.group()
+        log.once(
+            logging.INFO,
+            f"dsv4 shards the rows of prefills in {now.engine} among {now.group.ranks} "
+            f"tensor-parallel ranks; this one is rank {now.group.rank}",
+        )
+    return why
 
 
 def _possible(

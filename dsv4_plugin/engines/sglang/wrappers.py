@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 import dsv4_plugin as ops
-from dsv4_plugin.engines.sglang import policy
+from dsv4_plugin.engines.sglang import policy, row_shard
+from dsv4_plugin.engines.sglang.adapter import SglangAdapter
 from dsv4_plugin.engines.shared import adapter, shadow
 from dsv4_plugin.engines.shared.decision import KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
@@ -24,8 +25,14 @@ from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, ro
 __all__ = ["forward", "nonpaged_plan", "row_chunks", "topk_dsa", "topk_v1", "topk_v2"]
 
 
+_FORWARD = ("x", "q_lora", "c4_indexer", "forward_batch")
+
+
 def forward(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """Run ``forward_c4_indexer`` with the decision for this indexer in force."""
+    """Run ``forward_c4_indexer`` with the decision for this indexer in force.
+
+    In a prefill that is sharded among ranks each part below takes this rank's rows alone.
+    """
     c4 = kwargs.get("c4_indexer", args[2] if len(args) > 2 else None)
     x = kwargs.get("x", args[0] if args else None)
     now = adapter.current()
@@ -34,13 +41,18 @@ def forward(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any)
         selection = policy.for_v4(self, c4, x.device)
         if selection is not None and not now.intact("topk.paged"):
             selection = None  # other code reads the logits: bfloat16 must not be written
-    call = now.call
-    before = call.kind, call.selection
-    call.kind, call.selection = "v4", selection
+    call, rows = now.call, None
+    if isinstance(now, SglangAdapter) and now.group is not None:
+        given = {**dict(zip(_FORWARD, args, strict=False)), **kwargs}
+        rows = row_shard.of_forward(now, self, c4, given["forward_batch"], x, given["q_lora"])
+    before = call.kind, call.selection, call.rows
+    call.kind, call.selection, call.rows = "v4", selection, rows
     try:
         original(self, *args, **kwargs)
+        if rows is not None:
+            rows.finished()
     finally:
-        call.kind, call.selection = before
+        call.kind, call.selection, call.rows = before
 
 
 def row_chunks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -89,19 +101,27 @@ def _transform(
     def engine(**into: torch.Tensor) -> None:
         """Make the call as it came, and with nothing that it did not pass but other outputs."""
         placed = [into.pop(n, v) for n, v in zip(names, args, strict=False)]
-        plain = widen(scores) if isinstance(scores, torch.Tensor) else scores
+        plain = scores
+        if isinstance(scores, torch.Tensor):
+            plain = widen(row_shard.whole(scores, every))
         original(plain, *placed, *args[len(names) :], **{**kwargs, **into})
 
-    now = adapter.current()
+    now, every = adapter.current(), rows_of(scores)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if now.call.kind is None or not set(_V1[:-1]) <= set(given):
         engine()  # another model's call of the same names
         return
     seq_lens, page_tables, out, page_size = (given[name] for name in _V1[:-1])
-    raw, rows = given.get("out_raw_indices"), scores.shape[0]
+    raw, parts, logits = given.get("out_raw_indices"), now.call.rows, scores
+    if parts is not None:
+        every, own = len(out), parts.next_selected(out, raw)
+        logits = row_shard.narrowed(scores, own)
+        seq_lens, page_tables, out = seq_lens[own], page_tables[own], out[own]
+        raw = None if raw is None else raw[own]
+    rows = logits.shape[0]
     readable = (
         "topk" not in now.off
-        and is_matrix(scores)
+        and is_matrix(logits)
         and is_output(out, rows, out.shape[1])
         and out.shape[1] in KS
         and (raw is None or is_output(raw, rows, out.shape[1]))
@@ -116,7 +136,7 @@ def _transform(
 
     def plugin(selection: Selection) -> None:
         ops.topk(
-            scores,
+            logits,
             seq_lens.reshape(-1),
             out.shape[1],
             page_table=page_tables,
@@ -139,7 +159,10 @@ def _transform(
         )
 
     selection = now.call.selection if readable else None
-    serve("paged", selection, scores.dtype, plugin, engine, watch, rows)
+    if rows or parts is None:
+        serve("paged", selection, scores.dtype, plugin, engine, watch, rows)
+    if parts is not None:
+        parts.gather_last()
 
 
 _DSA_REST = (

@@ -23,6 +23,8 @@ from dsv4_plugin.engines.shared.decision import (
     choose_selection,
 )
 from dsv4_plugin.engines.shared.patches import Ledger, Patch
+from dsv4_plugin.engines.shared.row_shard import SETTING
+from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.state import Seam, state
 
 __all__ = ["Adapter", "CallContext", "current", "end", "start"]
@@ -39,7 +41,7 @@ class CallContext(threading.local):
     writes bfloat16. ``fill_skipped``: the call of the op leaves out the fill with -1. ``gather``:
     the key gather that waits for a reader. ``requests``: whose the rows of a decode batch are,
     where the engine has made a request of each. ``slots``: what the last top-k wrote for the
-    attention.
+    attention. ``rows``: the rows of a prefill that is sharded among ranks (SGLang).
     """
 
     kind: Hashable | None = None
@@ -49,6 +51,7 @@ class CallContext(threading.local):
     gather: Any = None
     requests: Any = None
     slots: Any = None
+    rows: Any = None
 
 
 class Adapter:
@@ -148,11 +151,14 @@ class Adapter:
         dtypes: Sequence[str],
         possible: Callable[[envs.Settings, str], tuple[Selection | None, list[str]]],
         report: Callable[[Selection | None, PassedOver], None],
+        shard: Callable[[envs.Settings, Selection | None], list[str]] | None = None,
     ) -> Selection | None:
         """Return how calls of ``kind`` select, or None: the engine's own. Decides at the first.
 
         ``kind`` is hashable, has a ``device``, and its text names it in the log. ``dtypes`` are
         those of ``auto``, best first. ``possible`` and ``report`` run only if nothing is decided.
+        ``shard`` returns why prefills of this kind are not sharded, where that is asked for; None:
+        they never are.
 
         Raises:
             SettingError: a setting has a value it cannot have.
@@ -173,6 +179,10 @@ class Adapter:
         selection, passed = choose_selection(
             settings, dtypes, lambda dtype: possible(settings, dtype), str(kind)
         )
+        if settings.shard_prefill:
+            why = shard(settings, selection) if shard else ["no prefill of this kind is sharded"]
+            if why:
+                raise UnmetError(f"{SETTING}, {kind}", why)
         self.decisions[kind] = self.decision = Decision(True, settings.strict, selection)
         report(selection, passed)
         return selection

@@ -18,6 +18,8 @@ VERSIONS = versions("DSV4_VLLM_VERSIONS", "0.33.0,0.26.0")
 # Between the newest and the oldest: the releases with DeepSeek-V4.1, for its cases alone.
 V41_VERSIONS = ["0.32.0", "0.31.0", "0.30.0"]
 V41_CASES = ["host_candidates.py"]
+# 0.31 is the last release that does not shard the rows of a prefill itself.
+ALSO = {"0.30.0": ["host_candidates_shadow.py"], "0.31.0": ["host_shard.py"]}
 RELEASES = Releases(
     "vLLM", "vllm", ("releases/{}",),
     ("--versions", ",".join(dict.fromkeys(VERSIONS + V41_VERSIONS))), "VLLM_PLUGINS",
@@ -34,7 +36,7 @@ def test_release(version: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("version", V41_VERSIONS)
 def test_deepseek_v41_in_release(version: str, tmp_path: Path) -> None:
-    files = [*V41_CASES, "host_candidates_shadow.py"] if version == "0.30.0" else V41_CASES
+    files = [*V41_CASES, *ALSO.get(version, [])]
     RELEASES.run_cases(version, CASES, tmp_path / "report.xml", 60, files)
 
 

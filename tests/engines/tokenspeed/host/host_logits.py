@@ -186,3 +186,10 @@ def test_plugin_logits_that_cannot_be_met_list_everything(engine, load, monkeypa
     for part in ("plugin's logits by cuda: the tensors are on cpu",
                  "plugin's logits by cuda: the library is not there"):  # fmt: skip
         assert part in str(caught.value)
+
+
+def test_rows_that_shall_be_sharded_are_an_error(engine, load):
+    load(DSV4_SHARD_PREFILL="1")
+    with pytest.raises(UnmetError, match="no prefill of this kind is sharded") as caught:
+        decode(engine, engine.batch((1500,)))
+    assert caught.value.wish.startswith("DSV4_SHARD_PREFILL=1, ")

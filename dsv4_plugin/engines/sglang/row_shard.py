@@ -1,0 +1,217 @@
+"""The rows of a prefill of DeepSeek-V4 sharded among SGLang's tensor-parallel ranks.
+
+``forward_c4_indexer`` scores and selects the rows of a batch in parts, in order. Under a forward
+that is sharded the plugin's logits and its top-k take this rank's rows of each part alone, and
+behind the last part the ranks gather: before SGLang does anything else with the indices. Parts may
+be cut elsewhere on another rank (SGLang cuts by free memory): only the slices count.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+
+from dsv4_plugin.engines.sglang.adapter import SglangAdapter
+from dsv4_plugin.engines.shared import row_shard
+from dsv4_plugin.engines.shared.decision import Selection
+from dsv4_plugin.engines.shared.row_shard import SETTING, Group, Shard, exchange
+from dsv4_plugin.errors import UnmetError
+from dsv4_plugin.ops.logits import new_logits
+from dsv4_plugin.state import state
+
+__all__ = ["Rows", "group", "narrowed", "of_forward", "tagged", "unmet", "whole"]
+
+_RATIO = 4  # tokens a key of the C4 indexer
+_ATTRIBUTE = "_dsv4_rows"
+# SGLang's options under which ranks have other rows, run two batches at once or gather otherwise.
+_OTHERWISE = (
+    "enable_dp_attention", "enable_prefill_cp", "enable_prefill_context_parallel",
+    "enable_dsa_prefill_context_parallel", "enable_two_batch_overlap", "enable_pdmux",
+    "enable_symm_mem", "enable_torch_symm_mem", "enable_deterministic_inference",
+)  # fmt: skip
+
+
+def unmet(selection: Selection | None, shadow: bool) -> list[str]:
+    """Return why the rows of a prefill cannot be sharded here; alike on every rank."""
+    why = []
+    if selection is None:
+        why.append("the plugin does not select")
+    elif selection.logits != "plugin":
+        why.append("the rows are narrowed in the plugin's logits, and DeepGEMM writes them")
+    if shadow:
+        why.append("DSV4_SHADOW=1 compares the rows of a whole batch")
+    options = _options()
+    if options is None:
+        return [*why, "SGLang shows no server arguments"]
+    if options["tp_size"] < 2:
+        why.append(f"tp_size is {options['tp_size']}: there is no other rank")
+    for name in ("pp_size", "attn_dp_size", "attn_cp_size", "dcp_size"):
+        size = options.get(name) or 1
+        why += [f"{name} is {size}, not 1"] if size != 1 else []
+    why += [f"{name} is set" for name in _OTHERWISE if options.get(name)]
+    if not why:
+        groups = _parallel_state()
+        if groups.get_tp_group().ranks != groups.get_attn_tp_group().ranks:
+            why.append("the attention has a tensor-parallel group of its own")
+    return why
+
+
+def _options() -> dict[str, Any] | None:
+    """Return SGLang's options as they hold in this process, None where it has none."""
+    try:
+        args: Any = importlib.import_module("sglang.srt.runtime_context").get_server_args()
+        # From 0.5.19 on the record has what was asked for.
+        resolved = getattr(args, "resolved_dict", None)
+        return dict(vars(args) if resolved is None else resolved())
+    except Exception:  # not set: an indexer without a server around it
+        return None
+
+
+def _parallel_state() -> Any:
+    return importlib.import_module("sglang.srt.distributed.parallel_state")
+
+
+def _server_args() -> Any:
+    """Return SGLang's arguments in this process, None where it has none."""
+    try:
+        return importlib.import_module("sglang.srt.runtime_context").get_server_args()
+    except Exception:  # not set: an indexer without a server around it
+        return None
+
+
+def group() -> Group:
+    """Return SGLang's tensor-parallel group, once its ranks have agreed to shard.
+
+    Raises:
+        UnmetError: they have not.
+    """
+    found = _parallel_state().get_tp_group()
+    why = row_shard.agree(found.ranks, found.rank_in_group)
+    if why:
+        raise UnmetError(SETTING, why)
+    return Group(found.rank_in_group, found.world_size, lambda piece: found.all_gather(piece, 0))
+
+
+# --- a forward -----------------------------------------------------------------------------------
+
+
+class Rows:
+    """The rows of one forward of an indexer: ``cut`` has the slices, the rest how far it has come.
+
+    ``scored`` and ``selected`` are the rows of the parts that were there.
+    """
+
+    def __init__(self, cut: Shard) -> None:
+        self.cut = cut
+        self.scored = self.selected = 0
+        self._first: tuple[torch.Tensor | None, ...] = ()
+
+    def next_scored(self, rows: int) -> slice:
+        """Return which rows of the next part are this rank's, for the logits."""
+        begin, self.scored = self.scored, self.scored + rows
+        return self.cut.within(slice(begin, self.scored))
+
+    def next_selected(self, *outputs: torch.Tensor | None) -> slice:
+        """The same for the top-k, which fills ``outputs``.
+
+        Raises:
+            RuntimeError: this is not the part that follows; its rows are not known.
+        """
+        out = outputs[0]
+        assert out is not None
+        self._first = self._first or outputs
+        first, begin = self._first[0], self.selected
+        assert first is not None
+        self.selected += len(out)
+        there = first.data_ptr() + begin * first.stride(0) * first.element_size()
+        if out.data_ptr() != there or self.scored not in (0, self.selected):
+            raise RuntimeError(f"{SETTING}: SGLang does not select its rows in order")
+        return self.cut.within(slice(begin, self.selected))
+
+    def gather_last(self) -> None:
+        """Gather, if all parts are done."""
+        rows = self.cut.every_row.stop
+        if self.selected == rows:
+            for out in self._first:
+                if out is not None:
+                    shape = (rows, out.shape[1])
+                    exchange(self.cut, out.as_strided(shape, out.stride(), out.storage_offset()))
+            state.count("shard.gather")
+
+    def finished(self) -> None:
+        """Make sure that no rank comes out of a forward without its gather.
+
+        Raises:
+            RuntimeError: some of the rows were selected elsewhere.
+        """
+        if self.selected != self.cut.every_row.stop and (self.selected or self.scored):
+            raise RuntimeError(f"{SETTING}: SGLang selected rows where the plugin does not see it")
+
+
+def of_forward(
+    now: SglangAdapter, mixin: Any, indexer: Any, batch: Any, x: Any, lora: Any
+) -> Rows | None:
+    """Return the rows of a forward if it is sharded; asked of the host only, alike on every rank.
+
+    Raises:
+        UnmetError: other code stands before the plugin's top-k, so that this rank might not gather.
+    """
+    if now.group is None:
+        return None
+    queries, lengths = (getattr(batch, n, None) for n in ("extend_seq_lens_cpu", "seq_lens_cpu"))
+    metadata = getattr(mixin.forward_metadata, "indexer_metadata", None)
+    if (
+        getattr(batch.forward_mode, "name", None) not in ("EXTEND", "MIXED")
+        or getattr(batch, "_original_forward_mode", None) is not None
+        or getattr(batch, "tbo_parent_token_range", None) is not None
+        or getattr(metadata, "use_prefill_cuda_graph", False)
+        or queries is None
+        or lengths is None
+        or len(queries) != len(lengths)
+        or sum(queries) != len(x)
+        or len(x) != len(lora)
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return None
+    cut = _cut(now.group, tuple(map(int, queries)), tuple(map(int, lengths)), indexer.index_topk)
+    if cut is None:
+        return None
+    if not now.intact("topk.paged"):
+        raise UnmetError(SETTING, now.problems("topk.paged"))
+    return Rows(cut)
+
+
+@functools.lru_cache(maxsize=1)  # one for all layers of a forward
+def _cut(group: Group, queries: tuple[int, ...], lengths: tuple[int, ...], k: int) -> Shard | None:
+    return row_shard.shard(group, queries, lengths, _RATIO, k)
+
+
+# --- logits of this rank's rows ------------------------------------------------------------------
+
+
+def tagged(scores: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """Return logits marked as those of ``rows`` of their part."""
+    if scores is not None:
+        setattr(scores, _ATTRIBUTE, rows)
+    return scores
+
+
+def narrowed(scores: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Return the logits of ``rows`` of a part, of logits that are these or all of the part's."""
+    return scores if getattr(scores, _ATTRIBUTE, None) is not None else scores[rows]
+
+
+def whole(scores: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return logits of all ``rows`` of a part, for SGLang's own top-k; other ranks' are zeros.
+
+    SGLang's plan is for all rows. What it selects for those of other ranks is not kept.
+    """
+    own = getattr(scores, _ATTRIBUTE, None)
+    if own is None:
+        return scores
+    every = new_logits(rows, scores.shape[1], torch.float32, scores.device).zero_()
+    every[own].copy_(scores)
+    return every
