@@ -63,6 +63,8 @@ def test_numbers_of_the_host_may_be_tensors() -> None:
     given = [4000, 8192], [40_000, 60_000]
     tensors = [torch.tensor(x, dtype=torch.int32) for x in given]
     assert shard(group, *given, 1, 512) == shard(group, *tensors, 1, 512) is not None
+    with torch.device("meta"):
+        assert shard(group, *given, 1, 512) == shard(group, *tensors, 1, 512) is not None
 
 
 def test_a_small_prefill_is_not_cut() -> None:

@@ -30,7 +30,7 @@ __all__ = ["FEWEST_KEYS", "SETTING", "Group", "Shard", "agree", "exchange", "sha
 SETTING = "DSV4_SHARD_PREFILL=1"
 # A prefill is sharded if its rows see so many keys together, beyond KEYS_PER_INDEX keys for each
 # index that is gathered. Both are estimates until two GPUs measured them: 2,048 rows of 32,768 keys
-# take 1.1 ms (benchmarks/results/h200_logits.json, h200_topk_prefill.json), so these keys take
+# take 1.0 ms (benchmarks/results/h200_logits.json, h200_topk_prefill.json), so these keys take
 # 0.5 ms, of which two ranks save half, and a gather is expected to take less than 0.1 ms.
 FEWEST_KEYS = 1 << 25
 KEYS_PER_INDEX = 4
@@ -89,16 +89,17 @@ def shard(
         k: indices of a row.
         first: the first row's number.
     """
-    rows_of = torch.as_tensor(queries, dtype=torch.int64)
-    tokens = torch.as_tensor(lengths, dtype=torch.int64)
+    rows_of, tokens = (
+        torch.as_tensor(x, dtype=torch.int64, device="cpu") for x in (queries, lengths)
+    )
     rows = int(rows_of.sum())
-    seen = torch.arange(1, rows + 1) + torch.repeat_interleave(
+    seen = torch.arange(1, rows + 1, device="cpu") + torch.repeat_interleave(
         tokens - rows_of.cumsum(0), rows_of, output_size=rows
     )
     keys = (seen // ratio).cumsum(0)
     if not rows or int(keys[-1]) < FEWEST_KEYS + KEYS_PER_INDEX * k * rows:
         return None
-    shares = torch.arange(1, group.ranks) * keys[-1] // group.ranks
+    shares = torch.arange(1, group.ranks, device="cpu") * keys[-1] // group.ranks
     ends = torch.searchsorted(keys, shares, right=True).tolist()
     return Shard(group, tuple(first + row for row in (0, *ends, rows)))
 
