@@ -21,7 +21,6 @@ from dsv4_plugin.engines.vllm.adapter import VllmAdapter
 from dsv4_plugin.engines.vllm.probe import (
     DEEP_GEMM,
     OP,
-    PLANNER,
     SHARD,
     SHARDS_ITSELF,
     TO_SLOTS,
@@ -131,7 +130,7 @@ def patch_op(now: VllmAdapter) -> None:
 
 def shards_itself() -> bool:
     """Whether this vLLM shards the rows of a prefill among ranks."""
-    return hasattr(sys.modules.get(PLANNER), SHARDS_ITSELF)
+    return hasattr(sys.modules.get(SHARDS_ITSELF.module), SHARDS_ITSELF.attribute)
 
 
 def unmet_shard(now: VllmAdapter) -> list[str]:

@@ -143,8 +143,10 @@ def _shard(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
     """Shard the rows of prefills among the tensor-parallel ranks, if that is asked for."""
     before, now.group = now.group, None
     if not settings.shard_prefill:
+        _note_shard("DSV4_SHARD_PREFILL=0")
         return
     if late_patches.shards_itself():
+        _note_shard("vLLM does it itself")
         log.once(
             logging.INFO,
             f"{now.engine} shards the rows of prefills itself, under conditions of its own; "
@@ -159,12 +161,18 @@ def _shard(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
         raise UnmetError(SETTING, why)
     now.group = before or row_shard.group()
     late_patches.patch_shard(now)
-    state.seams["shard"].why = None
+    _note_shard(None)
     log.once(
         logging.INFO,
         f"dsv4 shards the rows of prefills in {now.engine} among {now.group.ranks} "
         f"tensor-parallel ranks; this one is rank {now.group.rank}",
     )
+
+
+def _note_shard(why: str | None) -> None:
+    seam = state.seams.get("shard")
+    if seam is not None and seam.where is not None:
+        seam.why = why
 
 
 def _no_blocks(groups: list[_Group], group: _Group) -> list[str]:

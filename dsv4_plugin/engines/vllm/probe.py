@@ -12,7 +12,7 @@ from dsv4_plugin.engines.shared.seam import Place, Seam
 from dsv4_plugin.engines.shared.source import Site
 
 __all__ = [
-    "APPLY_MASK", "DEEP_GEMM", "INDEXER", "NEIGHBOURS", "OP", "PLANNER", "SEAMS",
+    "APPLY_MASK", "DEEP_GEMM", "INDEXER", "NEIGHBOURS", "OP", "SEAMS",
     "SELECT_BLOCKS", "SHARD", "SHARDS_ITSELF", "SKIP_FILL", "TO_SLOTS", "TO_SLOTS_TAKES", "look",
 ]  # fmt: skip
 
@@ -24,7 +24,6 @@ DEEP_GEMM = "vllm.utils.deep_gemm"
 # Patched when the indexer's module is imported.
 NEIGHBOURS = (TOPK, OPS, PLANNER, DEEP_GEMM)
 OP = "torch.ops.vllm.sparse_attn_indexer"
-SHARDS_ITSELF = "tp_prefill_row_sharding_supported"  # in the planner, from 0.32 on
 
 BLOCKS = "vllm.model_executor.kernels.attention.dsa.candidate_blocks"
 SELECT_BLOCKS = Place(
@@ -77,6 +76,9 @@ SHARD = (
         used=(*_OP_CALLED, "row_starts=chunk.cu_seqlen_ks"),
     ),
 )  # fmt: skip
+
+
+SHARDS_ITSELF = Place(PLANNER, "tp_prefill_row_sharding_supported")  # from 0.32 on
 
 
 def _compiled(name: str, optional: bool = False) -> Place:
@@ -222,10 +224,10 @@ SEAMS = (
     ),
     Seam(
         "shard",
-        (SHARD,),
+        ((SHARDS_ITSELF,), SHARD),
         puts="a step's prefill chunks with the rows of this rank alone, and behind the last chunk "
         "of a layer a gather of all indices. Patched only under `DSV4_SHARD_PREFILL=1`, when a "
-        "layer is built",
+        "layer is built, and only in the second form: the first is vLLM's own sharding",
         why="every tensor-parallel rank scores and selects all rows of a prefill",
         until="the oldest release served is 0.32, which does it itself",
         upstream="vLLM #53691, #54394",

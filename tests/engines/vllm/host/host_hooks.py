@@ -55,7 +55,7 @@ def missing():
 def test_the_import_hook_found_every_seam(_engine):
     seams = _engine.after_import["seams"]
     topk = {"topk.decode", "topk.prefill", "topk.slots", "topk.fill"}
-    assert set(seams) == topk | {"guard", "logits", "candidates", "gather", "budget"}
+    assert set(seams) == topk | {"guard", "logits", "candidates", "gather", "budget", "shard"}
     assert {name for name, seam in seams.items() if not seam["where"]} == missing(), seams
     assert _engine.after_import["engine"] == f"vLLM {_engine.version}"
 

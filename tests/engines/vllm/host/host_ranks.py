@@ -16,6 +16,8 @@ import sys
 import pytest
 import two_ranks
 
+import dsv4_plugin
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
@@ -65,6 +67,7 @@ def test_the_setting_changes_nothing_where_vllm_shards(engine, run, monkeypatch,
         monkeypatch.setenv(name, "1")
     run.build(engine.problem(prefill=((600, 4),)))
     assert "shards the rows of prefills itself" in caplog.text
+    assert dsv4_plugin.status()["seams"]["shard"]["why"] == "vLLM does it itself"
     planner = sys.modules["vllm.v1.attention.backends.mla.indexer"]
     assert not hasattr(planner.DeepseekV32IndexerMetadataBuilder.build, "__wrapped__")
     assert not hasattr(engine.indexer._merge_dcp_topk_global, "__wrapped__")

@@ -138,7 +138,8 @@ def test_not_asked_for_nothing_is_patched(engine, run, monkeypatch):
     build(run, engine, tensor_parallel_size=2)
     assert patched(engine) == []
     assert dsv4_plugin.status()["seams"]["shard"]["where"]
-    assert not dsv4_plugin.status()["seams"]["shard"]["engaged"]
+    seam = dsv4_plugin.status()["seams"]["shard"]
+    assert not seam["engaged"] and seam["why"] == "DSV4_SHARD_PREFILL=0"
 
 
 def test_asked_for_without_the_plugin_nothing_is_patched(engine, run, monkeypatch):
