@@ -78,7 +78,7 @@ SHARD = (
 )  # fmt: skip
 
 
-SHARDS_ITSELF = Place(PLANNER, "tp_prefill_row_sharding_supported")  # from 0.32 on
+SHARDS_ITSELF = Place(PLANNER, "tp_prefill_row_sharding_supported", ("vllm_config",))  # from 0.32
 
 
 def _compiled(name: str, optional: bool = False) -> Place:
