@@ -22,7 +22,9 @@ from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.ops.logits import new_logits
 from dsv4_plugin.state import state
 
-__all__ = ["Rows", "group", "narrowed", "of_forward", "tagged", "unmet", "whole"]
+__all__ = [
+    "Rows", "group", "narrowed", "of_forward", "positions_of", "tagged", "unmet", "whole",
+]  # fmt: skip
 
 _RATIO = 4  # tokens a key of the C4 indexer
 _ATTRIBUTE = "_dsv4_rows"
@@ -101,45 +103,61 @@ def group() -> Group:
 class Rows:
     """The rows of one forward of an indexer: ``cut`` has the slices, the rest how far it has come.
 
-    ``scored`` and ``selected`` are the rows of the parts that were there.
+    ``scored`` and ``selected`` are the rows of the parts that were there. Ranks exchange positions:
+    each makes the pool slots of them by its own page table, so that pools need not be alike.
     """
 
     def __init__(self, cut: Shard) -> None:
         self.cut = cut
         self.scored = self.selected = 0
-        self._first: tuple[torch.Tensor | None, ...] = ()
+        self._positions: torch.Tensor | None = None
+        self._parts: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # first row, slots, pages
 
     def next_scored(self, rows: int) -> slice:
         """Return which rows of the next part are this rank's, for the logits."""
         begin, self.scored = self.scored, self.scored + rows
         return self.cut.within(slice(begin, self.scored))
 
-    def next_selected(self, *outputs: torch.Tensor | None) -> slice:
-        """The same for the top-k, which fills ``outputs``.
+    def next_selected(
+        self, out: torch.Tensor, tables: torch.Tensor, raw: torch.Tensor | None
+    ) -> tuple[slice, torch.Tensor]:
+        """Return the same for the top-k, and where it writes the positions of the part's rows.
+
+        ``out`` ``[rows, k]`` takes pool slots, ``tables`` ``[rows, pages]`` are their pages,
+        ``raw`` takes positions, if SGLang wants them.
 
         Raises:
             RuntimeError: this is not the part that follows; its rows are not known.
         """
-        out = outputs[0]
-        assert out is not None
-        self._first = self._first or outputs
-        first, begin = self._first[0], self.selected
-        assert first is not None
-        self.selected += len(out)
+        begin, rows = self.selected, len(out)
+        self.selected += rows
+        every = (self.cut.every_row.stop, out.shape[1])
+        if self._positions is None:
+            if raw is None:
+                self._positions = out.new_empty(every)
+            else:
+                self._positions = raw.as_strided(every, raw.stride(), raw.storage_offset())
+        first = self._parts[0][1] if self._parts else out
         there = first.data_ptr() + begin * first.stride(0) * first.element_size()
         if out.data_ptr() != there or self.scored not in (0, self.selected):
             raise RuntimeError(f"{SETTING}: SGLang does not select its rows in order")
-        return self.cut.within(slice(begin, self.selected))
+        self._parts.append((begin, out, tables))
+        positions = self._positions[begin : self.selected]
+        return self.cut.within(slice(begin, self.selected)), positions
 
-    def gather_last(self) -> None:
-        """Gather, if all parts are done."""
-        rows = self.cut.every_row.stop
-        if self.selected == rows:
-            for out in self._first:
-                if out is not None:
-                    shape = (rows, out.shape[1])
-                    exchange(self.cut, out.as_strided(shape, out.stride(), out.storage_offset()))
-            state.count("shard.gather")
+    def gather_last(self, page_size: int) -> None:
+        """Gather, if all parts are done, and make slots of what came from other ranks."""
+        if self.selected != self.cut.every_row.stop:
+            return
+        assert self._positions is not None
+        exchange(self.cut, self._positions)
+        for begin, out, tables in self._parts:
+            own = self.cut.within(slice(begin, begin + len(out)))
+            for rows in (slice(0, min(own.start, len(out))), slice(own.stop, len(out))):
+                if rows.start < rows.stop:
+                    positions = self._positions[begin + rows.start : begin + rows.stop]
+                    out[rows].copy_(_slots(positions, tables[rows], page_size))
+        state.count("shard.gather")
 
     def finished(self) -> None:
         """Make sure that no rank comes out of a forward without its gather.
@@ -149,6 +167,22 @@ class Rows:
         """
         if self.selected != self.cut.every_row.stop and (self.selected or self.scored):
             raise RuntimeError(f"{SETTING}: SGLang selected rows where the plugin does not see it")
+
+
+def _slots(positions: torch.Tensor, tables: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Return the pool slots of positions; -1 stays -1."""
+    column = torch.div(positions.clamp(min=0), page_size, rounding_mode="floor")
+    slots = tables.gather(1, column.to(torch.int64)) * page_size + positions % page_size
+    return torch.where(positions < 0, -1, slots)
+
+
+def positions_of(slots: torch.Tensor, tables: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Return the positions of pool slots; of equal pages the first, the others are not a row's."""
+    pages, columns = tables.sort(dim=1, stable=True)
+    page = torch.div(slots.clamp(min=0), page_size, rounding_mode="floor")
+    at = torch.searchsorted(pages, page).clamp(max=pages.shape[1] - 1)
+    positions = columns.gather(1, at) * page_size + slots % page_size
+    return torch.where(slots < 0, -1, positions).to(torch.int32)
 
 
 def of_forward(

@@ -114,10 +114,10 @@ def _transform(
     seq_lens, page_tables, out, page_size = (given[name] for name in _V1[:-1])
     raw, parts, logits = given.get("out_raw_indices"), now.call.rows, scores
     if parts is not None:
-        every, own = len(out), parts.next_selected(out, raw)
+        every, (own, positions) = len(out), parts.next_selected(out, page_tables, raw)
         logits = row_shard.narrowed(scores, own)
         seq_lens, page_tables, out = seq_lens[own], page_tables[own], out[own]
-        raw = None if raw is None else raw[own]
+        raw = positions[own]
     rows = logits.shape[0]
     readable = (
         "topk" not in now.off
@@ -145,6 +145,7 @@ def _transform(
             out_raw=raw,
             backend=selection.backend,
         )
+        by_plugin.append(True)
 
     def watch() -> None:
         if raw is None:  # a page has one slot range: sets of slots are sets of columns
@@ -158,11 +159,14 @@ def _transform(
             lambda: seq_lens.reshape(-1),
         )
 
+    by_plugin: list[bool] = []
     selection = now.call.selection if readable else None
     if rows or parts is None:
         serve("paged", selection, scores.dtype, plugin, engine, watch, rows)
     if parts is not None:
-        parts.gather_last()
+        if raw is not None and not by_plugin and given.get("out_raw_indices") is None:
+            raw.copy_(row_shard.positions_of(out, page_tables, page_size))
+        parts.gather_last(page_size)
 
 
 _DSA_REST = (

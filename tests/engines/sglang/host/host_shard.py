@@ -2,7 +2,7 @@
 
 SGLang's own indexer, hook registry and group run (``shard_rank.py``). What is shown: each rank
 scores its slice and no more; every rank has every index, bit by bit those of a rank alone; there is
-one gather an output and layer on both ranks, whatever happened on one of them.
+one gather a layer on both ranks, whatever happened on one of them. The ranks' pools are not alike.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ def ranks(tmp_path_factory) -> list[dict]:
 def test_two_ranks_have_the_indices_of_one(case, ranks):
     given = shard_rank.CASES[case]
     fails, empty = given.get("fails"), given.get("empty")
-    outputs = shard_rank.LAYERS * (1 + given.get("raw", False))
     sharded = 0
     for (mode, requests), *found in zip(given["steps"], *(r[case] for r in ranks), strict=True):
         rows, layers = sum(new for _, new in requests), shard_rank.LAYERS
@@ -60,8 +59,8 @@ def test_two_ranks_have_the_indices_of_one(case, ranks):
             assert each["gathered_alone"] == []
             assert each["off"] == (["topk"] if fails and rank == 1 else [])
             assert each["same_sets"] and (fails or each["same"])
-        # Whoever selected a row, both ranks have it from there.
-        assert found[0]["indices"] == found[1]["indices"] or fails and not found[0]["gathered"]
+        # Whoever selected a row, both ranks have it from there, each in slots of its own pool.
+        assert found[0]["positions"] == found[1]["positions"] or fails and not found[0]["gathered"]
         assert found[0]["gathered"] == found[1]["gathered"]
         keys = sum((n + row + 1) // 4 for n, new in requests for row in range(new))
         if mode in ("EXTEND", "MIXED") and keys:
@@ -71,7 +70,7 @@ def test_two_ranks_have_the_indices_of_one(case, ranks):
             else:
                 longest = rows
                 assert scored[empty] == 0
-            assert found[0]["gathered"] == [[longest, 512]] * outputs
+            assert found[0]["gathered"] == [[longest, 512]] * layers
             assert fails or sum(scored) == rows * layers
         else:
             assert found[0]["gathered"] == [] and scored == [rows * layers] * 2
@@ -203,10 +202,10 @@ def test_rows_that_are_not_selected_in_order_are_an_error(engine, load, server, 
     engine.step(engine.problem((5,)))  # decides
     rows = of_sglang.Rows(row_shard.shard(adapter().group, [3], [2412], 4, 512))
     rows.next_scored(1)
-    rows.next_selected(problem.out[:1], None)
+    rows.next_selected(problem.out[:1], problem.table[:1], None)
     rows.next_scored(1)
     with pytest.raises(RuntimeError, match="does not select its rows in order"):
-        rows.next_selected(problem.out[2:], None)
+        rows.next_selected(problem.out[2:], problem.table[2:], None)
     with pytest.raises(RuntimeError, match="where the plugin does not see it"):
         rows.finished()
 

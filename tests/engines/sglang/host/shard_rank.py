@@ -95,6 +95,9 @@ def main(rank: int, meet: str, out: Path) -> None:
     def batch(case: dict[str, Any], mode: str, requests: list[tuple[int, int]], seed: int) -> Any:
         keys = tuple((n + row + 1) // 4 for n, new in requests for row in range(new))
         problem = engine.problem(keys, raw=case.get("raw", False), prefill=True, seed=seed)
+        other = torch.randperm(len(problem.cache), generator=torch.Generator().manual_seed(rank))
+        problem.cache = problem.cache[other.argsort()]  # a rank's pool has its own order
+        problem.table = other[problem.table.long()].to(torch.int32)
         problem.prefill = mode == "EXTEND" and len(requests) == 1
         layer = Layer(engine, problem, None)
         layer._last = (requests[-1][0] + requests[-1][1]) // 4
@@ -137,7 +140,7 @@ def main(rank: int, meet: str, out: Path) -> None:
         for number, (mode, requests) in enumerate(case["steps"]):
             gathered.clear()
             engine.calls.clear()
-            found = []
+            found, positions = [], []
             for seed in range(LAYERS):
                 problem, layer, more = batch(case, mode, requests, 10 * number + seed)
                 if together and rank == 1 and number == 0 and seed == 1:
@@ -149,9 +152,11 @@ def main(rank: int, meet: str, out: Path) -> None:
                 dsv4_plugin.topk, logits.paged, logits.dense = topk, paged, dense
                 found += [problem.out.clone()]
                 found += [] if problem.raw is None else [problem.raw.clone()]
+                positions.append(of_sglang.positions_of(problem.out, problem.table, 64))
             scored = [c for c in engine.calls if c.name in ("dense_logits", "paged_logits")]
             steps.append({
                 "found": found,
+                "positions": positions,
                 "gathered": [*gathered],
                 "scored": sum(c.rows for c in scored),
                 "parts": len(scored),
@@ -165,14 +170,16 @@ def main(rank: int, meet: str, out: Path) -> None:
         alone, together = run(case, False), run(case, True)
         report[name] = [
             {
-                **{key: value for key, value in both.items() if key != "found"},
+                **{name: both[name] for name in ("gathered", "scored", "parts", "off")},
                 "same": all(map(torch.equal, one["found"], both["found"])),
                 "same_sets": all(
                     torch.equal(a.sort(1).values, b.sort(1).values)
                     for a, b in zip(one["found"], both["found"], strict=True)
                 ),
                 "gathered_alone": one["gathered"],
-                "indices": [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in both["found"]],
+                "positions": [
+                    hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in both["positions"]
+                ],
             }
             for one, both in zip(alone, together, strict=True)
         ]
