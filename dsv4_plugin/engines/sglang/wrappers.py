@@ -16,7 +16,7 @@ import torch
 
 import dsv4_plugin as ops
 from dsv4_plugin.engines.sglang import policy
-from dsv4_plugin.engines.shared import adapter, shadow
+from dsv4_plugin.engines.shared import adapter, aside, shadow
 from dsv4_plugin.engines.shared.decision import KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
 from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, rows_of, widen
@@ -196,7 +196,9 @@ def topk_dsa(
     def watch() -> None:  # it allocates what it returns
         shadow.watch("dsa", result[0], lambda _: engine())
 
-    serve("dsa", decided, logits.dtype, plugin, upstream, watch, rows_of(logits))
+    rows = rows_of(logits)
+    left = decided is not None and aside.faster(decided, "dsa", topk, rows, logits.shape[1])
+    serve("dsa", decided, logits.dtype, plugin, upstream, watch, rows, left)
     return result[0]
 
 
