@@ -163,15 +163,9 @@ def _possible(
         lambda: _engine_logits(now, call, dtype),
         lambda backend: _plugin_logits(now, call, dtype, backend),
     )
-    if call.kind.steps_aside and _newest_topk(call):
+    if call.kind.steps_aside:
         chosen = aside.engage(chosen, settings, now.engine)
     return chosen, why
-
-
-def _newest_topk(call: _Call) -> bool:
-    """Whether SGLang would run the kernel that was measured, and not its older one."""
-    asked = getattr(call.backend, "should_use_topk_v2", None)
-    return bool(asked is not None and asked())
 
 
 def _elsewhere(now: SglangAdapter, call: _Call) -> list[str]:

@@ -197,7 +197,11 @@ def topk_dsa(
         shadow.watch("dsa", result[0], lambda _: engine())
 
     rows = rows_of(logits)
-    left = decided is not None and aside.faster(decided, "dsa", topk, rows, logits.shape[1])
+    left = (
+        decided is not None
+        and aside.faster(decided, "dsa", topk, rows, logits.shape[1])
+        and _measured_kernel(self)
+    )
     serve("dsa", decided, logits.dtype, plugin, upstream, watch, rows, left)
     return result[0]
 
@@ -225,6 +229,12 @@ def _decode_shaped(
         and lengths.shape[0] == logits.shape[0] == table.shape[0]
         and _fused()
     )
+
+
+def _measured_kernel(dsa_backend: Any) -> bool:
+    """Whether SGLang would run the kernel that was measured, and not its older one."""
+    asked = getattr(dsa_backend, "should_use_topk_v2", None)
+    return bool(asked is not None and asked())
 
 
 def _fused() -> bool:

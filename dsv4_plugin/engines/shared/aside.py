@@ -65,11 +65,12 @@ def said(selection: Selection | None, ks: Iterable[int]) -> str:
     """Name the calls that the engine's kernel gets, for the log; empty where there are none."""
     if selection is None or not selection.aside:
         return ""
+    known = set(ks)
     return "; ".join(
         text
         for (call, k), measured in table.LONGEST.items()
         if call.startswith(f"{selection.aside}.")
-        and k in set(ks)
+        and k in known
         and (text := _shapes(call.partition(".")[2], measured))
     )
 

@@ -1,0 +1,58 @@
+"""``auto`` for V3.2 and GLM: the calls in which SGLang's own top-k is faster are SGLang's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import names
+from host_calls import counters, dsa_scores
+from kits.host_parts import canonical, oracle
+
+from dsv4_plugin.engines.shared import aside
+from dsv4_plugin.engines.shared import aside_table as table
+
+
+@pytest.fixture(autouse=True)
+def measured(engine, monkeypatch):
+    monkeypatch.setattr(table, "LONGEST", {("sglang.dsa", 512): ((2, 2048),)})
+    monkeypatch.setattr(table, "SINCE", {"sglang": (0, 5)})
+    monkeypatch.setattr(aside, "BACKENDS", ("torch",))
+
+
+@pytest.mark.parametrize(
+    "lengths,settings,v2,left",
+    [
+        ((1500, 700), {}, True, True),
+        ((1500,), {}, True, False),  # one row
+        ((2500, 3), {}, True, False),  # the table has pages for longer rows
+        ((1500, 700), {"DSV4_TOPK": "fp32"}, True, False),
+        ((1500, 700), {}, False, False),  # SGLang's older kernel, which is slower
+    ],
+)
+def test_the_calls_that_are_left(engine, load, lengths, settings, v2, left):
+    load(**settings)
+    problem = engine.problem(lengths)
+    if v2 and not hasattr(engine.dsa.DSATopKBackend, "should_use_topk_v2"):
+        left = False  # up to 0.5.16, and never there: it was not measured
+    scores = dsa_scores(problem)
+    got = engine.dsa_step(scores, problem, v2=v2)
+    want = torch.stack([oracle(row[:n], 512) for row, n in zip(scores, lengths, strict=True)])
+    assert torch.equal(canonical(got), canonical(problem.slots(want)))
+    assert counters() == (
+        {"topk.dsa.aside": 1} if left else {"topk.dsa": 1, "topk.dsa.fp32.torch": 1}
+    )
+    assert ("topk_v2" in names(engine)) is left
+
+
+def test_the_line_names_the_shapes(engine, load, caplog):
+    load()
+    engine.dsa_step(dsa_scores(problem := engine.problem((700,))), problem)
+    lines = [r.getMessage() for r in caplog.records if r.name == "dsv4_plugin"]
+    (line,) = [text for text in lines if " active in " in text]
+    assert line.endswith("where that is faster: dsa of 2 rows and more up to 2048 long")
+
+
+def test_v4_in_float32_is_the_plugins(engine, load):
+    load(DSV4_TOPK="fp32")
+    engine.step(engine.problem((1500, 700)))
+    assert counters() == {"topk.paged": 1, "topk.paged.fp32.torch": 1}
