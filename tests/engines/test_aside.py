@@ -18,17 +18,21 @@ FP32 = Selection("fp32", "cuda")
 LEFT = replace(FP32, aside="vllm")
 AUTO = Settings(plugin=True)
 ENGINE = "vLLM 0.33.0"
-MEASURED = {
-    ("vllm.decode", 2048): ((8, 0), (64, 8192), (128, 65_536)),
-    ("vllm.prefill", 2048): ((64, 131_072),),
-    ("vllm.decode", 512): ((128, 0),),
-    ("sglang.dsa", 2048): ((1, 16_384),),
+MEASURED = {  # rows, and up to which length in narrow and in wide buffers
+    ("vllm.decode", 2048): ((8, 0, 0), (64, 8192, 0), (128, 65_536, 262_144)),
+    ("vllm.prefill", 2048): ((64, 131_072, 0),),
+    ("vllm.decode", 512): ((128, 0, 0),),
+    ("sglang.dsa", 2048): ((1, 16_384, 0), (2, 0, 0)),
 }
 
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "LONGEST", MEASURED)
+    monkeypatch.setattr(table, "NARROW", 131_072)
+    monkeypatch.setattr(
+        table, "WIDEST", {"vllm.decode": 262_144, "vllm.prefill": 131_072, "sglang.dsa": 65_536}
+    )
     monkeypatch.setattr(table, "SINCE", {"vllm": (0, 33), "sglang": (0, 5, 23)})
 
 
@@ -104,26 +108,43 @@ def test_what_the_engines_kernel_does_not_serve_alike_stays(other):
     ],
 )
 def test_a_call_is_left_where_every_length_and_both_neighbours_say_so(rows, longest, left):
-    assert aside.faster(LEFT, "decode", 2048, rows, longest) is left
-    assert aside.faster(FP32, "decode", 2048, rows, longest) is False
+    assert aside.faster(LEFT, "decode", 2048, rows, longest, 131_072) is left
+    assert aside.faster(FP32, "decode", 2048, rows, longest, 131_072) is False
+
+
+@pytest.mark.parametrize(
+    "rows,longest,width,left",
+    [
+        (128, 65_537, 131_073, True),  # a captured graph has wide buffers
+        (128, 262_144, 262_144, True),
+        (64, 1, 131_073, False),
+        (100, 4096, 262_144, False),  # 64 rows in wide buffers are the plugin's
+        (128, 4096, 262_145, False),  # wider than what was measured
+    ],
+)
+def test_the_width_of_the_buffer_counts_too(rows, longest, width, left):
+    assert aside.faster(LEFT, "decode", 2048, rows, longest, width) is left
 
 
 def test_what_was_not_measured_stays():
-    assert not aside.faster(LEFT, "decode", 1024, 128, 4096)
-    assert not aside.faster(LEFT, "decode", 512, 128, 1)
-    assert not aside.faster(LEFT, "dsa", 2048, 128, 4096)  # a call of another engine
-    assert aside.faster(replace(LEFT, aside="sglang"), "dsa", 2048, 128, 4096)
+    assert not aside.faster(LEFT, "decode", 1024, 128, 4096, 4096)
+    assert not aside.faster(LEFT, "decode", 512, 128, 1, 4096)
+    assert not aside.faster(LEFT, "dsa", 2048, 1, 4096, 4096)  # a call of another engine
+    assert aside.faster(replace(LEFT, aside="sglang"), "dsa", 2048, 1, 4096, 4096)
 
 
 def test_the_log_names_the_shapes():
-    assert aside.said(LEFT, [2048]) == (
-        "decode of 64 rows and more up to 8192 long, of 128 up to 65536; prefill of 64 rows and "
-        "more up to 131072 long"
+    by = "by rows and the longest row:"
+    assert aside.said(LEFT, iter([2048, 2048])) == (
+        f"decode {by} from 64 on up to 8192, from 128 on up to 65536 (in wide buffers 262144); "
+        f"prefill {by} from 64 on up to 131072"
     )
     assert aside.said(replace(LEFT, aside="sglang"), [2048, 512]) == (
-        "dsa of 1 rows and more up to 16384 long"
+        f"dsa {by} from 1 on up to 16384, from 2 on none"
     )
     assert aside.said(LEFT, [512]) == aside.said(FP32, [2048]) == aside.said(None, [2048]) == ""
+    assert aside.shapes("sglang") == {f"dsa {by} from 1 on up to 16384, from 2 on none": (2048,)}
+    assert aside.shapes("tokenspeed") == {}
 
 
 @pytest.mark.parametrize("left", [True, False])

@@ -199,7 +199,7 @@ def topk_dsa(
     rows = rows_of(logits)
     left = (
         decided is not None
-        and aside.faster(decided, "dsa", topk, rows, logits.shape[1])
+        and aside.faster(decided, "dsa", topk, rows, logits.shape[1], logits.shape[1])
         and _measured_kernel(self)
     )
     serve("dsa", decided, logits.dtype, plugin, upstream, watch, rows, left)

@@ -21,7 +21,7 @@ from dsv4_plugin.engines.shared import aside_table as table
 from dsv4_plugin.engines.shared.decision import Selection, binding
 from dsv4_plugin.envs import Settings
 
-__all__ = ["engage", "faster", "said"]
+__all__ = ["engage", "faster", "said", "shapes"]
 
 BACKENDS = ("cuda",)  # what was measured beside the engines' kernels
 
@@ -50,11 +50,16 @@ def engage(selection: Selection | None, settings: Settings, engine: str) -> Sele
     return replace(selection, aside=name.lower())
 
 
-def faster(selection: Selection, call: str, k: int, rows: int, longest: int) -> bool:
-    """Whether the engine's own kernel gets a call of ``rows``, each of ``longest`` at most."""
-    if not selection.aside:
+def faster(selection: Selection, call: str, k: int, rows: int, longest: int, width: int) -> bool:
+    """Whether the engine's own kernel gets a call of ``rows``, each of ``longest`` at most.
+
+    ``width`` is that of their buffer: the plugin cuts a row by it for its CTAs.
+    """
+    name = f"{selection.aside}.{call}"
+    if not selection.aside or width > table.WIDEST.get(name, 0):
         return False
-    measured = table.LONGEST.get((f"{selection.aside}.{call}", k), ())
+    wide = width > table.NARROW
+    measured = [(entry[0], entry[1 + wide]) for entry in table.LONGEST.get((name, k), ())]
     # Between two counts of rows that were measured both count; beyond the last one that does.
     below = [most for count, most in measured if count <= rows][-1:]
     above = [most for count, most in measured if count >= rows][:1] or below
@@ -66,24 +71,28 @@ def said(selection: Selection | None, ks: Iterable[int]) -> str:
     if selection is None or not selection.aside:
         return ""
     known = set(ks)
-    return "; ".join(
-        text
-        for (call, k), measured in table.LONGEST.items()
-        if call.startswith(f"{selection.aside}.")
-        and k in known
-        and (text := _shapes(call.partition(".")[2], measured))
-    )
+    return "; ".join(text for text, of in shapes(selection.aside).items() if known & set(of))
 
 
-def _shapes(call: str, measured: tuple[tuple[int, int], ...]) -> str:
+def shapes(engine: str) -> dict[str, tuple[int, ...]]:
+    """Return what ``auto`` leaves to an engine, and for which k."""
+    found: dict[str, tuple[int, ...]] = {}
+    for (call, k), measured in table.LONGEST.items():
+        name, _, call = call.partition(".")
+        text = _shapes(call, measured) if name == engine else ""
+        if text:
+            found[text] = (*found.get(text, ()), k)
+    return found
+
+
+def _shapes(call: str, measured: tuple[tuple[int, int, int], ...]) -> str:
     """Say for a call from how many rows on, and up to which length, it is the engine's."""
     parts: list[str] = []
-    before = 0
-    for rows, longest in measured:
-        if longest != before:
-            more = "" if parts else " rows and more"
-            long = "" if parts else " long"
-            upto = f"up to {longest}{long}" if longest else "none"
-            parts.append(f"of {rows}{more} {upto}")
-        before = longest
-    return f"{call} {', '.join(parts)}" if parts else ""
+    before = (0, 0)
+    for rows, *longest in measured:
+        if (now := tuple(longest)) != before:
+            narrow, wide = longest
+            text = f"from {rows} on " + (f"up to {narrow}" if narrow else "none")
+            parts.append(text + (f" (in wide buffers {wide})" if wide not in (0, narrow) else ""))
+        before = now
+    return f"{call} by rows and the longest row: {', '.join(parts)}" if parts else ""

@@ -309,7 +309,9 @@ def _select(
 
     dtype = scores.dtype if deferred is None else DTYPES[deferred.selection.dtype]
     rows = scores.shape[0]
-    left = selection is not None and aside.faster(selection, kind, k, rows, longest)
+    left = selection is not None and aside.faster(
+        selection, kind, k, rows, longest, scores.shape[-1]
+    )
     serve(kind, selection, dtype, by_plugin, by_engine, watch, rows, left)
 
 

@@ -14,7 +14,8 @@ from dsv4_plugin.engines.shared import aside_table as table
 
 @pytest.fixture(autouse=True)
 def measured(engine, monkeypatch):
-    monkeypatch.setattr(table, "LONGEST", {("sglang.dsa", 512): ((2, 2048),)})
+    monkeypatch.setattr(table, "LONGEST", {("sglang.dsa", 512): ((2, 2048, 0),)})
+    monkeypatch.setattr(table, "WIDEST", {"sglang.dsa": 4096})
     monkeypatch.setattr(table, "SINCE", {"sglang": (0, 5)})
     monkeypatch.setattr(aside, "BACKENDS", ("torch",))
 
@@ -49,7 +50,7 @@ def test_the_line_names_the_shapes(engine, load, caplog):
     engine.dsa_step(dsa_scores(problem := engine.problem((700,))), problem)
     lines = [r.getMessage() for r in caplog.records if r.name == "dsv4_plugin"]
     (line,) = [text for text in lines if " active in " in text]
-    assert line.endswith("where that is faster: dsa of 2 rows and more up to 2048 long")
+    assert line.endswith("faster: dsa by rows and the longest row: from 2 on up to 2048")
 
 
 def test_v4_in_float32_is_the_plugins(engine, load):

@@ -11,12 +11,13 @@ from dsv4_plugin.engines.shared import aside_table as table
 
 OWN = {"cooperative_topk", "persistent_topk", "top_k_per_row_decode", "top_k_per_row_prefill"}
 # At decode from three rows on, none longer than 2,048; at prefill from four rows on.
-MEASURED = {("vllm.decode", 512): ((3, 2048),), ("vllm.prefill", 512): ((4, 1024),)}
+MEASURED = {("vllm.decode", 512): ((3, 2048, 0),), ("vllm.prefill", 512): ((4, 1024, 0),)}
 
 
 @pytest.fixture(autouse=True)
 def measured(engine, monkeypatch):
     monkeypatch.setattr(table, "LONGEST", MEASURED)
+    monkeypatch.setattr(table, "WIDEST", {"vllm.decode": 4096, "vllm.prefill": 4096})
     monkeypatch.setattr(table, "SINCE", {"vllm": (0, 26)})
     monkeypatch.setattr(aside, "BACKENDS", ("torch",))
     monkeypatch.setenv("DSV4_PLUGIN", "1")
@@ -35,6 +36,7 @@ def counted():
         ({"decode": (700, 40), "next_n": 2}, True),  # four rows of two requests
         ({"decode": (700, 40, 2500)}, False),  # longer by what vLLM tells its kernels
         ({"decode": (700, 40, 900), "max_model_len": 1024}, True),
+        ({"decode": (700, 40, 900), "max_model_len": 8192}, False),  # wider than was measured
     ],
     ids=str,
 )
@@ -83,4 +85,5 @@ def test_the_line_names_the_shapes(engine, run, caplog):
     lines = [r.getMessage() for r in caplog.records if r.name == "dsv4_plugin"]
     (line,) = [text for text in lines if " active in " in text]
     assert "left to vLLM " in line
-    assert "where that is faster: decode of 3 rows and more up to 2048 long; prefill of" in line
+    by = "by rows and the longest row:"
+    assert f"faster: decode {by} from 3 on up to 2048; prefill {by} from 4 on up to 1024" in line
