@@ -115,3 +115,19 @@ def test_a_kernel_that_is_wrong_gets_no_call_of_that_length(wrong, most):
     assert narrow(*cells, exactness=(other,)) == [(1, 8192)]
     cells[1]["engine_exact"] = False
     assert narrow(*cells) == [(1, 4096)]
+
+
+def test_the_logits_of_sglangs_prefill_are_those_of_the_faster_kernel():
+    """SGLang's policy takes DeepGEMM's in bfloat16, as long as that is faster in every cell."""
+    us: dict[Any, dict[str, float]] = {}
+    for row in figures.load("h200_logits.json")["results"]:
+        if row["suite"] == "prefill" and row["dtype"] == "bfloat16":
+            of = us.setdefault((row["rows"], row["columns"]), {})
+            of[row["implementation"].partition("_")[0]] = row["warm_us"]
+    assert len(us) >= 3 and all(of["deepgemm"] <= of["dsv4"] for of in us.values())
+    forward: dict[str, dict[str, float]] = {}
+    for row in figures.load("h100_sglang.json")["results"]:
+        if row["part"].startswith("prefill"):
+            forward.setdefault(row["part"], {})[row["variant"]] = row["us"]
+    plugin = "bf16 plugin" if "bf16 plugin" in next(iter(forward.values())) else "bf16 own"
+    assert forward and all(of["bf16"] < of[plugin] for of in forward.values())

@@ -21,7 +21,7 @@ from dsv4_plugin.engines.shared import aside_table as table
 from dsv4_plugin.engines.shared.decision import Selection, binding
 from dsv4_plugin.envs import Settings
 
-__all__ = ["engage", "faster", "said", "shapes"]
+__all__ = ["BACKENDS", "engage", "faster", "said", "shapes"]
 
 BACKENDS = ("cuda",)  # what was measured beside the engines' kernels
 

@@ -33,6 +33,7 @@ class Selection:
     layers attend to the same indices. ``candidates``: the layer chooses or uses candidate blocks,
     and its logits are computed once it is known which. ``aside``: the engine whose own kernel gets
     the calls in which it is faster (:mod:`.aside`), ``""`` where the plugin serves every call.
+    ``prefill_logits``: who writes those of prefill, where that is not who writes all others.
     """
 
     dtype: str
@@ -44,11 +45,14 @@ class Selection:
     followers: bool = False
     candidates: bool = False
     aside: str = ""
+    prefill_logits: str = ""
 
     @property
     def on(self) -> str:
         """Name the logits for people."""
-        return f"the {self.logits}'s {'float32' if self.dtype == 'fp32' else self.dtype} logits"
+        prefill = f" (prefill: the {self.prefill_logits}'s)" if self.prefill_logits else ""
+        dtype = "float32" if self.dtype == "fp32" else self.dtype
+        return f"the {self.logits}'s {dtype} logits{prefill}"
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import names
+from conftest import expected, names
 from host_calls import counters, dsa_scores
 from kits.host_parts import canonical, oracle
 
+from dsv4_plugin.engines.sglang import policy
 from dsv4_plugin.engines.shared import aside
 from dsv4_plugin.engines.shared import aside_table as table
 
@@ -57,3 +58,27 @@ def test_v4_in_float32_is_the_plugins(engine, load):
     load(DSV4_TOPK="fp32")
     engine.step(engine.problem((1500, 700)))
     assert counters() == {"topk.paged": 1, "topk.paged.fp32.torch": 1}
+
+
+@pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
+@pytest.mark.parametrize("whose", ["auto", "plugin", "engine"])
+def test_the_bfloat16_logits_of_prefill_are_deep_gemms(engine, load, caplog, prefill, whose):
+    """It is faster there; a wish gets what it says, and the plugin selects in every case."""
+    load(DSV4_LOGITS=whose)
+    problem = engine.problem((3, 512, 700, 1100) if prefill else (1500, 700), prefill=prefill)
+    out = engine.step(problem)
+    assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
+    wrote = engine.logits_of()
+    own = whose == "plugin" or (whose == "auto" and not prefill)
+    assert (wrote.dtype, wrote.own) == (torch.bfloat16, own)
+    by = {"logits.plugin": 1, "logits.plugin.bf16.torch": 1} if own else {"logits.bf16": 1}
+    assert counters() == {**by, "topk.paged": 1, "topk.paged.bf16.torch": 1}
+    said = "the plugin's bf16 logits (prefill: the engine's)" in caplog.text
+    assert said is (whose == "auto")
+
+
+def test_prefill_logits_stay_the_plugins_where_deep_gemm_writes_float32(engine, load, monkeypatch):
+    monkeypatch.setattr(policy, "_engine_logits", lambda *a: ["it writes float32 only"])
+    load()
+    engine.step(engine.problem((3, 512, 700, 1100), prefill=True))
+    assert engine.logits_of().own
