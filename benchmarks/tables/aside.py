@@ -15,7 +15,9 @@ from benchmarks.tables import readme as figures
 from dsv4_plugin.engines.shared import aside as choice
 from dsv4_plugin.engines.shared.decision import Selection
 
-__all__ = ["ASIDE", "LEVEL", "SINCE", "aside", "longest", "module", "verdict", "with_auto"]
+__all__ = [
+    "ASIDE", "LEVEL", "NARROW", "SINCE", "aside", "longest", "module", "verdict", "with_auto",
+]  # fmt: skip
 
 ASIDE = "h200_aside.json"
 LEVEL = 1.02  # up to this ratio two figures are the same
@@ -138,7 +140,8 @@ def aside() -> str:
     about = document["machine"]
     lines = [
         f"One {about['gpu']}, commit {about['commit'][:7]} (`benchmarks/results/{ASIDE}`). "
-        f"A buffer of more than {NARROW:,} scores is a wide one.",
+        f"A buffer of more than {NARROW:,} scores is a wide one. Behind the scores a figure "
+        f"scatters by {SCATTER_US:g} µs.",
         "",
         "| call | k | rows | the call is the engine's up to a longest row of | in a wide buffer |",
         "|---|---|---|---|---|",

@@ -6,6 +6,8 @@ from statistics import geometric_mean
 from typing import Any
 
 import pytest
+from kits import marked
+from kits.packaging_tools import ROOT
 
 from benchmarks.tables import aside as tables
 from benchmarks.tables import readme as figures
@@ -41,6 +43,10 @@ def test_the_package_has_the_table_of_the_results_file():
     document = figures.load(tables.ASIDE)
     assert aside_table.SINCE == tables.SINCE
     assert {c: [*t] for c, t in aside_table.LONGEST.items()} == tables.longest(document)
+
+
+def test_the_page_has_the_figures_of_the_results_file():
+    assert marked.between(ROOT / "docs" / "kernels.md", "aside").strip() == tables.aside()
 
 
 @pytest.mark.parametrize("graph", [False, True])

@@ -453,7 +453,7 @@ def _everything(data: Data, width: int) -> list[str]:
         "compiled kernels": [_library_row(data["library"]), _check_row(data["check"])],
         "settings": _setting_rows(data),
         "what `auto` takes here": _op_rows(data["ops"]),
-        "what `auto` leaves to an engine's own top-k on float32 logits": _aside_rows(data["aside"]),
+        "what `auto` leaves to the engines": _aside_rows(data["aside"]),
         "entry points": _plain(data["entry_points"], lambda value: value or "not registered"),
         **{f"seams in {called}": _seam_rows(data[e]) for e, (called, _) in ENGINES.items()},
     }
@@ -481,6 +481,7 @@ def _screen(data: Data, width: int) -> list[str]:
         _check_row(data["check"]),
         *(named[:MOST] or [("settings", "all at their defaults")]),
         *_short(_op_rows(data["ops"])),
+        *(("left to engines", why) for name, why in data["aside"].items() if name == "error"),
         ("entry points", registered),
     ]  # fmt: skip
     for engine, (called, _) in ENGINES.items():

@@ -89,10 +89,9 @@ def _shapes(call: str, measured: tuple[tuple[int, int, int], ...]) -> str:
     """Say for a call from how many rows on, and up to which length, it is the engine's."""
     parts: list[str] = []
     before = (0, 0)
-    for rows, *longest in measured:
-        if (now := tuple(longest)) != before:
-            narrow, wide = longest
+    for rows, narrow, wide in measured:
+        if (narrow, wide) != before:
             text = f"from {rows} on " + (f"up to {narrow}" if narrow else "none")
             parts.append(text + (f" (in wide buffers {wide})" if wide not in (0, narrow) else ""))
-        before = now
+        before = narrow, wide
     return f"{call} by rows and the longest row: {', '.join(parts)}" if parts else ""
