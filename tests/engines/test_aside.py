@@ -96,6 +96,7 @@ def test_what_the_engines_kernel_does_not_serve_alike_stays(other):
         (1, 1, False),  # fewer rows than were measured
         (7, 4096, False),
         (8, 1, False),
+        (64, 0, False),
         (63, 4096, False),  # between 8, where the plugin is faster, and 64
         (64, 4096, True),
         (64, 8192, True),

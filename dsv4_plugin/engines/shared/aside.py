@@ -63,7 +63,7 @@ def faster(selection: Selection, call: str, k: int, rows: int, longest: int, wid
     # Between two counts of rows that were measured both count; beyond the last one that does.
     below = [most for count, most in measured if count <= rows][-1:]
     above = [most for count, most in measured if count >= rows][:1] or below
-    return bool(below) and longest <= min(*below, *above)
+    return bool(below) and 0 < longest <= min(*below, *above)
 
 
 def said(selection: Selection | None, ks: Iterable[int]) -> str:
