@@ -69,9 +69,9 @@ def test_the_bfloat16_logits_of_prefill_are_deep_gemms(engine, load, caplog, pre
     out = engine.step(problem)
     assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
     wrote = engine.logits_of()
-    own = whose == "plugin" or (whose == "auto" and not prefill)
-    assert (wrote.dtype, wrote.own) == (torch.bfloat16, own)
-    by = {"logits.plugin": 1, "logits.plugin.bf16.torch": 1} if own else {"logits.bf16": 1}
+    plugin = whose == "plugin" or (whose == "auto" and not prefill)
+    assert (wrote.dtype, wrote.by_plugin) == (torch.bfloat16, plugin)
+    by = {"logits.plugin": 1, "logits.plugin.bf16.torch": 1} if plugin else {"logits.bf16": 1}
     assert counters() == {**by, "topk.paged": 1, "topk.paged.bf16.torch": 1}
     said = "the plugin's bf16 logits (prefill: the engine's)" in caplog.text
     assert said is (whose == "auto")
@@ -81,4 +81,4 @@ def test_prefill_logits_stay_the_plugins_where_deep_gemm_writes_float32(engine, 
     monkeypatch.setattr(policy, "_engine_logits", lambda *a: ["it writes float32 only"])
     load()
     engine.step(engine.problem((3, 512, 700, 1100), prefill=True))
-    assert engine.logits_of().own
+    assert engine.logits_of().by_plugin
