@@ -1,7 +1,7 @@
 """Where an engine's own top-k is faster than the plugin's; do not edit.
 
 ``python -m benchmarks.tables aside-table`` makes this file of
-``benchmarks/results/h200_aside.json`` (NVIDIA H200, commit 8cad632).
+``benchmarks/results/h200_aside.json`` (NVIDIA H200, commit bfb5d06).
 """
 
 # engine -> the release whose kernels were measured
