@@ -34,6 +34,7 @@ PARTS = {
     "settings",
     "unknown_variables",
     "ops",
+    "aside",
     "entry_points",
     "vllm",
     "sglang",

@@ -113,6 +113,7 @@ def collect() -> Data:
         "unknown_variables": _guarded(_unknown_variables),
         "status_dir": _guarded(_status_dir),
         "ops": _guarded(_ops),
+        "aside": _guarded(_aside),
         "entry_points": _guarded(_entry_points),
     }
     for engine in ENGINES:
@@ -316,6 +317,16 @@ def _what_serves(backends: Any, call: Any, wish: str) -> Data:
     }
 
 
+def _aside() -> dict[str, dict[str, list[int]]]:
+    """Map each engine to the calls that ``auto`` leaves to its own kernel, and for which k."""
+    torch, why = _torch()
+    if torch is None:
+        raise ImportError(why)
+    from dsv4_plugin.engines.shared import aside
+
+    return {name: {what: [*ks] for what, ks in aside.shapes(name).items()} for name in ENGINES}
+
+
 def _entry_points() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for group in GROUPS:
@@ -442,6 +453,7 @@ def _everything(data: Data, width: int) -> list[str]:
         "compiled kernels": [_library_row(data["library"]), _check_row(data["check"])],
         "settings": _setting_rows(data),
         "what `auto` takes here": _op_rows(data["ops"]),
+        "what `auto` leaves to the engines": _aside_rows(data["aside"]),
         "entry points": _plain(data["entry_points"], lambda value: value or "not registered"),
         **{f"seams in {called}": _seam_rows(data[e]) for e, (called, _) in ENGINES.items()},
     }
@@ -469,6 +481,7 @@ def _screen(data: Data, width: int) -> list[str]:
         _check_row(data["check"]),
         *(named[:MOST] or [("settings", "all at their defaults")]),
         *_short(_op_rows(data["ops"])),
+        *(("left to engines", why) for name, why in data["aside"].items() if name == "error"),
         ("entry points", registered),
     ]  # fmt: skip
     for engine, (called, _) in ENGINES.items():
@@ -495,6 +508,16 @@ def _short(rows: list[Row]) -> list[Row]:
 
 def _plain(part: Data, say: Callable[[Any], str]) -> list[Row]:
     return [(name, say(value)) for name, value in part.items()]
+
+
+def _aside_rows(aside: Data) -> list[Row]:
+    if "error" in aside:
+        return [("error", aside["error"])]
+    return [
+        (called, f"k {', '.join(map(str, ks))}: {what}")
+        for engine, (called, _) in ENGINES.items()
+        for what, ks in aside[engine].items()
+    ] or [("none", "the plugin serves every call")]
 
 
 def _gpu_rows(gpu: Data) -> list[Row]:

@@ -63,11 +63,14 @@ def _wrapper(
         selection = now.call.selection
         if selection is None:
             return float32(q, *args, **kwargs)
-        out = None
+        out, who = None, selection.logits
+        if plugin is _plugin_dense and selection.prefill_logits:
+            who = selection.prefill_logits
+        asks = selection.request_bf16 or who != selection.logits
         if "topk" not in now.off:
-            if selection.logits == "plugin":
+            if who == "plugin":
                 out = _by_plugin(plugin, selection, q, args, kwargs)
-            elif selection.request_bf16 and with_dtype and isinstance(q, torch.Tensor):
+            elif asks and with_dtype and isinstance(q, torch.Tensor):
                 out = _in_bf16(now, with_dtype, q, args, kwargs)
             if "topk" in now.off:
                 now.call.selection = None

@@ -6,7 +6,7 @@ that cannot be met ends the start with one error that lists every unmet conditio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from dsv4_plugin import envs
 from dsv4_plugin.engines.sglang import deep_gemm
 from dsv4_plugin.engines.sglang.adapter import SglangAdapter, current
-from dsv4_plugin.engines.shared import decision, logits, shadow
+from dsv4_plugin.engines.shared import aside, decision, logits, shadow
 from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.ops import dispatch as backends
 
@@ -39,6 +39,7 @@ class LayerKind:
     needs. ``counters`` name its calls. ``float32_logits``: why SGLang's own logits are the only
     ones that it can select on; empty where the plugin can write them, or ask for bfloat16.
     ``fp4_ops``: the ops that score FP4 keys for it, where it selects on the plugin's own logits.
+    ``steps_aside``: SGLang's own kernel gets the calls in which it is faster.
     """
 
     name: str
@@ -47,6 +48,7 @@ class LayerKind:
     counters: tuple[str, ...]
     float32_logits: str = ""
     fp4_ops: tuple[str, ...] = ()
+    steps_aside: bool = False
 
 
 _SCAN = ("paged_logits", "block_maxima", "candidate_logits", "candidate_select")
@@ -59,6 +61,7 @@ KINDS = {
         ("topk.dsa",),
         ("dsa",),
         "V3.2 and GLM select on float32 logits; they were not trained with bfloat16 ones",
+        steps_aside=True,
     ),
     # The scores of FP4 keys are bfloat16 numbers in SGLang, too.
     "v41.candidates": LayerKind(
@@ -122,7 +125,8 @@ def _get(call: _Call) -> Selection | None:
         if kind is KINDS["v4"]:
             narrow = selection is not None and selection.dtype != "fp32"
             also["budget"] = None if narrow else "logits are float32"
-        now.report(str(call), names, selection, passed, also)
+        left = aside.said(selection, (call.k,))
+        now.report(str(call), names, selection, passed, also, aside=left)
         if selection is not None:
             if "logits" in names and (selection.logits == "plugin" or selection.request_bf16):
                 deep_gemm.patch(now.ledger)
@@ -151,13 +155,35 @@ def _possible(
         reasons += [f"SGLang's switch {n} chooses its own top-k" for n in _OTHER_TOPK if _set(n)]
     for name in call.kind.seams:
         reasons += now.problems(name)
-    return logits.select(
+    chosen, why = logits.select(
         settings,
         dtype,
         reasons,
         [(call.device, call.k)],
         lambda: _engine_logits(now, call, dtype),
         lambda backend: _plugin_logits(now, call, dtype, backend),
+    )
+    if call.kind.steps_aside:
+        chosen = aside.engage(chosen, settings, now.engine)
+    if chosen is not None and _prefill_by_deep_gemm(now, settings, call, chosen):
+        chosen = replace(chosen, prefill_logits="engine")
+    return chosen, why
+
+
+def _prefill_by_deep_gemm(
+    now: SglangAdapter, settings: envs.Settings, call: _Call, chosen: Selection
+) -> bool:
+    """Whether DeepGEMM writes the bfloat16 logits of prefill: it is faster there, and as exact.
+
+    The plugin's kernel takes 1.01 to 1.05 of its time (benchmarks/results/h200_logits.json), and
+    SGLang's forward with it 1.13 of that with DeepGEMM's (benchmarks/results/h100_sglang.json).
+    """
+    return (
+        settings.logits == "auto"
+        and (chosen.dtype, chosen.logits) == ("bf16", "plugin")
+        and chosen.backend in aside.BACKENDS
+        and not call.kind.fp4_ops
+        and not _engine_logits(now, call, chosen.dtype)
     )
 
 

@@ -16,7 +16,7 @@ import torch
 
 import dsv4_plugin as ops
 from dsv4_plugin.engines.sglang import policy
-from dsv4_plugin.engines.shared import adapter, shadow
+from dsv4_plugin.engines.shared import adapter, aside, shadow
 from dsv4_plugin.engines.shared.decision import KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
 from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, rows_of, widen
@@ -196,7 +196,13 @@ def topk_dsa(
     def watch() -> None:  # it allocates what it returns
         shadow.watch("dsa", result[0], lambda _: engine())
 
-    serve("dsa", decided, logits.dtype, plugin, upstream, watch, rows_of(logits))
+    rows = rows_of(logits)
+    left = (
+        decided is not None
+        and aside.faster(decided, "dsa", topk, rows, logits.shape[1], logits.shape[1])
+        and _measured_kernel(self)
+    )
+    serve("dsa", decided, logits.dtype, plugin, upstream, watch, rows, left)
     return result[0]
 
 
@@ -223,6 +229,12 @@ def _decode_shaped(
         and lengths.shape[0] == logits.shape[0] == table.shape[0]
         and _fused()
     )
+
+
+def _measured_kernel(dsa_backend: Any) -> bool:
+    """Whether SGLang would run the kernel that was measured, and not its older one."""
+    asked = getattr(dsa_backend, "should_use_topk_v2", None)
+    return bool(asked is not None and asked())
 
 
 def _fused() -> bool:

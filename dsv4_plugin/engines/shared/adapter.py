@@ -210,11 +210,13 @@ class Adapter:
         passed: PassedOver,
         also: Mapping[str, str | None] | None = None,
         gather: tuple[str | None, Sequence[str]] | None = None,
+        aside: str = "",
     ) -> None:
         """Log in one line what engaged for ``what``, where, and why not; note it at the seams.
 
         ``names`` are the seams of the selection. ``also`` gives the reasons of further seams (None:
-        engaged). ``gather`` is the backend of the key gather, or None and why.
+        engaged). ``gather`` is the backend of the key gather, or None and why. ``aside`` names the
+        calls that are left to the engine's own kernel, because that is faster there.
         """
         why = "; ".join(f"not {name}: {'; '.join(reasons)}" for name, reasons in passed.items())
         if selection is None:  # what keeps the last dtype away keeps everything away
@@ -229,9 +231,10 @@ class Adapter:
             where = ", ".join(
                 state.seams[name].where or "?" for name in names if name.startswith("topk")
             )
+            kept = f", left to {self.engine} where that is faster: {aside}" if aside else ""
             parts.append(
                 f"top-k: {selection.dtype} by {selection.backend} on {selection.on} at "
-                f"{where}" + (f" ({why})" if why else "")
+                f"{where}" + (f" ({why})" if why else "") + kept
             )
         active = selection is not None
         if gather is not None:

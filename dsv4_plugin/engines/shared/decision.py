@@ -14,7 +14,7 @@ from dsv4_plugin.ops import dispatch as backends
 
 __all__ = [
     "DTYPES", "INERT", "KS", "Decision", "PassedOver", "Selection", "backend_for_topk",
-    "choose_selection", "explicit", "unfit_k", "unique", "unmet_topk",
+    "binding", "choose_selection", "explicit", "unfit_k", "unique", "unmet_topk",
 ]  # fmt: skip
 
 KS = (512, 1024, 2048)  # the k of the engines' own kernels; every other k stays with the engine
@@ -31,7 +31,9 @@ class Selection:
     top-k writes pool slots beside the indices, for the engine's attention. ``skip_fill``: the
     engine's fill with -1 is left out where the top-k writes every row. ``followers``: later
     layers attend to the same indices. ``candidates``: the layer chooses or uses candidate blocks,
-    and its logits are computed once it is known which.
+    and its logits are computed once it is known which. ``aside``: the engine whose own kernel gets
+    the calls in which it is faster (:mod:`.aside`), ``""`` where the plugin serves every call.
+    ``prefill_logits``: who writes those of prefill, where that is not who writes all others.
     """
 
     dtype: str
@@ -42,11 +44,15 @@ class Selection:
     skip_fill: bool = False
     followers: bool = False
     candidates: bool = False
+    aside: str = ""
+    prefill_logits: str = ""
 
     @property
     def on(self) -> str:
         """Name the logits for people."""
-        return f"the {self.logits}'s {'float32' if self.dtype == 'fp32' else self.dtype} logits"
+        prefill = f" (prefill: the {self.prefill_logits}'s)" if self.prefill_logits else ""
+        dtype = "float32" if self.dtype == "fp32" else self.dtype
+        return f"the {self.logits}'s {dtype} logits{prefill}"
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,10 @@ def explicit() -> bool:
         now = envs.settings()
     except SettingError:
         return True
-    return now.topk != "off" and (now.topk != "auto" or _binding(now) is not None)
+    return now.topk != "off" and (now.topk != "auto" or binding(now) is not None)
 
 
-def _binding(settings: Settings) -> str | None:
+def binding(settings: Settings) -> str | None:
     """Return the setting that makes ``DSV4_TOPK=auto`` an error where nothing can be had."""
     if settings.logits == "plugin":
         return "DSV4_LOGITS=plugin"
@@ -151,7 +157,7 @@ def choose_selection(
         if chosen is not None:
             return chosen, passed
         passed[dtype] = reasons
-    setting = _binding(settings)
+    setting = binding(settings)
     if setting is not None:
         raise UnmetError(setting, unique(r for reasons in passed.values() for r in reasons))
     return None, passed

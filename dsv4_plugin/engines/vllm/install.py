@@ -91,7 +91,9 @@ def _decode_topk(place: Place, found: Found) -> Any:
         def engine(plain: torch.Tensor, out: torch.Tensor) -> None:
             original(self, plain, seq_lens, next_n, out, topk_tokens, max_seq_len)
 
-        wrappers.decode_topk(logits, seq_lens, next_n, topk_indices, topk_tokens, engine)
+        wrappers.decode_topk(
+            logits, seq_lens, next_n, topk_indices, topk_tokens, engine, max_seq_len
+        )
 
     return forward
 
@@ -153,7 +155,7 @@ class TopkOp:
         def engine(plain: torch.Tensor, out: torch.Tensor) -> None:
             self.packet()(plain, lengths, out, workspace, k, max_seq_len)
 
-        return wrappers.decode_topk(logits, lengths, next_n, output, k, engine)
+        return wrappers.decode_topk(logits, lengths, next_n, output, k, engine, max_seq_len)
 
 
 def _around(wrapper: Callable[..., Any]) -> Make:

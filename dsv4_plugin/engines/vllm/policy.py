@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import envs, facts, log
-from dsv4_plugin.engines.shared import activation, decision, logits, shadow
+from dsv4_plugin.engines.shared import activation, aside, decision, logits, shadow
 from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection, unique
 from dsv4_plugin.engines.vllm import late_patches
 from dsv4_plugin.engines.vllm.adapter import VllmAdapter, current
@@ -119,6 +119,7 @@ def _decide(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
         )
         group.gather, group.gather_why = _choose_gather(settings, group, now)
         group.also = {"guard": None, **_beside_topk(group, now, config)}
+        group.selection = aside.engage(group.selection, settings, now.engine)
     _act(now, groups, config)
     decisions: dict[Hashable, Decision] = {
         kind.name: Decision(True, settings.strict, group.selection, group.gather)
@@ -348,4 +349,5 @@ def _report(now: VllmAdapter, group: _Group) -> None:
     now.report(
         str(group), names, selection, group.passed or {}, also,
         (group.gather, group.gather_why or []),
+        aside.said(selection, (layer.k for layer in group.seen)),
     )  # fmt: skip

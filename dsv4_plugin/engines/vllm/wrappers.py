@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import dsv4_plugin as ops
-from dsv4_plugin.engines.shared import adapter, logits, shadow
+from dsv4_plugin.engines.shared import adapter, aside, logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
 from dsv4_plugin.engines.shared.decision import DTYPES, KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
@@ -251,12 +251,14 @@ def _select(
     next_n: int,
     engine: Callable[[torch.Tensor, torch.Tensor], None],
     readable: bool,
+    longest: int,
     again: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> None:
     """Run the plugin's top-k on tagged logits, or ``engine`` on the same arguments.
 
-    ``engine(scores, out)`` reads float32. ``again(scores, out)`` is the same for the shadow, where
-    a call can be cut into parts.
+    ``engine(scores, out)`` reads float32. ``longest`` is what a row can have at most.
+    ``again(scores, out)`` is the same as ``engine`` for the shadow, where a call can be cut into
+    parts.
     """
     now = adapter.current()
     now.call.slots = None  # an earlier note does not describe the indices any more
@@ -306,7 +308,11 @@ def _select(
         engine(plain(scores if deferred is None else deferred.engine_logits()), out)
 
     dtype = scores.dtype if deferred is None else DTYPES[deferred.selection.dtype]
-    serve(kind, selection, dtype, by_plugin, by_engine, watch, scores.shape[0])
+    rows = scores.shape[0]
+    left = selection is not None and aside.faster(
+        selection, kind, k, rows, longest, scores.shape[-1]
+    )
+    serve(kind, selection, dtype, by_plugin, by_engine, watch, rows, left)
 
 
 def decode_topk(
@@ -316,10 +322,13 @@ def decode_topk(
     out: torch.Tensor,
     k: int,
     engine: Callable[[torch.Tensor, torch.Tensor], None],
+    max_seq_len: Any = None,
 ) -> None:
     """Select at decode: rows = batch · next_n, ``seq_lens`` one a row or one a request.
 
-    ``engine(scores, out)`` is vLLM's own selection of float32 scores into ``out``.
+    ``engine(scores, out)`` is vLLM's own selection of float32 scores into ``out``. ``max_seq_len``:
+    no row is longer, as vLLM tells its kernels; in a captured graph the longest that the server
+    takes.
     """
     readable = (
         (is_matrix(scores) or candidates.deferred_of(scores) is not None)
@@ -335,7 +344,10 @@ def decode_topk(
     def lengths() -> torch.Tensor:
         return seq_lens.reshape(-1) if seq_lens.numel() == scores.shape[0] else seq_lens
 
-    _select("decode", scores, lengths, None, out, k, next_n, engine, readable)
+    longest = scores.shape[-1] if isinstance(scores, torch.Tensor) else 0
+    if type(max_seq_len) is int:
+        longest = min(longest, max_seq_len)
+    _select("decode", scores, lengths, None, out, k, next_n, engine, readable, longest)
 
 
 def topk_op_by_engine(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -393,7 +405,10 @@ def prefill_topk(
             run(widen(every[rows]), rows, shifted or deferred, scratch[rows])
 
     begin = None if shifted or deferred else starts
-    _select("prefill", scores, lambda: ends - starts, begin, out, k, 1, engine, readable, again)
+    _select(
+        "prefill", scores, lambda: ends - starts, begin, out, k, 1, engine, readable,
+        scores.shape[-1], again,
+    )  # fmt: skip
 
 
 def take_slots(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
