@@ -38,7 +38,7 @@ CSRC   := $(wildcard csrc/* csrc/bindings/* csrc/include/dsv4/*/*)
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
 CPPTREE = $(shell git ls-files -co --exclude-standard '*.cu' '*.cuh' 'csrc/bindings/*.h')
 
-.PHONY: help env demo test test-gpu lint format docs audit wheel manylinux check-wheel so clean vllm-env hosts-env
+.PHONY: help env demo test test-gpu lint format docs check-site audit wheel manylinux check-wheel so clean vllm-env hosts-env
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -90,6 +90,9 @@ $(DOCS_ENV)/.ready: pyproject.toml
 # Not --quiet: it hides the warnings from --strict too, which then passes.
 docs: $(DOCS_ENV)/.ready  ## build the documentation site in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --strict
+
+check-site:  ## open build/site in a Chromium at desktop and phone width: links, pictures, what is too wide
+	$(DOCS_PY) tests/docs/check_site.py build/site
 
 audit: $(READY)  ## known vulnerabilities of what the package depends on (pip-audit; needs PyPI)
 	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install -q pip-audit; }

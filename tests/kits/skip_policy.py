@@ -15,6 +15,7 @@ import pytest
 
 NO_NVCC = "no nvcc here: the compiled wheel cannot be built"
 ALLOWED_SKIPS = (NO_NVCC,)
+NO_BROWSER = "no Chromium here: the site cannot be looked at"
 LEFT_FOR_GPU = "needs a CUDA device: left for the GPU machine (make test-gpu)"
 
 
