@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,9 @@ class Site(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
-        self.pages = sorted(f"/{p.relative_to(folder).as_posix()}" for p in folder.rglob("*.html"))
+        files = (path.relative_to(folder).as_posix() for path in folder.rglob("*.html"))
+        # A page's address is the one that links have: a folder stands for its index.html.
+        self.pages = sorted("/" + re.sub(r"(^|/)index\.html$", r"\1", file) for file in files)
         self.report: dict[str, Any] | None = None
         self.done = threading.Event()
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))

@@ -16,7 +16,7 @@ SCRIPT = ROOT / "tests" / "docs" / "check_site.py"
 GOOD = """<!doctype html><meta name="viewport" content="width=device-width">
 <style>img { max-width: 100% } pre > code, div { display: block; overflow-x: auto }</style>
 <article><h1 id="top">T</h1><pre><code>CODE</code></pre><div><table><tr><td>TABLE</table></div>
-<a href="b.html#there">b</a> <a href="https://elsewhere.invalid/x">not followed</a>
+<a href="b/#there">b</a> <a href="https://elsewhere.invalid/x">not followed</a>
 <img src="p.svg"></article>"""
 PICTURE = '<svg xmlns="http://www.w3.org/2000/svg" width="1600" height="9"></svg>'
 
@@ -32,7 +32,8 @@ def script() -> ModuleType:
 def site(folder: Path, page: str) -> Path:
     page = page.replace("CODE", "x" * 60).replace("TABLE", "y" * 90)
     (folder / "a.html").write_text(page)
-    (folder / "b.html").write_text('<article><h1 id="there">B</h1></article>')
+    (folder / "b").mkdir()
+    (folder / "b" / "index.html").write_text('<article><h1 id="there">B</h1></article>')
     (folder / "p.svg").write_text(PICTURE)
     return folder
 
@@ -60,7 +61,7 @@ def test_everything_wrong_is_said(browser: str, tmp_path: Path) -> None:
         r"/a.html at 390 pixels: a picture does not load: gone.svg",
         r"/a.html at 1400 pixels: a picture does not load: gone.svg",
         r"/a.html at 1400 pixels: \d+ pixels in a box of \d+: <code> c+",
-        r"/a.html: no #nowhere in /b.html",
+        r"/a.html: no #nowhere in /b/",
         r"/a.html: dead link to /gone.html",
     )
     assert len(problems) == len(patterns), problems
@@ -87,7 +88,7 @@ def test_a_browser_that_ends_is_a_failure(tmp_path: Path) -> None:
 
 def test_ci_has_a_browser_and_checks_the_site_that_it_built() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
-    steps = ("apt-get install", "\nmake docs", "\nmake check-site", "wait \"$site\" || failed")
+    steps = ("apt-get install", "\nmake docs", "\nmake check-site", 'wait "$site" || failed')
     assert sorted(steps, key=ci.index) == [*steps]
     recipe = re.search(r"^check-site:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
     assert recipe and "tests/docs/check_site.py build/site" in recipe[1]
