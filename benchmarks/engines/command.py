@@ -177,8 +177,9 @@ def parser() -> Parser:
     timing(parser)
     kernels = parser.add_argument_group("--part kernels")
     grid(kernels)
-    kernels.add_argument("--peers", type=Path, metavar="FILE.py", help="the engines' own kernels: "
-                         "available_sglang_…() and available_tokenspeed_…()")  # fmt: skip
+    kernels.add_argument("--peers", type=Path, metavar="FILE.py", help="the engines' kernels, by "
+                         "available_sglang_…() and available_tokenspeed_…(), in place of those of "
+                         "the engines installed here")  # fmt: skip
     add = parser.add_argument_group("--part forward").add_argument
     add("--site", type=Path, nargs="+", default=[], help="folders to put first on sys.path")
     add("--more", type=Path, nargs="+", default=[], help="folders to put last on sys.path")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.engines.choices import ADAPTERS
-from benchmarks.engines.kernels import sglang, tokenspeed
+from benchmarks.engines.kernels import own, sglang, tokenspeed
 from benchmarks.engines.kernels.cells import Run, Task, by_rounds, engaged
 from benchmarks.engines.part import Part, eager_us
 from dsv4_plugin.cli.bench import peers
@@ -34,7 +34,7 @@ class Side:
 
     def __init__(self, arguments: argparse.Namespace, engines: tuple[str, ...]) -> None:
         self.arguments, self.engines = arguments, engines
-        self.peers = peers.load(arguments.peers, FORMS)
+        self.peers = peers.load(arguments.peers, FORMS) if arguments.peers else own.peers()
 
     def about(self) -> Row:
         """Say what there is to compare with."""

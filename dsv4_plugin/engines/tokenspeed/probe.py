@@ -6,7 +6,7 @@ from dsv4_plugin.engines.shared import seam
 from dsv4_plugin.engines.shared.seam import Place, Seam
 from dsv4_plugin.engines.shared.source import Site
 
-__all__ = ["DSV41", "MODES", "OPS", "READERS", "SEAMS", "look"]
+__all__ = ["DSV41", "FACADES", "MODES", "OPS", "READERS", "SEAMS", "look"]
 
 OPS = "tokenspeed.runtime.layers.attention.deepseek_v4_ops"
 REGISTRY = "tokenspeed_kernel.registry"
