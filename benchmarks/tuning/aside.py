@@ -1,4 +1,4 @@
-"""``python -m benchmarks.tuning.aside --peers FILE.py --json FILE``: where an engine is faster.
+"""``python -m benchmarks.tuning.aside --json FILE``: where an engine is faster.
 
 What ``DSV4_TOPK=auto`` leaves to an engine's own kernel is decided by the file that this writes
 (:mod:`benchmarks.tables.aside`). Each cell is one call of an engine on float32 logits that the
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     import torch
 
     from dsv4_plugin.cli.bench.cells import Row
+    from dsv4_plugin.cli.bench.peers import Peers
     from dsv4_plugin.cli.bench.topk.served import Elsewhere
     from dsv4_plugin.cli.checks.topk_cases import Problem
 
-__all__ = ["CALLS", "main"]
+__all__ = ["CALLS", "main", "parser"]
 
 LAUNCHES = 6
 GRAPH_US = 6000.0
@@ -68,25 +69,39 @@ HARD_SHAPES = ((1, 8192), (8, 32_768), (8, 65_536), (96, 16_384), (128, 65_536))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the cells of the calls; returns the exit code."""
+    return tool(parser(), _run, argv)
+
+
+def parser() -> Parser:
+    """Return the command line."""
     parser = Parser(prog="python -m benchmarks.tuning.aside", description=__doc__)
     add = parser.add_argument
     add("--call", nargs="+", choices=tuple(CALLS), default=tuple(CALLS))
     add("--k", type=numbers.whole(1, max(choices.KS)), nargs="+", default=[2048])
     add("--rows", type=numbers.COUNT, nargs="+", help="only these")
     add("--columns", type=numbers.COUNT, nargs="+", help="only these")
-    add("--peers", type=Path, metavar="FILE.py", required=True, help="the engines' own kernels")
+    add("--peers", type=Path, metavar="FILE.py",
+        help="the engines' own kernels, in place of those of the engines installed here")  # fmt: skip
     add("--library", type=Path, nargs="*", default=(), help="libraries of torch ops to load")
     add("--replays", type=numbers.COUNT, default=9, help="whose median counts (9)")
     add("--budget", type=numbers.SECONDS, metavar="SECONDS", help="begin no cell after it")
     add("--json", type=outputs.file, metavar="FILE", help="write the results there")
-    return tool(parser, _run, argv)
+    return parser
+
+
+def _peer(name: str, peers: Peers) -> str:
+    """Return the kernel that stands beside a call: the file's, or that of an installed engine."""
+    call = CALLS[name]
+    engine = name.partition(".")[0]
+    installed = (found for found in peers[call.suite] if found.startswith(f"{engine} "))
+    return call.peer if call.peer in peers[call.suite] else next(installed, call.peer)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     need_torch()
     import torch
 
-    from dsv4_plugin.cli.bench import peers
+    from dsv4_plugin.cli.bench import peers, upstream
     from dsv4_plugin.cli.bench.topk.served import Elsewhere
     from dsv4_plugin.cli.checks.timing import machine
 
@@ -94,10 +109,14 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError("there is no CUDA device here: nothing was measured")
     for library in arguments.library:
         torch.ops.load_library(str(library))
-    found = peers.load(arguments.peers, peers.TOPK_FORMS)
+    if arguments.peers is not None:
+        found = peers.load(arguments.peers, peers.TOPK_FORMS)
+    else:
+        engines = {name.partition(".")[0] for name in arguments.call}
+        found = upstream.load(sorted(engines), peers.TOPK_FORMS, None, of="topk")
     document: dict[str, Any] = {
         "machine": machine(), "what": "aside", "complete": False,
-        "engines": {name: call.peer for name, call in CALLS.items()},
+        "engines": {name: _peer(name, found) for name in CALLS},
         "missing": found.missing, "results": [], "exactness": [],
     }  # fmt: skip
     progress = Progress(lambda line: print(line, flush=True), arguments.budget)
@@ -109,9 +128,9 @@ def _run(arguments: argparse.Namespace) -> int:
             for name, case in cells:
                 if progress.spent():
                     break
-                engine = found[CALLS[name].suite].get(CALLS[name].peer)
+                engine = found[CALLS[name].suite].get(_peer(name, found))
                 if engine is None:
-                    progress.done(f"{name}: no {CALLS[name].peer}")
+                    progress.done(f"{name}: no {CALLS[name].peer}, and no such engine here")
                     continue
                 row = _cell(name, case, engine, elsewhere, arguments.replays)
                 document["exactness" if case.kind != "normal" else "results"].append(row)

@@ -110,8 +110,8 @@ def _decode() -> Any:
 def paged_with_raw() -> Any:
     """Return ``topk_transform_paged_v2`` as ``forward_c4_indexer`` calls it.
 
-    Arguments: scores, lengths, page tables, out, page size, plan, and the raw indices or None. Up to
-    0.5.19 its name is ``topk_transform_512_v2``. Float32 only.
+    Arguments: scores, lengths, page tables, out, page size, plan, and the raw indices or None. Up
+    to 0.5.19 its name is ``topk_transform_512_v2``. Float32 only.
     """
     transform, make = _function(*TRANSFORMS), _function("plan_topk_v2")
 
