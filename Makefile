@@ -17,8 +17,9 @@ ARGS     ?=
 JOBS     ?= 2
 RESULTS  ?= benchmarks/results/gpu_suite.json
 DIST     ?= dist
-# What the wheel is checked beside: the floor of pyproject.toml and the torch of `make env`.
-TORCHES  ?= torch==2.11.0 torch==2.13.0
+# What the wheel is checked beside: [PYTHON:]TORCH, each in an environment of its own.
+TORCHES  ?= python3.10:torch==2.11.0 python3.12:torch==2.12.1 python3.11:torch==2.13.0 \
+            python3.13:torch==2.14.1 python3.12:torch==2.15.0
 
 export DSV4_VLLM_ENV = $(abspath $(VLLM_ENV))
 export DSV4_HOSTS_ENV = $(abspath $(HOSTS_ENV))
@@ -114,7 +115,7 @@ manylinux: $(READY)  ## put the manylinux tag that auditwheel finds on dist/*-li
 	    -w $(DIST) "$$wheel" && rm "$$wheel" || exit 1; \
 	done
 
-check-wheel: $(READY)  ## install dist/*.whl beside torch 2.11 and 2.13 in fresh environments and try it
+check-wheel: $(READY)  ## install dist/*.whl beside torch 2.11 to 2.15 in fresh environments and try it
 	$(PY) tests/packaging/check_wheel.py $(DIST)/*.whl $(TORCHES)
 
 so:  ## compile dsv4_plugin/_C.so in place; a missing nvcc is an error

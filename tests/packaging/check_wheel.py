@@ -91,6 +91,8 @@ def main() -> int:
     with zipfile.ZipFile(wheel) as archive:
         library = "dsv4_plugin/_C.so" in archive.namelist()
     print(f"{wheel.name}, {'with' if library else 'WITHOUT'} the compiled kernels")
+    if library == wheel.name.endswith("-any.whl"):
+        parser.error(f"{wheel.name} has the tag of a wheel {'without' if library else 'with'} them")
     left = []
     for wanted in arguments.torch:
         name, _, torch = wanted.rpartition(":")
