@@ -393,13 +393,15 @@ def _mend(data: Data) -> str:
 
     fitting = {f"{major}.{minor}" for major, minor in CAPABILITIES}
     devices = data["gpu"].get("devices") or []
+    build = f"in a checkout, with nvcc on PATH: `{REPAIR}`"
+    present = data["library"].get("present")
     if not any(device.get("capability") in fitting for device in devices):
         want = " or ".join(sorted(fitting))
-        return (
-            f"run doctor on the machine of the engine: the kernels need compute capability {want}"
-        )
-    if not data["library"].get("present"):
-        return f"in a checkout, with nvcc on PATH: `{REPAIR}`"
+        there = "run doctor on the machine of the engine: the kernels need compute capability "
+        there += want
+        return there if devices or present else f"{build}; then {there}"
+    if not present:
+        return build
     if not data["library"].get("loads"):
         return f"`pip install --force-reinstall apache-tvm-ffi`; if that does not help: `{REPAIR}`"
     return (
@@ -423,7 +425,8 @@ def _why_not_cuda(data: Data) -> str:
     """Return what the compiled top-k lacks here, as the beginning of a sentence."""
     gpu, ops = data["gpu"], data["ops"]
     if gpu.get("devices") == []:
-        return f"no GPU here ({gpu['why']}): "
+        library = "" if data["library"].get("present") else " and no kernels in this installation"
+        return f"no GPU here ({gpu['why']}){library}: "
     for name, row in ops.items():
         if name.startswith("topk ") and isinstance(row, dict) and row["unmet"].get("cuda"):
             return f"{'; '.join(row['unmet']['cuda'])}: "
