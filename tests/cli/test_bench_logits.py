@@ -97,7 +97,7 @@ def test_a_run_of_the_logits(
                   "prefill float32 warm / best peer of float32"):  # fmt: skip
         assert words in named, words
     text = drawn.read_text()
-    for words in ("Index logits", "3 rows", "dsv4 float32", "gemm bfloat16", "bytes of the keys"):
+    for words in ("Index logits", "3 rows", "dsv4 float32", "best upstream", "bytes of the keys"):
         assert words in text, words
 
 

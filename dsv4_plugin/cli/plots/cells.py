@@ -125,7 +125,7 @@ def _peers_drawn(document: Row, decode: list[Row]) -> list[str]:
 
 
 def _plain_log(axis: Any) -> None:
-    """Make a logarithmic y axis with plain numbers at 1, 2, 5, 10, …"""
+    """Make a logarithmic y axis with plain numbers at 1, 2, 5, 10 and so on."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_yscale("log")
@@ -182,7 +182,7 @@ def _ratios(rows: list[Row], floor_name: str) -> tuple[str, dict[str, Line]]:
 
 
 def _style(name: str, others: list[str]) -> Row:
-    """The plugin is thick, the floor dashed, peers thin and on top; a name always looks the same."""
+    """The plugin is thick, the floor dashed, peers are thin and on top."""
     if name in FLOOR.values():
         return {"color": "black", "linestyle": "--", "linewidth": 1.0}
     if name.startswith(f"{PLUGIN} "):

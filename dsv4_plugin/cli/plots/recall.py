@@ -29,9 +29,7 @@ def draw(document: Row, file: Path) -> None:
         raise UsageError("the results have no row longer than k: nothing to draw")
     ks = sorted({row["k"] for row in results})
     names = list(dict.fromkeys((row["scores"], row["dtype"]) for row in results))
-    figure, axes = pyplot.subplots(
-        1, len(ks), figsize=(10.8, 5.2), squeeze=False, sharey=True
-    )
+    figure, axes = pyplot.subplots(1, len(ks), figsize=(10.8, 5.2), squeeze=False, sharey=True)
     for axis, k in zip(axes[0], ks, strict=True):
         for number, (scores, dtype) in enumerate(names):
             cells = sorted(
