@@ -55,12 +55,12 @@ $(VENV)/.ready: pyproject.toml $(CSRC)
 
 # Two releases of vLLM without their CUDA stack, for the demo and tests/engines/vllm: some 2 GB, once.
 vllm-env:
-	$(PYTHON) examples/make_vllm_cpu_env.py --dir $(VLLM_ENV)
+	$(PYTHON) tests/environments/make_vllm_cpu_env.py --dir $(VLLM_ENV)
 
 # SGLang (four releases) and TokenSpeed (one) in the same way, for tests/engines/sglang and
 # tests/engines/tokenspeed: some 2.8 GB, once. Python 3.11 or later.
 hosts-env:
-	$(PYTHON) examples/make_hosts_cpu_env.py --dir $(HOSTS_ENV)
+	$(PYTHON) tests/environments/make_hosts_cpu_env.py --dir $(HOSTS_ENV)
 
 demo: vllm-env  ## real vLLM indexer code on this CPU, with the plugin and without it
 	$(VLLM_ENV)/bin/python examples/demo_vllm_cpu.py

@@ -55,7 +55,7 @@ class Releases:
     @property
     def maker(self) -> str:
         """The script that makes the environment."""
-        return f"examples/make_{self.environment}_cpu_env.py"
+        return f"tests/environments/make_{self.environment}_cpu_env.py"
 
     def find(self, version: str) -> list[Path]:
         """Return the folders of a release; skips a test where they are not there."""
