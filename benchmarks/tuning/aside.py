@@ -81,7 +81,7 @@ def parser() -> Parser:
     add("--rows", type=numbers.COUNT, nargs="+", help="only these")
     add("--columns", type=numbers.COUNT, nargs="+", help="only these")
     add("--peers", type=Path, metavar="FILE.py",
-        help="the engines' own kernels, in place of those of the engines installed here")  # fmt: skip
+        help="the engines' own kernels, in place of those that are installed here")  # fmt: skip
     add("--library", type=Path, nargs="*", default=(), help="libraries of torch ops to load")
     add("--replays", type=numbers.COUNT, default=9, help="whose median counts (9)")
     add("--budget", type=numbers.SECONDS, metavar="SECONDS", help="begin no cell after it")

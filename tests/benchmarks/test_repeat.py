@@ -13,6 +13,8 @@ import pytest
 from kits.marked import between
 from kits.packaging_tools import ROOT
 
+from benchmarks.tuning import aside
+from dsv4_plugin.cli.bench.peers import Peers
 from dsv4_plugin.cli.main import COMMANDS
 from dsv4_plugin.cli.shared.run import Parser, UsageError
 
@@ -86,6 +88,17 @@ def test_the_commands_of_a_file_are_those_of_today(
             assert {call.partition(".")[0] for call in measured.call} == {engine}
         if "python -m benchmarks.engines" in second:
             assert measured.engine == [engine]
+
+
+def test_beside_a_call_is_the_installed_engine_or_what_the_file_has() -> None:
+    def none() -> None:
+        raise AssertionError("it is not called")
+
+    installed = Peers(decode={"vllm 0.33.0": none, "sglang 0.5.23 v2": none}, paged={"x": none})
+    assert aside._peer("vllm.decode", installed) == "vllm 0.33.0"
+    assert aside._peer("sglang.dsa", installed) == "sglang_v2_paged"  # which is named as missing
+    with_file = Peers(decode={"vllm 0.33.0": none, "vllm33": none})
+    assert aside._peer("vllm.decode", with_file) == "vllm33"
 
 
 def test_a_command_that_is_refused_is_noticed() -> None:
