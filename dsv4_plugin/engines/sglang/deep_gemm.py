@@ -1,4 +1,4 @@
-"""DeepGEMM's logits functions below SGLang's indexer: the plugin's, in bfloat16, or as they are."""
+"""DeepGEMM's logits functions in SGLang's indexer: replaced, asked for bfloat16, or unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PAIRS = {name: name.replace("fp8_", "fp8_fp4_", 1) for name in LOGITS}
 def unmet(ledger: Any, request_bf16: bool = False) -> list[str]:
     """Return why DeepGEMM's logits functions cannot be wrapped; changes nothing.
 
-    With ``request_bf16`` they also have to write bfloat16 when they are asked to.
+    With ``request_bf16`` they must also be able to write bfloat16 on request.
     """
     try:
         import deep_gemm
@@ -92,7 +92,7 @@ def _by_plugin(plugin: Any, selection: Selection, q: Any, args: Any, kwargs: Any
 
 
 def _in_bf16(now: adapter.Adapter, with_dtype: Any, q: Any, args: Any, kwargs: Any) -> Any:
-    """Return DeepGEMM's logits in bfloat16; None: they failed."""
+    """Return DeepGEMM's logits in bfloat16; None if the call failed."""
     try:
         out = with_dtype((q, None), *args, logits_dtype=torch.bfloat16, **kwargs)
     except Exception as error:
@@ -118,7 +118,7 @@ def _plugin_paged(selection: Selection, q: Any, *args: Any, **kwargs: Any) -> to
 def _plugin_dense(selection: Selection, q: Any, *args: Any, **kwargs: Any) -> torch.Tensor | None:
     """Compute the logits of ``fp8_mqa_logits``; None: the call has another form.
 
-    Only with ``max_seqlen_k``, as SGLang calls it: rows begin at column zero then.
+    Only with ``max_seqlen_k``, as SGLang calls it. Then rows begin at column zero.
     """
     given = dict(zip(_DENSE, args, strict=False)) | kwargs
     known = set(given) == set(_DENSE) and len(args) <= len(_DENSE)

@@ -1,7 +1,7 @@
-"""What a call gets: decided once for each kind of call, at its first real use.
+"""Decides how a call selects, once for each kind of call, at its first real use.
 
-That is during SGLang's start (memory profiling, graph capture, warm-up), so an explicit setting
-that cannot be met ends the start with one error that lists every unmet condition.
+This happens during SGLang's start (memory profiling, graph capture, warm-up). So an explicit
+setting that cannot be met ends the start with one error that lists every unmet condition.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["KINDS", "V41_HEADS", "V41_K", "LayerKind", "for_dsa", "for_v4", "for
 
 V41_HEADS, V41_K = 32, 512  # of DeepSeek-V4.1's index layers
 
-# SGLang's own switches that put another implementation in; absent names are ignored.
+# SGLang's own switches that choose another implementation; absent names are ignored.
 _OTHER_TOPK = ("SGLANG_TOPK_TRANSFORM_512_TORCH",)
 _OTHER_LOGITS = (
     "SGLANG_OPT_USE_TILELANG_INDEXER",
@@ -35,9 +35,9 @@ _OTHER_LOGITS = (
 class LayerKind:
     """A kind of layers. A new one is a new record in :data:`KINDS` and a hook that names it.
 
-    ``dtypes`` are what ``DSV4_TOPK=auto`` tries, best first. ``seams`` are those that the selection
-    needs. ``counters`` name its calls. ``float32_logits``: why SGLang's own logits are the only
-    ones that it can select on; empty where the plugin can write them, or ask for bfloat16.
+    ``dtypes`` are those that ``DSV4_TOPK=auto`` tries, best first. ``seams`` are those that the
+    selection needs. ``counters`` name its calls. ``float32_logits``: why it can select only on
+    SGLang's own logits; empty if the plugin can write them, or ask for bfloat16.
     ``fp4_ops``: the ops that score FP4 keys for it, where it selects on the plugin's own logits.
     ``steps_aside``: SGLang's own kernel gets the calls in which it is faster.
     """
@@ -63,7 +63,7 @@ KINDS = {
         "V3.2 and GLM select on float32 logits; they were not trained with bfloat16 ones",
         steps_aside=True,
     ),
-    # The scores of FP4 keys are bfloat16 numbers in SGLang, too.
+    # The scores of FP4 keys are bfloat16 numbers in SGLang too.
     "v41.candidates": LayerKind(
         "DeepSeek-V4.1 source and consumers",
         ("bf16",),
@@ -93,7 +93,7 @@ class _Call:
 
 
 def for_v4(backend_mixin: Any, c4_indexer: Any, device: torch.device) -> Selection | None:
-    """Return how the indexer of DeepSeek-V4 selects, or None: as SGLang does."""
+    """Return how the indexer of DeepSeek-V4 selects, or None if SGLang selects."""
     k = getattr(c4_indexer, "index_topk", 0)
     chosen = getattr(backend_mixin, "dsa_topk_backend", None)
     fp4 = bool(getattr(c4_indexer, "use_fp4_indexer", False))
@@ -101,14 +101,14 @@ def for_v4(backend_mixin: Any, c4_indexer: Any, device: torch.device) -> Selecti
 
 
 def for_dsa(dsa_backend: Any, k: int, device: torch.device) -> Selection | None:
-    """Return how a decode-shaped PAGED top-k of V3.2 or GLM selects, or None: as SGLang does."""
+    """Return how a decode-shaped PAGED top-k of V3.2 or GLM selects, or None if SGLang selects."""
     return _get(_Call(KINDS["dsa"], k, device, dsa_backend))
 
 
 def for_v41(which: str, device: torch.device, unfit: tuple[str, ...] = ()) -> Selection | None:
-    """Return how ``candidates`` or ``full`` of DeepSeek-V4.1 select, or None: as SGLang does.
+    """Return how ``candidates`` or ``full`` of DeepSeek-V4.1 select, or None if SGLang selects.
 
-    ``unfit``: why the plugin cannot stand before what SGLang has made.
+    ``unfit``: why the plugin cannot stand before the object that SGLang has made.
     """
     return _get(_Call(KINDS[f"v41.{which}"], V41_K, device, unfit=unfit))
 
@@ -188,7 +188,7 @@ def _prefill_by_deep_gemm(
 
 
 def _elsewhere(now: SglangAdapter, call: _Call) -> list[str]:
-    """Return why the logits of this call do not come from the functions that can be wrapped."""
+    """Return why the logits of this call do not come from functions that the plugin can wrap."""
     if call.kind.float32_logits:
         return [call.kind.float32_logits]
     return now.problems("logits") + [
@@ -243,5 +243,5 @@ def _set(name: str) -> bool:
     variable = getattr(switches, name, None)
     try:
         return bool(variable is not None and variable.get())
-    except Exception:  # not a switch any more
+    except Exception:  # no longer a switch
         return False
