@@ -1,4 +1,4 @@
-"""What the plugin does for a kind of call, and the rules that make it of the settings."""
+"""What the plugin does for a kind of call, and the rules that derive it from the settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
     "binding", "choose_selection", "explicit", "unfit_k", "unique", "unmet_topk",
 ]  # fmt: skip
 
-KS = (512, 1024, 2048)  # the k of the engines' own kernels; every other k stays with the engine
+KS = (512, 1024, 2048)  # the k of the engines' own kernels; the engine serves every other k
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PassedOver = dict[str, list[str]]  # dtype -> why it was passed over
 
@@ -26,10 +26,10 @@ PassedOver = dict[str, list[str]]  # dtype -> why it was passed over
 class Selection:
     """How the plugin selects: in ``dtype`` (``bf16``, ``fp16`` or ``fp32``) with ``backend``.
 
-    ``logits`` is who writes the logits: ``"plugin"`` (with ``backend``), or ``"engine"`` (its
-    DeepGEMM). ``request_bf16``: DeepGEMM writes bfloat16 only where it is asked to. ``slots``: the
+    ``logits`` is the writer of the logits: ``"plugin"`` (with ``backend``), or ``"engine"`` (its
+    DeepGEMM). ``request_bf16``: DeepGEMM writes bfloat16 only on request. ``slots``: the
     top-k writes pool slots beside the indices, for the engine's attention. ``skip_fill``: the
-    engine's fill with -1 is left out where the top-k writes every row. ``followers``: later
+    plugin omits the engine's fill with -1 where the top-k writes every row. ``followers``: later
     layers attend to the same indices. ``candidates``: the layer chooses or uses candidate blocks,
     and its logits are computed once it is known which. ``aside``: the engine whose own kernel gets
     the calls in which it is faster (:mod:`.aside`), ``""`` where the plugin serves every call.
@@ -59,7 +59,7 @@ class Selection:
 class Decision:
     """What the plugin does at a call. ``None`` leaves the part to the engine.
 
-    ``enabled`` False: every patched name passes straight through. ``gather`` is a backend.
+    ``enabled`` False: every patched name calls the original. ``gather`` is a backend.
     """
 
     enabled: bool = False
@@ -77,7 +77,7 @@ def unique(reasons: Iterable[str]) -> list[str]:
 
 
 def explicit() -> bool:
-    """Whether a setting has to be met or refused; True as well where a setting is wrong."""
+    """Whether a setting must be met or refused; True also if a setting is wrong."""
     try:
         now = envs.settings()
     except SettingError:
@@ -97,15 +97,15 @@ def binding(settings: Settings) -> str | None:
 
 
 def unfit_k(k: object) -> list[str]:
-    """Return why a layer's k stays with the engine, if it does."""
+    """Return why the engine serves a layer's k, if it does."""
     return [] if k in KS else [f"index_topk is {k}, not one of {', '.join(map(str, KS))}"]
 
 
 def backend_for_topk(settings: Settings, on_gpu: bool) -> str:
-    """Return the implementation that ``DSV4_BACKEND`` means for the top-k inside an engine."""
+    """Return the implementation that ``DSV4_BACKEND`` selects for the top-k inside an engine."""
     if settings.backend in ("cuda", "torch"):
         return settings.backend
-    # auto never puts torch ops in the place of the engine's CUDA kernel.
+    # auto never replaces the engine's CUDA kernel with torch ops.
     return "cuda" if on_gpu else "torch"
 
 
@@ -123,8 +123,8 @@ def choose_selection(
 ) -> tuple[Selection | None, PassedOver]:
     """Decide from ``DSV4_TOPK``; ``dtypes`` are those of ``auto``, best first.
 
-    ``possible(dtype)`` returns how a dtype can be had, or every reason why it cannot. ``what`` the
-    decision is about is for the log.
+    ``possible(dtype)`` returns how the plugin can select in a dtype, or every reason why it cannot.
+    ``what`` names the subject of the decision in the log.
 
     Raises:
         UnmetError: an explicit setting cannot be met (or, with ``DSV4_STRICT=1``,
