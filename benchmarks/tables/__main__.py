@@ -1,4 +1,4 @@
-"""``python -m benchmarks.tables NAME``: what stands between the markers of a page."""
+"""``python -m benchmarks.tables NAME``: print the text between the markers of a page."""
 
 from __future__ import annotations
 

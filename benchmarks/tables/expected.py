@@ -1,6 +1,6 @@
-"""What the README's first screen says of the expected gain, a line a model.
+"""The expected gain on the README's first screen, one line for each model.
 
-:func:`expected` makes what stands between the ``expected`` markers.
+:func:`expected` makes the text between the ``expected`` markers.
 """
 
 from __future__ import annotations
