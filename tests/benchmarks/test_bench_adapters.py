@@ -1,4 +1,4 @@
-"""The benchmark of the adapters, dry: every call, peers of every kind, the file and the table."""
+"""The benchmark of the adapters, as a dry run: every call, kind of peer, file and table."""
 
 from __future__ import annotations
 

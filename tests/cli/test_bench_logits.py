@@ -1,4 +1,4 @@
-"""The benchmarks of the logits and of the chain, dry: cases, checks, peers, files, plots."""
+"""The benchmarks of the logits and the chain, as dry runs: cases, checks, peers, files, plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the top-k, dry: cases, checks, peers, the results file and the plot."""
+"""The benchmark of the top-k, as a dry run: cases, checks, peers, the results file and the plot."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The documentation site: every page is in it, and the log lines it quotes are those of the code.
+"""The documentation site: it contains every page, and the log lines that it quotes are in the code.
 
-`make docs` builds it, with warnings as errors; links that leave docs/ are checked by test_readme.
+`make docs` builds it, with warnings as errors; test_readme checks the links that leave docs/.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their names exist, their example runs."""
+"""The README and the pages of docs/: the names in them exist, and their example runs."""
 
 from __future__ import annotations
 

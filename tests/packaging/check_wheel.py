@@ -1,4 +1,4 @@
-"""``make check-wheel``: a wheel as a user gets it, in a fresh environment for each torch.
+"""``make check-wheel``: check a wheel as a user installs it, in a fresh environment for each torch.
 
     python tests/packaging/check_wheel.py dist/*.whl torch==2.11.0 python3.13:torch==2.15.0
 

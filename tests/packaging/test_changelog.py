@@ -1,4 +1,4 @@
-"""CHANGELOG.md and the tags: a section for each release, and a release for each section."""
+"""CHANGELOG.md and the tags: each release has a section, and each section has a release."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in the wheels, and how they are tagged."""
+"""The content of the wheels, and their tags."""
 
 from __future__ import annotations
 
