@@ -219,7 +219,9 @@ def _by_engine(mode: str, q: torch.Tensor, kwargs: Mapping[str, Any]) -> Any:
     registry = KernelRegistry.get()
     specs = registry.get_for_operator(FAMILY, mode, platform=current_platform())
     specs = [spec for spec in specs if spec.solution != SOLUTION]  # highest priority first
-    if specs and resolve_kernel_override(FAMILY, mode, None):  # it wins over a requested one
+    if specs and resolve_kernel_override(FAMILY, mode, None):
+        # An override names the plugin's kernel and wins over a requested solution. The kernel of
+        # the lowest priority is TokenSpeed's portable one, which takes every call.
         return registry.get_impl(specs[-1].name)(**kwargs)
     # Only the facade knows the traits of a call, so ask it for one solution after the other.
     for solution in dict.fromkeys(spec.solution for spec in specs):
