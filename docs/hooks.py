@@ -1,4 +1,6 @@
-"""The README as a page of the site, and links that leave ``docs/`` (``hooks`` in mkdocs.yml).
+"""The README as a page of the site, links that leave ``docs/``, and links to the engines' issues.
+
+Called by MkDocs (``hooks`` in mkdocs.yml).
 
 In the repository's own view such links work. The site has the README as its page ``overview.md``.
 It has no other page from outside ``docs/``, so a link there becomes its text and the path; an image
@@ -12,12 +14,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-__all__ = ["on_files", "on_page_markdown", "outside", "overview", "split"]
+__all__ = ["issues", "on_files", "on_page_markdown", "outside", "overview", "split"]
 
 _OVERVIEW = "overview.md"
 _LINK = re.compile(
     r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>\.\./[^)#\s]+)(?P<anchor>[^)]*)\)"
 )
+# Whose issues have a link. Others stay text.
+_TRACKERS = {
+    "flashinfer": "flashinfer-ai/flashinfer",
+    "sglang": "sgl-project/sglang",
+    "tensorrt-llm": "NVIDIA/TensorRT-LLM",
+    "vllm": "vllm-project/vllm",
+}
+_ISSUE = re.compile(rf"(?<![\w/\[-])(?P<name>{'|'.join(_TRACKERS)}) ?#(?P<number>\d+)\b", re.I)
+_CODE = re.compile(r"(^```.*?^```|`[^`\n]+`|\[[^\]]*\]\([^)]*\)|^    .*?$)", re.M | re.S)
 _FENCED = re.compile(r"^(```.*?^```)", re.M | re.S)
 
 
@@ -33,6 +44,18 @@ def overview(readme: str) -> str:
     parts[::2] = [
         re.sub(r"\]\((?!\w+:|#)", "](../", part).replace("](../docs/", "](") for part in parts[::2]
     ]
+    return "".join(parts)
+
+
+def issues(markdown: str) -> str:
+    """Return the page with links at ``vllm#51782`` and the like, outside of code and of links."""
+
+    def linked(issue: re.Match[str]) -> str:
+        tracker = _TRACKERS[issue["name"].lower()]
+        return f"[{issue[0]}](https://github.com/{tracker}/issues/{issue['number']})"
+
+    parts = _CODE.split(markdown)
+    parts[::2] = [_ISSUE.sub(linked, part) for part in parts[::2]]
     return "".join(parts)
 
 
@@ -76,7 +99,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any, **_: Any
     from mkdocs.structure.files import File
 
     root = Path(config.config_file_path).parent
-    markdown, images = split(markdown, page.file.src_uri)
+    markdown, images = split(issues(markdown), page.file.src_uri)
     for place, path in images.items():
         if files.get_file_from_path(place) is None:
             files.append(File.generated(config, place, abs_src_path=str(root / path)))

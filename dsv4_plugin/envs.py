@@ -71,9 +71,11 @@ VARIABLES: tuple[Variable, ...] = (
         ("auto", "bf16", "fp16", "fp32", "off"),
         "auto",
         "The dtype in which the top-k selects. `auto`: bf16 for DeepSeek-V4 and V4.1 if index "
-        "logits are available in bf16 (see `DSV4_LOGITS`), else exact float32. `bf16`, `fp16`, "
-        "`fp32`: this dtype, or an error when the layer is built or first called. `off`: the "
-        "engine's own top-k.",
+        "logits are available in bf16 (see `DSV4_LOGITS`), else exact float32; in float32 the "
+        "engine's own kernel gets the calls in which it was measured to be faster "
+        "([docs/kernels.md](docs/kernels.md#what-auto-leaves-to-the-engine)). `bf16`, `fp16`, "
+        "`fp32`: this dtype, by the plugin in every call, or an error when the layer is built or "
+        "first called. `off`: the engine's own top-k.",
     ),
     Variable(
         "DSV4_LOGITS",
@@ -81,9 +83,9 @@ VARIABLES: tuple[Variable, ...] = (
         ("auto", "engine", "plugin"),
         "auto",
         "Who computes the index logits that the top-k selects on. `auto`: in bf16 and fp16 the "
-        "plugin's own kernel if it can, else the engine's DeepGEMM if that writes this dtype; in "
-        "fp32 the engine. `engine`: the engine. `plugin`: the plugin, or an error when the layer "
-        "is built or first called.",
+        "plugin's own kernel if it can, else the engine's DeepGEMM if that writes this dtype "
+        "(SGLang's prefill in bf16: DeepGEMM first); in fp32 the engine. `engine`: the engine. "
+        "`plugin`: the plugin, or an error when the layer is built or first called.",
     ),
     Variable(
         "DSV4_INDEXER_READ",

@@ -3,7 +3,7 @@
 #
 #   MODEL=... TP=4 OUT=results/ab examples/ab_sglang.sh [more options of dsv4-plugin ab]
 #
-# The plot needs matplotlib (pip install "dsv4-plugin[bench]"). --dry-run shows the commands;
+# The plot needs matplotlib (pip install matplotlib). --dry-run shows the commands;
 # docs/ab.md says how to read the results.
 set -euo pipefail
 

@@ -1,4 +1,4 @@
-"""What all tests share: the skip policy, hypothesis' profiles, where a backend runs."""
+"""Shared by all tests: the skip policy, hypothesis' profiles, the devices of the backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guards themselves: what is written outside, or into an input, is found."""
+"""The guards themselves: they find a write outside of a tensor or into an input."""
 
 import pytest
 import torch

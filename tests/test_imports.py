@@ -1,4 +1,4 @@
-"""Which room imports which: one direction, no circle. Imports inside functions count as well."""
+"""The imports between folders go in one direction, without a circle, inside functions too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CI accepts no skip that nobody allowed: skip_policy.py, run on small test files."""
+"""CI accepts no skip that is not on the list: skip_policy.py, run on small test files."""
 
 from __future__ import annotations
 

@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-# The simulators of the engines (``kits``) are the tests'.
+# The simulators of the engines (``kits``) belong to the tests.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))

@@ -1,10 +1,10 @@
-"""``python -m benchmarks.engines``: one driver of what is run of SGLang and TokenSpeed on a GPU.
+"""``python -m benchmarks.engines``: run parts of SGLang and TokenSpeed on a GPU.
 
-``--part kernels``: the very functions that the adapters install, beside the engine's own kernels
-for the same calls, on tensors as the engine makes them; the engine need not be there. ``--part
-forward``: the engine's own Python around the same calls, without the plugin and with it, from
-folders in which its packages lie; what it would need of a model, a scheduler and the packages that
-are not there is stood in for, and the results say by what.
+``--part kernels`` runs the functions that the adapters install, beside the engine's own kernels for
+the same calls, on tensors as the engine makes them. The engine need not be installed. ``--part
+forward`` runs the engine's own Python code around the same calls, without the plugin and with it,
+from folders with the engine's packages. The driver replaces the model, the scheduler and missing
+packages; the results name the replacements.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Run the parts of one or both engines; a part that fails is told and passed over."""
+    """Run the parts of one or both engines; report a part that fails and go on."""
     sys.path[:0] = [str(path.resolve()) for path in arguments.site]
     sys.path += [str(path.resolve()) for path in arguments.more]
     engines = tuple(dict.fromkeys(arguments.engine or ADAPTERS))
@@ -101,14 +101,14 @@ def _side(arguments: argparse.Namespace, engines: tuple[str, ...]) -> Any:
 
 
 def _wrong(row: Row) -> bool:
-    """Whether a result is a wrong answer of the plugin's, or a part that is not as it must be."""
+    """Whether a result is a wrong answer of the plugin, or a part that is not as required."""
     if "right" in row:
         return row["right"] is False
     return str(row["implementation"]).startswith(compare.PLUGIN) and not compare.right(row)
 
 
 def _attempt(name: str, do: Callable[[], Any], document: dict[str, Any]) -> Any:
-    """Return what a part gives, or None where it fails, which is told."""
+    """Return the results of a part, or None if it fails, which is reported."""
     try:
         return do()
     except (BrokenPipeError, UsageError):  # of this command's own output, or options
@@ -124,7 +124,7 @@ def _attempt(name: str, do: Callable[[], Any], document: dict[str, Any]) -> Any:
 def _parts(
     side: Any, arguments: argparse.Namespace, document: dict[str, Any], file: Results, begin: float
 ) -> bool:
-    """Run the parts, and keep the document up to date; returns whether the budget was spent."""
+    """Run the parts and keep the document up to date; return whether the budget was spent."""
     document |= side.about()
     for line in side.head(document):
         print(line, flush=True)
@@ -153,7 +153,7 @@ def _parts(
 
 
 def _is_dead() -> bool:
-    """Whether an error of before stays with the process (an illegal address, say)."""
+    """Whether an earlier error stays with the process (an illegal address, for example)."""
     import torch
 
     if not torch.cuda.is_available():
@@ -177,15 +177,16 @@ def parser() -> Parser:
     timing(parser)
     kernels = parser.add_argument_group("--part kernels")
     grid(kernels)
-    kernels.add_argument("--peers", type=Path, metavar="FILE.py", help="the engines' own kernels: "
-                         "available_sglang_…() and available_tokenspeed_…()")  # fmt: skip
+    kernels.add_argument("--peers", type=Path, metavar="FILE.py", help="the engines' kernels, by "
+                         "available_sglang_…() and available_tokenspeed_…(), in place of those of "
+                         "the engines installed here")  # fmt: skip
     add = parser.add_argument_group("--part forward").add_argument
     add("--site", type=Path, nargs="+", default=[], help="folders to put first on sys.path")
     add("--more", type=Path, nargs="+", default=[], help="folders to put last on sys.path")
     add("--shapes", nargs="+", type=_shape, metavar="ROWSxCOLUMNS", help="shapes of decode")
-    add("--prefill", nargs="+", type=_shape, metavar="QUERIESxKEYS", help="of prefill")
-    add("--model", nargs="+", choices=MODELS, default=MODELS, help="whose calls; of "
-        "SGLang V4's, or with v41 alone those of V4.1")  # fmt: skip
+    add("--prefill", nargs="+", type=_shape, metavar="QUERIESxKEYS", help="shapes of prefill")
+    add("--model", nargs="+", choices=MODELS, default=MODELS, help="models whose calls run; "
+        "SGLang runs those of V4, or with v41 alone those of V4.1")  # fmt: skip
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What both parts of the driver share: a thing to run, and the time of a call on its own."""
+"""Shared by both parts of the driver: the record of one part, and the time of a single call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass
 class Part:
-    """One thing to run; ``run`` returns its results."""
+    """One step of a run; ``run`` returns its results."""
 
     name: str
     run: Callable[[], list[Row]]

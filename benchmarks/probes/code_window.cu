@@ -1,14 +1,14 @@
-// How much of a kernel's code a launch brings with it, and what the rest costs
+// How much of a kernel's code a launch loads, and what the rest costs
 // (docs/notes/topk.md).
 //
 //   nvcc -std=c++17 -O3 -arch=sm_90a -I csrc/include benchmarks/probes/code_window.cu \
 //       -o build/code_window && build/code_window
 //
-// A kernel jumps over N KB of code that it does not execute, then goes through eight pieces of 1
-// KB, 1 KB apart. Its time beyond that of an empty kernel in its place, in a CUDA graph: again and
-// again alone (warm); after other kernels, whose code takes the instruction caches; and after a
-// copy over more memory than the L2 holds and those kernels, so that the code comes from memory.
-// One line of JSON each.
+// A kernel jumps over N KB of code that it does not execute. Then it executes eight pieces of 1 KB,
+// 1 KB apart. The figure is its time in a CUDA graph, less the time of an empty kernel in its place.
+// It is measured in three ways: alone and repeated (warm); after other kernels whose code fills the
+// instruction caches; after those kernels and a copy over more memory than the L2 holds, so that
+// the code comes from memory. The program prints one line of JSON for each.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>

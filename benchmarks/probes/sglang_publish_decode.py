@@ -1,14 +1,15 @@
-"""Does SGLang's choice of candidate blocks, and of keys, repeat itself from run to run?
+"""Does SGLang choose the same candidate blocks and keys in every run?
 
     python benchmarks/probes/sglang_publish_decode.py --site FOLDER [--more FOLDER] --json FILE
 
-Calls ``DenseBlocksBackend.publish_decode`` of an unpacked SGLang (0.5.22 or later) again and again
-on the same tensors, on a GPU of compute capability 9.0, without the plugin. Each run's blocks and
-keys are compared as sets with those of the first. At 262,144 positions and more SGLang selects by
-its cluster kernel, whose reading says that it takes equal scores by arrival and may drop members of
-a full bin (``blocks_missed``, ``keys_missed``: better ones than the worst that was taken). The head
-weights are of both signs (``signed``), all positive, or positive on keys that are nearly equal
-(``close``), where more scores fall into one bin.
+It calls ``DenseBlocksBackend.publish_decode`` of an unpacked SGLang (0.5.22 or later) many times on
+the same tensors, on a GPU of compute capability 9.0, without the plugin. It compares the blocks and
+keys of each run, as sets, with those of the first. From 262,144 positions on SGLang selects with
+its cluster kernel. According to its source this kernel takes equal scores in the order of arrival
+and may drop members of a full bin. ``blocks_missed`` and ``keys_missed`` count members that are
+better than the worst one that was taken. The head weights have both signs (``signed``), are all
+positive, or are positive on keys that are nearly equal (``close``), where more scores fall into one
+bin.
 """
 
 from __future__ import annotations
@@ -109,13 +110,13 @@ def _repeat(torch: Any, forward: Any, layer: int, runs: int) -> dict[str, Any]:
 
 
 def _apart(torch: Any, got: Any, want: Any) -> int:
-    """Return how many members of a row's set are not in the other, in the worst row."""
+    """Return how many members of a row's set are missing in the other set, in the worst row."""
     rows = zip(got, want, strict=True)
     return max(int((~torch.isin(a, b)).sum()) for a, b in rows)
 
 
 def _missed(torch: Any, scores: Any, chosen: Any) -> int:
-    """Return how many were left out that are better than the worst that was taken."""
+    """Return how many members were left out although they are better than the worst one taken."""
     chosen = chosen[chosen >= 0].long()
     taken = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     taken[chosen[chosen < len(scores)]] = True

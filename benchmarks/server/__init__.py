@@ -3,18 +3,18 @@
 | module | what it does |
 |---|---|
 | :mod:`.command` | the order of the steps, the results file |
-| :mod:`.model` | what a model's configuration says: layers with an indexer |
-| :mod:`.engines` | what differs between vLLM and SGLang: a record each |
-| :mod:`.options` | what this command and the drills take; their servers |
+| :mod:`.model` | reads a model's configuration: layers with an indexer |
+| :mod:`.engines` | the differences between vLLM and SGLang: one record for each |
+| :mod:`.options` | the options of this command and of the drills; their servers |
 | :mod:`.server` | the server of ``dsv4-plugin ab`` with a folder; its log and workers' files |
-| :mod:`.client` | requests with token ids: what one costs, what it answers |
+| :mod:`.client` | requests with token ids: their time and their answers |
 | :mod:`.measure` | the steps: outputs, time per token, time to the first token, profiles |
-| :mod:`.drills` | servers with one fault each: that they go on serving, and say why |
+| :mod:`.drills` | servers with one fault each: they must go on serving and log the reason |
 | :mod:`.trace` | a torch-profiler trace → microseconds a step of each part of the indexer |
-| :mod:`.side` | what runs in every server: random weights, faults, status, rows |
-| :mod:`.vllm_side`, :mod:`.sglang_side` | how that is loaded; contexts by copying |
+| :mod:`.side` | runs inside every server: random weights, faults, status, rows |
+| :mod:`.vllm_side`, :mod:`.sglang_side` | load it into an engine; contexts by copying |
 
-``examples/make_tiny_v4.py`` and ``make_tiny_v41.py`` write the model that is served,
-:mod:`benchmarks.tables.server` the tables of docs/development/vllm.md. None of this imports an
-engine or needs torch in its own process, except the sides, which run inside the server.
+``examples/make_tiny_v4.py`` and ``make_tiny_v41.py`` write the model that is served.
+:mod:`benchmarks.tables.server` writes the tables of docs/development/vllm.md. The modules import no
+engine and need no torch in their own process, except the sides, which run inside the server.
 """

@@ -20,7 +20,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 FIRST_WORD = 8  # below are the special tokens
-WORDS = 19_000  # of the tokenizer that examples/make_tiny_v4.py writes
+WORDS = 19_000  # with the tokenizer that examples/make_tiny_v4.py writes
 
 
 class TooFew(RuntimeError):
@@ -60,8 +60,8 @@ class Client:
     ) -> Answer:
         """Greedy completion of exactly ``tokens`` tokens, streamed.
 
-        ``salt`` keeps the prefix cache of requests with another salt away. The tokens themselves
-        are sure to come only with ``ids``. ``began`` is called when the first token has come.
+        Requests with different ``salt`` share no prefix cache. The engine is sure to return the
+        token ids only with ``ids``. ``began`` is called when the first token has come.
         """
         engine = self.engine
         body = json.dumps(engine.body(Request(prompt, tokens, salt, ids))).encode()
@@ -92,7 +92,7 @@ class Client:
 
 
 def at_once(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Do ``work`` on every item at the same time; raises an error once all are done."""
+    """Do ``work`` on every item at the same time; raise the first error after all have ended."""
     with ThreadPoolExecutor(len(items)) as pool:
         return list(pool.map(work, items))
 

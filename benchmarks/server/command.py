@@ -1,8 +1,9 @@
 """``python -m benchmarks.server``: servers side by side, the steps in turn, one results file.
 
-All servers run at the same time on the same GPUs, each with its own weights and cache; only one is
-asked at a time, so that what the GPUs do is that one's. This takes half the time of one after the
-other, and A and B meet the same clocks: every figure comes from pairs.
+All servers run at the same time on the same GPUs, each with its own weights and cache. The command
+sends requests to one server at a time, so that the GPUs work for that server only. This takes half
+the time of starting the servers one after the other. Every figure comes from pairs, so A and B have
+the same clocks.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from dsv4_plugin.cli.shared.run import Parser, UsageError, held, interruptible
 
 __all__ = ["bases", "main", "parse_server", "summarise"]
 
-RESERVE_S = 12  # to stop, reduce traces and write
+RESERVE_S = 12  # to stop the servers, reduce the traces and write the file
 LONG = 512 << 10
-COMPUTABLE = 256 << 10  # tokens that are computed where copying was wished for and failed
+COMPUTABLE = 256 << 10  # the most tokens to compute if copying was asked for and failed
 
 
 def parse_server(text: str) -> tuple[str, dict[str, str]]:
@@ -62,21 +63,21 @@ def parser() -> Parser:
     add = p.add_argument
     add(
         "--server", type=parse_server, action="append", metavar="NAME[:VAR=VALUE,…]",
-        help="a server and its environment; the first is what the others are compared with "
+        help="a server and its environment; the others are compared with the first "
         "(default: off:DSV4_PLUGIN=0 and on:DSV4_PLUGIN=1)",
     )  # fmt: skip
     add(
         "--arguments", type=_arguments, action="append", default=[], metavar="NAME=ARGUMENTS",
         help="further arguments for this server; it is compared with the first "
-        "server that has the same",
+        "server that has the same arguments",
     )  # fmt: skip
     add("--contexts", type=numbers.LENGTH, nargs="*", default=[8 << 10, 64 << 10, 128 << 10],
-        help="time per token at batch 1 with so many tokens of context")  # fmt: skip
+        help="time per token at batch 1 with this many tokens of context")  # fmt: skip
     add("--concurrent", type=_crowd, nargs="*", default=[], metavar="CONTEXT:REQUESTS",
-        help="the same with several requests, each with a context of its own")  # fmt: skip
+        help="time per token with several requests, each with its own context")  # fmt: skip
     add("--ttft", type=numbers.LENGTH, nargs="*", default=[], help="time to the first token")
     add("--profile", type=numbers.LENGTH, nargs="*", default=[],
-        help="kernel times at these of the contexts, of every number of requests")  # fmt: skip
+        help="kernel times at these contexts, for every number of requests")  # fmt: skip
     add("--outputs", type=numbers.LENGTH, nargs="*", default=[], metavar="TOKENS",
         help="compare greedy answers to prompts of these lengths")  # fmt: skip
     add("--pairs", type=numbers.COUNT, default=5, help="measurements of each server (default: 5)")
@@ -92,8 +93,8 @@ def parser() -> Parser:
         help="the model folder has weights: load them (default: random ones)")  # fmt: skip
     add("--max-num-seqs", type=numbers.COUNT, default=16)
     add("--budget", type=numbers.SECONDS, default=3600,
-        help="be done after so many seconds: no step that is longer is begun, one that turns out "
-        "to be is broken off")  # fmt: skip
+        help="end after this many seconds: begin no step that would take longer, and break off a "
+        "step that does")  # fmt: skip
     return p
 
 
@@ -142,7 +143,7 @@ class Run:
     def say(self, text: str) -> None:
         """Show progress."""
         self.console.say(text)
-        if self.console.signals:  # the reader has gone
+        if self.console.signals:  # the reader of the pipe has ended
             raise BrokenPipeError
 
     def left(self) -> float:
@@ -155,7 +156,7 @@ class Run:
         outputs.write(self.a.json, outputs.text_of(self.secrets.data(self.results)))
 
     def step(self, name: str, work: Callable[[], None], needs: float = 5) -> None:
-        """Do one step if there is time; an error is noted, and ends the run only with a server."""
+        """Do one step if there is time; record an error, and end the run if a server has ended."""
         if self.left() < needs:
             self.results["skipped"].append(f"{name}: {self.left():.0f} s were left")
             self.say(f"{name}: skipped")
@@ -176,12 +177,12 @@ class Run:
         self.save()
 
     def _break_off(self) -> None:
-        """End the servers under a step that goes on and on: its requests end with an error."""
+        """End the servers if a step takes too long, so that its requests end with an error."""
         self.over.set()
         stop(self.servers)
 
     def run(self) -> None:
-        """Start, measure, stop; the file has what there is, however it ends."""
+        """Start, measure, stop; write what was measured, however the run ends."""
         self.save()
         left = self.a.budget - RESERVE_S / 2 - (time.monotonic() - self.began)
         end = threading.Timer(max(left, 0), self._break_off)
@@ -227,7 +228,7 @@ class Run:
         self.save()
 
     def measure(self) -> None:
-        """The steps, in the order of their worth."""
+        """Run the steps, the most important first."""
         a, servers, results = self.a, self.servers, self.results
         until = time.monotonic() + self.left() / 3
 
@@ -255,7 +256,7 @@ class Run:
         long = context > 2 * measure.CHUNK
         if a.copy_contexts and not self.copies and context * count > COMPUTABLE:
             raise RuntimeError("copying contexts failed before; too long to be computed")
-        # What does not fit is prefilled again at every turn, and never decodes side by side.
+        # Contexts that do not fit are computed again in every turn, and never decode together.
         needed = count * (context + measure.TAIL + a.tokens)
         for server in self.servers:
             held = server.cache_tokens()
@@ -303,7 +304,7 @@ class Run:
 
 
 def bases(servers: Sequence[tuple[str, Sequence[str]]]) -> dict[str, str]:
-    """Return with which server each other one is compared: the first with the same arguments."""
+    """Return the base of each server: the first server with the same arguments."""
     first: dict[tuple[str, ...], str] = {}
     found = {}
     for name, arguments in servers:
@@ -314,7 +315,7 @@ def bases(servers: Sequence[tuple[str, Sequence[str]]]) -> dict[str, str]:
 
 
 def summarise(results: dict[str, Any], bases: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return each figure of each server beside that of its base, with the ratio."""
+    """Return each figure of each server beside the figure of its base, with the ratio."""
     rows = []
     for kind in ("tpot_ms", "ttft_s"):
         for entry in results[kind]:

@@ -1,10 +1,10 @@
 """Failure drills on live servers: ``python -m benchmarks.server.drills``.
 
 Every drill is a server of its own in which one thing is broken. It passes if the server starts and
-is there at the end, if every request is answered in full and in time, if one clear line of the
-plugin's says what happened, if the counters show who served, and, where upstream's code has to
-serve and repeats its own answers, if they are upstream's. Requests of many lengths come at the same
-time, so prefill in chunks and decode meet in one step.
+still runs at the end, if it answers every request in full and in time, if one clear line of the
+plugin says what happened, and if the counters show that the expected side served. Where vLLM's code
+has to serve and gives the same answers twice, the answers must also equal vLLM's. Requests of many
+lengths come at the same time, so that one step contains prefill chunks and decode.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["BASE", "DRILLS", "Drill", "main"]
 
 BASE = "off"
 CROWD = (40, 300, 600, 2500, 3000, 5000, 9000, 12000)  # tokens of the prompts sent at once
-ALONE = (1000, 3000, 9000)  # and one after the other: their answers are compared
+ALONE = (1000, 3000, 9000)  # tokens of the prompts sent alone, whose answers are compared
 TOKENS = 32
 STATUS_S = 2.0  # until the status file has the last calls
 PLUGIN = re.compile(r"\[dsv4[^]]*\] (.*)")
@@ -48,7 +48,7 @@ LIBRARY = "_C.so"
 
 
 def _sleep(server: Server, level: int) -> None:
-    """Put the engine to sleep and wake it up. Level 2 does not bring the weights back."""
+    """Put the engine to sleep and wake it up. Level 2 does not restore the weights."""
     server.client.read(f"/sleep?level={level}", {})
     if not json.loads(server.client.read("/is_sleeping"))["is_sleeping"]:
         raise RuntimeError("it does not sleep after /sleep")
@@ -60,18 +60,19 @@ class Drill:
     """One server with one fault.
 
     Attributes:
-        name: of the drill and its server.
+        name: the name of the drill and of its server.
         what: what is broken.
-        says: the line that has to be in the log, once for each kind of layer in each process.
-        environment: of the server.
-        arguments: of its ``vllm serve``.
+        says: the line that must be in the log, once for each kind of layer in each process.
+        environment: the server's variables.
+        arguments: the arguments of its ``vllm serve``.
         counts: counters that must be above zero at the end.
         never: counters that must be zero.
-        upstream: whether the answers must be those of :data:`BASE`, where it repeats its own.
+        upstream: whether the answers must equal those of :data:`BASE`, for each prompt to which
+            :data:`BASE` gives the same answer twice.
         library: whether the plugin has its compiled library.
-        act: done between two rounds of requests.
-        same: whether the answers of both rounds must be the same, likewise.
-        kind: the only kind of model that it is for, as :mod:`.model` calls it.
+        act: runs between two rounds of requests.
+        same: whether the answers of both rounds must be equal, for the same prompts.
+        kind: the only kind of model that the drill is for, with the name of :mod:`.model`.
     """
 
     name: str
@@ -144,7 +145,8 @@ DRILLS = (
         never=("gather",), upstream=False,
     ),
     Drill(
-        "shadow", "nothing: upstream's selection runs beside ours in float32, on the same scores",
+        "shadow",
+        "nothing: vLLM's selection runs beside the plugin's in float32, on the same scores",
         r"top-k: fp32 by cuda",
         {"DSV4_PLUGIN": "1", "DSV4_TOPK": "fp32", "DSV4_SHADOW": "1"},
         counts=("topk.decode", "topk.prefill"), never=(), upstream=False,
@@ -179,7 +181,7 @@ DRILLS = (
 
 @dataclass
 class Result:
-    """What a drill showed. ``wrong``: in words, why it did not pass."""
+    """The result of a drill. ``wrong``: in words, why it did not pass."""
 
     drill: Drill
     server: Server
@@ -192,19 +194,19 @@ class Result:
     shadow: dict[str, Any] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
-        """Say that something went wrong."""
+        """Record something that went wrong."""
         self.wrong.append(text)
 
 
 def _answers(result: Result, salt: str, timeout: float) -> None:
-    """Send a crowd of requests, and then a few alone."""
+    """Send many requests at the same time, and then a few one after the other."""
     client = result.server.client
 
     def one(prompt: list[int], label: str, ids: bool = False) -> list[int] | None:
         result.sent += 1
         try:
             answer = client.complete(prompt, TOKENS, f"{label} {salt}", ids, timeout)
-        except Exception as error:  # lost, cut short, refused, or hanging
+        except Exception as error:  # lost, incomplete, refused, or without an answer in time
             result.note(f"a request of {len(prompt)} tokens: {type(error).__name__}: {error}"[:300])
             return None
         result.answered += 1
@@ -216,7 +218,7 @@ def _answers(result: Result, salt: str, timeout: float) -> None:
 
 
 def _look(result: Result) -> None:
-    """Look at the log and the counters."""
+    """Check the log and the counters."""
     drill, server = result.drill, result.server
     result.lines = sorted(
         {m[1] for line in server.lines(PLUGIN, 999, 4000) if (m := PLUGIN.search(line))}
@@ -257,15 +259,15 @@ def _run(result: Result, ready: float, timeout: float) -> None:
 
 
 def _compare(result: Result, base: Result) -> dict[str, Any]:
-    """Compare answers with those of the base, where that one gives the same answer twice.
+    """Compare answers with those of the base, where the base gives the same answer twice.
 
-    Over a random model it need not: its kernels add up in another order from call to call.
+    With random weights it may not, because its kernels add up in another order from call to call.
     """
     repeats = [a == b for a, b in zip(*base.alone, strict=True)] if len(base.alone) == 2 else []
     last = [a.alone[-1] if a.alone else [] for a in (base, result)]
     found = [agreement(a, b) if a and b else None for a, b in zip(*last, strict=False)]
     if result.drill.upstream:
-        _all_same(result, repeats, found, "the answers are not upstream's")
+        _all_same(result, repeats, found, "the answers are not vLLM's")
     if result.drill.act is not None and result.drill.same and len(result.alone) == 2:
         rounds = [agreement(a, b) if a and b else None for a, b in zip(*result.alone, strict=True)]
         _all_same(result, repeats, rounds, "the answers of the two rounds differ")
@@ -298,11 +300,11 @@ def parser() -> Parser:
     add = p.add_argument
     names = [drill.name for drill in DRILLS]
     add("--only", nargs="+", choices=names, default=names, metavar="DRILL",
-        help=f"these of {', '.join(names)}, as far as they are for the model (default: all); "
-        f"{BASE} is always one")  # fmt: skip
-    about = "servers at a time (default: all)"
+        help=f"only these of {', '.join(names)} (default: all that fit the model); {BASE} always "
+        "runs")  # fmt: skip
+    about = "the most servers at a time (default: all)"
     add("--at-once", type=numbers.COUNT, default=len(names), help=about)
-    about = "seconds for one request (default: 120)"
+    about = "the most seconds for one request (default: 120)"
     add("--timeout", type=numbers.SECONDS, default=120, help=about)
     return p
 
@@ -311,7 +313,7 @@ def drill(
     a: argparse.Namespace, folder: Path, found: list[dict[str, Any]], saved: Callable[[], None],
     secrets: Secrets,
 ) -> None:  # fmt: skip
-    """Do the drills; ``found`` grows as it goes, and ``saved`` is called after each group."""
+    """Do the drills; add each result to ``found``, and call ``saved`` after each group."""
     served = model.read(a.model)
     console = Console(secrets)
     results: list[Result] = []
@@ -337,7 +339,7 @@ def _wanted(a: argparse.Namespace) -> list[Drill]:
 
 
 def _together(a: argparse.Namespace, some: list[Result]) -> None:
-    """Do some drills at the same time; their servers are stopped, however it ends."""
+    """Do some drills at the same time; stop their servers, however the drills end."""
     pool = ThreadPoolExecutor(len(some))
     try:
         for result in some:
@@ -346,14 +348,14 @@ def _together(a: argparse.Namespace, some: list[Result]) -> None:
             result.server.begin()
         list(pool.map(partial(_run, ready=a.ready, timeout=a.timeout), some))
     finally:
-        with held():  # the servers first: what waits for their answers ends with them
+        with held():  # the servers first: the threads that wait for their answers end then
             for said in stop([result.server for result in some]):
                 print(said, flush=True)
             pool.shutdown(cancel_futures=True)
 
 
 def _told(result: Result, compared: dict[str, Any]) -> dict[str, Any]:
-    """Return what the results file has of a drill."""
+    """Return the fields of a drill in the results file."""
     return {
         "name": result.drill.name,
         "what": result.drill.what,

@@ -1,4 +1,4 @@
-"""What differs between the engines whose servers are measured: a record for each."""
+"""The differences between the engines whose servers are measured: one record for each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsv4_plugin.cli.ab import engines as shipped
 __all__ = ["CHUNK", "ENGINES", "NAME", "Answer", "Engine", "Request"]
 
 CHUNK = 8192  # tokens of a forward pass
-NAME = "v4"  # by which a model is asked for
+NAME = "v4"  # the name of the model in a request
 GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384)  # requests of a captured batch
 _TOLD = (
     r"dsv4|graph captur|Graph capturing|KV cache size|Model loading took|init engine|"
@@ -73,20 +73,20 @@ class Engine:
     """One engine.
 
     Attributes:
-        shipped: what ``dsv4-plugin ab`` knows of it; its ``server`` is the command.
-        group: the entry points that its processes load plugins from.
-        allowed: the variable that names those that may be loaded.
-        side: what is loaded into its processes for a measurement.
+        shipped: the engine's record in ``dsv4-plugin ab``; its ``server`` is the command.
+        group: the group of entry points from which its processes load plugins.
+        allowed: the variable that names the plugins that may be loaded.
+        side: the module that is loaded into its processes for a measurement.
         environment: variables of its servers.
-        wish: arguments that ask for the plugin, where the engine has some.
+        wish: arguments that switch the plugin on, if the engine has such arguments.
         parallel: the option for the number of GPUs.
         arguments: model, traces' folder, options of the command, requests at once, share of the
-            GPU's memory → arguments, behind the model's folder.
-        path: where completions are asked for; ``body`` is what is sent.
-        read: a chunk of the stream → how many tokens have come; ids go to the answer.
-        profile: traces' folder → what begins a profile.
-        cache: the tokens that the cache holds, in the log.
-        graphs: the GiB of captured graphs, in the log, once for each capture.
+            GPU's memory → the arguments after the model's folder.
+        path: the path of a completion request; ``body`` is the request.
+        read: a chunk of the stream → how many tokens have come; it adds ids to the answer.
+        profile: traces' folder → the request that begins a profile.
+        cache: the pattern of the tokens that the cache holds, in the log.
+        graphs: the pattern of the GiB of captured graphs, in the log, once for each capture.
         copies: whether contexts can be copied.
     """
 
@@ -125,7 +125,7 @@ def _vllm_arguments(
     options = ["--block-size", "256"] if model.kind == V4 else []
     if model.images:
         options += ["--limit-mm-per-prompt", '{"image": 0}']
-    if model.tables:  # of n-grams: on the GPU, as everything else is
+    if model.tables:  # tables of n-grams: on the GPU, like all other tensors
         options += ["--engram-config", '{"cpu_offload": false}']
     sizes = [str(n) for n in GRAPHS if n <= requests]
     return [
@@ -148,7 +148,7 @@ def _vllm_body(request: Request) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
-    if request.ids:  # the prompt comes back as well, before the first token
+    if request.ids:  # the stream also returns the prompt, before the first token
         body["return_token_ids"] = True
     if request.salt is not None:
         body["cache_salt"] = request.salt
@@ -167,8 +167,8 @@ def _vllm_read(chunk: dict[str, Any], answer: Answer) -> int:
 def _sglang_arguments(
     model: Model, traces: Path, a: argparse.Namespace, requests: int, share: float
 ) -> list[str]:
-    # The cache is bounded in tokens. The share of the memory bounds the weights as well, and counts
-    # what servers beside this one take.
+    # The cache is bounded in tokens. The share of the memory would also bound the weights, and
+    # would count the memory of the servers beside this one.
     tokens = a.kv_tokens or requests * CHUNK + a.max_model_len
     return [
         "--context-length", str(a.max_model_len), "--max-running-requests", str(requests),
@@ -185,7 +185,7 @@ def _sglang_body(request: Request) -> dict[str, Any]:
 
 
 def _sglang_read(chunk: dict[str, Any], answer: Answer) -> int:
-    answer.tokens = chunk.get("output_ids") or answer.tokens  # all of them until now
+    answer.tokens = chunk.get("output_ids") or answer.tokens  # all ids until now
     return chunk["meta_info"]["completion_tokens"]
 
 
@@ -193,9 +193,9 @@ ENGINES = {
     "vllm": Engine(
         shipped.ENGINES["vllm"], "vllm.general_plugins", "VLLM_PLUGINS",
         "benchmarks.server.vllm_side:register",
-        # What the prefix cache keeps of the sliding windows: the end of a prompt, and not a piece
-        # of every 256 tokens. Those pieces are ten times what a context itself takes, and push it
-        # out. 0.33 does so by itself, and warns that it does not know the variable.
+        # The prefix cache then keeps only the end of a prompt's sliding windows, and not a piece of
+        # every 256 tokens. Those pieces take ten times the memory of the context itself, and evict
+        # it. 0.33 does this by default, and warns that it does not know the variable.
         {"VLLM_PREFIX_CACHE_RETENTION_INTERVAL": "0"},
         ("--plugin", "dsv4"), "--tensor-parallel-size", _vllm_arguments,
         "/v1/completions", _vllm_body, _vllm_read, lambda traces: {},

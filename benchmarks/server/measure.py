@@ -34,7 +34,8 @@ __all__ = [
     "warm",
 ]
 
-# A context is whole chunks and this: the end of it is computed, whatever comes before is copied.
+# A context is whole chunks and this many tokens. The server always computes this end of a context,
+# also where it copies the chunks before.
 TAIL = 512
 SETTLED = 1.2
 LEAD = 48  # tokens of an answer before those that are timed,
@@ -46,9 +47,9 @@ CROWD_S = 0.2
 
 
 def warm(servers: Sequence[Server], batch: int, until: float) -> dict[str, list[float]]:
-    """Send prompts nobody has seen until the first token comes as fast as the time before.
+    """Send new prompts until the first token comes as fast as for the prompt before.
 
-    Kernels are compiled on the way. Returns the seconds to each first token.
+    The engine compiles kernels on the way. Returns the seconds to each first token.
     """
     took: dict[str, list[float]] = {server.name: [] for server in servers}
 
@@ -59,7 +60,7 @@ def warm(servers: Sequence[Server], batch: int, until: float) -> dict[str, list[
             seed += 1
             prompt = random_prompt(2 * CHUNK + TAIL, seed)
             times.append(round(server.client.complete(prompt, 8).ttft, 3))
-            server.client.complete(prompt, 8)  # what is left when the prefix is cached
+            server.client.complete(prompt, 8)  # the tokens to compute when the prefix is cached
             if len(times) > 1 and times[-1] * SETTLED > times[-2]:
                 break
         prompts = [random_prompt(TAIL + 7 * i, seed + i) for i in range(batch)]
@@ -78,7 +79,7 @@ def outputs(
 ) -> dict[str, Any]:
     """Greedy answers to the same prompts, several times each, never from the prefix cache.
 
-    ``bases`` says with which server each other one is compared: the first, if not given.
+    ``bases`` names the server with which each other server is compared; the default is the first.
     """
     prompts = [random_prompt(n, 77 + i) for i, n in enumerate(lengths)]
     answers: dict[str, list[list[list[int]]]] = {server.name: [] for server in servers}
@@ -92,7 +93,7 @@ def outputs(
                 ]
             )
 
-    for server in servers:  # one after the other: nothing else on the GPU
+    for server in servers:  # one after the other, so that the GPU has no other work
         one(server)
     if bases is None:
         bases = {server.name: servers[0].name for server in servers[1:]}
@@ -112,7 +113,7 @@ def outputs(
 
 
 def agreement(a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
-    """Return how far two answers are the same."""
+    """Return how far two answers agree."""
     same = [x == y for x, y in zip(a, b, strict=True)]
     return {
         "identical": all(same),
@@ -126,8 +127,8 @@ def contexts(
 ) -> tuple[list[list[int]], str]:
     """Fill the caches of all servers with ``count`` contexts; returns prompts and how.
 
-    A context is made of whole chunks and :data:`TAIL` tokens. Up to two chunks it is computed. A
-    server in which copying fails computes the rest: that counts as computed.
+    A context is made of whole chunks and :data:`TAIL` tokens. The server computes a context of up
+    to two chunks. If copying fails, it computes the rest, and the context counts as computed.
     """
     prompts = [random_prompt(context + TAIL, 10 * context + i) for i in range(count)]
     copy = copy and context > 2 * CHUNK and all(server.engine.copies for server in servers)
@@ -149,10 +150,10 @@ def contexts(
 
 
 def unseen(servers: Sequence[Server], prompts: Sequence[Sequence[int]], tokens: int) -> float:
-    """Answer the prompts, untimed; returns how many seconds apart the answers begin.
+    """Answer the prompts, untimed; return how many seconds apart the answers begin.
 
-    The first answers after a change of shape compile, allocate and fill caches, some of them one
-    after the other. Several prompts are answered twice, since that is not what is asked for.
+    The first answers after a change of shape compile, allocate and fill caches, and some wait for
+    each other. So several prompts are answered twice, and the second round gives the seconds.
     """
     apart = 0.0
     for server in servers:
@@ -166,14 +167,15 @@ def unseen(servers: Sequence[Server], prompts: Sequence[Sequence[int]], tokens: 
 def lead(context: int) -> int:
     """Return how many tokens of an answer are not timed.
 
-    The first ones come late and then at once: the longer the prompt, the longer the server is busy
-    with it while the GPU decodes already (more than a second with a million tokens).
+    The first tokens come late and then all at once, because the server is busy with the prompt
+    while the GPU already decodes. This grows with the prompt (more than a second with a million
+    tokens).
     """
     return LEAD + context // LEAD_CONTEXT
 
 
 def tokens_to_ask(tokens: int, apart: float, context: int) -> int:
-    """Return how many tokens to ask for, so that ``tokens`` are timed while all are decoding.
+    """Return how many tokens to ask for, so that ``tokens`` are timed while all requests decode.
 
     ``apart``: how many seconds apart the answers begin.
     """
@@ -214,7 +216,7 @@ def _tpot(
 
 
 def ttft(servers: Sequence[Server], context: int, pairs: int) -> dict[str, list[float]]:
-    """Seconds to the first token of a prompt that no cache has, computed, in turn."""
+    """Seconds to the first token of a prompt that no cache holds, for each server in turn."""
     found: dict[str, list[float]] = {server.name: [] for server in servers}
     for pair in range(pairs):
         prompt = random_prompt(context, 5 * context + pair)
@@ -225,7 +227,7 @@ def ttft(servers: Sequence[Server], context: int, pairs: int) -> dict[str, list[
 
 
 class Traces:
-    """Traces are reduced by child processes while the run goes on."""
+    """Child processes that reduce traces while the run goes on."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -257,10 +259,11 @@ class Traces:
 def profile(
     server: Server, prompts: Sequence[Sequence[int]], tokens: int, case: str, traces: Traces
 ) -> str | None:
-    """Profile decoding of all prompts at once; returns what went wrong, or None.
+    """Profile decoding of all prompts at once; return an error, or None.
 
-    ``tokens`` of one prompt. Several do not begin together: they get :data:`CROWD_TOKENS`, and the
-    profile lasts :data:`CROWD_S` from the moment the last of them has its first token.
+    A single prompt gets ``tokens``. Several prompts do not begin together, so they get
+    :data:`CROWD_TOKENS`. The profile then lasts :data:`CROWD_S` from the first token of the last
+    prompt.
     """
     before = {p.name for p in server.traces.iterdir()}
     if len(prompts) == 1:
@@ -309,7 +312,7 @@ def _profile_crowd(server: Server, prompts: Sequence[Sequence[int]]) -> None:
 def paired(base: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
     """Return the ratio other/base of paired measurements, and its 95 % interval.
 
-    As :func:`dsv4_plugin.cli.ab.intervals.ratio`; ``None`` is one pair's interval.
+    As :func:`dsv4_plugin.cli.ab.intervals.ratio`; the interval of a single pair is ``None``.
     """
     pairs = min(len(base), len(other))
     if pairs == 1:

@@ -1,4 +1,4 @@
-"""What a model's configuration says of its indexer, and of what it has besides."""
+"""A model's configuration: its indexer, and the other parts that a server needs to know."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Model:
     Attributes:
         kind: :data:`V4`, :data:`V41` or another ``model_type``.
         indexers: layers with an indexer.
-        writers: layers that write a key of their own to an indexer's cache in each step.
-        images: whether it takes images as well.
+        writers: layers that write their own key to an indexer's cache in each step.
+        images: whether it also takes images.
         tables: whether it has tables of n-grams.
-        about: what the results say of it.
+        about: the model's fields in the results.
     """
 
     kind: str
@@ -41,10 +41,10 @@ class Model:
 
 
 def read(folder: Path) -> Model:
-    """Return what ``config.json`` in a model's folder says.
+    """Return the model that ``config.json`` in a folder describes.
 
     Raises:
-        UsageError: it is not there, or says nothing of a model.
+        UsageError: the file is missing, or does not describe a model.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -55,7 +55,7 @@ def read(folder: Path) -> Model:
 
 def _model(config: dict[str, Any]) -> Model:
     kind = config["model_type"]
-    text = config.get("text_config", config)  # V4.1 has its layers there
+    text = config.get("text_config", config)  # V4.1 has the layers there
     about = {"model_type": kind, **{key: text[key] for key in _TOLD if key in text}}
     if kind == V41:
         keys, indices = text["kv_source_layer_ids"], text["index_source_layer_ids"]

@@ -1,4 +1,4 @@
-"""What every command over servers takes, and the servers that follow from it."""
+"""The options of every command over servers, and the servers that follow from them."""
 
 from __future__ import annotations
 
@@ -31,37 +31,37 @@ def add_common(
     """Add the options of every command; the values are defaults."""
     add = p.add_argument
     add("--model", type=Path, required=True,
-        help="as examples/make_tiny_v4.py or make_tiny_v41.py writes it")  # fmt: skip
-    add("--json", type=outputs.file, required=True, help="the results")
+        help="a folder that examples/make_tiny_v4.py or make_tiny_v41.py wrote")  # fmt: skip
+    add("--json", type=outputs.file, required=True, help="the results file")
     add("--ready", type=numbers.SECONDS, default=ready,
-        help=f"seconds for the servers to start (default: {ready})")  # fmt: skip
-    add("--engine", choices=tuple(ENGINES), default="vllm", help="whose servers (default: vllm)")
+        help=f"the most seconds for the servers to start (default: {ready})")  # fmt: skip
+    add("--engine", choices=tuple(ENGINES), default="vllm", help="default: vllm")
     add("--tensor-parallel-size", "--tp-size", type=numbers.COUNT, default=1, dest="gpus",
-        metavar="N", help="GPUs of each server, which share them all (default: 1)")  # fmt: skip
+        metavar="N", help="GPUs of each server; all servers share them (default: 1)")  # fmt: skip
     add("--kv-gib", type=numbers.real(most=1e9), default=kv_gib,
         help=f"cache of each server, on each GPU (vLLM; default: {kv_gib})")  # fmt: skip
     add("--kv-tokens", type=numbers.LENGTH,
         help="cache of each server in tokens (SGLang; default: one request of --max-model-len and "
         "a chunk of each other)")  # fmt: skip
     add("--max-model-len", type=numbers.LENGTH, default=max_model_len)
-    add("--port", type=numbers.PORT, default=port, help="of the first server; the others follow")
+    add("--port", type=numbers.PORT, default=port, help="port of the first server; others follow")
     add(
         "--folder",
         type=outputs.folder,
-        help="logs and traces (default: a temporary folder, removed)",
+        help="folder for logs and traces (default: a temporary folder that is removed)",
     )
     add(
         "--server-command",
         type=partial(split, option="--server-command"),
         metavar="COMMAND",
-        help="what gets the model and the arguments (default: the engine's, of this Python)",
+        help="command that gets the model and the arguments (default: the engine's in this Python)",
     )
-    add("--commit", help="of the plugin, where neither git nor the version says it")
+    add("--commit", help="commit of the plugin, if neither git nor the version names it")
     add("serve", nargs="*", help="after --: further arguments for every server")
 
 
 def checked(a: argparse.Namespace, servers: int) -> Secrets:
-    """Look whether the files and ports of a command can be used; returns its secrets.
+    """Check whether the files and ports of a command can be used; return its secrets.
 
     Raises:
         UsageError: they cannot.
@@ -75,7 +75,7 @@ def checked(a: argparse.Namespace, servers: int) -> Secrets:
 
 @contextlib.contextmanager
 def place(a: argparse.Namespace) -> Iterator[Path]:
-    """Give the folder of the logs: ``--folder``, or one that goes."""
+    """Return the folder of the logs: ``--folder``, or a temporary one that is removed."""
     with tempfile.TemporaryDirectory(prefix="dsv4-e2e-") as temporary:
         yield (a.folder or Path(temporary)).absolute()
 
@@ -99,9 +99,10 @@ def make_server(
     console: Console,
     weights: bool = True,
 ) -> Server:
-    """Return one server of a run, the ``position`` its port; its folder is emptied.
+    """Return one server of a run, and empty its folder.
 
-    ``requests`` at once, ``share`` of a GPU's memory; ``arguments`` come last.
+    ``position`` chooses its port. It takes ``requests`` at once and a ``share`` of a GPU's memory.
+    ``arguments`` come last.
     """
     place, of = folder / name, engine(a)
     given = [

@@ -1,4 +1,4 @@
-"""A server that is measured: what is loaded into its processes, its log, its workers."""
+"""A server that is measured: the module loaded into its processes, its log, its workers."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Server(servers.Server):
     """One server and its folder.
 
     Args:
-        name: how it is called in the results.
-        engine: whose it is.
-        environment: variables on top of this process's.
-        model: folder of the model, as examples/make_tiny_v4.py or make_tiny_v41.py writes it.
-        folder: for its log, traces and status; made anew.
-        port: where it listens.
-        arguments: of the engine's command, behind the model.
-        console: says what happens.
-        command: what gets the model and the arguments (default: the engine's).
-        weights: whether they are random.
+        name: its name in the results.
+        engine: its engine.
+        environment: variables in addition to those of this process.
+        model: the model's folder, as examples/make_tiny_v4.py or make_tiny_v41.py writes it.
+        folder: the folder for its log, traces and status; it is emptied.
+        port: the port on which it listens.
+        arguments: arguments of the engine's command, after the model.
+        console: shows progress.
+        command: the command that gets the model and the arguments (default: the engine's).
+        weights: whether the weights are random.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Server(servers.Server):
         side = self.folder / "path"
         info = side / "dsv4_e2e-0.dist-info"
         info.mkdir(parents=True)
-        # The engine's processes import this folder from the checkout, and the plugin from where it
-        # is installed: they run elsewhere.
+        # The engine's processes run in another folder. They import this folder from the checkout,
+        # and the plugin from its installation.
         (side / "benchmarks").symlink_to(Path(__file__).resolve().parents[1])
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dsv4-e2e\nVersion: 0\n")
         entry = f"[{self.engine.group}]\ndsv4_e2e = {self.engine.side}\n"
@@ -89,19 +89,19 @@ class Server(servers.Server):
         return environ
 
     def begin(self) -> None:
-        """Start it; :meth:`wait` says when it serves."""
-        with held():  # no server is started and not remembered
+        """Start it; :meth:`wait` returns when it serves."""
+        with held():  # so that no server is started without being recorded
             super().begin()
 
     def wait(self, timeout: float) -> float:
-        """Wait until it serves, ``timeout`` seconds from its start; returns the seconds."""
+        """Wait until it serves, ``timeout`` seconds from its start; return the seconds."""
         seconds = super().wait(timeout)
         self.ready_s = round(seconds, 1)
         self.captured = self.memory()
         return seconds
 
     def copy_contexts(self, on: bool) -> None:
-        """Let long prompts be copied instead of computed, or no longer."""
+        """Switch on or off that the server copies long prompts instead of computing them."""
         flag = self.folder / COPY
         if on:
             flag.touch()
@@ -110,7 +110,7 @@ class Server(servers.Server):
 
     @property
     def copies(self) -> bool:
-        """Whether copying is on; the server turns it off where it fails."""
+        """Whether copying is on; the server switches it off if it fails."""
         return (self.folder / COPY).exists()
 
     def lines(self, pattern: re.Pattern[str], most: int = 40, width: int = 400) -> list[str]:
@@ -127,32 +127,32 @@ class Server(servers.Server):
         return [float(m[1].replace(",", "")) for m in found if m]
 
     def cache_tokens(self) -> int | None:
-        """Return how many tokens the cache holds, as the log says, or None where it does not."""
+        """Return the tokens that the cache holds according to the log, or None if not logged."""
         found = self._numbers(self.engine.cache)
         return int(found[-1]) if found else None
 
     def graphs_gib(self) -> float | None:
-        """Return the memory of the captured graphs, as the log says, or None."""
+        """Return the memory of the captured graphs according to the log, or None."""
         found = self._numbers(self.engine.graphs)
         return found[-1] if found else None
 
     def workers(self) -> Evidence:
-        """Return what its living processes say of the plugin: counters, failures."""
+        """Return the plugin's status in its living processes: counters, failures."""
         return look(self)
 
     def memory(self) -> list[dict[str, float]]:
-        """Return what torch has of the GPU in each of its processes with the model, in GiB."""
+        """Return torch's GPU memory in each of its processes with the model, in GiB."""
         return self._told("memory")
 
     def rows(self) -> list[dict[str, int]]:
-        """Return what each of these processes scored of the rows of its prefills."""
+        """Return how many rows of its prefills each of these processes scored."""
         return self._told("rows")
 
     def _told(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(p.read_text()) for p in sorted(self.folder.glob(f"{name}-*.json"))]
 
     def about(self) -> dict[str, Any]:
-        """Return what the results say of this server."""
+        """Return the server's fields in the results."""
         return {
             "environment": self.environment,
             "arguments": [a.replace(str(self.folder), "FOLDER") for a in self.arguments],
@@ -169,7 +169,7 @@ class Server(servers.Server):
 
 
 def stop(some: Sequence[Server]) -> list[str]:
-    """Stop servers at the same time; returns what would not be stopped."""
+    """Stop servers at the same time; return those that did not stop."""
     left: list[str] = []
 
     def one(server: Server) -> None:

@@ -1,7 +1,7 @@
-"""What is loaded into an SGLang server that is measured (:mod:`.side`): an ``sglang.srt.plugins``.
+"""The side of an SGLang server that is measured (:mod:`.side`), a plugin of ``sglang.srt.plugins``.
 
-Random weights: SGLang's ``--load-format dummy`` takes ±1e-3 with scales of 1, and leaves the table
-of which experts a token goes to as it is.
+It fills the weights with random values. SGLang's ``--load-format dummy`` takes ±1e-3 with scales of
+1, and does not fill the table that assigns experts to tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Leave notes with Python's import system; imports neither SGLang nor torch."""
+    """Register import hooks; import neither SGLang nor torch."""
     if folder() is None:
         return
     fault = os.environ.get("E2E_FAULT", "")
@@ -28,7 +28,7 @@ def register() -> None:
 
 
 def _weights(loader: Any) -> None:
-    """Put :func:`.side.fill` in the place of SGLang's random values."""
+    """Replace SGLang's random values with those of :func:`.side.fill`."""
 
     def initialize_dummy_weights(model: Any, *args: Any, **kwargs: Any) -> None:
         config = getattr(model, "config", None)

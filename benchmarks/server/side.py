@@ -1,26 +1,26 @@
-"""What is loaded into every server that is measured, whichever engine it is of.
+"""The code that runs inside every server that is measured, for every engine.
 
 :mod:`.server` puts :mod:`.vllm_side` or :mod:`.sglang_side`, an entry point of the engine's
-plugins, on the path of the servers that it starts and nowhere else. The folder named by ``E2E_DIR``
-is how the two talk:
+plugins, on the path of the servers that it starts and nowhere else. The two sides exchange files in
+the folder ``E2E_DIR``:
 
 ``options.json``
     ``weights``: fill the weights with random values of a useful size (the engines' own are ±1e-3,
-    which FP8 rounds to zero). ``fast_start``: leave out a warm-up that this model does not need.
+    which FP8 rounds to zero). ``fast_start``: omit a warm-up that this model does not need.
 ``copy``
-    While this file is there, contexts are made by copying (:mod:`.vllm_side`).
+    While this file exists, the server makes contexts by copying (:mod:`.vllm_side`).
 ``memory-<pid>.json``
-    What torch has of the GPU's memory in a process with the model, whenever it changes.
+    torch's GPU memory in a process with the model, written whenever it changes.
 ``rows-<pid>.json``
-    How many rows the plugin was given under each name of its counters, likewise, and what an engine
-    says of how it shares them among the ranks.
+    How many rows the plugin got under each name of its counters, and how the engine shares rows
+    among the ranks, written whenever it changes.
 
-The plugin's own status file (``DSV4_STATUS_DIR``) is written whenever a counter changes.
+The plugin writes its own status file (``DSV4_STATUS_DIR``) whenever a counter changes.
 
-``E2E_FAULT`` breaks something of the plugin's, for drills (:mod:`.drills`): the name of an op
+``E2E_FAULT`` breaks one part of the plugin, for drills (:mod:`.drills`). The name of an op
 (``topk``, ``logits``, ``gather``, ``block_maxima``, ``select_blocks``,
-``candidate_select``) makes that op raise at every call, ``capability`` makes the plugin see a GPU
-of compute capability 7.5; an engine's side has further ones.
+``candidate_select``) makes that op raise at every call. ``capability`` makes the plugin see a GPU
+of compute capability 7.5. The side of an engine has further faults.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def folder() -> Path | None:
 
 
 def options() -> dict[str, Any]:
-    """Return what :mod:`.server` wrote for this server."""
+    """Return the options that :mod:`.server` wrote for this server."""
     found = folder()
     return json.loads((found / OPTIONS).read_text()) if found else {}
 
 
 def break_op(fault: str) -> None:
-    """Make an op of the plugin's raise, or the GPU another one."""
+    """Make an op of the plugin raise, or make the GPU look like another one."""
     module, name = FAULTS[fault]
 
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -82,9 +82,9 @@ def break_op(fault: str) -> None:
 def fill(name: str, tensor: Any, experts: int, seed: int) -> None:
     """Fill one tensor so that activations stay near 1; the same values for the same ``seed``.
 
-    A matrix gets a standard deviation of 1/√inputs, FP8 and FP4 ones by their scales (2⁻⁶, 2⁻⁷:
-    powers of two, as the checkpoint has them); norms and scales of a cache get 1, biases and sinks
-    0, integer tables (which experts a token goes to) different experts in each row.
+    A matrix gets a standard deviation of 1/√inputs. FP8 and FP4 matrices get it by their scales
+    (2⁻⁶, 2⁻⁷: powers of two, as in the checkpoint). Norms and the scales of a cache get 1, biases
+    and sinks 0. Integer tables (which experts a token goes to) get different experts in each row.
     """
     import torch
 
@@ -99,7 +99,7 @@ def fill(name: str, tensor: Any, experts: int, seed: int) -> None:
                 tensor.random_(0, 256, generator=g)
         elif tensor.dtype == torch.float8_e8m0fnu:
             tensor.view(torch.uint8).fill_(127 - 6)
-        elif "weight_scale" in name:  # SGLang has them in float32
+        elif "weight_scale" in name:  # SGLang has these in float32
             tensor.fill_(2**-6)
         elif tensor.dtype == torch.float8_e4m3fn:
             for part in tensor if tensor.dim() == 3 else (tensor,):
@@ -124,7 +124,7 @@ def fill(name: str, tensor: Any, experts: int, seed: int) -> None:
 
 @functools.cache
 def watch(each: Callable[[], None] = lambda: None) -> None:
-    """Do once what a process with the model needs: break what is to be broken, and report.
+    """Set up a process with the model, once: apply the fault of the drill, and start reporting.
 
     ``each`` is called before every report.
     """
@@ -162,7 +162,7 @@ def _report(where: Path, each: Callable[[], None]) -> None:
 
 
 def _memory() -> dict[str, float] | None:
-    """Return what torch has of the GPU, in GiB; None in a process that does not use it."""
+    """Return torch's GPU memory in GiB; None in a process that does not use the GPU."""
     import torch
 
     if not torch.cuda.is_initialized():

@@ -1,27 +1,28 @@
 """A torch-profiler trace of a decoding server → microseconds a step, kernel by kernel.
 
-Every step writes one key to each indexer's cache, and scores keys after it. So the steps are found
-by the first scoring kernel after each key that is written. What is counted lies between the first
-of these of a step and that of the next one; a step that took more than half as long again as the
-median (a prefill came between, the profiler stopped) is left out.
+Every step writes one key to each indexer's cache, and scores keys after it. So the first scoring
+kernel after each written key marks a layer of a step. A step lasts from its first mark to the first
+mark of the next step. A step that took more than 1.5 times the median (a prefill came between, or
+the profiler stopped) is left out.
 
-The parts of the indexer's chain, by kernel name, upstream's and ours alike:
+The parts of the indexer's chain, by the names of the engine's kernels and of the plugin's:
 
 ==========  =====================================================================================
 k_write     compress, quantise and store the new key in the indexer's cache
-fill        the output of the top-k preset to -1: an int32 fill right before a scoring kernel, on
+fill        the fill of the top-k's output with -1: an int32 fill right before a scoring kernel, on
             its stream
 logits      the paged index logits
-maxima      the scores of blocks of keys: upstream's pass over the logits; ours, which makes the
-            logits as well
-blocks      the selection of candidate blocks: what runs between the maxima and the store of the
-            blocks, on their stream; ours is one kernel
-candidates  the scores of the candidates' keys: upstream's flags and mask over the logits; ours
+maxima      the scores of blocks of keys: the engine's pass over the logits, or the plugin's kernel,
+            which also writes the logits
+blocks      the selection of candidate blocks: the kernels between the maxima and the store of the
+            blocks, on their stream; the plugin's is one kernel
+candidates  the scores of the candidates' keys: the engine's flags and mask over the logits, or the
+            plugin's kernel
 topk        the selection of keys
 transform   indices in the request → slots of the cache, and the lengths
 ==========  =====================================================================================
 
-``maxima``, ``blocks`` and ``candidates`` are DeepSeek-V4.1's.
+Only DeepSeek-V4.1 has ``maxima``, ``blocks`` and ``candidates``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ SCORING = ("logits", "maxima", "candidates")
 GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = re.compile(r"Launch")
 
-# In this order: our scoring kernels must not be taken for something else of ours.
+# The order matters: another pattern would match the plugin's scoring kernels too.
 _NAMES = (
     ("metadata", re.compile(r"paged_mqa_logits_metadata")),
     ("maxima", re.compile(r"^_block_scores_kernel|dsv4::\S*maxima", re.I)),
@@ -69,7 +70,7 @@ _FILL = re.compile(r"FillFunctor<int>|dsv4::\S*fill")
 
 
 class TraceError(ValueError):
-    """The trace does not show decode steps of a model with an indexer."""
+    """The trace contains no decode steps of a model with an indexer."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Kernel:
 
     @property
     def end(self) -> float:
-        """When it ended."""
+        """The time of its end."""
         return self.start + self.duration
 
 
@@ -95,7 +96,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def kernels(events: Iterable[dict[str, Any]]) -> list[Kernel]:
-    """Return what ran on the GPU, by start."""
+    """Return the events on the GPU, ordered by start."""
     found = [
         Kernel(e["name"], float(e["ts"]), float(e["dur"]), int(e["args"].get("stream", 0)))
         for e in events
@@ -105,10 +106,10 @@ def kernels(events: Iterable[dict[str, Any]]) -> list[Kernel]:
 
 
 def classify(ran: Sequence[Kernel]) -> list[str]:
-    """Return the part of each kernel; ``""`` where it belongs to none."""
+    """Return the part of each kernel; ``""`` if it belongs to none."""
     parts = [next((part for part, name in _NAMES if name.search(k.name)), "") for k in ran]
     last: dict[int, int] = {}  # of each stream
-    choosing: set[int] = set()  # streams on which blocks have scores and are not yet chosen
+    choosing: set[int] = set()  # streams on which blocks have scores and are not yet selected
     for i, kernel in enumerate(ran):
         before = last.get(kernel.stream)
         if parts[i] in SCORING and before is not None and _FILL.search(ran[before].name):
@@ -116,12 +117,12 @@ def classify(ran: Sequence[Kernel]) -> list[str]:
         if parts[i] == "maxima":
             choosing.add(kernel.stream)
         elif kernel.stream in choosing and parts[i] in ("", "topk", "blocks"):
-            if parts[i]:  # ours, or upstream's last
+            if parts[i]:  # the plugin's kernel, or the engine's last
                 choosing.discard(kernel.stream)
             parts[i] = "blocks"
         elif parts[i] != "metadata":
             choosing.discard(kernel.stream)
-        if parts[i] != "metadata":  # a schedule may be made in between
+        if parts[i] != "metadata":  # the engine may make a schedule in between
             last[kernel.stream] = i
     return parts
 
@@ -129,8 +130,8 @@ def classify(ran: Sequence[Kernel]) -> list[str]:
 def _marks(ran: Sequence[Kernel], parts: Sequence[str]) -> list[int]:
     """Return the first kernel that scores keys after each key that is written.
 
-    Every one that scores keys, where the trace shows no key being written. Upstream's maxima and
-    mask read scores, in prefill too.
+    If the trace shows no written key, return every kernel that scores keys. The engine's maxima and
+    mask do not count: they read scores, in prefill too.
     """
     found, written = [], True
     for i, part in enumerate(parts):
@@ -146,12 +147,12 @@ def _marks(ran: Sequence[Kernel], parts: Sequence[str]) -> list[int]:
 def reduce(
     events: Sequence[dict[str, Any]], layers: int, writers: int | None = None, top: int = 25
 ) -> dict[str, Any]:
-    """Return the time of each part a step.
+    """Return the time of each part for each step.
 
     Args:
         events: the trace's events.
-        layers: layers with an indexer.
-        writers: layers that write a key to an indexer's cache; all of them, if not given.
+        layers: the number of layers with an indexer.
+        writers: the number of layers that write a key to an indexer's cache (default: all).
         top: how many kernels to list by time.
 
     Raises:
@@ -237,7 +238,7 @@ def _busy(ran: Sequence[Kernel], indices: range) -> float:
 def _logits_to_topk(
     ran: Sequence[Kernel], parts: Sequence[str], counted: Sequence[range]
 ) -> float | None:
-    """Median from the start of a logits kernel to the end of its top-k: the gap between counts."""
+    """Median from the start of a logits kernel to the end of its top-k, including the gap."""
     spans, begin = [], None
     for indices in counted:
         for i in indices:
@@ -250,14 +251,14 @@ def _logits_to_topk(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Reduce one trace; returns the exit code, 0 also where the text says why it cannot be done."""
+    """Reduce one trace; return the exit code. It is 0 also if the text says why it failed."""
     parser = Parser(prog="python -m benchmarks.server.trace", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("trace", type=Path)
-    add("--layers", type=numbers.COUNT, required=True, help="layers with an indexer")
+    add("--layers", type=numbers.COUNT, required=True, help="number of layers with an indexer")
     add("--writers", type=numbers.COUNT, metavar="N",
-        help="layers that write index keys (default: all of these)")  # fmt: skip
-    add("--json", type=outputs.file, help="write there, not to the terminal")
+        help="number of them that write index keys (default: all)")  # fmt: skip
+    add("--json", type=outputs.file, help="write to this file, not to the terminal")
     return tool(parser, _main, argv)
 
 

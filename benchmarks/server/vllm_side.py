@@ -1,15 +1,15 @@
-"""What is loaded into a vLLM server that is measured (:mod:`.side`): a ``vllm.general_plugins``.
+"""The side of a vLLM server that is measured (:mod:`.side`), a plugin of ``vllm.general_plugins``.
 
-Random weights: vLLM's ``--load-format dummy`` takes ±1e-3, and 0.26 derives one tensor of
-DeepSeek-V4 only when it loads a checkpoint, so that its first layer fails. Fast start: a warm-up of
-router shapes is left out.
+It fills the weights with random values. vLLM's ``--load-format dummy`` takes ±1e-3, and 0.26
+derives one tensor of DeepSeek-V4 only when it loads a checkpoint, so that its first layer fails.
+For a fast start it omits a warm-up of router shapes.
 
-Contexts by copying: of a long prompt the first chunk is computed, and each further whole chunk gets
-the cache pages of the one before instead of a forward pass. What decodes afterwards reads real
-keys, one chunk's of them again and again; a million tokens take seconds instead of minutes.
+Contexts by copying: vLLM computes the first chunk of a long prompt. Each further whole chunk gets
+the cache pages of the chunk before instead of a forward pass. The decode steps afterwards read real
+keys, but the same chunk's keys many times. A million tokens take seconds instead of minutes.
 
-``E2E_FAULT`` can be ``seam`` or ``candidate_seam`` as well: one function that the plugin patches
-gets other parameters.
+``E2E_FAULT`` can also be ``seam`` or ``candidate_seam``: then one function that the plugin patches
+has other parameters.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SEAMS = {
 
 
 def register() -> None:
-    """Leave notes with Python's import system; imports neither vLLM nor torch."""
+    """Register import hooks; import neither vLLM nor torch."""
     where = folder()
     if where is None:
         return
@@ -63,7 +63,7 @@ def register() -> None:
 def _renamed(module: Any, name: str) -> None:
     """Give a function of vLLM the same behaviour under other parameters.
 
-    A module of vLLM that has imported the function by name before gets the changed one too.
+    A module of vLLM that has already imported the function by name gets the changed one too.
     """
     original = getattr(module, name)
 
@@ -77,9 +77,10 @@ def _renamed(module: Any, name: str) -> None:
 
 
 def _shares() -> None:
-    """Note how many rows of a prefill this rank scores, and of how many (0.32 and later).
+    """Record how many rows of a prefill this rank scores, and of how many (0.32 and later).
 
-    Asked again and again: the plugin waits for the import of this module, and one may wait.
+    It is called repeatedly, because the module may be imported later. An import hook cannot do it:
+    the plugin has one for this module, and a module can have only one.
     """
     owner = getattr(sys.modules.get(INDEXER), "PrefillRowShard", None)
     if owner is None or hasattr(owner.__init__, "__wrapped__"):
@@ -99,7 +100,7 @@ def _shares() -> None:
 
 
 def _weights(loader: Any) -> None:
-    """Put :func:`fill` in the place of vLLM's random values; both forms of its loader."""
+    """Replace vLLM's random values with those of :func:`fill`, in both forms of its loader."""
     experts, seed = [1], [0]
 
     def one(tensor: Any, *args: Any, name: str = "", **kwargs: Any) -> None:
@@ -132,7 +133,7 @@ def _weights(loader: Any) -> None:
 
 def _no_router_warmup(module: Any) -> None:
     if hasattr(module, "_warmup_ll_bf16_router_gemm"):
-        module._warmup_ll_bf16_router_gemm = lambda *model: None  # 0.33 gives it one
+        module._warmup_ll_bf16_router_gemm = lambda *model: None  # 0.33 passes one
 
 
 # --- the process with the model ----------------------------------------------------------------
@@ -150,7 +151,7 @@ def _runner(where: Path, module: Any) -> None:
 
 
 def _copying_model(flag: Path, load: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the second runner's ``load_model``: it calls the model itself, so that is wrapped."""
+    """Wrap the second runner's ``load_model`` to wrap the model, which the runner calls itself."""
 
     @functools.wraps(load)
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -164,7 +165,7 @@ def _copying_model(flag: Path, load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _copying(flag: Path, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a runner's forward pass: whole chunks of one prompt are copied while ``flag`` is."""
+    """Wrap a runner's forward pass: copy whole chunks of one prompt while ``flag`` exists."""
     pages = _Pages()
 
     @functools.wraps(forward)
@@ -187,14 +188,14 @@ def _copying(flag: Path, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Pages:
-    """The cache pages of the chunk before, of each layer."""
+    """The cache pages of the chunk before, for each layer."""
 
     def __init__(self) -> None:
         self.end = -1
         self.last: dict[str, Any] = {}
 
     def chunk(self, runner: Any, positions: Any) -> bool:
-        """Copy the chunk before to this one; False where there is none, or not this prompt's."""
+        """Copy the chunk before to this one; return False if this prompt has none."""
         from vllm.forward_context import get_forward_context
 
         n = positions.shape[0]
@@ -215,8 +216,8 @@ class _Pages:
                 pages[name], caches[name] = found[tokens], cache
         follows = begin > 0 and begin == self.end
         if follows:
-            # Groups share memory, and a page given free by one can be another's new page: read
-            # all before writing any.
+            # Groups share memory, and a page that one group frees can be the new page of another
+            # group. So read all pages before writing any.
             moves = []
             for name, target in pages.items():
                 source = self.last[name]

@@ -1,1 +1,1 @@
-"""The tables of README and docs, made from committed results files."""
+"""Makes the tables of README and docs from committed results files."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.tables NAME``: what stands between the markers of a page."""
+"""``python -m benchmarks.tables NAME``: print the text between the markers of a page."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.tables import (
+    aside,
     candidates,
     engines,
     engines_v41,
@@ -30,6 +31,7 @@ TABLES = {
     "v41-step": candidates.step, "v41-layers": candidates.layers, "v41-fp4": candidates.fp4,
     "sglang-v41": engines_v41.sglang, "tokenspeed-v41": engines_v41.tokenspeed,
     "sglang-publish": engines_v41.publish, "settings": settings.table,
+    "aside": aside.aside, "aside-table": aside.module,
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The figures of DeepSeek-V4.1's index layers, made from the committed results.
 
-:func:`server`, :func:`step` and :func:`layers` make what stands between the ``v41-server``,
+:func:`server`, :func:`step` and :func:`layers` make the texts between the ``v41-server``,
 ``v41-step`` and ``v41-layers`` markers of docs/results.md.
 """
 
@@ -61,9 +61,9 @@ def server() -> str:
 
 
 def memory() -> str:
-    """Say what torch holds of the GPU when a server with graphs of many rows begins to serve.
+    """Return torch's GPU memory when a server with graphs of many rows begins to serve.
 
-    Not vLLM's own figure of its graphs: it is taken from the free memory of the GPU, and both
+    vLLM's own figure of its graphs is not used: it comes from the free memory of the GPU, and both
     servers captured at the same time.
     """
     document = load(MEMORY)
@@ -103,7 +103,7 @@ def step() -> str:
 
 
 def _draft() -> str:
-    """Say what the step of one request with draft tokens takes."""
+    """Return a line on the time of a step of one request with draft tokens."""
     document = load(DRAFT)
     us = [_cells(document, "decode", of) for of in (PLUGIN, FULL_WIDTH)]
     ((op, rows, columns),) = (cell for cell in us[0] if cell[0] == "step")
@@ -156,7 +156,7 @@ def layers() -> str:
 
 
 def ratios(document: Any, op: str) -> list[float]:
-    """Return the plugin's time of a decode chain over that at full width, a number a cell."""
+    """Return the plugin's time of a decode chain over that at full width, for each cell."""
     with_it, without = (_cells(document, "decode", of) for of in (PLUGIN, FULL_WIDTH))
     return [us / without[cell] for cell, us in with_it.items() if cell[0] == op]
 

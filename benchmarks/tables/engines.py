@@ -1,7 +1,7 @@
-"""The figures of docs/development/{sglang,tokenspeed}.md and the README's ``engines``.
+"""The figures of docs/development/{sglang,tokenspeed}.md, and ``engines`` of docs/results.md.
 
-``python -m benchmarks.tables sglang`` (or ``tokenspeed``, ``engines``) prints what
-stands between the markers of that name.
+``python -m benchmarks.tables sglang`` (or ``tokenspeed``, ``engines``) prints the text between the
+markers of that name.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def sglang() -> str:
     alone = _cells(adapters, "sglang")
     return "\n".join([
         f"{_head(forward, SGLANG)} {forward['version']}, k = 512, a layer's "
-        "`forward_c4_indexer` with its projections, µs in a CUDA graph: without the plugin, and "
-        "with it for `DSV4_TOPK` on DeepGEMM's logits and on the plugin's (`plugin`). `raw`: with "
-        "the row's indices too; `v1`: where SGLang is told to take its older top-k.",
+        "`forward_c4_indexer` with its projections, µs in a CUDA graph. The columns are SGLang "
+        "without the plugin, and with it for each `DSV4_TOPK`, on DeepGEMM's logits or on the "
+        "plugin's (`plugin`). A `raw` call also returns the row's indices. In a `v1` call SGLang "
+        "uses its older top-k.",
         "",
         *table,
         "",
@@ -105,7 +106,7 @@ def tokenspeed() -> str:
 
 
 def engines() -> str:
-    """Return the Markdown between the ``engines`` markers of the README."""
+    """Return the Markdown between the ``engines`` markers of docs/results.md."""
     forward, adapters, driver = map(figures.load, (SGLANG, ADAPTERS, TOKENSPEED))
     cells, alone = _default(_forward(forward)), _cells(adapters, "sglang")
     newest = max(name for name in _names(alone) if not name.startswith("dsv4"))
@@ -161,7 +162,7 @@ def _least(cells: Cells, variant: str) -> str:
 
 
 def _reader(document: Any) -> list[str]:
-    """Return a line on what replaces TokenSpeed's reader, which cannot be captured itself."""
+    """Return a line on the function that replaces TokenSpeed's reader, which cannot be captured."""
     shown = [
         f"{_us(row)} {'without the plugin' if row['variant'] == OFF else 'with it'}"
         for row in document["results"]
@@ -198,7 +199,7 @@ def _table(
     titles: dict[str, str],
     last: tuple[str, Callable[[dict[str, Row]], str]] | None = None,
 ) -> list[str]:
-    """Return a table; what was not measured is a dash, what was wrong has a mark."""
+    """Return a table; a missing figure is a dash, a wrong answer has a mark."""
     heads = [first, *(titles.get(c, c) for c in columns), *([last[0]] if last else [])]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, row in cells.items():
@@ -225,7 +226,7 @@ def _agreement(row: Row | None) -> str:
 
 
 def _ratios(cells: Cells, one: str, others: Iterable[str]) -> dict[str, float]:
-    """Return an implementation over the fastest of others, where both were right."""
+    """Compare an implementation with the fastest of others, in the cells where both were right."""
     found = {}
     for name, row in cells.items():
         bars = [row[t]["us"] for t in others if t in row and row[t]["us"] and _sound(row[t])]
@@ -270,12 +271,12 @@ def _checked(document: Any) -> str:
 
 
 def _missing(document: Any, suite: str | None = None) -> str:
-    """Name what an incomplete file has not; a complete one needs no words."""
+    """Name what is missing in an incomplete file; return nothing for a complete one."""
     if document["complete"]:
         return ""
     if "not_run" in document:
         names = [name for name in document["not_run"] if suite is None or name.startswith(suite)]
-    elif suite is None:  # files of before `not_run`
+    elif suite is None:  # older files without `not_run`
         rows = document["results"]
         seen = {row["variant"].replace(" own", " plugin") for row in rows}
         names = [v for v in VARIANTS if v not in seen]

@@ -1,7 +1,7 @@
 """The figures of the logits and of the chain, made from the committed results.
 
-``python -m benchmarks.tables logits`` prints what belongs between ``logits-figures``
-markers of a page.
+``python -m benchmarks.tables logits`` prints the text between the ``logits-figures`` markers of a
+page.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _ratios(
 
 
 def _other_shapes(document: Any) -> list[str]:
-    """Return a table of what is not one query a request: a row a cell."""
+    """Return a table of prefill and of several queries a request: one row for each cell."""
     rows = [
         row for row in document["results"]
         if row["dtype"] == "bfloat16" and (row["next_n"] > 1 or row["suite"] == "prefill")
@@ -138,7 +138,7 @@ def _cell(row: Any) -> tuple[int, int]:
 def _table(
     plugin: dict[tuple[int, int], Any], found_in: Callable[[tuple[int, int]], list[float | None]]
 ) -> list[str]:
-    """Return a table requests x keys; a figure that is not there is a dash."""
+    """Return a table requests x keys; a missing figure is a dash."""
     columns = sorted({c for _, c in plugin})
     lines = [
         "| requests | " + " | ".join(f"{c // 1024}K" for c in columns) + " |",

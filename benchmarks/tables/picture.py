@@ -20,7 +20,7 @@ COLOURS = {"off": "#9aa0a6", "on": "#1a73e8"}
 
 
 def bars(document: Any) -> list[tuple[str, float, float]]:
-    """Return a label and the indexer's µs a layer without and with the plugin, a bar pair each."""
+    """Return, for each pair of bars, a label and the indexer's µs a layer without and with it."""
     found = []
     for profile in document["profiles"]:
         requests = profile.get("concurrency", 1)

@@ -1,8 +1,8 @@
 """The figures of the README and of docs/, made from the committed results.
 
-``python -m benchmarks.tables NAME`` prints what stands between the markers of that name: ``readme``
-of the README's ``figures``, ``server`` and ``gain`` likewise; ``served`` and ``reads`` of
-docs/results.md, ``recall`` of docs/numerics.md, ``ratios`` of docs/notes/topk.md.
+``python -m benchmarks.tables NAME`` prints the text between the markers of that name. ``readme``
+prints the text between the ``figures`` markers. The markers of ``recall`` are in docs/numerics.md,
+those of ``ratios`` in docs/notes/topk.md, all others in docs/results.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _decode(topk: Any) -> list[dict[str, Any]]:
 
 
 def readme() -> str:
-    """Return the Markdown between the ``figures`` markers of the README."""
+    """Return the Markdown between the ``figures`` markers of docs/results.md."""
     topk = load(TOPK)
     warm = {
         (r["dtype"], r["k"], r["rows"], r["columns"], r["implementation"]): r["warm_us"]
@@ -92,7 +92,7 @@ def reads() -> str:
         "| | CUDA | Triton | torch | vLLM | byte floor |",
         "|---|---|---|---|---|---|",
     ]
-    # A gather of vLLM's has the release in its name, or, in older files, has not.
+    # The name of vLLM's gather contains the release, but not in older files.
     us = {
         (r["case"], re.sub(r"^vllm.* cp_gather$", "vllm cp_gather", r["implementation"])): r
         for r in read["results"]
@@ -116,7 +116,7 @@ def served() -> str:
 
 
 def _served(topk: Any, upstream: str) -> tuple[str, str]:
-    """Return the table of calls as a server makes them, of the same run, and its summary."""
+    """Return the table of calls as a server makes them, and its summary, of the same run."""
     us = {
         (r["dtype"], r["k"], r["rows"], r["columns"], r["implementation"]): r
         for r in topk["results"]
@@ -191,7 +191,7 @@ def recall() -> str:
 
 
 def server() -> str:
-    """Return the Markdown between the ``server`` markers of the README."""
+    """Return the Markdown between the ``server`` markers of docs/results.md."""
     document = load(SERVER)
     about = document["machine"]
     chain = {
@@ -248,7 +248,7 @@ def _ratio(row: dict[str, Any]) -> str:
 
 
 def gain() -> str:
-    """Return the Markdown between the ``gain`` markers of the README."""
+    """Return the Markdown between the ``gain`` markers of docs/results.md."""
     document, rows = load(SERVER), _server_rows("tpot_ms")
     changes = ", ".join(
         f"{100 * (row['ratio'] - 1):+.1f} % ({row['context']:,} x {row['concurrency']})"

@@ -39,10 +39,11 @@ def modes() -> str:
     tokens = outputs["tokens"]
     lines = [
         f"{_where(document['machine'], MODES)}, {document['model']['num_hidden_layers']} layers of "
-        f"random weights. Prompts answered alike: greedily, {tokens} tokens, of "
+        f"random weights. Each server gives greedy answers of {tokens} tokens to "
         f"{len(outputs['prompt_tokens'])} prompts of "
-        f"{min(outputs['prompt_tokens']):,} to {max(outputs['prompt_tokens']):,} tokens, twice by "
-        "one server, and by the server without the plugin:",
+        f"{min(outputs['prompt_tokens']):,} to {max(outputs['prompt_tokens']):,} tokens, twice. "
+        "*twice alike* counts the prompts whose two answers are the same, *as without* those whose "
+        "answer is that of the server without the plugin:",
         "",
         "| server | arguments | top-k calls, decode / prefill | twice alike | as without |",
         "|---|---|---|---|---|",
@@ -74,8 +75,9 @@ def modes() -> str:
     )
     lines += [
         "",
-        "The first token that differs, median: of two answers by one server without the plugin "
-        f"{repeated:g}, of an answer with it and one without {with_it:g}.",
+        "The median position of the first token that differs is "
+        f"{repeated:g} between two answers of one server without the plugin, and {with_it:g} "
+        "between an answer with the plugin and one without.",
     ]
     return "\n".join(lines)
 
@@ -150,7 +152,7 @@ def ab() -> str:
 
 
 def drills() -> str:
-    """Return the Markdown between the ``drills`` markers: a table a file."""
+    """Return the Markdown between the ``drills`` markers: one table for each file."""
     return "\n\n".join(map(_drills, DRILLS))
 
 

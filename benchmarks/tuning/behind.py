@@ -1,9 +1,10 @@
-"""What a selection costs behind its logits, as a server runs the two.
+"""The time of a selection behind its logits, as a server runs the two.
 
-There the selection's CTAs come to multiprocessors that the logits leave one after the other, which
-a selection replayed alone does not see. So, in a CUDA graph, again and again: what a layer runs
-otherwise (:mod:`dsv4_plugin.cli.bench.topk.served`), the logits, the selection on them. What
-counts, by the profiler, is the time from the end of the logits to the end of the selection.
+In a server the CTAs of the selection start on multiprocessors that the logits leave one after the
+other. A selection that is replayed alone does not have this effect. So a CUDA graph repeats three
+steps: the other work of a layer (:mod:`dsv4_plugin.cli.bench.topk.served`), the logits, the
+selection on them. The figure is the profiler's time from the end of the logits to the end of the
+selection.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Behind:
     def problem(self, case: Case) -> tuple[Problem, Callable[[], Any]]:
         """Return the scores of a case in a buffer of its width, and what computes them.
 
-        They are already computed once, and the answer is wanted in slots.
+        They are already computed once. The answer is in slots.
         """
         width = case.width or case.columns
         dtype = DTYPES[case.dtype]
@@ -54,7 +55,7 @@ class Behind:
             paged_logits, call.q, call.cache, call.weights, call.lengths, table, out=scores
         )
         score()
-        # As an engine calls it: for slots. Here each is the index itself.
+        # As an engine calls it, for slots. Here each slot is the index itself.
         slots = torch.arange(pages, dtype=torch.int32, device="cuda").repeat(case.rows, 1)
         return Problem(scores[:, :width], call.n, page_table=slots), score
 
@@ -95,7 +96,7 @@ class Behind:
 
 
 def kernels(profiler: torch.profiler.profile, device: torch.autograd.DeviceType) -> list[Kernel]:
-    """Return what a profiler saw on a kind of device, by start."""
+    """Return a profiler's events on a kind of device, ordered by start."""
     seen = [
         Kernel(event.name, event.time_range.start, event.time_range.elapsed_us(), 0)
         for event in profiler.events() or ()
@@ -105,14 +106,14 @@ def kernels(profiler: torch.profiler.profile, device: torch.autograd.DeviceType)
 
 
 def after_logits(ran: Sequence[Kernel]) -> list[float]:
-    """Return, for each logits kernel, the microseconds from its end to that of what follows.
+    """Return, for each logits kernel, the microseconds from its end to the selection's end.
 
     Args:
-        ran: what ran on the GPU, by start. Of this package's kernels a selection follows each
-            logits kernel.
+        ran: the events on the GPU, ordered by start. Among this package's kernels a selection
+            follows each logits kernel.
 
     Raises:
-        RuntimeError: something else does.
+        RuntimeError: another kernel of this package follows a logits kernel.
     """
     kernels = [kernel for kernel in ran if "dsv4::" in kernel.name]
     took = []

@@ -1,9 +1,9 @@
-"""Every choice of threads and cluster in every cell: what the table of choices is made from.
+"""Every choice of threads and cluster in every cell; the table of choices comes from these times.
 
-For each cell it times the choice that ``choose_topk`` (csrc/include/dsv4/topk/tuning.cuh) makes and
-every other that holds the row, each checked first: replayed alone, or as a server calls it
-(:mod:`dsv4_plugin.cli.bench.topk.served`), or as that runs behind the logits
-(:mod:`benchmarks.tuning.behind`). The choices never change the answer.
+For each cell it times the choice that ``choose_topk`` (csrc/include/dsv4/topk/tuning.cuh) makes,
+and every other choice that can hold the row. It checks each answer first. It times the call
+replayed alone, as a server makes it (:mod:`dsv4_plugin.cli.bench.topk.served`), or behind the
+logits (:mod:`benchmarks.tuning.behind`). The choices never change the answer.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ __all__ = ["CLUSTERS", "SOLO", "THREADS", "Sweep", "choices", "summary"]
 THREADS = (256, 512)
 CLUSTERS = (1, 2, 3, 4, 6, 8, 12, 16)
 UNITS_A_THREAD = 64  # kTopkUnitSteps: of eight scores each
-TABLE = "table"  # the name of what choose_topk takes
+TABLE = "table"  # the name of choose_topk's choice
 
 
 def choices(
     rows: int, columns: int, sms: int, solos: Sequence[int] = ()
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield (threads, cluster, solo) that hold a row, of a small call those that run at once.
+    """Yield every (threads, cluster, solo) that can hold a row.
 
-    Twice as many CTAs as multiprocessors run at once; a row alone may have sixteen. ``columns`` is
-    the width of the buffer. ``solo`` is each of ``solos``, by default what the table has for so
-    many threads; to a CTA a row it means nothing.
+    In a small call only those whose CTAs all run at once: twice as many as multiprocessors. A
+    single row may have sixteen CTAs. ``columns`` is the width of the buffer. ``solo`` is each of
+    ``solos``, by default the table's value for this number of threads. It has no effect with one
+    CTA for each row.
     """
     for threads, cluster in itertools.product(THREADS, CLUSTERS):
         holds = threads * UNITS_A_THREAD * 8 * cluster
@@ -51,7 +52,7 @@ def choices(
 
 
 class Sweep:
-    """Measures cells; ``results`` has a row for each choice in each."""
+    """Measures cells; ``results`` has one row for each choice in each cell."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class Sweep:
         behind: bool = False,
         solos: Sequence[int] = (),
     ) -> None:
-        """Make what is between two calls, where it is wanted."""
+        """Make the work between two calls, if the figure needs it."""
         self.replays, self.launches, self.solos = replays, launches, solos
         self.elsewhere = Elsewhere("cuda") if served else None
         self.behind = Behind() if behind else None
@@ -70,7 +71,7 @@ class Sweep:
         self.results: list[Row] = []
 
     def cell(self, case: Case) -> str:
-        """Measure every choice in one cell; returns the best, beside the table's."""
+        """Measure every choice in one cell; return a line with the best and the table's choice."""
         if self.behind is None:
             problem = case.make("cuda")
         else:
@@ -134,7 +135,7 @@ class Sweep:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Return the best choices of one cell and what the table's choice takes."""
+    """Return the best choices of one cell and the time of the table's choice."""
     table = next(row for row in rows if row["threads"] == TABLE)
     text = []
     for field, name in (("warm_us", "warm"), ("served_us", "served"), ("behind_us", "behind")):

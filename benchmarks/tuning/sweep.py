@@ -1,11 +1,11 @@
 """``python -m benchmarks.tuning.sweep --json FILE``: every choice of the top-k, on a GPU.
 
-:mod:`.choice_sweep` says what is timed: each choice replayed alone, with ``--served`` as a server
-calls it, with ``--behind-logits`` as that runs behind the logits.
+:mod:`.choice_sweep` times each choice replayed alone. ``--served`` also times the call as a server
+makes it, ``--behind-logits`` also behind the logits.
 
-A server captures its graphs at the greatest width: ``--width 262144 --columns 2176 8192`` has short
-rows in wide buffers, where ``--solo`` (the longest row that one CTA of a cluster serves) matters,
-too.
+A server captures its graphs at the greatest width. ``--width 262144 --columns 2176 8192`` measures
+short rows in wide buffers. There ``--solo`` (the longest row that one CTA of a cluster serves)
+matters too.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--k", type=numbers.whole(1, max(KS)), nargs="+", default=KS)
     add("--rows", type=numbers.COUNT, nargs="+", help="default: those of bench topk, and 16")
     add("--columns", type=numbers.COUNT, nargs="+", help="default: those of bench topk")
-    add("--width", type=numbers.COUNT, default=0, help="of the buffer, wider than the rows")
-    about = "longest row that one CTA of a cluster serves (what the table has)"
+    add("--width", type=numbers.COUNT, default=0, help="width of the buffer, wider than the rows")
+    about = "longest row that one CTA of a cluster serves (default: the table's)"
     add("--solo", type=numbers.COUNT, nargs="+", default=(), metavar="SCORES", help=about)
     add("--dtype", nargs="+", choices=tuple(TOPK_DTYPES), default=("bfloat16", "float32"))
-    add("--served", action="store_true", help="as a server calls it, too")
-    add("--behind-logits", action="store_true", help="behind its logits, too")
+    add("--served", action="store_true", help="also time the call as a server makes it")
+    add("--behind-logits", action="store_true", help="also time the call behind its logits")
     add("--launches", type=numbers.COUNT, default=20, help="launches in a graph (20)")
-    add("--replays", type=numbers.COUNT, default=5, help="whose median counts (5)")
-    add("--budget", type=numbers.SECONDS, metavar="SECONDS", help="begin no cell after it")
-    add("--json", type=outputs.file, metavar="FILE", help="write the results there")
+    add("--replays", type=numbers.COUNT, default=5, help="replays, whose median counts (5)")
+    add("--budget", type=numbers.SECONDS, metavar="SECONDS", help="begin no cell after this time")
+    add("--json", type=outputs.file, metavar="FILE", help="the results file")
     return tool(parser, _sweep, argv)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dsv4_plugin import __version__
 from dsv4_plugin.cli.shared import outputs
-from dsv4_plugin.cli.shared.run import Parser, ended
+from dsv4_plugin.cli.shared.run import Parser, ended, examples
 
 __all__ = ["main"]
 
@@ -52,6 +52,7 @@ def _run(name: str, given: list[str]) -> int:
         prog="dsv4-plugin",
         description="The sparse-attention indexer of DeepSeek-V4.1, V4 and V3.2.",
     )
+    examples(parser, "doctor", "status http://127.0.0.1:8000", "ab --model MODEL --out ab")
     parser.add_argument("--version", action="version", version=f"dsv4-plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     module: Any = None

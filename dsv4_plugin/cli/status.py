@@ -80,7 +80,7 @@ def _line(status: dict[str, Any]) -> str:
     who = f"{status.get('node', '?')} process {status.get('pid', '?')}"
     about = [str(status[key]) for key in ("engine", "plugin") if status.get(key)]
     plugin = statuses.served(status)
-    engine = {n: c for n, c in status["counters"].items() if n.endswith(".upstream") and c}
+    engine = {n: c for n, c in status["counters"].items() if n.endswith(statuses.ENGINES) and c}
     parts = [
         f"{name} {', '.join(f'{n} {c}' for n, c in sorted(some.items())) or 'no call'}"
         for name, some in (("plugin:", plugin), ("engine:", engine))

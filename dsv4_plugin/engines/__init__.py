@@ -1,1 +1,1 @@
-"""One adapter per engine. Each finds its places by looking, patches them, and can take it back."""
+"""One adapter for each engine. It looks for its seams, patches them, and can undo the patches."""

@@ -1,9 +1,11 @@
-"""The benchmark of the adapters, dry: every call, peers of every kind, the file and the table."""
+"""The benchmark of the adapters, as a dry run: every call, kind of peer, file and table."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,102 @@ def test_a_mistake_of_the_plugin_is_seen(monkeypatch, tmp_path, wrong) -> None:
     bench("--rows", 2, "--columns", 700, "--engine", "sglang", "--json", file)
     rows = json.loads(file.read_text())["results"]
     assert rows and not any(row["exact"] for row in rows)
+
+
+# The engines' functions with the parameters that they have in SGLang 0.5.23 and TokenSpeed 0.1.1.
+SITE = {
+    "sglang/__init__.py": "__version__ = '0.5.23'\n",
+    "sglang/kernels/ops/attention/dsv4/topk.py": """
+from typing import Optional
+import torch
+from dsv4_plugin import topk
+
+def plan_topk_v2(seq_lens, static_threshold=-1, *, out=None):
+    return torch.full((len(seq_lens) + 1, 2), 7, dtype=torch.int32)
+
+def topk_transform_paged_v2(scores, seq_lens, page_tables: Optional[torch.Tensor],
+                            out_page_indices, page_size, metadata, out_raw_indices=None):
+    assert metadata.shape == (len(seq_lens) + 1, 2) and (metadata == 7).all()
+    topk(scores, seq_lens, out_page_indices.shape[1], page_table=page_tables, page_size=page_size,
+         out=out_page_indices, out_raw=out_raw_indices)
+""",
+    "tokenspeed/__init__.py": "__version__ = '0.1.1'\n",
+    "tokenspeed/runtime/layers/attention/deepseek_v4_ops.py": """
+from dsv4_plugin import read_indexer_cache
+
+def read_deepseek_v4_indexer_fp8_cache(cache_2d, slot_mapping, block_size=64):
+    return read_indexer_cache(cache_2d, slot_mapping, backend="torch")
+""",
+    "tokenspeed_kernel/__init__.py": "",
+    "tokenspeed_kernel/ops/attention/dsa/__init__.py": """
+from dsv4_plugin.engines.shared.decision import Selection
+from dsv4_plugin.engines.tokenspeed import kernels
+
+OWN = Selection("fp32", "torch", False, "plugin")
+
+def dsa_decode_topk(q, weights, seq_lens, block_table, *, page_size, topk, softmax_scale,
+                    batch_invariant, q_len_per_req=1, topk_layout="global_slots",
+                    index_k_cache=None, out=None, lens_out=None, slot_order, solution=None):
+    assert slot_order == "selection" and batch_invariant is False
+    return kernels.dsa_decode(OWN, q, weights, seq_lens, block_table, page_size=page_size,
+                              topk=topk, softmax_scale=softmax_scale, topk_layout=topk_layout,
+                              index_k_cache=index_k_cache, out=out, lens_out=lens_out)
+
+def dsa_prefill_topk(q, weights, kv_workspace_slots, row_starts, row_ends, *, topk, softmax_scale,
+                     batch_invariant, index_k_cache=None, page_size=None, out=None, lens_out=None,
+                     slot_order, solution=None):
+    assert slot_order == "selection" and batch_invariant is False
+    return kernels.dsa_prefill(OWN, q, weights, kv_workspace_slots, row_starts, row_ends,
+                               topk=topk, softmax_scale=softmax_scale, page_size=page_size,
+                               index_k_cache=index_k_cache, out=out, lens_out=lens_out)
+""",
+}  # fmt: skip
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """SGLang and TokenSpeed as installed packages; of TokenSpeed the facades of V4 are missing."""
+    for name, text in SITE.items():
+        file = tmp_path / "site" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    before = set(sys.modules)
+    yield tmp_path / "site"
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in ("sglang", "tokenspeed", "tokenspeed_kernel"):
+            del sys.modules[name]
+
+
+def test_the_peers_are_the_engines_that_are_installed(site: Path, tmp_path: Path) -> None:
+    file = tmp_path / "adapters.json"
+    assert bench("--rows", 4, "--columns", 700, "--json", file) == 0
+    document = json.loads(file.read_text())
+    missing = document["missing"]
+    assert set(missing) == {"tokenspeed 0.1.1 dsv4 decode", "tokenspeed 0.1.1 gather"}
+    assert "tokenspeed_kernel.ops.attention.dsv4" in missing["tokenspeed 0.1.1 dsv4 decode"]
+    peers = {
+        (r["call"], r["implementation"]): r
+        for r in document["results"]
+        if not r["implementation"].startswith("dsv4")
+    }
+    sglang = {(call, "sglang 0.5.23 v2") for call in ("paged", "paged_raw", "dsa", "prefill")}
+    assert set(peers) == sglang | {
+        ("dsa_decode", "tokenspeed 0.1.1 decode"),
+        ("dsa_decode_slots", "tokenspeed 0.1.1 decode"),
+        ("dsa_prefill", "tokenspeed 0.1.1 prefill"),
+        ("read_fp8", "tokenspeed 0.1.1 read"),
+    }
+    assert all(row.get("exact", True) and "error" not in row for row in peers.values())
+    assert all(peers[key]["exact"] for key in sglang)
+    assert peers["dsa_prefill", "tokenspeed 0.1.1 prefill"]["recall"] > 0.9
+    assert peers["dsa_decode_slots", "tokenspeed 0.1.1 decode"]["recall"] > 0.9
+
+
+def test_an_engine_that_is_not_installed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--rows", 2, "--columns", 600, "--engine", "sglang") == 0
+    said = capsys.readouterr().out
+    assert "sglang v2 is not compared: it is not installed here" in said
 
 
 def test_every_call_has_a_cell_before_any_has_a_second() -> None:

@@ -1,4 +1,4 @@
-"""Contexts made by copying: what the wrapped forward pass of the runner does to the cache."""
+"""Contexts made by copying: the effect of the runner's wrapped forward pass on the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The failure drills: what they demand, against servers that answer like vLLM and have no model."""
+"""The failure drills, against servers that answer like vLLM and have no model."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_consumer_that_was_served_by_the_engine_is_an_error() -> None:
 def test_answers_other_than_upstreams_are_an_error_where_upstream_repeats_itself() -> None:
     base, other = result("off", [[[1, 2]], [[1, 2]]]), result("topk", [[[1, 2]], [[1, 3]]])
     found = drills._compare(other, base)
-    assert other.wrong == ["the answers are not upstream's: prompts of 70 tokens"]
+    assert other.wrong == ["the answers are not vLLM's: prompts of 70 tokens"]
     assert found["answers"][0]["first_difference"] == 1
     unsteady = result("off", [[[1, 2]], [[2, 2]]])
     other.wrong.clear()

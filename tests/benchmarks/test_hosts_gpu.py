@@ -1,9 +1,9 @@
 """The adapters' own functions on tensors as the engines make them, in a CUDA graph.
 
-No engine is needed: what is called is what runs inside them (``calls``, ``kernels``), and
-DeepGEMM is torch here. Judged by the torch reference through the same page table. Everything runs
-on a CPU too, with the torch backend and without a graph, so the logic is known to hold before a
-GPU sees it.
+The tests need no engine: they call the functions that run inside an engine (``calls``,
+``kernels``), with torch in place of DeepGEMM. The torch reference through the same page table is
+the oracle. Everything also runs on a CPU, with the torch backend and without a graph. So the logic
+is tested before it runs on a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sweep that the table of choices is made from, as far as it goes without a GPU."""
+"""The sweep behind the table of choices, in the parts that need no GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""``bench --against ENGINE``: torch in every suite, who is not here, and how engines are called.
+"""``bench --against ENGINE``: torch in every suite, missing engines, and the calls of the engines.
 
-The engines are stand-ins on ``sys.path`` that record their calls; what they are called with is what
-the releases' own code says (the docstrings of ``dsv4_plugin/cli/bench/upstream``).
+Small packages on ``sys.path`` replace the engines and record their calls. The calls must be those
+of the releases' own code (the docstrings of ``dsv4_plugin/cli/bench/upstream`` describe them).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FORMS = ("decode", "prefill", "paged", "logits", "ragged_logits", "gather")
 OTHERS = ("vllm", "sglang", "flashinfer")
 
 
-# ---- torch, and who is not here ------------------------------------------------------------------
+# ---- torch, and engines that are not installed ---------------------------------------------------
 
 
 def test_torch_beside_the_plugin_in_every_suite_of_the_topk(

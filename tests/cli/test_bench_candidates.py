@@ -1,4 +1,4 @@
-"""``bench candidates``: the dry run on a CPU, what it refuses."""
+"""``bench candidates``: the dry run on a CPU, and the arguments that it refuses."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The benchmarks of the logits and of the chain, dry: cases, checks, peers, files, plots."""
+"""The benchmarks of the logits and the chain, as dry runs: cases, checks, peers, files, plots."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_run_of_the_logits(
                   "prefill float32 warm / best peer of float32"):  # fmt: skip
         assert words in named, words
     text = drawn.read_text()
-    for words in ("Index logits", "3 rows", "dsv4 float32", "gemm bfloat16", "bytes of the keys"):
+    for words in ("Index logits", "3 rows", "dsv4 float32", "best upstream", "bytes of the keys"):
         assert words in text, words
 
 

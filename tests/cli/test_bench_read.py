@@ -1,4 +1,4 @@
-"""The benchmark of the reads: what runs without a GPU, its options and its plot."""
+"""The benchmark of the reads: the parts that need no GPU, its options and its plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the top-k on a GPU: what its floor kernel reads, and a small run of it."""
+"""The benchmark of the top-k on a GPU: the bytes that its floor kernel reads, and a small run."""
 
 from __future__ import annotations
 

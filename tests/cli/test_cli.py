@@ -1,6 +1,6 @@
-"""``dsv4-plugin`` itself: what its user can repair is a line and exit code 2, no traceback.
+"""``dsv4-plugin``: a mistake that the user can correct gives one line and exit code 2.
 
-Two tools of a checkout, the fuzzer and the soak, end like a command.
+The fuzzer and the soak, two tools of a checkout, end in the same way.
 """
 
 from __future__ import annotations

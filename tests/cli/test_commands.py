@@ -1,4 +1,4 @@
-"""What all commands share: their one end, by a signal, a closed pipe, a stream without Unicode.
+"""All commands end in the same way: by a signal, a closed pipe, a stream without Unicode.
 
 Each command runs in a process of its own, as a user starts it.
 """

@@ -1,4 +1,4 @@
-"""The ratios that a benchmark ends with: the best sound peer of a cell, and the mean of many."""
+"""The ratios at the end of a benchmark: the best correct peer of a cell, and the mean of cells."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ PARTS = {
     "settings",
     "unknown_variables",
     "ops",
+    "aside",
     "entry_points",
     "vllm",
     "sglang",
@@ -166,7 +167,14 @@ def test_a_check_that_raises_is_no_ok(monkeypatch: pytest.MonkeyPatch) -> None:
 
 H20 = {"name": "NVIDIA H20", "capability": "9.0", "multiprocessors": 78, "memory_gib": 96.0}
 REPAIRS = {
-    "no GPU": ({}, "run doctor on the machine of the engine: the kernels need compute capabil"),
+    "no GPU": (
+        {"library": {"present": True, "loads": True}},
+        "run doctor on the machine of the engine: the kernels need compute capabil",
+    ),
+    "no GPU, no library": (
+        {"library": {"present": False, "loads": False}},
+        f"in a checkout, with nvcc on PATH: `{cuda.REPAIR}`; then run doctor on the machine",
+    ),
     "an older GPU": ({"gpu": {"devices": [H20 | {"capability": "8.0"}]}}, "run doctor on the mach"),
     "no library": (
         {"gpu": {"devices": [H20]}, "library": {"present": False, "loads": False}},
@@ -181,7 +189,11 @@ REPAIRS = {
 
 @pytest.mark.parametrize(("parts", "said"), REPAIRS.values(), ids=REPAIRS)
 def test_what_to_do_next(parts: dict[str, Any], said: str, no_gpu: None) -> None:
-    assert doctor._verdict(doctor.collect() | parts)[2].startswith(said)
+    data = doctor.collect() | parts
+    _, verdict, then = doctor._verdict(data)
+    assert then.startswith(said)
+    bare = not data["gpu"].get("devices") and not data["library"]["present"]
+    assert ("no kernels in this installation" in verdict) == bare
 
 
 @pytest.mark.parametrize("variable", envs.VARIABLES, ids=lambda v: v.name)

@@ -1,4 +1,4 @@
-"""The readers that all command lines share: numbers, files to write, and what runs without work."""
+"""The readers that all command lines share: numbers, files to write, options that run no work."""
 
 from __future__ import annotations
 

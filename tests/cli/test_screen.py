@@ -1,4 +1,4 @@
-"""What a person sees: lines that fit, tables by rich where it is, examples that can be typed."""
+"""The output on a terminal: lines that fit, tables by rich if installed, examples that work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is never told: one table of names, in every spelling of a command, a header, JSON, a log."""
+"""No output contains a secret: one table of names, in a command, a header, JSON and a log."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_text_has_no_secret(text: str) -> None:
 
 
 def test_a_secret_is_known_by_its_value() -> None:
-    """Once it has stood under such a name, it is found wherever it comes up."""
+    """A value that appeared under such a name is recognised wherever it appears."""
     known = Secrets(
         [
             {

@@ -81,7 +81,7 @@ def test_what_is_not_there(where: str, ask: Any) -> None:
 
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
-    """A server whose /metrics are those that vLLM's front end would show of the files."""
+    """A server whose /metrics are those that vLLM's front end would make from the files."""
     registry = prometheus_client.CollectorRegistry()
     registry.register(metrics._Files(tmp_path))
 

@@ -1,4 +1,4 @@
-"""The page "Command line" is about the commands and options that there are."""
+"""The page "Command line" describes exactly the existing commands and options."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The documentation site: every page is in it, and the log lines it quotes are those of the code.
+"""The documentation site: it contains every page, and the log lines that it quotes are in the code.
 
-`make docs` builds it, with warnings as errors; links that leave docs/ are checked by test_readme.
+`make docs` builds it, with warnings as errors; test_readme checks the links that leave docs/.
 """
 
 from __future__ import annotations
@@ -76,6 +76,16 @@ def test_a_link_that_leaves_the_pages_becomes_its_path(page: str, markdown: str,
     got, images = hooks().split(markdown, page)
     assert got == want
     assert images == ({"outside/r/p.svg": "r/p.svg"} if "![" in markdown else {})
+
+
+def test_the_issues_of_engines_are_links_on_the_site() -> None:
+    vllm, sglang = "https://github.com/vllm-project/vllm", "https://github.com/sgl-project/sglang"
+    got = hooks().issues("a vllm#12, vLLM #34 (sglang#5)\n`vllm#1` [vllm#2](x) omlx#3 x-vllm#4\n")
+    want = f"a [vllm#12]({vllm}/issues/12), [vLLM #34]({vllm}/issues/34) "
+    want += f"([sglang#5]({sglang}/issues/5))\n`vllm#1` [vllm#2](x) omlx#3 x-vllm#4\n"
+    assert got == want
+    block = "```\nvllm#1\n```\n"
+    assert hooks().issues(block) == block
 
 
 def test_the_readme_is_a_page_of_the_site() -> None:

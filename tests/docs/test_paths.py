@@ -1,4 +1,4 @@
-"""Every path, module and command that a page names is in the repository."""
+"""Every path, module and command that a page names exists in the repository."""
 
 from __future__ import annotations
 

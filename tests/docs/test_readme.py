@@ -1,9 +1,10 @@
-"""The README and the pages of docs/: their names exist, their example runs."""
+"""The README and the pages of docs/: the names in them exist, and their example runs."""
 
 from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from kits import marked
-from kits.packaging_tools import ROOT
+from kits.packaging_tools import ROOT, check
 
 from benchmarks.tables import candidates, engines_v41, expected, picture, readme, settings
 from dsv4_plugin import envs
@@ -83,6 +84,11 @@ def test_the_readmes_example_runs() -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
     assert len(blocks) == 1 and "assert" in blocks[0]
     exec(compile(blocks[0], "README.md", "exec"), {})  # noqa: S102  # our own text
+
+
+def test_the_program_of_the_examples_runs() -> None:
+    done = check([sys.executable, ROOT / "examples" / "ops.py"], ROOT, {"PYTHONPATH": str(ROOT)})
+    assert re.search(r"request 0: 512 of 2000 keys.*\nrequest 1: 300 of 300 keys", done.stdout)
 
 
 def test_the_readme_is_short() -> None:

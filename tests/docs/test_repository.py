@@ -1,4 +1,4 @@
-"""The tree as a whole: no path of one machine, and the documents match the code."""
+"""The whole tree: no file contains a path of a machine, and the documents match the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the adapters count: calls that had rows, by who served them."""
+"""The adapters' counters: calls with rows, by the side that served them."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ calls = pytest.mark.parametrize(("call", "name"), CALLS.values(), ids=CALLS)
 def test_a_call_without_rows_is_nobodys(
     call: Callable[[int], None], name: str, strict: bool
 ) -> None:
-    """It is served, counts for neither side, and switches nothing off."""
+    """The call is served, counts for neither side, and switches nothing off."""
     for selection in (PLUGIN, Selection("fp32", "torch"), None):
         decision = Decision(True, strict, selection, "torch" if selection else None)
         adapter.current().decide(decision)

@@ -1,4 +1,4 @@
-"""The settings: every value, every wrong value, and who wins."""
+"""The settings: every value, every wrong value, and which source takes precedence."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_a_wrong_configuration_is_an_error_and_changes_nothing(
 
 @pytest.mark.parametrize("variable", envs.VARIABLES, ids=lambda v: v.name)
 def test_off_read_as_a_boolean_by_yaml(variable: envs.Variable) -> None:
-    """YAML 1.1 makes False of ``off``: it means what the text means, wherever that is a value."""
+    """YAML 1.1 reads ``off`` as False: it means the same as the text where that is a value."""
     for text in {"off", "0"} & set(variable.choices):
         envs.override({variable.field: False})
         assert getattr(envs.settings(), variable.field) == python_value(variable, text)

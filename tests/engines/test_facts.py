@@ -1,4 +1,4 @@
-"""What ``DSV4_LOG=debug`` says of a process; the seams and decisions are in ``host_debug.py``."""
+"""The process facts in ``DSV4_LOG=debug``; ``host_debug.py`` tests its seams and decisions."""
 
 from __future__ import annotations
 

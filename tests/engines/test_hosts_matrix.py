@@ -1,4 +1,4 @@
-"""``dsv4-plugin doctor --engines``: releases that pip brings, probed without an import."""
+"""``dsv4-plugin doctor --engines``: releases that pip downloads, probed without an import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The import hook beside other finders and loaders, and with a module that is imported in part."""
+"""The import hook beside other finders and loaders, and with a module that is partly imported."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_called_once_with_the_whole_module(tmp_path: Path, code: str) -> None:
 
 
 def test_a_loader_of_old_is_one_warning(tmp_path: Path) -> None:
-    """Without ``exec_module`` it cannot be followed; the import is what it was."""
+    """Without ``exec_module`` the hook cannot follow; the import is unchanged."""
     code = """
 class Finds:
     def find_spec(self, name, path=None, target=None):

@@ -1,4 +1,4 @@
-"""The plugin's lines come once each, whenever and however the engine sets up logging."""
+"""Each line of the plugin appears once, whenever and however the engine sets up logging."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who computes an engine's index logits: the decision, and the forms that ours take."""
+"""The writer of an engine's index logits: the decision, and the forms that the plugin takes."""
 
 from __future__ import annotations
 

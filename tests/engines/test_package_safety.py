@@ -1,7 +1,7 @@
-"""What the package does not do: no network, no shell, no code from data, no files of its own.
+"""The package uses no network, no shell and no code from data, and writes no files of its own.
 
-The source is looked at as a syntax tree; then everything that serving needs is run under an audit
-hook, which sees what no tree shows.
+The tests read the source as a syntax tree. Then they run everything that serving needs under an
+audit hook, which sees what a tree does not show.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SERVERS = ("cli/ab/",)
 # It asks them over HTTP, and so does `status`, by this one file.
 ASK = (*SERVERS, "cli/shared/requests.py")
 SERVER_NETWORK = {"http", "socket", "urllib"}
-# Where files are written, and who names them.
+# Where the package writes files, and what names them.
 WRITES = {
     "cli/doctor/releases.py": {"TemporaryDirectory", "mkdir", "extract", "touch"},  # --folder
     "status_file.py": {"mkdir", "write_text", "replace"},  # DSV4_STATUS_DIR
@@ -218,7 +218,7 @@ def test_serving_opens_no_connection_starts_no_program_and_writes_no_file(tmp_pa
 
 
 def test_a_value_of_the_environment_is_never_run(tmp_path: Path) -> None:
-    """A command in every variable: it is a wrong word, and nothing happens."""
+    """A shell command in every variable: it is a wrong value, and is not executed."""
     mark = tmp_path / "ran"
     code = (
         "from dsv4_plugin import envs\nfrom dsv4_plugin.cli.doctor import report as doctor\n"
@@ -233,7 +233,7 @@ def test_a_value_of_the_environment_is_never_run(tmp_path: Path) -> None:
 
 
 def test_no_file_carries_the_copyright_of_others() -> None:
-    """The licence is in LICENSE and NOTICE; a header in a file would be somebody else's code."""
+    """The licence is in LICENSE and NOTICE; a header would mean foreign code."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     names = listed.stdout.split() or [str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.py")]
     kinds = (".py", ".cu", ".cuh", ".h", ".sh", ".toml")

@@ -1,4 +1,4 @@
-"""Forked children begin anew and wait for nothing; an id that is used again is another process."""
+"""Forked children start from zero and wait for nothing; a reused id is another process."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""``register()`` in every situation an engine process can be in: it never raises.
+"""``register()`` in every situation of an engine's process: it never raises.
 
-The host here is a package of a few lines, made where a test needs it; what the adapter does with
-real vLLM code is in the folder ``vllm`` here. Each situation gets a process of its own, because
-importing is what is being tested.
+The engine here is a package of a few lines that a test writes when it needs it. The folder ``vllm``
+tests the adapter in real vLLM code. Each situation gets a process of its own, because the tests are
+about imports.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def test_a_wrong_setting_does_not_raise_here(tmp_path, variables):
 @pytest.mark.parametrize("name", ["PLUGIN", "TOPK", "LOG", "STATUS_DIR"])
 @pytest.mark.parametrize("value", ["", "yes"])
 def test_not_asked_a_layer_is_built_whatever_the_environment_holds(tmp_path, name, value):
-    """A server in which the plugin is only installed: at most one WARNING, and no more."""
+    """A server in which the plugin is only installed logs at most one WARNING."""
     out = run(
         f"""
         register(); register()
@@ -222,7 +222,7 @@ def test_a_command_line_of_another_shape(tmp_path):
 
 
 def test_the_plugin_itself_is_broken(tmp_path):
-    """An adapter module that cannot be imported leaves the host as it is, with a log line."""
+    """An adapter module that cannot be imported does not change the engine; one log line."""
     out = run(
         f"""
         class Finder:

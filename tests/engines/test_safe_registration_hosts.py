@@ -1,7 +1,7 @@
-"""The entry points for SGLang and TokenSpeed where their engine is absent, odd or broken.
+"""The entry points for SGLang and TokenSpeed if the engine is absent, broken or of another form.
 
-None of them may raise: an exception there is at best a traceback in every process of the engine.
-What the adapters do inside the engines is in the folders of the engines here.
+None of them may raise: an error there is at best a traceback in every process of the engine. The
+folders of the engines test the adapters inside the engines.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def test_a_tokenspeed_of_another_shape(tmp_path, files):
 
 @calls
 def test_half_an_installation(tmp_path, call):
-    """A module of ours that cannot be imported is a log line."""
+    """A module of the plugin that cannot be imported is a log line."""
     block = (
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
@@ -191,7 +191,7 @@ def test_a_file_that_cannot_be_parsed_is_missing(package):
 
 @pytest.mark.parametrize("script", ["serve_sglang.sh", "serve_tokenspeed.sh"])
 def test_the_serve_examples_run_as_far_as_the_engine(tmp_path, script):
-    """Under ``bash -n``, and for real with stand-ins for the two commands they start."""
+    """Under ``bash -n``, and executed with replacements of the two commands that they start."""
     path = ROOT / "examples" / script
     assert subprocess.run(["bash", "-n", path]).returncode == 0
     engine = script.removeprefix("serve_").removesuffix(".sh")

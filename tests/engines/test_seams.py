@@ -1,4 +1,4 @@
-"""The records of the seams: the documentation shows them, and every one says what it must."""
+"""The records of the seams: the documentation lists them, and every record is complete."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_record_is_complete(engine: str) -> None:
 
 
 def test_the_first_complete_form_is_taken() -> None:
-    """An older form serves where the newest is not there; all reasons are said where none is."""
+    """An older form serves if the newest is missing; without any form all reasons are reported."""
     there = {"new": False, "old": True, "more": True, "extra": False}
 
     def look(place: seam.Place) -> str:

@@ -1,4 +1,4 @@
-"""Shadow mode: the comparison against Python sets, and what may never happen to a call."""
+"""Shadow mode: the comparison against Python sets, and what must never happen to a call."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_differences_are_told_apart_by_their_scores():
     assert of([0, 1, 4]) == (0, 1, 0)
     assert of([0, 1, 5]) == (0, 1, 0)  # past the row: garbage, however large
     got = counted([[1, 2, 3]], [[0, 1, 2]], scores=scores, lengths=lengths)
-    assert (got["tied"], got["lower"], got["higher"]) == (0, 0, 1)  # ours would be wrong
+    assert (got["tied"], got["lower"], got["higher"]) == (0, 0, 1)  # the plugin would be wrong
 
 
 def test_scores_are_found_from_the_rows_start():
@@ -227,7 +227,7 @@ def test_the_engines_answer_is_not_watched(on):
 
 
 def test_counting_begins_anew_after_a_capture(on, monkeypatch):
-    """Warm-up and capture run on scores that mean nothing."""
+    """Warm-up and capture run on meaningless scores."""
     capturing = [False]
     monkeypatch.setattr(shadow, "_capturing", lambda device: capturing[0])
 

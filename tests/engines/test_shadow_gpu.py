@@ -1,6 +1,6 @@
 """Shadow mode in a CUDA graph: replays count, and reading the counters never disturbs a capture.
 
-Runs on a CPU too, with the torch backend and calls in place of replays.
+It also runs on a CPU, with the torch backend and calls in place of replays.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``DSV4_STATUS_DIR``: what a process writes of itself, when, and that it never ends a server."""
+"""``DSV4_STATUS_DIR``: the content of a process's file, its time; it never ends a server."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_folder_that_goes_and_comes_back(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
-    """A named pipe would be waited for, by the server that is asked for its metrics."""
+    """A server that reads a named pipe for its metrics would wait for it."""
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "folder.json").mkdir()
     assert metrics._Files(tmp_path).samples() == []

@@ -1,4 +1,4 @@
-"""``dsv4-plugin bench`` as a function; the peers' file is the fixture ``peers_file``."""
+"""``dsv4-plugin bench`` as a function; the fixture ``peers_file`` is the peers' file."""
 
 from __future__ import annotations
 

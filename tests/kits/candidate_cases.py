@@ -1,4 +1,4 @@
-"""What the tests of the candidate ops share."""
+"""Shared by the tests of the candidate ops."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ EDGES = [0, 1, 7, 8, 9, 16, 511, 512, 513, *range(16_376, 16_389), 16_390, 16_39
 
 
 def draw(lengths, next_n=1, heads=32, block_size=64, **more) -> Paged:
-    """A call on pages as the engines have them: further apart than they are long."""
+    """A call on pages as the engines have them, with gaps between the pages."""
     return paged(lengths, next_n, heads, block_size=block_size, pad=PAD.get(block_size, 0), **more)
 
 
 def dense(case: Paged, dtype, block_size=64, backend="torch", lengths=None):
-    """The scores of all keys of every row, -inf past what it sees."""
+    """The scores of all keys of every row, -inf past the keys that it sees."""
     q, cache, weights, n, table = case.arguments
     n = n if lengths is None else lengths
     out = torch.full(
@@ -39,7 +39,7 @@ def dense(case: Paged, dtype, block_size=64, backend="torch", lengths=None):
 
 
 def equal_bits(got, want, where=None, context=""):
-    """Assert that two tensors have the same bits, where it counts; all NaN are alike."""
+    """Assert that two tensors have the same bits, in `where` if given; all NaN count as equal."""
     assert (got.shape, got.dtype) == (want.shape, want.dtype), context
     wrong = ~same_bits(got, want)
     if where is not None:
@@ -58,7 +58,7 @@ def valid(n, columns):
 
 
 def written(got, n, canary):
-    """Assert that nothing but the first `n` of each row was written: the rest is as `canary`."""
+    """Assert that only the first `n` of each row were written: the rest equals `canary`."""
     changed = ~valid(n, got.shape[1]) & ~same_bits(got, canary)
     assert not bool(changed.any()), f"{int(changed.sum())} elements past a row's end were written"
 

@@ -1,4 +1,4 @@
-"""What the tests of commands over servers share: the model, and servers that have none."""
+"""Shared by the tests of commands over servers: the model, and servers without a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FAKE = f"{sys.executable} {ROOT / 'tests' / 'kits' / 'e2e_fake_server.py'}"
 
 
 def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
+    """The first of this many consecutive free ports."""
     for _ in range(200):
         with contextlib.ExitStack() as stack:
             first, *others = (stack.enter_context(socket.socket()) for _ in range(count))

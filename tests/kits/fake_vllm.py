@@ -1,4 +1,4 @@
-"""A vLLM of a few lines, for tests of importing and registering; nothing in it computes."""
+"""A vLLM of a few lines, for tests of imports and registration; it computes nothing."""
 
 from __future__ import annotations
 

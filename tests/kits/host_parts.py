@@ -1,7 +1,7 @@
-"""What the kits that drive an engine on a CPU share: an oracle, and torch in place of DeepGEMM.
+"""Shared by the kits that run an engine on a CPU: an oracle, and torch in place of DeepGEMM.
 
-A stand-in takes what the real kernel takes and nothing else, or it raises. Columns a kernel would
-not write hold NaN, so a consumer that reads them shows.
+A replacement takes exactly what the real kernel takes, or it raises. Columns that a kernel would
+not write hold NaN, so a wrong read of them becomes visible.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KEY_BYTES = HEAD_DIM + 4
 
 
 def oracle(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the top-k of one row as the contract has it: exact, lowest index among equals.
+    """Return the top-k of one row by the contract: exact, lowest index among equals.
 
     Sorted columns, int32, padded with -1. A stable sort and nothing else, on purpose: it shares no
     code with what it judges.
@@ -69,7 +69,7 @@ def make_cache(pages: int, *, page_size: int = 64, pad: int = 0, seed: int = 0) 
 
 @dataclasses.dataclass
 class Call:
-    """One call of a stand-in: which, and what is worth knowing about its arguments."""
+    """One call of a replacement: its name, and the facts about its arguments that tests need."""
 
     name: str
     dtype: torch.dtype | None = None
@@ -121,7 +121,7 @@ def without_plugin_logits(unmet: Callable[..., list[str]]) -> Callable[..., list
 def upstream_rows(
     logits: torch.Tensor, spans: Sequence[tuple[int, int]], out: torch.Tensor, k: int
 ) -> None:
-    """Select as an engine's float32 kernel does: the largest, ties in no order to rely on."""
+    """Select as an engine's float32 kernel does: the largest, with ties in no defined order."""
     if logits.dtype != torch.float32:
         raise TypeError(f"the engines' top-k kernels read float32 logits, got {logits.dtype}")
     for row, (start, end) in enumerate(spans):
@@ -162,7 +162,7 @@ def score(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> tor
 class DeepGemm:
     """The two logits functions, with the signature of the release at hand.
 
-    ``native`` is a dtype that is written whatever is asked (bfloat16 on SM100 from 0.33).
+    ``native`` is a dtype that they always write (bfloat16 on SM100 from 0.33).
     """
 
     def __init__(self, calls: list[Call], has_logits_dtype: bool) -> None:

@@ -1,4 +1,4 @@
-"""Tensors shaped, typed and strided as SGLang and TokenSpeed make them, on any device."""
+"""Tensors with the shapes, dtypes and strides of SGLang's and TokenSpeed's, on any device."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def page_table(rows: int, width: int, device: str | torch.device, pool: int = PO
 
 
 def in_row(slots: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Undo a page table whose rows have no page twice: the columns that pool slots came from.
+    """Return the columns of pool slots, by a page table whose rows have no page twice.
 
     A slot whose page is not in its row becomes a column past the row's end.
     """
@@ -82,7 +82,7 @@ def key_values(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 
 class _Scored:
-    """What the calls of TokenSpeed have in common: queries, weights, and keys in an arena."""
+    """The common parts of TokenSpeed's calls: queries, weights, and keys in an arena."""
 
     q: torch.Tensor  # bfloat16 [rows, 64, 128]
     weights: torch.Tensor  # float32 [rows, 64]

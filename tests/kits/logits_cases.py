@@ -1,4 +1,4 @@
-"""What the tests of the logits share: whole calls drawn, and assertions on what they gave.
+"""Shared by the tests of the logits: random calls, and assertions on their results.
 
 The float64 oracle is :mod:`.exact_scores`, the bound :mod:`dsv4_plugin.cli.checks.exact`.
 """
@@ -123,7 +123,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def bits(x):
-    """The bits of a tensor, for comparisons that NaN does not spoil."""
+    """The bits of a tensor, for comparisons in which NaN equals itself."""
     return x.contiguous().view(INTEGERS[x.dtype.itemsize])
 
 

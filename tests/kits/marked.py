@@ -1,4 +1,4 @@
-"""What a page has between markers, made by a script."""
+"""The text between the markers of a page, which a script makes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def between(page: Path, mark: str) -> str:
-    """What stands between the markers of this name, of which there is one pair."""
+    """The text between the markers of this name; a page has one pair of them."""
     found = re.findall(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", page.read_text(), re.S)
     assert len(found) == 1, f"{page.name}: {len(found)} x <!-- {mark} --> … <!-- /{mark} -->"
     return str(found[0])

@@ -1,4 +1,4 @@
-"""The console blocks of a page, and a fresh environment to type them in."""
+"""The console blocks of a page, and a fresh environment that runs them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARK = "\x1e"  # between what one command says and the next
 
 @dataclass(frozen=True)
 class Step:
-    """A command, what the page shows of its output, and the line it stands in."""
+    """A command, the output that the page shows, and the line of the command."""
 
     command: str
     shown: str
@@ -48,7 +48,7 @@ def shell(markdown: str) -> list[str]:
 def fresh(folder: Path) -> Path:
     """Make a virtual environment that has pip and this environment's torch, and nothing else.
 
-    What torch and all that it requires consist of is linked: it is not downloaded again.
+    The files of torch and of its requirements are linked and not downloaded again.
     """
     venv.create(folder / "venv", with_pip=True)
     lent = folder / "lent"
@@ -87,7 +87,7 @@ def closure(name: str) -> Iterator[metadata.Distribution]:
 def type_in(
     steps: list[Step], environment: Path, folder: Path, env: dict[str, str]
 ) -> list[tuple[int, str]]:
-    """Type the commands into one bash, in ``folder``; returns exit code and output of each."""
+    """Run the commands in one bash, in ``folder``; return exit code and output of each."""
     lines = ["exec 2>&1"]
     for step in steps:
         # The exit code is kept, so that the page can show `echo $?`.

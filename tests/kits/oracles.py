@@ -1,4 +1,4 @@
-"""Oracles that share no code with the ops: loops over Python numbers, and the vectorised ones."""
+"""Oracles that share no code with the ops: loops over Python numbers, and vectorised oracles."""
 
 import math
 
@@ -8,7 +8,7 @@ from dsv4_plugin.cli.checks.oracles import RULES, Ranking, Wrong, faults, table 
 
 
 def read_one_by_one(cache, slot_mapping, block_size=64, head_dim=128):
-    """The loop of the first seed: one token at a time."""
+    """Read the cache in a loop over the slots, one token at a time."""
     out = torch.zeros(slot_mapping.numel(), head_dim)
     for i, slot in enumerate(slot_mapping.tolist()):
         if slot < 0 or cache.shape[0] == 0:

@@ -1,4 +1,4 @@
-"""Run code in a Python of its own: what is tested there is what importing and registering do."""
+"""Run code in a separate Python process, for tests of imports and registration."""
 
 from __future__ import annotations
 

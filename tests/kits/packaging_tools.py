@@ -1,4 +1,4 @@
-"""Building, installing and looking into wheels, for the tests in ``tests/packaging``."""
+"""Build, install and inspect wheels, for the tests in ``tests/packaging``."""
 
 from __future__ import annotations
 

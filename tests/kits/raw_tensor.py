@@ -1,7 +1,7 @@
-"""Tensors that torch cannot make: any shape, strides, dtype and device, over memory nobody reads.
+"""Tensors that torch cannot make: any shape, strides, dtype and device, over unread memory.
 
-They go to the compiled functions as DLPack capsules. What is refused is refused before a launch, so
-the pointer is never followed and no GPU is needed.
+The compiled functions get them as DLPack capsules. The functions must refuse them before a launch.
+Then the pointer is never followed, and no GPU is needed.
 """
 
 from __future__ import annotations

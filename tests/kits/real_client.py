@@ -1,6 +1,7 @@
-"""A release's own benchmark client, driven as ``dsv4-plugin ab`` drives it, against a fake server.
+"""A release's own benchmark client, run as ``dsv4-plugin ab`` runs it, against a fake server.
 
-It proves that the options ab gives exist there and that the result has the keys that ab reads.
+It shows that the release has the options that ab passes, and that the result has the keys that ab
+reads.
 """
 
 from __future__ import annotations

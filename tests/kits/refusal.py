@@ -1,4 +1,4 @@
-"""What a call does that an implementation cannot serve."""
+"""The behaviour of a call that an implementation cannot serve."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def serve(
 ) -> torch.Tensor:
     """Return ``call(backend)``.
 
-    ``unmet`` says why the CUDA form cannot serve it: then an explicit "cuda" must be refused with
-    that reason, and "auto" must give the result by another implementation.
+    ``unmet`` says why the CUDA form cannot serve it. Then an explicit "cuda" must be refused with
+    that reason, and "auto" must give the result with another implementation.
     """
     if backend == "cuda" and unmet is not None:
         with pytest.raises(UnmetError, match=unmet):

@@ -46,7 +46,7 @@ class Releases:
 
     @functools.cached_property
     def python(self) -> Path:
-        """The Python of the environment, which is made first where CI asks for it."""
+        """The Python of the environment; under CI the environment is made if it is missing."""
         if os.environ.get("DSV4_CI") == "1":
             command = [sys.executable, ROOT / self.maker, "--dir", self.folder, *self.arguments]
             subprocess.run([str(part) for part in command], check=True)
@@ -55,10 +55,10 @@ class Releases:
     @property
     def maker(self) -> str:
         """The script that makes the environment."""
-        return f"examples/make_{self.environment}_cpu_env.py"
+        return f"tests/environments/make_{self.environment}_cpu_env.py"
 
     def find(self, version: str) -> list[Path]:
-        """Return the folders of a release; skips a test where they are not there."""
+        """Return the folders of a release; skip the test if they are missing."""
         found = [self.folder / path.format(version) for path in self.paths]
         if not (self.python.is_file() and all(path.is_dir() for path in found)):
             pytest.skip(
@@ -110,7 +110,7 @@ class Releases:
         options: Sequence[str] = (),
         more: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        """Run ``benchmarks.engines --part forward`` dry inside a release; returns what it found.
+        """Run ``benchmarks.engines --part forward`` dry inside a release; return its results.
 
         With a ``budget`` it may be incomplete. ``options``: more of the command's. ``more``:
         variables that it gets.

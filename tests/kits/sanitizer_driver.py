@@ -2,12 +2,12 @@
 
     python tests/kits/sanitizer_driver.py [--only NAME ...] [--plant outside | uninitialised]
 
-Only kernels of this project are instrumented (test_sanitizer_gpu.py filters by name), so nothing
-that a kernel of torch wrote counts as initialised: all data is drawn on the CPU and copied. With
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is its own cudaMalloc, so that a read one element
-outside of it is seen. What lies outside of a row's window (of the scores, of the block table) is
-never written: a kernel that reads it is caught by initcheck. `--plant` makes a mistake on purpose,
-to see that the tool sees it.
+The tools watch only kernels of this project (test_sanitizer_gpu.py filters by name), so data that a
+kernel of torch writes does not count as initialised. All data is therefore drawn on the CPU and
+copied. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is its own cudaMalloc, so the tools see a
+read one element outside of it. Memory outside of a row's window (of the scores, of the block table)
+is never written, so initcheck finds a kernel that reads it. `--plant` makes a fault on purpose, to
+check that the tool finds it.
 """
 
 from __future__ import annotations

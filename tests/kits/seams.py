@@ -1,4 +1,4 @@
-"""Records of seams that are not where they are looked for, as in a release of tomorrow."""
+"""Records of seams that an engine does not have, as after a change in a later release."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Drive SGLang's real indexer: on a CPU for the tests, on a GPU for ``benchmarks.engines.forward``.
+"""Run SGLang's real indexer: on a CPU for the tests, on a GPU for ``benchmarks.engines.forward``.
 
 SGLang's own Python runs: the plugin loader with the installed entry point, the hook registry,
 ``C4IndexerBackendMixin.forward_c4_indexer``, its metadata, the Python functions around its top-k
-kernels, ``DSATopKBackend.topk_transform``, the parser. On a CPU what cannot run there is replaced
-by torch, and :data:`STANDS_IN` says what that is; on a GPU its kernels, DeepGEMM and the gather of
-prefill are the real ones (:data:`STANDS_IN_ON_GPU`). Everything is found by name, so one kit serves
+kernels, ``DSATopKBackend.topk_transform``, the parser. On a CPU torch replaces the parts that need
+a GPU; :data:`STANDS_IN` lists them. On a GPU SGLang's kernels, DeepGEMM and the gather of prefill
+are the real ones (:data:`STANDS_IN_ON_GPU`). The kit finds everything by name, so it works with
 every release from 0.5.16 on.
 """
 
@@ -82,8 +82,8 @@ class _Kernel:
 def prepare() -> None:
     """Make ``import sglang`` work beside a torch for the CPU.
 
-    torchvision's wheel cannot load its library there; all that importing it needs from that
-    library are the schemas of two ops.
+    torchvision's wheel cannot load its library there. Its import needs only the schemas of two ops
+    from that library.
     """
     if "torchvision" not in sys.modules and not torch.version.cuda:
         global _library
@@ -117,10 +117,10 @@ class Problem:
 
 
 class Engine:
-    """SGLang's indexer and the little of an engine that it needs. One per process.
+    """SGLang's indexer and the parts of an engine that it needs. One per process.
 
-    ``device`` ``"cpu"``: with torch in place of the kernels, whose calls are noted in ``calls``.
-    ``"cuda"``: with the kernels; ``stood_in`` names the packages that are empty modules here.
+    ``device`` ``"cpu"``: with torch in place of the kernels, and their calls recorded in ``calls``.
+    ``"cuda"``: with the kernels. ``stood_in`` names the packages that are empty modules here.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -285,7 +285,7 @@ class Layer:
 
         class Backend(indexer.C4IndexerBackendMixin):  # type: ignore[name-defined]
             def forward_indexer_compressor(self, **kwargs: Any) -> None:
-                """Nothing to compress: the cache is full."""
+                """Compress nothing: the cache is already full."""
 
             def _can_use_nonpaged_indexer(self, **kwargs: Any) -> bool:
                 return problem.prefill

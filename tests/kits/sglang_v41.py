@@ -1,10 +1,10 @@
-"""Drive the index layers of DeepSeek-V4.1 in SGLang: on a CPU for the tests, on a GPU for figures.
+"""Run the index layers of DeepSeek-V4.1 in SGLang: on a CPU for the tests, on a GPU for figures.
 
-On top of :mod:`kits.sglang_host`, from 0.5.22 on. SGLang's own Python runs: the two factories where
+It uses :mod:`kits.sglang_host`, from 0.5.22 on. SGLang's own Python runs: the two factories where
 its attention backend has them, ``DeepseekV4AttnBackend._low_ratio_index_topk`` with the inputs
 that it makes, ``DeepseekV41Indexer`` (projections, rotation, FP4 rounding), the methods of both
-objects, the metadata, the index pool's readers, and its Triton kernels, on a CPU by Triton's
-interpreter (``TRITON_INTERPRET=1``). :data:`STANDS_IN` says what does not run.
+objects, the metadata, the index pool's readers, and its Triton kernels, on a CPU in Triton's
+interpreter (``TRITON_INTERPRET=1``). :data:`STANDS_IN` lists what does not run.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ SOURCE = 20
 
 
 def _right_bfloat16() -> None:
-    """Let Triton's interpreter round to bfloat16 as a GPU does, and multiply matrices of it.
+    """Let Triton's interpreter round to bfloat16 as a GPU does, and multiply bfloat16 matrices.
 
-    It keeps bfloat16 as its bits, cuts off what does not fit, and multiplies the bits.
+    Without this it keeps bfloat16 as its bits, truncates, and multiplies the bits.
     """
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     builder, tl = interpreter.InterpreterBuilder, interpreter.tl
@@ -93,7 +93,7 @@ class _BlockMaxima:
 
 
 def start(device: str) -> V41:
-    """Import SGLang; on a GPU without DeepGEMM, of which V4.1 makes no use on Hopper."""
+    """Import SGLang; on a GPU without DeepGEMM, which V4.1 does not use on Hopper."""
     missing = []
     if device != "cpu":
         os.environ["SGLANG_ENABLE_JIT_DEEPGEMM"] = "0"

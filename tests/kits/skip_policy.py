@@ -1,7 +1,8 @@
-"""What a test may be left out for, and who has to say so (a pytest plugin).
+"""The reasons for which a test may be skipped (a pytest plugin).
 
-A test marked ``gpu`` is left for a machine with a CUDA device. Every other skip is a missing piece:
-under ``DSV4_CI=1`` it fails the run unless its reason starts with one of :data:`ALLOWED_SKIPS`.
+A test marked ``gpu`` is left for a machine with a CUDA device. Every other skip means that
+something is missing: under ``DSV4_CI=1`` it fails the run unless its reason starts with one of
+:data:`ALLOWED_SKIPS`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pytest
 
 NO_NVCC = "no nvcc here: the compiled wheel cannot be built"
 ALLOWED_SKIPS = (NO_NVCC,)
+NO_BROWSER = "no Chromium here: the site cannot be looked at"
 LEFT_FOR_GPU = "needs a CUDA device: left for the GPU machine (make test-gpu)"
 
 
@@ -34,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class SkipPolicy:
-    """Counts what was left out, and fails the run for what nobody allowed."""
+    """Counts skipped tests, and fails the run for a skip that is not allowed."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -44,7 +46,7 @@ class SkipPolicy:
 
     @property
     def forbidden(self) -> dict[str, list[str]]:
-        """Reason -> tests, for the reasons that are on no list."""
+        """Reason -> tests, for the reasons that are not allowed."""
         return {r: t for r, t in self.skips.items() if not r.startswith(ALLOWED_SKIPS)}
 
     @pytest.hookimpl(tryfirst=True)

@@ -1,7 +1,7 @@
 """Empty modules in place of native packages that an engine imports and that are not installed.
 
-Nothing of them is called by what is driven here; whatever an import asks of them is there. A
-package that is installed is never stood in for.
+The code under test calls nothing of them. They have every attribute that an import asks for. A
+package that is installed is never replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Empty", "alias", "stand_in"]
 
 
 class _Anything:
-    """Whatever an import may ask of a native package: a decorator, a constant, a base class."""
+    """Acts as anything that an import asks of a package: a decorator, a constant, a base class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -41,7 +41,7 @@ class _Anything:
 
 
 class Empty(types.ModuleType):
-    """A module in which everything is found."""
+    """A module in which every attribute exists."""
 
     __path__: list[str] = []
 

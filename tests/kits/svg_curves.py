@@ -1,4 +1,4 @@
-"""What a drawn SVG shows: the curves of each panel, whatever the fonts made of its margins."""
+"""The curves of each panel in a drawn SVG, independent of the fonts' margins."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Drive TokenSpeed's real kernel registry, facades, plugin loaders and readers.
+"""Run TokenSpeed's real kernel registry, facades, plugin loaders and readers.
 
 On a CPU for the tests, on a GPU for ``benchmarks.engines.forward``.
 
 TokenSpeed's own Python runs: registry, selection, the ``dsa_*`` and ``dsv4_*`` facades,
 ``discover_plugins`` and ``ensure_loaded`` with the installed entry points, the writer and reader of
-the indexer cache. What cannot run without a GPU is replaced, and :data:`STANDS_IN` says how; on a
-GPU its Triton kernels and DeepGEMM are the real ones (:data:`STANDS_IN_ON_GPU`).
+the indexer cache. The parts that need a GPU are replaced; :data:`STANDS_IN` says how. On a GPU
+TokenSpeed's Triton kernels and DeepGEMM are the real ones (:data:`STANDS_IN_ON_GPU`).
 
-The package's ``__init__`` imports every op and every native package: it is entered by its
-sub-modules. On a CPU it poses as Ampere while it is imported, so that Hopper's native packages are
-not, and as Hopper afterwards.
+The package's ``__init__`` imports every op and every native package, so the kit imports the
+sub-modules directly. On a CPU it reports an Ampere GPU during the imports, so that Hopper's native
+packages are not imported, and a Hopper GPU afterwards.
 """
 
 from __future__ import annotations

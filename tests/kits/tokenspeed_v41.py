@@ -1,9 +1,10 @@
 """DeepSeek-V4.1's index layers in TokenSpeed's own code: its backend's ``select_global``, on a CPU.
 
 On a GPU the facade, the registry and the Hopper kernel are TokenSpeed's own. On a CPU the backend,
-the facade, the registry and the Hopper kernel's Python around DeepGEMM and its selections run as
-they are. TokenSpeed's Triton kernels and its DeepSelect need a GPU: torch stands in for them, each
-with the results its documentation states, and raises where the kernel would not take the call.
+the facade, the registry and the Hopper kernel's Python around DeepGEMM and its selections run
+unchanged. TokenSpeed's Triton kernels and its DeepSelect need a GPU, so torch replaces them. Each
+replacement has the results that the kernel's documentation states, and raises if the kernel would
+not take the call.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ UNUSED = (
 
 
 class OnGpu(torch.Tensor):
-    """A tensor in the CPU's memory that says that it is on a GPU."""
+    """A tensor in the CPU's memory that reports a GPU as its device."""
 
     is_cuda = True
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor without its pose."""
+    """Return the tensor with its real device."""
     return tensor.as_subclass(torch.Tensor)
 
 
@@ -80,7 +81,7 @@ class V41:
         return self._backend
 
     def _stand_in(self) -> None:
-        """Put torch in the place of what needs a GPU."""
+        """Replace with torch the parts that need a GPU."""
         for name in (
             "quantize_index_queries", "safe_metadata", "clean_logits", "dense_ranges",
             "candidate_scores", "_finish_topk",

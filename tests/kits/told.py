@@ -1,4 +1,4 @@
-"""What ``DSV4_LOG=debug`` has to say in every engine; used by ``host_debug.py`` of each."""
+"""The content of ``DSV4_LOG=debug`` in every engine; used by ``host_debug.py`` of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ empty_settings = pytest.mark.parametrize(
 
 
 def forget() -> None:
-    """Let everything be said again, as in a new process."""
+    """Allow every line to be logged again, as in a new process."""
     log._said.clear()
     backends._load.cache_clear()  # the first use of an op is said when its form is loaded
 
@@ -33,14 +33,14 @@ def told(caplog) -> list[str]:
 
 
 def check_warned(caplog, variable: str, value: str) -> None:
-    """A wrong value that nothing depends on is one WARNING; an empty one is no line at all."""
+    """A wrong value without effect is one WARNING; an empty value gives no line."""
     loud = [r for r in caplog.records if r.name == "dsv4_plugin" and r.levelno >= logging.WARNING]
     assert [r.levelno for r in loud] == [logging.WARNING] * bool(value.strip())
     assert all(r.getMessage().startswith(f"{variable} is {value!r}") for r in loud)
 
 
 def check_process(lines: list[str], engine: str) -> None:
-    """The process, the versions, the library, and every setting with where it came from."""
+    """The process, the versions, the library, and every setting with its source."""
     text = "\n".join(lines)
     assert f"process {os.getpid()} (parent {os.getppid()})" in text and f" in {engine}: " in text
     assert "versions: dsv4-plugin" in text and "torch 2." in text

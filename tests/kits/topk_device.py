@@ -1,7 +1,7 @@
-"""What the GPU tests of the top-k share: where they run, guarded buffers, draws of rows.
+"""Shared by the GPU tests of the top-k: the device, guarded buffers, draws of rows.
 
-They are made for a GPU. Where a test is run without one it uses the torch reference, which is how
-the tests themselves are tried out.
+They are made for a GPU. Without a GPU a test uses the torch reference, so that the tests themselves
+can be tried.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Guarded = functools.partial(canary.Guarded, device=DEVICE)
 def run(logits, lengths, k, **more):
     """Call the implementation under test.
 
-    Without `out` every tensor of the call lies between canaries, which are looked at afterwards;
-    who brings an `out` (for a graph, a stream, guards of its own) gets the plain call.
+    Without `out` every tensor of the call lies between canaries, which are checked afterwards;
+    a caller that passes an `out` (for a graph, a stream, its own guards) gets the plain call.
     """
     more["backend"] = BACKEND
     if more.get("out") is not None:

@@ -1,4 +1,4 @@
-"""vLLM's two functions of DeepSeek-V4.1's candidate blocks, in torch: its own are Triton for CUDA.
+"""vLLM's two functions of DeepSeek-V4.1's candidate blocks, in torch; vLLM's are Triton for CUDA.
 
 Both follow the functions of ``vllm.model_executor.kernels.attention.dsa.candidate_blocks`` in
 releases 0.31 and later. Candidates come in the order of ``torch.topk``, the best block first, as in
@@ -16,7 +16,7 @@ __all__ = ["Candidates"]
 
 
 class Candidates:
-    """The two functions; they note their calls."""
+    """The two functions; they record their calls."""
 
     def __init__(self, calls: list[Call]) -> None:
         def select_candidate_blocks(

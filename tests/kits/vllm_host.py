@@ -1,12 +1,11 @@
-"""Drive vLLM's real sparse indexer on a CPU, for the demo and the tests.
+"""Run vLLM's real sparse indexer on a CPU, for the demo and the tests.
 
 vLLM's own Python runs: ``SparseAttnIndexer``, the custom op ``vllm::sparse_attn_indexer``, its
-top-k dispatcher, its workspace. What cannot run without a GPU is replaced by torch, and
-:data:`STANDS_IN` says what that is. Everything is found by signature, so one kit serves every
-release from 0.26 on.
+top-k dispatcher, its workspace. torch replaces the parts that need a GPU; :data:`STANDS_IN` lists
+them. The kit finds everything by signature, so it works with every release from 0.26 on.
 
-A stand-in for a compiled op takes what the compiled op takes and nothing else: float32 logits, or
-it raises. Columns a kernel would not write hold NaN, so a consumer that reads them shows.
+A replacement of a compiled op takes exactly what the compiled op takes, float32 logits, or it
+raises. Columns that a kernel would not write hold NaN, so a wrong read of them becomes visible.
 """
 
 from __future__ import annotations

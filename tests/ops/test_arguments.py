@@ -1,6 +1,6 @@
-"""What holds for the arguments of every op, on its public face and as ``torch.ops.dsv4``.
+"""The rules for the arguments of every op, in its public function and as ``torch.ops.dsv4``.
 
-Each test goes over all ops: a fault in one of them was, each time, a fault of a kind.
+Each test covers all ops, because a fault in one op was a fault in several each time.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 @functools.cache
 def served(op: str) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
-    """What a plain call leaves in its outputs, and what one makes that has none."""
+    """The outputs that a plain call writes, and those that a call without outputs makes."""
     return answer(op, public(op)), made(op, arguments(op))
 
 
@@ -419,7 +419,7 @@ def test_bad_outputs_of_a_gather() -> None:
 
 
 def test_the_chain_is_checked_before_it_computes() -> None:
-    """The scores' buffer is left alone where the selection is what is refused."""
+    """The scores' buffer does not change if the selection is refused."""
     given = arguments("select")
     given["logits"].fill_(-77.0)
     for name, value in (("k", 0), ("page_size", -1), ("out_raw", given["out_raw"].long())):
@@ -494,7 +494,7 @@ def slices(offset: int, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("op", ["topk", "select"])
 def test_slices_of_one_buffer(op: str) -> None:
-    """What lies between each other is separate, what has a byte in common is not."""
+    """Interleaved tensors are separate; tensors with a common byte are not."""
     want, _ = served(op)
     for offset in (K, K + 1, 4 * K):
         given = arguments(op)

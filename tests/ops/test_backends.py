@@ -1,4 +1,4 @@
-"""The one dispatch: what auto takes, what an explicit choice gets, and what it is told."""
+"""The dispatch: the choice of auto, the effect of an explicit choice, and its messages."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_a_wrong_setting_is_an_error_of_the_call(
     monkeypatch.setenv("DSV4_BACKEND", "cudnn")
     with pytest.raises(SettingError, match="DSV4_BACKEND"):
         backends.resolve(TOPK)
-    # What is wrong with a setting that an op does not read is not the op's to say.
+    # An op does not report a wrong value of a setting that it does not read.
     monkeypatch.setenv("DSV4_BACKEND", "")
     monkeypatch.setenv("DSV4_TOPK", "bf17")
     assert backends.resolve(TOPK)

@@ -104,7 +104,7 @@ def test_narrow_buffers_clip_the_rows(blocks, columns, backend, device):
 
 
 def test_zeros_of_both_signs(backend, device):
-    """0.0 is larger than -0.0, whichever comes first; scales below zero make -0.0 of 0.0."""
+    """0.0 is larger than -0.0, whichever comes first; negative scales turn 0.0 into -0.0."""
     case = draw([64, 64])
     case.weights[:] = case.weights.abs()
     case.q.view(torch.uint8)[:] = 0  # every product and every sum is 0.0
@@ -506,7 +506,7 @@ def _any_candidates(rows, held, seed=0):
 @pytest.mark.parametrize("block_size", [64, 32])
 @pytest.mark.parametrize("next_n", [1, 2])
 def test_any_candidates_are_safe(next_n, block_size, backend, device):
-    """In any order they are scored; whatever they are, what comes out is -1 or a visible key."""
+    """Candidates in any order are scored; for any values the result is -1 or a visible key."""
     case = draw([512, 100, 0, 1, 9, -1, 300, 513], next_n, block_size=block_size).to(device)
     q, cache, weights, n, table = case.arguments
     chosen = _any_candidates(8, 64).to(device)
@@ -537,7 +537,7 @@ def test_any_candidates_are_safe(next_n, block_size, backend, device):
 
 
 def test_candidates_past_a_row_that_became_shorter(backend, device):
-    """Those of an earlier step, ascending: what the row no longer sees is not counted."""
+    """Candidates of an earlier step, ascending: keys that the row no longer sees do not count."""
     case = draw([512, 40, 9, 8, 1, 0]).to(device)
     q, cache, weights, n, table = case.arguments
     chosen = torch.arange(64, device=device).int().expand(6, -1).contiguous()
@@ -646,7 +646,7 @@ def test_the_chain_of_any_candidates_is_safe(backend, device):
 
 
 def test_short_rows_need_no_scores(backend, device):
-    """A row that sees no more than k columns has all of them, whatever lies in its scores."""
+    """A row that sees at most k columns selects all of them, whatever its scores are."""
     n = torch.tensor([100, 64, 3, 0], device=device)
     chosen = select_blocks(torch.zeros(4, 13, device=device), n, 13, backend=backend)
     for filling in (torch.nan, -torch.inf, 5.0):

@@ -1,7 +1,7 @@
-"""The candidate ops on a GPU: large shapes, memory, CUDA graphs, and scores that depend on nothing.
+"""The candidate ops on a GPU: large shapes, memory, CUDA graphs, and scores of independent rows.
 
-Small shapes and every rule are in test_candidates.py, which runs on a GPU too. The oracle is a
-stable sort on the scores of ``paged_logits``; nothing is compared with a tolerance.
+Small shapes and every rule are in test_candidates.py, which also runs on a GPU. The oracle is a
+stable sort on the scores of ``paged_logits``; no comparison has a tolerance.
 """
 
 import pytest

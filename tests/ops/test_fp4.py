@@ -1,8 +1,8 @@
 """The index logits of FP4 keys: rounding, ties, blocks and candidates, in each implementation.
 
-What is common to all keys (lengths, missing pages, independence) test_logits.py and
-test_candidates.py have in full; here it is looked at once more where the FP4 kernels have code of
-their own.
+test_logits.py and test_candidates.py fully test the rules that all keys share (lengths, missing
+pages, independence of rows). This file tests them again where the FP4 kernels have code of their
+own.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The paged gather: quantised bit for bit, dequantised like the read."""
+"""The paged gather: the quantised form bit for bit, the dequantised form equal to the read."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``torch.ops.dsv4.*``: schemas, fakes, compilation, and the road around the dispatcher."""
+"""``torch.ops.dsv4.*``: schemas, fakes, compilation, and the direct call around the dispatcher."""
 
 from __future__ import annotations
 
@@ -432,7 +432,7 @@ def test_fakes_of_the_candidate_ops(dtype: torch.dtype) -> None:
         with FakeTensorMode() as mode:
             fake = function(*map(mode.from_tensor, inputs), K)
         assert (fake.shape, fake.dtype) == ((4, K), torch.int32)
-    with FakeTensorMode() as mode:  # `out` is made where only the others are given
+    with FakeTensorMode() as mode:  # `out` is made if only the others are given
         inputs = tuple(map(mode.from_tensor, scored()))
         every = mode.from_tensor(torch.zeros(4, 64, dtype=dtype))
         fake = block_maxima(*inputs, logits=every)

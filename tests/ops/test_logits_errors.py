@@ -1,7 +1,7 @@
-"""Bad input of the logits' kernels: an error that names the argument, before anything is launched.
+"""Bad input of the logits' kernels: an error that names the argument, before a launch.
 
-As test_topk_errors.py: the compiled functions are called past the Python checks, with tensors on
-memory that does not exist. That needs the library but no GPU.
+As in test_topk_errors.py, the tests call the compiled functions without the Python checks, with
+tensors on memory that does not exist. They need the library but no GPU.
 """
 
 from __future__ import annotations

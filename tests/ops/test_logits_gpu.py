@@ -1,6 +1,6 @@
-"""Index logits on a GPU: large shapes, memory, CUDA graphs, and scores that depend on nothing else.
+"""Index logits on a GPU: large shapes, memory, CUDA graphs, and scores of independent rows.
 
-The bound is in logits_cases.py. Small shapes are in test_logits.py, which runs on a GPU too.
+The bound is in logits_cases.py. Small shapes are in test_logits.py, which also runs on a GPU.
 """
 
 import pytest
@@ -232,7 +232,7 @@ def bits_of(x):
 
 
 def test_what_lies_past_the_length_changes_nothing():
-    """NaN in keys and scales past the length, pages nobody has, and the rest of the table."""
+    """NaN in keys and scales past the length, in unused pages, and in the rest of the table."""
     n = lengths_of(30, 900)
     case = paged(n, columns=1024).to(DEVICE)
     clean = filled(30, 1024)

@@ -1,7 +1,7 @@
-"""compute-sanitizer on a case for each path of the kernels: no error of any of its tools.
+"""compute-sanitizer on a case for each path of the kernels: none of its tools finds an error.
 
-The cases are in sanitizer_driver.py. Some of them are run with a mistake planted, so that a clean
-report is known to come from kernels that were looked at.
+The cases are in sanitizer_driver.py. Some run with a fault made on purpose, which the tools must
+find. So a clean report means that the tools did check the kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Top-k on a GPU: the same answer with every number of threads and CTAs a row."""
+"""Top-k on a GPU: the same answer for every number of threads and of CTAs for a row."""
 
 import pytest
 import torch

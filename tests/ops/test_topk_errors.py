@@ -1,8 +1,8 @@
-"""Bad input of the top-k: an error that names the argument, before anything is launched.
+"""Bad input of the top-k: an error that names the argument, before a launch.
 
-The compiled function is called past the Python checks, with tensors that torch cannot make, on
-memory that does not exist: had anything been launched, there would be another error. That needs the
-library but no GPU. The public function is called on a GPU, where it must leave `out` alone.
+The tests call the compiled function without the Python checks, with tensors that torch cannot make,
+on memory that does not exist. A launch would give another error. They need the library but no GPU.
+They call the public function on a GPU, where it must not change `out`.
 """
 
 import pytest

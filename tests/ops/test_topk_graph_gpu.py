@@ -1,4 +1,4 @@
-"""Top-k on a GPU: CUDA graphs, streams, and rows that depend on themselves only."""
+"""Top-k on a GPU: CUDA graphs, streams, and the independence of rows."""
 
 import pytest
 import torch

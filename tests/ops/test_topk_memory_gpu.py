@@ -1,4 +1,4 @@
-"""Top-k on a GPU and memory: alignment, strides, far rows, dirty buffers, guard zones."""
+"""Top-k and memory on a GPU: alignment, strides, far rows, dirty buffers, guard zones."""
 
 import pytest
 import torch

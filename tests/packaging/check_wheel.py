@@ -1,9 +1,10 @@
-"""``make check-wheel``: a wheel as a user gets it, in a fresh environment for each torch.
+"""``make check-wheel``: check a wheel as a user installs it, in a fresh environment for each torch.
 
-    python tests/packaging/check_wheel.py dist/*.whl torch==2.11.0 torch==2.13.0
+    python tests/packaging/check_wheel.py dist/*.whl torch==2.11.0 python3.13:torch==2.15.0
 
-Each environment is made, checked and removed. On a Hopper GPU the compiled kernels run; elsewhere
-the library is loaded and its refusal of CPU tensors is looked at.
+Before the colon stands the interpreter; without one it is that of this script. Each environment is
+made, checked and removed. On a Hopper GPU the compiled kernels run; elsewhere the library is loaded
+and its refusal of CPU tensors is looked at. A missing interpreter is named, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import venv
 import zipfile
 from pathlib import Path
 
@@ -44,6 +45,16 @@ want = want.sort(dim=1).values.to(device)
 check(topk(logits, lengths, 512, backend="torch"), want)
 print("topk by torch on", device, "is exact")
 
+from dsv4_plugin.ops import torch_library
+
+for name in dsv4_plugin.__all__:
+    getattr(dsv4_plugin, name)
+assert {"topk", "select", "candidate_select_out"} <= {*torch_library.registered}
+for name in torch_library.registered:
+    assert getattr(torch.ops.dsv4, name).default._schema.name == f"dsv4::{name}", name
+check(torch.ops.dsv4.topk(logits, lengths, 512, backend="torch"), want)
+print(len(torch_library.registered), "ops are in torch.ops.dsv4, and its topk is exact")
+
 if "library" not in sys.argv:
     sys.exit()
 from dsv4_plugin.kernels import cuda
@@ -70,9 +81,9 @@ else:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s WHEEL TORCH [TORCH …]")
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s WHEEL [PYTHON:]TORCH …")
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("torch", nargs="+", help="a requirement: torch==2.11.0")
+    parser.add_argument("torch", nargs="+", help="torch==2.11.0, or python3.13:torch==2.11.0")
     arguments = parser.parse_args()
     wheel = arguments.wheel.resolve()
     if not wheel.is_file():
@@ -80,24 +91,39 @@ def main() -> int:
     with zipfile.ZipFile(wheel) as archive:
         library = "dsv4_plugin/_C.so" in archive.namelist()
     print(f"{wheel.name}, {'with' if library else 'WITHOUT'} the compiled kernels")
-    for torch in arguments.torch:
+    if library == wheel.name.endswith("-any.whl"):
+        parser.error(f"{wheel.name} has the tag of a wheel {'without' if library else 'with'} them")
+    left = []
+    for wanted in arguments.torch:
+        name, _, torch = wanted.rpartition(":")
+        python = shutil.which(name) if name else sys.executable
+        if python is None or not starts(python):
+            left.append(f"{wanted}: there is no {name} on PATH")
+            continue
         with tempfile.TemporaryDirectory(prefix="dsv4-wheel-") as folder:
-            check(Path(folder), wheel, library, torch)
-    return 0
+            check(Path(folder), wheel, library, python, torch)
+    for line in left:
+        print(f"NOT CHECKED, {line}")
+    return 1 if left else 0
 
 
-def check(folder: Path, wheel: Path, library: bool, torch: str) -> None:
+def starts(python: str) -> bool:
+    """Say whether an interpreter runs: a version manager has names of what it does not run."""
+    return subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+
+
+def check(folder: Path, wheel: Path, library: bool, python: str, torch: str) -> None:
     """Install ``wheel`` beside ``torch`` in a new environment in ``folder`` and try it."""
     began = time.monotonic()
-    print(f"\n{torch}: installing (the CUDA builds of torch are some GB)", flush=True)
-    venv.create(folder / "venv", with_pip=True)
-    python = folder / "venv" / "bin" / "python"
-    call(folder, python, "-m", "pip", "install", "-q", "--no-cache-dir", wheel, torch)
-    call(folder, python, "-m", "pip", "check")
+    print(f"\n{python}, {torch}: installing (the CUDA builds of torch are some GB)", flush=True)
+    call(folder, python, "-m", "venv", folder / "venv")
+    bin = folder / "venv" / "bin"
+    call(folder, bin / "python", "-m", "pip", "install", "-q", "--no-cache-dir", wheel, torch)
+    call(folder, bin / "python", "-m", "pip", "check")
     version = wheel.name.split("-")[1]
 
     # 1: what a machine without a Hopper GPU is told; 0: the kernels can serve.
-    done = call(folder, folder / "venv/bin/dsv4-plugin", "doctor", "--json", codes=(0, 1))
+    done = call(folder, bin / "dsv4-plugin", "doctor", "--json", codes=(0, 1))
     report = json.loads(done)
     assert report["versions"]["dsv4-plugin"] == version, report["versions"]
     assert (
@@ -110,10 +136,10 @@ def check(folder: Path, wheel: Path, library: bool, torch: str) -> None:
     print("  doctor:", ", ".join(f"{name} {report['versions'][name]}" for name in names))
     print("  doctor:", report["verdict"])
 
-    for line in call(folder, python, "-c", PROBE, *["library"] * library).splitlines():
+    for line in call(folder, bin / "python", "-c", PROBE, *["library"] * library).splitlines():
         print(" ", line)
     link_tools(folder)
-    done = call(folder, python, "-m", "tests.fuzz", "--cases", "60", "--seed", "1")
+    done = call(folder, bin / "python", "-m", "tests.fuzz", "--cases", "60", "--seed", "1")
     print("  fuzz:", done.splitlines()[-1], flush=True)
     print(f"  passed in {time.monotonic() - began:.0f} s", flush=True)
 

@@ -1,4 +1,4 @@
-"""The wheels, each built once a session, from a copy of the tracked files."""
+"""The wheels: each is built once a session, from a copy of the tracked files."""
 
 from __future__ import annotations
 

@@ -1,12 +1,15 @@
-"""CHANGELOG.md and the tags: a section for each release, and a release for each section."""
+"""CHANGELOG.md and the tags: each release has a section, and each section has a release."""
 
 from __future__ import annotations
 
 import datetime
 import re
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
-from kits.packaging_tools import ROOT, run
+from kits.packaging_tools import ROOT, check, run
 
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 NONE_YET = "There is no release yet."
@@ -50,6 +53,30 @@ def problems(text: str, tags: list[str]) -> list[str]:
 def test_the_changelog_has_the_releases_that_were_tagged() -> None:
     done = run(["git", "tag", "--list", "v*"], ROOT)
     assert problems(CHANGELOG, done.stdout.split() if done.returncode == 0 else []) == []
+
+
+def test_the_tag_of_the_newest_section_is_the_version(tmp_path: Path) -> None:
+    """As docs/packaging.md says it, in a repository that has the settings of this one."""
+    newest = re.search(r"^## (\d+\.\d+\.\d+) ", CHANGELOG, re.M)
+    assert newest
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+
+    def version(*command: str) -> str:
+        check([*git, *command], tmp_path)
+        return check([sys.executable, "-m", "setuptools_scm"], tmp_path).stdout.split()[-1]
+
+    check(["git", "init", "-q", "."], tmp_path)
+    (tmp_path / ".gitignore").write_text("dsv4_plugin\n")  # the file with the version
+    (tmp_path / "dsv4_plugin").mkdir()
+    check(["git", "add", "."], tmp_path)
+    assert re.fullmatch(r"0\.1(\.0)?\.dev1\+g\w+", version("commit", "-qm", "first"))
+    assert version("tag", "-a", f"v{newest[1]}", "-m", "x") == newest[1]
+    major, minor, patch = map(int, newest[1].split("."))
+    later = version("commit", "--allow-empty", "-qm", "second")
+    assert re.fullmatch(rf"{major}\.{minor}\.{patch + 1}\.dev1\+g\w+", later)
+    (tmp_path / "pyproject.toml").open("a").write("# changed\n")
+    assert re.fullmatch(rf"{re.escape(later)}\.d\d{{8}}", version("status"))
 
 
 GOOD = """# Changelog

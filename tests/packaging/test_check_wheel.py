@@ -1,4 +1,4 @@
-"""``make check-wheel``'s script without its downloads: what it looks for fails when it is wrong."""
+"""``make check-wheel``'s script without its downloads: it fails for each fault that it covers."""
 
 from __future__ import annotations
 

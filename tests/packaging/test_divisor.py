@@ -1,4 +1,4 @@
-"""The division of the kernels against the compiler's; compiled, and run without a GPU."""
+"""The division of the kernels against the compiler's, compiled and run without a GPU."""
 
 from __future__ import annotations
 

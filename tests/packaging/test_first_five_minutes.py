@@ -94,7 +94,7 @@ def test_the_page_is_linked_from_the_readme() -> None:
 IN_THE_TRANSCRIPT = [r"(DSV4_BUILD_CUDA=1 )?pip install \.", r"dsv4-plugin doctor"]
 SMALLER_IN_THE_TRANSCRIPT = [r"dsv4-plugin (recall|bench) .*"]  # minutes, not seconds
 A_TOOL_OF_THE_CHECKOUT = [r"python -m (tests\.fuzz|benchmarks\.soak) .*"]  # minutes, not seconds
-A_STEP_OF_CI = [r"make (demo|env|test|lint|docs)", r"dsv4-plugin doctor --engines"]
+A_STEP_OF_CI = [r"make (demo|env|test|lint|docs|check-site)", r"dsv4-plugin doctor --engines"]
 NEEDS_AN_ENGINE_AND_A_GPU = [r"(\w+=\S+ )*(vllm|sglang|tokenspeed) serve .*"]
 NEEDS_AN_ENGINE_BUT_HAS_A_DRY_RUN = [r"dsv4-plugin ab .*"]
 NEEDS_A_GPU = [r"make test-gpu"]

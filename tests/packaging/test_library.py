@@ -1,6 +1,7 @@
-"""The wheel with the kernels: its tag, and what its library exports, needs and loads under.
+"""The wheel with the kernels: its tag, and the library's exports, needs and loading.
 
-In one file, which ``pytest --dist loadfile`` gives to one worker: the wheel is built once.
+All is in one file, which ``pytest --dist loadfile`` gives to one worker, so that the wheel is built
+once.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def test_install_of_the_cuda_wheel(cuda_wheel: Wheel, tmp_path: Path) -> None:
 def test_only_tvm_ffi_functions_are_exported(library: Path) -> None:
     exported = exports(library)
     assert [name for name in exported if not name.startswith("__tvm_ffi_")] == []
-    # What the package calls is there, and nothing is there that it does not call.
+    # The library exports exactly the functions that the package calls.
     source = (ROOT / "dsv4_plugin/kernels/cuda.py").read_text()
     calls = re.findall(r'_(?:function|compiled)\("(\w+)"', source)
     assert calls and {f"__tvm_ffi_{name}" for name in calls} == set(exported)
@@ -164,7 +165,7 @@ def code_bytes(library: Path, folder: Path) -> dict[str, int]:
 
 
 def test_no_kernel_has_outgrown_what_a_launch_fetches(library: Path, tmp_path: Path) -> None:
-    """A launch brings 64 KB of a kernel's code; what lies behind is waited for in a server.
+    """A launch loads 64 KB of a kernel's code; in a server the kernel waits for code beyond them.
 
     Of the top-k's kernels some 40 KB are rare parts, which lie last (docs/notes/topk.md).
     """

@@ -1,4 +1,4 @@
-"""The same tools in the hooks as in the environment; one floor for the build and the run."""
+"""The hooks and the environment have the same tools; build and run have the same oldest version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The top-k's table of choices on devices of several sizes; compiled, and run without a GPU."""
+"""The top-k's table of choices on devices of several sizes, compiled and run without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in the wheels, and how they are tagged."""
+"""The content of the wheels, and their tags."""
 
 from __future__ import annotations
 
@@ -105,6 +105,10 @@ def test_sdist_holds_all_that_a_build_needs(sdist: Path, tree: Path) -> None:
 def test_metadata(pure_wheel: Wheel) -> None:
     metadata = pure_wheel.read(".dist-info/METADATA")
     assert "License-Expression: Apache-2.0" in metadata
+    assert "Author: the dsv4_plugin authors" in metadata
+    pythons = re.findall(r"^Classifier: .* :: Python :: (3\.\d+)$", metadata, re.M)
+    makefile = (ROOT / "Makefile").read_text()
+    assert pythons == sorted(set(re.findall(r"\bpython(3\.\d+):torch==", makefile)))
     requires = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata, re.M)
     assert {re.split(r"[<>=!~ ]", r)[0] for r in requires} == {"torch", "apache-tvm-ffi"}
     (torch,) = [r for r in requires if r.startswith("torch")]

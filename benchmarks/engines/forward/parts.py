@@ -1,4 +1,4 @@
-"""What both engines share: variants of the settings, one measured call, how an answer is judged."""
+"""Shared by both engines: variants of the settings, one measured call, the check of an answer."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ __all__ = [
 
 
 class ForwardSide:
-    """What the driver asks of either engine, and both answer alike."""
+    """The interface to the driver that both engines share."""
 
     def head(self, document: Row) -> Iterator[str]:
-        """Give what is said before the parts are run."""
+        """Return the lines that are printed before the parts run."""
         yield (f"{document['version']} on {document['machine'].get('gpu', 'no GPU')}, started in "
                f"{document['start_s']} s; stood in for: "
                f"{', '.join(document['stands_in'])}")  # fmt: skip
 
     def engaged(self) -> contextlib.AbstractContextManager[None]:
-        """Return what the parts run in: nothing, the engine loads the plugin itself."""
+        """Return an empty context for the parts, because the engine loads the plugin itself."""
         return contextlib.nullcontext()
 
     def tables(self, results: list[Row]) -> list[str]:
-        """Return no tables: ``benchmarks.tables`` makes them of the file."""
+        """Return no tables: ``benchmarks.tables`` makes them from the file."""
         return []
 
 
 def settings(values: Mapping[str, str], device: str) -> None:
-    """Put the plugin's settings of a variant into the environment, and no others."""
+    """Put the plugin's settings of a variant into the environment, and remove all others."""
     for variable in VARIABLES:
         os.environ.pop(variable.name, None)
     if values:
@@ -57,18 +57,18 @@ def settings(values: Mapping[str, str], device: str) -> None:
 
 
 def use(variant: str, forget: Callable[[], None], device: str) -> None:
-    """Put a variant's settings in force; ``forget`` makes the adapter decide anew."""
+    """Put a variant's settings in force; ``forget`` makes the adapter decide again."""
     settings(VARIANTS[variant], device)
     forget()
 
 
 def stands_in(known: Mapping[str, str], modules: Iterable[str]) -> dict[str, str]:
-    """Return what is not the engine's own, with the modules that are empty."""
+    """Return the replaced parts of the engine, with the empty modules."""
     return {**known, **dict.fromkeys(modules, "an empty module: nothing of it is called")}
 
 
 def agreement(off: torch.Tensor | None, found: torch.Tensor) -> Row:
-    """Return how far an answer agrees with ``off``, the engine's without the plugin, if any."""
+    """Return how far an answer agrees with ``off``, the answer without the plugin, if given."""
     if off is None:
         return {}
     mean, worst = shared(off, found)
@@ -85,9 +85,9 @@ def measured(
     graph: bool = True,
     plugin: bool = True,
 ) -> tuple[Row, torch.Tensor]:
-    """Call eagerly and judge; capture, replay and compare; time. Returns the row and the answer.
+    """Call eagerly and check; capture, replay and compare; time. Return the row and the answer.
 
-    ``answer`` gives the sorted set that the outputs hold now. A replay must leave the same.
+    ``answer`` returns the sorted set that the outputs hold now. A replay must give the same set.
     """
     state.counters.clear()
     soil()

@@ -34,7 +34,7 @@ PREFILL = {"cuda": [(512, 8192)], "cpu": [(4, 700)]}
 
 
 class Side(ForwardSide):
-    """The parts of SGLang. The plugin is loaded after all that runs without it has run."""
+    """The parts of SGLang. All parts without the plugin run before the plugin is loaded."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.device = arguments, arguments.device
@@ -42,12 +42,12 @@ class Side(ForwardSide):
         self.engine = Engine(self.device)
         self.decode = arguments.shapes or DECODE[self.device]
         self.prefill = arguments.prefill or PREFILL[self.device]
-        self.off: dict[str, torch.Tensor] = {}  # what was selected without the plugin
+        self.off: dict[str, torch.Tensor] = {}  # the selection without the plugin
         self.projected = self.device == "cuda"
         self._spy()
 
     def about(self) -> Row:
-        """Say what is the engine's own here and what is not."""
+        """Return which parts are the engine's own and which are replaced."""
         known = STANDS_IN_ON_GPU if self.device == "cuda" else STANDS_IN
         return {
             "version": f"SGLang {self.engine.version}",
@@ -86,7 +86,7 @@ class Side(ForwardSide):
                 yield Part(f"{name} {variant}", do)
 
     def _queries(self) -> list[Row]:
-        """Try the indexer's own projections and fused kernel; without them queries are random."""
+        """Try the indexer's own projections and fused kernel; if they fail, queries are random."""
         if not self.projected:
             return []
         self.projected = False
@@ -156,14 +156,14 @@ class Side(ForwardSide):
             if variant == OFF:
                 scores.problem = Case(self.seen[0], problem.lengths)
             row = scores.judge(found)
-            if variant == OFF and row["exact"]:  # ties in no order to rely on
+            if variant == OFF and row["exact"]:  # ties have no defined order
                 row.pop("why", None)
             if variant == OFF:
                 row.pop("lowest_index")
             if problem.raw is not None and not torch.equal(problem.slots(problem.raw), problem.out):
                 row |= {"exact": False, "why": "slots are not the raw indices' slots"}
             row["scores"] = str(scores.problem.logits.dtype) if scores.problem else None
-            # Without the plugin the answer is SGLang's own: exact or not, it is what it is.
+            # Without the plugin the answer is SGLang's own, which need not be exact.
             row["right"] = variant == OFF or (row["exact"] and row["lowest_index"])
             return row
 

@@ -1,9 +1,9 @@
 """SGLang's index layers of DeepSeek-V4.1: its own code beside the plugin, on the same tensors.
 
-Decode of one row, verification of six rows of a request, and the prefill of one request. The
-eight layers run one after the other as the model calls them; ``us`` is for all of them, ``layers``
-has the first plain layer, the source and the first consumer alone. Queries and head weights are
-made by SGLang's own code, once, outside of all times.
+It runs decode of one row, verification of six rows of a request, and the prefill of one request.
+The eight layers run one after the other as the model calls them. ``us`` is the time of all of them.
+``layers`` has the first plain layer, the source and the first consumer alone. SGLang's own code
+makes the queries and head weights once, outside of all times.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ DECODE = {
 }
 # Rows of the last chunk, and the keys that its last row sees.
 PREFILL = {"cuda": [(8192, 8192), (8192, 32_768), (8192, 131_072)], "cpu": [(4, 540)]}
-JUDGED = 8  # rows of a prefill whose answers are judged
+JUDGED = 8  # rows of a prefill whose answers are checked
 
 
 class Side(ForwardSide):
-    """The parts. The plugin is loaded after all that runs without it has run."""
+    """The parts. All parts without the plugin run before the plugin is loaded."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.device = arguments, arguments.device
@@ -66,7 +66,7 @@ class Side(ForwardSide):
         self._spy()
 
     def about(self) -> Row:
-        """Say what is the engine's own here and what is not."""
+        """Return which parts are the engine's own and which are replaced."""
         known = STANDS_IN_ON_GPU if self.device == "cuda" else STANDS_IN
         made_once = {"queries and weights": "SGLang's own, made once, not in the times"}
         return {
@@ -139,7 +139,7 @@ class Side(ForwardSide):
         return [{"part": name, "variant": variant, **row}]
 
     def _layer(self, name: str, variant: str, forward: Forward, layer: int) -> Row:
-        """Run a layer into dirty buffers, judge the answer, and time it alone."""
+        """Run a layer into dirty buffers, check the answer, and time the layer alone."""
         prefill = forward.batch.mode == "prefill"
         ratio = LAYERS[layer]
         self._soil(forward)
@@ -175,10 +175,10 @@ class Side(ForwardSide):
     def _judge(
         self, variant: str, forward: Forward, layer: int, out: torch.Tensor, r: int
     ) -> list[str]:
-        """Return what is wrong with a row: by the scores that it was selected on, where known.
+        """Return what is wrong with a row, by the scores that it was selected on, where known.
 
-        SGLang's answer must have the best scores; the plugin's also the lowest positions among
-        equal ones, in ascending order.
+        SGLang's answer must have the best scores. The plugin's answer must also have the lowest
+        positions among equal scores, in ascending order.
         """
         ratio, prefill = LAYERS[layer], forward.batch.mode == "prefill"
         n = int((forward.batch.positions[r] + 1) // ratio)
@@ -189,7 +189,7 @@ class Side(ForwardSide):
         if variant == OFF and self.seen:
             scores = self.seen[0][r, :n]
         elif variant == OFF:
-            return []  # its scores of a prefill are not kept
+            return []  # SGLang's scores of a prefill are not kept
         blocks = forward.metadata.candidate_metadata
         if layer == CONSUMER and blocks is not None:
             allowed = torch.zeros(-(-n // 8), dtype=torch.bool, device=out.device)
@@ -209,7 +209,7 @@ class Side(ForwardSide):
         return wrong
 
     def _cost(self, forward: Forward) -> Row:
-        """Time all eight layers; in a graph, where a replay must leave what the calls have left."""
+        """Time all eight layers, in a graph whose replay must give what the calls gave."""
         prefill = forward.batch.mode == "prefill"
         if self.device != "cuda":
             return {"us": round(eager_us(forward.every, "cpu"), 3)}

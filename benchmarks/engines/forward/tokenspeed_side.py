@@ -30,17 +30,17 @@ from dsv4_plugin.cli.bench.cells import DIRTY
 
 __all__ = ["Side"]
 
-# Not between these widths, where a kernel of TokenSpeed's compiles for minutes: see
+# No width between these two: a kernel of TokenSpeed's compiles for minutes there. See
 # benchmarks/engines/kernels/tokenspeed.py.
 DECODE = {"cuda": [(1, 8192), (8, 65_536)], "cpu": [(2, 700)]}
 PREFILL = {"cuda": [(512, 8192)], "cpu": [(4, 1400)]}
 READ = {"cuda": 1024, "cpu": 40}
 SCALE = 0.1
-PLUGIN = ("bf16 plugin",)  # V4.1 is served on the plugin's own logits
+PLUGIN = ("bf16 plugin",)  # the plugin serves V4.1 on its own logits
 
 
 class Side(ForwardSide):
-    """The parts of TokenSpeed, call by call: without the plugin, load it, with it, take it out."""
+    """The parts of TokenSpeed. For each call: without the plugin, load it, with it, unload it."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.device = arguments, arguments.device
@@ -54,7 +54,7 @@ class Side(ForwardSide):
         self._seams: Row = {}
 
     def about(self) -> Row:
-        """Say what is the engine's own here and what is not."""
+        """Return which parts are the engine's own and which are replaced."""
         known = STANDS_IN_ON_GPU if self.device == "cuda" else STANDS_IN
         version = importlib.metadata.version("tokenspeed")
         kernel = importlib.metadata.version("tokenspeed-kernel")
@@ -99,7 +99,7 @@ class Side(ForwardSide):
         self, name: str, run: Callable[[str], list[Row]], variants: Sequence[str]
     ) -> Iterator[Part]:
         """Give one call without the plugin and in its variants."""
-        if self.device == "cuda":  # its Triton kernels take tensors on a GPU only
+        if self.device == "cuda":  # TokenSpeed's Triton kernels take tensors on a GPU only
             yield Part(f"{name} {OFF}", functools.partial(run, OFF))
         yield Part(f"load the plugin for {name}", self._load)
         for variant in variants:
@@ -119,7 +119,7 @@ class Side(ForwardSide):
                  "kernel": ", ".join(new)}]  # fmt: skip
 
     def _take_out(self) -> list[Row]:
-        """Put TokenSpeed back as it was, for the next call without the plugin."""
+        """Unload the plugin from TokenSpeed, for the next call without it."""
         from dsv4_plugin.engines import tokenspeed
 
         self.seams()
@@ -152,7 +152,7 @@ class Side(ForwardSide):
             row |= recall(*truth, found)
             row["kernel"] = self.engine.chosen(mode, k=out.shape[1])
             plugin = row["kernel"].startswith("dsv4_plugin")
-            if variant == OFF:  # TokenSpeed's own answer: it is what it is, but it must be its own
+            if variant == OFF:  # need not be exact, but must be TokenSpeed's own
                 row["right"] = not plugin
             else:
                 row["right"] = plugin and row["exact"] and row["lowest_index"]
@@ -209,7 +209,7 @@ class Side(ForwardSide):
         )
 
     def _read(self, variant: str) -> list[Row]:
-        """Read by slot: TokenSpeed's loop, and what stands in its place with the plugin."""
+        """Read by slot: TokenSpeed's loop, and the function that replaces it with the plugin."""
         tokens = READ[self.device]
         cache = plane(max(8, tokens // 8), ARENA, self.device)
         slots = slot_list(tokens, len(cache) * PAGE).to(self.device)
@@ -224,7 +224,7 @@ class Side(ForwardSide):
         def call() -> None:
             held[:] = [read(cache, slots, PAGE)]
 
-        def soil() -> None:  # what a graph returned is written again by its replay
+        def soil() -> None:  # a replay writes the tensor that the captured call returned
             for out in held:
                 out.fill_(float("nan"))
 

@@ -1,7 +1,7 @@
 """TokenSpeed's ``dsv41.index_topk``: DeepSeek-V4.1's index layers, decode and prefill.
 
-The op is called as ``select_global`` of TokenSpeed's backend calls it. The plugin's answers are
-compared as ordered lists with stable sorts of the scores of all keys.
+The op is called as ``select_global`` of TokenSpeed's backend calls it. The plugin's answers, as
+ordered lists, must equal stable sorts of the scores of all keys.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Step:
 
     @classmethod
     def make(cls, rows: int, columns: int, prefill: bool, device: str) -> _Step:
-        """Draw the tensors; in decode rows see ``columns`` keys, in prefill the last sees them."""
+        """Draw the tensors; every decode row and the last prefill row see ``columns`` keys."""
         g = torch.Generator(device=device).manual_seed(rows + columns)
         cache, pages = _pool(device), -(-columns // PAGE)
         order = [torch.randperm(len(cache) - 1, generator=g, device=device)[:pages]
@@ -84,7 +84,7 @@ def _pool(device: str) -> torch.Tensor:
 
 
 class Layers:
-    """The cells of V4.1 for the driver's ``Side``, which loads the plugin and takes it out."""
+    """The cells of V4.1 for the driver's ``Side``, which loads and unloads the plugin."""
 
     def __init__(self, engine: Any, arguments: argparse.Namespace) -> None:
         self.v41, self.engine, self.arguments = V41(engine), engine, arguments
@@ -93,7 +93,7 @@ class Layers:
         self._step: tuple[Any, _Step] | None = None
 
     def cells(self) -> Iterator[tuple[str, Any]]:
-        """Give the name of each cell, and what runs it for a variant."""
+        """Yield the name of each cell, and the function that runs it for a variant."""
         arguments = self.arguments
         decode = [(False, *s) for s in arguments.shapes or DECODE[self.device]]
         prefill = [(True, *s) for s in arguments.prefill or PREFILL[self.device]]

@@ -6,7 +6,7 @@ __all__ = ["OFF", "VARIANTS"]
 
 OFF = "off"
 
-# With the plugin: what selects, and who writes the scores.
+# With the plugin: the dtype of the selection, and the source of the scores.
 VARIANTS: dict[str, dict[str, str]] = {
     "fp32": {"DSV4_TOPK": "fp32", "DSV4_LOGITS": "engine"},
     "bf16": {"DSV4_TOPK": "bf16", "DSV4_LOGITS": "engine"},

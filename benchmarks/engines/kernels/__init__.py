@@ -1,1 +1,1 @@
-"""``--part kernels``: what the adapters install, beside the engines' own kernels."""
+"""``--part kernels``: the functions that the adapters install, beside the engines' own kernels."""

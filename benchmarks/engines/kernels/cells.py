@@ -1,7 +1,7 @@
-"""What a cell of ``--part kernels`` is, and how its answers are judged.
+"""The cells of ``--part kernels``, and the check of their answers.
 
-A cell is one call of an engine with the tensors of one shape. Its runs are the plugin's, the very
-functions that the adapters install, and the engine's own kernel for the same call.
+A cell is one call of an engine with the tensors of one shape. Its runs are the functions that the
+adapters install, and the engine's own kernel for the same call.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ Judge = Callable[[], Row]
 
 @dataclasses.dataclass
 class Run:
-    """One implementation; ``judge`` says what is true of the outputs that ``call`` left."""
+    """One implementation; ``judge`` checks the outputs that ``call`` wrote."""
 
     name: str
     call: Callable[[], Any]
     soil: Callable[[], Any]
     judge: Judge
-    graph: bool = True  # False: it synchronises, so that it is timed call by call
+    graph: bool = True  # False: the call synchronises, so it is timed call by call
     plugin: bool = False
 
 
 @dataclasses.dataclass
 class Task:
-    """A cell that is to be measured: its name in the results, and what draws its tensors."""
+    """A cell to measure: its name in the results, and the function that draws its tensors."""
 
     about: Row
     make: Callable[[], list[Run]]
@@ -69,7 +69,7 @@ class Task:
 def by_rounds(tasks: Sequence[Task]) -> list[Task]:
     """Return the first cell of every call, then the second of every call, and so on.
 
-    A run that is cut short has something of each then.
+    So a run that is cut short has a result of each call.
     """
     seen: collections.Counter[tuple[str, str]] = collections.Counter()
     rounds = []
@@ -84,7 +84,7 @@ def by_rounds(tasks: Sequence[Task]) -> list[Task]:
 def shapes_of(
     shapes: Sequence[tuple[int, int]], rows: Sequence[int], columns: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return the shapes that the arguments leave; both together replace them."""
+    """Return the shapes that the arguments choose; both together replace the list."""
     if rows and columns:
         return [(r, c) for r in rows for c in columns]
     return [(r, c) for r, c in shapes if (not rows or r in rows) and (not columns or c in columns)]
@@ -96,14 +96,14 @@ def backend_for(device: str) -> str:
 
 
 def named(topk: Selection) -> str:
-    """Name a run of the plugin: the scores' dtype, and who writes them where that is a choice."""
+    """Name a run of the plugin: the scores' dtype and, if there is a choice, their source."""
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[topk.dtype]
     return f"dsv4 {dtype}{' plugin logits' if topk.logits == 'plugin' else ''}"
 
 
 @contextlib.contextmanager
 def engaged() -> Iterator[None]:
-    """The adapters behave as in a process that switched the plugin on, strictly."""
+    """Make the adapters behave as with the plugin switched on and ``DSV4_STRICT=1``."""
     before = adapter.current().decision
     adapter.current().decide(Decision(True, strict=True))
     try:
@@ -114,13 +114,13 @@ def engaged() -> Iterator[None]:
 
 
 class Scores:
-    """Notes the scores that the plugin's top-k gets in a call, to judge its answer by them."""
+    """Records the scores that the plugin's top-k gets in a call, to check its answer."""
 
     def __init__(self) -> None:
         self.problem: Problem | None = None
 
     def watching(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """Wrap ``call``; under capture nothing is noted, the scores are those of eager calls."""
+        """Wrap ``call``; it records the scores of eager calls, and nothing under capture."""
         real = ops.topk
 
         @functools.wraps(real)
@@ -136,14 +136,14 @@ class Scores:
         return watched
 
     def judge(self, local: torch.Tensor) -> Row:
-        """Judge row-local indices by the scores that were noted."""
+        """Check row-local indices against the recorded scores."""
         if self.problem is None:
             return {"exact": False, "why": "no scores were seen"}
         return verdict(self.problem, local, ties=True)
 
 
 def verdict(problem: Problem, local: torch.Tensor, *, ties: bool) -> Row:
-    """Return what a results row says of an answer."""
+    """Return the fields of a results row about an answer."""
     found = judge(problem, local, ties=ties)
     row: Row = {"exact": found.exact}
     if ties:
@@ -154,7 +154,7 @@ def verdict(problem: Problem, local: torch.Tensor, *, ties: bool) -> Row:
 
 
 def recall(truth: list[torch.Tensor], rows: list[int], local: torch.Tensor) -> Row:
-    """Return which share of the best by float64 scores an answer has: the mean and the worst row.
+    """Return the share of the best keys by float64 scores in an answer: mean and worst row.
 
     ``truth`` has for each of ``rows`` the scores of its columns.
     """

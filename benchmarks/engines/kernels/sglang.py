@@ -57,7 +57,7 @@ def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
         poison_tail(buffer, lengths)
     del made
     problems = {name: Problem(logits[name], lengths) for name in DTYPES}
-    # Each run has outputs of its own: the pool slots, and the raw indices where the call has them.
+    # Each run has its own outputs: the pool slots, and the raw indices where the call has them.
     runs = []
 
     def add(name: str, dtype: str, make: Any, plugin: bool) -> None:
@@ -84,7 +84,7 @@ def _runs(about: Row, device: str, peers: Peers) -> list[Run]:
         def run() -> None:
             scope = adapter.current().call
             before = scope.kind, scope.selection
-            scope.kind, scope.selection = "v4", topk  # as the hook of forward_c4_indexer leaves it
+            scope.kind, scope.selection = "v4", topk  # as the hook of forward_c4_indexer sets it
             try:
                 wrappers.topk_v2(_none, scores, lengths, table, out[0], PAGE, metadata, raw)
             finally:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.engines.choices import ADAPTERS
-from benchmarks.engines.kernels import sglang, tokenspeed
+from benchmarks.engines.kernels import own, sglang, tokenspeed
 from benchmarks.engines.kernels.cells import Run, Task, by_rounds, engaged
 from benchmarks.engines.part import Part, eager_us
 from dsv4_plugin.cli.bench import peers
@@ -34,21 +34,21 @@ class Side:
 
     def __init__(self, arguments: argparse.Namespace, engines: tuple[str, ...]) -> None:
         self.arguments, self.engines = arguments, engines
-        self.peers = peers.load(arguments.peers, FORMS)
+        self.peers = peers.load(arguments.peers, FORMS) if arguments.peers else own.peers()
 
     def about(self) -> Row:
-        """Say what there is to compare with."""
+        """Return the kernels to compare with."""
         return {"missing": dict(self.peers.missing), "deep_gemm": tokenspeed.has_deep_gemm()}
 
     def head(self, document: Row) -> Iterator[str]:
-        """Give what is said before the parts are run."""
+        """Return the lines that are printed before the parts run."""
         for name, why in self.peers.missing.items():
             yield f"{name} is not compared: {why}"
         if not document["deep_gemm"]:
             yield "deep_gemm cannot be imported: the plugin selects on its own logits only"
 
     def engaged(self) -> contextlib.AbstractContextManager[None]:
-        """Return what the adapters run in."""
+        """Return the context in which the adapters run."""
         return engaged()
 
     def seams(self) -> None:
@@ -69,7 +69,7 @@ class Side:
         return [self._measured(task, one) for one in task.make()]
 
     def _measured(self, task: Task, one: Run) -> Row:
-        """Check, time and check again; what fails is a row that says so."""
+        """Check, time and check again; a failure is a row with its error."""
         row: Row = {**task.about, "implementation": one.name, "graph": one.graph, "us": None}
         try:
             one.soil()
@@ -92,7 +92,7 @@ class Side:
         return row
 
     def _us(self, one: Run) -> float:
-        """Return microseconds a call: in a graph, or for what synchronises by the wall clock."""
+        """Return microseconds a call: in a graph, or by the wall clock if it synchronises."""
         us = eager_us(one.call, self.arguments.device)
         if not one.graph or self.arguments.device != "cuda":
             return us
@@ -102,7 +102,7 @@ class Side:
         )  # fmt: skip
 
     def tables(self, results: list[Row]) -> list[str]:
-        """Return the plugin's fastest beside the engine's own, a line a cell."""
+        """Return the plugin's fastest run beside the engine's own, one line for each cell."""
         lines = [
             "",
             f"{'call':28s} {'k':>5s} {'rows x columns':>16s} "

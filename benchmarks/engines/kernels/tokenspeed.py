@@ -31,9 +31,9 @@ from dsv4_plugin.engines.tokenspeed import kernels, readers
 
 __all__ = ["cells", "has_deep_gemm"]
 
-# Below 65,536 columns TokenSpeed's Triton top-k is unrolled over them (to the next power of two):
-# beside an H100 it compiled for 25 s at 8,192 and was not done after 58 s at 16,384. From 65,536 on
-# there are other kernels, all compiled in 10 s.
+# Below 65,536 columns TokenSpeed's Triton top-k is unrolled over them (to the next power of two).
+# On an H100's host the compiler took 25 s for 8,192 and had not finished 16,384 after 58 s. From
+# 65,536 on there are other kernels, which all compiled in 10 s.
 DECODE = ((1, 8192), (1, 65_536), (8, 65_536), (8, 8192), (32, 65_536))
 PREFILL = ((512, 8192), (512, 65_536))
 READ = ((1024, 4096), (14_338, 16_384))  # tokens, pages
@@ -61,7 +61,7 @@ def cells(
 
 @dataclasses.dataclass
 class _Selection:
-    """The outputs of a run, and how they become columns of a row."""
+    """The outputs of a run, and the columns of a row that they mean."""
 
     out: torch.Tensor
     lens: torch.Tensor | None
@@ -74,7 +74,7 @@ class _Selection:
 
 
 def _choices(device: str, dtypes: Sequence[str] = ("bf16", "fp32")) -> list[Selection]:
-    """Return the plugin's: each dtype of the scores, by DeepGEMM where it is, and by itself."""
+    """Return the plugin's runs: each dtype, on DeepGEMM's scores if it is there, and on its own."""
     who = ("engine", "plugin") if has_deep_gemm() else ("plugin",)
     backend = backend_for(device)
     return [Selection(d, backend, d == "bf16" and w == "engine", w) for w in who for d in dtypes]
@@ -89,7 +89,7 @@ def _runs(
     truth: tuple[list[torch.Tensor], list[int]],
     lengths: torch.Tensor,
 ) -> list[Run]:
-    """Return the plugin's runs and the peers' of a call that scores and selects."""
+    """Return the runs of the plugin and of the peers for a call that scores and selects."""
     runs = []
 
     def judged(held: _Selection, scores: Scores | None) -> Row:

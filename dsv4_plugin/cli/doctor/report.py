@@ -113,6 +113,7 @@ def collect() -> Data:
         "unknown_variables": _guarded(_unknown_variables),
         "status_dir": _guarded(_status_dir),
         "ops": _guarded(_ops),
+        "aside": _guarded(_aside),
         "entry_points": _guarded(_entry_points),
     }
     for engine in ENGINES:
@@ -316,6 +317,16 @@ def _what_serves(backends: Any, call: Any, wish: str) -> Data:
     }
 
 
+def _aside() -> dict[str, dict[str, list[int]]]:
+    """Map each engine to the calls that ``auto`` leaves to its own kernel, and for which k."""
+    torch, why = _torch()
+    if torch is None:
+        raise ImportError(why)
+    from dsv4_plugin.engines.shared import aside
+
+    return {name: {what: [*ks] for what, ks in aside.shapes(name).items()} for name in ENGINES}
+
+
 def _entry_points() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for group in GROUPS:
@@ -382,13 +393,15 @@ def _mend(data: Data) -> str:
 
     fitting = {f"{major}.{minor}" for major, minor in CAPABILITIES}
     devices = data["gpu"].get("devices") or []
+    build = f"in a checkout, with nvcc on PATH: `{REPAIR}`"
+    present = data["library"].get("present")
     if not any(device.get("capability") in fitting for device in devices):
         want = " or ".join(sorted(fitting))
-        return (
-            f"run doctor on the machine of the engine: the kernels need compute capability {want}"
-        )
-    if not data["library"].get("present"):
-        return f"in a checkout, with nvcc on PATH: `{REPAIR}`"
+        there = "run doctor on the machine of the engine: the kernels need compute capability "
+        there += want
+        return there if devices or present else f"{build}; then {there}"
+    if not present:
+        return build
     if not data["library"].get("loads"):
         return f"`pip install --force-reinstall apache-tvm-ffi`; if that does not help: `{REPAIR}`"
     return (
@@ -412,7 +425,8 @@ def _why_not_cuda(data: Data) -> str:
     """Return what the compiled top-k lacks here, as the beginning of a sentence."""
     gpu, ops = data["gpu"], data["ops"]
     if gpu.get("devices") == []:
-        return f"no GPU here ({gpu['why']}): "
+        library = "" if data["library"].get("present") else " and no kernels in this installation"
+        return f"no GPU here ({gpu['why']}){library}: "
     for name, row in ops.items():
         if name.startswith("topk ") and isinstance(row, dict) and row["unmet"].get("cuda"):
             return f"{'; '.join(row['unmet']['cuda'])}: "
@@ -442,6 +456,7 @@ def _everything(data: Data, width: int) -> list[str]:
         "compiled kernels": [_library_row(data["library"]), _check_row(data["check"])],
         "settings": _setting_rows(data),
         "what `auto` takes here": _op_rows(data["ops"]),
+        "what `auto` leaves to the engines": _aside_rows(data["aside"]),
         "entry points": _plain(data["entry_points"], lambda value: value or "not registered"),
         **{f"seams in {called}": _seam_rows(data[e]) for e, (called, _) in ENGINES.items()},
     }
@@ -469,6 +484,7 @@ def _screen(data: Data, width: int) -> list[str]:
         _check_row(data["check"]),
         *(named[:MOST] or [("settings", "all at their defaults")]),
         *_short(_op_rows(data["ops"])),
+        *(("left to engines", why) for name, why in data["aside"].items() if name == "error"),
         ("entry points", registered),
     ]  # fmt: skip
     for engine, (called, _) in ENGINES.items():
@@ -495,6 +511,16 @@ def _short(rows: list[Row]) -> list[Row]:
 
 def _plain(part: Data, say: Callable[[Any], str]) -> list[Row]:
     return [(name, say(value)) for name, value in part.items()]
+
+
+def _aside_rows(aside: Data) -> list[Row]:
+    if "error" in aside:
+        return [("error", aside["error"])]
+    return [
+        (called, f"k {', '.join(map(str, ks))}: {what}")
+        for engine, (called, _) in ENGINES.items()
+        for what, ks in aside[engine].items()
+    ] or [("none", "the plugin serves every call")]
 
 
 def _gpu_rows(gpu: Data) -> list[Row]:

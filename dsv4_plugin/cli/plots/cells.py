@@ -19,6 +19,9 @@ FLOOR = {  # what the floor is, by what was measured
     "logits": "bytes of the keys",
     "chain": "bytes of the keys",
 }
+BEST = "best upstream kernel of any dtype"
+FEW = 4  # peers that are all drawn
+ACROSS = 3  # panels side by side: more cannot be read in a page
 TITLE = {"topk": "Exact top-k", "logits": "Index logits", "chain": "Index logits and exact top-k"}
 
 
@@ -58,14 +61,25 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
     what = document.get("what", "topk")
     floor = FLOOR[what]
     counts = sorted({row["rows"] for row in decode if row["implementation"] == PLUGIN})
-    others = [n for n in _curves(decode, floor) if not n.startswith((f"{PLUGIN} ", floor))]
+    others = _peers_drawn(document, decode)
+    across = 2 if len(counts) == 4 else min(len(counts), ACROSS)
+    lines = -(-len(counts) // across)
     figure, axes = pyplot.subplots(
-        2, len(counts), figsize=(3.6 * len(counts) + 2.4, 6.4), squeeze=False, sharex=True,
-        sharey="row", height_ratios=(2, 1),
+        2 * lines, across, figsize=(10.8, 4.4 * lines + 1.0), squeeze=False,
+        height_ratios=(2, 1) * lines,
     )  # fmt: skip
-    for above, below, count in zip(axes[0], axes[1], counts, strict=True):
+    panels = [
+        (above, below)
+        for line in range(lines)
+        for above, below in zip(axes[2 * line], axes[2 * line + 1], strict=True)
+    ]
+    for unused in panels[len(counts) :]:
+        for axis in unused:
+            axis.remove()
+    for at, count in enumerate(counts):
+        above, below = panels[at]
         rows = [row for row in decode if row["rows"] == count]
-        for name, line in _curves(rows, floor).items():
+        for name, line in _curves(rows, floor, others).items():
             above.plot(*zip(*line, strict=True), label=name, **_style(name, others))
         ratio_of, ratios = _ratios(rows, floor)
         for dtype, line in ratios.items():
@@ -73,33 +87,71 @@ def draw(document: Row, file: Path, *, k: int | None = None) -> None:
             below.plot(*zip(*line, strict=True), **_style(name, others))
         below.axhline(1.0, color="0.6", linewidth=0.8)
         above.set_title(f"{count} row{'s' if count > 1 else ''}")
-        above.set_yscale("log")
+        _plain_log(above)
+        over_columns(above, rows, "")
+        above.tick_params(labelbottom=False)
         over_columns(below, rows, "columns")
         for axis in (above, below):
             axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
-        if axis is axes[1][0]:
+        if at % across == 0:
             above.set_ylabel("µs, warm")
             below.set_ylabel(f"plugin / {ratio_of}")
+    _same_scale([above for above, _ in panels[: len(counts)]])
+    _same_scale([below for _, below in panels[: len(counts)]], bottom=0.0)
     about = document.get("machine", {})
     figure.suptitle(f"{TITLE[what]}{f', k = {k}' if k else ''}: {about.get('gpu', 'no GPU')}, "
                     f"dsv4-plugin {about.get('plugin', '?')}")  # fmt: skip
-    # shared by the row of panels; set last, because it ends the automatic scaling
-    axes[1][0].set_ylim(bottom=0)
     labels: dict[str, Any] = {}
-    for axis in axes[0]:
-        labels |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(labels.values(), labels.keys(), loc="center right", fontsize="small")
-    figure.tight_layout(rect=(0, 0, 1 - 2.4 / figure.get_figwidth(), 1))
+    for above, _ in panels[: len(counts)]:
+        labels |= dict(zip(*reversed(above.get_legend_handles_labels()), strict=True))
+    figure.legend(labels.values(), labels.keys(), loc="lower center", ncols=min(3, len(labels)))
+    figure.tight_layout(rect=(0, 0.8 / figure.get_figheight(), 1, 1))
     outputs.save(figure, file)
 
 
-def _curves(rows: list[Row], floor_name: str) -> dict[str, Line]:
-    """Return the curves of one panel by name: the plugin, the peers, the floor."""
+def _peers_drawn(document: Row, decode: list[Row]) -> list[str]:
+    """Return the peers that have a curve: few all, of many what the engines run and the best."""
+    names = list(
+        dict.fromkeys(
+            f"{row['implementation']} {row['dtype']}"
+            for row in decode
+            if row["implementation"] != PLUGIN
+        )
+    )
+    if len(names) <= FEW:
+        return names
+    choices = [document.get(f"{engine}_choice") for engine in ("vllm", "sglang")]
+    return [name for name in names if name.split()[-2] in choices] + [BEST]
+
+
+def _plain_log(axis: Any) -> None:
+    """Make a logarithmic y axis with plain numbers at 1, 2, 5, 10 and so on."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def _same_scale(axes: list[Any], bottom: float | None = None) -> None:
+    """Give the panels one y axis, which ends where the highest of them ends."""
+    low = min(axis.get_ylim()[0] for axis in axes) if bottom is None else bottom
+    high = max(axis.get_ylim()[1] for axis in axes)
+    for axis in axes:
+        axis.set_ylim(low, high)
+
+
+def _curves(rows: list[Row], floor_name: str, others: list[str]) -> dict[str, Line]:
+    """Return the curves of one panel by name: the plugin, the peers ``others``, the floor."""
     curves: dict[str, Line] = {}
     for row in rows:
-        curves.setdefault(f"{row['implementation']} {row['dtype']}", []).append(
-            (row["columns"], row["warm_us"])
-        )
+        name = f"{row['implementation']} {row['dtype']}"
+        if row["implementation"] == PLUGIN or name in others:
+            curves.setdefault(name, []).append((row["columns"], row["warm_us"]))
+    if BEST in others:
+        best = best_peers(rows, "any")
+        curves[BEST] = [(row["columns"], row["warm_us"]) for row in best.values()]
     floor = {
         row["columns"]: row["floor_us"]
         for row in rows
@@ -130,15 +182,18 @@ def _ratios(rows: list[Row], floor_name: str) -> tuple[str, dict[str, Line]]:
 
 
 def _style(name: str, others: list[str]) -> Row:
-    """The plugin is thick, the floor dashed, peers thin; a name looks the same in all panels."""
+    """The plugin is thick, the floor dashed, peers are thin and on top."""
     if name in FLOOR.values():
         return {"color": "black", "linestyle": "--", "linewidth": 1.0}
     if name.startswith(f"{PLUGIN} "):
-        colors = {"bfloat16": "tab:red", "float32": "tab:orange", "float16": "tab:pink"}
+        # float32 is the wide line beneath: where the two coincide both are seen.
+        colors = {"bfloat16": "tab:red", "float32": "orange", "float16": "tab:pink"}
         color = colors.get(name.split()[1], "tab:brown")
-        return {"color": color, "linewidth": 2.4, "marker": "o", "markersize": 4}
+        wide = name.endswith("float32")
+        return {"color": color, "linewidth": 4.0 if wide else 1.8, "marker": "o",
+                "markersize": 6 if wide else 4, "zorder": 2.1 if wide else 2.3}  # fmt: skip
     palette = ("tab:blue", "tab:green", "tab:purple", "tab:cyan", "tab:olive", "tab:gray")
     at = others.index(name)
     mark = "^svDxP"[at // len(palette) % 6]
     return {"color": palette[at % len(palette)], "linewidth": 1.0, "marker": mark,
-            "markersize": 3, "alpha": 0.8}  # fmt: skip
+            "markersize": 4, "zorder": 2.5}  # fmt: skip

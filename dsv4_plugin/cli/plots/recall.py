@@ -11,11 +11,11 @@ from dsv4_plugin.cli.shared.run import UsageError
 __all__ = ["draw"]
 
 Row = dict[str, Any]
-_LINES = {"mean": "-", "p1": "--", "worst": ":"}
+_LINES = {"mean": "-", "worst": ":"}
 
 
 def draw(document: Row, file: Path) -> None:
-    """Draw mean, 1st percentile and worst row into ``file`` (.png, .svg, .pdf).
+    """Draw the mean and the worst row into ``file`` (.png, .svg, .pdf).
 
     Raises:
         UsageError: matplotlib is not installed, or there is nothing to draw.
@@ -29,9 +29,7 @@ def draw(document: Row, file: Path) -> None:
         raise UsageError("the results have no row longer than k: nothing to draw")
     ks = sorted({row["k"] for row in results})
     names = list(dict.fromkeys((row["scores"], row["dtype"]) for row in results))
-    figure, axes = pyplot.subplots(
-        1, len(ks), figsize=(3.8 * len(ks) + 2.6, 4.2), squeeze=False, sharey=True
-    )
+    figure, axes = pyplot.subplots(1, len(ks), figsize=(10.8, 5.2), squeeze=False, sharey=True)
     for axis, k in zip(axes[0], ks, strict=True):
         for number, (scores, dtype) in enumerate(names):
             cells = sorted(
@@ -40,7 +38,7 @@ def draw(document: Row, file: Path) -> None:
                 if (row["k"], row["scores"], row["dtype"]) == (k, scores, dtype)
             )
             for value, style in _LINES.items():
-                label = f"{scores}, {dtype}" if value == "mean" else None
+                label = f"{scores}, {dtype}: {'mean' if value == 'mean' else 'worst row'}"
                 points = [100 * row[value] for _, row in cells]
                 axis.plot([c for c, _ in cells], points, style, color=f"C{number % 10}",
                           marker="o", markersize=3, linewidth=1.2, label=label)  # fmt: skip
@@ -53,8 +51,8 @@ def draw(document: Row, file: Path) -> None:
         axis.set_xlabel("columns")
         axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
     axes[0][0].set_ylabel("% of the float32 selection")
-    figure.suptitle("mean (-), 1st percentile (--), worst row (:); grey: the paper's 99.7 %")
+    figure.suptitle("Overlap with the float32 selection; grey: the paper's 99.7 %")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="center right", fontsize="small")
-    figure.tight_layout(rect=(0, 0, 1 - 2.6 / figure.get_figwidth(), 1))
+    figure.legend(handles, labels, loc="lower center", fontsize="small", ncols=3)
+    figure.tight_layout(rect=(0, 1.2 / figure.get_figheight(), 1, 1))
     outputs.save(figure, file)

@@ -94,7 +94,7 @@ def captured(
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:
         raise UsageError(
-            "--scores needs safetensors, which is not installed: pip install 'dsv4-plugin[bench]'"
+            "--scores needs safetensors, which is not installed: pip install safetensors"
         ) from error
     try:
         opened = safe_open(file, framework="pt", device="cpu")

@@ -70,7 +70,7 @@ def require() -> None:
         if error.name != "matplotlib":
             raise UsageError(f"needs matplotlib, which needs {error.name}") from error
         raise UsageError(
-            "needs matplotlib, which is not installed: pip install 'dsv4-plugin[bench]'"
+            "needs matplotlib, which is not installed: pip install matplotlib"
         ) from error
     except Exception as error:
         raise UsageError(

@@ -8,7 +8,9 @@ from typing import Any
 
 from dsv4_plugin.processes import reports
 
-__all__ = ["failures", "of_folder", "of_metrics", "served"]
+__all__ = ["ENGINES", "failures", "of_folder", "of_metrics", "served"]
+
+ENGINES = (".upstream", ".aside")  # how the counters of calls end that the engine served
 
 _SAMPLE = re.compile(r"(dsv4_[a-z_]+)\{([^}]*)\} (\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -44,7 +46,7 @@ def of_metrics(text: str) -> list[dict[str, Any]]:
 def served(status: dict[str, Any]) -> dict[str, int]:
     """Return the counters of calls that the plugin served."""
     counters = status.get("counters", {})
-    return {n: c for n, c in counters.items() if c > 0 and not n.endswith(".upstream")}
+    return {n: c for n, c in counters.items() if c > 0 and not n.endswith(ENGINES)}
 
 
 def failures(statuses: list[dict[str, Any]]) -> list[str]:

@@ -1,15 +1,15 @@
 """The SGLang adapter: ``register()`` is the ``sglang.srt.plugins`` entry point ``dsv4``.
 
-SGLang calls ``register()`` in the launcher, the engine and every scheduler process (one a rank),
-then applies what was registered with its ``HookRegistry``. Here nothing of SGLang is imported but
-that registry; the seams are looked for in SGLang's source (:mod:`.probe`), so a name that is not
-there is never asked for.
+SGLang calls ``register()`` in the launcher, the engine and every scheduler process (one for each
+rank). Then it applies the hooks in its ``HookRegistry``. ``register()`` imports nothing of SGLang
+but that registry. It looks for the seams in SGLang's source (:mod:`.probe`), so it never hooks a
+name that does not exist.
 
-* ``--dsv4-topk`` is added to the command line (:mod:`.cli_option`), even if the plugin is off;
-* the indexer's forward and both of its top-k functions, and the top-k of the DSA backend (V3.2,
-  GLM), are hooked AROUND (:mod:`.wrappers`) where the plugin is switched on.
+* It adds ``--dsv4-topk`` to the command line (:mod:`.cli_option`), even if the plugin is off.
+* If the plugin is switched on, it registers AROUND hooks (:mod:`.wrappers`) for the indexer's
+  forward, both of its top-k functions, and the top-k of the DSA backend (V3.2, GLM).
 
-What a call gets is decided at its first real use (:mod:`.policy`). ``register()`` never raises.
+The plugin decides at the first real use of a call (:mod:`.policy`). ``register()`` never raises.
 """
 
 from __future__ import annotations
@@ -46,5 +46,5 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Take every hook back; what other code has hooked since stays, with a log line."""
+    """Remove every hook; leave what other code has hooked since, with a log line."""
     activation.uninstall(__name__, "install", "registry")

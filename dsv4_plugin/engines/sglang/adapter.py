@@ -1,4 +1,4 @@
-"""What the SGLang adapter holds, and the questions about its hooks, which SGLang applies."""
+"""The state of the SGLang adapter, and the checks of its hooks, which SGLang applies."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SglangAdapter(adapter.Adapter):
 
 
 def _signature_problem(target: str) -> list[str]:
-    """Return why the plugin cannot stand in for a top-k function of SGLang."""
+    """Return why the plugin cannot replace a top-k function of SGLang."""
     want = (*PAGED, "metadata") if target.endswith("_v2") else PAGED
     try:
         got = tuple(inspect.signature(registry.hooked(target)).parameters)

@@ -17,9 +17,9 @@ OPTION = "--dsv4-topk"
 
 
 class TopkAction(argparse.Action):
-    """Put the answer into the environment, which the scheduler processes inherit.
+    """Put the value into the environment, which the scheduler processes inherit.
 
-    Nothing goes to the namespace: ``ServerArgs`` knows no such field.
+    It does not go to the namespace, because ``ServerArgs`` has no such field.
     """
 
     def __call__(
@@ -29,7 +29,7 @@ class TopkAction(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Set ``DSV4_TOPK`` and, unless the answer is ``off``, ``DSV4_PLUGIN=1``."""
+        """Set ``DSV4_TOPK`` and, unless the value is ``off``, ``DSV4_PLUGIN=1``."""
         if values == "off":
             envs.put("topk", "off")
         elif envs.switch(True):
@@ -44,14 +44,14 @@ def _word(text: str) -> str:
 
 
 def target() -> str | None:
-    """Return what to hook, or None where SGLang's parser looks different."""
+    """Return what to hook, or None if SGLang's parser has another form."""
     option = next(record for record in probe.SEAMS if record.name == "flag")
     targets = seam.in_source(option).targets
     return targets[0] if targets else None
 
 
 def add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser, *rest: Any) -> Any:
-    """Add the option behind SGLang's own."""
+    """Add the option after SGLang's own."""
     result = original(parser, *rest)
     if OPTION not in parser._option_string_actions:
         parser.add_argument(

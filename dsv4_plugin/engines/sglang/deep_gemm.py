@@ -1,4 +1,4 @@
-"""DeepGEMM's logits functions below SGLang's indexer: the plugin's, in bfloat16, or as they are."""
+"""DeepGEMM's logits functions in SGLang's indexer: replaced, asked for bfloat16, or unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PAIRS = {name: name.replace("fp8_", "fp8_fp4_", 1) for name in LOGITS}
 def unmet(ledger: Any, request_bf16: bool = False) -> list[str]:
     """Return why DeepGEMM's logits functions cannot be wrapped; changes nothing.
 
-    With ``request_bf16`` they also have to write bfloat16 when they are asked to.
+    With ``request_bf16`` they must also be able to write bfloat16 on request.
     """
     try:
         import deep_gemm
@@ -65,12 +65,22 @@ def _wrapper(
         own = None if rows is None else rows.next_scored(rows_of(q))
         if selection is None:
             return float32(q, *args, **kwargs)
-        out = None
+        out, who = None, selection.logits
+        if plugin is _plugin_dense and selection.prefill_logits:
+            who = selection.prefill_logits
+        asks = selection.request_bf16 or who != selection.logits
         if "topk" not in now.off:
-            if selection.logits == "plugin":
+            if who == "plugin":
                 out = _by_plugin(plugin, own, selection, q, args, kwargs)
-            elif selection.request_bf16 and with_dtype and isinstance(q, torch.Tensor):
-                out = _in_bf16(now, with_dtype, q, args, kwargs)
+            elif asks and with_dtype and isinstance(q, torch.Tensor):
+                if own is None or plugin is not _plugin_dense or len(args) < 4:
+                    out = _in_bf16(now, with_dtype, q, args, kwargs)
+                elif own.start == own.stop:
+                    out = _none(selection, q, kwargs.get("max_seqlen_k") or 1, own)
+                else:
+                    keys, *of_rows = args[:4]
+                    mine = (keys, *(x[own] for x in of_rows), *args[4:])
+                    out = tagged(_in_bf16(now, with_dtype, q[own], mine, kwargs), own)
             if "topk" in now.off:
                 now.call.selection = None
         if out is None:
@@ -96,7 +106,7 @@ def _by_plugin(
 
 
 def _in_bf16(now: adapter.Adapter, with_dtype: Any, q: Any, args: Any, kwargs: Any) -> Any:
-    """Return DeepGEMM's logits in bfloat16; None: they failed."""
+    """Return DeepGEMM's logits in bfloat16; None if the call failed."""
     try:
         out = with_dtype((q, None), *args, logits_dtype=torch.bfloat16, **kwargs)
     except Exception as error:
@@ -133,7 +143,7 @@ def _plugin_dense(
 ) -> torch.Tensor | None:
     """Compute the logits of ``fp8_mqa_logits``; None: the call has another form.
 
-    Only with ``max_seqlen_k``, as SGLang calls it: rows begin at column zero then.
+    Only with ``max_seqlen_k``, as SGLang calls it. Then rows begin at column zero.
     """
     given = dict(zip(_DENSE, args, strict=False)) | kwargs
     known = set(given) == set(_DENSE) and len(args) <= len(_DENSE)

@@ -1,7 +1,8 @@
-"""Register the plugin's hooks with SGLang's registry, and take them back.
+"""Register the plugin's hooks with SGLang's registry, and remove them.
 
-Each seam is looked for first (:mod:`.probe`). DeepGEMM is not hooked by the registry: resolving
-such a target imports it, and it loads a CUDA extension, in launchers too (:mod:`.deep_gemm`).
+The installer looks for each seam first (:mod:`.probe`). It does not hook DeepGEMM in the registry:
+the registry would import DeepGEMM, in launchers too, and DeepGEMM loads a CUDA extension
+(:mod:`.deep_gemm`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dsv4_plugin.state import state
 
 __all__ = ["install", "uninstall"]
 
-# What is put around the first targets of each seam, in their order.
+# The hooks around the first targets of each seam, in their order.
 _HOOKS: dict[str, tuple[Callable[..., Any], ...]] = {
     "forward": (wrappers.forward,),
     "topk.paged": (wrappers.topk_v1, wrappers.topk_v2),
@@ -43,11 +44,11 @@ def install() -> None:
             for target, hook in hooked.items():
                 registry.around(target, hook)
     state.seams["flag"].why = found["flag"].why
-    # No call reaches a seam that is not there, so an explicit setting is answered here.
+    # No call reaches a missing seam, so the error of an explicit setting is raised here.
     now.missing(logging.ERROR if decision.explicit() else logging.INFO, without=probe.absent())
 
 
 def uninstall() -> None:
-    """Put DeepGEMM back, and end the adapter; the registry takes its hooks back itself."""
+    """Restore DeepGEMM, and end the adapter; :mod:`.registry` removes its hooks itself."""
     if current() is not None:
         adapter.end()

@@ -1,14 +1,14 @@
-"""What a call gets: decided once for each kind of call, at its first real use.
+"""Decides how a call selects, once for each kind of call, at its first real use.
 
-That is during SGLang's start (memory profiling, graph capture, warm-up), so an explicit setting
-that cannot be met ends the start with one error that lists every unmet condition.
+This happens during SGLang's start (memory profiling, graph capture, warm-up). So an explicit
+setting that cannot be met ends the start with one error that lists every unmet condition.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from dsv4_plugin import envs, log
 from dsv4_plugin.engines.sglang import deep_gemm, row_shard
 from dsv4_plugin.engines.sglang.adapter import SglangAdapter, current
-from dsv4_plugin.engines.shared import decision, logits, shadow
+from dsv4_plugin.engines.shared import aside, decision, logits, shadow
 from dsv4_plugin.engines.shared.decision import Selection
 from dsv4_plugin.ops import dispatch as backends
 
@@ -24,7 +24,7 @@ __all__ = ["KINDS", "V41_HEADS", "V41_K", "LayerKind", "for_dsa", "for_v4", "for
 
 V41_HEADS, V41_K = 32, 512  # of DeepSeek-V4.1's index layers
 
-# SGLang's own switches that put another implementation in; absent names are ignored.
+# SGLang's own switches that choose another implementation; absent names are ignored.
 _OTHER_TOPK = ("SGLANG_TOPK_TRANSFORM_512_TORCH",)
 _OTHER_LOGITS = (
     "SGLANG_OPT_USE_TILELANG_INDEXER",
@@ -37,10 +37,11 @@ _OTHER_LOGITS = (
 class LayerKind:
     """A kind of layers. A new one is a new record in :data:`KINDS` and a hook that names it.
 
-    ``dtypes`` are what ``DSV4_TOPK=auto`` tries, best first. ``seams`` are those that the selection
-    needs. ``counters`` name its calls. ``float32_logits``: why SGLang's own logits are the only
-    ones that it can select on; empty where the plugin can write them, or ask for bfloat16.
+    ``dtypes`` are those that ``DSV4_TOPK=auto`` tries, best first. ``seams`` are those that the
+    selection needs. ``counters`` name its calls. ``float32_logits``: why it can select only on
+    SGLang's own logits; empty if the plugin can write them, or ask for bfloat16.
     ``fp4_ops``: the ops that score FP4 keys for it, where it selects on the plugin's own logits.
+    ``steps_aside``: SGLang's own kernel gets the calls in which it is faster.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LayerKind:
     counters: tuple[str, ...]
     float32_logits: str = ""
     fp4_ops: tuple[str, ...] = ()
+    steps_aside: bool = False
 
 
 _SCAN = ("paged_logits", "block_maxima", "candidate_logits", "candidate_select")
@@ -61,8 +63,9 @@ KINDS = {
         ("topk.dsa",),
         ("dsa",),
         "V3.2 and GLM select on float32 logits; they were not trained with bfloat16 ones",
+        steps_aside=True,
     ),
-    # The scores of FP4 keys are bfloat16 numbers in SGLang, too.
+    # The scores of FP4 keys are bfloat16 numbers in SGLang too.
     "v41.candidates": LayerKind(
         "DeepSeek-V4.1 source and consumers",
         ("bf16",),
@@ -92,7 +95,7 @@ class _Call:
 
 
 def for_v4(backend_mixin: Any, c4_indexer: Any, device: torch.device) -> Selection | None:
-    """Return how the indexer of DeepSeek-V4 selects, or None: as SGLang does."""
+    """Return how the indexer of DeepSeek-V4 selects, or None if SGLang selects."""
     k = getattr(c4_indexer, "index_topk", 0)
     chosen = getattr(backend_mixin, "dsa_topk_backend", None)
     fp4 = bool(getattr(c4_indexer, "use_fp4_indexer", False))
@@ -100,14 +103,14 @@ def for_v4(backend_mixin: Any, c4_indexer: Any, device: torch.device) -> Selecti
 
 
 def for_dsa(dsa_backend: Any, k: int, device: torch.device) -> Selection | None:
-    """Return how a decode-shaped PAGED top-k of V3.2 or GLM selects, or None: as SGLang does."""
+    """Return how a decode-shaped PAGED top-k of V3.2 or GLM selects, or None if SGLang selects."""
     return _get(_Call(KINDS["dsa"], k, device, dsa_backend))
 
 
 def for_v41(which: str, device: torch.device, unfit: tuple[str, ...] = ()) -> Selection | None:
-    """Return how ``candidates`` or ``full`` of DeepSeek-V4.1 select, or None: as SGLang does.
+    """Return how ``candidates`` or ``full`` of DeepSeek-V4.1 select, or None if SGLang selects.
 
-    ``unfit``: why the plugin cannot stand before what SGLang has made.
+    ``unfit``: why the plugin cannot stand before the object that SGLang has made.
     """
     return _get(_Call(KINDS[f"v41.{which}"], V41_K, device, unfit=unfit))
 
@@ -124,7 +127,8 @@ def _get(call: _Call) -> Selection | None:
         if kind is KINDS["v4"]:
             narrow = selection is not None and selection.dtype != "fp32"
             also["budget"] = None if narrow else "logits are float32"
-        now.report(str(call), names, selection, passed, also)
+        left = aside.said(selection, (call.k,))
+        now.report(str(call), names, selection, passed, also, aside=left)
         if selection is not None:
             if "logits" in names and (selection.logits == "plugin" or selection.request_bf16):
                 deep_gemm.patch(now.ledger)
@@ -170,7 +174,7 @@ def _possible(
         reasons += [f"SGLang's switch {n} chooses its own top-k" for n in _OTHER_TOPK if _set(n)]
     for name in call.kind.seams:
         reasons += now.problems(name)
-    return logits.select(
+    chosen, why = logits.select(
         settings,
         dtype,
         reasons,
@@ -178,10 +182,32 @@ def _possible(
         lambda: _engine_logits(now, call, dtype),
         lambda backend: _plugin_logits(now, call, dtype, backend),
     )
+    if call.kind.steps_aside:
+        chosen = aside.engage(chosen, settings, now.engine)
+    if chosen is not None and _prefill_by_deep_gemm(now, settings, call, chosen):
+        chosen = replace(chosen, prefill_logits="engine")
+    return chosen, why
+
+
+def _prefill_by_deep_gemm(
+    now: SglangAdapter, settings: envs.Settings, call: _Call, chosen: Selection
+) -> bool:
+    """Whether DeepGEMM writes the bfloat16 logits of prefill: it is faster there, and as exact.
+
+    The plugin's kernel takes 1.01 to 1.05 of its time (benchmarks/results/h200_logits.json), and
+    SGLang's forward with it 1.13 of that with DeepGEMM's (benchmarks/results/h100_sglang.json).
+    """
+    return (
+        settings.logits == "auto"
+        and (chosen.dtype, chosen.logits) == ("bf16", "plugin")
+        and chosen.backend in aside.BACKENDS
+        and not call.kind.fp4_ops
+        and not _engine_logits(now, call, chosen.dtype)
+    )
 
 
 def _elsewhere(now: SglangAdapter, call: _Call) -> list[str]:
-    """Return why the logits of this call do not come from the functions that can be wrapped."""
+    """Return why the logits of this call do not come from functions that the plugin can wrap."""
     if call.kind.float32_logits:
         return [call.kind.float32_logits]
     return now.problems("logits") + [
@@ -236,5 +262,5 @@ def _set(name: str) -> bool:
     variable = getattr(switches, name, None)
     try:
         return bool(variable is not None and variable.get())
-    except Exception:  # not a switch any more
+    except Exception:  # no longer a switch
         return False

@@ -1,7 +1,7 @@
-"""The seams of SGLang, one record each. A release that moves one gets a further form here.
+"""The seams of SGLang, one record each. A release that changes a seam needs a further form in it.
 
 Names move between releases: ``topk_transform_512`` became ``topk_transform_paged`` in 0.5.20.
-Nothing is registered for a seam that is not recognised.
+The plugin registers nothing for a seam that it does not recognise.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def _paged(name: str) -> tuple[Place, ...]:
 
 
 def _method(module: str, name: str, *takes: str, field: str = "") -> Place:
-    """Return a method before which the plugin stands: it takes these and no others.
+    """Return a method before which the plugin stands: it takes exactly these arguments.
 
-    ``field`` is one of the inputs, of which the plugin makes use.
+    ``field`` is a field of the inputs that the plugin uses.
     """
     used = (f"{V41}.types", "", f"    {field}: ") if field else None
     return Place(f"{V41}.{module}", name, ("self", *takes), exactly=True, used=used)
@@ -49,9 +49,9 @@ SEAMS = (
     Seam(
         "flag",
         ((Place(SERVER_ARGS, "ServerArgs.add_cli_args", ("parser",)),),),
-        puts="the option `--dsv4-topk`, behind SGLang's own",
+        puts="the option `--dsv4-topk`, after SGLang's own",
         why="SGLang has no option that enables a plugin, and an unknown option ends the command",
-        until="SGLang lets a plugin declare options; an option of SGLang's of that name wins",
+        until="SGLang lets a plugin declare options; SGLang's own option of that name wins",
     ),
     Seam(
         "forward",
@@ -63,7 +63,7 @@ SEAMS = (
                 ),
             ),
         ),
-        puts="the decision for this indexer, in force for the calls below it",
+        puts="the decision for this indexer, in force for the calls inside it",
         why="the logits and top-k functions are shared with other models; only here the plugin "
         "knows whose scores come",
         until="SGLang hands the backend choice to its top-k functions",
@@ -72,7 +72,7 @@ SEAMS = (
         "topk.paged",
         (_paged("topk_transform_paged"), _paged("topk_transform_512")),
         puts="the plugin's top-k with the fused page table, raw indices too",
-        why="SGLang's kernels read float32 only, and leave the order of ties open",
+        why="SGLang's kernels read float32 only, and do not define the order of ties",
         until="SGLang's kernels read bfloat16, are exact, break ties by the lowest index and are "
         "not slower",
     ),
@@ -124,7 +124,7 @@ SEAMS = (
         puts="twice the bytes in which SGLang counts, once all logits are in two bytes",
         why="SGLang cuts a long prefill of DeepSeek-V4 so that float32 logits fit its budget, and "
         "each part reads all keys",
-        until="SGLang asks what its logits take",
+        until="SGLang's budget counts the bytes of its logits' dtype",
         optional=True,
     ),
     Seam(

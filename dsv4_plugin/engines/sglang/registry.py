@@ -1,7 +1,7 @@
-"""SGLang's ``HookRegistry``: register AROUND hooks, know them again, take them back.
+"""SGLang's ``HookRegistry``: register AROUND hooks, recognise them, remove them.
 
-The registry has no way to take a hook away. The plugin's hook is known by the wrapper that the
-registry made: the hook is in its closure. A wrapper around that one was made by other code.
+The registry cannot remove a hook. The plugin recognises its hook by the wrapper that the registry
+made, because the hook is in its closure. Any wrapper around that one comes from other code.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dsv4_plugin.engines.shared.patches import called
 __all__ = ["around", "hooked", "intact", "other_hooks", "uninstall"]
 
 _hooks: dict[str, Callable[..., Any]] = {}  # target -> the plugin's hook
-_owners: dict[str, Any] = {}  # what the path before the last dot is
+_owners: dict[str, Any] = {}  # the object of the path before the last dot
 
 
 def _registry_module() -> Any:
-    """Return SGLang's module of the registry; it is there before a plugin is called.
+    """Return SGLang's module of the registry; SGLang imports it before it calls a plugin.
 
     Raises:
         ImportError: this SGLang has none.
@@ -52,7 +52,7 @@ def around(target: str | None, hook: Callable[..., Any]) -> None:
 
 
 def other_hooks(target: str) -> list[str]:
-    """Return who else registered for ``target``: the names of their hooks."""
+    """Return the names of other hooks that are registered for ``target``."""
     registered = getattr(_registry_module().HookRegistry, "_hooks", {}).get(target, [])
     return [
         f"{getattr(hook, '__module__', '?')}.{getattr(hook, '__qualname__', repr(hook))}"
@@ -62,7 +62,7 @@ def other_hooks(target: str) -> list[str]:
 
 
 def _place(target: str) -> tuple[Any, str, Any]:
-    """Return the owner of a target, the attribute's name and the function that is there now."""
+    """Return the owner of a target, the attribute's name and its present function."""
     path, _, name = target.rpartition(".")
     owner = _owners.get(path)
     if owner is None:
@@ -101,7 +101,7 @@ def intact(target: str) -> bool:
 
 
 def uninstall() -> None:
-    """Take the plugin's hooks back."""
+    """Remove the plugin's hooks."""
     _owners.clear()
     if not _hooks:
         return
@@ -127,11 +127,11 @@ def uninstall() -> None:
 
 
 def _restore(target: str, hook: Any) -> tuple[Any, Any] | None:
-    """Put the original back; returns the wrapper and the original, None if other code patched."""
+    """Restore the original; return wrapper and original, or None if other code patched it."""
     owner, name, raw = _place(target)
     wrapper = _function(raw)
     if not _made_for(wrapper, hook):
-        # The plugin's hook may still be inside; it passes every call through from now on.
+        # The plugin's hook may still be inside; from now on it calls the original.
         log.say(
             logging.WARNING,
             f"{target} was patched by other code since ({called(wrapper)}); it is left as it is",
@@ -144,7 +144,7 @@ def _restore(target: str, hook: Any) -> tuple[Any, Any] | None:
 
 
 def _gather_in(spread: dict[int, tuple[Any, Any]]) -> None:
-    """Put originals back into every module to which the registry had spread its wrappers."""
+    """Restore the originals in every module to which the registry has copied its wrappers."""
     if not spread:
         return
     for module in list(sys.modules.values()):

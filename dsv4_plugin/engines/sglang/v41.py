@@ -1,14 +1,14 @@
 """DeepSeek-V4.1's index layers: the plugin before the objects that SGLang's two factories return.
 
-SGLang's attention backend asks a factory for the pair that serves the source and its consumers
-(prefill and decode), another for what serves the plain layers, and calls their methods once a
-layer. The plugin keeps what it gets, and stands before it: a call is the plugin's
-(:mod:`.v41_calls`), or SGLang's own with the arguments as they came. Attributes that the plugin
-does not have are those of SGLang's object.
+SGLang's attention backend asks one factory for the pair of objects that serves the source and its
+consumers (prefill and decode), and another for the object that serves the plain layers. It calls
+their methods once for each layer. The plugin keeps SGLang's object and puts its own before it. The
+plugin serves a call (:mod:`.v41_calls`), or SGLang's object serves it with the original arguments.
+Attributes that the plugin does not have are read from SGLang's object.
 
-It is decided when the backend is built, once for the source and its consumers together, so that a
-consumer finds what it needs. Where one of them has to be left to SGLang after all, what the
-plugin's source has published serves SGLang's consumer too (:mod:`.v41_published`).
+The plugin decides when the backend is built, once for the source and its consumers together, so
+that a consumer finds what it needs. If the plugin has to leave a consumer to SGLang after all,
+SGLang's consumer reads what the plugin's source has published (:mod:`.v41_published`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Candidates", "Full", "make_candidates", "make_full"]
 
 
 def make_candidates(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Make SGLang's pair for the source and the consumers, and stand before it where decided."""
+    """Make SGLang's pair for source and consumers; put the plugin before it if so decided."""
     made = original(*args, **kwargs)
     held = kwargs.get("candidate_topk_blocks", 0)
     if not (_is_v41(kwargs) and held and isinstance(made, tuple) and len(made) == 2):
@@ -48,7 +48,7 @@ def make_candidates(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 
 def make_full(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Make what serves SGLang's plain layers, and stand before it where decided."""
+    """Make SGLang's object for the plain layers; put the plugin before it if so decided."""
     made = original(*args, **kwargs)
     if not _is_v41(kwargs):
         return made
@@ -59,13 +59,13 @@ def make_full(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_v41(given: dict[str, Any]) -> bool:
-    """Whether a backend is built for DeepSeek-V4.1, which alone has compress ratios 1 and 2."""
+    """Whether a backend is built for DeepSeek-V4.1; only this model has compress ratios 1 and 2."""
     ratios = getattr(given.get("token_to_kv_pool"), "present_ratios", ())
     return isinstance(given.get("req_to_token"), torch.Tensor) and bool({1, 2} & set(ratios))
 
 
 def _unfit(engine: Any, name: str) -> list[str]:
-    """Return why what SGLang has made is not what the plugin knows."""
+    """Return why the plugin does not know the object that SGLang has made."""
     if type(engine).__name__ != name:
         return [f"SGLang has a {type(engine).__name__} here, not a {name}"]
     return [
@@ -76,7 +76,7 @@ def _unfit(engine: Any, name: str) -> list[str]:
 
 
 class _Before:
-    """The plugin before one of SGLang's objects, whose attributes it has besides its own."""
+    """The plugin's object before one of SGLang's; it also has the attributes of that object."""
 
     def __init__(
         self, engine: Any, layers: Layers, decided: Callable[[], Selection | None]
@@ -97,7 +97,7 @@ class _Before:
         engine: Callable[[Any], Any],
         fit: bool = True,
     ) -> Any:
-        """Return what ``plugin`` makes of a call, or ``engine`` of its inputs."""
+        """Return the result of ``plugin`` for a call, or of ``engine`` for its inputs."""
         rows, made = len(inputs.positions), []
         selection = self._decided() if fit and rows else None
         call = None
@@ -126,15 +126,15 @@ class _Before:
 
 
 class Candidates(_Before):
-    """Before the object that serves the source and the consumers."""
+    """Stands before the object that serves the source and the consumers."""
 
     def publish_decode(self, inputs: Any) -> Any:
-        """Select for the source at decode; returns what its consumers get."""
+        """Select for the source at decode; return the candidates for its consumers."""
         engine = self._engine.publish_decode
         return self._serve("v41.source", inputs, v41_calls.decode, Call.source, engine)
 
     def publish_prefill(self, inputs: Any) -> Any:
-        """Select for the source at prefill; returns what its consumers get."""
+        """Select for the source at prefill; return the candidates for its consumers."""
         engine = self._engine.publish_prefill
         return self._serve("v41.source", inputs, v41_calls.prefill, Call.source, engine)
 
@@ -154,7 +154,7 @@ class Candidates(_Before):
 
 
 class Full(_Before):
-    """Before the object that serves the plain layers."""
+    """Stands before the object that serves the plain layers."""
 
     def topk_decode(self, inputs: Any) -> None:
         """Select for a plain layer at decode."""

@@ -1,16 +1,17 @@
 """A call of an index layer of DeepSeek-V4.1, scored and selected by the plugin's ops.
 
-SGLang hands a layer the same objects in all its layers (``DecodeInputs``, ``PrefillInputs``). Here
-they become the arguments of the plugin's ops, without a read of the device: lengths come from the
-positions, pages from SGLang's tables, sizes from what SGLang has on the host.
+SGLang passes the same kinds of objects to all its layers (``DecodeInputs``, ``PrefillInputs``).
+This module turns them into the arguments of the plugin's ops, without a read of the device. The
+lengths come from the positions, the pages from SGLang's tables, the sizes from SGLang's values on
+the host.
 
 * **a plain layer** scores every key that a row sees and selects.
-* **the source** scores every key once, with the maxima of the blocks, publishes each row's best
+* **the source** scores every key once, with the maxima of the blocks. It publishes each row's best
   blocks in ascending order, and selects.
 * **a consumer** scores the keys of its candidates and selects among them.
 
-Where a row sees no more keys than its candidate blocks hold, every block is a candidate: then all
-of them are plain layers.
+If a row sees no more keys than its candidate blocks hold, every block is a candidate. Then source
+and consumers select as plain layers do.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ __all__ = ["PAGE", "Call", "Layers", "decode", "prefill", "unfit"]
 
 PAGE = 64  # slots a page of the index cache
 SLOT_BYTES = 68  # 64 of FP4 pairs, 4 scales
-# Decode: scores of at most so many bytes are kept. Of more only the blocks' maxima are, and the
-# keys of the best blocks are scored a second time: the k best keys of a row are among its k + 1
-# best blocks. Prefill: a part's scores take at most so many.
+# Decode: the plugin keeps scores of at most this many bytes. Of larger ones it keeps only the
+# blocks' maxima and scores the keys of the best blocks a second time: the k best keys of a row are
+# in its k + 1 best blocks. Prefill: the scores of a part take at most this many bytes.
 KEPT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What is the same for every call: SGLang's pool and tables, and how candidates are chosen.
+    """The facts that all calls share: SGLang's pool and tables, and the choice of candidates.
 
-    ``held``: candidate blocks of a row; 0 where the model has none.
+    ``held``: candidate blocks of a row; 0 if the model has none.
     """
 
     pool: Any
@@ -56,7 +57,7 @@ class Layers:
 
     @property
     def device(self) -> torch.device:
-        """Where the index cache is."""
+        """The device of the index cache."""
         return self.req_to_token.device
 
 
@@ -72,14 +73,14 @@ def unfit(held: int, piece: int) -> list[str]:
 
 @dataclass
 class Call:
-    """One call: ``rows`` queries ``[rows, heads, 128]`` bfloat16, and the parts they are cut into.
+    """One call: ``rows`` queries ``[rows, heads, 128]`` bfloat16, and the parts of the call.
 
     ``weights`` ``[rows, heads]`` bfloat16. ``lengths`` int32 ``[rows]``: the keys that a row sees.
     ``cache`` uint8 ``[pages, 64 · 68]``. ``tables`` int32 ``[requests, pages]``: a request's pages.
-    ``columns``: keys of a row at most. ``slots``, ``raw``: int32 ``[rows, k]`` to fill with pool
-    slots and positions; one of them may be None. At decode ``next_n`` is how many rows every
-    request has. At prefill it is 0, ``rows_per_request`` has that of each, and ``requests`` int64
-    ``[rows]`` the request of each row where a part needs it.
+    ``columns``: the most keys of a row. ``slots``, ``raw``: int32 ``[rows, k]`` to fill with pool
+    slots and positions; one of them may be None. At decode ``next_n`` is the number of rows of
+    every request. At prefill it is 0, and ``rows_per_request`` has the number for each request.
+    ``requests`` int64 ``[rows]`` is the request of each row, if a part needs it.
     """
 
     selection: Selection
@@ -100,7 +101,7 @@ class Call:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the scores."""
+        """The dtype of the scores."""
         return DTYPES[self.selection.dtype]
 
     # --- the three kinds of layers -------------------------------------------------------------
@@ -193,10 +194,10 @@ class Call:
         return out
 
     def _scores_of(self, part: Part, candidates: torch.Tensor) -> torch.Tensor:
-        """Return the scores of the candidates' keys; columns that a row does not see hold any."""
+        """Return the scores of the candidates' keys; unseen columns may hold any value."""
         rows, held = candidates.shape
         out = new_logits(rows, held * PIECE, self.dtype, self.q.device)
-        # Not read: with it, columns past a row's visible keys are not written.
+        # No op reads it; with it, the op does not write columns past a row's visible keys.
         visible = torch.empty(rows, dtype=torch.int32, device=self.q.device)
         for run in part.runs:
             at = _within(part, run)
@@ -259,7 +260,7 @@ class Call:
         return part.rows.stop - part.rows.start if len(part.runs) == 1 else 1
 
     def _table(self, part: Part) -> torch.Tensor:
-        """Return the pages of the part's rows: a row for each request of as many rows, or each."""
+        """Return the pages of the part's rows: one row of pages for a request, or for each row."""
         if self.next_n:
             return self.tables
         if len(part.runs) == 1:
@@ -277,7 +278,7 @@ def _within(part: Part, run: Run) -> slice:
 
 def _of_blocks(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     """Return the scores of the candidates' keys; ``scores`` are rows of whole blocks, packed."""
-    words = PIECE * scores.dtype.itemsize // 16  # a block is moved as one or two numbers
+    words = PIECE * scores.dtype.itemsize // 16  # one or two numbers hold a block
     wide = scores.view(torch.complex128).unflatten(1, (-1, words))
     at = candidates.clamp(min=0).to(torch.int64)[:, :, None].expand(-1, -1, words)
     return wide.gather(1, at).flatten(1).view(scores.dtype)
@@ -287,7 +288,7 @@ def _of_blocks(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
 
 
 def decode(selection: Selection, layers: Layers, inputs: Any) -> Call:
-    """Return a call of decode or verification: a row a request, or a row a draft token.
+    """Return a call of decode or verification: one row for each request, or for each draft token.
 
     Raises:
         UnmetError: the call has another form.
@@ -296,8 +297,9 @@ def decode(selection: Selection, layers: Layers, inputs: Any) -> Call:
     columns = min(
         metadata.max_compressed_seq_len, layers.req_to_token.shape[1] // inputs.compress_ratio
     )
-    # From 0.5.23 on SGLang says how many rows each request has. Without that knowledge every row
-    # is a request of its own: right, but no two rows share the read of a key.
+    # From 0.5.23 on SGLang says how many rows each request has. Without this number every row
+    # counts as a request of its own. The answer is the same, but no two rows share the read of a
+    # key.
     next_n = getattr(metadata, "rows_per_request", 1)
     next_n = next_n if rows % next_n == 0 else 1
     tables = metadata.page_table[:rows:next_n, : -(-columns // PAGE)]
@@ -309,9 +311,9 @@ def decode(selection: Selection, layers: Layers, inputs: Any) -> Call:
 
 
 def prefill(selection: Selection, layers: Layers, inputs: Any) -> Call:
-    """Return a call of prefill: a request's rows after those of another.
+    """Return a call of prefill: the rows of one request after the other.
 
-    Under context parallelism the rows are some of each request's, and the index cache is whole.
+    Under context parallelism a rank has some rows of each request, and the whole index cache.
 
     Raises:
         UnmetError: the call has another form.
@@ -373,7 +375,7 @@ def _call(
             unmet.append(f"an output has the shape {tuple(out.shape)}, not [{rows}, {k}] or more")
     if unmet:
         raise UnmetError(_WHAT, unmet)
-    for out in outputs:  # SGLang's own leaves -1 in all of it that it does not fill
+    for out in outputs:  # SGLang's own code leaves -1 in all slots that it does not fill
         if out is not None:
             _fill_rest(out, rows, k)
     slots, raw = (None if out is None else out[:rows, :k] for out in outputs)

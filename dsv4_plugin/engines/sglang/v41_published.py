@@ -1,8 +1,9 @@
-"""What a source of DeepSeek-V4.1 publishes for its consumers, in the plugin's form and SGLang's.
+"""The candidates that a source of DeepSeek-V4.1 publishes, in the plugin's form and in SGLang's.
 
-SGLang's backend keeps what a source returns and hands it to the consumers unread. A consumer that
-the plugin has to leave to SGLang after all finds there what SGLang's own source would have
-published (``blocks``, ``decode_mask``), made when it is asked for.
+SGLang's backend keeps the object that a source returns and passes it to the consumers without
+reading it. If the plugin has to leave a consumer to SGLang after all, that consumer finds in the
+object what SGLang's own source would have published (``blocks``, ``decode_mask``). The object makes
+them when the consumer asks for them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ __all__ = ["Published", "published"]
 class Published:
     """The candidate blocks of every row.
 
-    ``candidates`` is int32 ``[rows, K]``, ascending, -1 after the last; None where every block that
-    a row sees is a candidate. ``lengths`` are the keys that each row sees, ``columns`` at most.
-    ``rows_per_request``: of a prefill. ``block_size``: keys a block.
+    ``candidates`` is int32 ``[rows, K]``, ascending, -1 after the last; None if every block that a
+    row sees is a candidate. ``lengths`` are the keys that each row sees, ``columns`` at most.
+    ``rows_per_request``: only for a prefill. ``block_size``: keys in a block.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Published:
 
     @functools.cached_property
     def blocks(self) -> torch.Tensor:
-        """The candidates as SGLang's ``BlockIds`` has them."""
+        """The candidates in the form of SGLang's ``BlockIds``."""
         if self.candidates is not None:
             return self.candidates
         return every_block(self.lengths, -(-self.columns // self.block_size), self.block_size)
@@ -52,7 +53,7 @@ class Published:
         return mask
 
     def tail(self, rows_per_request: list[int]) -> Published:
-        """Return what was published for the last rows of every request; no host sync."""
+        """Return the candidates of the last rows of every request; no host sync."""
         from sglang.srt.layers.attention.dsv4.v41_indexer import types
 
         assert self.rows_per_request is not None, "the source ran at decode"
@@ -75,13 +76,13 @@ def every_block(lengths: torch.Tensor, count: int, block_size: int) -> torch.Ten
 
 @functools.cache
 def _class() -> Any:
-    """Return :class:`Published` below SGLang's base class, which is there once a backend is."""
+    """Return a subclass of :class:`Published` and SGLang's class, imported with the backend."""
     from sglang.srt.layers.attention.dsv4.v41_indexer import types
 
     return type("PublishedByDsv4", (Published, types.CandidateMetadata), {})
 
 
 def published(*args: Any, **kwargs: Any) -> Published:
-    """Return a :class:`Published` that SGLang takes for its own."""
+    """Return a :class:`Published` that SGLang accepts as its own class."""
     made: Published = _class()(*args, **kwargs)
     return made

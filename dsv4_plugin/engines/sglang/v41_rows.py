@@ -1,7 +1,7 @@
-"""How the rows of an index layer of DeepSeek-V4.1 are cut into parts; host numbers only.
+"""Divides the rows of an index layer of DeepSeek-V4.1 into parts; host numbers only.
 
-A *part* is scored and selected at once, into one buffer of scores. Each of its *runs* are
-consecutive rows that are scored in one call: a request's rows in prefill, all rows at decode.
+A *part* is scored and selected together, in one buffer of scores. It consists of *runs*. A run is
+consecutive rows that one call scores: the rows of a request in prefill, all rows at decode.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """Runs that follow each other, and how many keys their requests have at most."""
+    """Consecutive runs, and the most keys of their requests."""
 
     runs: tuple[Run, ...]
     columns: int
@@ -37,13 +37,13 @@ class Part:
 def parts_of(
     rows_per_request: Sequence[int], keys: Sequence[int], most: int, whole: int
 ) -> Iterator[Part]:
-    """Cut the rows of a prefill so that a part has at most ``most`` scores, or one row.
+    """Divide the rows of a prefill so that a part has at most ``most`` scores, or one row.
 
     Args:
-        rows_per_request: of each request, in row order.
-        keys: of each request, at its newest row.
-        most: scores of a part.
-        whole: a request with at most so many keys is in no part with a longer one.
+        rows_per_request: the rows of each request, in row order.
+        keys: the keys of each request, at its newest row.
+        most: the most scores of a part.
+        whole: a request with at most this many keys is in no part with a longer request.
     """
     runs: list[Run] = []
     columns = begin = 0

@@ -1,10 +1,10 @@
-"""What runs around SGLang's functions. Every hook ends in the original when in doubt.
+"""The hooks around SGLang's functions. Every hook calls the original when in doubt.
 
-The hooks take the functions they stand around as their first argument, as the registry hands them
-over, and keep no reference to it: the registry rewrites every module global that is the original.
+The registry passes the original function to a hook as its first argument. A hook keeps no reference
+to it, because the registry rewrites every module global that is the original.
 
-The counters (``dsv4_plugin.status()``) count calls of these Python functions: under CUDA graphs
-they run while SGLang captures, and not while it replays.
+The counters (``dsv4_plugin.status()``) count calls of these Python functions. Under CUDA graphs
+SGLang runs them while it captures, and not while it replays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import dsv4_plugin as ops
 from dsv4_plugin.engines.sglang import policy, row_shard
 from dsv4_plugin.engines.sglang.adapter import SglangAdapter
-from dsv4_plugin.engines.shared import adapter, shadow
+from dsv4_plugin.engines.shared import adapter, aside, shadow
 from dsv4_plugin.engines.shared.decision import KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
 from dsv4_plugin.engines.shared.tensors import LENGTHS, is_matrix, is_output, rows_of, widen
@@ -56,13 +56,13 @@ def forward(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any)
 
 
 def row_chunks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Let SGLang cut a paged prefill by what the logits of all its layers take."""
+    """Let SGLang divide a paged prefill by the real bytes of the logits of all its layers."""
     budget = kwargs.get("budget_bytes")
     return original(*args, **{**kwargs, "budget_bytes": _counted_in_fours(budget)})
 
 
 def nonpaged_plan(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The same for the prefill of one request, which is cut at the first layer of a forward."""
+    """The same for the prefill of one request, which is divided at the first layer of a forward."""
     metadata = kwargs["indexer_metadata"]
     budget = metadata.mqa_logits_budget_bytes
     metadata.mqa_logits_budget_bytes = _counted_in_fours(budget)
@@ -73,10 +73,10 @@ def nonpaged_plan(original: Callable[..., Any], self: Any, *args: Any, **kwargs:
 
 
 def _counted_in_fours(budget: int | None) -> int | None:
-    """Return a budget to which SGLang compares four bytes a logit, where all take two.
+    """Return twice the budget if all logits take two bytes, because SGLang counts four for each.
 
-    What fails within that forward and writes four bytes after all has twice the budget, of which
-    SGLang makes a fifth of the free memory.
+    If the logits fail within that forward and take four bytes after all, they use twice the budget.
+    SGLang sets the budget to a fifth of the free memory.
     """
     return 2 * budget if budget and adapter.current().narrow_selections() else budget
 
@@ -86,12 +86,12 @@ _V2 = (*_V1[:-1], "metadata", _V1[-1])
 
 
 def topk_v1(original: Callable[..., None], scores: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    """Select by the fused page table, in the form without a plan."""
+    """Select with the fused page table, in the form without a plan."""
     _transform(_V1, original, scores, args, kwargs)
 
 
 def topk_v2(original: Callable[..., None], scores: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    """Select by the fused page table, in the form with SGLang's plan, which is not needed here."""
+    """Select with the fused page table, in the form with SGLang's plan, which is not needed."""
     _transform(_V2, original, scores, args, kwargs)
 
 
@@ -99,7 +99,7 @@ def _transform(
     names: tuple[str, ...], original: Callable[..., None], scores: Any, args: Any, kwargs: Any
 ) -> None:
     def engine(**into: torch.Tensor) -> None:
-        """Make the call as it came, and with nothing that it did not pass but other outputs."""
+        """Make the call with its original arguments, except for other outputs."""
         placed = [into.pop(n, v) for n, v in zip(names, args, strict=False)]
         plain = scores
         if isinstance(scores, torch.Tensor):
@@ -109,7 +109,7 @@ def _transform(
     now, every = adapter.current(), rows_of(scores)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if now.call.kind is None or not set(_V1[:-1]) <= set(given):
-        engine()  # another model's call of the same names
+        engine()  # another model calls the same names
         return
     seq_lens, page_tables, out, page_size = (given[name] for name in _V1[:-1])
     raw, parts, logits = given.get("out_raw_indices"), now.call.rows, scores
@@ -189,7 +189,7 @@ def topk_dsa(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Select for V3.2 and GLM where the call is decode-shaped and PAGED; all else is SGLang's."""
+    """Select for V3.2 and GLM if the call is decode-shaped and PAGED; leave others to SGLang."""
     given = {**dict(zip(_DSA_REST, args, strict=False)), **kwargs}
     result: list[torch.Tensor] = []
 
@@ -220,17 +220,23 @@ def topk_dsa(
             )
         )
 
-    def watch() -> None:  # it allocates what it returns
+    def watch() -> None:  # it allocates its result
         shadow.watch("dsa", result[0], lambda _: engine())
 
-    serve("dsa", decided, logits.dtype, plugin, upstream, watch, rows_of(logits))
+    rows = rows_of(logits)
+    left = (
+        decided is not None
+        and aside.faster(decided, "dsa", topk, rows, logits.shape[1], logits.shape[1])
+        and _measured_kernel(self)
+    )
+    serve("dsa", decided, logits.dtype, plugin, upstream, watch, rows, left)
     return result[0]
 
 
 def _decode_shaped(
     logits: Any, lengths: Any, k: Any, method: Any, metadata: Any, given: dict[str, Any]
 ) -> bool:
-    """Whether one row is one request's query and the page table has a row for each."""
+    """Whether each row is the query of one request and the page table has a row for each."""
     table = getattr(metadata, "real_page_table", None)
     return (
         getattr(method, "name", None) == "PAGED"
@@ -252,8 +258,14 @@ def _decode_shaped(
     )
 
 
+def _measured_kernel(dsa_backend: Any) -> bool:
+    """Whether SGLang would run the kernel that was measured, and not its older one."""
+    asked = getattr(dsa_backend, "should_use_topk_v2", None)
+    return bool(asked is not None and asked())
+
+
 def _fused() -> bool:
-    """Whether SGLang wants pool slots; unfused it wants the indices themselves."""
+    """Whether SGLang needs pool slots; unfused it needs the indices themselves."""
     from sglang.srt.environ import envs
 
     switch = getattr(envs, "SGLANG_DSA_FUSE_TOPK", None)

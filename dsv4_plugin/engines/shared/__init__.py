@@ -1,1 +1,1 @@
-"""What all adapters share: activation, patches, decisions, logits, fallback and shadow mode."""
+"""Shared by all adapters: activation, patches, decisions, logits, fallback and shadow mode."""

@@ -1,4 +1,4 @@
-"""What every ``register()`` asks first, and how every ``unregister()`` ends."""
+"""The first checks of every ``register()``, and the last step of every ``unregister()``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["asked", "configure_log", "may_patch", "uninstall"]
 
 
 def may_patch(engine: str) -> bool:
-    """Set up logging; False where the kill switch ``DSV4_PLUGIN=0`` is set, with a log line."""
+    """Set up logging; return False, with a log line, if ``DSV4_PLUGIN=0`` forbids the plugin."""
     if envs.killed():
         log.configure("info")
         log.once(logging.INFO, f"DSV4_PLUGIN=0: nothing is patched in {engine}")
@@ -23,10 +23,10 @@ def may_patch(engine: str) -> bool:
 
 
 def configure_log() -> None:
-    """Set up logging, and say once what is wrong with the settings; never raises.
+    """Set up logging, and log once which settings are wrong; never raise.
 
-    A wrong value is an error at the first real use, where the user sees it, and only in an engine
-    that was asked to use the plugin: ``register()`` must not end an engine's process.
+    ``register()`` must not end an engine's process. So a wrong value is an error only at the first
+    real use, and only in an engine in which the plugin is switched on.
     """
     try:
         log.configure(envs.value("log"))
@@ -37,15 +37,15 @@ def configure_log() -> None:
     except SettingError as error:
         log.once(
             logging.WARNING,
-            f"{error}. This is an error where the plugin is switched on, else nothing",
+            f"{error}. If the plugin is switched on, this becomes an error",
         )
 
 
 def asked() -> bool:
-    """Whether the plugin was switched on, with a log line where it was not."""
+    """Whether the plugin was switched on, with a log line if it was not."""
     enabled = envs.asked()
     if not enabled:
-        log.debug("the plugin is not switched on (DSV4_PLUGIN): nothing more is looked at here")
+        log.debug("the plugin is not switched on (DSV4_PLUGIN): it does nothing in this process")
     return enabled
 
 

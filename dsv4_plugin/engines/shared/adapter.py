@@ -1,7 +1,7 @@
-"""Everything that an engine's adapter holds in a process, in one object.
+"""All state of an engine's adapter in a process, in one object.
 
-One process runs one engine. ``register()`` starts the adapter, and ``unregister()`` ends it: with
-the object go its patches, decisions, layers and whatever its calls have left.
+One process runs one engine. ``register()`` starts the adapter, and ``unregister()`` ends it. The
+object holds its patches, decisions, layers and the state of its calls, so they all end with it.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class CallContext(threading.local):
 
 
 class Adapter:
-    """``engine`` names the engine with its version. ``patches`` are those of each seam.
+    """``engine`` names the engine with its version. ``patches`` are the patches of each seam.
 
-    ``decisions`` has what was decided for each kind of layer or call, ``decision`` what holds where
-    the plugin cannot tell the kind. ``layers`` are the layers that are alive, with what the policy
-    knows of each. ``kinds`` maps a layer, as a call names it, to its kind; it is empty where one
-    decision holds for every layer. ``off`` are the parts that failed and were switched off.
+    ``decisions`` has the decision for each kind of layer or call; ``decision`` holds where the
+    plugin cannot tell the kind. ``layers`` are the living layers, with the policy's facts about
+    each. ``kinds`` maps a layer, as a call names it, to its kind; it is empty where one decision
+    holds for every layer. ``off`` are the parts that failed and were switched off.
     """
 
     def __init__(self, engine: str) -> None:
@@ -78,15 +78,15 @@ class Adapter:
     # --- seams -------------------------------------------------------------------------------
 
     def found(self, name: str, where: str | None, why: str | None = None) -> None:
-        """Note what looking for a seam found."""
+        """Record the result of the search for a seam."""
         state.found(Seam(name, where, why))
 
     def missing(
         self, level: int = logging.INFO, prefix: str = "", without: Sequence[str] = ()
     ) -> list[str]:
-        """Return the seams that are not there, and log them in a line.
+        """Return the seams that were not found, and log them in one line.
 
-        Those of names with ``prefix``, but for the names ``without``.
+        Only names with ``prefix`` count, except the names in ``without``.
         """
         seams = [
             seam
@@ -99,7 +99,7 @@ class Adapter:
         return missing
 
     def intact(self, name: str) -> bool:
-        """Whether the patches of a seam are there and nothing has replaced them since."""
+        """Whether the patches of a seam are in force and no other code has replaced them since."""
         patches = self.patches.get(name, ())
         for patch in patches:
             if not patch.in_place:
@@ -127,13 +127,13 @@ class Adapter:
         return self.decision if kind is None else self.decisions.get(kind, self.decision)
 
     def narrow_selections(self) -> list[Selection]:
-        """Return how each kind of layer selects if all select on logits of two bytes, else none."""
+        """Return how each kind of layer selects if all use logits of two bytes, else nothing."""
         every = [decision.selection for decision in self.decisions.values()]
         chosen = [s for s in every if s is not None and s.dtype != "fp32"]
         return chosen if len(chosen) == len(every) else []
 
     def decide(self, decision: Decision) -> None:
-        """Put one decision into force, whatever the kind of layer."""
+        """Put one decision into force for every kind of layer."""
         self.kinds.clear()
         self.decisions.clear()
         self._reasons.clear()
@@ -142,7 +142,7 @@ class Adapter:
             self.off.clear()
 
     def forget_decisions(self) -> None:
-        """Let the next call of each kind be decided anew."""
+        """Drop the decisions, so that the next call of each kind decides again."""
         self.decisions.clear()
 
     def decide_once(
@@ -153,7 +153,7 @@ class Adapter:
         report: Callable[[Selection | None, PassedOver], None],
         shard: Callable[[envs.Settings, Selection | None], list[str]] | None = None,
     ) -> Selection | None:
-        """Return how calls of ``kind`` select, or None: the engine's own. Decides at the first.
+        """Return how calls of ``kind`` select, or None for the engine's own code.
 
         ``kind`` is hashable, has a ``device``, and its text names it in the log. ``dtypes`` are
         those of ``auto``, best first. ``possible`` and ``report`` run only if nothing is decided.
@@ -188,9 +188,10 @@ class Adapter:
         return selection
 
     def switch_off(self, part: str, error: Exception) -> None:
-        """Leave a part (``topk``, ``gather``, ``read``) to the engine from now on: it has failed.
+        """Leave a failed part (``topk``, ``gather``, ``read``) to the engine from now on.
 
-        The logits go with the top-k: nothing in the engine reads bfloat16 logits.
+        The logits are switched off with the top-k, because no code of the engine reads bfloat16
+        logits.
         """
         self.off.add(part)
         without = {"topk": "selection", "gather": "gather"}.get(part)
@@ -207,10 +208,10 @@ class Adapter:
         state.fail(part, why)
         log.once(
             logging.ERROR,
-            f"{part} {why}; the own code of {self.engine} serves this and every later call",
+            f"{part} {why}; {self.engine} serves this and every later call with its own code",
         )
 
-    # --- what is said ------------------------------------------------------------------------
+    # --- reports -----------------------------------------------------------------------------
 
     def report(
         self,
@@ -220,14 +221,16 @@ class Adapter:
         passed: PassedOver,
         also: Mapping[str, str | None] | None = None,
         gather: tuple[str | None, Sequence[str]] | None = None,
+        aside: str = "",
     ) -> None:
-        """Log in one line what engaged for ``what``, where, and why not; note it at the seams.
+        """Log in one line what engaged for ``what``, where, and why not; record it at the seams.
 
         ``names`` are the seams of the selection. ``also`` gives the reasons of further seams (None:
-        engaged). ``gather`` is the backend of the key gather, or None and why.
+        engaged). ``gather`` is the backend of the key gather, or None and why. ``aside`` names the
+        calls that are left to the engine's own kernel, because that is faster there.
         """
         why = "; ".join(f"not {name}: {'; '.join(reasons)}" for name, reasons in passed.items())
-        if selection is None:  # what keeps the last dtype away keeps everything away
+        if selection is None:  # a reason against the last dtype is one against all
             why = "; ".join(list(passed.values())[-1])
         reasons: dict[str, str | None] = dict.fromkeys(names, why if selection is None else None)
         if "logits" in names and selection and (selection.dtype, selection.logits) == _UNTOUCHED:
@@ -239,9 +242,10 @@ class Adapter:
             where = ", ".join(
                 state.seams[name].where or "?" for name in names if name.startswith("topk")
             )
+            kept = f", left to {self.engine} where that is faster: {aside}" if aside else ""
             parts.append(
                 f"top-k: {selection.dtype} by {selection.backend} on {selection.on} at "
-                f"{where}" + (f" ({why})" if why else "")
+                f"{where}" + (f" ({why})" if why else "") + kept
             )
         active = selection is not None
         if gather is not None:
@@ -268,12 +272,12 @@ _current = Adapter("an engine")
 
 
 def current() -> Adapter:
-    """Return the adapter of this process; before ``register()`` one that changes nothing."""
+    """Return the adapter of this process; before ``register()`` it is one that changes nothing."""
     return _current
 
 
 def start(adapter: Adapter) -> None:
-    """Make ``adapter`` that of this process, in place of an earlier one."""
+    """Make ``adapter`` the adapter of this process, in place of an earlier one."""
     global _current
     end()
     _current = adapter
@@ -281,10 +285,10 @@ def start(adapter: Adapter) -> None:
 
 
 def end() -> None:
-    """End the adapter of this process: its patches are taken back, and its state goes with it.
+    """End the adapter of this process: restore the originals and drop the state.
 
-    A wrapper that is left, because other code has patched over it, finds an adapter that changes
-    nothing.
+    A wrapper that stays in the engine, because other code has patched over it, finds an adapter
+    that changes nothing.
     """
     global _current
     _current.ledger.restore(lambda patch: getattr(patch.replacement, "resolved", None))

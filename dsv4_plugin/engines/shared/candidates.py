@@ -1,4 +1,4 @@
-"""What the adapters share about candidate blocks (:mod:`dsv4_plugin.ops.candidates`)."""
+"""Candidate blocks in all adapters (:mod:`dsv4_plugin.ops.candidates`)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import torch
 __all__ = ["PIECE", "WHOLE_COLUMNS", "maxima_of"]
 
 PIECE = 8  # keys of a candidate block, as the kernels have it
-# A consumer's prefill over at most so many keys scores them all: there many rows share the read of
-# a key, and a candidate's keys are read for one row. Measured in vLLM's form alone.
+# A consumer's prefill over at most this many keys scores all of them, because many rows share the
+# read of a key. The keys of a candidate are read for one row. Measured only in vLLM's form.
 WHOLE_COLUMNS = 40_960
 
 
 def maxima_of(scores: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the blocks' scores, as ``block_maxima`` has them, of logits that were written before.
+    """Write the blocks' scores of existing logits, as ``block_maxima`` defines them.
 
-    Columns past a row's keys hold anything. They belong to its newest block, which scores infinity,
-    and to later blocks, which the selection does not read.
+    Columns past a row's keys may hold anything. They belong to its newest block, which scores
+    infinity, and to later blocks, which the selection does not read.
 
     Args:
         scores: ``[rows, columns]`` with room for whole blocks: ``columns`` may end within one, the

@@ -1,4 +1,4 @@
-"""What the plugin does for a kind of call, and the rules that make it of the settings."""
+"""What the plugin does for a kind of call, and the rules that derive it from the settings."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dsv4_plugin.ops import dispatch as backends
 
 __all__ = [
     "DTYPES", "INERT", "KS", "Decision", "PassedOver", "Selection", "backend_for_topk",
-    "choose_selection", "explicit", "unfit_k", "unique", "unmet_topk",
+    "binding", "choose_selection", "explicit", "unfit_k", "unique", "unmet_topk",
 ]  # fmt: skip
 
-KS = (512, 1024, 2048)  # the k of the engines' own kernels; every other k stays with the engine
+KS = (512, 1024, 2048)  # the k of the engines' own kernels; the engine serves every other k
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PassedOver = dict[str, list[str]]  # dtype -> why it was passed over
 
@@ -26,12 +26,14 @@ PassedOver = dict[str, list[str]]  # dtype -> why it was passed over
 class Selection:
     """How the plugin selects: in ``dtype`` (``bf16``, ``fp16`` or ``fp32``) with ``backend``.
 
-    ``logits`` is who writes the logits: ``"plugin"`` (with ``backend``), or ``"engine"`` (its
-    DeepGEMM). ``request_bf16``: DeepGEMM writes bfloat16 only where it is asked to. ``slots``: the
+    ``logits`` is the writer of the logits: ``"plugin"`` (with ``backend``), or ``"engine"`` (its
+    DeepGEMM). ``request_bf16``: DeepGEMM writes bfloat16 only on request. ``slots``: the
     top-k writes pool slots beside the indices, for the engine's attention. ``skip_fill``: the
-    engine's fill with -1 is left out where the top-k writes every row. ``followers``: later
+    plugin omits the engine's fill with -1 where the top-k writes every row. ``followers``: later
     layers attend to the same indices. ``candidates``: the layer chooses or uses candidate blocks,
-    and its logits are computed once it is known which.
+    and its logits are computed once it is known which. ``aside``: the engine whose own kernel gets
+    the calls in which it is faster (:mod:`.aside`), ``""`` where the plugin serves every call.
+    ``prefill_logits``: who writes those of prefill, where that is not who writes all others.
     """
 
     dtype: str
@@ -42,18 +44,22 @@ class Selection:
     skip_fill: bool = False
     followers: bool = False
     candidates: bool = False
+    aside: str = ""
+    prefill_logits: str = ""
 
     @property
     def on(self) -> str:
         """Name the logits for people."""
-        return f"the {self.logits}'s {'float32' if self.dtype == 'fp32' else self.dtype} logits"
+        prefill = f" (prefill: the {self.prefill_logits}'s)" if self.prefill_logits else ""
+        dtype = "float32" if self.dtype == "fp32" else self.dtype
+        return f"the {self.logits}'s {dtype} logits{prefill}"
 
 
 @dataclass(frozen=True)
 class Decision:
     """What the plugin does at a call. ``None`` leaves the part to the engine.
 
-    ``enabled`` False: every patched name passes straight through. ``gather`` is a backend.
+    ``enabled`` False: every patched name calls the original. ``gather`` is a backend.
     """
 
     enabled: bool = False
@@ -71,16 +77,16 @@ def unique(reasons: Iterable[str]) -> list[str]:
 
 
 def explicit() -> bool:
-    """Whether a setting has to be met or refused; True as well where a setting is wrong."""
+    """Whether a setting must be met or refused; True also if a setting is wrong."""
     try:
         now = envs.settings()
     except SettingError:
         return True
-    asked = now.topk != "off" and (now.topk != "auto" or _binding(now) is not None)
+    asked = now.topk != "off" and (now.topk != "auto" or binding(now) is not None)
     return asked or now.shard_prefill
 
 
-def _binding(settings: Settings) -> str | None:
+def binding(settings: Settings) -> str | None:
     """Return the setting that makes ``DSV4_TOPK=auto`` an error where nothing can be had."""
     if settings.logits == "plugin":
         return "DSV4_LOGITS=plugin"
@@ -92,15 +98,15 @@ def _binding(settings: Settings) -> str | None:
 
 
 def unfit_k(k: object) -> list[str]:
-    """Return why a layer's k stays with the engine, if it does."""
+    """Return why the engine serves a layer's k, if it does."""
     return [] if k in KS else [f"index_topk is {k}, not one of {', '.join(map(str, KS))}"]
 
 
 def backend_for_topk(settings: Settings, on_gpu: bool) -> str:
-    """Return the implementation that ``DSV4_BACKEND`` means for the top-k inside an engine."""
+    """Return the implementation that ``DSV4_BACKEND`` selects for the top-k inside an engine."""
     if settings.backend in ("cuda", "torch"):
         return settings.backend
-    # auto never puts torch ops in the place of the engine's CUDA kernel.
+    # auto never replaces the engine's CUDA kernel with torch ops.
     return "cuda" if on_gpu else "torch"
 
 
@@ -118,8 +124,8 @@ def choose_selection(
 ) -> tuple[Selection | None, PassedOver]:
     """Decide from ``DSV4_TOPK``; ``dtypes`` are those of ``auto``, best first.
 
-    ``possible(dtype)`` returns how a dtype can be had, or every reason why it cannot. ``what`` the
-    decision is about is for the log.
+    ``possible(dtype)`` returns how the plugin can select in a dtype, or every reason why it cannot.
+    ``what`` names the subject of the decision in the log.
 
     Raises:
         UnmetError: an explicit setting cannot be met (or, with ``DSV4_STRICT=1``,
@@ -152,7 +158,7 @@ def choose_selection(
         if chosen is not None:
             return chosen, passed
         passed[dtype] = reasons
-    setting = _binding(settings)
+    setting = binding(settings)
     if setting is not None:
         raise UnmetError(setting, unique(r for reasons in passed.values() for r in reasons))
     return None, passed

@@ -1,4 +1,4 @@
-"""What can be asked of the DeepGEMM that an engine brings."""
+"""The abilities of the DeepGEMM that an engine brings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["has_logits_dtype"]
 
 @functools.lru_cache(maxsize=64)
 def has_logits_dtype(function: Any) -> bool:
-    """Whether a logits function of DeepGEMM can be asked for bfloat16."""
+    """Whether a logits function of DeepGEMM can write bfloat16 on request."""
     if function is None:
         return False
     try:

@@ -1,14 +1,14 @@
 """Run a function right after a module has been imported, without importing it.
 
-A finder at the head of ``sys.meta_path`` lets the other finders find the module. What they return
-is theirs, may be kept by them and handed out again, so it is not touched: the import gets a copy of
-the spec, with a loader that has the module executed by their loader and then calls back. Before the
-module is executed it has its own loader again, so ``inspect.getsource``, ``importlib.resources``
-and reloading work as ever.
+A finder at the head of ``sys.meta_path`` lets the other finders find the module. They may keep the
+spec that they return and return it again, so the finder does not change it. The import gets a copy
+of the spec. Its loader lets the original loader execute the module and then calls back. Before the
+module is executed, it gets its original loader again, so that ``inspect.getsource``,
+``importlib.resources`` and reloading work as usual.
 
 Why a hook: vLLM decides at the import of its indexer module how calls behave under CUDA-graph
-capture, and its configuration sets the variable for that later than plugins are loaded. Importing
-the module from ``register()`` would freeze the wrong answer.
+capture. Its configuration sets the variable for that after plugins are loaded. If ``register()``
+imported the module, vLLM would decide wrongly.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         looking = self._looking.__dict__.setdefault("names", set())
         if fullname not in self.pending or fullname in looking:
-            return None  # another finder that asks all finders, as this one does, asks it back
+            return None  # another finder like this one asks it back
         looking.add(fullname)
         try:
             for finder in list(sys.meta_path):
@@ -63,7 +63,7 @@ _finder = _Finder()
 
 
 def _followed(spec: ModuleSpec) -> ModuleSpec:
-    """Return a copy of a spec by which the module is imported as by the spec, and calls back."""
+    """Return a copy of a spec that imports the module in the same way and then calls back."""
     try:
         if hasattr(spec.loader, "exec_module"):
             followed = copy.copy(spec)
@@ -81,7 +81,7 @@ def _cannot_be_followed(name: str) -> None:
 
 
 class _Loader(importlib.abc.Loader):
-    """Another finder's loader; who asks this one for something of that loader's gets it."""
+    """Another finder's loader; every other attribute is read from that loader."""
 
     def __init__(self, spec: ModuleSpec, loader: Any) -> None:
         self._spec, self._loader = spec, loader
@@ -97,23 +97,23 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._spec.loader = self._loader
-        with contextlib.suppress(AttributeError):  # an object that is none of Python's modules
+        with contextlib.suppress(AttributeError):  # the object is not one of Python's modules
             module.__loader__ = self._loader
         try:
             self._loader.exec_module(module)
         except BaseException:
-            self._spec.loader = self  # who kept the spec may try again
+            self._spec.loader = self  # the owner of the spec may try again
             raise
         _imported(self._spec.name, module)
 
 
 def _imported(name: str, module: ModuleType) -> None:
-    """Call what has waited for a module."""
+    """Call the callbacks that waited for a module."""
     with _lock:
         callback = _finder.pending.pop(name, None)
         _finder.leave()
     if callback is not None:
-        log.debug(f"{name} is imported; it is looked at now")
+        log.debug(f"{name} is imported; the plugin looks at it now")
         _call(callback, module)
 
 
@@ -123,9 +123,9 @@ def in_part(module: Any) -> bool:
 
 
 class _InPart(ModuleSpec):
-    """The spec of a module that was imported in part when it was to be looked at.
+    """The spec of a module whose import had begun and not ended when a callback was registered.
 
-    Nothing tells that the import has ended but a mark in the spec, which Python takes away.
+    Only a mark in the spec, which Python removes, shows that the import has ended.
     """
 
     _initializing: bool
@@ -135,7 +135,7 @@ class _InPart(ModuleSpec):
         if attribute == "_initializing" and not value:
             super().__setattr__("__class__", ModuleSpec)
             module = sys.modules.get(self.name)
-            if module is not None:  # else its import failed, and the next one is followed
+            if module is not None:  # else its import failed, and the hook waits for the next
                 _imported(self.name, module)
 
 
@@ -144,7 +144,7 @@ def _follow(name: str, module: ModuleType) -> None:
     kind = type(spec)
     if kind is ModuleSpec and spec.name == name:
         spec.__class__ = _InPart
-        if not in_part(module):  # another thread has ended it in the meantime
+        if not in_part(module):  # another thread has ended the import in the meantime
             spec._initializing = False
     elif kind is not _InPart:
         _cannot_be_followed(name)
@@ -158,10 +158,10 @@ def _call(callback: Callback, module: ModuleType) -> None:
 
 
 def after_import(name: str, callback: Callback) -> None:
-    """Call ``callback(module)`` once ``name`` is imported: now if it is, later if it is not.
+    """Call ``callback(module)`` once ``name`` is imported: now if it already is, otherwise later.
 
-    An exception in the callback is logged, never raised into the import. Callbacks are kept by
-    module name: asking twice before the import changes nothing.
+    An exception in the callback is logged and never raised into the import. A module has one
+    callback: a second request before the import changes nothing.
     """
     with _lock:
         _finder.pending.setdefault(name, callback)
@@ -171,13 +171,13 @@ def after_import(name: str, callback: Callback) -> None:
     if module is not None and not in_part(module):
         _imported(name, module)
         return
-    log.debug(f"{name} is not imported yet; it is looked at when it is")
+    log.debug(f"{name} is not imported yet; the plugin looks at it after its import")
     if module is not None:
         _follow(name, module)
 
 
 def forget(*names: str) -> None:
-    """Drop what is still waiting for the import of ``names``."""
+    """Drop the callbacks that still wait for the import of ``names``."""
     with _lock:
         for name in names:
             _finder.pending.pop(name, None)

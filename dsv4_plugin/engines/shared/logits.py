@@ -1,7 +1,7 @@
-"""Who computes an engine's index logits: the plugin's kernels, or the engine's DeepGEMM.
+"""The writer of an engine's index logits: the plugin's kernels, or the engine's DeepGEMM.
 
-One choice for all adapters (:func:`choose`), and the calls of the plugin's ops on the arguments
-that an engine hands its logits functions.
+:func:`choose` makes the choice for all adapters. The other functions call the plugin's ops on the
+arguments that an engine passes to its logits functions.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ __all__ = [
     "AUTO", "choose", "dense", "failed", "is_gathered", "is_paged", "paged", "select", "unmet",
 ]  # fmt: skip
 
-# Whose logits DSV4_LOGITS=auto takes: the first that can be had in the dtype. In bfloat16 the
-# plugin's kernel is faster for one request and level with DeepGEMM for many
-# (benchmarks/results/h200_logits.json). In float32 the engine comes first all the same: its scores
-# then stay what they are without the plugin.
+# The order of DSV4_LOGITS=auto: the first writer that supports the dtype. In bfloat16 the plugin's
+# kernel is faster for one request and as fast as DeepGEMM for many
+# (benchmarks/results/h200_logits.json). In float32 the engine comes first, so that its scores stay
+# the same as without the plugin.
 AUTO: dict[str, tuple[str, ...]] = {
     "bf16": ("plugin", "engine"),
     "fp16": ("plugin", "engine"),
@@ -46,9 +46,9 @@ AUTO: dict[str, tuple[str, ...]] = {
 def choose(
     settings: Settings, dtype: str, engine: Callable[[], list[str]], plugin: Callable[[], list[str]]
 ) -> tuple[str, list[str]]:
-    """Return who writes logits of ``dtype``, ``"engine"`` or ``"plugin"``, and why neither can.
+    """Return the writer of logits of ``dtype``, ``"engine"`` or ``"plugin"``, or why neither can.
 
-    ``engine`` and ``plugin`` return the reasons why either cannot. They are called in the order of
+    ``engine`` and ``plugin`` return the reasons why they cannot. They are called in the order of
     preference, the second only if the first has reasons.
     """
     reasons: list[str] = []
@@ -75,8 +75,8 @@ def select(
     """Return how ``dtype`` can be selected, or every reason why it cannot.
 
     ``reasons`` are known already. ``calls`` are the devices and k. ``engine`` and ``plugin`` (with
-    its backend) return why either cannot write the logits; ``asks`` whether the engine's DeepGEMM
-    has to be asked for bfloat16.
+    its backend) return why they cannot write the logits. ``asks`` tells whether the engine's
+    DeepGEMM writes bfloat16 only on request.
     """
     backend = backend_for_topk(settings, any(device.type != "cpu" for device, _ in calls))
     unmet = [why for device, k in calls for why in unmet_topk(dtype, backend, device, k)]
@@ -93,9 +93,9 @@ def unmet(
     device: torch.device,
     which: Sequence[str] = ("paged_logits", "ragged_logits"),
 ) -> list[str]:
-    """Return why the plugin cannot write logits of ``dtype`` on ``device``, as far as is known.
+    """Return why the plugin cannot write logits of ``dtype`` on ``device``, as far as known.
 
-    ``which`` are the ops that have to write them. Heads and block size are known at the first call.
+    ``which`` are the ops that must write them. Heads and block size become known at the first call.
     """
     why = [
         reason
@@ -108,7 +108,7 @@ def unmet(
 def paged(
     selection: Selection, q: Any, cache: Any, weights: Any, lengths: Any, table: Any, columns: int
 ) -> torch.Tensor | None:
-    """Return ``[rows, columns]`` logits of FP8 queries on FP8 pages; None: another form."""
+    """Return ``[rows, columns]`` logits of FP8 queries on FP8 pages; None for another form."""
     if not is_paged(q, cache, weights, lengths, table):
         return None
     out = ops.new_logits(weights.shape[0], columns, DTYPES[selection.dtype], q.device)
@@ -141,7 +141,7 @@ def dense(
 ) -> torch.Tensor | None:
     """Return ``[rows, columns]`` logits of gathered FP8 keys, each row from column zero.
 
-    ``columns`` 0: as many as there are keys. None: the arguments have another form.
+    ``columns`` 0 means as many as there are keys. Returns None for arguments of another form.
     """
     if not is_gathered(q, keys, weights, starts, ends):
         return None
@@ -177,10 +177,10 @@ def is_gathered(q: Any, keys: Any, weights: Any, starts: Any, ends: Any) -> bool
 
 
 def failed(error: Exception) -> None:
-    """Raise ``error`` where a setting demands what failed, else leave the call to the engine.
+    """Raise ``error`` if a setting demands what failed, otherwise leave the call to the engine.
 
-    An error about the form of this call (:class:`UnmetError`) changes nothing later: the engine's
-    logits serve this call, in float32 even where its DeepGEMM could write bfloat16, and the
+    An error about the form of this call (:class:`UnmetError`) changes no later call. The engine
+    writes the logits of this call, in float32 even if its DeepGEMM could write bfloat16, and the
     plugin's top-k selects on them. Any other error switches the top-k off.
     """
     now = adapter.current()
@@ -195,7 +195,7 @@ def failed(error: Exception) -> None:
 
 
 def _is(value: Any, dims: int, dtype: torch.dtype, packed: int = 1) -> bool:
-    """Whether it is such a tensor, contiguous in its last ``packed`` dimensions."""
+    """Whether the value is such a tensor, contiguous in its last ``packed`` dimensions."""
     if not (isinstance(value, torch.Tensor) and value.dim() == dims and value.dtype == dtype):
         return False
     step = 1

@@ -1,7 +1,7 @@
-"""Replace an attribute, remember what was there, and put it back.
+"""Replace an attribute, remember the original, and restore it.
 
-A replacement is known by identity. Where, at the time of restoring or of use, the attribute holds
-something else, other code patched it later: it is left alone and reported.
+The plugin recognises its replacement by identity. If the attribute holds another object when the
+plugin restores or uses it, other code has patched it later. The plugin leaves it and reports it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Patch:
 
     @property
     def in_place(self) -> bool:
-        """Whether the replacement is what the owner holds now."""
+        """Whether the owner still holds the replacement."""
         return vars(self.owner).get(self.name) is self.replacement
 
 
@@ -41,7 +41,7 @@ class Ledger:
         self.patches: list[Patch] = []
 
     def replace(self, owner: Any, name: str, replacement: Any, where: str) -> Patch:
-        """Set ``owner.name``; a second patch of the plugin on one attribute is refused."""
+        """Set ``owner.name``; refuse a second patch of the plugin on the same attribute."""
         if any(p.owner is owner and p.name == name for p in self.patches):
             log.debug(f"patch {where}: already there")
             raise RuntimeError(f"{where} is patched already")
@@ -52,7 +52,7 @@ class Ledger:
         return patch
 
     def restore(self, resolve: Callable[[Patch], Any] | None = None) -> None:
-        """Put everything back, last first; ``resolve`` may name what belongs where nothing was."""
+        """Restore all originals, last first; ``resolve`` may name one where none was stored."""
         while self.patches:
             patch = self.patches.pop()
             if not patch.in_place:
@@ -75,7 +75,7 @@ class Ledger:
 
 
 def called(value: Any) -> str:
-    """Name what an attribute holds."""
+    """Return a name of an attribute's value."""
     if value is _ABSENT:
         return "what the owner looks up itself"
     function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value

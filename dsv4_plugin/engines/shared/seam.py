@@ -1,9 +1,9 @@
-"""The record of a seam: one place in an engine that the plugin can change, and how it is known.
+"""The record of a seam: a place in an engine that the plugin can change, and how to recognise it.
 
-An adapter has one tuple of records. The probe (:func:`in_source`) answers from the engine's source
-for ``dsv4-plugin doctor``, the installer (:meth:`Place.in_process`) from the modules that this
-process has imported, and the list in ``docs/development/<engine>.md`` is generated from the records
-(``python -m dsv4_plugin.engines.shared.seam vllm``).
+An adapter has one tuple of records. The probe (:func:`in_source`) looks for them in the engine's
+source, for ``dsv4-plugin doctor``. The installer (:meth:`Place.in_process`) looks for them in the
+modules that this process has imported. ``python -m dsv4_plugin.engines.shared.seam vllm`` prints
+the list in ``docs/development/<engine>.md`` from them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class Found:
 
     @property
     def function(self) -> Any:
-        """The function itself, out of a ``staticmethod``."""
+        """The function itself, without a ``staticmethod`` around it."""
         return self.original.__func__ if isinstance(self.original, staticmethod) else self.original
 
 
 @dataclass(frozen=True)
 class Place:
-    """One attribute of an engine, and the form in which the plugin takes it for what it is.
+    """One attribute of an engine, and the form by which the plugin recognises it.
 
     ``takes``: its first parameters from position ``skip`` on; with ``exactly`` it has no others.
-    ``has``: parameters that it has anywhere. ``source``: the module that defines it, where
+    ``has``: parameters that it has at any position. ``source``: the module that defines it, if
     ``module`` only imports it, and ``defined`` its name there. ``used``: (module, function, text):
     the source of that function, or of the whole module for the function ``""``, contains the text.
-    ``op``: it is an operator of torch, which has no source. ``optional``: the seam is there without
-    it. ``shown``: its name for people.
+    ``op``: it is an operator of torch, which has no source. ``optional``: the seam can exist
+    without it. ``shown``: its name in the log and the doctor.
     """
 
     module: str
@@ -131,12 +131,12 @@ def _check(got: tuple[str, ...], place: Place) -> None:
 class Seam:
     """One seam of an engine: where it is, what the plugin puts there, why, and until when.
 
-    ``forms``: the forms the seam has in the releases, newest first; a form is the places that
-    belong together, and the first form that is complete is taken. ``puts``: what the plugin does
+    ``forms``: the forms that the seam has in the releases, newest first. A form is a group of
+    places; the plugin takes the first complete form. ``puts``: what the plugin does
     there. ``until``: when the seam can go. ``upstream``: the engine's issue or pull request about
-    it, empty where none is known. ``late``: its module is imported after the adapter is installed,
-    so that the installer looks at its source, and it is patched when it is needed. ``optional``: a
-    release may be without it, and the log does not mention that.
+    it, empty if none is known. ``late``: its module is imported after the adapter is installed, so
+    the installer looks at its source, and the plugin patches it when it is needed. ``optional``: a
+    release may lack it, and the log does not mention that.
     """
 
     name: str
@@ -173,7 +173,7 @@ class Seam:
 
 
 def shown(places: Iterable[Place]) -> str:
-    """Name places for people."""
+    """Return the names of places for the log and the doctor."""
     return "/".join(map(str, places))
 
 

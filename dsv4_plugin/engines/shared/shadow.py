@@ -1,14 +1,15 @@
-"""Shadow mode (``DSV4_SHADOW=1``): the engine's selection beside the plugin's, compared.
+"""Shadow mode (``DSV4_SHADOW=1``): compare the engine's selection with the plugin's.
 
-The plugin's has been served by then and stays as it is; the engine's goes to a scratch buffer.
-What is counted is in :class:`.shadow_report.Field`. A failure here is logged once and ends the
-shadow, never the call.
+The plugin has already served its selection, and the shadow does not change it. The engine's
+selection goes to a scratch buffer. :class:`.shadow_report.Field` lists what is counted. A failure
+here is logged once and ends the shadow, never the call.
 
-**Under CUDA graphs** Python runs at capture only, so everything that a replay has to do is tensor
-operations of fixed shapes: both selections, the comparison, and the copy of the counters to pinned
-host memory. The counters and their mirror are allocated outside of any capture (:func:`prepare`)
-and live as long as the process, since a graph may write to them at any time. Scratch that is
-allocated while capturing comes from the graph's pool.
+**Under CUDA graphs** Python runs at capture only. So a replay consists of tensor operations of
+fixed
+shapes: both selections, the comparison, and the copy of the counters to pinned host memory. The
+counters and their mirror are allocated outside of any capture (:func:`prepare`). They live as long
+as the process, because a graph may write to them at any time. Scratch memory that is allocated
+during a capture comes from the graph's pool.
 
 """
 
@@ -28,7 +29,7 @@ from dsv4_plugin.state import state
 __all__ = ["compare", "forget", "on", "parts", "prepare", "unavailable", "watch"]
 
 _ENTRIES = 1 << 20  # compared at a time: some 50 MiB of sorted indices
-_SCRATCH_BYTES = 64 << 20  # of widened scores at a time, where a call can be cut by rows
+_SCRATCH_BYTES = 64 << 20  # of widened scores at a time, if a call can be divided by rows
 
 
 def _distinct(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,12 +52,12 @@ def compare(
 
     Args:
         counters: int64 ``[len(Field)]``.
-        plugin: ``[rows, k]`` integer positions in any order; below zero is none.
+        plugin: ``[rows, k]`` integer positions in any order; a negative number is no position.
         engine: the same; an index may come twice.
-        scores: ``[rows, columns]`` that both selected on, or None: differences stay unexplained.
-        lengths: ``[rows]`` columns in each row; needed with ``scores``. What lies past them counts
-            as a lower score.
-        starts: ``[rows]`` where each row's columns begin; None: at zero.
+        scores: ``[rows, columns]`` on which both selected, or None: differences stay unexplained.
+        lengths: ``[rows]`` columns in each row; needed with ``scores``. Columns past them count
+            as lower scores.
+        starts: ``[rows]`` first column of each row; None means zero.
     """
     rows, k = plugin.shape
     step = max(1, _ENTRIES // max(k, 1))
@@ -102,7 +103,7 @@ _parents: list[dict[tuple[str, torch.device], Kept]] = []  # of a forked child
 _lock = processes.lock()
 _wanted = False
 _off = False
-_captured = False  # a capture has run since the counters last began at zero
+_captured = False  # a capture has run since the counters were last set to zero
 
 
 def on() -> bool:
@@ -118,9 +119,9 @@ def _asked() -> bool:
 
 
 def prepare(device: torch.device, *seams: str) -> None:
-    """Look whether the shadow is asked for, and allocate the counters of ``seams``.
+    """Check whether the shadow is switched on, and allocate the counters of ``seams``.
 
-    To be called when the plugin decides what it does, outside of a capture if that can be.
+    The plugin calls it when it decides, outside of a capture if possible.
     """
     global _wanted
     _wanted = _asked()
@@ -136,7 +137,7 @@ def prepare(device: torch.device, *seams: str) -> None:
 
 
 def _counters(seam: str, device: torch.device) -> Kept | None:
-    """Return the counters; None where they would have to be made during a capture."""
+    """Return the counters; None if they would have to be allocated during a capture."""
     state.reports["shadow"] = shadow_report.report
     key = seam, device
     if key in kept:
@@ -153,7 +154,7 @@ def _counters(seam: str, device: torch.device) -> Kept | None:
             counters = torch.zeros(len(Field), dtype=torch.int64, device=device)
             mirror = counters
             if device.type == "cuda":
-                # An engine that builds its model has made the GPU the default.
+                # While an engine builds its model, the GPU is torch's default device.
                 mirror = torch.zeros(len(Field), dtype=torch.int64, device="cpu", pin_memory=True)
             kept[key] = Kept(counters, mirror, counters.new_zeros(()))
         shadow_report.start(_end)
@@ -163,7 +164,8 @@ def _counters(seam: str, device: torch.device) -> Kept | None:
 def _begin_in_child() -> None:
     """Count from zero in a forked child, which has no thread that logs.
 
-    What the parent allocated is neither read nor freed: a child cannot reach its GPU.
+    The child neither reads nor frees what the parent allocated, because it cannot reach the
+    parent's GPU memory.
     """
     _parents.append(dict(kept))
     kept.clear()
@@ -178,7 +180,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def forget() -> None:
-    """Begin anew; the memory stays, as a graph may still write to it."""
+    """Set the counters to zero; keep the memory, because a graph may still write to it."""
     global _wanted, _off, _captured
     _wanted = _off = _captured = False
     shadow_report.said.clear()
@@ -186,7 +188,7 @@ def forget() -> None:
         for one in kept.values():
             one.counters.zero_()
             one.mirror.zero_()
-    except Exception as error:  # a device that is lost; taking the patches back must go on
+    except Exception as error:  # the device is lost; unregister() must go on
         _end(error)
 
 
@@ -201,13 +203,13 @@ def _end(error: Exception) -> None:
 
 
 def unavailable(seam: str, why: str) -> None:
-    """Say once that a seam cannot be watched, if that was asked for."""
+    """Log once that a seam cannot be watched, if the shadow is switched on."""
     if _asked():
         log.once(logging.WARNING, f"dsv4 shadow: not available for {seam}: {why}")
 
 
 def parts(scores: torch.Tensor) -> list[slice]:
-    """Cut a call by rows so that its widened scores stay small; one part where nothing widens."""
+    """Divide a call by rows so that its widened scores stay small; one part if nothing widens."""
     rows = scores.shape[0]
     step = rows
     if scores.dtype != torch.float32:
@@ -226,12 +228,12 @@ def watch(
     """Run the engine's selection and count how far it agrees with ``plugin``; never raises.
 
     ``engine(scratch)`` fills ``scratch`` (int32, the shape of ``plugin``, filled with -1), or
-    returns what it allocated itself. The rest is as :func:`compare` takes it; ``scores`` may be a
-    function that computes them.
+    returns a tensor that it allocated itself. The other arguments are those of :func:`compare`;
+    ``scores`` may be a function that computes them.
 
-    Counting begins anew with the first call that is not captured after one that was: an engine
-    warms up and captures on scores that mean nothing. It does as well where the counters are not
-    what was written there: an engine that sleeps may give the memory away with what is in it.
+    The counters return to zero with the first call outside of a capture after a captured call,
+    because an engine warms up and captures on meaningless scores. They also return to zero if they
+    do not hold what the plugin wrote, because an engine that sleeps may free the memory.
     """
     global _captured
     if not on():

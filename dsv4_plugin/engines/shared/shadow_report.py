@@ -1,9 +1,9 @@
-"""What the shadow has counted: as data, as a line in the log, and the thread that logs.
+"""The counts of the shadow: as data, as a line in the log, and the thread that logs.
 
-Reading costs no CUDA call: the thread, and ``dsv4_plugin.status()``, look at the pinned mirror of
-the counters, which each call brings up to date in the order of its stream. A thread that copied
-from the device itself could end a capture in progress: under ``cudaStreamCaptureModeGlobal``,
-torch's default, calls like ``cudaMalloc`` or ``cudaEventQuery`` are forbidden to every thread.
+Reading needs no CUDA call. The thread and ``dsv4_plugin.status()`` read the pinned mirror of the
+counters, which each call updates in the order of its stream. A thread that copied from the device
+itself could end a capture in progress: under ``cudaStreamCaptureModeGlobal``, torch's default, no
+thread may make calls like ``cudaMalloc`` or ``cudaEventQuery``.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = [
     "log_what_changed", "report", "said", "start",
 ]  # fmt: skip
 
-EVERY_S = 60.0  # between two lines in the log
+EVERY_S = 60.0  # seconds between two lines in the log
 
 
 class Field(enum.IntEnum):
-    """What the counters of a seam hold, int64 each; rows in which neither chose are left out.
+    """The counters of a seam, int64 each; rows in which neither side chose a position do not count.
 
-    An entry is a chosen position; a row has as many as the longer of the two sets. ``AGREE`` are
-    in both. The others are told apart by the score of the engine's position where the caller
-    hands over the scores: as large as the plugin's last (``TIED``: both answers are right), smaller
-    (``LOWER``: the engine's is not exact) or larger (``HIGHER``: the plugin's is not). What is left
-    are positions that the engine wrote twice or not at all.
+    An entry is a chosen position; a row has as many entries as the longer of the two sets.
+    ``AGREE`` counts those in both. If the caller passes the scores, the score of the engine's
+    position classifies the others: as large as the plugin's last (``TIED``: both answers are
+    right), smaller (``LOWER``: the engine's answer is not exact) or larger (``HIGHER``: the
+    plugin's answer is not exact). The rest are positions that the engine wrote twice or not at all.
     """
 
     ROWS = 0
@@ -56,7 +56,7 @@ MILLION = 1_000_000
 class Kept:
     """The counters of one seam on one device. ``mirror``: pinned host memory, or the counters.
 
-    ``seal`` is :data:`_SEAL` and the sum of the counters: where it is not, they hold anything.
+    ``seal`` is :data:`_SEAL` plus the sum of the counters. If it is not, the counters are invalid.
     """
 
     counters: torch.Tensor
@@ -64,11 +64,11 @@ class Kept:
     seal: torch.Tensor
 
     def check(self) -> None:
-        """Begin at zero where the counters are not what was written there; no host sync."""
+        """Set the counters to zero if they are invalid; no host sync."""
         self.counters.mul_(self.counters.sum() + _SEAL == self.seal)
 
     def close(self) -> None:
-        """Note what was counted as what was written there, and bring the mirror up to date."""
+        """Write the seal of the new counts, and update the mirror."""
         torch.add(self.counters.sum(), _SEAL, out=self.seal)
         if self.mirror is not self.counters:
             self.mirror.copy_(self.counters, non_blocking=True)
@@ -78,7 +78,7 @@ _SEAL = 0xD54D54D54
 
 
 kept: dict[tuple[str, torch.device], Kept] = {}
-said: dict[str, list[int]] = {}  # what the log has last said of each seam
+said: dict[str, list[int]] = {}  # what the log last reported about each seam
 _thread: threading.Thread | None = None
 _failed: Callable[[Exception], None] = logging.exception
 
@@ -114,7 +114,7 @@ def report() -> dict[str, dict[str, float]]:
 
 
 def line(seam: str, values: dict[str, float]) -> str:
-    """Say one seam's counters as the log does."""
+    """Return one seam's counters as a line of the log."""
     entries = max(values["entries"], 1)
     shares = {name: 100 * values[name] / entries for name in ("agree", "tied", "lower", "higher")}
     text = (
@@ -153,14 +153,14 @@ def _loop(every_s: float) -> None:
 
 
 def begin_in_child() -> None:
-    """Forget what a forked child does not have: its parent's thread, and what that said."""
+    """Drop the parent's state in a forked child: the thread and its last reports."""
     global _thread
     said.clear()
     _thread = None
 
 
 def start(failed: Callable[[Exception], None]) -> None:
-    """Start the thread that logs, once a process; ``failed`` gets an error of it."""
+    """Start the thread that logs, once a process; ``failed`` gets an error of the thread."""
     global _thread, _failed
     _failed = failed
     if _thread is not None and _thread.is_alive():

@@ -1,6 +1,6 @@
-"""Look into an engine's source without importing it: what is defined, and with which parameters.
+"""Read an engine's source without importing it: its definitions and their parameters.
 
-Importing an engine takes seconds and may touch a GPU; the command ``dsv4-plugin doctor`` and the
+The import of an engine takes seconds and may use a GPU. ``dsv4-plugin doctor`` and the
 ``register()`` of an adapter need only know whether a seam is there.
 """
 
@@ -23,12 +23,12 @@ _FOLDER: ContextVar[Path | None] = ContextVar("dsv4_packages_in", default=None)
 
 
 class Missing(Exception):
-    """A module, name or parameter is not where it is looked for."""
+    """A module, name or parameter is not where the plugin looks for it."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a seam is, as shown to people; why it is not there; the attributes it consists of."""
+    """The place of a seam in the log; why it is missing; the attributes of which it consists."""
 
     where: str | None
     why: str | None = None
@@ -62,7 +62,7 @@ def find(name: str) -> Module:
 
 @contextlib.contextmanager
 def packages_in(folder: Path) -> Iterator[None]:
-    """Look at the packages in this folder, not at those that are installed."""
+    """Look for packages in this folder, not among the installed ones."""
     token = _FOLDER.set(folder)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Questions about tensors that every adapter asks: shape and stride only, never data."""
+"""Checks of tensors that every adapter needs: shape and stride only, never data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LENGTHS = (torch.int32, torch.int64)
 
 
 def widen(logits: torch.Tensor) -> torch.Tensor:
-    """Return float32 logits with the row stride as it was: upstream's kernels rely on it."""
+    """Return float32 logits with the same row stride, on which the engines' kernels rely."""
     if logits.dtype == torch.float32:
         return logits
     wide = torch.empty_strided(
@@ -22,7 +22,7 @@ def widen(logits: torch.Tensor) -> torch.Tensor:
 
 
 def saved_mib(logits: torch.Tensor) -> float:
-    """Return by how many MiB the buffer of these logits is smaller than one in float32."""
+    """Return how many MiB smaller the buffer of these logits is than one in float32."""
     elements = logits.shape[0] * max(logits.stride(0), logits.shape[1])
     return round(elements * (4 - logits.dtype.itemsize) / (1 << 20), 3)
 
@@ -33,7 +33,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def rows_of(value: Any) -> int:
-    """Return how many rows a call has, by its first tensor; 1 where that is something else."""
+    """Return how many rows a call has, by its first tensor; 1 if that is no tensor."""
     value = value[0] if isinstance(value, tuple) and value else value
     return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else 1
 

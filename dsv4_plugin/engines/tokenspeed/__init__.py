@@ -6,7 +6,7 @@
   registry, are replaced once their module is imported (:mod:`.readers`).
 
 Both run in every process that builds a model's configuration, never raise, and do nothing unless
-the plugin is switched on (``DSV4_PLUGIN=1``): TokenSpeed has no hook for its command line.
+``DSV4_PLUGIN=1`` switches the plugin on. TokenSpeed has no hook for its command line.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Take the kernels out of the registry and put the readers back."""
+    """Take the kernels out of the registry and restore the readers."""
     from dsv4_plugin.engines.tokenspeed import probe
 
     import_hooks.forget(probe.OPS)

@@ -1,4 +1,4 @@
-"""What the TokenSpeed adapter holds; its two entry points share one object."""
+"""The state of the TokenSpeed adapter; its two entry points share one object."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class TokenspeedAdapter(adapter.Adapter):
 
 
 def current() -> TokenspeedAdapter | None:
-    """Return the adapter of this process; None before it is registered and after."""
+    """Return the adapter of this process; None before it is registered and after its end."""
     found = adapter.current()
     return found if isinstance(found, TokenspeedAdapter) else None
 
 
 def ensure() -> TokenspeedAdapter:
-    """Return the adapter of this process, started by whichever entry point comes first."""
+    """Return the adapter of this process; the first of the two entry points starts it."""
     found = current()
     if found is None:
         found = TokenspeedAdapter()

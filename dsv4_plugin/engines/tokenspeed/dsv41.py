@@ -1,15 +1,16 @@
 """DeepSeek-V4.1's indexer: one op of TokenSpeed's registry scores, and selects blocks and keys.
 
-A *plain* layer selects keys, the *source* selects candidate blocks of 8 keys as well, a *consumer*
-selects among the keys of the candidates it is given. The op is called with the rows of one step; in
-prefill they are of one request, whose page table is handed over once (its row stride is 0).
+A *plain* layer selects keys. The *source* also selects candidate blocks of 8 keys. A *consumer*
+selects among the keys of the candidates that it gets. The op is called with the rows of one step.
+In prefill these are rows of one request, and the op gets its page table once (with row stride 0).
 
-Scores are made of FP8 queries, rounded as TokenSpeed's own kernel for Hopper rounds them. A
-consumer scores the keys of its candidates only. Scratch is bounded, whatever the rows and the
-context are: what does not fit goes in parts, and a selection whose logits would not fit scores
-blocks first and the keys of the best ones a second time (``k`` keys lie in ``k + 1`` blocks).
+The queries are rounded to FP8 as TokenSpeed's own kernel for Hopper rounds them. A consumer scores
+only the keys of its candidates. Scratch memory is bounded for any rows and context. A call that
+does not fit is divided into parts. A selection whose logits would not fit scores blocks first, and
+then the keys of the best blocks a second time (``k`` keys lie in ``k + 1`` blocks).
 
-No host synchronisation and no control flow that depends on data: decode can be captured.
+There is no host synchronisation and no control flow that depends on data, so decode can be
+captured.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ __all__ = ["LOGITS_OPS", "TRITON", "index_topk", "is_prefill", "layer_of", "unfi
 
 PAGE = 64
 TRITON = "tokenspeed_kernel.ops.attention.dsv41.triton"
-# What the logits of a call may take, as the budgets of TokenSpeed's own kernel: 32 and 128 MiB, and
-# as much again for its cleaned copy.
+# The memory that the logits of a call may take. TokenSpeed's own kernel has the same budgets: 32
+# and 128 MiB, and as much again for its cleaned copy.
 DECODE_BYTES = 64 << 20
 PREFILL_BYTES = 256 << 20
-# The ops that have to write a dtype before a layer is served in it.
+# The ops that must be able to write a dtype before the plugin serves a layer in it.
 LOGITS_OPS = {
     "plain": ("paged_logits", "ragged_logits", "block_maxima", "select_blocks",
               "candidate_select"),
@@ -48,7 +49,7 @@ LOGITS_OPS = {
 
 
 def layer_of(given: Mapping[str, Any]) -> str:
-    """Return which layer calls: ``plain``, ``source`` or ``consumer``."""
+    """Return the kind of the calling layer: ``plain``, ``source`` or ``consumer``."""
     if given["candidate_blocks"] is not None:
         return "consumer"
     return "source" if given["candidate_topk"] else "plain"
@@ -60,7 +61,7 @@ def is_prefill(given: Mapping[str, Any]) -> bool:
 
 
 def unfit(given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return why a call is not one for the plugin; an empty tuple if it is one."""
+    """Return why the plugin cannot serve a call; an empty tuple if it can."""
     why = []
     q, cache = given["index_q"], given["index_cache"]
     if given["process_group"] is not None:
@@ -89,7 +90,7 @@ def unfit(given: Mapping[str, Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Call:
-    """The rows of a call, or some of them; ``candidates`` are a consumer's."""
+    """The rows of a call, or some of them; only a consumer has ``candidates``."""
 
     chosen: Selection
     q: torch.Tensor  # e4m3 [rows, heads, 128]
@@ -101,14 +102,14 @@ class _Call:
     k: int
     rows: torch.Tensor  # int32 [rows, k]
     lengths: torch.Tensor
-    blocks: torch.Tensor  # int32 [rows, K], of no columns but for a source
+    blocks: torch.Tensor  # int32 [rows, K]; without columns if the layer is no source
     block_lengths: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def parts(self, row_bytes: int, budget: int, most: int) -> Iterator[_Call]:
-        """Give the call in parts whose logits, ``row_bytes`` a row, fit into ``budget``."""
+        """Divide the call into parts whose logits, ``row_bytes`` a row, fit into ``budget``."""
         step = max(1, min(most, budget // row_bytes))
         if step >= len(self):
             yield self
@@ -150,9 +151,10 @@ def index_topk(
 ) -> tuple[torch.Tensor, ...]:
     """Select the best keys of every row, and the source's candidate blocks.
 
-    What TokenSpeed's ``dsv41.index_topk`` promises; and ties go to the lowest position. A key whose
-    page is missing is never better than another, but a row with fewer other keys than ``topk`` may
-    name it. TokenSpeed leaves it out; its attention skips it, since it has no slot.
+    It keeps the contract of TokenSpeed's ``dsv41.index_topk``, and ties go to the lowest position.
+    A key whose page is missing never has a better score than another key, but a row with fewer
+    other keys than ``topk`` may name it. TokenSpeed leaves it out of its own answer. TokenSpeed's
+    attention skips it, because it has no slot.
     """
     n, device = len(index_q), index_q.device
     if out is None:
@@ -169,7 +171,7 @@ def index_topk(
         for tensor in (lengths, block_lengths):
             tensor.zero_()
         return out
-    on_gpu = index_q.is_cuda  # TokenSpeed's own kernels run there only
+    on_gpu = index_q.is_cuda  # TokenSpeed's own kernels run only there
     rounds = _engine_kernel("quantize_index_queries") if on_gpu else None
     query, folded = rounds(index_q, weights) if rounds else quantise(index_q, weights, 1.0)
     call = _Call(
@@ -177,7 +179,8 @@ def index_topk(
         rows, lengths, blocks, block_lengths,
     )  # fmt: skip
     if page_table.stride(0) == 0 and n > 1:
-        # All keys are scored only if TokenSpeed's kernel that picks the candidates' is there.
+        # All keys are scored only if TokenSpeed's kernel that picks the candidates' scores is
+        # there.
         whole = call.columns <= WHOLE_COLUMNS
         scores = _engine_kernel("candidate_scores") if on_gpu and whole else None
         _prefill(call, query_chunk_size, scores)
@@ -191,10 +194,10 @@ def index_topk(
 
 
 def _engine_kernel(name: str) -> Any:
-    """Return a kernel of TokenSpeed's own, or None: another release may have none.
+    """Return a kernel of TokenSpeed's own, or None if the release has none.
 
-    ``quantize_index_queries`` rounds the queries and folds their scales into the weights in one
-    launch; with it the plugin's scores are made of the queries that TokenSpeed's would be made of.
+    ``quantize_index_queries`` rounds the queries and multiplies their scales into the weights in
+    one launch. So the plugin and TokenSpeed score the same queries.
     """
     try:
         return getattr(importlib.import_module(TRITON), name, None)
@@ -209,7 +212,7 @@ def _decode(call: _Call, most: int) -> None:
         for part in call.parts(row_bytes, DECODE_BYTES, most):
             _among(part, part.candidates)
         return
-    # Of a row's k best keys each lies in one of its k + 1 best blocks.
+    # Each of a row's k best keys lies in one of its k + 1 best blocks.
     held = call.blocks.shape[1] or min(call.k + 1, MAX_K)
     enough = held > call.k or held * PIECE >= call.columns
     if enough and len(call) * call.columns * width > DECODE_BYTES:
@@ -271,7 +274,7 @@ def _gather(call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _maxima(call: _Call, scores: torch.Tensor | None) -> torch.Tensor:
-    """Return the best score of every block; ``scores`` gets that of every key."""
+    """Return the best score of every block; write the score of every key to ``scores``."""
     maxima = call.scratch(call.columns // PIECE)
     return ops.block_maxima(
         call.q[:, None], call.cache, call.weights, call.visible, call.table, block_size=PAGE,

@@ -1,11 +1,12 @@
-"""The kernels that TokenSpeed's registry gets: logits by the plugin or DeepGEMM, then its top-k.
+"""The plugin's kernels in TokenSpeed's registry: logits by the plugin or DeepGEMM, then its top-k.
 
-On Hopper the indexer of DeepSeek-V4 goes through ``dsa_decode_topk`` and ``dsa_prefill_topk`` with
-a page-planar FP8 plane and bfloat16 queries; ``dsv4_*`` come with FP8 queries. A plane is
-``[pages, at least page_size · 132]`` uint8 and may be a strided view of an arena, so it is
-addressed by page and offset, never through a flattened view.
+On Hopper the indexer of DeepSeek-V4 calls ``dsa_decode_topk`` and ``dsa_prefill_topk`` with a
+page-planar FP8 plane and bfloat16 queries. The ``dsv4_*`` ops get FP8 queries. A plane is
+``[pages, at least page_size · 132]`` uint8 and may be a strided view of an arena. So the kernels
+address it by page and offset, never through a flattened view.
 
-No host synchronisation and no control flow that depends on data: decode can be captured.
+There is no host synchronisation and no control flow that depends on data, so decode can be
+captured.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ E4M3_MAX = 448.0
 def quantise(
     q: torch.Tensor, weights: torch.Tensor, softmax_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise queries to e4m3, one scale a token and head, and fold the scales into the weights.
+    """Quantise queries to e4m3, one scale a token and head; multiply the scales into the weights.
 
     The score ``Σ weight · relu(q · k)`` is linear in a positive scale of ``q``, so the scale can
     move to the weight.
@@ -55,8 +56,9 @@ def gather_slots(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather the quantised keys at ``slots``: e4m3 ``[tokens, 128]`` and float32 ``[tokens]``.
 
-    One gather for the values, in the widest words that the plane's pages align to, and one for
-    the scales. A slot below zero reads slot 0; no row's window holds one.
+    One gather reads the values, in the widest words that the alignment of the plane's pages
+    permits. A second gather reads the scales. A slot below zero reads slot 0; no row's window
+    contains one.
     """
     slots = slots.to(device=plane.device, dtype=torch.int64).clamp_min(0)
     page, position = torch.div(slots, page_size, rounding_mode="floor"), slots % page_size
@@ -69,7 +71,7 @@ def gather_slots(
 
 
 def _deep_gemm() -> Any:
-    """Return DeepGEMM, set to launch as TokenSpeed wants it (programmatic dependent launch)."""
+    """Return DeepGEMM, set to TokenSpeed's form of launch (programmatic dependent launch)."""
     import deep_gemm
 
     try:
@@ -108,7 +110,7 @@ def _dense_logits(
     keys: tuple[torch.Tensor, torch.Tensor], starts: torch.Tensor, ends: torch.Tensor,
     max_seqlen_k: int,
 ) -> torch.Tensor:  # fmt: skip
-    """With ``max_seqlen_k`` rows begin at column zero; the plugin's begin there always."""
+    """With ``max_seqlen_k`` rows begin at column zero; the plugin's rows always begin there."""
     if selection.logits == "plugin":
         return logits_of(
             shared_logits.dense(selection, q, keys, weights, starts, ends, max_seqlen_k)
@@ -125,7 +127,7 @@ def _dense_logits(
 
 
 def logits_of(logits: torch.Tensor | None) -> torch.Tensor:
-    """Return logits of the plugin's; None: it does not take the call."""
+    """Return the plugin's logits, or None if it does not take the call."""
     if logits is None:
         raise UnmetError(
             "the plugin's logits", ["the call has dtypes, shapes or strides of another form"]
@@ -161,8 +163,8 @@ def dsa_decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Select at decode, one query a request; offsets in the request, or pool slots.
 
-    Ties go to the lowest position and a row depends on nothing else, so ``batch_invariant``
-    changes nothing. ``seq_lens_2d`` and ``plan`` are not needed: a plan is made for ``seq_lens``.
+    Ties go to the lowest position and a row does not depend on other rows, so ``batch_invariant``
+    changes nothing. ``seq_lens_2d`` and ``plan`` are not used: the plan is made for ``seq_lens``.
     """
     tokens = q.shape[0]
     out = _buffer(out, (tokens, topk), q)
@@ -174,7 +176,7 @@ def dsa_decode(
     query, folded = quantise(q, weights, softmax_scale)
     ctx, pages = lengths.unsqueeze(1), table
     if chosen.logits != "plugin":
-        # DeepGEMM's scheduler wants work: an empty row scores one key of a page that exists.
+        # DeepGEMM's scheduler needs work, so an empty row scores one key of a page that exists.
         ctx, pages = ctx.clamp_min(1), table.clamp_min(0)
     logits = _paged_logits(
         chosen, query, folded, index_k_cache, ctx, pages, page_size, None,
@@ -214,8 +216,9 @@ def dsa_prefill(
     """Select at prefill among the keys at ``kv_workspace_slots``; returns workspace rows.
 
     Query ``i`` sees the workspace rows ``row_starts[i] … row_ends[i]``. The logits have a column
-    for every key (DeepGEMM's in its place, the plugin's from column zero), so no length has to be
-    read back from the device; they come in blocks of queries below ``max_logits_bytes``.
+    for every key, so no length has to be read back from the device. DeepGEMM writes a key at its
+    own column, and the plugin begins each row at column zero. The logits are made for blocks of
+    queries below ``max_logits_bytes``.
     """
     tokens, columns = q.shape[0], kv_workspace_slots.shape[0]
     out = _buffer(out, (tokens, topk), q)
@@ -295,8 +298,8 @@ def dsv4_prefill(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
     """Select at prefill with FP8 queries; offsets in the request, and the gathered keys.
 
-    Every row begins at column zero: the plugin's always do, and DeepGEMM shifts them
-    (``max_seqlen_k``), as TokenSpeed's own kernel asks.
+    Every row begins at column zero. The plugin's rows always do. DeepGEMM shifts its rows
+    (``max_seqlen_k``), as in TokenSpeed's own kernel.
     """
     q = index_q[0]
     tokens = q.shape[0]

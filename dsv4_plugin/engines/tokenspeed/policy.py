@@ -1,7 +1,7 @@
-"""What a kernel of the plugin does when TokenSpeed has chosen it: decided at its first real call.
+"""The decision on what a kernel of the plugin does, at its first real call by TokenSpeed.
 
-TokenSpeed's registry has already looked at dtypes, shapes and the architecture. What is left are
-the settings and DeepGEMM; an explicit setting that cannot be met is one error with every reason.
+TokenSpeed's registry has already checked dtypes, shapes and the architecture. The policy checks the
+settings and DeepGEMM. An explicit setting that cannot be met is one error with every reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["decide"]
 
 @dataclass(frozen=True)
 class _Kind:
-    """Calls that get one decision; V4.1's have a ``layer`` and reasons why they are ``unfit``."""
+    """Calls that share one decision; V4.1's have a ``layer`` and reasons why they are ``unfit``."""
 
     mode: str
     k: int
@@ -37,7 +37,7 @@ class _Kind:
 def decide(
     mode: str, k: int, device: torch.device, layer: str = "", unfit: tuple[str, ...] = ()
 ) -> Selection | None:
-    """Return how a call of ``mode`` selects, or None: TokenSpeed's own kernel."""
+    """Return how a call of ``mode`` selects, or None for TokenSpeed's own kernel."""
     kind, now = _Kind(mode, k, device, layer, unfit), adapter.current()
 
     def report(selection: Selection | None, passed: decision.PassedOver) -> None:

@@ -6,13 +6,13 @@ from dsv4_plugin.engines.shared import seam
 from dsv4_plugin.engines.shared.seam import Place, Seam
 from dsv4_plugin.engines.shared.source import Site
 
-__all__ = ["DSV41", "MODES", "OPS", "READERS", "SEAMS", "look"]
+__all__ = ["DSV41", "FACADES", "MODES", "OPS", "READERS", "SEAMS", "look"]
 
 OPS = "tokenspeed.runtime.layers.attention.deepseek_v4_ops"
 REGISTRY = "tokenspeed_kernel.registry"
 FACADES = "tokenspeed_kernel.ops.attention"
 DSV41 = "dsv41_index_topk"
-# mode -> what its facade hands a kernel, of which the first are looked for.
+# mode -> the arguments that its facade passes to a kernel; the probe looks for these first ones.
 MODES: dict[str, tuple[str, ...]] = {
     "dsa_decode_topk": ("q", "weights", "seq_lens", "block_table"),
     "dsa_prefill_topk": ("q", "weights", "kv_workspace_slots", "row_starts", "row_ends"),
@@ -24,11 +24,11 @@ MODES: dict[str, tuple[str, ...]] = {
         "process_group", "out",
     ),
 }  # fmt: skip
-_HOPPER = "on Hopper DeepSeek-V4 takes this way, with portable Triton logits, radix launches, a "
-_HOPPER += "scatter and a sort"
-_DSV4 = "costs nothing, and serves an engine that routes there"
+_HOPPER = "on Hopper DeepSeek-V4 calls this op, which runs portable Triton logits, radix launches, "
+_HOPPER += "a scatter and a sort"
+_DSV4 = "it costs nothing, and serves an engine that calls this op"
 _DSV41 = "on Hopper DeepSeek-V4.1's layers write, copy and read float32 logits of all keys; at "
-_DSV41 += "prefill consumers do, too"
+_DSV41 += "prefill the consumers do this too"
 _PUTS = {
     "dsa_decode_topk": "logits by the plugin or DeepGEMM, and the plugin's top-k: q bfloat16, "
     "weights float32 or bfloat16, `q_len` 1, 32 or 64 heads, head_dim 128, pages of 64, k 512, "
@@ -64,7 +64,7 @@ def _reader(name: str, attribute: str, why: str, upstream: str = "") -> Seam:
         ((Place(OPS, attribute, takes, exactly=True, shown=f"{OPS}.{attribute}"),),),
         puts="the plugin's vectorised read, with the same bits",
         why=why,
-        until="TokenSpeed's is vectorised, or gone",
+        until="TokenSpeed's reader is vectorised, or gone",
         upstream=upstream,
     )
 
@@ -73,14 +73,15 @@ READERS = {
     "read.fp8": _reader(
         "read.fp8",
         "read_deepseek_v4_indexer_fp8_cache",
-        "a loop over `slot_mapping.tolist()`, several GPU ops a token, a synchronisation, so that "
-        "it cannot be captured",
-        "#242 took its callers away",
+        "TokenSpeed's reader loops over `slot_mapping.tolist()` with several GPU ops a token and a "
+        "synchronisation, so it cannot be captured",
+        "#242 removed its callers",
     ),
     "read.mxfp4": _reader(
         "read.mxfp4",
         "read_deepseek_v4_indexer_mxfp4_cache",
-        "its padding reads row 0 of an empty cache; not every release has it",
+        "the padding of TokenSpeed's reader reads row 0 of an empty cache; not every release has "
+        "the reader",
     ),
 }
 SEAMS = (*map(_mode, MODES), *READERS.values())

@@ -1,7 +1,7 @@
-"""Replace the readers of the indexer cache, which walk their slots one by one.
+"""Replace the readers of the indexer cache, which loop over their slots.
 
-TokenSpeed's runtime has not called the FP8 reader since May 2026 (#242); it lives on as the oracle
-of its tests and for callers outside of it.
+TokenSpeed's runtime has not called the FP8 reader since May 2026 (#242). TokenSpeed's tests use it
+as their oracle, and code outside of TokenSpeed may call it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def look() -> None:
 
 
 def install(module: Any) -> None:
-    """Replace the readers in TokenSpeed's module, each if it is what it is taken for."""
+    """Replace each reader in TokenSpeed's module that has the expected form."""
     now = adapter.ensure()
     try:
         off = envs.value("indexer_read") == "off"
@@ -47,7 +47,7 @@ def install(module: Any) -> None:
         (place,) = record.forms[0]
         shown = state.seams.setdefault(name, Seam(name))
         if vars(module).get(place.attribute) is None:
-            continue  # said already: it is gone
+            continue  # already logged: the reader is gone
         shown.where = str(place)
         try:
             found = place.in_process(module)
@@ -96,7 +96,7 @@ def _reader(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., t
 
 
 def _fits(name: str, cache: Any, slots: Any, block_size: Any) -> bool:
-    """Whether the plugin answers the call as the original does; errors are the original's."""
+    """Whether the plugin answers this call as the original does; the original raises its errors."""
     return (
         isinstance(cache, torch.Tensor)
         and isinstance(slots, torch.Tensor)

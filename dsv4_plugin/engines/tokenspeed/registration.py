@@ -1,6 +1,6 @@
 """Put the plugin's kernels into TokenSpeed's registry, and find TokenSpeed's own for a fallback.
 
-The registry is the way in that TokenSpeed offers; nothing is patched here.
+TokenSpeed offers the registry for this purpose; this module patches nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FEATURES = {
 
 
 def install() -> None:
-    """Register a kernel for every mode that is there, unless all of them would be idle."""
+    """Register a kernel for every mode that exists, unless all of them would be idle."""
     now = adapter.ensure()
     if now.kernels:
         log.debug(f"{now.engine}: the plugin's kernels are registered already")
@@ -69,7 +69,7 @@ def install() -> None:
             continue
         try:
             now.kernels.append(_register(mode, explicit))
-        except Exception as error:  # a registry of an unknown shape
+        except Exception as error:  # the registry has an unknown form
             seam.why = f"could not be registered ({type(error).__name__}: {error})"
             log.once(logging.WARNING, f"{now.engine}: {mode} {seam.why}; the engine's own stays")
 
@@ -82,10 +82,10 @@ def _setting(name: str) -> Any:
 
 
 def _idle(explicit: bool) -> str | None:
-    """Return why no kernel of the plugin would ever serve here, or None.
+    """Return why no kernel of the plugin could ever serve here, or None.
 
-    After an explicit setting the kernels are registered all the same: the error with every unmet
-    condition belongs to their first call.
+    With an explicit setting the kernels are registered in every case, because their first call
+    raises the error with every unmet condition.
     """
     if _setting("topk") == "off":
         return "DSV4_TOPK=off"
@@ -122,11 +122,11 @@ def _signatures(mode: str) -> frozenset[Any]:
 
 
 def _traits(mode: str) -> dict[str, frozenset[Any]]:
-    """Return what the registry looks at; V4.1's op looks itself, and says why a call is unfit."""
+    """Return the traits that the registry checks; V4.1's op checks its calls and gives reasons."""
     if mode == probe.DSV41:
         return {}
     traits: dict[str, frozenset[Any]] = {
-        "index_heads": frozenset({32, 64}),  # what DeepGEMM has
+        "index_heads": frozenset({32, 64}),  # those of DeepGEMM
         "head_dim": frozenset({128}),
         "page_size": frozenset({64}),
         "topk": frozenset(KS),
@@ -163,7 +163,7 @@ def _register(mode: str, explicit: bool) -> str:
 
 
 def _kernel(mode: str) -> Callable[..., Any]:
-    """Make the function that the registry calls: the plugin's, or on an error TokenSpeed's own."""
+    """Make the function for the registry: the plugin's kernel, after an error TokenSpeed's own."""
     first = probe.MODES[mode]
     plugin = _PLUGIN[mode]
 
@@ -195,7 +195,7 @@ def _kernel(mode: str) -> Callable[..., Any]:
 
 
 def _decide(mode: str, kwargs: Mapping[str, Any], device: torch.device) -> Selection | None:
-    """Return how a call selects, or None: TokenSpeed's own kernel."""
+    """Return how a call selects, or None for TokenSpeed's own kernel."""
     if mode != probe.DSV41:
         return policy.decide(mode, kwargs["topk"], device)
     if dsv41.is_prefill(kwargs) and _setting("indexer_read") == "off":
@@ -219,9 +219,11 @@ def _by_engine(mode: str, q: torch.Tensor, kwargs: Mapping[str, Any]) -> Any:
     registry = KernelRegistry.get()
     specs = registry.get_for_operator(FAMILY, mode, platform=current_platform())
     specs = [spec for spec in specs if spec.solution != SOLUTION]  # highest priority first
-    if specs and resolve_kernel_override(FAMILY, mode, None):  # whatever else is asked for
+    if specs and resolve_kernel_override(FAMILY, mode, None):
+        # An override names the plugin's kernel and wins over a requested solution. The kernel of
+        # the lowest priority is TokenSpeed's portable one, which takes every call.
         return registry.get_impl(specs[-1].name)(**kwargs)
-    # The facade alone knows the traits of a call: it is asked for one solution after the other.
+    # Only the facade knows the traits of a call, so ask it for one solution after the other.
     for solution in dict.fromkeys(spec.solution for spec in specs):
         try:
             return index_topk(**kwargs, solution=solution)

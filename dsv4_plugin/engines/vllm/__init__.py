@@ -2,18 +2,18 @@
 
 vLLM calls ``register()`` in every process: API server, engine core, workers, the subprocess that
 inspects models. It imports neither vLLM nor torch, never raises, and may run any number of times.
-It leaves three notes with Python's import system (:mod:`..shared.import_hooks`):
+It registers three import hooks (:mod:`..shared.import_hooks`), which run after these imports:
 
-* ``vllm.engine.arg_utils`` → the command line learns ``--plugin dsv4`` (:mod:`.cli_option`);
-* ``vllm.model_executor.layers.sparse_attn_indexer`` → the seams are looked for and patched
-  (:mod:`.install`), and every layer that is built is looked at (:mod:`.policy`);
-* ``vllm.v1.metrics.prometheus`` → with ``DSV4_STATUS_DIR`` the status of the workers is in
+* ``vllm.engine.arg_utils`` → it adds ``--plugin dsv4`` to the command line (:mod:`.cli_option`);
+* ``vllm.model_executor.layers.sparse_attn_indexer`` → it looks for the seams and patches them
+  (:mod:`.install`), and looks at every layer that is built (:mod:`.policy`);
+* ``vllm.v1.metrics.prometheus`` → with ``DSV4_STATUS_DIR`` it adds the status of the workers to
   ``/metrics`` (:mod:`dsv4_plugin.metrics`).
 
-Whether the plugin is switched on is asked when a layer is built, not here: in the parent process
-``register()`` runs before the command line is parsed. In a process where it is
-not switched on the patched names pass straight through. ``DSV4_PLUGIN=0`` patches nothing; only
-the option stays known, so that a command line with ``--plugin dsv4`` still starts the server.
+The plugin checks whether it is switched on when a layer is built, not here: in the parent process
+``register()`` runs before the command line is parsed. If the plugin is not switched on, the patched
+names call the originals. With ``DSV4_PLUGIN=0`` it patches nothing. It still adds the option, so
+that a command line with ``--plugin dsv4`` starts the server.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Take every patch back; what other code has patched since stays, with a log line."""
+    """Restore every original; leave what other code has patched since, with a log line."""
     from dsv4_plugin.engines.vllm import probe
 
     import_hooks.forget(ARG_UTILS, INDEXER, PROMETHEUS, *probe.NEIGHBOURS)

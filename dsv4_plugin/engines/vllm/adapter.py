@@ -1,4 +1,4 @@
-"""What the vLLM adapter holds beyond what every adapter does."""
+"""The state of the vLLM adapter, in addition to the state of every adapter."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class VllmAdapter(adapter.Adapter):
 
     @property
     def platform(self) -> Any:
-        """The platform as the indexer itself sees it."""
+        """The platform as the indexer sees it."""
         return getattr(self.indexer, "current_platform", None)
 
 
 def current() -> VllmAdapter:
-    """Return the adapter of this process if it is vLLM's, else one that changes nothing."""
+    """Return the adapter of this process if it is vLLM's, otherwise one that changes nothing."""
     found = adapter.current()
     return found if isinstance(found, VllmAdapter) else VllmAdapter()

@@ -1,15 +1,15 @@
-"""DeepSeek-V4.1's candidate blocks: logits that are computed once it is known which are needed.
+"""DeepSeek-V4.1's candidate blocks: the plugin computes the logits when it knows which are needed.
 
 When vLLM asks for the logits of a layer with candidates, the plugin computes nothing. It returns a
-tensor of their shape that carries the call (:class:`.deferred.Deferred`). The calls that follow
-decide what is computed:
+tensor of their shape that holds the call (:class:`.deferred.Deferred`). The following calls decide
+what is computed:
 
-* a source computes the maxima of the blocks (and the logits, where they are small), and publishes
+* a source computes the maxima of the blocks (and the logits, if they are small), and publishes
   the best blocks in ascending order;
-* a consumer scores the keys of its candidates only;
-* vLLM's own code gets vLLM's own logits, where it has to serve after all.
+* a consumer scores only the keys of its candidates;
+* vLLM's own code gets vLLM's own logits, if it has to serve after all.
 
-Between these calls vLLM reads nothing of the logits but shape and strides. The plugin defers only
+Between these calls vLLM reads only shape and strides of the logits. The plugin defers logits only
 while every reader of the logits is its own patch.
 """
 
@@ -48,14 +48,14 @@ __all__ = [
 ]  # fmt: skip
 
 READERS = ("candidates", "topk.decode", "topk.prefill")  # the seams that read deferred logits
-# A source whose logits take at most so many bytes keeps them for its own top-k. A larger one
-# scores the keys of its candidates a second time: the k best keys of a row are among its k + 1 best
+# A source whose logits take at most this many bytes keeps them for its own top-k. A larger source
+# scores the keys of its candidates a second time: the k best keys of a row are in its k + 1 best
 # blocks.
 KEPT_BYTES = 256 << 20
 
 
 def deferred_of(scores: Any) -> Deferred | None:
-    """Return the call that index logits stand for; None where they are computed."""
+    """Return the call that deferred index logits hold; None for computed logits."""
     tag = tag_of(scores)
     return None if tag is None else tag.deferred
 
@@ -70,9 +70,9 @@ def defer_paged(
     table: Any,
     columns: int,
 ) -> torch.Tensor | None:
-    """Return deferred logits of decode; None: the call has another form.
+    """Return deferred logits of decode; None for a call of another form.
 
-    ``engine`` computes vLLM's own.
+    ``engine`` computes vLLM's own logits.
     """
     if not logits.is_paged(q[0], cache, weights, lengths, table):
         return None
@@ -92,9 +92,10 @@ def defer_gathered(
     starts: Any,
     ends: Any,
 ) -> torch.Tensor | None:
-    """Return deferred logits of prefill; None: the call has another form.
+    """Return deferred logits of prefill; None for a call of another form.
 
-    ``width`` 0: a column for every key, as vLLM has it to 0.32. ``gather``: that of the keys.
+    ``width`` 0 means a column for every key, as in vLLM up to 0.32. ``gather`` is the gather of the
+    keys.
     """
     if not logits.is_gathered(q[0], keys, weights, starts, ends):
         return None
@@ -116,7 +117,7 @@ def _defer(call: Deferred) -> torch.Tensor:
 
 
 def readers_in_place(now: Adapter) -> bool:
-    """Whether everything that reads deferred logits is the plugin's."""
+    """Whether every reader of deferred logits is the plugin's."""
     return all(map(now.intact, READERS))
 
 
@@ -124,7 +125,7 @@ def readers_in_place(now: Adapter) -> bool:
 
 
 def select_blocks(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Publish the candidate blocks of every row, by the plugin where the logits are deferred."""
+    """Publish the candidate blocks of every row; the plugin does it if the logits are deferred."""
     given = by_name(SELECT_BLOCKS.takes, args, kwargs)
     call = deferred_of(given.get("logits"))
     if call is None:
@@ -158,7 +159,7 @@ def _takes(call: Deferred, block_size: Any, blocks: Any) -> bool:
 
 
 def _publish(call: Deferred, out: torch.Tensor) -> torch.Tensor:
-    """Write the candidate blocks; returns the blocks' scores."""
+    """Write the candidate blocks; return the blocks' scores."""
     rows, device = out.shape[0], out.device
     dtype, backend = DTYPES[call.selection.dtype], call.selection.backend
     maxima = new_logits(rows, -(-call.columns // PIECE), dtype, device)
@@ -181,7 +182,7 @@ def _publish(call: Deferred, out: torch.Tensor) -> torch.Tensor:
 def _watch_blocks(
     original: Callable[..., None], given: dict[str, Any], call: Deferred, maxima: torch.Tensor
 ) -> None:
-    """Let the shadow compare the blocks with those that vLLM selects on the same scores."""
+    """Let the shadow compare the blocks with vLLM's selection on the same scores."""
     rows = len(maxima)
 
     def engine(scratch: torch.Tensor) -> None:
@@ -215,7 +216,7 @@ def _every_score(call: Deferred) -> torch.Tensor:
 
 
 def apply_mask(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Note the candidates of deferred logits; mask computed logits as vLLM does."""
+    """Record the candidates of deferred logits; mask computed logits as vLLM does."""
     given = by_name(APPLY_MASK.takes, args, kwargs)
     call = deferred_of(given.get("logits"))
     if call is None:
@@ -228,7 +229,7 @@ def apply_mask(original: Callable[..., None], *args: Any, **kwargs: Any) -> None
 
 
 def _published(blocks: torch.Tensor) -> bool:
-    """Whether the plugin wrote these candidates in this forward pass, so that they ascend."""
+    """Whether the plugin wrote these candidates in this forward pass; then they ascend."""
     found = _place(blocks)
     return found is not None and current().published == found
 
@@ -244,13 +245,13 @@ def _place(blocks: torch.Tensor) -> tuple[Any, int] | None:
 
 
 def select(call: Deferred, k: int, out: torch.Tensor, paged: Paged | None = None) -> None:
-    """Select from what a ready call has: its logits, or the keys of its candidates.
+    """Select for a ready call, from its logits or from the keys of its candidates.
 
-    ``paged`` takes slots and counts beside the indices ``out``.
+    ``paged`` gets slots and counts in addition to the indices ``out``.
     """
     consumer = call.mask is not None
-    # A wider chunk is scored from the cache, so that its keys are not gathered: a candidate block
-    # is the same kilobyte in both places, and the kernel looks pages up ahead.
+    # A wider chunk is scored from the cache, so that its keys need no gather. A candidate block is
+    # one kilobyte in the cache and in the gathered keys, and the kernel looks up pages ahead.
     if consumer and call.window and (call.gather is None or call.columns <= WHOLE_COLUMNS):
         call.scores = every_score(call)
     elif not consumer and call.scores is None and _held(call) <= k:
@@ -270,18 +271,18 @@ def _held(call: Deferred) -> int:
 
 
 def every_score(call: Deferred) -> torch.Tensor:
-    """Return the plugin's logits of every key, masked as by vLLM: what its selection reads."""
+    """Return the plugin's logits of every key with vLLM's mask, as vLLM's selection reads them."""
     if call.scores is not None:
         return call.scores
     scores = _every_score(call)
-    # Where a row has no more blocks than candidates, every block is one.
+    # If a row has no more blocks than candidates, every block is a candidate.
     if call.mask is not None and call.columns > _held(call) * PIECE:
         call.mask(scores, **_from_zero(call))
     return scores
 
 
 def _from_zero(call: Deferred) -> dict[str, Any]:
-    """Return which columns the rows of the plugin's logits have, where vLLM's have others."""
+    """Return the columns of each row of the plugin's logits, if vLLM's rows have others."""
     return {} if call.window is None else {"row_ks": None, "row_ke": call.lengths}
 
 

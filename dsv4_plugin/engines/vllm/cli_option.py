@@ -19,10 +19,10 @@ _ledger = Ledger()
 
 
 class PluginAction(argparse.Action):
-    """Switch the plugin on, or with ``none`` off, for this process and those it starts.
+    """Switch the plugin on, or with ``none`` off, for this process and those that it starts.
 
-    The answer goes to the environment, which engine core and workers inherit, and nothing to the
-    namespace: vLLM hands on every key there, and knows none of the plugin's.
+    The value goes to the environment, which engine core and workers inherit. It does not go to the
+    namespace, because vLLM passes on every key of it and knows no key of the plugin.
     """
 
     def __call__(
@@ -47,7 +47,7 @@ class PluginAction(argparse.Action):
         if not envs.switch(True):
             log.say(logging.WARNING, "--plugin dsv4 has no effect: DSV4_PLUGIN=0 is set")
             return
-        # Ray copies variables by prefix, and not by the plugin's unless it is told.
+        # Ray copies variables by prefix; it needs to be told the plugin's prefix.
         prefixes = [p for p in os.environ.get(_RAY, "").split(",") if p]
         if "DSV4_" not in prefixes:
             os.environ[_RAY] = ",".join([*prefixes, "DSV4_"])
@@ -57,8 +57,8 @@ def install(arg_utils: Any) -> None:
     """Wrap ``EngineArgs.add_cli_args`` of ``vllm.engine.arg_utils``.
 
     Why: vLLM has no option that enables a plugin, and an unknown option ends the command.
-    May go when vLLM gets an option of its own by which a plugin is chosen; until then a
-    ``--plugin`` that upstream adds is left alone.
+    It can go when vLLM has its own option that chooses a plugin. If vLLM adds a ``--plugin``, the
+    adapter leaves it alone.
     """
     owner = arg_utils.EngineArgs
     if _ledger.patches:
@@ -84,5 +84,5 @@ def install(arg_utils: Any) -> None:
 
 
 def uninstall() -> None:
-    """Take the option away again."""
+    """Remove the option."""
     _ledger.restore()

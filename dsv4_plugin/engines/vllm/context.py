@@ -1,4 +1,4 @@
-"""What the wrappers know of a call: its arguments, the forward pass, and the tag of its logits."""
+"""The wrappers' facts about a call: its arguments, the forward pass, and the tag of its logits."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _ATTRIBUTE = "_dsv4_logits"
 
 
 class Requests(NamedTuple):
-    """Decode requests of ``rows`` rows each, of which vLLM has made requests of one row.
+    """Decode requests of ``rows`` rows each, which vLLM has split into requests of one row.
 
-    ``table``: the pages of the requests, as the attention has them; None where vLLM keeps none.
+    ``table``: the pages of the requests, as the attention has them; None if vLLM keeps none.
     """
 
     rows: int
@@ -27,13 +27,13 @@ class Requests(NamedTuple):
 
 @dataclass(slots=True)
 class LogitsTag:
-    """Marks the very tensor that the indexer's logits function returned, and says what it holds.
+    """Marks the tensor that the indexer's logits function returned, and describes its content.
 
-    Other callers of the same top-k (GLM's pooled indexer, V4.1's specialised decode) bring logits
-    without a tag. ``shifted``: every row begins at column zero, though the caller passes where it
-    begins among all keys (the plugin's prefill logits in the releases to 0.32). ``next_n``: the
-    rows of a request at decode. ``table`` and ``page_size``: the pages that the logits were
-    computed on, where the top-k needs them. ``deferred``: the logits are not computed yet, and the
+    Other callers of the same top-k (GLM's pooled indexer, V4.1's specialised decode) pass logits
+    without a tag. ``shifted``: every row begins at column zero, although the caller passes its
+    begin among all keys (the plugin's prefill logits in releases up to 0.32). ``next_n``: the
+    rows of a request at decode. ``table`` and ``page_size``: the pages on which the logits were
+    computed, if the top-k needs them. ``deferred``: the call whose logits are not computed yet; the
     tensor holds none.
     """
 
@@ -56,14 +56,14 @@ def tag_of(logits: Any) -> LogitsTag | None:
 
 
 def by_name(names: tuple[str, ...], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments by name; none where there are more by position than have a name."""
+    """Return the arguments by name; none if there are more positional ones than names."""
     if len(args) > len(names):
         return {}
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def forward_pass() -> Any:
-    """Return what vLLM made for this forward pass, a new object each time; None outside of one."""
+    """Return vLLM's object of this forward pass, new for each pass; None outside of a pass."""
     module: Any = sys.modules.get("vllm.forward_context")
     if module is None or not module.is_forward_context_available():
         return None

@@ -1,4 +1,4 @@
-"""Calls of DeepSeek-V4.1's candidate layers that wait until it is known what is needed."""
+"""Calls of DeepSeek-V4.1's candidate layers that wait until the plugin knows what is needed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Deferred", "Gather"]
 
 @dataclass(slots=True)
 class Gather:
-    """The gather of a prefill chunk's keys, which runs once something reads them.
+    """The gather of a prefill chunk's keys, which runs when code reads the keys.
 
-    Later chunks of the same requests read them as well. ``cache`` has the keys, ``table`` the pages
-    of each request, ``begins`` where each request's keys begin among the gathered ones.
+    Later chunks of the same requests read them too. ``cache`` has the keys, ``table`` the pages
+    of each request, ``begins`` the first gathered key of each request.
     """
 
     run: Callable[[], None] | None
@@ -26,7 +26,7 @@ class Gather:
     begins: torch.Tensor
 
     def __call__(self) -> None:
-        """Gather the keys, if that has not been done yet."""
+        """Gather the keys unless they are gathered already."""
         run, self.run = self.run, None
         if run is not None:
             run()
@@ -42,25 +42,25 @@ class Gather:
 
 @dataclass(slots=True)
 class Deferred:
-    """The arguments of the call, and what has become known since.
+    """The arguments of the call, and what later calls add.
 
     Attributes:
         selection: how the layer selects.
-        columns: of the logits that vLLM expects.
+        columns: the columns of the logits that vLLM expects.
         q: FP8 queries, ``[batch, next_n, heads, 128]`` at decode, ``[rows, heads, 128]`` at
             prefill.
-        keys: the FP8 cache at decode, at prefill the gathered values, once ``gather`` has run.
-        scales: of the gathered keys at prefill, None at decode.
+        keys: the FP8 cache at decode; the gathered values at prefill, after ``gather`` has run.
+        scales: the scales of the gathered keys at prefill, None at decode.
         weights: ``[rows, heads]``.
         lengths: the keys that each row sees, in a form that the plugin's ops take.
         table: the block table at decode, None at prefill.
-        window: at prefill where each row's keys begin and end among the gathered ones.
-        gather: the gather of these keys; None where the engine has run its own.
+        window: at prefill, the begin and end of each row's keys among the gathered ones.
+        gather: the gather of these keys; None if the engine has run its own.
         engine: computes vLLM's own logits.
-        mask: masks logits as vLLM does for a consumer, once vLLM has asked for that; takes
+        mask: masks logits as vLLM does for a consumer, set when vLLM asks for the mask; takes
             ``row_ks`` and ``row_ke`` for logits whose rows begin elsewhere than vLLM's.
-        scores: the plugin's logits of every key, where they were computed.
-        candidates: the candidate blocks of each row, ascending, where the plugin published them.
+        scores: the plugin's logits of every key, if they were computed.
+        candidates: the candidate blocks of each row, ascending, if the plugin published them.
     """
 
     selection: Selection
@@ -85,16 +85,16 @@ class Deferred:
 
     @property
     def ready(self) -> bool:
-        """Whether the plugin has what it selects from."""
+        """Whether the plugin has the scores or the candidates to select from."""
         return self.scores is not None or self.candidates is not None
 
     def gathered(self) -> None:
-        """Make sure that gathered keys are there."""
+        """Make sure that the keys are gathered."""
         if self.gather is not None:
             self.gather()
 
     def engine_logits(self) -> torch.Tensor:
-        """Compute vLLM's own logits, masked where vLLM would have masked them by now."""
+        """Compute vLLM's own logits, masked if vLLM has already asked for the mask."""
         self.gathered()
         logits = self.engine()
         if self.mask is not None:

@@ -1,12 +1,12 @@
-"""The stand-in for vLLM's indexer op: it tells whose rows these are, and skips the fill with -1.
+"""The replacement for vLLM's indexer op: it identifies the layer and the rows, and skips the fill.
 
-It tells the kind of the layer that calls, and the requests of a decode batch.
+It tells the kind of the calling layer, and the requests of a decode batch.
 
-vLLM fills every row with -1 before every selection. The op has an argument that leaves the fill
-out, which the layer never passes. The plugin passes it for a batch of nothing but decode rows: its
-top-k then writes every slot of every row. Where vLLM's own code selects after all, the rows get the
-fill first (:func:`fill_skipped_rows`). ``docs/development/vllm.md`` says where a row may be left
-over.
+vLLM fills every row with -1 before every selection. The op has an argument that omits the fill, and
+the layer never passes it. The plugin passes it for a batch that has only decode rows, because its
+top-k then writes every slot of every row. If vLLM's own code selects after all, the plugin fills
+the rows first (:func:`fill_skipped_rows`). ``docs/development/vllm.md`` says in which batches the
+top-k may leave a row unwritten.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["fill_skipped_rows", "run_op"]
 def run_op(op: Any, at: Mapping[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the op; ``at`` is the position of each of its arguments.
 
-    For the calls below, the decision is that of this kind of layer.
+    The decision of this kind of layer holds for the calls inside the op.
     """
     now = adapter.current()
     call = now.call
@@ -60,7 +60,7 @@ def run_op(op: Any, at: Mapping[str, int], args: tuple[Any, ...], kwargs: dict[s
 
 
 def fill_skipped_rows(out: Any) -> None:
-    """Fill the rows that vLLM's own selection is about to write, if their fill was left out."""
+    """Fill the rows that vLLM's own selection is about to write, if their fill was omitted."""
     if adapter.current().call.fill_skipped and isinstance(out, torch.Tensor):
         out.fill_(-1)
 
@@ -68,7 +68,7 @@ def fill_skipped_rows(out: Any) -> None:
 def _every_row_is_selected(
     now: adapter.Adapter, given: Callable[[str], Any], metadata: Any, mode: str | None
 ) -> bool:
-    """Whether the plugin's top-k will write all rows of the batch; asked of the host only."""
+    """Whether the plugin's top-k will write all rows of the batch; reads only host data."""
     selection = now.in_force().selection
     if selection is None or not selection.skip_fill:
         return False
@@ -108,12 +108,12 @@ def _batch(given: Callable[[str], Any]) -> tuple[Any, str | None]:
 
 
 def _requests(now: adapter.Adapter, metadata: Any, mode: str | None) -> Requests | None:
-    """Return whose rows these are, where vLLM has made a request of each; asked of the host only.
+    """Return the requests of the rows, if vLLM has made a request of each row; host data only.
 
-    Without a kernel for so many rows a request (on Hopper: all but 1, 2 and 4) vLLM repeats a
-    request's block table for each row. From 0.30 on its metadata say of how many rows every request
-    is. They hold for every replay of a full graph if such graphs are captured for uniform batches
-    only. Under adaptive verification the numbers of rows are known on the device only.
+    Without a kernel for this number of rows a request (on Hopper: all but 1, 2 and 4) vLLM repeats
+    a request's block table for each row. From 0.30 on its metadata say how many rows every request
+    has. This holds for every replay of a full graph if such graphs are captured for uniform batches
+    only. Under adaptive verification only the device knows the numbers of rows.
     """
     decode: Any = getattr(metadata, "decode", None)
     rows = getattr(decode, "write_max_decode_len", 0)
@@ -134,7 +134,7 @@ def _requests(now: adapter.Adapter, metadata: Any, mode: str | None) -> Requests
 
 
 def _rows_vary(config: Any, mode: str | None) -> bool:
-    """Whether a batch may have other numbers of rows than its metadata say, or than its graph."""
+    """Whether a batch may have other numbers of rows than its metadata, or than its graph."""
     speculative = getattr(config, "speculative_config", None)
     graphs = getattr(getattr(config, "compilation_config", None), "cudagraph_mode", None)
     return bool(getattr(speculative, "enable_adaptive_verification", False)) or (

@@ -1,4 +1,4 @@
-"""Patch the seams of vLLM's indexer module and its neighbours, and take the patches back.
+"""Patch the seams of vLLM's indexer module and its neighbours, and restore the originals.
 
 A seam that is not recognised (:mod:`.probe`) stays as vLLM has it, with one line in the log.
 """
@@ -27,7 +27,7 @@ Make = Callable[[Place, Found], Any]
 
 
 def install(module: Any) -> None:
-    """Look for every seam of vLLM, ``module`` being its indexer, and patch those that are there."""
+    """Look for every seam of vLLM, and patch those that are there; ``module`` is its indexer."""
     before = adapter.current()
     if isinstance(before, VllmAdapter) and before.indexer is module:
         log.debug(f"{before.engine}: {module.__name__} is patched already")
@@ -44,14 +44,14 @@ def install(module: Any) -> None:
             now.found(seam.name, shown(place for place, _ in places), "no layer was built yet")
         except Missing as error:
             now.found(seam.name, None, str(error))
-        except Exception as error:  # an engine of an unknown shape is one without the seam
+        except Exception as error:  # an engine of an unknown form counts as one without the seam
             why = f"could not be patched ({type(error).__name__}: {error})"
             now.found(seam.name, None, why)
     now.missing(without=[seam.name for seam in SEAMS if seam.optional])
 
 
 def uninstall() -> None:
-    """Put every attribute back, and end the adapter."""
+    """Restore every attribute, and end the adapter."""
     adapter.end()
 
 
@@ -91,7 +91,9 @@ def _decode_topk(place: Place, found: Found) -> Any:
         def engine(plain: torch.Tensor, out: torch.Tensor) -> None:
             original(self, plain, seq_lens, next_n, out, topk_tokens, max_seq_len)
 
-        wrappers.decode_topk(logits, seq_lens, next_n, topk_indices, topk_tokens, engine)
+        wrappers.decode_topk(
+            logits, seq_lens, next_n, topk_indices, topk_tokens, engine, max_seq_len
+        )
 
     return forward
 
@@ -103,15 +105,15 @@ _resolving = processes.lock()
 
 
 class TopkOp:
-    """In place of ``torch.ops._C.<name>``: takes the calls; all else is the real packet's."""
+    """Replaces ``torch.ops._C.<name>``: it takes the calls; other attributes are the real ones."""
 
     def __init__(self, found: Found) -> None:
         self._space, self._name = found.owner, found.name
-        # Taken as it is where something (another plugin, or torch's cache) is there already.
+        # If another plugin, or torch's cache, has set the attribute already, keep its value.
         self.resolved: Any = found.original
 
     def packet(self) -> Any:
-        """Return the real op; resolved late, because vLLM may load its library after this."""
+        """Return the real op; it is resolved late, because vLLM may load its library after this."""
         if self.resolved is None:
             with _resolving:
                 try:
@@ -122,7 +124,7 @@ class TopkOp:
         return self.resolved
 
     def problem(self) -> str | None:
-        """Return why a call cannot be understood, or None."""
+        """Return why the plugin cannot read the op's calls, or None."""
         where = f"torch.ops._C.{self._name}"
         try:
             packet = self.packet()
@@ -139,12 +141,12 @@ class TopkOp:
         return getattr(self.packet(), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the call if it has the form the indexer uses."""
+        """Take the call if it has the form that the indexer uses."""
         now = adapter.current().in_force()
         if kwargs or len(args) != len(_OP_TAKES) or now.selection is None:
             return wrappers.topk_op_by_engine(self.packet(), args, kwargs)
         logits, lengths, output, workspace, k, max_seq_len = args
-        # [batch, next_n] is one length a row; fewer lengths than rows are one a request.
+        # [batch, next_n] has one length for each row; fewer lengths than rows mean one a request.
         if lengths.dim() == 2 and lengths.shape[1] > 1:
             next_n = lengths.shape[1]
         else:
@@ -153,7 +155,7 @@ class TopkOp:
         def engine(plain: torch.Tensor, out: torch.Tensor) -> None:
             self.packet()(plain, lengths, out, workspace, k, max_seq_len)
 
-        return wrappers.decode_topk(logits, lengths, next_n, output, k, engine)
+        return wrappers.decode_topk(logits, lengths, next_n, output, k, engine, max_seq_len)
 
 
 def _around(wrapper: Callable[..., Any]) -> Make:
@@ -169,7 +171,7 @@ _CANDIDATES = {
     "_select_candidate_blocks": candidates.select_blocks,
     "_apply_candidate_mask": candidates.apply_mask,
 }
-# What is put at each seam. Those without an entry are patched once a layer needs it
+# The function for each seam. Seams without an entry are patched when a layer needs them
 # (:mod:`.late_patches`).
 _REPLACEMENTS: dict[str, Make] = {
     "guard": _init,

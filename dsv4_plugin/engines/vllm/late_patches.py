@@ -1,7 +1,7 @@
-"""Patches that can only be made once a layer is built. Each has a question and an act.
+"""Patches that can only be made when a layer is built. Each has a check and a patch function.
 
-A question (``unmet_…``, :func:`takes_logits_dtype`) changes nothing and returns why the patch
-cannot be used, an empty list if it can. An act (``patch_…``) makes the patch, once.
+A check (``unmet_…``, :func:`takes_logits_dtype`) changes nothing. It returns why the patch cannot
+be used, or an empty list if it can. A patch function (``patch_…``) makes the patch, once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _IMPLEMENTATIONS = ("_fp8_fp4_paged_mqa_logits_impl", "_fp8_fp4_mqa_logits_impl"
 
 
 def around(original: Any, wrapper: Any) -> Any:
-    """Return a function in the form of ``original`` that calls ``wrapper(original, …)``."""
+    """Return a function with the signature of ``original`` that calls ``wrapper(original, …)``."""
 
     @functools.wraps(original)
     def patched(*args: Any, **kwargs: Any) -> Any:
@@ -46,7 +46,7 @@ def around(original: Any, wrapper: Any) -> Any:
 
 
 def _problems(now: VllmAdapter, name: str) -> list[str] | None:
-    """Return the answer of a seam that was not found or is patched already; None otherwise."""
+    """Return the answer for a seam that was not found or is patched already; None otherwise."""
     seam = state.seams.get(name)
     if seam is None or seam.where is None or now.patches.get(name):
         return now.problems(name)
@@ -92,7 +92,7 @@ def patch_slots(now: VllmAdapter) -> None:
 
 
 class IndexerOp:
-    """In place of ``torch.ops.vllm.sparse_attn_indexer``: the same op, by :func:`.fill.run_op`."""
+    """Replaces ``torch.ops.vllm.sparse_attn_indexer``: calls the op by :func:`.fill.run_op`."""
 
     def __init__(self) -> None:
         self.resolved: Any = torch.ops.vllm.sparse_attn_indexer
@@ -110,7 +110,7 @@ class IndexerOp:
 
 
 def unmet_op(now: VllmAdapter, config: Any) -> list[str]:
-    """Return why the plugin cannot stand in for the indexer's op in this model."""
+    """Return why the plugin cannot replace the indexer's op in this model."""
     known = _problems(now, "topk.fill")
     mode = getattr(getattr(config, "compilation_config", None), "mode", None)
     if not known and getattr(mode, "name", None) != "NONE":
@@ -119,7 +119,7 @@ def unmet_op(now: VllmAdapter, config: Any) -> list[str]:
 
 
 def patch_op(now: VllmAdapter) -> None:
-    """Stand in for the indexer's op."""
+    """Replace the indexer's op."""
     if not now.patches.get("topk.fill"):
         patch = now.ledger.replace(torch.ops.vllm, "sparse_attn_indexer", IndexerOp(), OP)
         now.patches["topk.fill"] = [patch]
@@ -161,7 +161,7 @@ def patch_shard(now: VllmAdapter) -> None:
 
 
 def _deep_gemm() -> Any:
-    """Return vLLM's module of DeepGEMM, with DeepGEMM resolved as vLLM does at its first use."""
+    """Return vLLM's module of DeepGEMM, after resolving DeepGEMM as vLLM does at its first use."""
     module = sys.modules.get(DEEP_GEMM)
     resolve = getattr(module, "_lazy_init", None)
     if resolve is None:
@@ -171,7 +171,7 @@ def _deep_gemm() -> Any:
 
 
 def takes_logits_dtype() -> bool:
-    """Whether vLLM's DeepGEMM can be asked for bfloat16 logits."""
+    """Whether vLLM's DeepGEMM can write bfloat16 logits on request."""
     module = _deep_gemm()
     return all(has_logits_dtype(getattr(module, name, None)) for name in _IMPLEMENTATIONS)
 
@@ -183,7 +183,7 @@ def patch_logits_dtype(ledger: Ledger) -> None:
         earlier = [p for p in ledger.patches if p.owner is module and p.name == name]
         if earlier and earlier[0].in_place:
             continue
-        if earlier:  # vLLM resolved DeepGEMM anew
+        if earlier:  # vLLM resolved DeepGEMM again
             ledger.patches.remove(earlier[0])
         wrapper = around(getattr(module, name), wrappers.with_logits_dtype)
         ledger.replace(module, name, wrapper, f"{DEEP_GEMM}.{name}")

@@ -1,8 +1,8 @@
-"""The kinds of indexer layers, one record each, and what is known of a layer.
+"""The kinds of indexer layers, one record each, and the facts about a layer.
 
 A model may have layers of several kinds, and each kind has its own decision. A new kind is a new
-record in :data:`KINDS`: how a layer of that kind is recognised, which ops it needs, which dtype is
-its default, or why the engine keeps it.
+record in :data:`KINDS`: how the plugin recognises a layer of that kind, which ops it needs, and
+which dtype is its default.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _VERSION = re.compile(r"deepseek[_-]?v([0-9]+(?:[._p-]?[0-9]+)*)")
 
 @dataclass(frozen=True)
 class Layer:
-    """What the policy knows of a layer.
+    """The policy's facts about a layer.
 
-    ``key`` names it as a call of the indexer's op does. ``family`` is that of its model, ``""``
-    where that is neither DeepSeek-V4 nor V4.1. ``candidates``: ``""``, ``"source"`` (it selects the
-    candidate blocks) or ``"consumer"`` (it masks its scores with them). ``unfit``: why the engine
-    keeps its top-k. ``no_gather``: why the engine keeps its key gather.
+    ``key`` names it as a call of the indexer's op does. ``family`` is the family of its model,
+    ``""`` for models other than DeepSeek-V4 and V4.1. ``candidates``: ``""``, ``"source"`` (it
+    selects the candidate blocks) or ``"consumer"`` (it masks its scores with them). ``unfit``: why
+    the engine keeps its top-k. ``no_gather``: why the engine keeps its key gather.
     """
 
     key: Hashable
@@ -49,13 +49,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """A kind of layers: ``matches`` recognises one; the first record that does is taken.
+    """A kind of layers: ``matches`` recognises a layer; the first record that matches counts.
 
-    ``dtypes`` are what ``DSV4_TOPK=auto`` tries, best first. ``logits_ops`` are the ops that have
-    to write a dtype before the plugin's logits serve this kind. ``with_slots``: the decode top-k
-    writes slots and skips the fill where it can. ``followers``: later layers attend to the indices
-    of a layer of this kind, too. ``candidates``: the layer chooses or uses candidate blocks, so
-    that the plugin computes its logits, and no more of them than are needed.
+    ``dtypes`` are those that ``DSV4_TOPK=auto`` tries, best first. ``logits_ops`` are the ops that
+    must be able to write a dtype before the plugin's logits serve this kind. ``with_slots``: the
+    decode top-k writes slots and skips the fill where it can. ``followers``: later layers also
+    attend to the indices of a layer of this kind. ``candidates``: the layer chooses or uses
+    candidate blocks, so the plugin computes its logits, and only those that are needed.
     """
 
     name: str
@@ -105,7 +105,7 @@ KINDS = (
         ("bf16", "fp32"),
         with_slots=True,
     ),
-    # DeepSeek-V3.2 and GLM, trained with float32 scores, and models that are not known.
+    # DeepSeek-V3.2 and GLM, trained with float32 scores, and models that the plugin does not know.
     LayerKind("DeepSeek-V3.2-like", lambda layer: True, ("fp32",)),
 )
 
@@ -121,7 +121,7 @@ def plain_name(name: Any) -> Any:
 
 
 def key(prefix: Any, candidates: Any, writes: Any) -> Hashable:
-    """Return what tells a layer from layers of other kinds, at a call and when it is built.
+    """Return the key of a layer's kind, the same at a call and when the layer is built.
 
     V4.1's source and consumers share one cache and therefore one ``prefix``.
     """

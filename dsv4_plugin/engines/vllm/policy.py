@@ -1,7 +1,7 @@
-"""From the layers, the settings and the engine's configuration to what the plugin does.
+"""Decides what the plugin does, from the layers, the settings and the engine's configuration.
 
-vLLM's configuration can be read only while it builds a layer, and an explicit setting that cannot
-be met is an error there, where a user sees it. Each kind of layer (:mod:`.layers`) has a decision.
+vLLM's configuration can be read only while vLLM builds a layer. An explicit setting that cannot be
+met is an error there, where a user sees it. Each kind of layer (:mod:`.layers`) has a decision.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import envs, facts, log
-from dsv4_plugin.engines.shared import activation, decision, logits, shadow
+from dsv4_plugin.engines.shared import activation, aside, decision, logits, shadow
 from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection, unique
 from dsv4_plugin.engines.shared.row_shard import SETTING
 from dsv4_plugin.engines.vllm import late_patches, row_shard
@@ -29,7 +29,7 @@ __all__ = ["built"]
 
 
 def built(layer: Any) -> None:
-    """Look at a layer that has just been built, and decide what this process does from now on.
+    """Look at a new layer, and decide what this process does from now on.
 
     Raises:
         SettingError: a setting has a value it cannot have.
@@ -60,7 +60,7 @@ def built(layer: Any) -> None:
 
 @dataclass
 class _Group:
-    """Layers that get one decision, and what was decided.
+    """Layers that share one decision, and the decision.
 
     ``alike``: why the plugin cannot tell calls of these kinds apart.
     """
@@ -80,7 +80,7 @@ class _Group:
 
     @property
     def seen(self) -> list[Layer]:
-        """What is known of the layers."""
+        """The facts about the layers."""
         return [seen for _, seen in self.layers]
 
     @property
@@ -96,9 +96,9 @@ class _Group:
 
 
 def _groups(now: VllmAdapter, config: Any) -> list[_Group]:
-    """Group the layers by kind, or into one group where calls of several kinds look the same.
+    """Group the layers by kind, or into one group if calls of several kinds look the same.
 
-    In the order of :data:`.layers.KINDS`: a consumer's decision depends on the source's.
+    The order is that of :data:`.layers.KINDS`: a consumer's decision depends on the source's.
     """
     of: dict[LayerKind, list[tuple[Any, Layer]]] = {}
     for layer, seen in now.layers.items():
@@ -122,6 +122,7 @@ def _decide(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
         )
         group.gather, group.gather_why = _choose_gather(settings, group, now)
         group.also = {"guard": None, **_beside_topk(group, now, config)}
+        group.selection = aside.engage(group.selection, settings, now.engine)
     _shard(now, settings, config)
     _act(now, groups, config)
     decisions: dict[Hashable, Decision] = {
@@ -176,7 +177,7 @@ def _note_shard(why: str | None) -> None:
 
 
 def _no_blocks(groups: list[_Group], group: _Group) -> list[str]:
-    """Return why the candidates of a group are not the plugin's, if it has none of its own."""
+    """Return why the plugin does not select the candidates of a group, if it does not."""
     uses = {layer.candidates for layer in group.seen}
     if "consumer" not in uses or "source" in uses:
         return []
@@ -187,7 +188,7 @@ def _no_blocks(groups: list[_Group], group: _Group) -> list[str]:
 
 
 def _kinds(layers: list[Layer]) -> dict[Hashable, Hashable]:
-    """Map what a call says of its layer to the kind; nothing where two kinds say the same."""
+    """Map the key in a call to the kind of layer; omit keys that two kinds share."""
     kinds: dict[Hashable, set[str]] = {}
     for seen in layers:
         kinds.setdefault(seen.key, set()).add(kind_of(seen).name)
@@ -222,7 +223,7 @@ def _possible(
     reasons: list[str],
     dtype: str,
 ) -> tuple[Selection | None, list[str]]:
-    """Return how top-k in ``dtype`` can be done for every layer, or every reason why it cannot."""
+    """Return how every layer can select in ``dtype``, or every reason why it cannot."""
     reasons = [reason for layer in group.seen for reason in layer.unfit] + reasons
     if reasons and group.alike:
         reasons.append(f"calls of these kinds look the same: {group.alike}")
@@ -279,7 +280,7 @@ def _choose_gather(
         return None, ["DSV4_INDEXER_READ=off"]
     binding = "DSV4_STRICT=1: the key gather" if settings.strict else None
     device = group.seen[0].device
-    # auto never puts torch ops in the place of the engine's CUDA kernel.
+    # auto never replaces the engine's CUDA kernel with torch ops.
     candidates = ["cuda", "triton"] if device.type == "cuda" else ["torch"]
     if mode != "auto":
         binding, candidates = f"DSV4_INDEXER_READ={mode}", [mode]
@@ -304,7 +305,7 @@ def _choose_gather(
 
 
 def _beside_topk(group: _Group, now: VllmAdapter, config: Any) -> dict[str, str | None]:
-    """Decide what goes with the decode top-k; returns why each part does not."""
+    """Decide which parts go with the decode top-k; return the reasons for each that does not."""
     if group.selection is None:
         return {}
     why = "; ".join(unique(filter(None, (_without_slots(*pair) for pair in group.layers))))
@@ -338,7 +339,7 @@ def _without_slots(layer: Any, seen: Layer) -> str:
 
 
 def _decode_rows(config: Any, most: int) -> int:
-    """Return how many rows the decode part of a batch can have, ``most`` if that is not known."""
+    """Return how many rows the decode part of a batch can have, ``most`` if unknown."""
     requests = getattr(getattr(config, "scheduler_config", None), "max_num_seqs", None)
     drafts = getattr(getattr(config, "speculative_config", None), "num_speculative_tokens", None)
     if not isinstance(requests, int):
@@ -378,7 +379,7 @@ def _say(seen: Layer) -> None:
 
 
 def _report(now: VllmAdapter, group: _Group) -> None:
-    """Say in one line what engaged for these layers."""
+    """Log in one line what engaged for these layers."""
     selection, also = group.selection, dict(group.also or {})
     also["budget"] = None if now.narrow_selections() else "logits are float32"
     topks = ("topk.decode", "topk.prefill")
@@ -388,4 +389,5 @@ def _report(now: VllmAdapter, group: _Group) -> None:
     now.report(
         str(group), names, selection, group.passed or {}, also,
         (group.gather, group.gather_why or []),
+        aside.said(selection, (layer.k for layer in group.seen)),
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""The seams of vLLM, one record each. A release that moves one gets a further form here.
+"""The seams of vLLM, one record each. If a release changes a seam, its record gets a further form.
 
-``dsv4-plugin doctor`` shows what :func:`look` finds in vLLM's source, :mod:`.install` patches what
-the same records find in the imported modules, and the table in ``docs/development/vllm.md`` is made
-of them.
+``dsv4-plugin doctor`` shows what :func:`look` finds in vLLM's source. :mod:`.install` patches what
+the same records find in the imported modules. The list in ``docs/development/vllm.md`` comes from
+the records.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _to_slots(model: str) -> Place:
     )  # fmt: skip
 
 
-# In the attention of each model; the model that is served has imported its own.
+# In the attention of each model; a server has imported the one of its model.
 TO_SLOTS = (_to_slots("deepseek_v4"), _to_slots("deepseek_v41"))
 
 
@@ -92,9 +92,10 @@ SEAMS = (
     Seam(
         "guard",
         ((Place(INDEXER, "SparseAttnIndexer.__init__", ("self", "k_cache")),),),
-        puts="a look at every indexer layer after its own `__init__`",
-        why="what the plugin can do depends on the layer and on the engine's configuration, both "
-        "readable only while layers are built; an explicit setting that cannot be met fails here",
+        puts="a check of every indexer layer after its own `__init__`",
+        why="what the plugin can do depends on the layer and on the engine's configuration. Both "
+        "are readable only while layers are built. An explicit setting that cannot be met fails "
+        "here",
         until="vLLM shows plugins the layers that it builds",
     ),
     Seam(
@@ -110,8 +111,8 @@ SEAMS = (
             ),
             (_compiled("persistent_topk"), _compiled("cooperative_topk", optional=True)),
         ),
-        puts="the plugin's top-k, for logits that carry its tag. Before 0.30 vLLM has no class "
-        "between: the plugin stands in for the compiled ops, if their schemas are known",
+        puts="the plugin's top-k, for logits that carry its tag. Before 0.30 vLLM has no such "
+        "class, and the plugin replaces the compiled ops if it knows their schemas",
         why="vLLM's kernels read float32 only, and drop or reorder candidates in ties",
         until="vLLM's own top-k reads bfloat16, is exact, breaks ties by the lowest index and is "
         "not slower; or vLLM has a registry for top-k backends",
@@ -130,17 +131,17 @@ SEAMS = (
                 ),
             ),
         ),
-        puts="the plugin's top-k, for absolute columns (to 0.32) and compressed ones (from 0.33) "
-        "by one rule, since the caller passes where each row starts",
-        why="as at decode; vLLM's prefill kernel has no bfloat16 form at all",
+        puts="the plugin's top-k. One rule covers absolute columns (up to 0.32) and compressed "
+        "ones (from 0.33), because the caller passes the start of each row",
+        why="as at decode; vLLM's prefill kernel has no bfloat16 form",
         until="vLLM's prefill top-k reads bfloat16, is exact and is not slower",
     ),
     Seam(
         "topk.slots",
         tuple((place,) for place in TO_SLOTS),
-        puts="the slots and counts that the plugin's decode top-k wrote beside its indices, where "
-        "the attention asks about the same call; else vLLM's function runs. Patched when a layer "
-        "is built, because the attention's module imports the indexer's",
+        puts="the slots and counts that the plugin's decode top-k wrote beside its indices, if the "
+        "attention's request matches that call; otherwise vLLM's function runs. The plugin patches "
+        "it when a layer is built, because the attention's module imports the indexer's",
         why="after every top-k vLLM runs a kernel that turns its indices into slots",
         until="vLLM's top-k writes slots, or its attention reads indices",
         late=True,
@@ -157,9 +158,9 @@ SEAMS = (
                 ),
             ),
         ),
-        puts="the same op, with that argument in batches of nothing but decode rows; it also tells "
-        "which kind of layer calls, and whose the rows of a draft are. Only where the model is not "
-        "compiled, so that no compiler traces the call",
+        puts="the same op, with `skip_topk_buffer_clear` in batches that have only decode rows; "
+        "the replacement also tells which kind of layer calls, and to which requests the rows of "
+        "a draft belong. Only if the model is not compiled, so that no compiler traces the call",
         why="vLLM fills every row with -1 before every selection, in a kernel of its own, and the "
         "layer never passes the argument",
         until="the layer passes it, or vLLM's top-k is known to write every row",
@@ -174,19 +175,19 @@ SEAMS = (
                 Place(INDEXER, "as_fp32_logits", ("logits",), optional=True),
             ),
         ),
-        puts="tags the logits on their way to the top-k; computes them, or asks DeepGEMM for "
-        "bfloat16 (`logits_dtype`); keeps them from being widened",
-        why="V4 was trained with bfloat16 scores, and half the bytes are written and read, but "
-        "vLLM never asks for bfloat16, and 0.33's DeepGEMM cannot write it on Hopper",
+        puts="wrappers that compute the logits or ask DeepGEMM for bfloat16 (`logits_dtype`), tag "
+        "them for the top-k, and prevent vLLM from widening them",
+        why="V4 was trained with bfloat16 scores, and bfloat16 halves the bytes that are written "
+        "and read. vLLM never asks for bfloat16, and 0.33's DeepGEMM cannot write it on Hopper",
         until="vLLM can be configured to write bfloat16 logits and its top-k reads them",
     ),
     Seam(
         "candidates",
         ((SELECT_BLOCKS, APPLY_MASK),),
-        puts="computes what a layer of DeepSeek-V4.1 needs of its logits: maxima of the blocks for "
-        "the source, the scores of its candidates for a consumer. Logits of such layers are "
-        "deferred until vLLM calls one of the two; both get vLLM's own logits where the plugin "
-        "does not serve",
+        puts="functions that compute the logits that a layer of DeepSeek-V4.1 needs: the maxima of "
+        "the blocks for the source, the scores of its candidates for a consumer. The plugin defers "
+        "the logits of such layers until vLLM calls one of the two functions. Both get vLLM's own "
+        "logits if the plugin does not serve",
         why="on Hopper vLLM scores the whole context in every consumer, writes -inf over rows as "
         "wide as `max_model_len`, and selects the blocks with `torch.topk`",
         until="vLLM scores candidates only on compute capability 9.0 and selects blocks exactly",
@@ -205,9 +206,10 @@ SEAMS = (
                 ),
             ),
         ),
-        puts="the plugin's gather of the quantised keys of a prefill chunk, FP8 pages only. Where "
-        "logits are deferred it waits until something reads the keys",
-        why="the same bytes with fewer instructions; a platform without vLLM's compiled op has one",
+        puts="the plugin's gather of the quantised keys of a prefill chunk, FP8 pages only. If the "
+        "logits are deferred, the gather waits until code reads the keys",
+        why="it writes the same bytes with fewer instructions, and it also works on a platform "
+        "without vLLM's compiled op",
         until="vLLM's kernel reaches the byte floor",
     ),
     Seam(
@@ -217,9 +219,9 @@ SEAMS = (
             (_chunks("DeepseekV32IndexerMetadataBuilder._split_indexer_prefill_chunks"),),
             (_chunks("split_indexer_prefill_chunks"),),
         ),
-        puts="a budget that counts twice where the logits are bfloat16",
+        puts="twice the budget if the logits are bfloat16",
         why="vLLM keeps a prefill chunk's logits below `VLLM_SPARSE_INDEXER_MAX_LOGITS_MB` and "
-        "counts four bytes each; in bfloat16 the same bytes hold twice the rows",
+        "counts four bytes for each; in bfloat16 the same bytes hold twice the rows",
         until="vLLM's planner asks for the logits' dtype",
     ),
     Seam(

@@ -1,10 +1,10 @@
 """The pool slots that the plugin's decode top-k writes beside its indices, for the attention.
 
 vLLM's attention turns the indices of its layer into slots of the KV cache, and counts them, in a
-kernel of its own. It takes those of the top-k instead if its arguments are, by address and shape,
-those of the top-k, in the same forward pass and with no other top-k in between. All of this is
-known on the host. ``docs/development/vllm.md`` says why the answer is the same, and whose memory
-it is.
+kernel of its own. It takes the slots of the top-k instead if its arguments are, by address and
+shape, those of the top-k, in the same forward pass and with no other top-k in between. The host
+knows all of this. ``docs/development/vllm.md`` says why the answer is the same, and which buffers
+hold it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Buffers:
 
 @dataclass(frozen=True)
 class Paged:
-    """Where one call of the top-k writes slots and counts, and by which pages."""
+    """The outputs for slots and counts of one call of the top-k, and its pages."""
 
     table: torch.Tensor
     page_size: int
@@ -45,7 +45,7 @@ class Paged:
 
 @dataclass(frozen=True)
 class Note:
-    """Slots that are ready to be taken, and the call of the top-k that wrote them."""
+    """Slots that the attention can take, and the call of the top-k that wrote them."""
 
     context: weakref.ref[Any]
     indices: tuple[Any, ...]
@@ -62,7 +62,7 @@ def select_into(
     paged: Paged | None,
     **how: Any,
 ) -> None:
-    """Select the indices ``out``, with slots and counts where ``paged`` takes them."""
+    """Select the indices ``out``, and write slots and counts to ``paged`` if given."""
     if paged is None:
         ops.topk(scores, lengths, k, out=out, **how)
     else:
@@ -73,15 +73,15 @@ def select_into(
 
 
 class SlotStore:
-    """The buffers of one adapter, and what it has learned about their readers."""
+    """The buffers of one adapter, and the facts that it has learned about their readers."""
 
     def __init__(self) -> None:
         self._buffers: dict[int, _Buffers] = {}
-        self._foreign: set[int] = set()  # tables of an indexer that are not its attention's
+        self._foreign: set[int] = set()  # tables of an indexer that its attention does not use
         self._unread = 0
 
     def prepare(self, indices: torch.Tensor, rows: int) -> None:
-        """Allocate, once, the buffers beside ``indices`` ``[tokens, k]``, for ``rows`` of it."""
+        """Allocate, once, the buffers for ``rows`` rows of ``indices`` ``[tokens, k]``."""
         for place in [p for p, found in self._buffers.items() if found.indices() is None]:
             del self._buffers[place]
         found = self._buffers.get(indices.data_ptr())
@@ -94,7 +94,7 @@ class SlotStore:
             )
 
     def places(self, tag: LogitsTag, out: torch.Tensor, next_n: int) -> Paged | None:
-        """Return where slots and counts of ``out``, the indices, go; None: nothing reads them."""
+        """Return the outputs for slots and counts of the indices ``out``; None without a reader."""
         table = tag.table
         found = self._buffers.get(out.data_ptr())
         rows, k = out.shape
@@ -115,7 +115,7 @@ class SlotStore:
         return Paged(table, tag.page_size, found.slots[:rows], found.counts[:rows])
 
     def note(self, paged: Paged, out: torch.Tensor, followers: bool) -> Note | None:
-        """Return a note that slots and counts of ``out`` are written; None outside of a pass.
+        """Return a record that slots and counts of ``out`` are written; None outside of a pass.
 
         ``followers``: the attention of several layers asks for them.
         """
@@ -126,11 +126,11 @@ class SlotStore:
         return Note(weakref.ref(context), _place(out), _place(paged.table), paged, followers)
 
     def asked(self) -> None:
-        """Note that the attention reads slots."""
+        """Record that the attention reads slots."""
         self._unread = 0
 
     def fits(self, note: Note, indices: Any, table: Any, page_size: Any) -> bool:
-        """Whether the attention asks about the call that was noted."""
+        """Whether the attention's request matches the recorded call."""
         context = forward_pass()
         if (
             context is None

@@ -1,8 +1,8 @@
-"""What runs in place of vLLM's functions. Every wrapper ends in the original when in doubt.
+"""The functions that replace vLLM's. Every wrapper calls the original when in doubt.
 
 The counters (``dsv4_plugin.status()``) count calls of these Python functions. Under full CUDA
-graphs vLLM runs Python while it captures and not while it replays, so a counter above zero says
-that the kernel is in the graphs, and it stands still while the server decodes.
+graphs vLLM runs Python while it captures and not while it replays. So a counter above zero says
+that the kernel is in the graphs, and the counter does not grow while the server decodes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import dsv4_plugin as ops
-from dsv4_plugin.engines.shared import adapter, logits, shadow
+from dsv4_plugin.engines.shared import adapter, aside, logits, shadow
 from dsv4_plugin.engines.shared.adapter import Adapter
 from dsv4_plugin.engines.shared.decision import DTYPES, KS, Selection
 from dsv4_plugin.engines.shared.fallback import serve
@@ -56,9 +56,9 @@ _SLOTS = frozenset(TO_SLOTS_TAKES)
 
 
 def paged_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Compute the logits of decode: by the plugin where that is decided, else by DeepGEMM.
+    """Compute the logits of decode: with the plugin if the decision says so, else with DeepGEMM.
 
-    The plugin's kernel needs no schedule. Columns past a row's length are not written, as by
+    The plugin's kernel needs no schedule. It does not write columns past a row's length; nor does
     DeepGEMM in the form in which vLLM calls it.
     """
     now = adapter.current()
@@ -89,8 +89,8 @@ def paged_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: An
 def _by_request(given: dict[str, Any], requests: Requests | None) -> dict[str, Any]:
     """Return the arguments with the rows of a request together, so that its keys are read once.
 
-    The kernel scores 128 heads in a pass over the keys. An odd row of 64 heads would fill half of
-    one, and what that costs was not measured.
+    The kernel scores 128 heads in one pass over the keys. An odd row of 64 heads would fill half of
+    a pass, and its cost was not measured.
     """
     if requests is None or not _plain_form(given, _PAGED_NEEDS, _PAGED_KNOWS):
         return given
@@ -109,16 +109,16 @@ def _by_request(given: dict[str, Any], requests: Requests | None) -> dict[str, A
 
 
 def dense_logits(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Compute the logits of prefill: by the plugin where that is decided, else by DeepGEMM.
+    """Compute the logits of prefill: with the plugin if the decision says so, else with DeepGEMM.
 
-    In the plugin's logits every row begins at column zero, as vLLM has it from 0.33 on
-    (``max_seqlen_k``). To 0.32 columns are those of all keys; the tag says that the rows are
-    shifted, for :func:`prefill_topk`.
+    In the plugin's logits every row begins at column zero, as in vLLM from 0.33 on
+    (``max_seqlen_k``). Up to 0.32 vLLM's columns are those of all keys; the tag tells
+    :func:`prefill_topk` that the rows are shifted.
     """
     now = adapter.current()
     selection, gather = now.in_force().selection, now.call.gather
     given, out = by_name(_DENSE, args, kwargs), None
-    width = given.get("max_seqlen_k", 0)  # a bool here is the clean_logits of older releases
+    width = given.get("max_seqlen_k", 0)  # a bool here is clean_logits of older releases
     if (
         selection is not None
         and _by_plugin(now, selection)
@@ -164,7 +164,7 @@ def _computed(
     *rest: Any,
     shifted: bool = False,
 ) -> torch.Tensor | None:
-    """Return the plugin's logits, tagged; None: the call has another form, or they failed."""
+    """Return the plugin's logits, tagged; None if the call has another form or the op failed."""
     try:
         out = compute(selection, q[0], *rest)
     except Exception as error:
@@ -176,7 +176,7 @@ def _computed(
 def _by_engine(
     now: Adapter, original: Callable[..., torch.Tensor], args: Any, kwargs: Any
 ) -> torch.Tensor:
-    """Compute index logits by vLLM's function, in bfloat16 where that is decided."""
+    """Compute index logits with vLLM's function, in bfloat16 if the decision says so."""
     selection = now.in_force().selection
     if selection is None:
         return original(*args, **kwargs)
@@ -203,14 +203,14 @@ def _by_engine(
 
 
 def with_logits_dtype(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Ask DeepGEMM for bfloat16 on the calls that come from the indexer; all others as they are."""
+    """Ask DeepGEMM for bfloat16 in the calls that come from the indexer; leave all others."""
     if adapter.current().call.request_bf16:
         kwargs["logits_dtype"] = torch.bfloat16
     return original(*args, **kwargs)
 
 
 def _readers_in_place(now: Adapter) -> bool:
-    """Whether both top-k patches are still what vLLM will call.
+    """Whether vLLM will still call both top-k patches.
 
     vLLM's kernels cannot read bfloat16, so logits in bfloat16 must not be written once other code
     has replaced their reader.
@@ -221,7 +221,7 @@ def _readers_in_place(now: Adapter) -> bool:
 def as_fp32_logits(
     original: Callable[..., torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Keep bfloat16 logits that the plugin's top-k reads; let vLLM widen all others."""
+    """Keep bfloat16 logits for the plugin's top-k; let vLLM widen all others."""
     tag = tag_of(tensor)
     if tag is None:
         return original(tensor, *args, **kwargs)
@@ -237,7 +237,7 @@ def as_fp32_logits(
 
 
 def plain(scores: Any) -> Any:
-    """Return what vLLM's float32 kernels can read: tagged logits widened, all else as it is."""
+    """Return logits that vLLM's float32 kernels can read: widen tagged ones, keep all others."""
     return scores if tag_of(scores) is None else widen(scores)
 
 
@@ -251,15 +251,17 @@ def _select(
     next_n: int,
     engine: Callable[[torch.Tensor, torch.Tensor], None],
     readable: bool,
+    longest: int,
     again: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> None:
     """Run the plugin's top-k on tagged logits, or ``engine`` on the same arguments.
 
-    ``engine(scores, out)`` reads float32. ``again(scores, out)`` is the same for the shadow, where
-    a call can be cut into parts.
+    ``engine(scores, out)`` reads float32. ``longest`` is what a row can have at most.
+    ``again(scores, out)`` is the same as ``engine`` for the shadow, where a call can be cut into
+    parts.
     """
     now = adapter.current()
-    now.call.slots = None  # an earlier note does not describe the indices any more
+    now.call.slots = None  # an earlier record does not describe the indices any more
     tag = tag_of(scores)
     deferred = None if tag is None else tag.deferred
     next_n = next_n if tag is None else max(next_n, tag.next_n)
@@ -306,7 +308,11 @@ def _select(
         engine(plain(scores if deferred is None else deferred.engine_logits()), out)
 
     dtype = scores.dtype if deferred is None else DTYPES[deferred.selection.dtype]
-    serve(kind, selection, dtype, by_plugin, by_engine, watch, scores.shape[0])
+    rows = scores.shape[0]
+    left = selection is not None and aside.faster(
+        selection, kind, k, rows, longest, scores.shape[-1]
+    )
+    serve(kind, selection, dtype, by_plugin, by_engine, watch, rows, left)
 
 
 def decode_topk(
@@ -316,10 +322,13 @@ def decode_topk(
     out: torch.Tensor,
     k: int,
     engine: Callable[[torch.Tensor, torch.Tensor], None],
+    max_seq_len: Any = None,
 ) -> None:
     """Select at decode: rows = batch · next_n, ``seq_lens`` one a row or one a request.
 
-    ``engine(scores, out)`` is vLLM's own selection of float32 scores into ``out``.
+    ``engine(scores, out)`` is vLLM's own selection of float32 scores into ``out``. ``max_seq_len``:
+    no row is longer, as vLLM tells its kernels; in a captured graph the longest that the server
+    takes.
     """
     readable = (
         (is_matrix(scores) or candidates.deferred_of(scores) is not None)
@@ -335,7 +344,10 @@ def decode_topk(
     def lengths() -> torch.Tensor:
         return seq_lens.reshape(-1) if seq_lens.numel() == scores.shape[0] else seq_lens
 
-    _select("decode", scores, lengths, None, out, k, next_n, engine, readable)
+    longest = scores.shape[-1] if isinstance(scores, torch.Tensor) else 0
+    if type(max_seq_len) is int:
+        longest = min(longest, max_seq_len)
+    _select("decode", scores, lengths, None, out, k, next_n, engine, readable, longest)
 
 
 def topk_op_by_engine(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -393,11 +405,14 @@ def prefill_topk(
             run(widen(every[rows]), rows, shifted or deferred, scratch[rows])
 
     begin = None if shifted or deferred else starts
-    _select("prefill", scores, lambda: ends - starts, begin, out, k, 1, engine, readable, again)
+    _select(
+        "prefill", scores, lambda: ends - starts, begin, out, k, 1, engine, readable,
+        scores.shape[-1], again,
+    )  # fmt: skip
 
 
 def take_slots(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return slots and counts: those of the top-k just before, else those of ``original``."""
+    """Return slots and counts: those of the last top-k if they match, else ``original``'s."""
     now = adapter.current()
     note = now.call.slots
     if note is None or not note.followers:
@@ -423,9 +438,9 @@ def take_slots(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def prefill_chunks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Plan the prefill chunks of a step: a budget of bytes holds twice as many bfloat16 logits.
 
-    vLLM counts four bytes each, so twice the bytes are the rows that fit. Where the bfloat16 logits
-    fail at a later call, the chunks of that one step are float32 and take twice the budget; so does
-    a chunk whose call has a form that the plugin's kernel does not take.
+    vLLM counts four bytes for each logit, so twice the bytes give the rows that fit. If the
+    bfloat16 logits fail at a later call, the chunks of that step are float32 and take twice the
+    budget. So does a chunk whose call has a form that the plugin's kernel does not take.
     """
     now = adapter.current()
     chosen = now.narrow_selections()
@@ -448,9 +463,9 @@ def gather(
     block_table: torch.Tensor,
     cu_seq_lens: torch.Tensor,
 ) -> None:
-    """Gather the quantised keys of a prefill chunk; anything but FP8 pages is vLLM's.
+    """Gather the quantised keys of a prefill chunk; leave all but FP8 pages to vLLM.
 
-    Where the logits are deferred it waits for a reader. A consumer of wide chunks has none.
+    If the logits are deferred, the gather waits for a reader. A consumer of wide chunks has none.
     """
     now = adapter.current()
     decision = now.in_force()
@@ -466,7 +481,7 @@ def gather(
             except Exception as error:
                 if decision.strict:
                     raise
-                if not isinstance(error, UnmetError):  # that one is about this call's form only
+                if not isinstance(error, UnmetError):  # which is about this call's form only
                     now.switch_off("gather", error)
             else:
                 state.count("gather", dst_k.shape[0])

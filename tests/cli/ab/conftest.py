@@ -1,3 +1,3 @@
-"""``fake_server.py`` and ``fake_client.py`` are programs of their own."""
+"""``fake_server.py`` and ``fake_client.py`` are separate programs."""
 
 collect_ignore = ["fake_server.py", "fake_client.py"]

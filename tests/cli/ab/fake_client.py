@@ -1,7 +1,7 @@
-"""``vllm bench serve`` in small: its options as ab gives them, its requests, its result file.
+"""A small ``vllm bench serve``: the options that ab passes, its requests, its result file.
 
-``--mode`` makes it go wrong. What it writes has the keys that the real client writes;
-``tests/engines/vllm/bench_client.py`` runs the real one.
+``--mode`` selects a fault. The result has the keys of the real client's result;
+``tests/engines/vllm/bench_client.py`` runs the real client.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python fake_server.py [anything] --port N [options]
 
-With ``DSV4_PLUGIN=1`` it plays a worker with the plugin: the plugin's own counters, its own status
-file, its own log line. Each prompt that is sent twice is noted in the log as REPEATED.
+With ``DSV4_PLUGIN=1`` it behaves like a worker with the plugin: it has the plugin's counters,
+status file and log line. It writes REPEATED to its log for each prompt that comes twice.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def test_both_at_once(tmp_path: Path, port: int, capsys: pytest.CaptureFixture[s
 
 
 class Running:
-    """Two servers that somebody else has started."""
+    """Two servers that `ab` has not started."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.urls = [f"http://127.0.0.1:{port + i}" for i in range(2)]

@@ -1,7 +1,7 @@
 """``python -m sglang.bench_serving`` of an installed release, on a machine without a GPU.
 
-Importing SGLang needs a name of torchvision's library there, and the client imports Hugging Face's
-``datasets`` for a data set that is not used; the client is the release's own.
+The client is the release's own. The import of SGLang needs a name of torchvision's library there,
+and the client imports Hugging Face's ``datasets`` for a data set that the tests do not use.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""How the rows of a prefill of DeepSeek-V4.1 are cut into parts."""
+"""The division of a prefill's rows into parts, for DeepSeek-V4.1."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The adapter against real TokenSpeed code, one process a release.
+"""The adapter against real TokenSpeed code, one process for each release.
 
-The cases are in ``host/``; they need an environment of their own (``make_hosts_cpu_env.py``), with
-torch for the CPU and the Python files of each release. Under ``DSV4_CI=1`` it is made when it is
-missing. ``DSV4_HOSTS_ENV`` names another folder, ``DSV4_TOKENSPEED_VERSIONS`` other releases.
+The cases are in ``host/``. They need an environment of their own (``make_hosts_cpu_env.py``), with
+torch for the CPU and the Python files of each release. Under ``DSV4_CI=1`` the tests make it if it
+is missing. ``DSV4_HOSTS_ENV`` names another folder, ``DSV4_TOKENSPEED_VERSIONS`` other releases.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``vllm bench serve`` of an installed release, without the rest of its command line.
 
-The other commands of ``vllm`` import the HTTP server's packages, which the CPU environment leaves
-out; the parser and the client are the release's own. Before it runs, vLLM's own command takes the
-CPU for the platform where it finds no other; so does this.
+The parser and the client are the release's own. The other commands of ``vllm`` import the packages
+of the HTTP server, which the CPU environment does not have. If vLLM's own command finds no other
+platform, it takes the CPU; this program does the same.
 """
 
 from vllm import platforms

@@ -22,7 +22,7 @@ from dsv4_plugin.cli.bench.upstream.prepared import (
 from dsv4_plugin.cli.checks.topk_cases import PAGE_SIZE
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 
-__all__ = ["CHOICE", "FORMS", "name"]
+__all__ = ["CHOICE", "FORMS", "name", "paged_with_raw"]
 
 CHOICE = " v2"
 
@@ -107,20 +107,33 @@ def _decode() -> Any:
     return decode
 
 
-def _paged() -> Any:
+def paged_with_raw() -> Any:
+    """Return ``topk_transform_paged_v2`` as ``forward_c4_indexer`` calls it.
+
+    Arguments: scores, lengths, page tables, out, page size, plan, and the raw indices or None. Up
+    to 0.5.19 its name is ``topk_transform_512_v2``. Float32 only.
+    """
     transform, make = _function(*TRANSFORMS), _function("plan_topk_v2")
+
+    def paged(
+        logits: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor, out: torch.Tensor,
+        page_size: int, raw: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        _checked(logits)
+        transform(logits, lengths, page_table, out, page_size, _plan(make, lengths), raw)
+
+    return paged
+
+
+def _paged() -> Any:
+    with_raw = paged_with_raw()
 
     def paged(
         logits: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor, k: int,
         out: torch.Tensor,
     ) -> None:  # fmt: skip
-        """``topk_transform_paged_v2`` as ``forward_c4_indexer`` calls it.
-
-        Arguments: scores, lengths, page tables, out, page size, plan. Up to 0.5.19 its name is
-        ``topk_transform_512_v2``. Float32 only.
-        """
-        _checked(logits)
-        transform(logits, lengths, page_table, out, PAGE_SIZE, _plan(make, lengths))
+        """:func:`paged_with_raw` without the raw indices."""
+        with_raw(logits, lengths, page_table, out, PAGE_SIZE, None)
 
     return paged
 

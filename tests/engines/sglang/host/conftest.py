@@ -1,7 +1,7 @@
-"""Runs inside a SGLang release; ``tests/engines/sglang/test_releases.py`` starts these cases.
+"""Runs inside an SGLang release; ``tests/engines/sglang/test_releases.py`` starts these cases.
 
-One process a release, because importing SGLang's indexer takes some seconds. The plugin is always
-loaded the way SGLang does it: ``load_plugins()``, by the installed entry point.
+Each release has one process, because the import of SGLang's indexer takes some seconds. The plugin
+is always loaded as SGLang loads it: ``load_plugins()``, by the installed entry point.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _plain(value):
 
 @pytest.fixture
 def engine(_engine, monkeypatch, caplog):
-    """The engine with nothing registered, and every attribute as SGLang left it."""
+    """The engine with nothing registered, and every attribute as SGLang has set it."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     from dsv4_plugin.engines.sglang import registry, unregister

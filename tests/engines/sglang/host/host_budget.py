@@ -1,4 +1,4 @@
-"""SGLang's cut of a long prefill by bytes, from 0.5.22 on: it counts four for each logit."""
+"""SGLang's division of a long prefill by bytes, from 0.5.22 on: it counts four for each logit."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_float32_selects_what_upstream_selects(engine, load):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30, -1e30])
 @pytest.mark.parametrize("topk", ["bf16", "fp32"])
 def test_rows_up_to_k_need_no_scores(engine, load, monkeypatch, poison, topk, prefill):
-    """Their logits are uninitialised since 0.5.18: nothing may be read from them."""
+    """Their logits are uninitialised since 0.5.18, so the plugin must not read them."""
     real = engine.maths._new
     record = engine.maths._record
     lengths = (3, 512, 511, 0, 600) if not prefill else (3, 511, 512, 600)
@@ -143,7 +143,7 @@ def test_the_buffer_is_a_slice_of_a_wider_one(engine, load):
 
 
 def test_calls_of_others_are_upstreams(engine, load):
-    """The same names outside the V4 forward: not ours, whatever the dtype plan is."""
+    """The same names outside the V4 forward stay SGLang's, whatever the dtype plan is."""
     load()
     engine.step(engine.problem())  # active
     engine.calls.clear()

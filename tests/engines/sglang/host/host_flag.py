@@ -1,4 +1,4 @@
-"""``--dsv4-topk`` in SGLang's own parser, and how the answer reaches other processes."""
+"""``--dsv4-topk`` in SGLang's own parser, and how its value reaches other processes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_off_keeps_upstreams(parse):
 
 @pytest.mark.parametrize("word", ["off", "bf16"])
 def test_in_a_configuration_file(parse, tmp_path, word):
-    """SGLang's reader of ``--config`` hands the bare word ``off`` on as ``false``."""
+    """SGLang's reader of ``--config`` passes ``off`` without quotes on as ``false``."""
     (tmp_path / "server.yaml").write_text(f"dsv4-topk: {word}\n")
     parse("--config", f"{tmp_path}/server.yaml", DSV4_PLUGIN="1")
     assert settings().topk == word

@@ -1,4 +1,4 @@
-"""What is decided at the first call, what is said, and what cannot be met."""
+"""The decision at the first call, its log lines, and settings that cannot be met."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_v32_is_never_bfloat16(engine, load):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Answers for a CUDA device: the compute capability, and what each backend or op lacks."""
+    """Pretends to be a CUDA device: its compute capability, and the reasons of backends and ops."""
     from dsv4_plugin.engines.sglang import policy
 
     answers = {"capability": (9, 0), "unmet": {}}
@@ -204,7 +204,7 @@ def on_gpu(monkeypatch):
     ],
 )
 def test_on_hopper_with_kernels(engine, load, on_gpu, whose, missing, want):
-    """Ours if there are both, since decode and prefill share a decision; else DeepGEMM's."""
+    """The plugin's logits if it has both, because decode and prefill share a decision."""
     on_gpu["unmet"] = missing
     load(DSV4_LOGITS=whose)
     topk = decide(engine, device="cuda:0")
@@ -244,7 +244,7 @@ def test_on_another_gpu_every_reason_is_listed(engine, load, on_gpu):
 @pytest.mark.parametrize("topk,logits", [("bf16", "auto"), ("bf16", "engine"), ("fp32", "auto")])
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 def test_an_op_that_raises(engine, load, monkeypatch, caplog, topk, logits, v2, prefill):
-    """The same call is upstream's, on the logits there are; the next one has float32 again."""
+    """SGLang serves the same call, on its existing logits; the next call has float32 again."""
     load(DSV4_TOPK=topk, DSV4_LOGITS=logits)
     monkeypatch.setattr("dsv4_plugin.topk", broken)
     problem = engine.problem((600, 1100, 1500), raw=True, prefill=prefill)
@@ -293,7 +293,7 @@ def test_a_deepgemm_that_fails_on_bfloat16(engine, load, caplog, whose):
     problem = engine.problem()
     out = engine.step(problem)
     assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
-    asked = whose == "engine"  # `auto` is ours from the start
+    asked = whose == "engine"  # `auto` is the plugin's from the start
     assert engine.logits_of().dtype == (torch.float32 if asked else torch.bfloat16)
     assert ("topk_v2" in names(engine)) is asked
     assert len(lines(caplog, logging.ERROR)) == asked

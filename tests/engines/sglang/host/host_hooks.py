@@ -1,4 +1,4 @@
-"""Installing, restoring, other plugins, and what happens when a seam is gone."""
+"""Installing, restoring, other plugins, and missing seams."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEAMS = {"flag", "forward", "topk.paged", "logits", "topk.dsa", *LATE}
 
 
 def hooked(engine):
-    """What the registry hooks, where this release has it."""
+    """The targets that the registry hooks, if this release has them."""
     late = {*FACTORIES, *BUDGET} if engine.version >= SINCE else set()
     return {*COMPUTE, *engine.topk_names(), "add_cli_args", *late}
 
@@ -141,7 +141,7 @@ def test_a_second_plugin_around_this_one_keeps_float32(engine, load, monkeypatch
 
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     register()
-    seen = other_plugin(engine, "AROUND")  # registered after ours: wraps it
+    seen = other_plugin(engine, "AROUND")  # registered after the plugin's hook: wraps it
     load()
     problem = engine.problem()
     out = engine.step(problem)
@@ -163,7 +163,7 @@ def test_a_second_plugin_around_this_one_and_an_explicit_wish(engine, load, monk
 
 
 def test_a_second_plugin_inside_this_one_is_what_the_fallback_calls(engine, load, monkeypatch):
-    seen = other_plugin(engine, "AROUND")  # registered before ours: wrapped by it
+    seen = other_plugin(engine, "AROUND")  # registered before the plugin's hook, which wraps it
     load()
     engine.step(engine.problem())
     assert seen == [] and dsv4_plugin.status()["counters"]["topk.paged"] == 1
@@ -258,7 +258,7 @@ def test_a_forward_of_another_shape(engine, load, monkeypatch, caplog):
 
 
 def test_a_topk_that_takes_something_else(engine, load, monkeypatch, caplog):
-    """The name is there and means something new: nothing is asked of it."""
+    """The name exists with a new meaning, so the plugin does not use it."""
     name = engine.topk_names()[1]
     real = engine.pristine[engine.indexer, name]
 

@@ -1,4 +1,4 @@
-"""Logits of our own in place of DeepGEMM's: used, right, left again, refused with every reason."""
+"""The plugin's logits in place of DeepGEMM's: use, answers, fallback, refusals with reasons."""
 
 from __future__ import annotations
 

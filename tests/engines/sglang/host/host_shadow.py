@@ -1,4 +1,4 @@
-"""Shadow mode in SGLang's own forward: the output stays, the counters are right."""
+"""Shadow mode in SGLang's own forward: the output does not change, the counters are right."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def entries(problem):
     ids=["v1, slots and raw", "v1, slots and raw, DeepGEMM's logits", "v2, slots"],
 )
 def test_the_output_stays_and_the_counters_are_right(engine, load, batch, v2, raw, logits):
-    """Slots are compared as they are; the columns, where SGLang asks for them, tell ties too."""
+    """Slots are compared directly; the columns, if SGLang asks for them, also show ties."""
     load(DSV4_SHADOW="1", DSV4_TOPK="auto" if raw else "fp32", DSV4_LOGITS=logits)
     problem = engine.problem(**batch, raw=raw)
     out = engine.step(problem, v2=v2)

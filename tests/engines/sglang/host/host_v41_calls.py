@@ -1,6 +1,6 @@
-"""DeepSeek-V4.1: what the plugin selects, by SGLang's own code around it, against an exact oracle.
+"""DeepSeek-V4.1: the plugin's selection inside SGLang's own code, against an exact oracle.
 
-The oracle has scores of its own, and a stable sort. Answers are compared as ordered lists.
+The oracle has scores of its own, and a stable sort. The tests compare the answers as ordered lists.
 """
 
 from __future__ import annotations

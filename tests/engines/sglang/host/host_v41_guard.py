@@ -1,4 +1,4 @@
-"""DeepSeek-V4.1: when the plugin stands aside, what serves then, and what it never does."""
+"""DeepSeek-V4.1: the calls that the plugin leaves to SGLang, and their answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def left_to_the_engine(model, engine):
 
 
 def as_good_as(forward, layer, want):
-    """Assert that a layer has selected keys whose scores are those of the oracle's keys."""
+    """Assert that the keys of a layer have the same scores as the oracle's keys."""
     out = forward.run(layer)
     for row, scores in enumerate(forward.scores(layer)):
         chosen = out[row][out[row] >= 0]
@@ -85,7 +85,7 @@ PROMPTS = {"lengths": (700, 590), "new": (4, 4), "mode": "prefill"}
 def test_a_broken_op_leaves_the_call_to_sglang(
     load, make_model, used, monkeypatch, caplog, mode, layer, op
 ):
-    """The source's consumers, too, find what SGLang's own source would have published."""
+    """The source's consumers also find what SGLang's own source would have published."""
     load()
     monkeypatch.setattr(v41_calls, "WHOLE_COLUMNS", 0)
     model = make_model(held=HELD)
@@ -126,7 +126,7 @@ def test_a_consumer_of_sglangs_own_source_is_sglangs(load, make_model, used, mon
 
 @pytest.mark.parametrize("settings", [{}, {"DSV4_LOGITS": "plugin"}, {"DSV4_STRICT": "1"}])
 def test_a_call_of_another_form(load, make_model, used, caplog, settings):
-    """It is SGLang's, with a line; where a setting demands the plugin's scores it is an error."""
+    """SGLang serves, with a log line; if a setting demands the plugin's scores it is an error."""
     load(**settings)
     model = make_model(held=HELD)
     forward = model.forward(model.batch(**SMALL["prefill"]))
@@ -314,7 +314,7 @@ class HostRead(Exception):
 
 
 class NoHostRead(TorchFunctionMode):
-    """Fails where the host would wait for a tensor, except within the plugin's ops."""
+    """Raises if the host would wait for a tensor, except within the plugin's ops."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -1,6 +1,6 @@
-"""Runs inside a TokenSpeed release: started by ``tests/engines/tokenspeed/test_releases.py``.
+"""Runs inside a TokenSpeed release; ``tests/engines/tokenspeed/test_releases.py`` starts it.
 
-The plugin is always loaded the way TokenSpeed does it: ``discover_plugins()`` and
+The plugin is always loaded as TokenSpeed loads it: ``discover_plugins()`` and
 ``ensure_loaded()``, by the installed entry points.
 """
 
@@ -33,7 +33,7 @@ def _engine():
 
 @pytest.fixture
 def engine(_engine, monkeypatch, caplog):
-    """The engine with nothing of ours registered."""
+    """The engine with nothing of the plugin registered."""
     from dsv4_plugin.engines.tokenspeed import unregister
 
     for name in [n for n in os.environ if n.startswith(("DSV4_", "TOKENSPEED_"))]:
@@ -50,7 +50,7 @@ def engine(_engine, monkeypatch, caplog):
     _engine.plugins.reset_plugins()
     _engine.calls.clear()
     forget()
-    # TokenSpeed's own loggers do not propagate; ours must be heard here.
+    # TokenSpeed's own loggers do not propagate; the plugin's logger must.
     caplog.set_level(logging.DEBUG, logger="dsv4_plugin")
     yield _engine
     clean()
@@ -86,9 +86,9 @@ def no_plugin_logits(monkeypatch) -> None:
 
 @pytest.fixture
 def upstream(engine, monkeypatch):
-    """Stand in for TokenSpeed's own kernels, which need a GPU; records what they are called with.
+    """Replace TokenSpeed's own kernels, which need a GPU; record the arguments of their calls.
 
-    Only their bodies are replaced: registration, traits, features and selection are theirs.
+    Only their bodies are replaced: registration, traits, features and selection are TokenSpeed's.
     """
     calls = []
 

@@ -1,4 +1,4 @@
-"""Results: TokenSpeed's own facades with our kernels, against an exact oracle."""
+"""Results: TokenSpeed's own facades with the plugin's kernels, against an exact oracle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCHES = {
     "only short rows": (512, 64, 1),
 }
 batches = pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
-# In 16 bits `auto` is ours, in float32 DeepGEMM's.
+# In 16 bits `auto` takes the plugin's logits, in float32 DeepGEMM's.
 dtypes = pytest.mark.parametrize(
     "topk,logits", [("bf16", "auto"), ("bf16", "engine"), ("fp32", "auto")]
 )
@@ -212,7 +212,7 @@ def test_prefill_without_keys(engine, load):
 
 
 def test_the_gather_by_slot_reads_what_the_reader_reads(engine, load):
-    """Bit for bit: what is gathered, dequantised, is what TokenSpeed's own loop returns."""
+    """The gathered keys, dequantised, have the bits that TokenSpeed's own loop returns."""
     from dsv4_plugin.engines.tokenspeed.kernels import gather_slots
 
     loop = engine.readers["read_deepseek_v4_indexer_fp8_cache"]

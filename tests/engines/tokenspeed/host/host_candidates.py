@@ -48,7 +48,7 @@ def by_candidates(monkeypatch):
 
 @pytest.fixture
 def unasked(load, monkeypatch):
-    """Load the plugin with no wish, as if its kernels were there; on a CPU torch serves."""
+    """Load the plugin without explicit settings, as if it had its kernels; torch serves."""
     from dsv4_plugin.engines.tokenspeed import registration
 
     monkeypatch.setattr(registration.cuda, "missing", lambda: None)
@@ -179,7 +179,7 @@ def test_it_is_the_one_that_is_selected_on_hopper(engine, unasked):
 
 
 def test_outputs_are_written_whole(engine, load, v41):
-    """A layer that selects no blocks says so; what the buffers held before is gone."""
+    """A layer that selects no blocks writes that, and overwrites the buffers' old content."""
     load(DSV4_STRICT="1")
     step = Step(v41, **STEPS["drafts, and a row of padding"])
     want = step.expected(torch.bfloat16)
@@ -253,7 +253,7 @@ def test_another_form_is_tokenspeeds(engine, unasked, v41, how, why, caplog):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_heads_that_are_divided(engine, unasked, v41, layer, monkeypatch, upstream, caplog):
-    """TokenSpeed's portable kernel serves; it is a stand-in here."""
+    """TokenSpeed's portable kernel serves; torch replaces it here."""
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
     unasked()
     step = Step(v41, **STEPS["decode"])
@@ -356,7 +356,7 @@ def test_strict_raises_instead(engine, load, v41, monkeypatch):
 
 
 def test_an_override_of_the_plugins_kernel_ends(engine, load, v41, monkeypatch):
-    """A fallback does not come back to the plugin, whatever TokenSpeed is told to take."""
+    """A fallback does not return to the plugin, whatever kernel is requested from TokenSpeed."""
     load()
     monkeypatch.setenv("TOKENSPEED_KERNEL_OVERRIDE_ATTENTION_DSV41_INDEX_TOPK", "dsv4_plugin")
     monkeypatch.setattr("dsv4_plugin.select_blocks", broken)
@@ -368,6 +368,6 @@ def test_an_override_of_the_plugins_kernel_ends(engine, load, v41, monkeypatch):
 
 
 def test_a_pose_is_a_tensor():
-    """What says that it is on a GPU holds the numbers of a tensor on the CPU."""
+    """A tensor that reports a GPU holds the numbers of a tensor on the CPU."""
     posed = torch.ones(3).as_subclass(OnGpu)
     assert posed[:2].is_cuda and posed.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Logits of our own in place of DeepGEMM's: used, right, left again, refused with every reason."""
+"""The plugin's logits in place of DeepGEMM's: use, answers, fallback, refusals with reasons."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_bf16_that_nobody_can_write_is_one_error(engine, load, no_plugin_logits)
 
 
 def of_another_form(engine):
-    """Weights that ours do not read as they are, and DeepGEMM's caller made contiguous."""
+    """Weights that the plugin's kernel cannot read unchanged, and DeepGEMM's caller copies."""
     batch = engine.batch((1500, 3))
     q = (batch["q"].to(torch.float8_e4m3fn), torch.empty(0))
     return engine.dsv4.dsv4_decode_topk(

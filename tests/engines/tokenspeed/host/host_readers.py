@@ -1,4 +1,4 @@
-"""The readers of the indexer cache: bit-identical to TokenSpeed's loop, and its review's cases."""
+"""The readers of the indexer cache: the same bits as TokenSpeed's loop, also in review cases."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_defaults_and_keywords(engine, loop, read):
 
 
 def test_a_slot_mapping_of_two_dimensions(engine, loop, read):
-    """The loop walks over tolist(): it takes one dimension; numel() rows come back."""
+    """The loop runs over tolist(), so it takes one dimension and returns numel() rows."""
     cache, slots = written(engine)
     assert torch.equal(read(cache, slots.view(2, -1)), loop(cache, slots))
 
@@ -97,7 +97,7 @@ def test_bad_input_is_the_originals_error(loop, read, cache, error):
 
 
 def test_it_does_not_synchronise(engine, read, monkeypatch):
-    """No value of the mapping is read by Python: what a graph capture would refuse."""
+    """Python reads no value of the mapping; a graph capture would refuse that."""
     cache, slots = written(engine)
     want = read(cache, slots)
     meta = [m for m in ("tolist", "item") if hasattr(torch.Tensor, m)]

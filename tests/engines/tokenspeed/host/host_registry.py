@@ -1,4 +1,4 @@
-"""Registration: what is selected, when it is not, what cannot be met, and what serves instead."""
+"""Registration: when a kernel is selected and when not, unmet settings, and what serves instead."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_other_traits_keep_tokenspeeds(engine, load, mode, traits):
 
 
 def test_another_gpu_keeps_tokenspeeds(engine, load, caplog):
-    """Without a wish nothing is registered there; the line says why."""
+    """Without an explicit setting the plugin registers nothing there; the line says why."""
     engine.pose(10)
     assert load(DSV4_BACKEND="auto") == []
     (line,) = [line for line in lines(caplog) if "inactive" in line]
@@ -204,7 +204,7 @@ def test_a_wish_that_cannot_be_met_is_one_error(engine, load):
     engine.install_deep_gemm(has_logits_dtype=False)
     with pytest.raises(UnmetError, match="DSV4_TOPK=bf16") as caught:
         decode(engine, engine.batch((1500,)))
-    assert len(caught.value.unmet) == 1  # on a CPU `auto` means torch: DeepGEMM is what lacks
+    assert len(caught.value.unmet) == 1  # on a CPU `auto` means torch, and only DeepGEMM is missing
     assert "takes no logits_dtype" in str(caught.value)
 
 
@@ -212,7 +212,7 @@ def test_every_unmet_condition_is_listed(engine, load, monkeypatch):
     from dsv4_plugin.kernels import cuda
 
     monkeypatch.setattr(cuda, "missing", lambda: "the library is not there")
-    engine.pose(8)  # an explicit wish is registered anywhere, to be refused where it is used
+    engine.pose(8)  # an explicit setting registers the kernel anywhere; its first call raises
     load(DSV4_TOPK="bf16", DSV4_BACKEND="cuda")
     engine.install_deep_gemm(has_logits_dtype=False)
     with pytest.raises(UnmetError) as caught:
@@ -249,7 +249,7 @@ def test_an_op_that_raises_is_tokenspeeds_call(engine, load, monkeypatch, caplog
     assert kwargs["topk_layout"] == "logical_offsets"
     engine.calls.clear()
     assert decode(engine, batch)[0] == "upstream"
-    assert not engine.calls  # ours is off: no logits of ours are computed any more
+    assert not engine.calls  # the plugin is off and computes no logits any more
     assert len(lines(caplog, logging.ERROR)) == 1
     assert dsv4_plugin.status()["counters"]["topk.dsa_decode_topk.upstream"] == 2
     assert "no such kernel image" in dsv4_plugin.status()["seams"]["topk.dsa_decode_topk"]["why"]

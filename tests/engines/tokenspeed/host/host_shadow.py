@@ -1,4 +1,4 @@
-"""Shadow mode in TokenSpeed: its kernels score and select in one call, so there is none."""
+"""Shadow mode in TokenSpeed: none, because its kernels score and select in one call."""
 
 from __future__ import annotations
 

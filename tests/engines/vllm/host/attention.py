@@ -1,8 +1,8 @@
 """vLLM's own C4A decode attention on a CPU, up to the call of FlashMLA.
 
 ``DeepseekV4FlashMLAAttention._forward_decode`` and ``compute_global_topk_indices_and_lens`` are the
-release's. Of the Triton kernel in the latter there is a torch form here, for Triton does not run on
-a CPU, and FlashMLA is a note of what it was called with.
+release's own. Triton does not run on a CPU, so torch replaces the Triton kernel in the latter. The
+replacement of FlashMLA records its arguments.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Attention:
         return inspect.unwrap(vars(self.module)[TO_SLOTS])
 
     def arguments(self, problem: Any, next_n: int = 1, **changed: Any) -> dict[str, Any]:
-        """What the attention hands the function after the indexer of ``problem`` has run."""
+        """The arguments that the attention passes after the indexer of ``problem`` has run."""
         table = problem.metadata.decode.block_table
         rows = len(table) * next_n
         return {

@@ -1,6 +1,6 @@
-"""Runs inside a vLLM release: these cases are started by ``tests/engines/vllm/test_releases.py``.
+"""Runs inside a vLLM release; ``tests/engines/vllm/test_releases.py`` starts these cases.
 
-One process a release, because importing vLLM's indexer takes some ten seconds.
+Each release has one process, because the import of vLLM's indexer takes some ten seconds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 class Start:
-    """What was true right after vLLM had loaded its plugins, before anything else."""
+    """The facts right after vLLM has loaded its plugins, before any other step."""
 
     def __init__(self) -> None:
         import vllm  # noqa: F401
@@ -78,7 +78,7 @@ def _engine(start):
 
 @pytest.fixture
 def engine(_engine, monkeypatch, caplog):
-    """The engine with the plugin freshly registered and nobody having asked for it."""
+    """The engine with the plugin just registered and not switched on."""
     from dsv4_plugin.engines.vllm import register, unregister
 
     for name in [n for n in os.environ if n.startswith("DSV4_")]:
@@ -97,7 +97,7 @@ def engine(_engine, monkeypatch, caplog):
 
 @contextlib.contextmanager
 def another_reader():
-    """While it lasts somebody else's prefill top-k, which reads float32, is in place of ours."""
+    """Within it other code's prefill top-k, which reads float32, replaces the plugin's."""
     ops = sys.modules["vllm._custom_ops"]
     patched = ops.top_k_per_row_prefill
     plain = patched.__wrapped__
@@ -153,7 +153,7 @@ def no_plugin_logits(monkeypatch) -> None:
 
 @pytest.fixture
 def can_bf16(engine) -> bool:
-    """Whether this release's DeepGEMM can be asked for bfloat16."""
+    """Whether this release's DeepGEMM can write bfloat16 on request."""
     import inspect
 
     return "logits_dtype" in inspect.signature(engine.deep_gemm.paged).parameters

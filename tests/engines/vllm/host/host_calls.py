@@ -1,4 +1,4 @@
-"""Results: the real indexer with the plugin, against an exact oracle and against upstream."""
+"""Results: vLLM's own indexer with the plugin, against an exact oracle and against vLLM alone."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def untouched_rows(problem):
 
 @batches
 def test_nobody_asked_nothing_changes(engine, run, batch):
-    """Registered and not enabled: vLLM's own ops run, nothing of ours is counted."""
+    """Registered and not enabled: vLLM's own ops run, and the plugin counts nothing."""
     problem = engine.problem(**batch)
     got = run(problem)
     assert torch.equal(got, engine.expected(problem.k))
@@ -94,7 +94,7 @@ def test_float32_is_exact_and_the_same_as_upstream(engine, run, batch, monkeypat
 @batches
 @pytest.mark.parametrize("whose", ["auto", "engine"])
 def test_v4_selects_in_bf16(engine, run, batch, monkeypatch, can_bf16, whose):
-    """On logits of our own; on DeepGEMM's where these are asked for and it writes bfloat16."""
+    """On the plugin's logits, and on DeepGEMM's if requested and if it writes bfloat16."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     monkeypatch.setenv("DSV4_LOGITS", whose)
     by_plugin = whose == "auto"
@@ -120,7 +120,7 @@ def test_v4_selects_in_bf16(engine, run, batch, monkeypatch, can_bf16, whose):
 
 
 def test_a_served_call_is_evidence_for_an_ab(engine, run, monkeypatch, tmp_path):
-    """What ``dsv4-plugin ab`` asks for is there after real calls, and only where it is on."""
+    """The evidence that ``dsv4-plugin ab`` needs exists after real calls, only if switched on."""
     from dsv4_plugin.cli.ab.console import Console
     from dsv4_plugin.cli.ab.engagement import judge
     from dsv4_plugin.cli.ab.servers import Server
@@ -239,7 +239,7 @@ def test_native_bf16_on_sm100_is_not_widened(engine, run, monkeypatch, no_plugin
 
 
 def test_calls_of_other_users_of_the_ops_go_upstream(engine, run, monkeypatch):
-    """GLM's pooled indexer and others call the patched names with logits that are not ours."""
+    """GLM's pooled indexer and others call the patched names with logits without a tag."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     run(engine.problem(**BATCHES["decode 3 rows"]))
     engine.calls.clear()

@@ -244,7 +244,7 @@ def test_a_source_with_few_candidates_scores_every_key(engine, on, monkeypatch, 
 
 
 def test_narrow_prefill_chunks_are_scored_whole(engine, on, monkeypatch):
-    """There many rows share each key; where a row has more blocks than candidates it is masked."""
+    """Many rows share each key there; a row with more blocks than candidates is masked."""
     from dsv4_plugin.engines.vllm import candidates
 
     used = []
@@ -291,7 +291,7 @@ PREFILLS = {
 @pytest.mark.parametrize("wide", [True, False], ids=["wide", "narrow"])
 @pytest.mark.parametrize("batch", PREFILLS.values(), ids=PREFILLS)
 def test_keys_are_gathered_for_a_reader_only(engine, on, monkeypatch, batch, wide, broken):
-    """A wide chunk of a consumer reads the cache; what fails gets the keys that vLLM reads."""
+    """A wide chunk of a consumer reads the cache; after a failure vLLM gets the gathered keys."""
     from dsv4_plugin.engines.vllm import candidates
 
     monkeypatch.setattr(candidates, "WHOLE_COLUMNS", 0 if wide else 1 << 20)
@@ -339,7 +339,7 @@ def test_deferred_logits_hold_no_memory(engine, on, monkeypatch):
     look.__dict__.update(vars(patched))
     monkeypatch.setitem(vars(module), "_apply_candidate_mask", look)
     model.step(layers)
-    # Somebody else's function is in the way, so nothing was deferred: the logits are vLLM's own.
+    # Other code's function is in the way, so nothing was deferred: the logits are vLLM's own.
     assert [bytes_ > 4 for _, bytes_ in seen] == [True]
     monkeypatch.undo()
     assert original is candidates.apply_mask
@@ -710,7 +710,7 @@ def test_only_where_every_request_is_known_to_have_so_many_rows(engine, on, requ
 
 
 class Segment:
-    """In place of a CUDA graph: what runs while one is recorded runs at once, and never again."""
+    """Replaces a CUDA graph: Python runs while the graph is recorded, and never again."""
 
     def capture_begin(self, pool=None):
         pass

@@ -1,4 +1,4 @@
-"""The shadow beside DeepSeek-V4.1's layers: what it compares, and that it sees what is wrong."""
+"""The shadow beside DeepSeek-V4.1's layers: what it compares, and that it finds wrong answers."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ WRONG = {"select_blocks": "blocks", "candidate_select": "decode"}
 
 @pytest.mark.parametrize("op", WRONG)
 def test_a_wrong_plugin_is_a_warning(engine, monkeypatch, op, caplog):
-    """It leaves out the best of each row, which the engine's selection has."""
+    """It omits the best column of each row, which the engine's selection contains."""
     from dsv4_plugin.engines.shared import shadow_report
 
     enable(monkeypatch, DSV4_TOPK="fp32")

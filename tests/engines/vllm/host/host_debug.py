@@ -107,7 +107,7 @@ def test_a_second_time_is_told(engine, anew, said):
 
 
 def test_steps_add_no_line(engine, anew, said):
-    """Each thing once: what runs at every step is silent from the second time on."""
+    """Each line once: code that runs at every step logs nothing from the second time on."""
     anew(DSV4_PLUGIN="1", DSV4_LOG="debug")
     problem = engine.problem(**MIXED)
     with engine.gpu(), engine.config():

@@ -1,4 +1,4 @@
-"""What the end-to-end benchmark relies on in a vLLM release: the model's folder, and its hooks."""
+"""The parts of a vLLM release on which the end-to-end benchmark relies: model folder and hooks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def compress_ratios(config: Any) -> list[int]:
-    """What the model takes as each layer's compression; 1 is none."""
+    """The compression that the model uses for each layer; 1 is none."""
     if hasattr(config, "compress_ratios"):  # 0.26
         return [max(1, ratio) for ratio in config.compress_ratios]
     return [max(1, config.compress_rates.get(kind, 0)) for kind in config.layer_types]

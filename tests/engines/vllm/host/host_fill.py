@@ -1,4 +1,4 @@
-"""The fill with -1: left out where our top-k writes every row, and nowhere else."""
+"""The fill with -1: omitted where the plugin's top-k writes every row, and nowhere else."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ CHANGES = {"ragged": ragged, "padded": padded, "pieces": pieces, "context parall
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_where_a_row_may_be_left_over_the_fill_stays(engine, on, change):
-    """Only the question is asked here: what vLLM does with such a batch needs Triton, or ranks."""
+    """Only the check runs here, because vLLM needs Triton or ranks for such a batch."""
     from dsv4_plugin.engines.vllm import fill
 
     problem = engine.problem(decode=(700, 1500))

@@ -1,4 +1,4 @@
-"""``--plugin`` on vLLM's own command lines, and how the answer reaches other processes."""
+"""``--plugin`` on vLLM's own command lines, and how its value reaches other processes."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_an_unknown_name_is_argparses_own_error(parsers, command, value, capsys)
 
 
 def test_the_engines_arguments_are_those_without_the_flag(parsers, arg_utils):
-    """vLLM hands every key of the namespace on, to a front end that knows none of ours."""
+    """vLLM passes every key of the namespace to a front end that knows none of the plugin's."""
     plain = vars(parsers["serve"].parse_args(["m"]))
     flagged = vars(parsers["serve"].parse_args(["m", "--plugin", "dsv4"]))
     assert set(plain) == set(flagged)
@@ -153,7 +153,7 @@ def test_an_upstream_option_of_that_name_is_left_alone(arg_utils, engine):
 
 
 def test_vllm_plugins_is_an_allow_list(monkeypatch):
-    """A VLLM_PLUGINS that leaves dsv4 out leaves the plugin out; the documentation says so."""
+    """A VLLM_PLUGINS without dsv4 excludes the plugin, as the documentation says."""
     from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_plugins_by_group
 
     from dsv4_plugin.engines.vllm import register

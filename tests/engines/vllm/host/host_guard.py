@@ -1,4 +1,4 @@
-"""What the settings mean, which layers are left alone, and what an explicit wish costs."""
+"""The meaning of the settings, the layers left to vLLM, and the errors of explicit settings."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_candidate_blocks_of_v41(engine, run, monkeypatch):
             original(self, *args, **kwargs)
             self.candidate_blocks = blocks
 
-        # Under our patch, as upstream's own would be.
+        # Inside the plugin's patch, where vLLM's own wrapper would be.
         init.__signature__ = inspect.signature(original)
         monkeypatch.setattr(engine.indexer.SparseAttnIndexer, "__init__", init)
         register()
@@ -124,7 +124,7 @@ def test_one_layer_that_is_not_eligible_keeps_the_process_upstream(engine, run, 
         from conftest import canonical
 
         stayed_upstream(engine, good, canonical(engine.step(built, good)))
-        # A model that is gone has no say.
+        # A model that was deleted has no effect.
         del other
         gc.collect()  # vLLM's layers hold themselves in a cycle
         again = engine.layer(good)
@@ -137,7 +137,7 @@ def test_one_layer_that_is_not_eligible_keeps_the_process_upstream(engine, run, 
 
 
 def test_a_platform_that_takes_another_way(engine, monkeypatch):
-    """Without the stand-in the platform is no CUDA device, and the seams would never be called."""
+    """Without the replacement the platform is no CUDA device, and vLLM would not call the seams."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     with engine.config():
         engine.layer(engine.problem(**MIXED))
@@ -426,7 +426,7 @@ def test_on_cuda_auto_takes_kernels_only(engine, run, monkeypatch):
 def test_on_cuda_auto_takes_the_plugins_logits_and_else_deepgemms(
     engine, run, monkeypatch, can_bf16, op
 ):
-    """Both of ours have to be there: what decode and prefill select on is of one dtype."""
+    """The plugin needs both: decode and prefill select on logits of one dtype."""
     from dsv4_plugin.engines.shared import adapter
 
     monkeypatch.setenv("DSV4_PLUGIN", "1")

@@ -1,4 +1,4 @@
-"""Installing, restoring, and what happens when a seam or our own op is broken."""
+"""Installing, restoring, and the effect of a broken seam or a broken op of the plugin."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_import_hook_found_every_seam(_engine):
 
 
 def test_the_probe_of_the_source_finds_the_same(_engine):
-    """What ``dsv4-plugin doctor`` shows, without importing vLLM, is what is patched."""
+    """The seams that ``dsv4-plugin doctor`` shows, without importing vLLM, are the patched ones."""
     from dsv4_plugin.engines.vllm import probe
 
     found = {name: vars(site) for name, site in probe.look().items()}
@@ -275,7 +275,7 @@ def test_a_deepgemm_that_cannot_write_bf16_costs_no_request(
     got = run(problem)
     assert torch.equal(got, engine.expected(problem.k))
     wrote = {(c.dtype, c.by_plugin) for c in engine.calls if c.logits is not None}
-    if whose == "auto":  # ours from the start: nobody asks it
+    if whose == "auto":  # the plugin's from the start: no code asks DeepGEMM
         assert wrote == {(torch.bfloat16, True)} and not names(engine) & UPSTREAM_TOPK
         return
     assert wrote == {(torch.float32, False)}
@@ -333,7 +333,7 @@ def test_a_deepgemm_that_vllm_resolved_anew_is_asked_again(engine, run, monkeypa
 
 
 def test_a_call_the_kernel_does_not_take_is_one_call_upstream(engine, run, monkeypatch, caplog):
-    """As a cache whose rows are not aligned: about that call, so the next one is ours again."""
+    """As for a cache with unaligned rows: an error of one call; the plugin serves the next."""
     import dsv4_plugin as ops
 
     monkeypatch.setenv("DSV4_PLUGIN", "1")

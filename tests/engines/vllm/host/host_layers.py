@@ -91,7 +91,7 @@ def v41(engine, problem):
 
 
 def test_each_kind_is_decided_for_itself(engine, on, caplog):
-    """The plain layers are served; of the others, which are not, the log says so."""
+    """The plugin serves the plain layers; the log says why it does not serve the others."""
     problem = engine.problem(**MIXED)
     with model(engine, "deepseek_v41"):
         plain, source, consumer = v41(engine, problem)
@@ -116,7 +116,7 @@ def test_each_kind_is_decided_for_itself(engine, on, caplog):
 
 
 def last_lines(engine, caplog):
-    """What was said last of each kind; no line twice."""
+    """The last line about each kind; no line appears twice."""
     said = active_lines(caplog)
     assert len(said) == len(set(said))
     found = {}
@@ -127,7 +127,7 @@ def last_lines(engine, caplog):
 
 
 def test_calls_that_look_the_same_have_one_decision(engine, on, caplog):
-    """A compiled model: nothing says which layer calls, so no kind is served."""
+    """In a compiled model a call does not show its layer, so the plugin serves no kind."""
     problem = engine.problem(**MIXED)
     with model(engine, "deepseek_v41", "VLLM_COMPILE"):
         for built in v41(engine, problem):
@@ -176,7 +176,7 @@ def test_each_kind_has_its_dtype(engine, on, caplog):
 
 
 def test_two_kinds_that_a_call_cannot_tell_are_the_engines(engine, on):
-    """Of one name: a call says nothing that tells the two, so neither dtype is right for both."""
+    """Two kinds with one name: a call does not show its kind, so no dtype is right for both."""
     problem = engine.problem(**MIXED)
     for built in two_kinds(engine, problem, ("model.layers.0.indexer",) * 2):
         with engine.gpu(90):

@@ -1,4 +1,4 @@
-"""Logits of our own in place of DeepGEMM's: used, right, left again, refused with every reason."""
+"""The plugin's logits in place of DeepGEMM's: use, answers, fallback, refusals with reasons."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def logits(engine):
 
 
 def scores(engine):
-    """The scores of every row's window, decode first, whatever columns they stand in."""
+    """The scores of every row's window, decode first, in whatever columns they are."""
     return [
         row[begin:end].float()
         for name in ("paged_logits", "dense_logits")
@@ -123,7 +123,7 @@ def test_engine_logits_on_this_release(engine, run, monkeypatch, can_bf16):
     assert torch.equal(got, engine.expected(problem.k))
 
 
-# --- ours fails ----------------------------------------------------------------------------------
+# --- the plugin's logits fail --------------------------------------------------------------------
 
 
 def broken(*args, **kwargs):
@@ -188,7 +188,7 @@ def refused_once(monkeypatch, name):
     "op,batch", [("paged_logits", {"decode": (700, 40)}), ("ragged_logits", LATER)]
 )
 def test_a_call_the_plugin_does_not_take_is_deepgemms(engine, run, monkeypatch, topk, op, batch):
-    """Where nobody asked for ours: this call in float32 by DeepGEMM, the next one is ours again.
+    """Without an explicit setting: DeepGEMM serves this call in float32, the plugin the next.
 
     Also where DeepGEMM could write bfloat16: it is asked where that was decided, and only there.
     """
@@ -216,7 +216,7 @@ def test_a_call_the_plugin_does_not_take_is_an_error_where_it_was_asked_for(
 
 
 def test_other_forms_are_deepgemms(engine, run, plugin_logits):
-    """A scale beside the queries, indices, cleaned logits: forms that ours do not have."""
+    """A scale beside the queries, indices, cleaned logits: forms that the plugin does not take."""
     problem = engine.problem(decode=(700, 40))
     decode = problem.metadata.decode
     q = problem.query[:, None]
@@ -275,7 +275,7 @@ def test_plugin_logits_and_no_topk_contradict(engine, run, plugin_logits, monkey
 def test_auto_is_deepgemms_where_the_plugin_cannot(
     engine, run, monkeypatch, caplog, can_bf16, no_plugin_logits, batch
 ):
-    """bfloat16 where it writes that; by nobody: float32, and the reasons of the host and ours."""
+    """bfloat16 where DeepGEMM writes it; if neither can: float32, and the reasons of both."""
     monkeypatch.setenv("DSV4_PLUGIN", "1")
     problem = engine.problem(**batch)
     got = run(problem)

@@ -1,9 +1,9 @@
 """Two ranks that share a prefill's rows (0.32 and later), each with the plugin, over gloo.
 
-Each rank scores and selects its rows, and all get the indices of all. What is shown: a rank scores
-its rows and no others, by the plugin; the gathered indices are those of a rank alone; and ranks of
-which one has no plugin, or switches it off in the middle, still meet at the same gathers and have
-the same indices.
+Each rank scores and selects its rows, and all ranks get the indices of all rows. The tests show
+that the plugin of a rank scores exactly the rank's rows, and that the gathered indices equal those
+of a single rank. If one rank has no plugin, or switches it off during the run, both still meet at
+the same gathers and have the same indices.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_ranks_share_the_rows_of_a_prefill(case, ranks):
         assert served.get("topk.prefill", 0) == (sizes[rank] if selects else 0)
         assert served.get("topk.prefill.upstream", 0) == (sizes[rank] if "fails" in given else 0)
         assert each["same_as_alone"]
-    # In which order a row has its indices is up to who selects; a gathered row is one rank's.
+    # The side that selects decides the order of a row's indices; a gathered row is one rank's.
     assert found[0]["indices"] == found[1]["indices"]
 
 

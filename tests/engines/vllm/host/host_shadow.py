@@ -1,4 +1,4 @@
-"""Shadow mode in vLLM's own indexer: the output stays, the counters are right."""
+"""Shadow mode in vLLM's own indexer: the output does not change, the counters are right."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_output_is_the_same_without(engine, run, monkeypatch):
     ids=["own bf16", "engine", "fp32"],
 )
 def test_the_output_stays_and_the_counters_are_right(engine, run, batch, monkeypatch, settings):
-    """In bfloat16, ours and (on 0.26) DeepGEMM's, and in float32."""
+    """In bfloat16, on the plugin's and (on 0.26) DeepGEMM's logits, and in float32."""
     enable(monkeypatch, **settings)
     problem = engine.problem(**batch)
     got = run(problem)

@@ -1,4 +1,4 @@
-"""Slots and counts: vLLM's C4A attention takes those of our top-k, or makes its own."""
+"""Slots and counts: vLLM's C4A attention takes those of the plugin's top-k, or makes its own."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def through(engine, run, attention, problem, next_n=1, **layer):
 @pytest.mark.parametrize("batch", DECODES.values(), ids=DECODES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_attention_gets_what_it_got(engine, run, attention, monkeypatch, batch, dtype):
-    """Off and on, the same problem: the same counts and, where scores are, the same slots."""
+    """Off and on, the same problem: the same counts and, for rows with scores, the same slots."""
     problem, next_n = engine.problem(**batch), batch.get("next_n", 1)
     want, want_counts = through(engine, run, attention, problem, next_n)
     assert attention.transforms == 1 and counters() == {}
@@ -72,14 +72,14 @@ def test_the_attention_gets_what_it_got(engine, run, attention, monkeypatch, bat
     assert torch.equal(counts, want_counts)
     if dtype == "fp32":
         assert torch.equal(canonical(got), canonical(want))
-    # Bit for bit what vLLM's function makes of the indices that our top-k left.
+    # The bits that vLLM's function computes from the indices of the plugin's top-k.
     assert all(map(torch.equal, attention.original(**attention.arguments(problem, next_n)),
                    (got, counts)))  # fmt: skip
     assert got.dtype == counts.dtype == torch.int32 and got.is_contiguous()
 
 
 def test_rows_that_pad_a_graph(engine, run, attention, on):
-    """Their length is zero: no slot, the count zero, whatever the masks and maps have there."""
+    """Their length is zero, so they have no slot and count zero, whatever masks and maps hold."""
     problem = engine.problem(decode=(700, 1500, 0, 0))
     with engine.gpu(90), engine.forward(problem):
         select(run.build(problem), problem)
@@ -160,7 +160,7 @@ def test_a_call_of_another_form_has_its_arguments(engine, run, attention, on, mo
 
 
 def upstream_topk(engine, built, problem):
-    """vLLM's own wrote the indices after ours, in the same pass."""
+    """vLLM's own top-k wrote the indices after the plugin's, in the same pass."""
     current = adapter.current()
     now, current.decision = current.decision, Decision(enabled=True)
     decisions, current.decisions = current.decisions, {}
@@ -207,7 +207,7 @@ def test_once_and_in_its_own_pass(engine, run, attention, on):
         with engine.forward(problem):
             select(built, problem)
             attention.decode(problem)
-            attention.decode(problem)  # nobody has written the indices since, but who knows
+            attention.decode(problem)  # the host cannot know that the indices are unchanged
         assert attention.transforms == 1
         with engine.forward(problem):
             select(built, problem)
@@ -293,7 +293,7 @@ def test_not_deepseek_v4(engine, run, attention, on):
 
 
 def specs(layers):
-    """The specs of a DeepSeek-V4 of so many layers, by the release's own methods, by layer."""
+    """The cache specs of a DeepSeek-V4 with this many layers, by the release's own methods."""
     from vllm.models.deepseek_v4 import attention as v4
     from vllm.models.deepseek_v4 import compressor
     from vllm.v1.attention.backends.mla.sparse_swa import DeepseekV4SWACache
@@ -337,7 +337,7 @@ def specs(layers):
 
 @pytest.mark.parametrize("layers", [6, 43, 61])
 def test_an_indexer_and_its_attention_are_of_one_cache_group(engine, layers):
-    """Of one group, vLLM's runner hands both the same block table, whose address is compared."""
+    """vLLM's runner passes both layers of a group the same block table; compare its address."""
     from vllm.v1.core import kv_cache_utils
 
     try:
@@ -389,7 +389,7 @@ def test_the_patch_comes_and_goes(engine, run, attention, on):
 
 @pytest.mark.parametrize("gone", [True, False])
 def test_a_seam_that_is_missing_or_other(engine, run, attention, on, monkeypatch, gone):
-    """The selection is ours all the same; the attention is vLLM's, untouched."""
+    """The plugin still selects; vLLM's attention is untouched."""
     if gone:
         monkeypatch.delitem(vars(attention.module), TO_SLOTS)
     else:

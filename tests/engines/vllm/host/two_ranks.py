@@ -1,8 +1,8 @@
-"""One of two ranks that share a prefill's rows: a process of its own, started by host_ranks.py.
+"""One of two ranks that share a prefill's rows: a separate process that host_ranks.py starts.
 
-vLLM's own code decides the rows, narrows every chunk and copies what it gathers; its groups are
-over gloo. It gathers pieces of several lengths on GPUs only, so that is done here as vLLM does it
-with NCCL, by a broadcast from each rank.
+vLLM's own code decides the rows, narrows every chunk and copies what it gathers. Its groups are
+over gloo. vLLM gathers pieces of several lengths only on GPUs, so this program gathers them as vLLM
+does with NCCL, by a broadcast from each rank.
 
     two_ranks.py RANK FILE OUT
 """
@@ -34,7 +34,7 @@ FEWEST = 16  # rows that are worth sharing
 
 
 def in_two_chunks(prefill: Any) -> Any:
-    """Cut the one chunk of a problem; the requests stay where they are among the keys."""
+    """Divide the one chunk of a problem; the requests keep their places among the keys."""
     (chunk,) = prefill.chunks
     cut = chunk.token_start + SPLIT
     parts = []

@@ -1,8 +1,8 @@
-"""What users of other top-k kernels were hurt by, one test a line of docs/scars.md, named after it.
+"""The faults of other top-k kernels that docs/faults_elsewhere.md lists, with small tests.
 
-For every implementation that runs here; the CUDA kernels on a GPU. Each is small: the wide nets are
-tests/test_topk*.py and the fuzzer. What the reads of the cache met is in test_scars_cache.py, and
-what engines met in tests/*/host.
+They run for every implementation that this machine can run. tests/ops/test_topk*.py and the fuzzer
+cover far more cases. The faults of cache reads are in test_faults_elsewhere_cache.py, the faults
+inside engines in tests/engines/*/host.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def test_every_index_once_just_over_a_boundary(backend, device):
 
 
 def test_a_dirty_output_is_written_whole(backend, device):
-    """No slot keeps what was there; calls in turn leave nothing for each other."""
+    """No slot keeps its old content, and no call leaves state for the next."""
     lengths = ints([-1, 3, 512, 900, 6000], device)
     logits = scores("relu_sum", 5, 6000, torch.bfloat16, device=device)
     want = topk(logits, lengths, 512, backend=backend)
@@ -190,7 +190,7 @@ def test_a_dirty_output_is_written_whole(backend, device):
 
 
 def test_buffers_are_the_callers(backend, device):
-    """What is handed over is filled where it lies, and read anew by every call."""
+    """A call fills the caller's buffers in place, and reads its inputs again each time."""
     logits = scores("normal", 2, 40_000, torch.bfloat16, device=device)
     lengths, out = ints([0, 0], device), torch.zeros(2, 512, dtype=torch.int32, device=device)
     address = out.data_ptr()
@@ -224,7 +224,7 @@ def test_no_cta_spins_on_another_through_memory():
 
 
 def test_no_gpu_is_written_into_the_kernels():
-    """The number of multiprocessors and the shared memory are the device's to say."""
+    """The kernels read the number of multiprocessors and the shared memory from the device."""
     text = kernels()
     assert not re.search(r"\b(78|108|114|132|144|227|228)\b", text)
     assert not re.search(r"\b(232448|233472|101376|102400)\b", text)
@@ -248,9 +248,9 @@ def test_no_variable_has_an_engines_prefix():
     assert envs.VARIABLES and all(v.name.startswith("DSV4_") for v in envs.VARIABLES)
 
 
-# ---- docs/scars.md -------------------------------------------------------------------------------
+# ---- docs/faults_elsewhere.md ------------------------------------------------------------------
 
-PAGE = (ROOT / "docs" / "scars.md").read_text()
+PAGE = (ROOT / "docs" / "faults_elsewhere.md").read_text()
 NAMED = re.findall(r"`(tests/[\w./]+\.py)::(\w+)`", PAGE)
 
 
@@ -265,11 +265,11 @@ def test_every_test_that_the_page_names_exists():
         assert name.startswith("test_") and name in functions_of(path), f"{path}::{name}"
 
 
-def test_every_scar_is_on_the_page():
+def test_every_test_is_on_the_page():
     for path in (
-        "tests/ops/test_scars.py",
-        "tests/ops/test_scars_cache.py",
-        "tests/ops/test_scars_gpu.py",
+        "tests/ops/test_faults_elsewhere.py",
+        "tests/ops/test_faults_elsewhere_cache.py",
+        "tests/ops/test_faults_elsewhere_gpu.py",
     ):
         about = {
             name for name in functions_of(path) if name.startswith("test_every_") and "page" in name

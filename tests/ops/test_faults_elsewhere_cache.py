@@ -1,4 +1,4 @@
-"""What users of indexer caches were hurt by: lines of docs/scars.md that the reads can meet."""
+"""The faults of docs/faults_elsewhere.md that concern reads of an indexer cache."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build the environment in which real vLLM code runs on a CPU, for the demo and the vLLM tests.
 
-    python examples/make_vllm_cpu_env.py [--dir .venvs/vllm-cpu] [--versions 0.33.0,0.26.0]
+    python tests/environments/make_vllm_cpu_env.py [--versions 0.33.0,0.26.0] [--dir FOLDER]
 
 `pip install vllm` with its dependencies takes eight minutes and 5.5 GB. Here a release is 59 MB of
 Python files in `releases/<version>`, beside an environment of 1.3 GB. The plugin itself is

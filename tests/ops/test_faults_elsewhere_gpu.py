@@ -1,4 +1,4 @@
-"""Lines of docs/scars.md that only a GPU can meet: graphs, streams, a GPU that is busy."""
+"""The faults of docs/faults_elsewhere.md that need a GPU: graphs, streams, a busy GPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_a_busy_gpu_does_not_hang_a_cluster():
-    """More CTAs than fit, beside matrix products on another stream: nobody waits for residency."""
+    """More CTAs than fit, beside matrix products on another stream: no CTA waits for another."""
     logits, lengths = draw("relu_sum", 200, 70_000, "bfloat16"), ints([70_000] * 200)
     want = run(logits, lengths, 512)
     check_selection(logits, lengths, 512, want)

@@ -1,4 +1,4 @@
-"""Lines of docs/scars.md that TokenSpeed's facades can meet and no other file here has."""
+"""The faults of docs/faults_elsewhere.md that only this file tests through TokenSpeed's facades."""
 
 from __future__ import annotations
 

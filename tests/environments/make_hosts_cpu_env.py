@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build the environment in which real SGLang and TokenSpeed code runs on a CPU, for their tests.
 
-    python examples/make_hosts_cpu_env.py [--dir .venvs/hosts-cpu]
+    python tests/environments/make_hosts_cpu_env.py [--dir .venvs/hosts-cpu]
         [--sglang 0.5.23,0.5.22,0.5.20,0.5.19,0.5.16] [--tokenspeed 0.1.1]
 
 One environment for both engines (torch, triton and some thirty packages, 2.3 GB), and the Python

@@ -1,0 +1,97 @@
+"""Which calls ``DSV4_TOPK=auto`` leaves to the engine's own top-k, because that is faster there.
+
+Only where the engine's kernel takes the same input and is exact: float32 logits that the engine
+wrote. Every decision is made of what the host knows, once for a captured graph: how many rows a
+call has, and how long a row can be at most. How long the rows are is on the device. So the
+engine's kernel gets a call if it was the faster one, or as fast, at *every* length that the call
+can have, and faster at some, in as many rows as the call has. What was not measured stays with
+the plugin. :mod:`dsv4_plugin.engines.shared.aside_table` has what was measured.
+
+A setting that demands the plugin (:func:`.decision.binding`, and any ``DSV4_TOPK`` but ``auto``)
+gets the plugin in every call.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+from dsv4_plugin.engines.shared import aside_table as table
+from dsv4_plugin.engines.shared.decision import Selection, binding
+from dsv4_plugin.envs import Settings
+
+__all__ = ["BACKENDS", "engage", "faster", "said", "shapes"]
+
+BACKENDS = ("cuda",)  # what was measured beside the engines' kernels
+
+
+def engage(selection: Selection | None, settings: Settings, engine: str) -> Selection | None:
+    """Return the selection, with ``aside`` set where the engine's kernel may get some calls.
+
+    ``engine`` is its name with the release. A release before the one that was measured keeps
+    nothing: its kernel may be slower, or not exact.
+    """
+    if (
+        selection is None
+        or settings.topk != "auto"
+        or binding(settings) is not None
+        or (selection.dtype, selection.logits) != ("fp32", "engine")
+        or selection.backend not in BACKENDS
+        or selection.slots
+        or selection.candidates
+    ):
+        return selection
+    name, _, release = engine.partition(" ")
+    since = table.SINCE.get(name.lower())
+    numbers = tuple(map(int, re.findall(r"\d+", release)[:3]))
+    if since is None or numbers < since:
+        return selection
+    return replace(selection, aside=name.lower())
+
+
+def faster(selection: Selection, call: str, k: int, rows: int, longest: int, width: int) -> bool:
+    """Whether the engine's own kernel gets a call of ``rows``, each of ``longest`` at most.
+
+    ``width`` is that of their buffer: the plugin cuts a row by it for its CTAs.
+    """
+    name = f"{selection.aside}.{call}"
+    if not selection.aside or width > table.WIDEST.get(name, 0):
+        return False
+    wide = width > table.NARROW
+    measured = [(entry[0], entry[1 + wide]) for entry in table.LONGEST.get((name, k), ())]
+    # Between two counts of rows that were measured both count; beyond the last one that does.
+    below = [most for count, most in measured if count <= rows][-1:]
+    above = [most for count, most in measured if count >= rows][:1] or below
+    return bool(below) and 0 < longest <= min(*below, *above)
+
+
+def said(selection: Selection | None, ks: Iterable[int]) -> str:
+    """Name the calls that the engine's kernel gets, for the log; empty where there are none."""
+    if selection is None or not selection.aside:
+        return ""
+    known = set(ks)
+    return "; ".join(text for text, of in shapes(selection.aside).items() if known & set(of))
+
+
+def shapes(engine: str) -> dict[str, tuple[int, ...]]:
+    """Return what ``auto`` leaves to an engine, and for which k."""
+    found: dict[str, tuple[int, ...]] = {}
+    for (call, k), measured in table.LONGEST.items():
+        name, _, call = call.partition(".")
+        text = _shapes(call, measured) if name == engine else ""
+        if text:
+            found[text] = (*found.get(text, ()), k)
+    return found
+
+
+def _shapes(call: str, measured: tuple[tuple[int, int, int], ...]) -> str:
+    """Say for a call from how many rows on, and up to which length, it is the engine's."""
+    parts: list[str] = []
+    before = (0, 0)
+    for rows, narrow, wide in measured:
+        if (narrow, wide) != before:
+            text = f"from {rows} on " + (f"up to {narrow}" if narrow else "none")
+            parts.append(text + (f" (in wide buffers {wide})" if wide not in (0, narrow) else ""))
+        before = narrow, wide
+    return f"{call} by rows and the longest row: {', '.join(parts)}" if parts else ""
