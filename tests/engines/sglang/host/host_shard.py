@@ -59,6 +59,7 @@ def test_two_ranks_have_the_indices_of_one(case, ranks):
             assert each["gathered_alone"] == []
             assert each["off"] == (["topk"] if fails and rank == 1 else [])
             assert each["same_sets"] and (fails or each["same"])
+            assert bool(each["bf16"]) is bool(given.get("deep_gemm") and empty != rank)
         # Whoever selected a row, both ranks have it from there, each in slots of its own pool.
         assert found[0]["positions"] == found[1]["positions"] or fails and not found[0]["gathered"]
         assert found[0]["gathered"] == found[1]["gathered"]

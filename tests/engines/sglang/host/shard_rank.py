@@ -27,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "mixed batch with raw indices": {"steps": MIXED, "raw": True},
     "mixed batch, top-k of the first form": {"steps": MIXED, "v2": False, "raw": True},
     "chunked prompt": {"steps": CHUNKED},
+    "chunked prompt, DeepGEMM's bfloat16": {"steps": CHUNKED, "deep_gemm": True},
+    "nothing for rank 0, DeepGEMM's bfloat16": {"steps": CHUNKED, "deep_gemm": True, "empty": 0},
     "prefills and decodes": {
         "steps": [
             ("EXTEND", [(900, 60), (30, 40)]), ("DECODE", [(960, 1), (70, 1)]),
@@ -57,7 +59,7 @@ def main(rank: int, meet: str, out: Path) -> None:
     import sglang.srt.plugins as plugins
 
     import dsv4_plugin
-    from dsv4_plugin.engines.sglang import registry, unregister
+    from dsv4_plugin.engines.sglang import policy, registry, unregister
     from dsv4_plugin.engines.sglang import row_shard as of_sglang
     from dsv4_plugin.engines.shared import adapter, logits, row_shard
 
@@ -131,6 +133,8 @@ def main(rank: int, meet: str, out: Path) -> None:
 
     def run(case: dict[str, Any], together: bool) -> list[dict[str, Any]]:
         settings = case.get("settings", AUTO)
+        # It is chosen for the CUDA kernel only.
+        policy._prefill_by_deep_gemm = lambda *_: case.get("deep_gemm", False)
         load({**settings, **({"DSV4_SHARD_PREFILL": "1"} if together else {})})
         engine.envs.SGLANG_OPT_USE_TOPK_V2.set(case.get("v2", True))
         of_sglang._cut.cache_clear()
@@ -161,6 +165,7 @@ def main(rank: int, meet: str, out: Path) -> None:
                 "scored": sum(c.rows for c in scored),
                 "parts": len(scored),
                 "off": sorted(adapter.current().off),
+                "bf16": dsv4_plugin.status()["counters"].get("logits.bf16", 0),
             })  # fmt: skip
         row_shard.shard = whole
         return steps
@@ -170,7 +175,7 @@ def main(rank: int, meet: str, out: Path) -> None:
         alone, together = run(case, False), run(case, True)
         report[name] = [
             {
-                **{name: both[name] for name in ("gathered", "scored", "parts", "off")},
+                **{name: both[name] for name in ("gathered", "scored", "parts", "off", "bf16")},
                 "same": all(map(torch.equal, one["found"], both["found"])),
                 "same_sets": all(
                     torch.equal(a.sort(1).values, b.sort(1).values)
