@@ -24,13 +24,15 @@ from dsv4_plugin.envs import Settings
 __all__ = ["BACKENDS", "engage", "faster", "said", "shapes"]
 
 BACKENDS = ("cuda",)  # what was measured beside the engines' kernels
+# A release's numbers, and what stands before it: candidates and builds of the commits before.
+_PARTS = re.compile(r"v?(\d+(?:\.\d+)*)(?:[-_.]?(a|b|c|rc|alpha|beta|pre|preview|dev)\d)?")
 
 
 def engage(selection: Selection | None, settings: Settings, engine: str) -> Selection | None:
     """Return the selection, with ``aside`` set where the engine's kernel may get some calls.
 
     ``engine`` is its name with the release. A release before the one that was measured keeps
-    nothing: its kernel may be slower, or not exact.
+    nothing, nor does a release candidate or a build of it: its kernel may be slower, or not exact.
     """
     if (
         selection is None
@@ -44,10 +46,20 @@ def engage(selection: Selection | None, settings: Settings, engine: str) -> Sele
         return selection
     name, _, release = engine.partition(" ")
     since = table.SINCE.get(name.lower())
-    numbers = tuple(map(int, re.findall(r"\d+", release)[:3]))
-    if since is None or numbers < since:
+    if since is None or not _reaches(release, since):
         return selection
     return replace(selection, aside=name.lower())
+
+
+def _reaches(release: str, since: tuple[int, ...]) -> bool:
+    """Whether ``release`` is the release ``since`` or a later one."""
+    parts = _PARTS.match(release)
+    if parts is None:
+        return False
+    numbers = tuple(map(int, parts[1].split(".")))
+    width = max(len(numbers), len(since))
+    found, first = (x + (0,) * (width - len(x)) for x in (numbers, since))
+    return found > first or (found == first and parts[2] is None)
 
 
 def faster(selection: Selection, call: str, k: int, rows: int, longest: int, width: int) -> bool:
