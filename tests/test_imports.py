@@ -156,6 +156,23 @@ def test_what_a_command_exports_is_used_in_the_package() -> None:
     assert unused == ONLY_DRIVERS
 
 
+def private_names(module: str) -> set[str]:
+    """The functions, classes and constants of a module that are its own."""
+    found: set[str] = set()
+    for node in ast.parse(MODULES[module].read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def test_a_private_name_is_used_in_its_module() -> None:
+    unused = {module: left for module, read, *_ in uses() if (left := private_names(module) - read)}
+    assert unused == {}
+
+
 WALKS = {  # of CONTRIBUTING.md
     "a logits tensor": [
         "engines.vllm.install", "engines.vllm.wrappers", "engines.shared.fallback", "ops.topk",

@@ -76,14 +76,6 @@ def _parallel_state() -> Any:
     return importlib.import_module("sglang.srt.distributed.parallel_state")
 
 
-def _server_args() -> Any:
-    """Return SGLang's arguments in this process, None where it has none."""
-    try:
-        return importlib.import_module("sglang.srt.runtime_context").get_server_args()
-    except Exception:  # not set: an indexer without a server around it
-        return None
-
-
 def group() -> Group:
     """Return SGLang's tensor-parallel group, once its ranks have agreed to shard.
 
