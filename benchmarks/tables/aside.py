@@ -101,6 +101,7 @@ def module() -> str:
         *(f'    "{engine}": {release},' for engine, release in SINCE.items()),
         "}",
         "",
+        f"SMS = {about['sms']}  # multiprocessors of the GPU that was measured",
         "# call -> the widest buffer that was measured, in scores",
         "WIDEST: dict[str, int] = {",
         *(f'    "{call}": {most},' for call, most in sorted(widest.items())),

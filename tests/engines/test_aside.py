@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ FP32 = Selection("fp32", "cuda")
 LEFT = replace(FP32, aside="vllm")
 AUTO = Settings(plugin=True)
 ENGINE = "vLLM 0.33.0"
+CPU = torch.device("cpu")
 MEASURED = {  # rows, and up to which length in narrow and in wide buffers
     ("vllm.decode", 2048): ((8, 0, 0), (64, 8192, 0), (128, 65_536, 262_144)),
     ("vllm.prefill", 2048): ((64, 131_072, 0),),
@@ -60,7 +62,16 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_only_from_the_release_that_was_measured(engine, known):
-    found = aside.engage(FP32, AUTO, engine)
+    found = aside.engage(FP32, AUTO, engine, CPU)
+    assert found == replace(FP32, aside=known)
+
+
+@pytest.mark.parametrize(("multiprocessors", "known"), [(132, "vllm"), (78, "")])
+def test_only_on_a_gpu_like_the_one_that_was_measured(monkeypatch, multiprocessors, known):
+    monkeypatch.setattr(table, "SMS", 132)
+    properties = types.SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    found = aside.engage(FP32, AUTO, ENGINE, torch.device("cuda"))
     assert found == replace(FP32, aside=known)
 
 
@@ -76,11 +87,11 @@ def test_only_from_the_release_that_was_measured(engine, known):
     ids=str,
 )
 def test_a_wish_keeps_every_call(more):
-    assert aside.engage(FP32, replace(AUTO, **more), ENGINE) == FP32
+    assert aside.engage(FP32, replace(AUTO, **more), ENGINE, CPU) == FP32
 
 
 def test_a_wish_for_the_engines_logits_is_none_for_the_plugins_topk():
-    assert aside.engage(FP32, replace(AUTO, logits="engine"), ENGINE) == LEFT
+    assert aside.engage(FP32, replace(AUTO, logits="engine"), ENGINE, CPU) == LEFT
 
 
 @pytest.mark.parametrize(
@@ -95,7 +106,7 @@ def test_a_wish_for_the_engines_logits_is_none_for_the_plugins_topk():
     ],
 )
 def test_what_the_engines_kernel_does_not_serve_alike_stays(other):
-    assert aside.engage(other, AUTO, ENGINE) == other
+    assert aside.engage(other, AUTO, ENGINE, CPU) == other
 
 
 @pytest.mark.parametrize(

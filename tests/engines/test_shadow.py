@@ -274,5 +274,6 @@ def test_the_log_says_what_changed_and_warns_of_the_plugins(on, caplog):
 
 def test_widened_scores_come_in_parts():
     assert shadow.parts(torch.empty(7, 100)) == [slice(0, 7)]
+    assert shadow.parts(torch.empty(0, 100)) == []
     wide = torch.empty(5, 8 << 20, dtype=torch.bfloat16, device="meta")
     assert shadow.parts(wide) == [slice(i, min(i + 2, 5)) for i in (0, 2, 4)]

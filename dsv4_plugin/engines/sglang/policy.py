@@ -183,7 +183,7 @@ def _possible(
         lambda backend: _plugin_logits(now, call, dtype, backend),
     )
     if call.kind.steps_aside:
-        chosen = aside.engage(chosen, settings, now.engine)
+        chosen = aside.engage(chosen, settings, now.engine, call.device)
     if chosen is not None and _prefill_by_deep_gemm(now, settings, call, chosen):
         chosen = replace(chosen, prefill_logits="engine")
     return chosen, why

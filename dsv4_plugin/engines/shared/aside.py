@@ -4,7 +4,8 @@ Only where the engine's kernel takes the same input and is exact: float32 logits
 wrote. Every decision is made of what the host knows, once for a captured graph: how many rows a
 call has, and how long a row can be at most. How long the rows are is on the device. So the
 engine's kernel gets a call if it was the faster one, or as fast, at *every* length that the call
-can have, and faster at some, in as many rows as the call has. What was not measured stays with
+can have, and faster at some, in as many rows as the call has. With more rows than were measured,
+the most that were measured decide. What else was not measured stays with
 the plugin. :mod:`dsv4_plugin.engines.shared.aside_table` has what was measured.
 
 A setting that demands the plugin (:func:`.decision.binding`, and any ``DSV4_TOPK`` but ``auto``)
@@ -17,6 +18,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
+
 from dsv4_plugin.engines.shared import aside_table as table
 from dsv4_plugin.engines.shared.decision import Selection, binding
 from dsv4_plugin.envs import Settings
@@ -28,11 +31,15 @@ BACKENDS = ("cuda",)  # what was measured beside the engines' kernels
 _PARTS = re.compile(r"v?(\d+(?:\.\d+)*)(?:[-_.]?(a|b|c|rc|alpha|beta|pre|preview|dev)\d)?")
 
 
-def engage(selection: Selection | None, settings: Settings, engine: str) -> Selection | None:
+def engage(
+    selection: Selection | None, settings: Settings, engine: str, device: torch.device
+) -> Selection | None:
     """Return the selection, with ``aside`` set where the engine's kernel may get some calls.
 
     ``engine`` is its name with the release. A release before the one that was measured keeps
     nothing, nor does a release candidate or a build of it: its kernel may be slower, or not exact.
+    A GPU with another number of multiprocessors than the one that was measured keeps nothing
+    either: another kernel may be the faster one there.
     """
     if (
         selection is None
@@ -46,9 +53,16 @@ def engage(selection: Selection | None, settings: Settings, engine: str) -> Sele
         return selection
     name, _, release = engine.partition(" ")
     since = table.SINCE.get(name.lower())
-    if since is None or not _reaches(release, since):
+    if since is None or not _reaches(release, since) or not _measured(device):
         return selection
     return replace(selection, aside=name.lower())
+
+
+def _measured(device: torch.device) -> bool:
+    """Whether a GPU is like the one that was measured."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).multi_processor_count == table.SMS
 
 
 def _reaches(release: str, since: tuple[int, ...]) -> bool:

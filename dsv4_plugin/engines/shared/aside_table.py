@@ -10,6 +10,7 @@ SINCE: dict[str, tuple[int, ...]] = {
     "sglang": (0, 5, 23),
 }
 
+SMS = 132  # multiprocessors of the GPU that was measured
 # call -> the widest buffer that was measured, in scores
 WIDEST: dict[str, int] = {
     "sglang.dsa": 65536,

@@ -213,7 +213,8 @@ def parts(scores: torch.Tensor) -> list[slice]:
     rows = scores.shape[0]
     step = rows
     if scores.dtype != torch.float32:
-        step = max(1, _SCRATCH_BYTES // (4 * max(scores.stride(0), scores.shape[1], 1)))
+        step = _SCRATCH_BYTES // (4 * max(scores.stride(0), scores.shape[1], 1))
+    step = max(1, step)
     return [slice(low, min(low + step, rows)) for low in range(0, rows, step)]
 
 

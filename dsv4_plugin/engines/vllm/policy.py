@@ -122,7 +122,7 @@ def _decide(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
         )
         group.gather, group.gather_why = _choose_gather(settings, group, now)
         group.also = {"guard": None, **_beside_topk(group, now, config)}
-        group.selection = aside.engage(group.selection, settings, now.engine)
+        group.selection = aside.engage(group.selection, settings, now.engine, group.seen[0].device)
     _shard(now, settings, config)
     _act(now, groups, config)
     decisions: dict[Hashable, Decision] = {

@@ -13,8 +13,12 @@ struct IntTensor {
   const void* data;
   bool is_int64;
 
-  // From L2: some kernels read lengths before griddepcontrol.wait (CandidateTopkParams::early).
   __device__ __forceinline__ int64_t operator[](int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+
+  // From the L2: a line in an L1 may be older than what the kernels that have ended wrote.
+  __device__ __forceinline__ int64_t from_l2(int64_t i) const {
     return is_int64 ? __ldcg(static_cast<const long long*>(data) + i)
                     : __ldcg(static_cast<const int32_t*>(data) + i);
   }
@@ -43,6 +47,10 @@ struct RowLengths {
 
   __device__ __forceinline__ int64_t read(const Place& place) const {
     return lengths[place.at] + place.adjust;
+  }
+
+  __device__ __forceinline__ int64_t read_from_l2(const Place& place) const {
+    return lengths.from_l2(place.at) + place.adjust;
   }
 
   __device__ __forceinline__ int64_t of(int32_t row) const { return read(place(row)); }

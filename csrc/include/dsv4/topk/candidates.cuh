@@ -41,7 +41,7 @@ struct CandidateSource {
 
   __device__ __forceinline__ CandidateWindow read(const CandidateTopkParams& p) const {
     int32_t last = __ldcg(list + p.count - 1);  // loaded together with the number of keys
-    const int64_t length = p.lengths.read(keys_at);
+    const int64_t length = p.lengths.read_from_l2(keys_at);
     const int32_t keys = static_cast<int32_t>(length < 0           ? 0
                                               : length > INT32_MAX ? INT32_MAX
                                                                    : length);
