@@ -5,10 +5,10 @@
 //       -o build/code_window && build/code_window
 //
 // A kernel jumps over N KB of code that it does not execute. Then it executes eight pieces of 1 KB,
-// 1 KB apart. The figure is its time in a CUDA graph, less the time of an empty kernel in its place.
-// It is measured in three ways: alone and repeated (warm); after other kernels whose code fills the
-// instruction caches; after those kernels and a copy over more memory than the L2 holds, so that
-// the code comes from memory. The program prints one line of JSON for each.
+// 1 KB apart. The figure is its time in a CUDA graph, less the time of an empty kernel in its
+// place. It is measured in three ways: alone and repeated (warm); after other kernels whose code
+// fills the instruction caches; after those kernels and a copy over more memory than the L2 holds,
+// so that the code comes from memory. The program prints one line of JSON for each.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>

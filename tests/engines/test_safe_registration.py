@@ -189,7 +189,7 @@ def test_an_engine_of_another_shape(tmp_path, broken):
     """Whatever the module looks like: importing it ends as it does without the plugin."""
     imports = "no CUDA" not in str(broken)
     topks = ("topk.decode", "topk.prefill", "topk.slots", "topk.fill")
-    names = ("guard", *topks, "logits", "candidates", "gather", "budget")
+    names = ("guard", *topks, "logits", "candidates", "gather", "budget", "shard")
     expected = str(set(names)) if imports else "()"
     code = f"""
         register()
