@@ -102,18 +102,19 @@ VARIABLES: tuple[Variable, ...] = (
         "auto",
         "Which implementation of an op runs. `auto`: the first of cuda, triton, torch that "
         "supports the call; inside an engine the engine's own CUDA kernel comes before torch. "
-        "Other values: this implementation or an error, for every op that has one of that kind.",
+        "Other values: this implementation or an error, for every op that has such an "
+        "implementation.",
     ),
     Variable(
         "DSV4_SHARD_PREFILL",
         "shard_prefill",
         ("0", "1"),
         "0",
-        "`1` shards the rows of a long prefill among the tensor-parallel ranks: each scores and "
-        "selects its slice, and one gather a layer brings all indices to all ranks, or an error "
-        "with every reason ([vLLM](docs/vllm.md#rows-sharded-among-ranks), "
-        "[SGLang](docs/sglang.md#rows-sharded-among-ranks)). It never ran on two GPUs, only with "
-        "two ranks on a CPU.",
+        "`1` shards the rows of a long prefill among the tensor-parallel ranks: each rank scores "
+        "and selects its slice, and one gather for each layer brings all indices to all ranks "
+        "([vLLM](docs/vllm.md#rows-sharded-among-ranks), "
+        "[SGLang](docs/sglang.md#rows-sharded-among-ranks)). Where the plugin cannot do that, one "
+        "error has every reason. It ran with two ranks on a CPU, and never on two GPUs.",
     ),
     Variable(
         "DSV4_STRICT",
