@@ -26,7 +26,7 @@ def expected() -> str:
         f"| model | with the plugin | measured on one {' or '.join(gpus)} |",
         "|---|---|---|",
         "| DeepSeek-V4.1 | most index layers score only candidate keys | vLLM "
-        f"{v41_release}: time in the indexer: {min(layer):.2f} to {max(layer):.2f} of vLLM's; "
+        f"{v41_release}: {min(layer):.2f} to {max(layer):.2f} of the time in the indexer, "
         f"{_token(*v41)} |",
         "| DeepSeek-V4 | bfloat16 scores, an exact top-k, slots in the same kernel | vLLM "
         f"{server['machine']['vllm']}: {_token(server)}; SGLang {sglang['machine']['sglang']}: "
