@@ -121,9 +121,9 @@ VARIABLES: tuple[Variable, ...] = (
         "strict",
         ("0", "1"),
         "0",
-        "`1` turns every fallback to the engine's own code (a missing seam, a layer that is not "
-        "eligible) into an error when the layer is built or first called; in SGLang a "
-        "seam that is missing altogether can only be an ERROR line.",
+        "`1` turns every fallback to the engine's own code into an error when the layer is built "
+        "or first called: a layer that is not eligible, or a missing seam (a place in the engine "
+        "that the plugin patches). In SGLang a missing seam can only be an ERROR line in the log.",
     ),
     Variable(
         "DSV4_SHADOW",
@@ -140,7 +140,7 @@ VARIABLES: tuple[Variable, ...] = (
         ("info", "debug", "warning", "error"),
         "info",
         "How much the plugin logs. `debug`: every setting and its origin, every seam and patch, "
-        "every decision for a layer or an op with its reasons, each once per process "
+        "and every decision for a layer or an op with its reasons, each once per process "
         "([docs/troubleshooting.md](docs/troubleshooting.md#everything-in-the-log)).",
     ),
     Variable(
