@@ -109,7 +109,7 @@ class Adapter:
         return bool(patches)
 
     def problems(self, name: str) -> list[str]:
-        """Return why a seam cannot be used; an empty list if it can."""
+        """Return why the plugin cannot use a seam; an empty list if it can."""
         seam = state.seams.get(name)
         if seam is None or seam.where is None:
             why = seam.why if seam else "not looked"
@@ -159,8 +159,8 @@ class Adapter:
 
         ``kind`` is hashable, has a ``device``, and its text names it in the log. ``dtypes`` are
         those of ``auto``, best first. ``possible`` and ``report`` run only if nothing is decided.
-        ``shard`` returns why prefills of this kind are not sharded, where that is asked for; None:
-        they never are.
+        ``shard`` returns why the plugin cannot shard prefills of this kind; the adapter calls it if
+        ``DSV4_SHARD_PREFILL`` is set. None: it never can.
 
         Raises:
             SettingError: a setting has a value it cannot have.
