@@ -142,7 +142,7 @@ def aside() -> str:
     about = document["machine"]
     lines = [
         f"One {about['gpu']}, commit {about['commit'][:7]} (`benchmarks/results/{ASIDE}`). "
-        f"A row of a wide buffer has more than {NARROW:,} scores. The time of a call just after "
+        f"A wide buffer has rows of more than {NARROW:,} scores. The time of a call just after "
         f"its scores were written scatters by {SCATTER_US:g} µs.",
         "",
         "| call | k | rows | the engine gets the call up to a longest row of | in a wide buffer |",
