@@ -102,27 +102,28 @@ VARIABLES: tuple[Variable, ...] = (
         "auto",
         "Which implementation of an op runs. `auto`: the first of cuda, triton, torch that "
         "supports the call; inside an engine the engine's own CUDA kernel comes before torch. "
-        "Other values: this implementation or an error, for every op that has one of that kind.",
+        "Other values: this implementation or an error, for every op that has such an "
+        "implementation.",
     ),
     Variable(
         "DSV4_SHARD_PREFILL",
         "shard_prefill",
         ("0", "1"),
         "0",
-        "`1` shards the rows of a long prefill among the tensor-parallel ranks: each scores and "
-        "selects its slice, and one gather a layer brings all indices to all ranks, or an error "
-        "with every reason ([vLLM](docs/vllm.md#rows-sharded-among-ranks), "
-        "[SGLang](docs/sglang.md#rows-sharded-among-ranks)). It never ran on two GPUs, only with "
-        "two ranks on a CPU.",
+        "`1` shards the rows of a long prefill among the tensor-parallel ranks: each rank scores "
+        "and selects its slice, and one gather for each layer brings all indices to all ranks "
+        "([vLLM](docs/vllm.md#rows-sharded-among-ranks), "
+        "[SGLang](docs/sglang.md#rows-sharded-among-ranks)). Where the plugin cannot do that, one "
+        "error has every reason. It ran with two ranks on a CPU, and never on two GPUs.",
     ),
     Variable(
         "DSV4_STRICT",
         "strict",
         ("0", "1"),
         "0",
-        "`1` turns every fallback to the engine's own code (a missing seam, a layer that is not "
-        "eligible) into an error when the layer is built or first called; in SGLang a "
-        "seam that is missing altogether can only be an ERROR line.",
+        "`1` turns every fallback to the engine's own code into an error when the layer is built "
+        "or first called: a layer that is not eligible, or a missing seam (a place in the engine "
+        "that the plugin patches). In SGLang a missing seam can only be an ERROR line in the log.",
     ),
     Variable(
         "DSV4_SHADOW",
@@ -139,7 +140,7 @@ VARIABLES: tuple[Variable, ...] = (
         ("info", "debug", "warning", "error"),
         "info",
         "How much the plugin logs. `debug`: every setting and its origin, every seam and patch, "
-        "every decision for a layer or an op with its reasons, each once per process "
+        "and every decision for a layer or an op with its reasons, each once per process "
         "([docs/troubleshooting.md](docs/troubleshooting.md#everything-in-the-log)).",
     ),
     Variable(

@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-# What replays a call (``kits.replay``) is the tests'.
+# ``kits.replay``, which replays a call, is a module of the tests.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))

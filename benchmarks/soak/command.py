@@ -43,7 +43,7 @@ def _run(arguments: argparse.Namespace) -> int:
     """Replay, with a line of progress at each look.
 
     Returns:
-        0 if all was as it should be, 1 if not.
+        0 if everything was right, 1 if not.
 
     Raises:
         UsageError: there is no such device, or nothing was replayed.

@@ -1,11 +1,11 @@
-"""What a server does to the ops, for as long as one likes.
+"""The load of a server on the ops, for as long as the caller wants.
 
-A chain of 43 layers, each a gather and a read of its FP8 cache, the index logits of its keys
-and their selection, and a top-k of much wider scores, is captured in one CUDA graph. Two such
-graphs are replayed on two streams with lengths, slots and pages that change, while other
-tensors are allocated and freed. At every look the answers of known steps must be those of the
-first time, bit for bit, and memory must be what it was. The first answers themselves are judged
-by the oracles. Without a GPU a replay is a run of the calls.
+One CUDA graph has a chain of 43 layers. A layer gathers and reads keys of its FP8 cache, computes
+the index logits of its keys and selects, and makes a top-k of much wider scores. The soak replays
+two such graphs on two streams, with lengths, slots and pages that change, while it allocates and
+frees other tensors. At every look it repeats known steps: their answers must equal the first
+answers bit for bit, and memory must be what it was. The oracles judge the first answers. Without a
+GPU a replay is a run of the calls.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def shape_on(device: str) -> Shape:
 
 @dataclass
 class Result:
-    """What came of it; ``faults`` is empty if all was as it should be."""
+    """The result of a soak; ``faults`` is empty if everything was right."""
 
     device: str
     shape: Shape
@@ -67,7 +67,7 @@ class Result:
 
 
 class Chain:
-    """The calls of all layers over buffers of their own, and the graph of them."""
+    """The calls of all layers over their own buffers, and the graph of these calls."""
 
     def __init__(
         self, shape: Shape, device: str, seed: int, function: Callable[..., torch.Tensor] = topk
@@ -102,7 +102,7 @@ class Chain:
         self.replay, _ = captured(self.calls, device)
 
     def calls(self) -> None:
-        """One forward of all layers."""
+        """Run one forward of all layers."""
         for i in range(self.shape.layers):
             cache = self.caches[i % len(self.caches)]
             gather_indexer_cache(
@@ -146,7 +146,7 @@ class Chain:
         return [out.clone() for out in outs]
 
     def judge(self) -> None:
-        """Raise if what the outputs hold now is not right."""
+        """Raise if the outputs are not right now."""
         for i in range(self.shape.layers):
             logits, cache = self.logits[i % len(self.logits)], self.caches[i % len(self.caches)]
             check_selection(logits, self.lengths, self.shape.k, self.indices[i], ascending=True)
@@ -162,10 +162,10 @@ class Chain:
 
 
 def _compare(result: Result, chain: Chain, known: list[list[torch.Tensor]]) -> None:
-    """Note the outputs of known steps that are not what they were the first time.
+    """Record the outputs of known steps that differ from the first time.
 
-    A function of its own: no answer is alive when memory is looked at. The allocator may give one a
-    block that is up to a megabyte larger, and counts all of it.
+    This is a separate function, so that no answer is alive when memory is read. The allocator may
+    give an answer a block that is up to a megabyte larger, and counts all of it.
     """
     for step, want in enumerate(known):
         for name, a, b in zip(OUTPUTS, chain.answers(step), want, strict=True):
@@ -186,9 +186,9 @@ def soak(
     function: Callable[..., torch.Tensor] = topk,
     result: Result | None = None,
 ) -> Result:
-    """Replay until the time is up; returns what was seen. ``function`` stands in for the top-k.
+    """Replay until the time is up; returns the result. ``function`` replaces the top-k.
 
-    ``result`` is what is filled and returned, so that the caller of an interrupted run has it.
+    The function fills and returns ``result``, so the caller of an interrupted run has it too.
     """
     shape = shape or shape_on(device)
     result = result or Result(device, shape)

@@ -32,7 +32,8 @@ Entry = tuple[int, int, int]  # rows, and up to which length in narrow buffers a
 def verdict(row: Row) -> str:
     """Return who is faster in a cell, ``"plugin"``, ``"engine"`` or ``""``.
 
-    Behind the logits decides; what is within its scatter is decided by the two replayed alone.
+    The times just after the logits decide. If they differ by less than their scatter, the times of
+    the two kernels replayed alone decide.
     """
     for name, scatter in (("us", SCATTER_US), ("warm_us", 0.0)):
         plugin, engine = row[f"plugin_{name}"], row[f"engine_{name}"]
@@ -46,10 +47,10 @@ def verdict(row: Row) -> str:
 def longest(document: Any) -> dict[tuple[str, int], list[Entry]]:
     """Return for each call and k the numbers of rows, and up to which length they are the engine's.
 
-    0: the plugin keeps them. A length is the engine's if there, and at every shorter one, its
-    kernel was exact and the plugin not faster, and if the engine was faster at one of them. In a
-    narrow buffer that counts all cells, in a wide one those of wide buffers. A distribution at
-    which the kernel was wrong takes all rows of that length and more from it.
+    0: the plugin keeps them. The engine gets a length if at this length and at every shorter one
+    its kernel was exact and the plugin was not faster, and if the engine was faster at one of them.
+    For narrow buffers all cells count, for wide ones only those of wide buffers. If the kernel was
+    wrong on a distribution, the engine gets no row of that length or longer.
     """
     cells = collections.defaultdict(list)
     for row in document["results"]:
@@ -120,10 +121,10 @@ def module() -> str:
 
 
 def with_auto(document: Any, *, graph: bool = False) -> list[tuple[Row, float]]:
-    """Return each cell with the time of what ``auto`` takes there over that of the engine's.
+    """Return each cell with the ratio of the time under ``auto`` to that of the engine's kernel.
 
-    Behind the logits. The host knows how long the rows are, or, in a captured ``graph``, how wide
-    their buffer is.
+    The times are those just after the logits. The host knows how long the rows are, or, in a
+    captured ``graph``, how wide their buffer is.
     """
     found = []
     for row in document["results"]:
@@ -141,10 +142,10 @@ def aside() -> str:
     about = document["machine"]
     lines = [
         f"One {about['gpu']}, commit {about['commit'][:7]} (`benchmarks/results/{ASIDE}`). "
-        f"A buffer of more than {NARROW:,} scores is a wide one. Behind the scores a figure "
-        f"scatters by {SCATTER_US:g} µs.",
+        f"A wide buffer has rows of more than {NARROW:,} scores. The time of a call just after "
+        f"its scores were written scatters by {SCATTER_US:g} µs.",
         "",
-        "| call | k | rows | the call is the engine's up to a longest row of | in a wide buffer |",
+        "| call | k | rows | the engine gets the call up to a longest row of | in a wide buffer |",
         "|---|---|---|---|---|",
     ]
     for (call, k), measured in longest(document).items():
@@ -157,10 +158,10 @@ def aside() -> str:
         plugin = [row["plugin_us"] / row["engine_us"] for row in mine]
         captured = any(row["width"] > row["columns"] for row in mine)
         lines.append(
-            f"- `{call}`, {len(mine)} cells, the time over that of the engine's kernel: the "
-            f"plugin's {geometric_mean(plugin):.2f}, slower in "
+            f"- `{call}`, {len(mine)} cells, the time divided by that of the engine's kernel: the "
+            f"plugin alone {geometric_mean(plugin):.2f}, slower in "
             f"{sum(verdict(row) == 'engine' for row in mine)}; `auto` {_auto(known, call)}"
-            + (f"; in a captured graph {_auto(graphs, call)}." if captured else ".")
+            + (f"; `auto` in a captured graph {_auto(graphs, call)}." if captured else ".")
         )
     return "\n".join(lines)
 

@@ -37,8 +37,8 @@ def server() -> str:
     lines = [
         f"A whole vLLM {about['vllm']} server of DeepSeek-V4.1, "
         f"{document['model']['num_hidden_layers']} layers of random weights, on one {about['gpu']} "
-        f"({files}), without the plugin / with it; the profiler gives the time of all kernels and "
-        "of the indexer's:",
+        f"({files}), without the plugin / with it. The profiler gives the time of all kernels and "
+        "of the indexer's kernels:",
         "",
         "| requests x tokens of context | ms a token | ratio (95 % interval) | all kernels, ms a "
         "step | indexer, µs a layer |",
@@ -75,8 +75,9 @@ def memory() -> str:
     rows = command[command.index("--max-num-seqs") + 1]
     return (
         f"With graphs of up to {rows} rows, each as wide as a million keys, torch holds {held} GiB "
-        f"of the GPU when the server begins to serve (`benchmarks/results/{MEMORY}`, of commit "
-        f"{document['machine']['commit'][:7]}; nothing else was measured in that run)."
+        f"of the GPU (without the plugin / with it) when the server begins to serve "
+        f"(`benchmarks/results/{MEMORY}`, of commit {document['machine']['commit'][:7]}; nothing "
+        "else was measured in that run)."
     )
 
 
@@ -86,7 +87,7 @@ def step() -> str:
     found = ratios(document, "step")
     return "\n".join([
         f"The eight index layers of one decode step, µs, on one {document['machine']['gpu']} "
-        f"(`benchmarks/results/{CANDIDATES}`, of commit {document['machine']['commit'][:7]}): "
+        f"(`benchmarks/results/{CANDIDATES}`, of commit {document['machine']['commit'][:7]}), "
         "with the plugin's ops in bfloat16 / the same work at full width in float32:",
         "",
         *_table(document, "step"),
@@ -140,7 +141,7 @@ def layers() -> str:
     document = load(CANDIDATES)
     lines = [
         f"On one {document['machine']['gpu']} (`benchmarks/results/{CANDIDATES}`, µs in a CUDA "
-        "graph): with the plugin's ops in bfloat16 / the same work at full width in float32; "
+        "graph), with the plugin's ops in bfloat16 / the same work at full width in float32; "
         f"{document['heads']} heads, k {document['k']}, {document['candidates']:,} candidate "
         "blocks a row, keys from memory.",
     ]

@@ -84,11 +84,12 @@ def tokenspeed() -> str:
         "",
         *(_against(alone, name, peers, " and ".join(peers)) for name in names
           if name.startswith("dsv4")),
-        "- Recall is the share of the best by float64 scores of the bfloat16 queries; TokenSpeed, "
+        "- Recall is the share of the best keys that a kernel selects; the best keys are those by "
+        "float64 scores of the bfloat16 queries. On average over the rows of a cell TokenSpeed, "
         "which does not round the queries to FP8, has at least "
-        f"{min(_recalls(alone, peers)):.3f}, the plugin at least "
-        f"{min(_recalls(alone, [n for n in names if n not in peers])):.3f} on average over the "
-        "rows of a cell. The plugin is checked to be exact on the scores that it selected on.",
+        f"{min(_recalls(alone, peers)):.3f}, and the plugin at least "
+        f"{min(_recalls(alone, [n for n in names if n not in peers])):.3f}. The driver checks that "
+        "the plugin is exact on the scores that it selected on.",
         "",
         *([*_table("reads, slots x pages", reads, _names(reads), {}), ""] if reads else []),
         f"{_head(driver, TOKENSPEED)} {driver['version']}, its facades by "
@@ -113,8 +114,9 @@ def engines() -> str:
     scored = _selections(_cells(adapters, "tokenspeed"))
     peers = [name for name in _names(scored) if not name.startswith("dsv4")]
     return "\n".join([
-        f"On one {forward['machine']['gpu']}, the time of a call in a CUDA graph over that of the "
-        "engine's own, from the plugin's worst to its best (below 1: the plugin is faster):",
+        f"On one {forward['machine']['gpu']}, the time of a call in a CUDA graph divided by the "
+        "time of the engine's own, from the plugin's worst ratio to its best (below 1 the plugin "
+        "is faster):",
         "",
         f"- {forward['version']}'s `forward_c4_indexer` (`benchmarks/results/{SGLANG}`): "
         + "; ".join(f"`{name}` {_span(cells, name, [OFF])}" for name in VARIANTS) + f". "
@@ -127,7 +129,8 @@ def engines() -> str:
         + "; ".join(
             f"{name.removeprefix('dsv4 ')} {_span(scored, name, peers)}"
             for name in _names(scored) if name.startswith("dsv4")
-        ) + ". They score queries rounded to FP8, TokenSpeed's do not: the recall is at least "
+        ) + ". The plugin scores queries that are rounded to FP8, TokenSpeed's kernels do not "
+        "round them: the plugin's recall is at least "
         f"{min(_recalls(scored, [n for n in _names(scored) if n not in peers])):.3f} on average "
         f"over the rows of a cell.{_missing(adapters, 'tokenspeed')} Its facades (`{TOKENSPEED}`): "
         f"{_results(driver)}.{_missing(driver)}",

@@ -25,8 +25,8 @@ def sglang() -> str:
     lines = [
         f"{_head(document, SGLANG)} The eight index layers of one step, SGLang's own code without "
         f"the plugin and with it on the same tensors; {_checked(document)} Decode is timed in a "
-        "CUDA graph. Prefill is timed eagerly, because SGLang's own waits for the GPU. Memory is "
-        "what a step allocates.",
+        "CUDA graph. Prefill is timed eagerly, because SGLang's own prefill waits for the GPU. "
+        "Memory is what a step allocates, without the plugin / with it.",
         "",
         "| rows x keys | SGLang | plugin | ratio | memory, MiB |",
         "|---|---|---|---|---|",
@@ -72,8 +72,8 @@ def tokenspeed() -> str:
         f"The plugin takes half of the time or less in {sum(r <= 0.5 for r in ratios)} of "
         f"{len(ratios)} cells, and {max(ratios):.2f} of it in the worst. Where it takes more than "
         "half, scoring the keys is most of the work on both sides. Both round the queries to FP8. "
-        "Of the 512 best keys by unrounded queries "
-        f"TokenSpeed finds {min(recalls[0]):.3f} to {max(recalls[0]):.3f} a cell, and the plugin "
+        "By queries that are not rounded, TokenSpeed selects in each cell "
+        f"{min(recalls[0]):.3f} to {max(recalls[0]):.3f} of the 512 best keys, and the plugin "
         f"{min(recalls[1]):.3f} to {max(recalls[1]):.3f}.",
     ])  # fmt: skip
 
@@ -88,11 +88,11 @@ def publish() -> str:
     far = [row for row in rows if row["keys"] > 262_144]
     return (
         f"{_head(document, PUBLISH)} SGLang's own `publish_decode`, called {runs} times on "
-        f"the same tensors, does not repeat itself in {len(differ)} of {len(rows)} cases, "
-        f"{sum(row in differ for row in far)} of {len(far)} of those above 262,144 keys among "
-        f"them. In {len(missed)} cases, all with nearly equal scores, it also leaves out blocks or "
-        "keys that are better than the worst it took. The plugin takes the lowest index of equal "
-        "scores, in every run."
+        f"the same tensors, gives different answers in {len(differ)} of {len(rows)} cases, among "
+        f"them {sum(row in differ for row in far)} of {len(far)} cases above 262,144 keys. In "
+        f"{len(missed)} cases, all with nearly equal scores, it also leaves out blocks or keys "
+        "that are better than the worst that it selects. The plugin selects the lowest index of "
+        "equal scores, in every run."
     )
 
 

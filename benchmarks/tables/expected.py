@@ -25,9 +25,9 @@ def expected() -> str:
     return "\n".join([
         f"| model | with the plugin | measured on one {' or '.join(gpus)} |",
         "|---|---|---|",
-        "| DeepSeek-V4.1 | most index layers score candidate keys and not all | vLLM "
-        f"{v41_release}: the indexer's kernels take {min(layer):.2f} to "
-        f"{max(layer):.2f} of their time, {_token(*v41)} |",
+        "| DeepSeek-V4.1 | most index layers score only candidate keys | vLLM "
+        f"{v41_release}: {min(layer):.2f} to {max(layer):.2f} of the time in the indexer, "
+        f"{_token(*v41)} |",
         "| DeepSeek-V4 | bfloat16 scores, an exact top-k, slots in the same kernel | vLLM "
         f"{server['machine']['vllm']}: {_token(server)}; SGLang {sglang['machine']['sglang']}: "
         f"{_changes(sglang)} |",
@@ -50,7 +50,10 @@ def _token(*documents: Any) -> str:
     rows = _tokens(*documents)
     sure = [row for row in rows if not row["interval95"][0] <= 1 <= row["interval95"][1]]
     changes = sorted(100 * (row["ratio"] - 1) for row in sure)
-    return f"a token {changes[-1]:+.1f} to {changes[0]:+.1f} % ({len(sure)} of {len(rows)} cases)"
+    return (
+        f"time per token {changes[-1]:+.1f} to {changes[0]:+.1f} % "
+        f"({len(sure)} of {len(rows)} cases)"
+    )
 
 
 def _behind(document: Any) -> str:

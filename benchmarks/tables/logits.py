@@ -42,11 +42,11 @@ def _logits_lines(document: Any) -> list[str]:
     ]  # fmt: skip
     every = [row for row in document["results"] if row["implementation"] == PLUGIN]
     right = all(row["right"] for row in every)
-    what = "the fastest of them in each cell"
+    what = "the fastest peer of each cell"
     text = _against(_ratios(plugin, best, "warm_us"), what)
     cold = _ratios(plugin, best_peers(half, "bfloat16", "cold_us"), "cold_us")
     if cold:
-        text += _against(cold, what, "With keys that no cache has, against")
+        text += _against(cold, what, "With keys that no cache holds, against")
     return [
         *lines, "",
         f"{text}The plugin is {'' if right else 'NOT '}within the stated bound in every cell.",

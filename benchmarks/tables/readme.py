@@ -150,11 +150,12 @@ def _served(topk: Any, upstream: str) -> tuple[str, str]:
         ]
         lines.append(f"| {rows} | " + " | ".join(cells) + " |")
     return "\n".join(lines), (
-        "In a server a call brings its code from memory, because the other kernels of a layer have "
-        f"evicted it, and its launch counts. So measured, over {len(ratios)} cells (k 512, 2048), "
-        f"the plugin takes {geomean(ratios):.2f} of vLLM's time (worst {max(ratios):.2f}), and "
-        f"{geomean(best):.2f} of the time of the fastest exact upstream kernel of any dtype (worst "
-        f"{max(best):.2f}). Each figure is a difference of two medians, and scatters by 1 µs."
+        "In a server the code of a call comes from memory, because the other kernels of a layer "
+        "have evicted it, and the launch takes time too. Measured in this way over "
+        f"{len(ratios)} cells (k 512, 2048), the plugin takes {geomean(ratios):.2f} of vLLM's time "
+        f"(worst {max(ratios):.2f}), and {geomean(best):.2f} of the time of the fastest exact "
+        f"upstream kernel of any dtype (worst {max(best):.2f}). Each figure is a difference of two "
+        "medians, and scatters by 1 µs."
     )
 
 
@@ -164,8 +165,8 @@ def ratios() -> str:
     about = document["machine"]
     lines = [
         f"`benchmarks/results/{TOPK}`: one {about['gpu']}, driver {about['driver']}, torch "
-        f"{about['torch']}, commit {about['commit'][:7]}. The plugin's time over the peer's; below "
-        "1 the plugin is faster.",
+        f"{about['torch']}, commit {about['commit'][:7]}. The plugin's time divided by the peer's; "
+        "below 1 the plugin is faster.",
         "",
         "| what | geometric mean | cells | worst cell |",
         "|---|---|---|---|",
@@ -233,7 +234,8 @@ def server() -> str:
         for row in _server_rows("ttft_s")
     ]
     if firsts:
-        lines += ["", f"Time to the first token of a prompt no cache has: {'; '.join(firsts)}."]
+        text = f"Time to the first token of a prompt that no cache holds: {'; '.join(firsts)}."
+        lines += ["", text]
     return "\n".join(lines)
 
 
@@ -251,7 +253,7 @@ def gain() -> str:
     """Return the Markdown between the ``gain`` markers of docs/results.md."""
     document, rows = load(SERVER), _server_rows("tpot_ms")
     changes = ", ".join(
-        f"{100 * (row['ratio'] - 1):+.1f} % ({row['context']:,} x {row['concurrency']})"
+        f"{100 * (row['ratio'] - 1):+.1f} % ({row['concurrency']} x {row['context']:,})"
         for row in rows
     )
     faster = sum(row["interval95"][1] < 1 for row in rows)
@@ -265,9 +267,9 @@ def gain() -> str:
     low, high = (100 * (bound - 1) for bound in pooled["interval95"])
     head = "a small gain" if high < 0 else "a loss" if low > 0 else "no gain that is certain"
     return (
-        f"- In a whole server {head}: with it the time a token takes changed by {changes}; tokens "
-        f"of context x requests at a time, vLLM {about['vllm']}, one {about['gpu']}, commit "
-        f"{about['commit'][:7]}. By the 95 % intervals that is faster in {faster} of {len(rows)} "
-        f"cases and slower in {slower}; over all {pooled['pairs']} pairs it is "
-        f"{100 * (pooled['ratio'] - 1):+.1f} % ({low:+.1f} … {high:+.1f} %)."
+        f"- In a whole server the plugin gives {head} (vLLM {about['vllm']}, one {about['gpu']}, "
+        f"commit {about['commit'][:7]}). The time of a token changes by {changes}; in parentheses "
+        "are requests at a time x tokens of context. By the 95 % intervals the plugin is faster in "
+        f"{faster} of {len(rows)} cases and slower in {slower}. Over all {pooled['pairs']} pairs "
+        f"the change is {100 * (pooled['ratio'] - 1):+.1f} % ({low:+.1f} … {high:+.1f} %)."
     )

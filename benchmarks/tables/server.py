@@ -91,8 +91,8 @@ def sglang() -> str:
         f"SGLang {about['sglang']} with {document['model']['num_hidden_layers']} layers of random "
         f"weights, on one {about['gpu']} (`benchmarks/results/{SGLANG}`, of commit "
         f"{about['commit'][:7]}), without the plugin / with it (`DSV4_TOPK=auto`: bfloat16). "
-        "*Logits to top-k* is the time from the start of the one to the end of the other; the next "
-        "columns are the times of the two kernels:",
+        "*Logits to top-k* is the time from the start of the logits to the end of the top-k; the "
+        "next columns are the times of the two kernels:",
         "",
         "| requests x tokens of context | ms a token | ratio (95 % interval) | GPU busy, ms a step "
         "| logits to top-k, µs a layer | its top-k | its logits |",
@@ -113,7 +113,7 @@ def sglang() -> str:
             f"| {row['concurrency']} x {row['context']:,} | {row['off']:.2f} / {row['on']:.2f} | "
             f"{ratio} | {kernels} |"
         )
-    prompts = f"Time to the first token of a prompt no cache has: {'; '.join(firsts)}."
+    prompts = f"Time to the first token of a prompt that no cache holds: {'; '.join(firsts)}."
     return "\n".join([*lines, "", prompts])
 
 

@@ -1,12 +1,12 @@
-"""``python -m benchmarks.tuning.aside --json FILE``: where an engine is faster.
+"""``python -m benchmarks.tuning.aside --json FILE``: where an engine's own top-k is faster.
 
-What ``DSV4_TOPK=auto`` leaves to an engine's own kernel is decided by the file that this writes
-(:mod:`benchmarks.tables.aside`). Each cell is one call of an engine on float32 logits that the
-engine wrote, by the plugin and by the kernel that the engine chooses, as a server makes it
-(:mod:`dsv4_plugin.cli.bench.topk.served`): the L2 is overwritten, other kernels run, the logits
-are written, the call follows. A captured graph sees the widest buffer whatever its rows hold, so
-short rows are measured in wide buffers, too. Beside the times: whether the engine's kernel is
-exact, also on the distributions that have hurt kernels.
+The file decides what ``DSV4_TOPK=auto`` leaves to an engine's own kernel
+(:mod:`benchmarks.tables.aside`). A cell is one call of an engine on float32 logits that the engine
+wrote. The driver times it with the plugin and with the kernel that the engine chooses, as a server
+makes the call (:mod:`dsv4_plugin.cli.bench.topk.served`): it overwrites the L2, runs other kernels,
+writes the logits and makes the call. In a captured graph the buffer has its full width even if the
+rows are short, so the driver also measures short rows in wide buffers. Beside the times it records
+whether the engine's kernel is exact, also on scores that are hard for a top-k.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GRAPH_US = 6000.0
 
 
 class Call(NamedTuple):
-    """A call of an engine: what it is to a benchmark, whose kernel is beside it, and its cells."""
+    """A call of an engine: the suite it belongs to, the kernel beside the plugin, and its cells."""
 
     suite: str
     peer: str
@@ -90,7 +90,7 @@ def parser() -> Parser:
 
 
 def _peer(name: str, peers: Peers) -> str:
-    """Return the kernel that stands beside a call: the file's, or that of an installed engine."""
+    """Return the name of the engine's kernel: the file's, or that of an installed engine."""
     call = CALLS[name]
     engine = name.partition(".")[0]
     installed = (found for found in peers[call.suite] if found.startswith(f"{engine} "))
@@ -142,7 +142,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _cells(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """Yield each call's cells; first whether its engine's kernel is exact, then the times."""
+    """Yield each call's cells; first those that test whether the engine's kernel is exact."""
     from dsv4_plugin.cli.checks.topk_cases import ADVERSARIAL, Case
 
     for name in arguments.call:
@@ -165,7 +165,7 @@ def _cells(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 
 
 def _cell(name: str, case: Any, engine: Any, elsewhere: Elsewhere, replays: int) -> Row:
-    """Check both implementations in a cell, and time them where its scores are ordinary."""
+    """Check both implementations in a cell, and time them if its scores are ordinary."""
     import torch
 
     from dsv4_plugin import topk
@@ -219,9 +219,10 @@ def _served(
     read: int,
     replays: int,
 ) -> Row:
-    """Return microseconds of each call behind its logits, and replayed alone.
+    """Return the microseconds of each call just after its logits were written, and replayed alone.
 
-    All graphs are replayed in turn: the difference to the one without the call is of neighbours.
+    All graphs are replayed in turn. So the two times whose difference is taken, with and without
+    the call, come from neighbouring replays.
     """
     import torch
 

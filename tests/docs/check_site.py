@@ -1,11 +1,11 @@
-"""``make check-site``: the built site in a real browser, at the width of a desktop and of a phone.
+"""``make check-site``: opens the built site in a browser, at the width of a desktop and of a phone.
 
     python tests/docs/check_site.py build/site
 
-It fails where a page, or something on it that does not scroll in its box, is wider than the screen;
-where code or a table is cut off on a desktop; at a link, an anchor or a picture that leads nowhere;
-and where a page loads something from another site. The browser is a Chromium on ``PATH`` or
-``$BROWSER`` (Debian: ``chromium-headless-shell``). Links to other sites are not followed.
+The check fails in these cases: a page is wider than the screen, or a part of it that does not
+scroll in its own box is; code or a table is cut off on a desktop; a link, an anchor or a picture
+leads nowhere; a page loads something from another site. The browser is a Chromium on ``PATH`` or
+``$BROWSER`` (Debian: ``chromium-headless-shell``). The check follows no links to other sites.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Site(ThreadingHTTPServer):
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """The site's files, ``/check_site.html``, and its questions (GET) and report (POST)."""
+    """Serves the site's files and ``/check_site.html``, which gets its tasks and posts a report."""
 
     server: Site
 
     def do_GET(self) -> None:
-        """Serve a file of the site, or what belongs to the check."""
+        """Serve a file of the site, or a file of the check."""
         if self.path == "/check_site.html":
             self._send(CHECK.read_bytes(), "text/html; charset=utf-8")
         elif self.path == "/check_site.json":
@@ -75,7 +75,7 @@ class Handler(SimpleHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Stay quiet: what is not found is in the report."""
+        """Print nothing: the report names the files that are missing."""
 
 
 def browser() -> str | None:
@@ -117,7 +117,7 @@ def check(folder: Path, program: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Check the site named on the command line; the exit code is 1 where something is wrong."""
+    """Check the site named on the command line; the exit code is 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s FOLDER")
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder.resolve()

@@ -1,10 +1,10 @@
 """``python -m tests.fuzz``: random calls of the ops, each checked without a reference and with one.
 
-:mod:`.case` is what a case is and how it is written. :mod:`.topk`, :mod:`.cache`, :mod:`.logits`
-(with :mod:`.logits_run`), :mod:`.candidates` and :mod:`.candidate_selections` draw, run, check and
-simplify the cases of their ops; what they share is :mod:`.tensors`. :mod:`.engine` is the loop and
-the shrinking, :mod:`.command` the command line. A new op is a module with a :class:`.case.Case` and
-an entry in ``engine.OPS``.
+:mod:`.case` defines what a case is and how it is written. :mod:`.topk`, :mod:`.cache`,
+:mod:`.logits` (with :mod:`.logits_run`), :mod:`.candidates` and :mod:`.candidate_selections` draw,
+run, check and simplify the cases of their ops. They share :mod:`.tensors`. :mod:`.engine` has the
+loop and the shrinking, :mod:`.command` the command line. A new op needs a module with a
+:class:`.case.Case`, an entry in ``engine.RUNS`` and its name in ``command.FUZZED``.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """Random reads and gathers of the indexer cache, FP8 and MXFP4.
 
-An answer is compared, bit for bit, with the bytes of the cache decoded by tables
-(:mod:`dsv4_plugin.cli.checks.oracles`) and with the torch reference; guard zones lie around the
-cache and around what is written, and rows that no key goes to stay as they are.
+The run compares an answer, bit for bit, with the bytes of the cache decoded by tables
+(:mod:`dsv4_plugin.cli.checks.oracles`) and with the torch reference. Guard zones lie around the
+cache and around the outputs. Output rows without a key must stay as they were.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Random calls of the selections among blocks, and among the keys of candidate blocks.
 
-Scores are drawn and not computed. An answer must be that of a stable sort
-(:mod:`~dsv4_plugin.cli.checks.candidate_oracles`), index by index in its order.
+Scores are drawn and not computed. An answer must equal that of a stable sort
+(:mod:`~dsv4_plugin.cli.checks.candidate_oracles`), index by index and in the same order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Random calls of the ops that score blocks of keys, and the keys of candidate blocks.
 
-Their tensors are those of :mod:`.logits_run`. What must come out is made of the scores of all keys,
-as the dense op of the same implementation gives them (which :mod:`.logits` holds against float64),
-by :mod:`~dsv4_plugin.cli.checks.candidate_oracles`: the same bits, without a tolerance.
+Their tensors are those of :mod:`.logits_run`. The expected answer comes from
+:mod:`~dsv4_plugin.cli.checks.candidate_oracles`, which makes it of the scores of all keys as the
+dense op of the same implementation gives them (:mod:`.logits` compares these with float64). The
+answer must have the same bits, without a tolerance.
 """
 
 from __future__ import annotations

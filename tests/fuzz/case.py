@@ -2,12 +2,12 @@
 
     topk:seed=7,requests=3,columns=9000,k=512,dtype=float32,kind=relu_sum,lengths=9000/513/0
 
-``op:name=value,…``, with the fields that are not at their default. The values are integers, or
-words out of a list, or integers with ``/`` between; nothing in a case is evaluated. The same case
-makes the same tensors on the same kind of device.
+The line is ``op:name=value,…``, with the fields that do not have their default. A value is an
+integer, a word out of a list, or integers with ``/`` between them. The fuzzer evaluates no code
+in a case. The same case makes the same tensors on the same kind of device.
 
-The declaration of a field says all of it: what it may be, what is drawn, and what is plain, which
-is what shrinking tries.
+The declaration of a field has everything about it: its allowed values, the values that are drawn,
+and the plain values that shrinking tries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line of ``python -m tests.fuzz``: progress, the report, one case again."""
+"""The command line of ``python -m tests.fuzz``: random cases with a report, or one case again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FUZZED", "main", "parser"]
 
-# The ops. Here because a mistyped option is told without importing torch.
+# The ops. They are listed here, so that a mistyped option is an error before torch is imported.
 FUZZED = ("topk", "read", "read_mxfp4", "gather", "paged_logits", "ragged_logits", "select",
           "block_maxima", "select_blocks", "candidate_logits", "candidate_logits_ragged",
           "candidate_select", "select_candidates")  # fmt: skip

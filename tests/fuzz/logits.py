@@ -1,6 +1,6 @@
 """Cases of the index logits, paged and ragged, and of the chain from logits to indices.
 
-How they are run and checked is :mod:`.logits_run`.
+:mod:`.logits_run` runs and checks them.
 """
 
 from __future__ import annotations

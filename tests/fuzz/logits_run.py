@@ -1,9 +1,9 @@
-"""The index logits and the chain called and checked, for the cases of :mod:`.logits`.
+"""Calls the index logits and the chain for the cases of :mod:`.logits`, and checks the answers.
 
-Scores are held against float64 (:mod:`kits.exact_scores`), and, bit for bit, against
-those of rows that are computed alone and in a reversed batch. The chain must give what the top-k
-gives on the paged logits. What lies past a row's length in ``out`` must stay as it was, keys that
-no row sees may be NaN, and guard zones lie around all inputs and outputs.
+The run compares scores with float64 (:mod:`kits.exact_scores`), and, bit for bit, with the scores
+of rows that are computed alone and in a reversed batch. The chain must give what the top-k gives on
+the paged logits. What lies past a row's length in ``out`` must stay as it was. Keys that no row
+sees may be NaN. Guard zones lie around all inputs and outputs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Random calls of the top-k: every form of it, all arguments at once.
+"""Random calls of the top-k: every form of it, with all arguments.
 
 Two oracles judge an answer: :func:`~dsv4_plugin.cli.checks.oracles.faults`, which needs no
-reference, and the torch reference (where that is what was called, a stable sort instead). Page
-tables, guard zones around the scores and the outputs, and the inputs themselves are looked at too.
+reference, and the torch reference (a stable sort if the call was of the reference itself). The run
+also checks slots by the page table, the guard zones around scores and outputs, and the inputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``dsv4-plugin doctor``: what is installed, what would run, and why nothing better.
+"""``dsv4-plugin doctor``: what is installed, what would run, and why nothing faster.
 
 :func:`collect` gathers plain data, and :func:`render` makes the text. Missing and broken parts
 belong to the answer, so nothing here raises. Neither torch nor an engine needs to be installed.

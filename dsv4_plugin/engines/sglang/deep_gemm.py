@@ -24,9 +24,9 @@ _PAIRS = {name: name.replace("fp8_", "fp8_fp4_", 1) for name in LOGITS}
 
 
 def unmet(ledger: Any, request_bf16: bool = False) -> list[str]:
-    """Return why DeepGEMM's logits functions cannot be wrapped; changes nothing.
+    """Return why the plugin cannot wrap DeepGEMM's logits functions. It patches nothing.
 
-    With ``request_bf16`` they must also be able to write bfloat16 on request.
+    With ``request_bf16`` the functions must also be able to write bfloat16 on request.
     """
     try:
         import deep_gemm
@@ -94,9 +94,9 @@ def _wrapper(
 def _by_plugin(
     plugin: Any, own: slice | None, selection: Selection, q: Any, args: Any, kwargs: Any
 ) -> Any:
-    """Return the plugin's logits; None: the call has another form, or they failed.
+    """Return the plugin's logits; None if the call has another form, or the kernel failed.
 
-    ``own``: this rank's rows, if those of the call are sharded; the logits are of these alone.
+    ``own``: this rank's rows, if the rows of the call are sharded. Then the logits have only these.
     """
     try:
         return plugin(own, selection, q, *args, **kwargs)
@@ -122,7 +122,7 @@ def _in_bf16(now: adapter.Adapter, with_dtype: Any, q: Any, args: Any, kwargs: A
 def _plugin_paged(
     own: slice | None, selection: Selection, q: Any, *args: Any, **kwargs: Any
 ) -> torch.Tensor | None:
-    """Compute the logits of ``fp8_paged_mqa_logits``; None: the call has another form."""
+    """Compute the logits of ``fp8_paged_mqa_logits``; None if the call has another form."""
     given = dict(zip(_PAGED, args, strict=False)) | kwargs
     known = set(_PAGED[:6]) <= set(given) <= set(_PAGED) and len(args) <= len(_PAGED)
     if not known or given.get("clean_logits"):
@@ -141,9 +141,9 @@ def _plugin_paged(
 def _plugin_dense(
     own: slice | None, selection: Selection, q: Any, *args: Any, **kwargs: Any
 ) -> torch.Tensor | None:
-    """Compute the logits of ``fp8_mqa_logits``; None: the call has another form.
+    """Compute the logits of ``fp8_mqa_logits``; None if the call has another form.
 
-    Only with ``max_seqlen_k``, as SGLang calls it. Then rows begin at column zero.
+    The call must have ``max_seqlen_k``, as SGLang's calls do. Then rows begin at column zero.
     """
     given = dict(zip(_DENSE, args, strict=False)) | kwargs
     known = set(given) == set(_DENSE) and len(args) <= len(_DENSE)
@@ -161,5 +161,5 @@ def _plugin_dense(
 
 
 def _none(selection: Selection, q: torch.Tensor, columns: int, own: slice) -> torch.Tensor | None:
-    """Return logits of no row: all of the call's are other ranks'."""
+    """Return logits without rows: other ranks have all rows of the call."""
     return tagged(q.new_empty((0, columns), dtype=DTYPES[selection.dtype]), own)

@@ -64,8 +64,8 @@ SEAMS = (
             ),
         ),
         puts="the decision for this indexer, in force for the calls inside it",
-        why="the logits and top-k functions are shared with other models; only here the plugin "
-        "knows whose scores come",
+        why="other models share the logits and top-k functions; only here the plugin knows which "
+        "model's scores come",
         until="SGLang hands the backend choice to its top-k functions",
     ),
     Seam(
@@ -85,11 +85,12 @@ SEAMS = (
                 for name in LOGITS
             ),
         ),
-        puts="below a forward that wants it, the plugin's logits, or bfloat16 asked of DeepGEMM "
-        "(`logits_dtype` of the `fp8_fp4_` siblings). Patched when the indexer's forward first "
-        "runs: DeepGEMM loads a CUDA extension, which a launcher must not",
+        puts="inside a forward that the plugin serves, the plugin's logits, or DeepGEMM's in "
+        "bfloat16 (`logits_dtype` of the `fp8_fp4_` functions). The plugin patches when the "
+        "indexer's forward first runs, because DeepGEMM loads a CUDA extension, and a launcher "
+        "must not do that",
         why="SGLang calls the functions that write float32 only, though V4 was trained with "
-        "bfloat16 scores; half the bytes are written and read",
+        "bfloat16 scores, which are half as many bytes to write and to read",
         until="SGLang can be told to write bfloat16 logits",
     ),
     Seam(
@@ -104,7 +105,7 @@ SEAMS = (
             ),
         ),
         puts="the plugin's float32 top-k where the call is decode-shaped and PAGED",
-        why="for V3.2 and GLM as for V4: exact, with ties to the lowest index",
+        why="the selection of V3.2 and GLM becomes exact, with ties to the lowest index",
         until="as topk.paged",
     ),
     Seam(
@@ -121,7 +122,7 @@ SEAMS = (
                 ),
             ),
         ),
-        puts="twice the bytes in which SGLang counts, once all logits are in two bytes",
+        puts="twice the budget, once all logits take two bytes",
         why="SGLang cuts a long prefill of DeepSeek-V4 so that float32 logits fit its budget, and "
         "each part reads all keys",
         until="SGLang's budget counts the bytes of its logits' dtype",
@@ -147,11 +148,12 @@ SEAMS = (
             ),
         ),
         puts="an object before the one that serves DeepSeek-V4.1's source and consumers: exact "
-        "candidate blocks, and consumers that score the keys of these only, without a host read",
+        "candidate blocks, and consumers that score only the keys of these, without a read on the "
+        "host",
         why="on Hopper SGLang's consumers score every key, its prefill runs in eager torch, and it "
         "promises no order among equal scores",
-        until="SGLang has kernels for Hopper that do the same: before an object of another class "
-        "the plugin does not stand",
+        until="SGLang has kernels for Hopper that do the same; the plugin puts nothing before an "
+        "object of another class",
         upstream="#40574",
         optional=True,
     ),

@@ -1,9 +1,9 @@
-"""The rows of a prefill of DeepSeek-V4 sharded among SGLang's tensor-parallel ranks.
+"""Shards the rows of a DeepSeek-V4 prefill among SGLang's tensor-parallel ranks.
 
-``forward_c4_indexer`` scores and selects the rows of a batch in parts, in order. Under a forward
-that is sharded the plugin's logits and its top-k take this rank's rows of each part alone, and
-behind the last part the ranks gather: before SGLang does anything else with the indices. Parts may
-be cut elsewhere on another rank (SGLang cuts by free memory): only the slices count.
+``forward_c4_indexer`` scores and selects the rows of a batch in parts, in order. In a sharded
+forward the plugin's logits and its top-k take only this rank's rows of each part. After the last
+part the ranks gather, before SGLang does anything else with the indices. Another rank may have
+different parts, because SGLang cuts them by free memory: only the slices matter.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ __all__ = [
     "Rows", "group", "narrowed", "of_forward", "positions_of", "tagged", "unmet", "whole",
 ]  # fmt: skip
 
-_RATIO = 4  # tokens a key of the C4 indexer
+_RATIO = 4  # tokens for each key of the C4 indexer
 _ATTRIBUTE = "_dsv4_rows"
-# SGLang's options under which ranks have other rows, run two batches at once or gather otherwise.
+# SGLang's options under which ranks have different rows, run two batches at once, or gather in
+# another way.
 _OTHERWISE = (
     "enable_dp_attention", "enable_prefill_cp", "enable_prefill_context_parallel",
     "enable_dsa_prefill_context_parallel", "enable_two_batch_overlap", "enable_pdmux",
@@ -37,7 +38,7 @@ _OTHERWISE = (
 
 
 def unmet(selection: Selection | None, shadow: bool) -> list[str]:
-    """Return why the rows of a prefill cannot be sharded here; alike on every rank."""
+    """Return why the rows of a prefill cannot be sharded here; the same on every rank."""
     why = []
     if selection is None:
         why.append("the plugin does not select")
@@ -62,10 +63,10 @@ def unmet(selection: Selection | None, shadow: bool) -> list[str]:
 
 
 def _options() -> dict[str, Any] | None:
-    """Return SGLang's options as they hold in this process, None where it has none."""
+    """Return the options that SGLang uses in this process, or None if it has none."""
     try:
         args: Any = importlib.import_module("sglang.srt.runtime_context").get_server_args()
-        # From 0.5.19 on the record has what was asked for.
+        # From 0.5.19 on the object itself has the options as the user gave them.
         resolved = getattr(args, "resolved_dict", None)
         return dict(vars(args) if resolved is None else resolved())
     except Exception:  # not set: an indexer without a server around it
@@ -93,10 +94,10 @@ def group() -> Group:
 
 
 class Rows:
-    """The rows of one forward of an indexer: ``cut`` has the slices, the rest how far it has come.
+    """The rows of one forward of an indexer: ``cut`` has the slices, the rest is the progress.
 
-    ``scored`` and ``selected`` are the rows of the parts that were there. Ranks exchange positions:
-    each makes the pool slots of them by its own page table, so that pools need not be alike.
+    ``scored`` and ``selected`` count the rows of the parts so far. Ranks exchange positions. Each
+    rank turns them into pool slots by its own page table, so ranks may use different pages.
     """
 
     def __init__(self, cut: Shard) -> None:
@@ -106,7 +107,7 @@ class Rows:
         self._parts: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # first row, slots, pages
 
     def next_scored(self, rows: int) -> slice:
-        """Return which rows of the next part are this rank's, for the logits."""
+        """Return which rows of the next part are this rank's; the logits call it for each part."""
         begin, self.scored = self.scored, self.scored + rows
         return self.cut.within(slice(begin, self.scored))
 
@@ -119,7 +120,7 @@ class Rows:
         ``raw`` takes positions, if SGLang wants them.
 
         Raises:
-            RuntimeError: this is not the part that follows; its rows are not known.
+            RuntimeError: this is not the next part, so the plugin does not know its rows.
         """
         begin, rows = self.selected, len(out)
         self.selected += rows
@@ -138,7 +139,7 @@ class Rows:
         return self.cut.within(slice(begin, self.selected)), positions
 
     def gather_last(self, page_size: int) -> None:
-        """Gather, if all parts are done, and make slots of what came from other ranks."""
+        """Gather if all parts are done, and make slots of the positions from other ranks."""
         if self.selected != self.cut.every_row.stop:
             return
         assert self._positions is not None
@@ -152,10 +153,10 @@ class Rows:
         state.count("shard.gather")
 
     def finished(self) -> None:
-        """Make sure that no rank comes out of a forward without its gather.
+        """Check that this rank does not leave a forward without its gather.
 
         Raises:
-            RuntimeError: some of the rows were selected elsewhere.
+            RuntimeError: other code selected some of the rows.
         """
         if self.selected != self.cut.every_row.stop and (self.selected or self.scored):
             raise RuntimeError(f"{SETTING}: SGLang selected rows where the plugin does not see it")
@@ -169,7 +170,7 @@ def _slots(positions: torch.Tensor, tables: torch.Tensor, page_size: int) -> tor
 
 
 def positions_of(slots: torch.Tensor, tables: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Return the positions of pool slots; of equal pages the first, the others are not a row's."""
+    """Return the positions of pool slots; of equal pages the first, later ones are padding."""
     pages, columns = tables.sort(dim=1, stable=True)
     page = torch.div(slots.clamp(min=0), page_size, rounding_mode="floor")
     at = torch.searchsorted(pages, page).clamp(max=pages.shape[1] - 1)
@@ -180,10 +181,12 @@ def positions_of(slots: torch.Tensor, tables: torch.Tensor, page_size: int) -> t
 def of_forward(
     now: SglangAdapter, mixin: Any, indexer: Any, batch: Any, x: Any, lora: Any
 ) -> Rows | None:
-    """Return the rows of a forward if it is sharded; asked of the host only, alike on every rank.
+    """Return the rows of a forward if it is sharded, else None.
+
+    The answer comes from the host only, and is the same on every rank.
 
     Raises:
-        UnmetError: other code stands before the plugin's top-k, so that this rank might not gather.
+        UnmetError: other code has replaced the plugin's top-k, so this rank might not gather.
     """
     if now.group is None:
         return None
@@ -219,21 +222,21 @@ def _cut(group: Group, queries: tuple[int, ...], lengths: tuple[int, ...], k: in
 
 
 def tagged(scores: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
-    """Return logits marked as those of ``rows`` of their part."""
+    """Mark logits as those of ``rows`` of their part, and return them."""
     if scores is not None:
         setattr(scores, _ATTRIBUTE, rows)
     return scores
 
 
 def narrowed(scores: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Return the logits of ``rows`` of a part, of logits that are these or all of the part's."""
+    """Return the logits of ``rows`` of a part; ``scores`` has these rows only, or all rows."""
     return scores if getattr(scores, _ATTRIBUTE, None) is not None else scores[rows]
 
 
 def whole(scores: torch.Tensor, rows: int) -> torch.Tensor:
     """Return logits of all ``rows`` of a part, for SGLang's own top-k; other ranks' are zeros.
 
-    SGLang's plan is for all rows. What it selects for those of other ranks is not kept.
+    SGLang's plan is for all rows. The gather overwrites what it selects for rows of other ranks.
     """
     own = getattr(scores, _ATTRIBUTE, None)
     if own is None:

@@ -34,14 +34,15 @@ _UNTOUCHED = ("fp32", "engine")  # what the engine writes without the plugin
 
 
 class CallContext(threading.local):
-    """What the engine's call on this thread has settled for the calls below it.
+    """What the engine's call on this thread decides for the calls inside it.
 
-    ``kind``: the kind of layer whose indexer runs; None outside of one that the plugin can tell.
-    ``selection``: how that indexer selects (SGLang). ``request_bf16``: the DeepGEMM call below
-    writes bfloat16. ``fill_skipped``: the call of the op leaves out the fill with -1. ``gather``:
-    the key gather that waits for a reader. ``requests``: whose the rows of a decode batch are,
-    where the engine has made a request of each. ``slots``: what the last top-k wrote for the
-    attention. ``rows``: the rows of a prefill that is sharded among ranks (SGLang).
+    ``kind``: the kind of layer whose indexer runs; None if the plugin cannot tell the kind.
+    ``selection``: how that indexer selects (SGLang). ``request_bf16``: the DeepGEMM call inside
+    writes bfloat16. ``fill_skipped``: the call of the op omits the fill with -1. ``gather``:
+    the key gather that waits for a reader. ``requests``: the requests that the rows of a decode
+    batch belong to, where the engine has made one request of each row. ``slots``: what the last
+    top-k wrote for the attention. ``rows``: the rows of a prefill that is sharded among ranks
+    (SGLang).
     """
 
     kind: Hashable | None = None
@@ -55,12 +56,13 @@ class CallContext(threading.local):
 
 
 class Adapter:
-    """``engine`` names the engine with its version. ``patches`` are the patches of each seam.
+    """The adapter's state: ``engine`` names the engine with its version.
 
-    ``decisions`` has the decision for each kind of layer or call; ``decision`` holds where the
-    plugin cannot tell the kind. ``layers`` are the living layers, with the policy's facts about
-    each. ``kinds`` maps a layer, as a call names it, to its kind; it is empty where one decision
-    holds for every layer. ``off`` are the parts that failed and were switched off.
+    ``patches`` are the patches of each seam. ``decisions`` has the decision for each kind of layer
+    or call; ``decision`` is for calls whose kind the plugin cannot tell. ``layers`` are the living
+    layers, with the policy's facts about each. ``kinds`` maps a layer, as a call names it, to its
+    kind; it is empty where one decision is for every layer. ``off`` are the parts that failed and
+    were switched off.
     """
 
     def __init__(self, engine: str) -> None:
@@ -107,7 +109,7 @@ class Adapter:
         return bool(patches)
 
     def problems(self, name: str) -> list[str]:
-        """Return why a seam cannot be used; an empty list if it can."""
+        """Return why the plugin cannot use a seam; an empty list if it can."""
         seam = state.seams.get(name)
         if seam is None or seam.where is None:
             why = seam.why if seam else "not looked"
@@ -157,8 +159,8 @@ class Adapter:
 
         ``kind`` is hashable, has a ``device``, and its text names it in the log. ``dtypes`` are
         those of ``auto``, best first. ``possible`` and ``report`` run only if nothing is decided.
-        ``shard`` returns why prefills of this kind are not sharded, where that is asked for; None:
-        they never are.
+        ``shard`` returns why the plugin cannot shard prefills of this kind; the adapter calls it if
+        ``DSV4_SHARD_PREFILL`` is set. None: it never can.
 
         Raises:
             SettingError: a setting has a value it cannot have.
@@ -230,7 +232,7 @@ class Adapter:
         calls that are left to the engine's own kernel, because that is faster there.
         """
         why = "; ".join(f"not {name}: {'; '.join(reasons)}" for name, reasons in passed.items())
-        if selection is None:  # a reason against the last dtype is one against all
+        if selection is None:  # the reasons against the last dtype are reasons against all
             why = "; ".join(list(passed.values())[-1])
         reasons: dict[str, str | None] = dict.fromkeys(names, why if selection is None else None)
         if "logits" in names and selection and (selection.dtype, selection.logits) == _UNTOUCHED:

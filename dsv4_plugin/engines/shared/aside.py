@@ -1,15 +1,15 @@
 """Which calls ``DSV4_TOPK=auto`` leaves to the engine's own top-k, because that is faster there.
 
-Only where the engine's kernel takes the same input and is exact: float32 logits that the engine
-wrote. Every decision is made of what the host knows, once for a captured graph: how many rows a
-call has, and how long a row can be at most. How long the rows are is on the device. So the
-engine's kernel gets a call if it was the faster one, or as fast, at *every* length that the call
-can have, and faster at some, in as many rows as the call has. With more rows than were measured,
-the most that were measured decide. What else was not measured stays with
-the plugin. :mod:`dsv4_plugin.engines.shared.aside_table` has what was measured.
+The plugin leaves a call only if the engine's kernel takes the same input and is exact: float32
+logits that the engine wrote. It decides by what the host knows, once for a captured graph: the
+number of rows of the call, and the longest row that is possible. The lengths are on the device. So
+the engine's kernel gets a call of that many rows if it was measured to be as fast or faster at
+*every* length that the call can have, and faster at some. With more rows than were measured, the
+largest measured number of rows decides. The plugin keeps everything else that was not measured.
+:mod:`dsv4_plugin.engines.shared.aside_table` has the figures.
 
-A setting that demands the plugin (:func:`.decision.binding`, and any ``DSV4_TOPK`` but ``auto``)
-gets the plugin in every call.
+With a setting that demands the plugin (:func:`.decision.binding`, and any ``DSV4_TOPK`` but
+``auto``) the plugin serves every call.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from dsv4_plugin.envs import Settings
 
 __all__ = ["BACKENDS", "engage", "faster", "said", "shapes"]
 
-BACKENDS = ("cuda",)  # what was measured beside the engines' kernels
-# A release's numbers, and what stands before it: candidates and builds of the commits before.
+BACKENDS = ("cuda",)  # the implementations that were measured beside the engines' kernels
+# The numbers of a release, and a mark of what comes before it: a candidate, or a build of an
+# earlier commit.
 _PARTS = re.compile(r"v?(\d+(?:\.\d+)*)(?:[-_.]?(a|b|c|rc|alpha|beta|pre|preview|dev)\d)?")
 
 
 def engage(
     selection: Selection | None, settings: Settings, engine: str, device: torch.device
 ) -> Selection | None:
-    """Return the selection, with ``aside`` set where the engine's kernel may get some calls.
+    """Return the selection, with ``aside`` set if the engine's kernel may get some calls.
 
-    ``engine`` is its name with the release. A release before the one that was measured keeps
-    nothing, nor does a release candidate or a build of it: its kernel may be slower, or not exact.
-    A GPU with another number of multiprocessors than the one that was measured keeps nothing
-    either: another kernel may be the faster one there.
+    ``engine`` is the engine's name with its release. A release before the one that was measured
+    gets no call, and neither does a candidate or an earlier build of that release: its kernel may
+    be slower, or not exact. On a GPU with another number of multiprocessors than the measured one
+    the engine gets no call either, because another kernel may be the faster one there.
     """
     if (
         selection is None
@@ -79,21 +80,21 @@ def _reaches(release: str, since: tuple[int, ...]) -> bool:
 def faster(selection: Selection, call: str, k: int, rows: int, longest: int, width: int) -> bool:
     """Whether the engine's own kernel gets a call of ``rows``, each of ``longest`` at most.
 
-    ``width`` is that of their buffer: the plugin cuts a row by it for its CTAs.
+    ``width`` is the width of their buffer, by which the plugin divides a row among its CTAs.
     """
     name = f"{selection.aside}.{call}"
     if not selection.aside or width > table.WIDEST.get(name, 0):
         return False
     wide = width > table.NARROW
     measured = [(entry[0], entry[1 + wide]) for entry in table.LONGEST.get((name, k), ())]
-    # Between two counts of rows that were measured both count; beyond the last one that does.
+    # Between two measured counts of rows both must agree; beyond the largest, that one decides.
     below = [most for count, most in measured if count <= rows][-1:]
     above = [most for count, most in measured if count >= rows][:1] or below
     return bool(below) and 0 < longest <= min(*below, *above)
 
 
 def said(selection: Selection | None, ks: Iterable[int]) -> str:
-    """Name the calls that the engine's kernel gets, for the log; empty where there are none."""
+    """Name the calls that the engine's kernel gets, for the log; empty if there are none."""
     if selection is None or not selection.aside:
         return ""
     known = set(ks)

@@ -33,7 +33,7 @@ class Selection:
     layers attend to the same indices. ``candidates``: the layer chooses or uses candidate blocks,
     and its logits are computed once it is known which. ``aside``: the engine whose own kernel gets
     the calls in which it is faster (:mod:`.aside`), ``""`` where the plugin serves every call.
-    ``prefill_logits``: who writes those of prefill, where that is not who writes all others.
+    ``prefill_logits``: the writer of the logits of prefill, if it is not ``logits``.
     """
 
     dtype: str
@@ -57,7 +57,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the plugin does at a call. ``None`` leaves the part to the engine.
+    """What the plugin does at a call. A part that is ``None`` is the engine's.
 
     ``enabled`` False: every patched name calls the original. ``gather`` is a backend.
     """
@@ -77,7 +77,7 @@ def unique(reasons: Iterable[str]) -> list[str]:
 
 
 def explicit() -> bool:
-    """Whether a setting must be met or refused; True also if a setting is wrong."""
+    """Whether a setting is explicit: the plugin meets it or raises. True if a setting is wrong."""
     try:
         now = envs.settings()
     except SettingError:
@@ -87,7 +87,7 @@ def explicit() -> bool:
 
 
 def binding(settings: Settings) -> str | None:
-    """Return the setting that makes ``DSV4_TOPK=auto`` an error where nothing can be had."""
+    """Return the setting that makes ``DSV4_TOPK=auto`` an error if the plugin cannot serve."""
     if settings.logits == "plugin":
         return "DSV4_LOGITS=plugin"
     if settings.strict:

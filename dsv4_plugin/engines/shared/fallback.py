@@ -25,14 +25,14 @@ def serve(
     rows: int = 1,
     aside: bool = False,
 ) -> None:
-    """Run ``plugin`` where there is a ``selection`` for this call, else or if it raises ``engine``.
+    """Run ``plugin`` if there is a ``selection`` for this call; else, or if it fails, ``engine``.
 
     ``aside``: the plugin leaves the call to the engine, whose own kernel is faster in its shape.
 
-    An error of the plugin is logged once and switches the top-k off for the process (one that is
-    about this call's form only, :class:`UnmetError`, does not); with ``DSV4_STRICT=1`` it is
-    raised. ``watch`` runs once the plugin has served: it is the shadow, and must not raise. A call
-    of no ``rows`` is not counted.
+    An error of the plugin is logged once and switches the top-k off for the process. An
+    :class:`UnmetError` does not switch it off, because it concerns the form of this call only.
+    With ``DSV4_STRICT=1`` every error is raised. ``watch`` runs after the plugin has served: it is
+    the shadow, and must not raise. A call of no ``rows`` is not counted.
     """
     now = adapter.current()
     if selection is not None and aside:

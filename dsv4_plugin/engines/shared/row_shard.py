@@ -1,17 +1,17 @@
 """The rows of an indexer prefill, sharded among the ranks of a tensor-parallel group.
 
-Without it every rank scores and selects the same rows. Here each rank does so for one slice of
-them, and one gather of int32 indices a layer brings all rows to all ranks. A row is one rank's from
-end to end, so nothing is merged, and the answer is the one of a rank alone.
+Without sharding every rank scores and selects all rows. Here each rank scores and selects one slice
+of them, and one gather of int32 indices for each layer brings all rows to all ranks. One rank
+computes a whole row, so nothing is merged, and the answer is that of a single rank.
 
-Ranks that disagree would hang or mix their rows. What excludes it:
+Ranks that disagree would hang or mix their rows. This excludes it:
 
 * The slices, and whether a prefill is sharded at all, come from lengths that the scheduler gave
-  every rank alike. Nothing is read from the device.
+  to every rank. Nothing is read from the device.
 * Every rank takes part in every gather, with an empty slice too, in the order of the layers.
-* No error is caught between slices and gather. Where a kernel of the plugin fails on one rank, the
-  engine's selects the same slice there, and then that rank comes to the gather.
-* At the start each rank tells the others that it shards, and waits until all have (:func:`agree`).
+* The plugin catches no error between slices and gather. If a kernel of the plugin fails on one
+  rank, the engine's kernel selects the same slice there, and then that rank comes to the gather.
+* At the start each rank tells the others that it shards, and waits for them (:func:`agree`).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from dsv4_plugin.version import __version__
 __all__ = ["FEWEST_KEYS", "SETTING", "Group", "Shard", "agree", "exchange", "shard"]
 
 SETTING = "DSV4_SHARD_PREFILL=1"
-# A prefill is sharded if its rows see so many keys together, beyond KEYS_PER_INDEX keys for each
-# index that is gathered. Both are estimates until two GPUs measured them: 2,048 rows of 32,768 keys
-# take 1.0 ms (benchmarks/results/h200_logits.json, h200_topk_prefill.json), so these keys take
-# 0.5 ms, of which two ranks save half, and a gather is expected to take less than 0.1 ms.
+# A prefill is sharded if its rows together see at least FEWEST_KEYS keys, and KEYS_PER_INDEX more
+# for each index that is gathered. Both are estimates and were not measured on two GPUs: 2,048 rows
+# of 32,768 keys take 1.0 ms (benchmarks/results/h200_logits.json, h200_topk_prefill.json), so 2^25
+# keys take 0.5 ms. Two ranks save half of it. A gather is expected to take less than 0.1 ms.
 FEWEST_KEYS = 1 << 25
 KEYS_PER_INDEX = 4
 _PATIENCE = datetime.timedelta(minutes=5)
@@ -51,7 +51,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Shard:
-    """Who has which rows: rank ``r`` those from ``bounds[r]`` up to ``bounds[r + 1]``."""
+    """Which rank has which rows: rank ``r`` has those from ``bounds[r]`` to ``bounds[r + 1]``."""
 
     group: Group
     bounds: tuple[int, ...]
@@ -76,18 +76,18 @@ class Shard:
 def shard(
     group: Group, queries: Any, lengths: Any, ratio: int, k: int, first: int = 0
 ) -> Shard | None:
-    """Cut the rows of a prefill into slices of about as many scored keys; None: it is too small.
+    """Cut the rows of a prefill into slices with about the same number of scored keys each.
 
-    Row ``j`` of a request of ``queries`` rows and ``lengths`` tokens sees the keys of all tokens up
-    to its own, a key for ``ratio`` tokens. Slices may be empty.
+    Returns None if the prefill is too small. A row of a request sees the keys of all tokens up to
+    its own, one key for ``ratio`` tokens. Slices may be empty.
 
     Args:
         group: the ranks.
-        queries: rows of each request, in row order; numbers or a tensor of the host.
+        queries: rows of each request, in row order; numbers or a tensor on the host.
         lengths: tokens of each request, its rows included; likewise.
-        ratio: tokens a key.
+        ratio: tokens for each key.
         k: indices of a row.
-        first: the first row's number.
+        first: the number of the first row.
     """
     rows_of, tokens = (
         torch.as_tensor(x, dtype=torch.int64, device="cpu") for x in (queries, lengths)
@@ -105,9 +105,9 @@ def shard(
 
 
 def exchange(shard: Shard, rows: torch.Tensor) -> None:
-    """Fill the rows of all other ranks: ``rows`` int32 ``[every row, k]`` has this rank's.
+    """Fill in the rows of all other ranks; ``rows``, int32 ``[every row, k]``, has this rank's.
 
-    The pieces are as long as the longest slice, so that one gather of equal pieces does it.
+    Each rank sends a piece as long as the longest slice, so one gather of equal pieces is enough.
     """
     first, bounds, group = shard.bounds[0], shard.bounds, shard.group
     sizes = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
@@ -125,13 +125,14 @@ def agree(
 ) -> list[str]:
     """Tell the ranks of a group that this one shards; returns why not all of them do.
 
-    It goes through torch's store, not through the group: a rank that does not shard comes to no
-    collective of the plugin, and the plugin must not meet one of the engine's.
+    The ranks speak through torch's store and not through the group: a rank that does not shard
+    would not come to a collective of the plugin, and that collective must not meet one of the
+    engine's.
 
     Args:
-        members: the global ranks of the group, in its order.
+        members: the global ranks of the group, in the group's order.
         rank: this rank's place among them.
-        patience: how long the others may take to come here; five minutes if it is None.
+        patience: how long this rank waits for the others; five minutes if it is None.
     """
     try:
         store: Any = torch.distributed.distributed_c10d._get_default_store()

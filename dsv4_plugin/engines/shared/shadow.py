@@ -5,12 +5,10 @@ selection goes to a scratch buffer. :class:`.shadow_report.Field` lists what is 
 here is logged once and ends the shadow, never the call.
 
 **Under CUDA graphs** Python runs at capture only. So a replay consists of tensor operations of
-fixed
-shapes: both selections, the comparison, and the copy of the counters to pinned host memory. The
-counters and their mirror are allocated outside of any capture (:func:`prepare`). They live as long
-as the process, because a graph may write to them at any time. Scratch memory that is allocated
+fixed shapes: both selections, the comparison, and the copy of the counters to pinned host memory.
+The counters and their mirror are allocated outside of any capture (:func:`prepare`). They live as
+long as the process, because a graph may write to them at any time. Scratch memory that is allocated
 during a capture comes from the graph's pool.
-
 """
 
 from __future__ import annotations

@@ -227,11 +227,12 @@ SEAMS = (
     Seam(
         "shard",
         ((SHARDS_ITSELF,), SHARD),
-        puts="a step's prefill chunks with the rows of this rank alone, and behind the last chunk "
-        "of a layer a gather of all indices. Patched only under `DSV4_SHARD_PREFILL=1`, when a "
-        "layer is built, and only in the second form: the first is vLLM's own sharding",
+        puts="a step's prefill chunks with the rows of this rank alone, and after the last chunk "
+        "of a layer a gather of all indices. The plugin patches only with "
+        "`DSV4_SHARD_PREFILL=1`, when a layer is built, and only the second form: the first is "
+        "vLLM's own sharding",
         why="every tensor-parallel rank scores and selects all rows of a prefill",
-        until="the oldest release served is 0.32, which does it itself",
+        until="the oldest release that the plugin serves is 0.32, which shards them itself",
         upstream="vLLM #53691, #54394",
         late=True,
         optional=True,

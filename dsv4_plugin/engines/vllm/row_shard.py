@@ -1,10 +1,10 @@
-"""The rows of a prefill sharded among tensor-parallel ranks, where vLLM does not do it: to 0.31.
+"""Shards the rows of a prefill among tensor-parallel ranks in vLLM up to 0.31; 0.32 does it itself.
 
 vLLM's metadata builder cuts the prefill of a step into chunks, once for all layers. The plugin
-narrows them to this rank's slice (:func:`narrow`) and puts a chunk of no rows behind them. For each
+narrows the chunks to this rank's slice (:func:`narrow`) and appends a chunk without rows. For each
 chunk vLLM's indexer calls ``_merge_dcp_topk_global``, which does nothing without decode context
-parallelism; called for that last chunk, the plugin gathers (:func:`gather`). So a chunk's rows need
-not be those of another rank's chunk: only the slices count, and each layer has one gather.
+parallelism. At the call for the appended chunk the plugin gathers (:func:`gather`). Two ranks may
+have different chunks: only the slices matter, and each layer has one gather.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ATTRIBUTE = "_dsv4_shard"
 
 
 def unmet(config: Any, platform: Any, layers: Iterable[Layer]) -> list[str]:
-    """Return why the rows cannot be sharded under this configuration; alike on every rank."""
+    """Return why this configuration excludes sharding; the same on every rank."""
     import vllm.envs
 
     parallel: Any = getattr(config, "parallel_config", None)
@@ -81,7 +81,7 @@ def group() -> Group:
 def narrow(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """Build a step's metadata, and narrow its prefill chunks to the rows of this rank."""
     made, now = original(self, *args, **kwargs), current()
-    # A subclass of vLLM's has layers of its own, which read the chunks in another way.
+    # A subclass of vLLM's builder belongs to other layers, which read the chunks in another way.
     if now.group is None or type(self).__name__ != "DeepseekV32IndexerMetadataBuilder":
         return made
     if not now.intact("shard"):
@@ -101,10 +101,10 @@ def narrow(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -
 
 
 def _chunks(chunks: list[Any], cut: Shard) -> list[Any]:
-    """Return the chunks with the rows of this rank alone, and one of no rows at the end.
+    """Return the chunks with the rows of this rank alone, and one without rows at the end.
 
-    A chunk that leaves out the gather of the keys reads those of the chunk before. Where that one
-    is not there any more it gathers them itself.
+    A chunk that skips the gather of the keys reads the keys that the chunk before it gathered. If
+    this rank does not have that chunk, the chunk gathers the keys itself.
     """
     narrowed, gathered = [], False
     for chunk in chunks:
@@ -135,11 +135,11 @@ def gather(
     original: Callable[..., Any], logits: torch.Tensor, indices: torch.Tensor, *args: Any,
     **kwargs: Any,
 ) -> Any:  # fmt: skip
-    """Bring the indices of all rows to all ranks, where the last chunk of a layer is done."""
+    """Bring the indices of all rows to all ranks, at the call for a layer's appended chunk."""
     cut = getattr(kwargs.get("row_starts"), _ATTRIBUTE, None)
     if cut is None:
         return original(logits, indices, *args, **kwargs)
-    # The last chunk's rows: none, from the first of the prefill on, in the engine's buffer.
+    # The appended chunk has no rows; its view begins at the prefill's first row in vLLM's buffer.
     rows = cut.every_row.stop - cut.every_row.start
     shape, stride = (rows, indices.shape[1]), indices.stride()
     exchange(cut, indices.as_strided(shape, stride, indices.storage_offset()))
