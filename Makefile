@@ -9,7 +9,7 @@
 PYTHON   ?= python3
 VENV     ?= .venv
 VLLM_ENV ?= .venvs/vllm-cpu
-HOSTS_ENV ?= .venvs/hosts-cpu
+ENGINES_ENV ?= .venvs/engines-cpu
 AUDIT    ?= .venvs/audit
 DOCS_ENV ?= .venvs/docs
 TORCH    ?= torch==2.13.0
@@ -22,7 +22,7 @@ TORCHES  ?= python3.10:torch==2.11.0 python3.12:torch==2.12.1 python3.11:torch==
             python3.13:torch==2.14.1 python3.12:torch==2.15.0
 
 export DSV4_VLLM_ENV = $(abspath $(VLLM_ENV))
-export DSV4_HOSTS_ENV = $(abspath $(HOSTS_ENV))
+export DSV4_ENGINES_ENV = $(abspath $(ENGINES_ENV))
 
 ifdef PY
   READY :=
@@ -39,7 +39,7 @@ CSRC   := $(wildcard csrc/* csrc/bindings/* csrc/include/dsv4/*/*)
 CLANG_FORMAT = $(PY) -c "import clang_format; clang_format.clang_format()"
 CPPTREE = $(shell git ls-files -co --exclude-standard '*.cu' '*.cuh' 'csrc/bindings/*.h')
 
-.PHONY: help env demo test test-gpu lint format docs check-site audit wheel manylinux check-wheel so clean vllm-env hosts-env
+.PHONY: help env demo test test-gpu lint format docs check-site audit wheel manylinux check-wheel so clean vllm-env engines-env
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,13 +59,13 @@ vllm-env:
 
 # SGLang (four releases) and TokenSpeed (one) in the same way, for tests/engines/sglang and
 # tests/engines/tokenspeed: some 2.8 GB, once. Python 3.11 or later.
-hosts-env:
-	$(PYTHON) tests/environments/make_hosts_cpu_env.py --dir $(HOSTS_ENV)
+engines-env:
+	$(PYTHON) tests/environments/make_engines_cpu_env.py --dir $(ENGINES_ENV)
 
 demo: vllm-env  ## real vLLM indexer code on this CPU, with the plugin and without it
 	$(VLLM_ENV)/bin/python examples/demo_vllm_cpu.py
 
-test: $(READY) vllm-env hosts-env  ## every test that needs no GPU; a CUDA device, if there is one, is not used
+test: $(READY) vllm-env engines-env  ## every test that needs no GPU; a CUDA device, if there is one, is not used
 	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA device; without one they fail

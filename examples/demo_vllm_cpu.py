@@ -52,7 +52,7 @@ def run_release() -> dict:
     load_general_plugins()  # vLLM itself finds the plugin's entry point
 
     import torch
-    from kits.vllm_host import STANDS_IN, Engine
+    from kits.vllm_engine import STANDS_IN, Engine
 
     import dsv4_plugin
 

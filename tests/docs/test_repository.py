@@ -105,4 +105,4 @@ def test_make_shows_every_target() -> None:
     done = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True)
     shown = set(re.findall(r"^\s+make ([a-z-]+)", done.stdout, re.M))
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
-    assert phony and shown == set(phony[1].split()) - {"hosts-env", "vllm-env"}
+    assert phony and shown == set(phony[1].split()) - {"engines-env", "vllm-env"}

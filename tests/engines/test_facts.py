@@ -1,4 +1,4 @@
-"""The process facts in ``DSV4_LOG=debug``; ``host_debug.py`` tests its seams and decisions."""
+"""The process facts in ``DSV4_LOG=debug``; ``case_debug.py`` tests its seams and decisions."""
 
 from __future__ import annotations
 

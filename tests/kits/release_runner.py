@@ -28,12 +28,12 @@ class Releases:
     """The releases of one engine, and the Python environment that they share.
 
     ``paths`` are the folders of a release in it, ``arguments`` those of its maker in ``examples/``.
-    ``DSV4_HOSTS_ENV`` or ``DSV4_VLLM_ENV`` names another environment. Variables that begin with
+    ``DSV4_ENGINES_ENV`` or ``DSV4_VLLM_ENV`` names another environment. Variables that begin with
     ``drop`` do not reach a release.
     """
 
     engine: str
-    environment: str  # "hosts" or "vllm"
+    environment: str  # "engines" or "vllm"
     paths: tuple[str, ...]
     arguments: tuple[str, ...]
     drop: str
@@ -75,12 +75,12 @@ class Releases:
         files: Sequence[str] = (),
         more: Mapping[str, str] | None = None,
     ) -> None:
-        """Run ``host_*.py`` of ``cases``, or these ``files`` of it; every case must pass.
+        """Run ``case_*.py`` of ``cases``, or these ``files`` of it; every case must pass.
 
         ``more``: variables that the run gets.
         """
         label, paths = f"{self.engine} {version}", self.find(version)
-        files = files or sorted(path.name for path in cases.glob("host_*.py"))
+        files = files or sorted(path.name for path in cases.glob("case_*.py"))
         # -c and --confcutdir: the settings and hooks of this run are not the release's.
         run = subprocess.run(
             [

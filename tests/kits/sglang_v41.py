@@ -1,6 +1,6 @@
 """Run the index layers of DeepSeek-V4.1 in SGLang: on a CPU for the tests, on a GPU for figures.
 
-It uses :mod:`kits.sglang_host`, from 0.5.22 on. SGLang's own Python runs: the two factories where
+It uses :mod:`kits.sglang_engine`, from 0.5.22 on. SGLang's own Python runs: the two factories where
 its attention backend has them, ``DeepseekV4AttnBackend._low_ratio_index_topk`` with the inputs
 that it makes, ``DeepseekV41Indexer`` (projections, rotation, FP4 rounding), the methods of both
 objects, the metadata, the index pool's readers, and its Triton kernels, on a CPU in Triton's
@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from kits.host_parts import Call, spans_of, upstream_rows
-from kits.sglang_host import Engine
+from kits.engine_parts import Call, spans_of, upstream_rows
+from kits.sglang_engine import Engine
 from kits.stand_ins import stand_in
 
 __all__ = ["LAYERS", "STANDS_IN", "STANDS_IN_ON_GPU", "V41", "Batch", "Model", "start"]

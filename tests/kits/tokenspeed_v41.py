@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kits.host_parts import HEAD_DIM, KEY_BYTES, oracle
+from kits.engine_parts import HEAD_DIM, KEY_BYTES, oracle
 from kits.stand_ins import Empty
 
 __all__ = ["BLOCKS", "HEADS", "LAYERS", "PIECE", "K", "OnGpu", "Step", "V41"]
@@ -51,7 +51,7 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class V41:
-    """The op of an engine of :mod:`kits.tokenspeed_host`, and the backend that calls it."""
+    """The op of an engine of :mod:`kits.tokenspeed_engine`, and the backend that calls it."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine

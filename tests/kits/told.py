@@ -1,4 +1,4 @@
-"""The content of ``DSV4_LOG=debug`` in every engine; used by ``host_debug.py`` of each."""
+"""The content of ``DSV4_LOG=debug`` in every engine; used by ``case_debug.py`` of each."""
 
 from __future__ import annotations
 

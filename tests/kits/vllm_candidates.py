@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from kits.host_parts import Call
+from kits.engine_parts import Call
 
 __all__ = ["Candidates"]
 

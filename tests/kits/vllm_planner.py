@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from kits.host_parts import HEAD_DIM, KEY_BYTES, make_cache
-from kits.vllm_host import Engine, Problem
+from kits.engine_parts import HEAD_DIM, KEY_BYTES, make_cache
+from kits.vllm_engine import Engine, Problem
 
 __all__ = ["Planner", "World"]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from kits.host_tensors import in_row
-from kits.sglang_host import STANDS_IN, STANDS_IN_ON_GPU, Engine, Layer, Problem
+from kits.engine_tensors import in_row
+from kits.sglang_engine import STANDS_IN, STANDS_IN_ON_GPU, Engine, Layer, Problem
 
 import dsv4_plugin
 from benchmarks.engines.forward.parts import (

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from kits.host_tensors import ARENA, PAGE, Decode, Prefill, in_row, key_values, plane
+from kits.engine_tensors import ARENA, PAGE, Decode, Prefill, in_row, key_values, plane
 from kits.inputs import slot_list
-from kits.tokenspeed_host import STANDS_IN, STANDS_IN_ON_GPU, Engine
+from kits.tokenspeed_engine import STANDS_IN, STANDS_IN_ON_GPU, Engine
 
 import dsv4_plugin
 from benchmarks.engines.forward import tokenspeed_v41

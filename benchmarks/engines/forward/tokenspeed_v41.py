@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from kits.host_tensors import ARENA, PAGE, plane
+from kits.engine_tensors import ARENA, PAGE, plane
 from kits.oracles import fp8_keys
 from kits.tokenspeed_v41 import BLOCKS, HEADS, LAYERS, PIECE, V41, K, OnGpu
 

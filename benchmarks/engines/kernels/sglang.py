@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from kits.host_tensors import PAGE, deep_gemm_buffer, in_row, page_table
+from kits.engine_tensors import PAGE, deep_gemm_buffer, in_row, page_table
 from kits.inputs import poison_tail
 
 from benchmarks.engines.choices import SGLANG_CALLS

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from kits.host_tensors import ARENA, PAGE, Decode, Prefill, in_row, key_values, plane
+from kits.engine_tensors import ARENA, PAGE, Decode, Prefill, in_row, key_values, plane
 from kits.inputs import mxfp4_cache, slot_list
 from kits.oracles import fp8_keys, mxfp4_keys
 

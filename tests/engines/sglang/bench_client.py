@@ -9,7 +9,7 @@ import runpy
 import sys
 import types
 
-from kits.sglang_host import prepare
+from kits.sglang_engine import prepare
 
 prepare()
 if importlib.util.find_spec("datasets") is None:

@@ -1,3 +1,3 @@
-"""The cases in ``host/`` run inside a release of the engine; ``test_releases.py`` starts them."""
+"""The cases in ``cases/`` run inside a release of the engine; ``test_releases.py`` starts them."""
 
 collect_ignore = ["bench_client.py", "engine"]

@@ -1,8 +1,9 @@
 """The adapter against real SGLang code, one process for each release.
 
-The cases are in ``host/``. They need an environment of their own (``make_hosts_cpu_env.py``), with
-torch for the CPU and the Python files of each release. Under ``DSV4_CI=1`` the tests make it if it
-is missing. ``DSV4_HOSTS_ENV`` names another folder, ``DSV4_SGLANG_VERSIONS`` other releases.
+The cases are in ``cases/``. They need an environment of their own (``make_engines_cpu_env.py``)
+with torch for the CPU and the Python files of each release. Under ``DSV4_CI=1`` the tests make it
+if it is missing. ``DSV4_ENGINES_ENV`` names another folder, ``DSV4_SGLANG_VERSIONS`` other
+releases.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ import pytest
 from kits.real_client import check
 from kits.release_runner import Releases, versions
 
-CASES = Path(__file__).resolve().parent / "host"
+CASES = Path(__file__).resolve().parent / "cases"
 VERSIONS = versions("DSV4_SGLANG_VERSIONS", "0.5.23,0.5.16")
 # Between the newest and the oldest: what is patched, decided and said, without the calls.
 MIDDLE_VERSIONS = ["0.5.20", "0.5.19"]
 # The seams of DeepSeek-V4.1 and of the budget are there from 0.5.22 on.
 V41_VERSIONS = versions("DSV4_SGLANG_VERSIONS", "0.5.23,0.5.22")
 RELEASES = Releases(
-    "SGLang", "hosts", ("sglang/{}",),
+    "SGLang", "engines", ("sglang/{}",),
     (
         "--sglang", ",".join(dict.fromkeys((*VERSIONS, *MIDDLE_VERSIONS, *V41_VERSIONS))),
         "--tokenspeed", "",
     ),
     "SGLANG_",
 )  # fmt: skip
-V41_FILES = ["host_budget.py", *sorted(path.name for path in CASES.glob("host_v41_*.py"))]
-FILES = sorted({path.name for path in CASES.glob("host_*.py")} - {*V41_FILES})
-MIDDLE_FILES = ["host_debug.py", "host_flag.py", "host_guard.py", "host_hooks.py"]
+V41_FILES = ["case_budget.py", *sorted(path.name for path in CASES.glob("case_v41_*.py"))]
+FILES = sorted({path.name for path in CASES.glob("case_*.py")} - {*V41_FILES})
+MIDDLE_FILES = ["case_debug.py", "case_flag.py", "case_guard.py", "case_hooks.py"]
 FEWEST_CASES, MIDDLE_FEWEST_CASES, V41_FEWEST_CASES = 175, 115, 75
 # SGLang's Triton kernels run in Triton's interpreter.
 INTERPRET = {"TRITON_INTERPRET": "1"}

@@ -1,8 +1,9 @@
 """The adapter against real TokenSpeed code, one process for each release.
 
-The cases are in ``host/``. They need an environment of their own (``make_hosts_cpu_env.py``), with
-torch for the CPU and the Python files of each release. Under ``DSV4_CI=1`` the tests make it if it
-is missing. ``DSV4_HOSTS_ENV`` names another folder, ``DSV4_TOKENSPEED_VERSIONS`` other releases.
+The cases are in ``cases/``. They need an environment of their own (``make_engines_cpu_env.py``)
+with torch for the CPU and the Python files of each release. Under ``DSV4_CI=1`` the tests make it
+if it is missing. ``DSV4_ENGINES_ENV`` names another folder, ``DSV4_TOKENSPEED_VERSIONS`` other
+releases.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from pathlib import Path
 import pytest
 from kits.release_runner import Releases, versions
 
-CASES = Path(__file__).resolve().parent / "host"
+CASES = Path(__file__).resolve().parent / "cases"
 VERSIONS = versions("DSV4_TOKENSPEED_VERSIONS", "0.1.1")
 RELEASES = Releases(
-    "TokenSpeed", "hosts", ("tokenspeed/{}/runtime", "tokenspeed/{}/kernel"),
+    "TokenSpeed", "engines", ("tokenspeed/{}/runtime", "tokenspeed/{}/kernel"),
     ("--sglang", "", "--tokenspeed", ",".join(VERSIONS)), "TOKENSPEED_",
 )  # fmt: skip
 FEWEST_CASES = 320

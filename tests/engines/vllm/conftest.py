@@ -1,3 +1,3 @@
-"""The cases in ``host/`` run inside a vLLM release; ``test_releases.py`` starts them."""
+"""The cases in ``cases/`` run inside a vLLM release; ``test_releases.py`` starts them."""
 
 collect_ignore = ["bench_client.py", "engine"]

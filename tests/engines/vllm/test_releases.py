@@ -1,6 +1,6 @@
 """The adapter against real vLLM code, one process for each release.
 
-The cases are in ``host/``. They need an environment of their own (``make_vllm_cpu_env.py``), with
+The cases are in ``cases/``. They need an environment of their own (``make_vllm_cpu_env.py``), with
 torch for the CPU and the Python files of each release. Under ``DSV4_CI=1`` the tests make it if it
 is missing. ``DSV4_VLLM_ENV`` names another folder, ``DSV4_VLLM_VERSIONS`` other releases.
 """
@@ -13,13 +13,13 @@ import pytest
 from kits.real_client import check
 from kits.release_runner import Releases, versions
 
-CASES = Path(__file__).resolve().parent / "host"
+CASES = Path(__file__).resolve().parent / "cases"
 VERSIONS = versions("DSV4_VLLM_VERSIONS", "0.33.0,0.26.0")
 # Between the newest and the oldest: the releases with DeepSeek-V4.1, for its cases alone.
 V41_VERSIONS = ["0.32.0", "0.31.0", "0.30.0"]
-V41_CASES = ["host_candidates.py"]
+V41_CASES = ["case_candidates.py"]
 # 0.31 is the last release that does not shard the rows of a prefill itself.
-ALSO = {"0.30.0": ["host_candidates_shadow.py"], "0.31.0": ["host_shard.py"]}
+ALSO = {"0.30.0": ["case_candidates_shadow.py"], "0.31.0": ["case_shard.py"]}
 RELEASES = Releases(
     "vLLM", "vllm", ("releases/{}",),
     ("--versions", ",".join(dict.fromkeys(VERSIONS + V41_VERSIONS))), "VLLM_PLUGINS",
