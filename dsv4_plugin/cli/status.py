@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Say in which processes of a running server the plugin serves. The server needs "
         "DSV4_STATUS_DIR in its environment. Exit code 0: the plugin serves in all of them (or in "
-        "--workers), and no part of it failed. 1: it does not. 2: the server cannot be asked."
+        "--workers), and no part of it failed. Calls that `auto` leaves to a faster kernel of the "
+        "engine count as served. 1: it does not. 2: the server cannot be asked."
     )
     parser.add_argument(
         "where", metavar="DIR|URL",
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: there is no such folder, or no such server.
     """
     found = _asked(arguments.where)
-    engaged = [status for status in found if statuses.served(status)]
+    engaged = [status for status in found if statuses.at_work(status)]
     wanted = arguments.workers or len(found)
     failed = statuses.failures(found)
     good = bool(engaged) and len(engaged) >= wanted and not failed

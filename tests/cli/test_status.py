@@ -47,9 +47,17 @@ def test_a_server_at_work(tmp_path: Path, ask: Any) -> None:
     assert verdict == "dsv4-plugin: engaged in 1 of 1 processes"
 
 
+def test_calls_that_auto_leaves_to_the_engine_count_as_served(tmp_path: Path, ask: Any) -> None:
+    status(tmp_path, counters={"topk.decode.aside": 3, "topk.decode.upstream": 1})
+    code, said = ask(tmp_path)
+    assert code == 0 and "plugin: no call; engine: topk.decode.aside 3" in said
+    assert said.endswith("engaged in 1 of 1 processes\n")
+
+
 @pytest.mark.parametrize(
     ("fields", "arguments", "says"),
     [
+        ({"counters": {"topk.decode.aside": 0}}, [], "engaged in 0 of 1 processes"),
         ({"counters": {"topk.decode.upstream": 3}}, [], "engaged in 0 of 1 processes"),
         ({}, ["--workers", "2"], "engaged in 1 of 2 processes"),
         ({"failures": {"topk": "RuntimeError: x"}}, [], "switched off: process"),

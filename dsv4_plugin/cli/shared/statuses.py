@@ -8,9 +8,10 @@ from typing import Any
 
 from dsv4_plugin.processes import reports
 
-__all__ = ["ENGINES", "failures", "of_folder", "of_metrics", "served"]
+__all__ = ["ENGINES", "at_work", "failures", "of_folder", "of_metrics", "served"]
 
-ENGINES = (".upstream", ".aside")  # how the counters of calls end that the engine served
+ASIDE = ".aside"  # how the counters of calls end that the plugin left to the engine on purpose
+ENGINES = (".upstream", ASIDE)  # and of all calls that the engine served
 
 _SAMPLE = re.compile(r"(dsv4_[a-z_]+)\{([^}]*)\} (\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -47,6 +48,12 @@ def served(status: dict[str, Any]) -> dict[str, int]:
     """Return the counters of calls that the plugin served."""
     counters = status.get("counters", {})
     return {n: c for n, c in counters.items() if c > 0 and not n.endswith(ENGINES)}
+
+
+def at_work(status: dict[str, Any]) -> bool:
+    """Whether the plugin served a call, or left one to the engine because that is faster."""
+    counters = status.get("counters", {})
+    return bool(served(status)) or any(c > 0 and n.endswith(ASIDE) for n, c in counters.items())
 
 
 def failures(statuses: list[dict[str, Any]]) -> list[str]:
