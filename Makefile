@@ -66,7 +66,7 @@ demo: vllm-env  ## real vLLM indexer code on this CPU, with the plugin and witho
 	$(VLLM_ENV)/bin/python examples/demo_vllm_cpu.py
 
 test: $(READY) vllm-env engines-env  ## every test that needs no GPU; a CUDA device, if there is one, is not used
-	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA device; without one they fail
 	$(PY) -m pytest -m gpu --require-gpu --results $(RESULTS) $(ARGS)

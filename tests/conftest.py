@@ -19,6 +19,25 @@ if not has_cuda():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# The files that take the most time, in this order: with one worker for each file (`make test`) the
+# others fill up what these leave.
+LONGEST = (
+    "engines/sglang/test_releases.py",
+    "engines/vllm/test_releases.py",
+    "packaging/test_library.py",
+    "fuzz/test_fuzz.py",
+    "engines/tokenspeed/test_releases.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first."""
+    root = Path(__file__).parent
+    first = {root / name: place for place, name in enumerate(LONGEST)}
+    assert all(file.is_file() for file in first), "a file of LONGEST is gone"
+    items.sort(key=lambda item: first.get(item.path, len(first)))
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on the plugin's variables in the shell that runs it."""
