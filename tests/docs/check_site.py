@@ -11,10 +11,12 @@ leads nowhere; a page loads something from another site. The browser is a Chromi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -90,7 +92,7 @@ def check(folder: Path, program: str) -> dict[str, Any]:
     if not server.pages:
         return {"problems": [f"no page in {folder}"], "links": 0, "pages": 0}
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    with tempfile.TemporaryDirectory(prefix="dsv4-site-") as profile:
+    with tempfile.TemporaryDirectory(prefix="dsv4-site-", ignore_cleanup_errors=True) as profile:
         command = [
             program, "--headless", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
             "--window-size=1600,1000", "--remote-debugging-port=0", f"--user-data-dir={profile}",
@@ -98,15 +100,18 @@ def check(folder: Path, program: str) -> dict[str, Any]:
             "--no-sandbox", f"http://127.0.0.1:{server.server_port}/check_site.html",
         ]  # fmt: skip
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
         try:
             until = time.monotonic() + SECONDS
             while not server.done.wait(0.2) and process.poll() is None:
                 if time.monotonic() > until:
                     break
         finally:
-            process.kill()
+            # Not the first process alone: Debian's is a script, and the browser has several.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     server.shutdown()
     server.server_close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -46,8 +48,17 @@ def browser() -> str:
     return str(found)
 
 
-def test_a_good_site_passes(browser: str, tmp_path: Path) -> None:
-    assert script().check(site(tmp_path, GOOD), browser) == {"problems": [], "links": 1, "pages": 2}
+def test_a_good_site_passes(browser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process of the browser is left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "site").mkdir()
+    found = script().check(site(tmp_path / "site", GOOD), browser)
+    assert found == {"problems": [], "links": 1, "pages": 2}
+    left = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # a process that ends meanwhile
+            left += [file] if str(tmp_path).encode() in file.read_bytes() else []
+    assert not left
 
 
 def test_everything_wrong_is_said(browser: str, tmp_path: Path) -> None:
