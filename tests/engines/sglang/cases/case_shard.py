@@ -7,15 +7,12 @@ one gather a layer on both ranks, whatever happened on one of them. The ranks' p
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import types
 
 import pytest
 import shard_rank
 import torch
+from kits.ranks import run_two
 
 import dsv4_plugin
 from dsv4_plugin.engines.sglang import row_shard as of_sglang
@@ -27,24 +24,7 @@ ASKED = {"DSV4_BACKEND": "torch", "DSV4_SHARD_PREFILL": "1"}
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("shard")
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("DSV4_", "PYTEST_"))}
-    outs = [folder / f"{rank}.json" for rank in (0, 1)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, shard_rank.__file__, str(rank), folder / "meet", out],
-            env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]  # fmt: skip
-    try:
-        for one in started:
-            said, _ = one.communicate(timeout=300)
-            assert one.returncode == 0, said[-6000:]
-    finally:
-        for one in started:
-            one.kill()
-    return [json.loads(out.read_text()) for out in outs]
+    return run_two(shard_rank.__file__, tmp_path_factory.mktemp("shard"))
 
 
 @pytest.mark.parametrize("case", shard_rank.CASES)

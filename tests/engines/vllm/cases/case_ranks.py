@@ -8,37 +8,18 @@ the same gathers and have the same indices.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 
 import pytest
 import two_ranks
+from kits.ranks import run_two
 
 import dsv4_plugin
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("DSV4_", "PYTEST_"))}
-    outs = [folder / f"{rank}.json" for rank in (0, 1)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, two_ranks.__file__, str(rank), folder / "meet", out],
-            env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]  # fmt: skip
-    try:
-        for one in started:
-            said, _ = one.communicate(timeout=300)
-            assert one.returncode == 0, said[-6000:]
-    finally:
-        for one in started:
-            one.kill()
-    return [json.loads(out.read_text()) for out in outs]
+    return run_two(two_ranks.__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", two_ranks.CASES)

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 import logging
-import os
-import subprocess
 import sys
 import types
 
 import pytest
 import shard_rank
 import torch
+from kits.ranks import run_two
 
 import dsv4_plugin
 from dsv4_plugin.engines.shared import row_shard
@@ -30,24 +28,7 @@ LAYERS = shard_rank.LAYERS
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("shard")
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("DSV4_", "PYTEST_"))}
-    outs = [folder / f"{rank}.json" for rank in (0, 1)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, shard_rank.__file__, str(rank), folder / "meet", out],
-            env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]  # fmt: skip
-    try:
-        for one in started:
-            said, _ = one.communicate(timeout=300)
-            assert one.returncode == 0, said[-6000:]
-    finally:
-        for one in started:
-            one.kill()
-    return [json.loads(out.read_text()) for out in outs]
+    return run_two(shard_rank.__file__, tmp_path_factory.mktemp("shard"))
 
 
 @pytest.mark.parametrize("case", shard_rank.CASES)
