@@ -75,12 +75,15 @@ def _wrapper(
             elif asks and with_dtype and isinstance(q, torch.Tensor):
                 if own is None or plugin is not _plugin_dense or len(args) < 4:
                     out = _in_bf16(now, with_dtype, q, args, kwargs)
-                elif own.start == own.stop:
-                    out = _none(selection, q, kwargs.get("max_seqlen_k") or 1, own)
                 else:
                     keys, *of_rows = args[:4]
-                    mine = (keys, *(x[own] for x in of_rows), *args[4:])
-                    out = tagged(_in_bf16(now, with_dtype, q[own], mine, kwargs), own)
+                    out = _of_rank(
+                        own, selection, kwargs.get("max_seqlen_k") or 1,
+                        lambda q, *of_rows: _in_bf16(
+                            now, with_dtype, q, (keys, *of_rows, *args[4:]), kwargs
+                        ),
+                        q, *of_rows,
+                    )  # fmt: skip
             if "topk" in now.off:
                 now.call.selection = None
         if out is None:
@@ -130,12 +133,13 @@ def _plugin_paged(
     cache, weights, lengths, table, columns = (
         given[name] for name in ("cache", "weights", "lengths", "table", "columns")
     )
-    if own is None:
-        return logits.paged(selection, q, cache, weights, lengths, table, columns)
-    if own.start == own.stop:
-        return _none(selection, q, columns, own)
-    weights, lengths, table = (x[own] for x in (weights, lengths, table))
-    return tagged(logits.paged(selection, q[own], cache, weights, lengths, table, columns), own)
+    return _of_rank(
+        own, selection, columns,
+        lambda q, weights, lengths, table: logits.paged(
+            selection, q, cache, weights, lengths, table, columns
+        ),
+        q, weights, lengths, table,
+    )  # fmt: skip
 
 
 def _plugin_dense(
@@ -152,14 +156,29 @@ def _plugin_dense(
     keys, weights, starts, ends, columns = (
         given[name] for name in ("keys", "weights", "starts", "ends", "max_seqlen_k")
     )
+    return _of_rank(
+        own, selection, columns,
+        lambda q, weights, starts, ends: logits.dense(
+            selection, q, keys, weights, starts, ends, columns
+        ),
+        q, weights, starts, ends,
+    )  # fmt: skip
+
+
+def _of_rank(
+    own: slice | None,
+    selection: Selection,
+    columns: int,
+    score: Callable[..., torch.Tensor | None],
+    q: torch.Tensor,
+    *of_rows: torch.Tensor,
+) -> torch.Tensor | None:
+    """Return ``score(q, *of_rows)``; of this rank's rows ``own`` if the call's are sharded.
+
+    A rank without rows scores nothing.
+    """
     if own is None:
-        return logits.dense(selection, q, keys, weights, starts, ends, columns)
+        return score(q, *of_rows)
     if own.start == own.stop:
-        return _none(selection, q, columns, own)
-    weights, starts, ends = (x[own] for x in (weights, starts, ends))
-    return tagged(logits.dense(selection, q[own], keys, weights, starts, ends, columns), own)
-
-
-def _none(selection: Selection, q: torch.Tensor, columns: int, own: slice) -> torch.Tensor | None:
-    """Return logits without rows: other ranks have all rows of the call."""
-    return tagged(q.new_empty((0, columns), dtype=DTYPES[selection.dtype]), own)
+        return tagged(q.new_empty((0, columns), dtype=DTYPES[selection.dtype]), own)
+    return tagged(score(q[own], *(x[own] for x in of_rows)), own)
