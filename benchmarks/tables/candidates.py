@@ -10,7 +10,17 @@ from typing import Any
 
 from benchmarks.tables.readme import load
 
-__all__ = ["CANDIDATES", "SERVER", "SERVERS", "fp4", "layers", "ratios", "server", "step"]
+__all__ = [
+    "CANDIDATES",
+    "SERVER",
+    "SERVERS",
+    "fp4",
+    "layers",
+    "ratios",
+    "rounded",
+    "server",
+    "step",
+]
 
 CANDIDATES, SERVER = "h200_candidates.json", "h200_vllm_v41.json"
 SERVERS = (SERVER, "h200_vllm_v41_four.json")
@@ -110,8 +120,8 @@ def _draft() -> str:
     ((op, rows, columns),) = (cell for cell in us[0] if cell[0] == "step")
     times = [some[op, rows, columns] for some in us]
     return (
-        f"One request of {rows} rows (draft tokens) at {_keys(columns)}: {_us(times[0])} / "
-        f"{_us(times[1])} (`benchmarks/results/{DRAFT}`)."
+        f"One request of {rows} rows (draft tokens) at {_keys(columns)}: {rounded(times[0])} / "
+        f"{rounded(times[1])} (`benchmarks/results/{DRAFT}`)."
     )
 
 
@@ -131,7 +141,7 @@ def fp4() -> str:
         "|---" * (len(columns) + 1) + "|",
     ]
     for count, each in sorted({(count, each) for count, each, _ in us}, key=lambda x: x[::-1]):
-        cells = (_us(us[count, each, n]) for n in columns)
+        cells = (rounded(us[count, each, n]) for n in columns)
         lines.append(f"| {count // each} x {each} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -149,7 +159,7 @@ def layers() -> str:
         lines += ["", f"{what} at decode:", "", *_table(document, op)]
     found = _cells(document, "prefill", PLUGIN), _cells(document, "prefill", FULL_WIDTH)
     shown = (
-        f"{rows:,} rows x {_keys(n)} {_us(us)} / {_us(found[1][op, rows, n])}"
+        f"{rows:,} rows x {_keys(n)} {rounded(us)} / {rounded(found[1][op, rows, n])}"
         for (op, rows, n), us in found[0].items()
         if op == "consumer"
     )
@@ -170,7 +180,9 @@ def _table(document: Any, op: str) -> list[str]:
         "|---" * (len(columns) + 1) + "|",
     ]
     for rows in sorted({rows for name, rows, _ in with_it if name == op}):
-        cells = (f"{_us(with_it[op, rows, n])} / {_us(without[op, rows, n])}" for n in columns)
+        cells = (
+            f"{rounded(with_it[op, rows, n])} / {rounded(without[op, rows, n])}" for n in columns
+        )
         lines.append(f"| {rows} | {' | '.join(cells)} |")
     return lines
 
@@ -183,7 +195,8 @@ def _cells(document: Any, suite: str, of: tuple[str, str]) -> Cells:
     }
 
 
-def _us(value: float) -> str:
+def rounded(value: float) -> str:
+    """Return microseconds for a cell of a table."""
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 

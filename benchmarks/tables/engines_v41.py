@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.engines.forward.variants import OFF
+from benchmarks.tables.candidates import rounded
 from benchmarks.tables.readme import load
 
 __all__ = ["PUBLISH", "SGLANG", "TOKENSPEED", "publish", "sglang", "tokenspeed"]
@@ -61,7 +62,7 @@ def tokenspeed() -> str:
         lines += ["", f"| {mode}, rows x keys | plain | source | consumer |", "|---" * 4 + "|"]
         for shape in shapes:
             cells = (parts[f"v41 {kind} {mode} {shape}"] for kind in KINDS)
-            us = (f"{_us(of[OFF]['us'])} / {_us(of[plugin]['us'])}" for of in cells)
+            us = (f"{rounded(of[OFF]['us'])} / {rounded(of[plugin]['us'])}" for of in cells)
             rows, keys = map(int, shape.split("x"))
             lines.append(f"| {rows:,} x {keys:,} | {' | '.join(us)} |")
     ratios = [of[plugin]["us"] / of[OFF]["us"] for of in parts.values()]
@@ -127,8 +128,4 @@ def _of(document: Any, variant: str) -> list[Row]:
 
 
 def _time(us: float) -> str:
-    return f"{us / 1000:,.1f} ms" if us >= 10_000 else f"{_us(us)} µs"
-
-
-def _us(value: float) -> str:
-    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+    return f"{us / 1000:,.1f} ms" if us >= 10_000 else f"{rounded(us)} µs"
