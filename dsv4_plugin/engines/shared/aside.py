@@ -82,8 +82,10 @@ def faster(selection: Selection, call: str, k: int, rows: int, longest: int, wid
 
     ``width`` is the width of their buffer, by which the plugin divides a row among its CTAs.
     """
+    if not selection.aside:
+        return False
     name = f"{selection.aside}.{call}"
-    if not selection.aside or width > table.WIDEST.get(name, 0):
+    if width > table.WIDEST.get(name, 0):
         return False
     wide = width > table.NARROW
     measured = [(entry[0], entry[1 + wide]) for entry in table.LONGEST.get((name, k), ())]
