@@ -317,6 +317,29 @@ def test_time_per_token_is_taken_where_all_decode() -> None:
     burst.times[:30] = [burst.times[29] - 1e-5 * (30 - i) for i in range(30)]
     assert client.time_per_token([burst], 40) == pytest.approx(10)
     assert client.time_per_token([burst]) < 5.1
+    # The server stands still for 300 ms, and then sends the tokens of thirty steps in one piece.
+    stalled = answer(1.0, 0.01, 60)
+    stalled.times[10:40], stalled.counts[10:40] = [1.6], [30]
+    stalled.times[11:] = [1.61 + 0.01 * i for i in range(20)]
+    assert client.time_per_token([stalled], 20) == pytest.approx(10)
+    stalled.times, stalled.counts = stalled.times[:11], stalled.counts[:11]
+    assert client.time_per_token([stalled], 2) == pytest.approx(10)  # the ten before
+    with pytest.raises(client.TooFew):
+        client.time_per_token([stalled], 20)
+
+
+def test_a_server_that_stood_still_is_asked_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
+    def third_at_once(pairs: list[tuple[Any, list[int]]], tokens: int) -> list[engines.Answer]:
+        sent.append(tokens)
+        return [engines.Answer(0, [1.0], [tokens]) if len(sent) == 3 else answer(1, 0.01, tokens)]
+
+    monkeypatch.setattr(measure, "together", third_at_once)
+    served = types.SimpleNamespace(name="a", client="client")
+    figures, tokens = measure.tpot([served], [[1]], measure.LEAD + 16, 3, 8)
+    assert (tokens, len(sent)) == (measure.LEAD + 16, 4)
+    assert figures == {"a": [pytest.approx(10)] * 3}
 
 
 def test_the_first_answers_of_a_shape_need_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,13 +356,13 @@ def test_the_first_answers_of_a_shape_need_not_overlap(monkeypatch: pytest.Monke
     served = types.SimpleNamespace(name="a", client="client")
     assert measure.unseen([served], [[1], [2]], 16) == 1.0
     assert sent == [([("client", [1]), ("client", [2])], 16)] * 2
-    assert measure.tokens_to_ask(96, 1.0, 512) == measure.LEAD + 96 + 250
+    assert measure.tokens_to_ask(96, 1.0, 512) == measure.LEAD + 96 + 125
     assert measure.tokens_to_ask(96, 0.0, 512) == measure.LEAD + 96
     assert measure.tokens_to_ask(96, 0.0, 1 << 20) == measure.LEAD + 256 + 96
     monkeypatch.setattr(measure, "MOST_TOKENS", 50)
     with pytest.raises(client.TooFew, match="did not decode at the same time"):
         measure.tpot([served], [[1], [2]], 16, 1, 2)
-    assert [tokens for _, tokens in sent[2:]] == [16, 32, 50]
+    assert [tokens for _, tokens in sent[2:]] == [16, 16, 32, 32, 50, 50]
 
 
 def test_what_comes_all_at_once_is_asked_for_again_with_more_tokens(

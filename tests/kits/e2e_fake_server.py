@@ -13,6 +13,7 @@ FAKE_LOSES   breaks off an answer to a prompt of so many tokens
 FAKE_HANGS   never answers a prompt of so many tokens
 FAKE_HIGHER  so often its shadow saw a score of the engine's above our last
 FAKE_FORGETS gives other answers after it has slept
+FAKE_HITS    tokens that its prefix cache answered
 FAKE_LAZY    the plugin serves in its first worker only
 """
 
@@ -73,9 +74,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"data: {json.dumps(data)}\n\n".encode())
 
     def do_GET(self) -> None:
-        known = ("/health", "/is_sleeping")
+        known = ("/health", "/is_sleeping", "/metrics")
         self.send_response(200 if self.path in known else 404)
         self.end_headers()
+        if self.path == "/metrics":
+            hits = os.environ.get("FAKE_HITS", "512.0")
+            self.wfile.write(f'vllm:prefix_cache_hits_total{{engine="0"}} {hits}\n'.encode())
+            return
         self.wfile.write(json.dumps({"is_sleeping": STATE["sleeping"]}).encode())
 
     def do_POST(self) -> None:
