@@ -319,8 +319,11 @@ def summarise(results: dict[str, Any], bases: Mapping[str, str]) -> list[dict[st
     rows = []
     for kind in ("tpot_ms", "ttft_s"):
         for entry in results[kind]:
+            measured = entry["servers"]
             for name, base in bases.items():
-                a, b = entry["servers"][base], entry["servers"][name]
+                if name not in measured or base not in measured:  # a step with some of the servers
+                    continue
+                a, b = measured[base], measured[name]
                 rows.append(
                     {
                         "figure": kind,
