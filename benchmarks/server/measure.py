@@ -43,7 +43,7 @@ LEAD_CONTEXT = 4096  # and one more for so many tokens of context
 FASTEST_S = 0.008  # no step of several requests is faster
 MOST_TOKENS = 2048
 TRIES = 2  # of one measurement
-CROWD_TOKENS = 256  # of each request while several are profiled
+ALONE_TOKENS, CROWD_TOKENS = 14, 256  # while one request is profiled, and the least for several
 CROWD_S = 0.2
 
 
@@ -274,9 +274,8 @@ def profile(
 ) -> str | None:
     """Profile decoding of all prompts at once; return an error, or None.
 
-    A single prompt gets ``tokens``. Several prompts do not begin together, so they get
-    :data:`CROWD_TOKENS`. The profile then lasts :data:`CROWD_S` from the first token of the last
-    prompt.
+    Each prompt gets ``tokens``. Several prompts do not begin together, so the profile then lasts
+    :data:`CROWD_S` from the first token of the last one, and the first must still decode.
     """
     before = {p.name for p in server.traces.iterdir()}
     if len(prompts) == 1:
@@ -286,7 +285,7 @@ def profile(
         finally:
             server.client.read("/stop_profile", {})
     else:
-        _profile_crowd(server, prompts)
+        _profile_crowd(server, prompts, tokens)
     for _ in range(40):
         new = [
             p for p in server.traces.glob("*.json*")
@@ -307,12 +306,11 @@ def _begin_profile(server: Server) -> None:
     server.client.read("/start_profile", server.engine.profile(server.traces))
 
 
-def _profile_crowd(server: Server, prompts: Sequence[Sequence[int]]) -> None:
+def _profile_crowd(server: Server, prompts: Sequence[Sequence[int]], tokens: int) -> None:
     begun = threading.Semaphore(0)
     with ThreadPoolExecutor(len(prompts)) as pool:
         answers = [
-            pool.submit(server.client.complete, p, CROWD_TOKENS, began=begun.release)
-            for p in prompts
+            pool.submit(server.client.complete, p, tokens, began=begun.release) for p in prompts
         ]
         if all(begun.acquire(timeout=60) for _ in prompts):
             _begin_profile(server)

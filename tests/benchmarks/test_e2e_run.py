@@ -382,6 +382,29 @@ def test_what_comes_all_at_once_is_asked_for_again_with_more_tokens(
     ]
 
 
+def test_a_profile_without_a_step_is_named(model: Path, tmp_path: Path) -> None:
+    arguments = ("--contexts", "64", "--pairs", "2", "--tokens", "20", "--profile", "64")
+    code, found = run(model, tmp_path, "--server", "off:FAKE_EMPTY=1", *arguments)
+    assert (code, found["complete"], len(found["skipped"])) == (1, False, 1)
+    assert found["skipped"][0].startswith("profile 576x1 of off: 0 layers that write and score keys")
+
+
+def test_several_requests_are_profiled_for_as_long_as_they_are_timed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def profile(server: Any, prompts: Any, tokens: int, case: str, traces: Any) -> None:
+        asked.append((case, tokens))
+
+    monkeypatch.setattr(measure, "profile", profile)
+    arguments = ("--contexts", "64", "--concurrent", "64:2", "--profile", "64", "--pairs", "2")
+    code, found = run(model, tmp_path, "--server", "off", *arguments, "--tokens", "300")
+    (_, several) = found["tpot_ms"]
+    assert code == 0 and several["tokens"] > 300
+    assert asked == [("576x1", measure.ALONE_TOKENS), ("576x2", several["tokens"])]
+
+
 def test_the_interval_of_pairs() -> None:
     found = measure.paired([2.0, 2.0, 2.0], [1.0, 1.1, 0.9])
     assert found["ratio"] == pytest.approx((0.5 * 0.55 * 0.45) ** (1 / 3), abs=1e-5)
