@@ -386,7 +386,9 @@ def test_a_profile_without_a_step_is_named(model: Path, tmp_path: Path) -> None:
     arguments = ("--contexts", "64", "--pairs", "2", "--tokens", "20", "--profile", "64")
     code, found = run(model, tmp_path, "--server", "off:FAKE_EMPTY=1", *arguments)
     assert (code, found["complete"], len(found["skipped"])) == (1, False, 1)
-    assert found["skipped"][0].startswith("profile 576x1 of off: 0 layers that write and score keys")
+    assert found["skipped"][0].startswith(
+        "profile 576x1 of off: 0 layers that write and score keys"
+    )
 
 
 def test_several_requests_are_profiled_for_as_long_as_they_are_timed(
