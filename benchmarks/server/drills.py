@@ -36,7 +36,7 @@ from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import Parser, held, interruptible
 from dsv4_plugin.cli.shared.secrets import Secrets
 
-__all__ = ["BASE", "DRILLS", "Drill", "main"]
+__all__ = ["BASE", "DRILLS", "Drill", "main", "parser", "run"]
 
 BASE = "off"
 CROWD = (40, 300, 600, 2500, 3000, 5000, 9000, 12000)  # tokens of the prompts sent at once
@@ -65,14 +65,15 @@ class Drill:
         says: the line that must be in the log, once for each kind of layer in each process.
         environment: the server's variables.
         arguments: the arguments of its ``vllm serve``.
-        counts: counters that must be above zero at the end.
+        counts: counters that must be above zero at the end; of ``a|b`` one of the two.
         never: counters that must be zero.
-        upstream: whether the answers must equal those of :data:`BASE`, for each prompt to which
-            :data:`BASE` gives the same answer twice.
+        upstream: whether the answers must equal those of ``base``, for each prompt to which
+            ``base`` gives the same answer twice.
         library: whether the plugin has its compiled library.
         act: runs between two rounds of requests.
         same: whether the answers of both rounds must be equal, for the same prompts.
-        kind: the only kind of model that the drill is for, with the name of :mod:`.model`.
+        kinds: the kinds of model that the drill is for, with the names of :mod:`.model`; none: all.
+        base: the drill with whose answers its own are compared.
     """
 
     name: str
@@ -86,7 +87,8 @@ class Drill:
     library: bool = True
     act: Callable[[Server], None] | None = None
     same: bool = True
-    kind: str | None = None
+    kinds: tuple[str, ...] = ()
+    base: str = BASE
 
 
 def _fault(name: str) -> dict[str, str]:
@@ -99,7 +101,7 @@ def _candidates(op: str) -> Drill:
         op, f"{op} raises at its first call",
         rf"topk failed at a call and was switched off \(RuntimeError: drill: {op}\)",
         _fault(op), counts=("topk.decode.upstream",), never=("candidates.consumer",),
-        kind=model.V41,
+        kinds=(model.V41,),
     )  # fmt: skip
 
 
@@ -167,13 +169,13 @@ DRILLS = (
     Drill(
         "candidates", "nothing: the plugin serves the source of the candidates and its consumers",
         r"top-k: bf16 by cuda", counts=(*_ALL, "candidates.source", "candidates.consumer"),
-        never=("candidates.source.engine",), upstream=False, kind=model.V41,
+        never=("candidates.source.engine",), upstream=False, kinds=(model.V41,),
     ),
     Drill(
         "candidate_seam", "vLLM's selection of candidate blocks has other parameters",
         r"top-k: the engine's \(.*_select_candidate_blocks takes \(anything\)",
         _fault("candidate_seam"), never=("candidates.source", "candidates.consumer"),
-        upstream=False, kind=model.V41,
+        upstream=False, kinds=(model.V41,),
     ),
     *map(_candidates, ("block_maxima", "select_blocks", "candidate_select")),
 )  # fmt: skip
@@ -231,7 +233,8 @@ def _look(result: Result) -> None:
         for name, count in status.get("counters", {}).items():
             result.counters[name] = result.counters.get(name, 0) + count
         result.shadow.update(status.get("shadow") or {})
-    if silent := [name for name in drill.counts if not result.counters.get(name)]:
+    silent = [name for name in drill.counts if not any(map(result.counters.get, name.split("|")))]
+    if silent:
         result.note(f"no call was counted as {', '.join(silent)}")
     if served := [name for name in drill.never if result.counters.get(name)]:
         result.note(f"calls were counted as {', '.join(served)}")
@@ -263,7 +266,10 @@ def _compare(result: Result, base: Result) -> dict[str, Any]:
 
     With random weights it may not, because its kernels add up in another order from call to call.
     """
-    repeats = [a == b for a, b in zip(*base.alone, strict=True)] if len(base.alone) == 2 else []
+    repeats, own = (
+        [a == b for a, b in zip(*of.alone, strict=True)] if len(of.alone) == 2 else []
+        for of in (base, result)
+    )
     last = [a.alone[-1] if a.alone else [] for a in (base, result)]
     found = [agreement(a, b) if a and b else None for a, b in zip(*last, strict=False)]
     if result.drill.upstream:
@@ -271,7 +277,7 @@ def _compare(result: Result, base: Result) -> dict[str, Any]:
     if result.drill.act is not None and result.drill.same and len(result.alone) == 2:
         rounds = [agreement(a, b) if a and b else None for a, b in zip(*result.alone, strict=True)]
         _all_same(result, repeats, rounds, "the answers of the two rounds differ")
-    return {"upstream_repeats_itself": repeats, "answers": found}
+    return {"upstream_repeats_itself": repeats, "repeats_itself": own, "answers": found}
 
 
 def _all_same(result: Result, where: list[bool], found: list[Any], wrong: str) -> None:
@@ -293,15 +299,18 @@ def _without_library(server: Server) -> None:
     )
 
 
-def parser() -> Parser:
-    """Return the command line."""
-    p = Parser(prog="python -m benchmarks.server.drills", description=__doc__.splitlines()[0])
+def parser(
+    prog: str = "benchmarks.server.drills", about: str = __doc__, table: Sequence[Drill] = DRILLS
+) -> Parser:
+    """Return the command line of a table of drills."""
+    p = Parser(prog=f"python -m {prog}", description=about.splitlines()[0])
+    p.set_defaults(table=table, module=prog)
     add_common(p, port=8200, ready=300, kv_gib=2, max_model_len=32 << 10)
     add = p.add_argument
-    names = [drill.name for drill in DRILLS]
-    add("--only", nargs="+", choices=names, default=names, metavar="DRILL",
-        help=f"only these of {', '.join(names)} (default: all that fit the model); {BASE} always "
-        "runs")  # fmt: skip
+    names = [drill.name for drill in table]
+    add("--only", nargs="+", choices=names, default=names, metavar="NAME",
+        help=f"only these of {', '.join(names)} (default: all that fit the model), and the servers "
+        "with which they are compared")  # fmt: skip
     about = "the most servers at a time (default: all)"
     add("--at-once", type=numbers.COUNT, default=len(names), help=about)
     about = "the most seconds for one request (default: 120)"
@@ -328,14 +337,18 @@ def drill(
         some = results[i : i + a.at_once]
         _together(a, some)
         for result in some:
-            found.append(_told(result, _compare(result, results[0])))
+            base = next(r for r in results if r.drill.name == result.drill.base)
+            found.append(_told(result, _compare(result, base)))
             print(f"{result.drill.name}: {'; '.join(result.wrong) or 'passed'}", flush=True)
         saved()
 
 
 def _wanted(a: argparse.Namespace) -> list[Drill]:
-    named = [each for each in DRILLS if each.name == BASE or each.name in a.only]
-    return [each for each in named if each.kind in (None, model.read(a.model).kind)]
+    kind = model.read(a.model).kind
+    fit = [each for each in a.table if not each.kinds or kind in each.kinds]
+    named = [each for each in fit if each.name in a.only]
+    bases = {each.base for each in named} or {BASE}
+    return [each for each in fit if each in named or each.name in bases]
 
 
 def _together(a: argparse.Namespace, some: list[Result]) -> None:
@@ -359,6 +372,7 @@ def _told(result: Result, compared: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": result.drill.name,
         "what": result.drill.what,
+        "base": result.drill.base,
         "passed": not result.wrong,
         "wrong": result.wrong,
         "requests": {"sent": result.sent, "answered": result.answered},
@@ -374,14 +388,15 @@ def _told(result: Result, compared: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 if every drill passed."""
-    return tool(parser(), _main, argv)
+    return tool(parser(), run, argv)
 
 
-def _main(a: argparse.Namespace) -> int:
+def run(a: argparse.Namespace) -> int:
+    """Do what a command line of drills asks for."""
     began = time.monotonic()
     secrets = checked(a, len(_wanted(a)))
     results: dict[str, Any] = {
-        "command": ["python", "-m", "benchmarks.server.drills", *a.argv],
+        "command": ["python", "-m", a.module, *a.argv],
         "complete": False,
         "drills": [],
     }

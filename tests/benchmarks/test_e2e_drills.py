@@ -19,7 +19,7 @@ from dsv4_plugin.engines.shared import adapter, import_hooks
 from dsv4_plugin.engines.shared.decision import INERT
 
 ALL = [drill.name for drill in drills.DRILLS]
-NAMES = [drill.name for drill in drills.DRILLS if drill.kind is None]  # every model's
+NAMES = [drill.name for drill in drills.DRILLS if not drill.kinds]  # every model's
 
 
 @pytest.fixture
