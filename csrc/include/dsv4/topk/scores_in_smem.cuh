@@ -118,6 +118,53 @@ class ListedScores {
     return true;
   }
 
+  // After stream(), if fewer than k scores lie above a crowded bin: takes these, and the first of
+  // the bin's scores if they are all equal. It reads the row again. False: nothing was written.
+  __device__ __forceinline__ bool write_plateau() {
+    const Crowded crowded = where();
+    const uint32_t k = s_.p.k;
+    size_ = counters()[0];
+    if (crowded.bin == kNone || crowded.order == kNone || crowded.rest >= Policy::kLastOrder ||
+        size_ >= k) {
+      return false;
+    }
+    const UnitList<Config> units{s_, 0u};
+    auto* const equal = reinterpret_cast<unsigned char*>(before());  // a bit for each score
+    bool differs = false;
+#pragma unroll 1
+    for (int32_t step = 0; step < s_.depth; ++step) {
+      const int32_t g = units.unit(step);
+      if (g >= s_.count) break;
+      const Unit u = s_.units.load(g, s_.smem.edges);
+      uint32_t is_above;
+      uint32_t is_equal;
+      Policy::classify(u, Policy::raw_of(crowded.rest), is_above, is_equal);
+      equal[g] = static_cast<unsigned char>(is_equal);
+      Policy::each_order(u, [&](uint32_t order) {
+        differs |= order >> kFine == crowded.bin && order != crowded.rest;
+      });
+    }
+    if (__syncthreads_or(differs)) return false;
+    const Threshold t{crowded.rest, k - size_, 0u, 0u, true};
+    if (!take_first(t)) return false;
+    __syncthreads();
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < size_; i += kThreads) choose(list()[i].y);
+    __syncthreads();
+    count_before(t);
+    int32_t* const to = s_.place();
+    const int32_t index = s_.units.index(0, 0);
+#pragma unroll 1
+    for (int32_t word = 4 * first_word(); word < 4 * last_word(); ++word) {
+      uint32_t position = before()[word];
+#pragma unroll 1
+      for (uint32_t bits = chosen()[word]; bits != 0; bits &= bits - 1) {
+        to[position++] = Output::placed(s_.kept(), index + 32 * word + __ffs(bits) - 1);
+      }
+    }
+    return true;
+  }
+
  private:
   // ---- The guess --------------------------------------------------------------------------------
   // A thread's share of the sample: pieces of 16 bytes.
@@ -144,7 +191,7 @@ class ListedScores {
       groups.add_pair(H::better(heads, Policy::kLastHead * 0x10001u));  // NaN becomes -inf
     }
     __syncthreads();
-    Crowded& crowded = *reinterpret_cast<Crowded*>(s_.smem.bound);
+    Crowded& crowded = where();
     if (warp_id() == 0) {
       if (lane_id() == 0) crowded = {kNone, kNone, 0u, 0u};
       __syncwarp();
@@ -157,7 +204,7 @@ class ListedScores {
         const uint32_t bin = pick.bound >> 4;
         const uint32_t rest = rank - pick.before;
         if (fits(pick.reached)) {
-          crowded.order = inside(bin, kBits - 12, rest, pick.reached - pick.before);
+          crowded.order = inside(bin, kCoarse, rest, pick.reached - pick.before);
         } else {
           crowded = {kNone, bin, rest, pick.before};
         }
@@ -168,30 +215,46 @@ class ListedScores {
     return crowded.order;
   }
 
-  // The guess, or where it lies if its bin is crowded.
+  // The guess, and where it lies if its bin is crowded.
   struct Crowded {
     uint32_t order;
-    uint32_t bin;
-    uint32_t rest;    // its rank in the bin
+    uint32_t bin;     // kNone: it is not crowded
+    uint32_t rest;    // the guess's rank in the bin; in the end, the order of some score in it
     uint32_t before;  // scores of the sample in better bins
   };
+  __device__ __forceinline__ Crowded& where() const {
+    return *reinterpret_cast<Crowded*>(s_.smem.bound);
+  }
 
+  // Bits of an order in a bin at first, and after a closer look.
+  static constexpr int kCoarse = kBits - 12;
+  static constexpr int kFine = kCoarse - 8;
+
+  // If the next eight bits leave too many scores as well, for example on a plateau, the guess is
+  // the end of the better bins: write_plateau() finds the rest.
   __device__ __forceinline__ void look_closer(Crowded& crowded) const {
-    constexpr int kDigit = kBits == 32 ? 8 : 4;
-    constexpr int kShift = kBits - 12 - kDigit;
     uint32_t* hist = s_.smem.threshold.hist[ThresholdSmem<kBits>::kRefine];
     Policy::each_order(load_sample(), [&](uint32_t order) {
-      const bool inside_bin = order >> (kShift + kDigit) == crowded.bin;
-      atomicAdd(hist + (inside_bin ? order >> kShift & ((1u << kDigit) - 1u) : kSink), 1u);
+      const bool is_inside = order >> kCoarse == crowded.bin;
+      atomicAdd(hist + (is_inside ? order >> kFine & 0xffu : kSink), 1u);
     });
     __syncthreads();
     if (warp_id() == 0) {
       const Pick pick = pick_bin(hist, crowded.rest);
-      if (lane_id() == 0 && pick.found && fits(crowded.before + pick.before + pick.count)) {
-        crowded.order = inside(crowded.bin << kDigit | pick.bin, kShift, crowded.rest - pick.before,
-                               pick.count);
+      if (lane_id() == 0) {
+        const uint32_t bin = crowded.bin << 8 | pick.bin;
+        if (fits(crowded.before + pick.before + pick.count)) {
+          crowded = {inside(bin, kFine, crowded.rest - pick.before, pick.count), kNone, 0u, 0u};
+        } else {
+          crowded = {(bin << kFine) - 1u, bin, kNone, 0u};  // kNone if the bin is the best
+        }
       }
     }
+    __syncthreads();
+    if (crowded.bin == kNone) return;
+    Policy::each_order(load_sample(), [&](uint32_t order) {
+      if (order >> kFine == crowded.bin) s_.smem.bound[2] = order;
+    });
     __syncthreads();
   }
 
@@ -228,6 +291,10 @@ class ListedScores {
     return chosen() + kThreads * s_.plan.mask_steps / 4;
   }
 
+  __device__ __forceinline__ void choose(uint32_t place) const {
+    atomicOr(chosen() + place / 32, 1u << place % 32);
+  }
+
   __device__ __forceinline__ Unit at(uint32_t first) const {
     Unit u = Policy::pad();
 #pragma unroll
@@ -255,7 +322,7 @@ class ListedScores {
         left &= left - 1;
         const uint32_t place = list()[first + e * kThreads + threadIdx.x].y;
         if ((is_above >> e) & 1u) {
-          atomicOr(chosen() + place / 32, 1u << place % 32);
+          choose(place);
         } else {
           const uint32_t i = atomicAdd(counters() + 1, 1u);
           if (i < kRankMost) equals[i] = place;
@@ -273,28 +340,33 @@ class ListedScores {
 #pragma unroll 1
         for (uint32_t j = 0; j < count; ++j) ahead += equals[j] < place ? 1u : 0u;
       }
-      if (ahead < t.need) atomicOr(chosen() + place / 32, 1u << place % 32);
+      if (ahead < t.need) choose(place);
     }
     __syncthreads();
     return true;
   }
 
-  // A thread has consecutive words, four at a time.
+  // A thread's words of 128 scores: consecutive ones of the row.
+  __device__ __forceinline__ int32_t words() const { return (s_.count + 15) / 16; }
+  __device__ __forceinline__ int32_t first_word() const {
+    return threadIdx.x * ((words() + kThreads - 1) / kThreads);
+  }
+  __device__ __forceinline__ int32_t last_word() const {
+    return min(first_word() + (words() + kThreads - 1) / kThreads, words());
+  }
+
   __device__ __forceinline__ void count_before(const Threshold& t) const {
     const auto* const bits = reinterpret_cast<const uint4*>(chosen());
-    const int32_t words = (s_.count + 15) / 16;  // of 128 scores
-    const int32_t each = (words + kThreads - 1) / kThreads;
-    const int32_t first = threadIdx.x * each;
-    const int32_t end = min(first + each, words);
+    const int32_t end = last_word();
     uint32_t own = 0;
 #pragma unroll 1
-    for (int32_t i = first; i < end; ++i) {
+    for (int32_t i = first_word(); i < end; ++i) {
       const uint4 v = bits[i];
       own += __popc(v.x) + __popc(v.y) + __popc(v.z) + __popc(v.w);
     }
     uint32_t ahead = s_.counted_before(own, t).x;
 #pragma unroll 1
-    for (int32_t i = first; i < end; ++i) {
+    for (int32_t i = first_word(); i < end; ++i) {
       const uint4 v = bits[i];
       const uint32_t second = ahead + __popc(v.x);
       const uint32_t third = second + __popc(v.y);
@@ -302,6 +374,24 @@ class ListedScores {
       reinterpret_cast<uint4*>(before())[i] = make_uint4(ahead, second, third, fourth);
       ahead = fourth + __popc(v.w);
     }
+  }
+
+  // Chooses the first t.need of the scores whose bits are in the place of before(). False: they are
+  // fewer.
+  __device__ __forceinline__ bool take_first(const Threshold& t) const {
+    uint32_t own = 0;
+#pragma unroll 1
+    for (int32_t i = 4 * first_word(); i < 4 * last_word(); ++i) own += __popc(before()[i]);
+    uint32_t ahead = s_.counted_before(own << Slice::kEqualShift, t).y;
+    const uint32_t of_warp = lane_id() < Config::kWarps ? s_.smem.warp_chosen[lane_id()] : 0u;
+    if (__reduce_add_sync(kFullWarp, of_warp >> Slice::kEqualShift) < t.need) return false;
+#pragma unroll 1
+    for (int32_t i = 4 * first_word(); i < 4 * last_word(); ++i) {
+      const auto taken = Slice::choose(0u, before()[i], make_uint2(0u, ahead), t.need);
+      ahead += __popc(before()[i]);
+      chosen()[i] = taken.bits;
+    }
+    return true;
   }
 
   const Slice& s_;

@@ -111,10 +111,12 @@ __device__ __noinline__ void select_again(const typename Config::Form::Params& p
   const RowUnits<Policy> units(scores, window);
   __syncthreads();
   if (units.count > Config::kHeld * Config::kThreads) {
-    clear_memory<Config>(memory, plan);
-    __syncthreads();
     TopkSlice<Config> slice(p, plan, *reinterpret_cast<TopkSmem<Config>*>(memory), units, row,
                             ClusterShape::alone());
+    if (ListedScores<Config>(slice).write_plateau()) return slice.finish(Threshold{});
+    __syncthreads();
+    clear_memory<Config>(memory, plan);
+    __syncthreads();
     if (TopkSteps<Config>(slice, false).run()) return;
     __syncthreads();
   }
