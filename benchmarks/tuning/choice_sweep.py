@@ -23,9 +23,9 @@ from dsv4_plugin.cli.bench.topk.served import Elsewhere
 from dsv4_plugin.cli.checks.timing import time_graph
 from dsv4_plugin.cli.checks.topk_cases import Case, Problem
 from dsv4_plugin.kernels import cuda
-from dsv4_plugin.kernels.cuda import SOLO
+from dsv4_plugin.kernels.cuda import GUESS, SOLO
 
-__all__ = ["CLUSTERS", "SOLO", "THREADS", "Sweep", "choices", "summary"]
+__all__ = ["CLUSTERS", "GUESS", "SOLO", "THREADS", "Sweep", "choices", "summary"]
 
 THREADS = (256, 512)
 CLUSTERS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -34,9 +34,9 @@ TABLE = "table"  # the name of choose_topk's choice
 
 
 def choices(
-    rows: int, columns: int, sms: int, solos: Sequence[int] = ()
+    rows: int, columns: int, sms: int, solos: Sequence[int] = (), *, guesses: bool = False
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield every (threads, cluster, solo) that can hold a row.
+    """Yield every (threads, cluster, solo) that can hold a row; with ``guesses`` also the guess.
 
     In a small call only those whose CTAs all run at once: twice as many as multiprocessors. A
     single row may have sixteen CTAs. ``columns`` is the width of the buffer. ``solo`` is each of
@@ -49,6 +49,8 @@ def choices(
             tried = solos or (SOLO[threads],)
             for solo in tried[:1] if cluster == 1 else tried:
                 yield threads, cluster, solo
+    if guesses and columns <= 512 * UNITS_A_THREAD * 8:
+        yield GUESS, 1, SOLO[GUESS]
 
 
 class Sweep:
@@ -78,7 +80,8 @@ class Sweep:
             problem, score = self.behind.problem(case)
         source = problem.logits.clone() if self.elsewhere else None
         width = case.width or case.columns
-        every = [None, *choices(case.rows, width, self.sms, self.solos)]
+        guesses = case.dtype == "float32"
+        every = [None, *choices(case.rows, width, self.sms, self.solos, guesses=guesses)]
         calls = [self._call(case, problem, choice) for choice in every]
         mine = [
             self._row(case, problem, source, choice, *call)
@@ -150,4 +153,5 @@ def summary(rows: Sequence[Row]) -> str:
 
 def _name(row: Row) -> str:
     solo = "" if row["solo"] == SOLO[row["threads"]] else f" solo {row['solo']}"
-    return f"{row['cluster']} x {row['threads']}{solo}"
+    threads = "512 with a guess" if row["threads"] == GUESS else row["threads"]
+    return f"{row['cluster']} x {threads}{solo}"

@@ -165,7 +165,8 @@ void topk(TensorView logits, TensorView lengths, TensorView out, Optional<Tensor
 }
 
 // Runs the top-k with the caller's choice instead of the table's, for the sweeps that the table is
-// made from and for tests of every shape. threads: 256 or 512; 1024 means the kernel for any width.
+// made from and for tests of every shape. threads: 256 or 512; 0 means 512 and a guess of the
+// threshold, 1024 the kernel for any width.
 // solo: the longest row, in scores, that one CTA of a cluster serves.
 void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<TensorView> out_raw,
                Optional<TensorView> row_starts, Optional<TensorView> page_table, int64_t k,
@@ -173,17 +174,23 @@ void topk_with(TensorView logits, TensorView lengths, TensorView out, Optional<T
                int64_t threads, int64_t cluster, int64_t solo) {
   const TopkCall call = topk_call(logits, lengths, out, out_raw, row_starts, page_table, k, next_n,
                                   page_size, sort, out_counts);
-  if (threads != 256 && threads != 512 && threads != 1024) {
-    TVM_FFI_THROW(ValueError) << "threads is " << threads << "; it must be 256, 512 or 1024";
+  if (threads != 0 && threads != 256 && threads != 512 && threads != 1024) {
+    TVM_FFI_THROW(ValueError) << "threads is " << threads << "; it must be 0, 256, 512 or 1024";
   }
-  const TopkShape shape = threads == 256   ? TopkShape::k256
+  const TopkShape shape = threads == 0     ? TopkShape::kGuess
+                          : threads == 256 ? TopkShape::k256
                           : threads == 512 ? TopkShape::k512
                                            : TopkShape::kWide;
+  if (shape == TopkShape::kGuess && call.type != ScoreType::kFloat32) {
+    TVM_FFI_THROW(TypeError) << "logits is " << dtype_name(logits.dtype())
+                             << "; with threads 0 it must be float32";
+  }
   const Launch launch("dsv4_topk_with", call.device);
   const int device = call.device.device_id;
   DeviceLimits limits{};
   launch.check(device_limits(device, &limits));
-  const int64_t most = shape == TopkShape::kWide ? 1 : limits.largest_cluster;
+  const bool clusters = shape == TopkShape::k256 || shape == TopkShape::k512;
+  const int64_t most = clusters ? limits.largest_cluster : 1;
   if (cluster < 1 || cluster > most) {
     TVM_FFI_THROW(ValueError) << "cluster is " << cluster << "; with " << threads
                               << " threads it must be 1 ... " << most << " here";

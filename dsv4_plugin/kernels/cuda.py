@@ -16,7 +16,7 @@ import torch
 from dsv4_plugin.kernels.arguments import TopkArgs
 
 __all__ = [
-    "ALIGNMENT", "BLOCK_SIZES", "CAPABILITIES", "FP4_FORM", "HEADS", "HEAD_DIM", "LIBRARY",
+    "ALIGNMENT", "BLOCK_SIZES", "CAPABILITIES", "FP4_FORM", "GUESS", "HEADS", "HEAD_DIM", "LIBRARY",
     "MAX_CANDIDATES", "PIECE", "REPAIR", "SOLO", "block_maxima", "candidate_logits",
     "candidate_logits_ragged", "candidate_select", "gather_indexer_cache", "missing",
     "paged_logits", "ragged_logits", "read_indexer_cache", "select_blocks", "select_candidates",
@@ -33,8 +33,9 @@ FP4_FORM = ((32,), (64,))  # HEADS and BLOCK_SIZES for FP4 keys
 PIECE = 8  # keys per block of candidates
 MAX_CANDIDATES = 2048  # blocks per row
 ALIGNMENT = 16  # bytes that a lane loads or stores at a time
+GUESS = 0  # threads of a CTA: 512, and the kernel guesses the threshold
 # Threads of a CTA → solo_units() of the top-k, in scores.
-SOLO = {256: 4096, 512: 8192, 1024: 8192}
+SOLO = {GUESS: 8192, 256: 4096, 512: 8192, 1024: 8192}
 
 
 @functools.lru_cache(maxsize=1)
@@ -157,7 +158,8 @@ def topk_with(
         logits: as :func:`dsv4_plugin.topk` takes them.
         lengths: one per row, as :func:`dsv4_plugin.topk` takes them.
         out: as :func:`dsv4_plugin.topk` takes it; ``k`` is the number of its columns.
-        threads: per CTA, 256 or 512; 1024 means the kernel for rows of any width.
+        threads: per CTA, 256 or 512; 1024 means the kernel for rows of any width; :data:`GUESS`
+            means 512 threads and a guess of the threshold (float32 only, one CTA per row).
         cluster: CTAs per row.
         solo: the longest row that one of these CTAs serves alone, in scores; a multiple of 8 from
             1,024 on. None: :data:`SOLO`.
@@ -166,6 +168,7 @@ def topk_with(
 
     Raises:
         ValueError: the CTAs cannot hold a row of so many columns, or there is no such choice.
+        TypeError: there is no guess for logits of this dtype.
     """
     args = TopkArgs(
         logits, lengths, out, None, None, page_table, out.shape[1], 1, 64, False, out_counts

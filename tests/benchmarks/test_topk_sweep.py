@@ -21,6 +21,13 @@ def test_every_choice_holds_the_row() -> None:
     assert not list(sweep.choices(1, 4_194_305, sms=132))
 
 
+def test_a_guess_is_one_cta_a_row() -> None:
+    guess = (sweep.GUESS, 1, 8192)
+    assert guess in sweep.choices(100, 262_144, sms=132, guesses=True)
+    assert guess not in sweep.choices(100, 262_145, sms=132, guesses=True)
+    assert guess not in sweep.choices(100, 262_144, sms=132)
+
+
 def test_a_large_call_has_no_more_ctas_than_fit() -> None:
     for rows in (1, 32, 128, 1000):
         for _, cluster, _ in sweep.choices(rows, 8192, sms=78):

@@ -23,6 +23,7 @@ class Choice(NamedTuple):
     cluster: int
     held: int
     solo: int
+    guesses: int  # of the threshold
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,14 @@ def test_the_registers_of_a_cta_hold_what_it_serves_alone(choices: list[Choice])
 
 def test_the_sweep_knows_what_one_cta_serves_alone(choices: list[Choice]) -> None:
     assert all(c.solo == SOLO[c.threads] for c in choices)
+
+
+def test_a_guess_is_for_large_k_of_float32_rows_of_one_cta(choices: list[Choice]) -> None:
+    guessed = [c for c in choices if c.guesses]
+    assert {c.sms for c in guessed} == {78, 114, 132}
+    for c in guessed:
+        assert (c.type, c.cluster, c.threads) == (2, 1, 512) and c.k > 512, c
+        assert 2 * c.rows > c.sms and c.columns > c.held, c
 
 
 def test_all_choices_are_taken(choices: list[Choice]) -> None:

@@ -51,6 +51,7 @@ struct GroupHistogram {
 struct GroupPick {
   uint32_t bound;    // order of a head; kNoBound if fewer than `rank` groups hold a number
   uint32_t reached;  // groups that reach the bound
+  uint32_t before;   // those of the better bins (GroupRanks)
 };
 
 // A whole warp uses each of the two after the histogram is complete and visible to it. One lane
@@ -72,7 +73,7 @@ struct GroupRanks {
     const uint32_t reached = warp_inclusive_sum(upto[3]);
     const uint32_t lanes = __ballot_sync(kFullWarp, reached >= rank);
     if (lanes == 0) {
-      if (lane == 0) take(GroupPick{kNoBound, 0u});
+      if (lane == 0) take(GroupPick{kNoBound, 0u, 0u});
       return;
     }
     const int owner = __ffs(lanes) - 1;
@@ -92,7 +93,8 @@ struct GroupRanks {
     const uint32_t through = before + warp_inclusive_sum(in_bin);
     const int in_chunk = __ffs(__ballot_sync(kFullWarp, through >= rank)) - 1;
     if (lane == in_chunk) {
-      take(GroupPick{min(16 * (kWarpSize * chunk + in_chunk) + 15, last_head), through});
+      take(GroupPick{min(16 * (kWarpSize * chunk + in_chunk) + 15, last_head), through,
+                     through - in_bin});
     }
   }
 };
@@ -112,11 +114,11 @@ struct OctaveRanks {
       pairs[2 * i + 1] = v.z + v.w;
     }
     pick_bin(pairs, rank, [&](const Pick& pick) {
-      if (!pick.found) return take(GroupPick{kNoBound, 0u});
+      if (!pick.found) return take(GroupPick{kNoBound, 0u, 0u});
       const uint32_t first = pick.before + hist.fine[2 * pick.bin];
       const uint32_t bin = 2 * pick.bin + (first < rank ? 1u : 0u);
       const uint32_t last = (bin << kOctaveBits) + (1u << kOctaveBits) - 1u;
-      take(GroupPick{last, first < rank ? pick.before + pick.count : first});
+      take(GroupPick{last, first < rank ? pick.before + pick.count : first, 0u});
     });
   }
 };

@@ -21,21 +21,25 @@ struct TopkPlan {
   int32_t list_steps;  // units per thread that the lists have room for, in whole batches
   int32_t mask_steps;  // units per thread that the masks have room for
   // Byte offsets in shared memory.
-  uint32_t lists;     // the warps' maxima, and later their lists in the same place
-  uint32_t received;  // histograms that the peers send
-  uint32_t staging;   // indices before they are written
-  uint32_t entries;   // pairs of score and index for the sort
-  uint32_t kept;      // what a form keeps of the row
+  uint32_t lists;        // the warps' maxima, and later their lists in the same place; or scores
+  uint32_t received;     // histograms that the peers send
+  uint32_t staging;      // indices before they are written
+  uint32_t entries;      // pairs of score and index for the sort
+  uint32_t kept;         // what a form keeps of the row
+  uint32_t list_scores;  // scores that a list of scores has room for
 };
 
-// Form: RowForm, or CandidateForm of candidates.cuh.
-template <class Policy_, int kThreads_, bool kCluster_, class Form_ = RowForm>
+// Form: RowForm, or CandidateForm of candidates.cuh. kGuesses: the kernel guesses the
+// threshold of long rows (scores_in_smem.cuh).
+template <class Policy_, int kThreads_, bool kCluster_, class Form_ = RowForm,
+          bool kGuesses_ = false>
 struct TopkConfig {
   using Policy = Policy_;
   using Form = Form_;
   static constexpr int kThreads = kThreads_;
   static constexpr bool kCluster = kCluster_;
   static constexpr int kWarps = kThreads / kWarpSize;
+  static constexpr bool kGuesses = kGuesses_;
   static constexpr int kMinBlocks = 1024 / kThreads;  // 64 registers per thread
   // Units that a thread keeps in registers. Four float32 units would spill and cost short rows more
   // than they save.

@@ -10,6 +10,25 @@
 
 namespace dsv4 {
 
+// Sets the memory that is zero when a row begins. A barrier of the CTA must follow.
+template <class Config>
+__device__ __forceinline__ void clear_memory(unsigned char* memory, const TopkPlan& plan) {
+  using Smem = TopkSmem<Config>;
+  const auto clear = [](void* begin, int bytes) {
+    uint4* words = static_cast<uint4*>(begin);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < bytes / 16; i += Config::kThreads) {
+      words[i] = make_uint4(0, 0, 0, 0);
+    }
+  };
+  static_assert(Smem::kZeroBytes % 16 == 0 && sizeof(Smem) % 16 == 0, "whole words");
+  static_assert(offsetof(Smem, threshold) == sizeof(GroupHistogram), "one run of zeros");
+  clear(memory, Smem::kZeroBytes);
+  if (plan.list_steps > 0) {
+    clear(memory + sizeof(Smem), Config::kThreads * plan.mask_steps * sizeof(uint16_t));
+  }
+}
+
 template <class Config>
 struct TopkSlice {
   using Policy = typename Config::Policy;
@@ -32,7 +51,7 @@ struct TopkSlice {
   const RowUnits<Policy>& units;
   const int32_t row;
   const ClusterShape cluster;  // size 1: one CTA alone
-  ThresholdFinder<Policy, kThreads> finder;
+  ThresholdFinder<Policy, kThreads, Config::kGuesses> finder;
   int32_t begin;  // this CTA's units of the row
   int32_t count;
   int32_t depth;  // units per thread
@@ -68,8 +87,10 @@ struct TopkSlice {
     return reinterpret_cast<uint16_t*>(at(sizeof(Smem)));
   }
   __device__ __forceinline__ int32_t* staging() const {
+    if (Config::kGuesses) return reinterpret_cast<int32_t*>(smem.groups.fine);  // free by then
     return reinterpret_cast<int32_t*>(at(plan.staging));
   }
+  static_assert(kTopkMax <= kFineBins, "room for all indices");
   __device__ __forceinline__ int32_t* kept() const {
     return reinterpret_cast<int32_t*>(at(plan.kept));
   }
@@ -109,7 +130,7 @@ struct TopkSlice {
       if (together()) exchange_bound(is_share, __reduce_max_sync(kFullWarp, mine));
     }
     __syncthreads();
-    return {smem.bound[0], smem.bound[1]};  // `reached` is known only to a slice that is alone
+    return {smem.bound[0], smem.bound[1], 0u};  // `reached` is known only to a slice that is alone
   }
 
   // ---- Positions --------------------------------------------------------------------------------

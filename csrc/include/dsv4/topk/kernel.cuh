@@ -10,6 +10,9 @@
 //   5. masks      which scores lie above the threshold, which equal it        select_row.cuh
 //   6. write      counts in row order, ascending positions                    cta_slice.cuh
 //
+// With kGuesses, for rows of one CTA, steps 1 to 3 of a longer row are a guess of the threshold and
+// a list of the scores that reach it (select_guessed.cuh).
+//
 // The row's own length decides everything, on the device and whatever the width of the buffer. Rank
 // 0 serves a row of up to plan.solo_units alone. Half of the cluster serves a row of up to
 // plan.half_units. The other CTAs leave.
@@ -17,6 +20,7 @@
 
 #include <cstddef>
 
+#include "dsv4/topk/select_guessed.cuh"
 #include "dsv4/topk/select_row.cuh"
 #include "dsv4/topk/wide.cuh"
 
@@ -44,19 +48,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
     }
     cluster_arrive_relaxed();
   }
-  const auto clear = [](void* begin, int bytes) {
-    uint4* words = static_cast<uint4*>(begin);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < bytes / 16; i += Config::kThreads) {
-      words[i] = make_uint4(0, 0, 0, 0);
-    }
-  };
-  static_assert(Smem::kZeroBytes % 16 == 0 && sizeof(Smem) % 16 == 0, "whole words");
-  static_assert(offsetof(Smem, threshold) == sizeof(GroupHistogram), "one run of zeros");
-  clear(&smem, Smem::kZeroBytes);
-  if (plan.list_steps > 0) {
-    clear(memory + sizeof(Smem), Config::kThreads * plan.mask_steps * sizeof(uint16_t));
-  }
+  clear_memory<Config>(memory, plan);
   __syncthreads();
   const int32_t row = Config::kCluster ? blockIdx.x / cluster.size : blockIdx.x;
   const typename Config::Form::Source source(p, row);
@@ -91,7 +83,9 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void topk_ker
       if (early) wait();
       const int32_t share = together ? cluster.divide_up(units.count) : units.count;
       const bool held = share <= Config::kHeld * Config::kThreads;
-      if (!TopkSteps<Config>(slice, held).run() && cluster.rank == 0) {
+      if constexpr (Config::kGuesses) {
+        if (!GuessedSteps<Config>(slice, held).run()) select_again<Config>(p, plan, memory);
+      } else if (!TopkSteps<Config>(slice, held).run() && cluster.rank == 0) {
         // The remaining rows: those with fewer numbers than a bound needs, and those with a
         // threshold of -inf.
         __syncthreads();

@@ -35,19 +35,30 @@ inline size_t shared_bytes(const typename Config::Form::Params& p, int cluster, 
   const int64_t steps = ceil_div(most, Config::kThreads);
   if (steps > Config::kHeld) {
     plan->list_steps = static_cast<int32_t>(ceil_div(steps, Config::kBatch)) * Config::kBatch;
-    plan->mask_steps = 8;  // a power of two of granules of eight
-    while (plan->mask_steps < plan->list_steps) plan->mask_steps *= 2;
+    if (Config::kGuesses) {
+      plan->mask_steps = static_cast<int32_t>(ceil_div(plan->list_steps, 8)) * 8;
+    } else {
+      plan->mask_steps = 8;  // a power of two of granules of eight
+      while (plan->mask_steps < plan->list_steps) plan->mask_steps *= 2;
+    }
   }
   const auto align = [](size_t bytes) { return (bytes + 15) / 16 * 16; };
   size_t bytes =
       sizeof(TopkSmem<Config>) + size_t{Config::kThreads} * plan->mask_steps * sizeof(uint16_t);
   plan->lists = static_cast<uint32_t>(bytes);
-  bytes += align(size_t{Config::kThreads} * plan->list_steps * sizeof(uint16_t));
+  size_t lists = align(size_t{Config::kThreads} * plan->list_steps * sizeof(uint16_t));
+  if (Config::kGuesses && plan->list_steps > 0) {
+    // A good guess lists 1.2 to 1.9 k scores.
+    const size_t scores = align((2 * size_t{static_cast<uint32_t>(p.k)} + 1024) * sizeof(uint2));
+    lists = lists > scores ? lists : scores;
+    plan->list_scores = static_cast<uint32_t>(lists / sizeof(uint2));
+  }
+  bytes += lists;
   plan->received = static_cast<uint32_t>(bytes);
   bytes += received_bytes(ThresholdSmem<Policy::kBits>::kRounds, cluster);
   plan->staged = p.sort || p.paged() || p.out_raw != nullptr || p.k > kScattered;
   plan->staging = static_cast<uint32_t>(bytes);
-  if (plan->staged) bytes += align(p.k * sizeof(int32_t));
+  if (plan->staged && !Config::kGuesses) bytes += align(p.k * sizeof(int32_t));
   plan->entries = static_cast<uint32_t>(bytes);
   if (p.sort) {
     size_t entries = 1;
@@ -159,6 +170,12 @@ inline cudaError_t launch_shape(const typename Form::Params& p, ScoreType type,
   }
   if (choice.shape == TopkShape::k256) {
     return launch_threads<Form, Policy, 256>(p, type, choice, device, limits, stream);
+  }
+  if constexpr (std::is_same_v<Form, RowForm> && std::is_same_v<Policy, Float32Keys>) {
+    if (choice.shape == TopkShape::kGuess) {
+      return launch_kernel<TopkConfig<Policy, 512, false, Form, true>>(p, type, choice, device,
+                                                                       limits, stream);
+    }
   }
   if constexpr (std::is_same_v<Form, RowForm>) {
     return launch_overlapped(topk_wide_kernel<Policy, 1024>, dim3(p.rows), 1024, 1, 0, stream, p);

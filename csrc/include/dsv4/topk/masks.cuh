@@ -10,26 +10,31 @@
 namespace dsv4 {
 
 // A thread owns `granules` 16-byte granules of eight units each. They are stored so that eight
-// lanes that read their granule g together have no bank conflict. A block is half a granule: 32
-// scores.
+// lanes that read their granule g together have no bank conflict; with kDense in order, which takes
+// less memory. A block is half a granule: 32 scores.
+template <bool kDense>
 struct TopkMasks {
   static constexpr int kGranule = 8;
   static constexpr int kBlock = kGranule / 2;
 
   uint16_t* masks;   // zero when the row begins
-  int32_t granules;  // a power of two, so that a thread's granules can trade places
+  int32_t granules;  // a power of two if not kDense, so that a thread's granules can trade places
   int32_t shift;
 
   // depth: units per thread.
   __device__ __forceinline__ TopkMasks(uint16_t* memory, int32_t depth) : masks(memory) {
     const int32_t least = (depth + kGranule - 1) / kGranule;
     shift = least <= 1 ? 0 : 32 - __clz(least - 1);
-    granules = 1 << shift;
+    granules = kDense ? least : 1 << shift;
   }
 
   // `unit`: its number in the slice; `above` and `equal` have eight bits each.
   __device__ __forceinline__ void set(int32_t unit, uint32_t above, uint32_t equal) const {
     const int32_t g = unit / kGranule;
+    if (kDense) {
+      masks[unit] = static_cast<uint16_t>(above | (equal << 8));
+      return;
+    }
     masks[place(g >> shift, g & (granules - 1)) * kGranule + unit % kGranule] =
         static_cast<uint16_t>(above | (equal << 8));
   }
@@ -65,6 +70,7 @@ struct TopkMasks {
  private:
   // Where a thread's granule is stored, counted in granules.
   __device__ __forceinline__ int32_t place(int32_t thread, int32_t g) const {
+    if (kDense) return thread * granules + g;
     const int32_t turn = shift >= 3 ? thread : thread >> (3 - shift);
     return (thread << shift) + (g ^ (turn & (granules - 1)));
   }

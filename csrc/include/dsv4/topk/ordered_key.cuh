@@ -11,6 +11,9 @@
 //   load, pad, set    a whole unit (16-byte aligned); a unit of NaN; one score of a partial unit
 //   nan               a score that is not a number
 //   kOctave           the number of heads from one power of two to the next
+//   set_piece, heads, scalar, reaching    for a list of scores (float32 only): 16 bytes of a unit;
+//                     the heads of two of its scores, a packed pair; a score of raw bits; one bit
+//                     per score: whether it reaches a threshold
 //   pair              maxima of the two halves (or parities) of a unit: a packed pair of heads
 //   quarters          maxima of two of its four quarters, likewise
 //   add_digit         counts a Digit of the scores' orders
@@ -295,6 +298,19 @@ struct Float32Keys {
   static __device__ __forceinline__ uint32_t sort_order(uint32_t raw) {
     const uint32_t order = order_of(raw);
     return is_nan(raw) ? 0xffffffffu : order == 0x80000000u ? 0x7fffffffu : order;
+  }
+  static __device__ __forceinline__ void set_piece(Unit& u, int i, uint4 v) {
+    (i == 0 ? u.low : u.high) = v;
+  }
+  static __device__ __forceinline__ uint32_t heads(const Unit& u, int i) {
+    return __byte_perm(element(u, 2 * i), element(u, 2 * i + 1), 0x7632);
+  }
+  static __device__ __forceinline__ Scalar scalar(uint32_t raw) { return __uint_as_float(raw); }
+  static __device__ __forceinline__ uint32_t reaching(const Unit& u, uint32_t least) {
+    uint32_t found = 0;
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) found |= number(element(u, e)) >= number(least) ? 1u << e : 0u;
+    return found;
   }
   static __device__ __forceinline__ uint32_t order_above(uint32_t bits, uint32_t bound) {
     return order_of(__float_as_uint(__fadd_rn(number(larger(bits, bound)), 0.0f)));

@@ -19,6 +19,7 @@ class TopkSteps {
   using Unit = typename Policy::Unit;
   using List = UnitList<Config>;
   using Held = HeldUnits<Config>;
+  using Masks = TopkMasks<Config::kGuesses>;
   static constexpr int kHeld = Config::kHeld;
 
   __device__ __forceinline__ TopkSteps(Slice& slice, bool held)
@@ -160,7 +161,7 @@ class TopkSteps {
   // that hold no score above the bound matter only if the threshold is the bound.
   __device__ __forceinline__ void mark(const Threshold& t) {
     const uint32_t raw = Policy::raw_of(t.order);
-    const TopkMasks masks(s_.masks(), s_.depth);
+    const Masks masks(s_.masks(), s_.depth);
     const bool at_bound = t.order >= bound_;
     // On a plateau it first takes the warp's units in row order, until it has enough equal scores.
     bool all = at_bound && plateau_;
@@ -191,15 +192,15 @@ class TopkSteps {
   // A thread takes its consecutive share of the slice's units and goes from one of its nonempty
   // blocks to the next. So the loop has as many turns as the fullest lane needs.
   __device__ __forceinline__ void write(const Threshold& t) const {
-    const TopkMasks masks(s_.masks(), s_.depth);
+    const Masks masks(s_.masks(), s_.depth);
     uint32_t own = 0;  // packed as in TopkSlice
     uint32_t blocks = 0;
 #pragma unroll 1
     for (int32_t granule = 0; granule < masks.granules; ++granule) {
       const uint4 m = masks.granule(granule);
       if ((m.x | m.y | m.z | m.w) != 0) {
-        own += TopkMasks::count_above(m) | (TopkMasks::count_equal(m) << Slice::kEqualShift);
-        blocks |= TopkMasks::blocks_of(m) << (2 * granule);
+        own += Masks::count_above(m) | (Masks::count_equal(m) << Slice::kEqualShift);
+        blocks |= Masks::blocks_of(m) << (2 * granule);
       }
     }
     uint2 before = s_.counted_before(own, t);
@@ -212,18 +213,18 @@ class TopkSteps {
         const int block = __ffs(blocks) - 1;
         blocks &= blocks - 1;
         const uint2 m = masks.block(block);
-        const uint32_t above = TopkMasks::above_of(m.x, m.y);
-        const uint32_t equal = TopkMasks::equal_of(m.x, m.y);
+        const uint32_t above = Masks::above_of(m.x, m.y);
+        const uint32_t equal = Masks::equal_of(m.x, m.y);
         chosen = Slice::choose(above, equal, before, t.need);
         before.x += __popc(above);
         before.y += __popc(equal);
-        first += block * TopkMasks::kBlock * kUnit;
+        first += block * Masks::kBlock * kUnit;
       }
       s_.write_warp(first, chosen);
     }
   }
 
-  static_assert(2 * Config::kSteps <= 32 * TopkMasks::kGranule,
+  static_assert(2 * Config::kSteps <= 32 * Masks::kGranule,
                 "a bit of 32 for every block of a thread");
 
   Slice& s_;

@@ -37,7 +37,7 @@ struct ThresholdSmem {
 
   // Zero when the row begins. Each round has its own, so no histogram has to be cleared in between.
   alignas(16) uint32_t hist[kRounds + 1][kHistogram];
-  alignas(16) uint32_t ranked[4];  // number of scores in rank_list, then padding
+  alignas(16) uint32_t ranked[4];  // number of scores in rank_list; three for the caller
   // Not initialised.
   alignas(16) uint4 rank_found;
   alignas(16) uint32_t picked[8];
@@ -69,7 +69,9 @@ __host__ __device__ constexpr uint32_t received_bytes(int rounds, uint32_t clust
   return cluster > 1 ? rounds * cluster * kBins * sizeof(uint16_t) : 0u;
 }
 
-template <class Policy, int kThreads>
+// kWarpRanks: a warp, not a thread, compares a score with the others that share its digits. That is
+// faster if they are many.
+template <class Policy, int kThreads, bool kWarpRanks>
 struct ThresholdFinder {
   static constexpr int kBits = Policy::kBits;
   static constexpr int kWarps = kThreads / kWarpSize;
@@ -200,6 +202,21 @@ struct ThresholdFinder {
       }
       barrier_wait(&smem.list_barrier, 0u);
     }
+    if (kWarpRanks) {
+      rank_by_warps(t, count);
+    } else {
+      rank_by_threads(t, count);
+    }
+    __syncthreads();
+    const uint4 found = smem.rank_found;
+    t.order = found.x;
+    t.need -= found.y;
+    t.lower_above += found.z;
+    t.lower_equal = found.w;
+  }
+
+  // Finds which of the scores in rank_list is chosen last.
+  __device__ __forceinline__ void rank_by_threads(const Threshold& t, uint32_t count) {
     for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
       const uint32_t own = smem.rank_list[i];
       uint32_t before = 0;
@@ -219,12 +236,29 @@ struct ThresholdFinder {
         smem.rank_found = make_uint4(own, before, lower_before, lower_equal);
       }
     }
-    __syncthreads();
-    const uint4 found = smem.rank_found;
-    t.order = found.x;
-    t.need -= found.y;
-    t.lower_above += found.z;
-    t.lower_equal = found.w;
+  }
+
+  __device__ __forceinline__ void rank_by_warps(const Threshold& t, uint32_t count) {
+#pragma unroll 1
+    for (uint32_t i = warp_id(); i < count; i += kWarps) {
+      const uint32_t own = smem.rank_list[i];
+      uint32_t sums = 0;  // of at most 256: before it, equal to it, before it in the lower ranks
+      uint32_t lower_equal = 0;
+#pragma unroll 1
+      for (uint32_t j = lane_id(); j < count; j += kWarpSize) {
+        const uint32_t other = smem.rank_list[j];
+        const bool lower = j < t.lower_equal;
+        sums += other < own ? (lower ? 1u + (1u << 20) : 1u) : other == own ? 1u << 10 : 0u;
+        lower_equal += lower && other == own ? 1u : 0u;
+      }
+      sums = __reduce_add_sync(kFullWarp, sums);
+      const uint32_t before = sums & 1023u;
+      if (before < t.need && t.need <= before + (sums >> 10 & 1023u)) {
+        lower_equal = __reduce_add_sync(kFullWarp, lower_equal);
+        // Equal scores find the same.
+        if (lane_id() == 0) smem.rank_found = make_uint4(own, before, sums >> 20, lower_equal);
+      }
+    }
   }
 
   static __device__ __forceinline__ void drop_bins(uint32_t (&bins)[kLaneBins], uint32_t kept) {

@@ -13,8 +13,9 @@ namespace dsv4 {
 
 enum class ScoreType { kBfloat16, kFloat16, kFloat32 };
 
-// Threads per CTA of topk_kernel, and the kernel for rows that no cluster can hold.
-enum class TopkShape : int { k512, k256, kWide };
+// Threads per CTA of topk_kernel; 512 threads and a guess of the threshold (select_guessed.cuh: one
+// CTA per row, float32 scores); and the kernel for rows that no cluster can hold.
+enum class TopkShape : int { k512, k256, kWide, kGuess };
 
 struct TopkChoice {
   TopkShape shape;
@@ -26,8 +27,8 @@ struct TopkChoice {
 
 // Units of a row that one CTA can take.
 inline int64_t most_units(TopkShape shape) {
-  return shape == TopkShape::kWide ? 0
-                                   : int64_t{shape == TopkShape::k256 ? 256 : 512} * kTopkUnitSteps;
+  if (shape == TopkShape::kWide) return 0;
+  return int64_t{shape == TopkShape::k256 ? 256 : 512} * kTopkUnitSteps;
 }
 
 // Units that the longest row of the call can have. A row may begin anywhere after a 16-byte
@@ -105,7 +106,7 @@ struct TopkLine {
   TopkShape shape;
 };
 
-constexpr TopkShape k512 = TopkShape::k512, k256 = TopkShape::k256;
+constexpr TopkShape k512 = TopkShape::k512, k256 = TopkShape::k256, kGuess = TopkShape::kGuess;
 constexpr RowShare kSixteenth{1, 16}, kEighth{1, 8}, kTwoNinths{2, 9}, kQuarter{1, 4}, kHalf{1, 2},
     kOneEach{1, 1}, kTwoEach{2, 1}, kAnyShare{1, 0};
 
@@ -146,7 +147,8 @@ constexpr TopkLine kLinesFloat32[] = {
     {kTwoEach,   kAny, 0,         k4K,   kAny, 1,  k512},
     {kQuarter,   kAny, 0,         k8K,   kAny, 4,  k256},
     {kTwoEach,   kAny, 0,         k8K,   kAny, 1,  k512},
-    {kQuarter,   4,    k16K + 1,  k64K,  kAny, 16, k256},
+    {kQuarter,   4,    k16K + 1,  k32K,  kAny, 16, k256},
+    {kQuarter,   4,    k32K + 1,  k64K,  kAny, 8,  k512},  // 1 x 64K, k 2048: 7.7 us / sixteen of 256 9.1; k 512: 7.2 / 8.3
     {kQuarter,   4,    k64K + 1,  k128K, kAny, 16, k512},
     {kQuarter,   4,    k128K + 1, kAny,  kAny, 16, k256},
     {kSixteenth, kAny, 0,         k32K,  kAny, 8,  k256},
@@ -158,11 +160,16 @@ constexpr TopkLine kLinesFloat32[] = {
     {kTwoNinths, kAny, 0,         kAny,  kAny, 4,  k512},
     {kQuarter,   kAny, 0,         kAny,  kAny, 3,  k512},  // 32 rows, 160K, k 2048: 1.05 / six 1.15
     {kHalf,      kAny, 0,         kAny,  kAny, 2,  k512},
-    {kTwoEach,   kAny, 0,         kAny,  kAny, 1,  k512},  // 128 rows, 64K, k 2048: 1.03 / two 1.16
     {kAnyShare,  kAny, 0,         k8K,   kAny, 1,  k512},
-    {kAnyShare,  kAny, 0,         k16K,  kAny, 1,  k256},  // 512 x 16K: 20.7 us / 26.1
+    {kTwoEach,   kAny, 0,         kAny,  512,  1,  k512},
+    // A guess costs 2 us and saves reading the listed units again, which are many if k is large.
+    {kOneEach,   kAny, 0,         kAny,  kAny, 1,  kGuess},  // k 2048: 128 x 16K 11.1 us / 13.9, 128 x 160K 41 / 59; k 1024: 128 x 64K 17.3 / 19.1
+    {kTwoEach,   kAny, 0,         k32K,  1024, 1,  k512},
+    {kAnyShare,  kAny, 0,         k16K,  1024, 1,  k256},  // k 512: 512 x 16K 20.7 us / 26.1; k 1024: 25.8 / with a guess 29.1
     {kAnyShare,  kAny, 0,         k32K,  512,  1,  k256},
-    {kAnyShare,  kAny, 0,         kAny,  kAny, 1,  k512},
+    {kAnyShare,  kAny, 0,         k32K,  1024, 1,  k512},
+    {kAnyShare,  kAny, 0,         kAny,  512,  1,  k512},
+    {kAnyShare,  kAny, 0,         kAny,  kAny, 1,  kGuess},  // k 2048: 256 x 64K 38 us / 56, 512 x 128K 112 / 171; 2,048 x 32K 201 / 210
 };
 
 // Candidates: rows of up to 16K columns, most of them full. The numbers are for the top-k alone.

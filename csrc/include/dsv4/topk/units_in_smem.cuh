@@ -33,6 +33,14 @@ struct UnitList {
     return step * kThreads + threadIdx.x;
   }
 
+  // Puts the partial units that the warp has in shared memory.
+  __device__ __forceinline__ void keep_edges() const {
+    s.units.keep_edges(s.smem.edges, [&](int32_t g) {
+      const uint32_t number = g - s.begin;
+      return number < static_cast<uint32_t>(s.count) && number % kThreads / kWarpSize == warp_id();
+    });
+  }
+
   // Loads this thread's units from `step` on; units outside the slice are all NaN.
   template <int kCount>
   __device__ __forceinline__ void load(Unit (&u)[kCount], int32_t step) const {
@@ -59,10 +67,7 @@ struct UnitList {
     const uint32_t wanted = s.groups_wanted();
     const uint32_t have = s.least;
     const int level = have < wanted ? 0 : have < 2 * wanted ? 1 : have < 4 * wanted ? 2 : 3;
-    s.units.keep_edges(s.smem.edges, [&](int32_t g) {
-      const uint32_t number = g - s.begin;
-      return number < static_cast<uint32_t>(s.count) && number % kThreads / kWarpSize == warp_id();
-    });
+    keep_edges();
     uint32_t* to = maxima();
 #pragma unroll 1
     for (int32_t step = 0; step < s.depth; step += kBatch) {
