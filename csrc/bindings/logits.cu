@@ -329,7 +329,7 @@ void set_ragged_keys(RaggedKeys& keys, const TensorView& k, const TensorView& k_
 }
 
 void ragged_logits(TensorView q, TensorView k, TensorView k_scale, TensorView weights,
-                   TensorView row_starts, TensorView row_ends, TensorView out) {
+                   TensorView row_starts, TensorView row_ends, TensorView out, bool one_request) {
   RaggedLogitsParams p{};
   set_ragged_queries(p.queries, q, weights);
   const DLDevice device = q.device();
@@ -340,8 +340,8 @@ void ragged_logits(TensorView q, TensorView k, TensorView k_scale, TensorView we
   if (rows == 0) return;
 
   const Launch launch("dsv4_ragged_logits", device);
-  launch.check(launch_ragged_logits(p, type, static_cast<int>(q.size(1)), device.device_id,
-                                    launch.stream()));
+  launch.check(launch_ragged_logits(p, type, static_cast<int>(q.size(1)), one_request,
+                                    device.device_id, launch.stream()));
 }
 
 void candidate_logits_ragged(TensorView q, TensorView k, TensorView k_scale, TensorView weights,

@@ -144,10 +144,12 @@ def ragged_logits(
     row_starts: torch.Tensor,
     row_ends: torch.Tensor,
     out: torch.Tensor,
+    one_request: bool,
 ) -> None:
     """Score a window of gathered keys for every row; see :func:`dsv4_plugin.ragged_logits`.
 
-    All keys are scored here for every row; each row's window is then taken out.
+    All keys are scored here for every row; each row's window is then taken out. ``one_request``
+    changes nothing here.
     """
     rows, heads, _ = q.shape
     keys, width = k.shape[0], out.shape[1]

@@ -125,3 +125,18 @@ def test_other_forms_of_a_dense_call(change):
     assert logits.dense(TOPK, *arguments.values(), 70).shape == (2, 70)
     assert logits.dense(TOPK, *(arguments | change).values(), 0) is None
     state.reset()
+
+
+@pytest.mark.parametrize(
+    ("columns", "one_request"), [(0, False), (8, False), (9, True), (64, True)]
+)
+def test_a_row_with_all_keys_is_of_the_only_request(monkeypatch, columns, one_request):
+    """An engine that says how long its longest row is, maybe rounded up to a page."""
+    told, ragged = [], logits.ops.ragged_logits
+    monkeypatch.setattr(
+        logits.ops, "ragged_logits",
+        lambda *given, **more: told.append(more["one_request"]) or ragged(*given, **more),
+    )  # fmt: skip
+    assert logits.dense(TOPK, Q[:, 0], KEYS, WEIGHTS, BOUND, BOUND + 9, columns) is not None
+    assert told == [one_request]
+    state.reset()

@@ -229,6 +229,7 @@ LOGITS = (
     Logits("ragged, windows past the keys", 70, (300, 1, 0, 64, 65, 129), op="ragged", keys=64),
     Logits("ragged, more rows than SMs, 32 heads", 150, (65, 700), op="ragged", heads=32),
     Logits("ragged, larger tiles", 1408, (12_700, 64, 700, 1), op="ragged", heads=32),
+    Logits("ragged, larger tiles, few rows", 70, (16_400, 700, 0, 64), op="ragged"),
     Logits("ragged, float32, misaligned", 5, (700, 64), op="ragged", dtype="float32", offset=1),
     Logits("select", 4, (3000, 513, 512, 0), op="select"),
     Logits("select, next_n 2, float32", 4, (3000, 600), op="select", next_n=2, dtype="float32"),

@@ -177,9 +177,12 @@ def test_a_ragged_row_depends_on_itself_only():
 
 
 @pytest.mark.parametrize("heads", [64, 32])
-def test_many_ragged_rows_are_what_few_are(heads):
-    """Calls that have enough of them take larger tiles of keys: the same bits, and no others."""
-    rows, keys = 4321, 4200  # chunks of 32 rows x tiles of 1,024 keys: five a multiprocessor
+@pytest.mark.parametrize(
+    ("rows", "keys"),
+    [(4321, 4200), (150, 9000), (300, 40_000), (2048, 33_000)],
+)
+def test_many_ragged_rows_are_what_few_are(rows, keys, heads):
+    """Calls differ in the tiles of keys and in the rows that share one: the bits are the same."""
     g = torch.Generator().manual_seed(heads)
     q, k = codes((rows, heads, D), "normal", g).to(DEVICE), codes((keys, D), "normal", g).to(DEVICE)
     scale = torch.rand(keys, generator=g).to(DEVICE)
@@ -193,14 +196,16 @@ def test_many_ragged_rows_are_what_few_are(heads):
     before = out.clone()
     ragged_logits(q, k, scale, weights, starts, ends, out=out, backend=BACKEND)
     untouched(out, n, before)
-    for begin in (0, 31, 1000, 2160, rows - 40):
+    ragged_logits(q, k, scale, weights, starts, ends, one_request=True, out=before, backend=BACKEND)
+    assert torch.equal(bits(before), bits(out))
+    for begin in (0, 31, rows // 4, rows // 2, rows - 40):
         part = slice(begin, begin + 40)
         few = filled(40, keys)
         ragged_logits(
             q[part], k, scale, weights[part], starts[part], ends[part], out=few, backend=BACKEND
         )
         assert torch.equal(bits(out[part]), bits(few)), begin
-    some = slice(2000, 2040)
+    some = slice(rows // 2, rows // 2 + 40)
     score, size, count = ragged_oracle(q[some], k, scale, weights[some], starts[some], ends[some])
     check(out[some], score, size, count, TOLERANCE[BACKEND, "normal"])
 

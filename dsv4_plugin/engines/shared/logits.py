@@ -141,15 +141,18 @@ def dense(
 ) -> torch.Tensor | None:
     """Return ``[rows, columns]`` logits of gathered FP8 keys, each row from column zero.
 
-    ``columns`` 0 means as many as there are keys. Returns None for arguments of another form.
+    ``columns`` is the longest row, at least; 0 means that the engine does not say it. Returns None
+    for arguments of another form.
     """
     if not is_gathered(q, keys, weights, starts, ends):
         return None
-    columns = columns or keys[0].shape[0]
-    out = ops.new_logits(q.shape[0], columns, DTYPES[selection.dtype], q.device)
+    count = keys[0].shape[0]
+    out = ops.new_logits(q.shape[0], columns or count, DTYPES[selection.dtype], q.device)
+    # A row that has all keys leaves none for other requests.
     ops.ragged_logits(
-        q, keys[0], keys[1].reshape(-1), weights, starts, ends, out=out, backend=selection.backend
-    )
+        q, keys[0], keys[1].reshape(-1), weights, starts, ends, one_request=columns >= count > 0,
+        out=out, backend=selection.backend,
+    )  # fmt: skip
     return _counted(selection, out)
 
 

@@ -28,20 +28,38 @@ __device__ __forceinline__ void copy_rows(uint8_t* to, const uint8_t* from, int 
   }
 }
 
+// Begins 64 keys times queries, as many as the columns hold, by their mma_operand_lower().
+template <int kColumns>
+__device__ __forceinline__ void multiply_keys(MmaSums<kColumns>& sums, uint32_t keys,
+                                              uint32_t queries) {
+  constexpr int kNext = kMmaDepth / 16;
+  mma_begin();
+  sums.set(kMmaOperandUpper | keys, kMmaOperandUpper | queries);
+#pragma unroll
+  for (int step = 1; step < kKeyBytes / kMmaDepth; ++step) {
+    sums.add(kMmaOperandUpper | (keys + step * kNext), kMmaOperandUpper | (queries + step * kNext));
+  }
+  mma_commit();
+}
+
 // Queries and weights of kRows rows that are scored together.
 template <int kHeads, int kRows>
 struct RowSet {
   static constexpr int kQueryBytes = kHeads * kKeyBytes;
   static constexpr int kBytes = kRows * (kQueryBytes + kHeads * 4);
 
-  uint8_t* queries;  // [kRows][kQueryBytes], a multiple of kSwizzleBytes
+  uint8_t* queries;  // [kRows * kHeads][kKeyBytes] by column_of, a multiple of kSwizzleBytes
   float* weights;    // [kRows][kHeads]
 
   // Begins the copy of one row.
   __device__ __forceinline__ void copy(int row, const uint8_t* query,
                                        const uint8_t* from_weights) const {
     const int thread = threadIdx.x % kGroupThreads;
-    copy_rows<kHeads>(queries + row * kQueryBytes, query);
+#pragma unroll
+    for (int turn = 0; turn < kQueryBytes / 16 / kGroupThreads; ++turn) {
+      const int i = turn * kGroupThreads + thread;
+      copy_chunk(queries + swizzled(column_of<kRows>(row, i / 8), i % 8), query + i * 16);
+    }
     if (thread < kHeads) copy_word(weights + row * kHeads + thread, from_weights + thread * 4);
   }
 };
@@ -78,16 +96,8 @@ struct KeyRing {
   template <int kColumns>
   __device__ __forceinline__ void multiply(MmaSums<kColumns>& sums, int32_t slot,
                                            const uint8_t* query) const {
-    const uint64_t a = mma_operand(shared_address(keys + slot * kBlockValues));
-    const uint64_t b = mma_operand(shared_address(query));
-    constexpr int kNext = kMmaDepth / 16;
-    mma_begin();
-    sums.set(a, b);
-#pragma unroll
-    for (int step = 1; step < kKeyBytes / kMmaDepth; ++step) {
-      sums.add(a + step * kNext, b + step * kNext);
-    }
-    mma_commit();
+    multiply_keys(sums, mma_operand_lower(shared_address(keys + slot * kBlockValues)),
+                  mma_operand_lower(shared_address(query)));
   }
 };
 

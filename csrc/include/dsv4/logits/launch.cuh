@@ -122,27 +122,60 @@ inline cudaError_t launch_ragged_config(const RaggedLogitsParams& p, int32_t chu
   return launch_overlapped(kKernel, grid, Config::kThreads, 1, kBytes, stream, p, chunk);
 }
 
+// Whether the CTAs of a ragged call have the larger tiles of keys, and how many rows each takes.
+struct RaggedGrid {
+  bool large;
+  int32_t chunk;
+};
+
+// `one_request`: the rows are the last ones of a request that has all keys.
+inline RaggedGrid choose_ragged_grid(int64_t rows, int64_t keys, bool one_request, int heads,
+                                     int sms) {
+  using Large = TileConfig<64, 4>;
+  using Small = TileConfig<64, 2>;
+  const auto ctas = [&](int64_t tile, int64_t chunk) {
+    return ceil_div(keys, tile) * ceil_div(rows, chunk);
+  };
+  if (!one_request || rows * 2 >= keys) {
+    // Windows differ or are short, so that many CTAs may have little or nothing to do. Chunks are
+    // long, to make use of a tile's keys, if each multiprocessor then still has several.
+    constexpr int64_t kEach = 4;
+    int32_t chunk = 32;
+    if (ctas(Large::kKeys, chunk) >= kEach * Large::kCtas * sms) return {true, chunk};
+    const int64_t enough = kEach * Small::kCtas * sms;
+    while (chunk > kLeastChunkRows && ctas(Small::kKeys, chunk) < enough) chunk /= 2;
+    return {false, chunk};
+  }
+  // All CTAs take about as long: what counts is how many a multiprocessor has, one after the other.
+  // Times are in rows x heads of the larger tile, of which an H200 does one in 0.026 us. Beside its
+  // rows, a CTA loads the tile's keys. Of the smaller tiles it has two at a time.
+  const int64_t small = ctas(Small::kKeys, kLeastChunkRows);
+  RaggedGrid best{false, kLeastChunkRows};
+  int64_t least = small <= sms ? 6 * heads + 128 : ceil_div(small, 2 * sms) * (10 * heads + 128);
+  for (int32_t chunk = kLeastChunkRows; chunk <= kMostChunkRows; chunk *= 2) {
+    const int64_t time = ceil_div(ctas(Large::kKeys, chunk), sms) * (chunk * heads + 192);
+    if (time < least) {
+      least = time;
+      best = {true, chunk};
+    }
+  }
+  return best;
+}
+
 inline cudaError_t launch_ragged_logits(const RaggedLogitsParams& p, LogitsType type, int heads,
-                                        int device, cudaStream_t stream) {
+                                        bool one_request, int device, cudaStream_t stream) {
   int sms = 0;
   const cudaError_t known = multiprocessors(device, &sms);
   if (known != cudaSuccess) return known;
   if (p.keys.keys == 0 || p.rows == 0 || p.output.columns == 0) return cudaSuccess;
+  const RaggedGrid grid = choose_ragged_grid(p.rows, p.keys.keys, one_request, heads, sms);
   return with_types(type, heads, [&](auto* out, auto head_count) {
     using Out = std::remove_pointer_t<decltype(out)>;
-    using Large = TileConfig<decltype(head_count)::value, 4>;
-    using Small = TileConfig<decltype(head_count)::value, 2>;
-    // Chunks are long, to make use of a tile's keys, if each multiprocessor then still has several.
-    constexpr int64_t kEach = 4;
-    const auto enough = [&](int64_t keys, int32_t chunk, int64_t ctas) {
-      return ceil_div(p.keys.keys, keys) * ceil_div(p.rows, chunk) >= kEach * ctas * sms;
-    };
-    int32_t chunk = kMostChunkRows;
-    if (enough(Large::kKeys, chunk, Large::kCtas)) {
-      return launch_ragged_config<Out, Large>(p, chunk, device, stream);
+    constexpr int kHeads = decltype(head_count)::value;
+    if (grid.large) {
+      return launch_ragged_config<Out, TileConfig<kHeads, 4>>(p, grid.chunk, device, stream);
     }
-    while (chunk > kLeastChunkRows && !enough(Small::kKeys, chunk, Small::kCtas)) chunk /= 2;
-    return launch_ragged_config<Out, Small>(p, chunk, device, stream);
+    return launch_ragged_config<Out, TileConfig<kHeads, 2>>(p, grid.chunk, device, stream);
   });
 }
 

@@ -13,11 +13,14 @@ constexpr int kSwizzleBytes = 1024;  // B is stored in groups of 8 rows of 128 b
 
 // Describes rows of 128 bytes in shared memory whose 16-byte chunks are stored at chunk ^ (row % 8)
 // (the 128-byte swizzle). `address` is a multiple of kSwizzleBytes. The result plus kMmaDepth / 16
-// describes the next 32 values of every row.
+// describes the next 32 values of every row. Only its lower half depends on the address.
+constexpr uint64_t kMmaOperandUpper = (uint64_t{1} << 62) | (uint64_t{kSwizzleBytes / 16} << 32);
+
+__device__ __forceinline__ uint32_t mma_operand_lower(uint32_t address) {
+  return (1u << 16) | ((address & 0x3ffff) >> 4);
+}
 __device__ __forceinline__ uint64_t mma_operand(uint32_t address) {
-  constexpr uint64_t kGroupStride = kSwizzleBytes / 16;
-  return (uint64_t{1} << 62) | (kGroupStride << 32) | (uint64_t{1} << 16) |
-         ((address & 0x3ffff) >> 4);
+  return kMmaOperandUpper | mma_operand_lower(address);
 }
 
 // Makes earlier writes to registers visible to the instructions that follow.

@@ -140,8 +140,8 @@ class Bench(KeyBench):
             if isinstance(p, Paged):
                 return paged_logits(p.q, p.cache, p.weights, p.lengths, p.block_table, out=out,
                                     backend=self.backend)  # fmt: skip
-            return ragged_logits(p.q, p.k, p.k_scale, p.weights, p.row_starts, p.row_ends, out=out,
-                                 backend=self.backend)  # fmt: skip
+            return ragged_logits(p.q, p.k, p.k_scale, p.weights, p.row_starts, p.row_ends,
+                                 one_request=True, out=out, backend=self.backend)  # fmt: skip
 
         peers = self.peers["ragged_logits" if case.suite == "prefill" else "logits"]
         runs = {
