@@ -219,7 +219,7 @@ class ListedScores {
   struct Crowded {
     uint32_t order;
     uint32_t bin;     // kNone: it is not crowded
-    uint32_t rest;    // the guess's rank in the bin; in the end, the order of some score in it
+    uint32_t rest;    // the guess's rank in the bin; in the end, the best order of the sample in it
     uint32_t before;  // scores of the sample in better bins
   };
   __device__ __forceinline__ Crowded& where() const {
@@ -253,7 +253,7 @@ class ListedScores {
     __syncthreads();
     if (crowded.bin == kNone) return;
     Policy::each_order(load_sample(), [&](uint32_t order) {
-      if (order >> kFine == crowded.bin) s_.smem.bound[2] = order;
+      if (order >> kFine == crowded.bin) atomicMin(&crowded.rest, order);
     });
     __syncthreads();
   }

@@ -242,21 +242,24 @@ struct ThresholdFinder {
 #pragma unroll 1
     for (uint32_t i = warp_id(); i < count; i += kWarps) {
       const uint32_t own = smem.rank_list[i];
-      uint32_t sums = 0;  // of at most 256: before it, equal to it, before it in the lower ranks
-      uint32_t lower_equal = 0;
+      // At most 256 each: before it, equal to it, before it in the lower ranks; equal to it in the
+      // lower ranks, equal to it and ahead in the list.
+      uint32_t sums = 0;
+      uint32_t equals = 0;
 #pragma unroll 1
       for (uint32_t j = lane_id(); j < count; j += kWarpSize) {
         const uint32_t other = smem.rank_list[j];
         const bool lower = j < t.lower_equal;
         sums += other < own ? (lower ? 1u + (1u << 20) : 1u) : other == own ? 1u << 10 : 0u;
-        lower_equal += lower && other == own ? 1u : 0u;
+        if (other == own) equals += (lower ? 1u : 0u) + (j < i ? 1u << 16 : 0u);
       }
       sums = __reduce_add_sync(kFullWarp, sums);
       const uint32_t before = sums & 1023u;
       if (before < t.need && t.need <= before + (sums >> 10 & 1023u)) {
-        lower_equal = __reduce_add_sync(kFullWarp, lower_equal);
-        // Equal scores find the same.
-        if (lane_id() == 0) smem.rank_found = make_uint4(own, before, sums >> 20, lower_equal);
+        equals = __reduce_add_sync(kFullWarp, equals);
+        if (lane_id() == 0 && equals >> 16 == 0) {
+          smem.rank_found = make_uint4(own, before, sums >> 20, equals & 0xffffu);
+        }
       }
     }
   }
