@@ -164,6 +164,16 @@ def code_bytes(library: Path, folder: Path) -> dict[str, int]:
     return found
 
 
+def first_call(folder: Path, kernel: str) -> int:
+    """Return where the first out-of-line function of a kernel begins: before it is the rest."""
+    found = []
+    for cubin in folder.glob("*.cubin"):
+        with cubin.open("rb") as stream:
+            symbols = ELFFile(stream).get_section_by_name(".symtab")
+            found += [s["st_value"] for s in symbols.iter_symbols() if f"${kernel}$" in s.name]
+    return min(found)
+
+
 def test_no_kernel_has_outgrown_what_a_launch_fetches(library: Path, tmp_path: Path) -> None:
     """A launch loads 64 KB of a kernel's code; in a server the kernel waits for code beyond them.
 
@@ -171,8 +181,10 @@ def test_no_kernel_has_outgrown_what_a_launch_fetches(library: Path, tmp_path: P
     """
     sizes = code_bytes(library, tmp_path)
     topk = {name: size for name, size in sizes.items() if "11topk_kernel" in name}
-    # Two numbers of threads, alone or in clusters; rows and candidates of three dtypes.
+    # Two numbers of threads, alone or in clusters; rows and candidates of three dtypes; the guess.
     candidates = [name for name in topk if "13CandidateForm" in name]
-    assert (len(topk), len(candidates)) == (24, 12), sorted(topk)
-    assert {name: size for name, size in topk.items() if size > 112 * 1024} == {}
+    (guess,) = [name for name in topk if "7RowFormELb1E" in name]
+    assert (len(topk), len(candidates)) == (25, 12), sorted(topk)
+    # It has the other way as well, which comes after all that a good guess needs.
+    assert sizes.pop(guess) > 112 * 1024 and first_call(tmp_path, guess) <= 64 * 1024
     assert {name: size for name, size in sizes.items() if size > 112 * 1024} == {}

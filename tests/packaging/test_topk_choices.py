@@ -24,6 +24,7 @@ class Choice(NamedTuple):
     held: int
     solo: int
     guesses: int  # of the threshold
+    guesses_candidates: int  # the same call with the columns of candidates
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,11 @@ def test_a_guess_is_for_large_k_of_float32_rows_of_one_cta(choices: list[Choice]
     for c in guessed:
         assert (c.type, c.cluster, c.threads) == (2, 1, 512) and c.k > 512, c
         assert 2 * c.rows > c.sms and c.columns > c.held, c
+
+
+def test_candidates_have_no_guess(choices: list[Choice]) -> None:
+    """No kernel of theirs guesses."""
+    assert not any(c.guesses_candidates for c in choices)
 
 
 def test_all_choices_are_taken(choices: list[Choice]) -> None:

@@ -1,6 +1,6 @@
 // Prints what choose_topk takes: "sms largest type k rows columns | threads cluster held solo
-// guesses", where held is what the registers of one CTA hold and solo what one CTA of a cluster
-// serves, in scores. Needs no GPU.
+// guesses guesses_candidates", where held is what the registers of one CTA hold and solo what one
+// CTA of a cluster serves, in scores. Needs no GPU.
 #include <cstdio>
 
 #include "dsv4/topk/tuning.cuh"
@@ -31,15 +31,17 @@ int main() {
               const auto score = static_cast<ScoreType>(type);
               const TopkChoice choice = choose_topk(p, score, device);
               const bool guesses = choice.shape == TopkShape::kGuess;
+              const TopkChoice of_candidates = choose_topk(p, score, device, true);
               const int threads = choice.shape == TopkShape::k512 || guesses ? 512
                                   : choice.shape == TopkShape::k256          ? 256
                                                                              : 1024;
               const int held = threads == 1024                ? 0
                                : score == ScoreType::kFloat32 ? held_scores<Float32Keys>(threads)
                                                               : held_scores<Bfloat16Keys>(threads);
-              std::printf("%d %d %d %d %d %lld | %d %d %d %d %d\n", sms, largest, type, k, rows,
+              std::printf("%d %d %d %d %d %lld | %d %d %d %d %d %d\n", sms, largest, type, k, rows,
                           static_cast<long long>(most_units(p, score)) * kUnit, threads,
-                          choice.cluster, held, choice.solo_units * kUnit, guesses);
+                          choice.cluster, held, choice.solo_units * kUnit, guesses,
+                          of_candidates.shape == TopkShape::kGuess);
             }
           }
         }

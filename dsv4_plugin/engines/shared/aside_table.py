@@ -1,7 +1,7 @@
 """Where an engine's own top-k is faster than the plugin's; do not edit.
 
 ``python -m benchmarks.tables aside-table`` makes this file of
-``benchmarks/results/h200_aside.json`` (NVIDIA H200, commit bfb5d06).
+``benchmarks/results/h200_aside.json`` (NVIDIA H200, commit 69ceaf8).
 """
 
 # engine -> the release whose kernels were measured
@@ -36,17 +36,17 @@ LONGEST: dict[tuple[str, int], tuple[tuple[int, int, int], ...]] = {
         (1, 8192, 8192),
         (8, 8192, 8192),
         (16, 8192, 8192),
-        (32, 4096, 8192),
+        (32, 8192, 8192),
         (64, 8192, 8192),
         (65, 8192, 8192),
-        (128, 131072, 262144),
+        (128, 16384, 16384),
         (256, 0, 262144),
         (512, 0, 262144),
     ),
     ("vllm.prefill", 2048): (
         (64, 0, 0),
-        (256, 0, 0),
-        (1024, 65536, 0),
-        (4096, 131072, 0),
+        (256, 16384, 0),
+        (1024, 32768, 0),
+        (4096, 32768, 0),
     ),
 }

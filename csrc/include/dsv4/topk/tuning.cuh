@@ -165,11 +165,12 @@ constexpr TopkLine kLinesFloat32[] = {
     // A guess costs 2 us and saves reading the listed units again, which are many if k is large.
     {kOneEach,   kAny, 0,         kAny,  kAny, 1,  kGuess},  // k 2048: 128 x 16K 11.1 us / 13.9, 128 x 160K 41 / 59; k 1024: 128 x 64K 17.3 / 19.1
     {kTwoEach,   kAny, 0,         k32K,  1024, 1,  k512},
-    {kAnyShare,  kAny, 0,         k16K,  1024, 1,  k256},  // k 512: 512 x 16K 20.7 us / 26.1; k 1024: 25.8 / with a guess 29.1
+    {kTwoEach,   kAny, 0,         kAny,  kAny, 1,  kGuess},  // k 2048: 256 x 16K 16.0 us / 20.3, 256 x 64K 38 / 56
+    {kAnyShare,  kAny, 0,         k16K,  kAny, 1,  k256},    // 512 x 16K, k 512: 20.7 us / 26.1; 4,096 x 16K, k 2048: 248 / with a guess 257
     {kAnyShare,  kAny, 0,         k32K,  512,  1,  k256},
     {kAnyShare,  kAny, 0,         k32K,  1024, 1,  k512},
     {kAnyShare,  kAny, 0,         kAny,  512,  1,  k512},
-    {kAnyShare,  kAny, 0,         kAny,  kAny, 1,  kGuess},  // k 2048: 256 x 64K 38 us / 56, 512 x 128K 112 / 171; 2,048 x 32K 201 / 210
+    {kAnyShare,  kAny, 0,         kAny,  kAny, 1,  kGuess},  // k 2048: 512 x 128K 112 us / 171; 2,048 x 32K 201 / 210
 };
 
 // Candidates: rows of up to 16K columns, most of them full. The numbers are for the top-k alone.
@@ -207,6 +208,7 @@ inline TopkChoice choose_topk(const TopkParams& p, ScoreType type, const DeviceL
   TopkChoice choice = type == ScoreType::kFloat32 ? first(kLinesFloat32)
                       : candidates                ? first(kCandidateLines16Bit)
                                                   : first(kLines16Bit);
+  if (candidates && choice.shape == TopkShape::kGuess) choice = ctas(1, k512);  // has no kernel
   const auto holds = [&] { return ceil_div(most, choice.cluster) <= most_units(choice.shape); };
   if (choice.cluster > device.largest_cluster) choice.cluster = device.largest_cluster;
   if (!holds()) choice = ctas(choice.cluster, k512);
