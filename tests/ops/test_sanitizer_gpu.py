@@ -53,7 +53,7 @@ def run(tool: str, *arguments: str) -> tuple[int, str]:
     command = [
         sanitizer(), "--tool", tool, *OPTIONS[tool],
         "--kernel-name", "kernel_substring=dsv4",  # the namespace: none of torch's kernels
-        "--target-processes", "application-only",
+        "--target-processes", "application-only", "--launch-timeout", "120",
         "--error-exitcode", str(FOUND), "--print-limit", "20", "--show-backtrace", "no",
         sys.executable, str(DRIVER), *arguments,
     ]  # fmt: skip
