@@ -47,10 +47,11 @@ def verdict(row: Row) -> str:
 def longest(document: Any) -> dict[tuple[str, int], list[Entry]]:
     """Return for each call and k the numbers of rows, and up to which length they are the engine's.
 
-    0: the plugin keeps them. The engine gets a length if at this length and at every shorter one
-    its kernel was exact and the plugin was not faster, and if the engine was faster at one of them.
-    For narrow buffers all cells count, for wide ones only those of wide buffers. If the kernel was
-    wrong on a distribution, the engine gets no row of that length or longer.
+    0: the plugin keeps them. The engine gets a length if its kernel was exact there and at every
+    shorter one, and if it was faster at one of them and the plugin at none, or if it was faster at
+    that length and, in the geometric mean, not slower up to it. For narrow buffers all cells count,
+    and the mean of the narrow ones as well; for wide ones only those of wide buffers. If the kernel
+    was wrong on a distribution, the engine gets no row of that length or longer.
     """
     cells = collections.defaultdict(list)
     for row in document["results"]:
@@ -72,15 +73,30 @@ def longest(document: Any) -> dict[tuple[str, int], list[Entry]]:
 
 
 def _longest(measured: list[Row], wrong: int) -> int:
-    most, faster = 0, False
+    most = 0
+    before: list[Row] = []
     for columns in sorted({row["columns"] for row in measured}):
         here = [row for row in measured if row["columns"] == columns]
-        said = [verdict(row) for row in here]
-        if columns >= wrong or "plugin" in said or not all(row["engine_exact"] for row in here):
+        before += here
+        if columns >= wrong or not all(row["engine_exact"] for row in here):
             break
-        faster = faster or "engine" in said
-        most = columns if faster else 0
+        said = [verdict(row) for row in before]
+        last = said[-len(here) :]
+        if ("engine" in said and "plugin" not in said) or (
+            "engine" in last and "plugin" not in last and _not_slower(before)
+        ):
+            most = columns
     return most
+
+
+def _not_slower(rows: list[Row]) -> bool:
+    """Whether the engine's kernel was, in the mean, not slower, and in narrow buffers neither."""
+    narrow = [row for row in rows if row["width"] <= NARROW]
+    return all(
+        geometric_mean([row["plugin_us"] / row["engine_us"] for row in some]) >= 1
+        for some in (rows, narrow)
+        if some
+    )
 
 
 def module() -> str:

@@ -3,10 +3,10 @@
 The plugin leaves a call only if the engine's kernel takes the same input and is exact: float32
 logits that the engine wrote. It decides by what the host knows, once for a captured graph: the
 number of rows of the call, and the longest row that is possible. The lengths are on the device. So
-the engine's kernel gets a call of that many rows if it was measured to be as fast or faster at
-*every* length that the call can have, and faster at some. With more rows than were measured, the
-largest measured number of rows decides. The plugin keeps everything else that was not measured.
-:mod:`dsv4_plugin.engines.shared.aside_table` has the figures.
+the engine's kernel gets a call of that many rows if the plugin was not faster at any length that
+the call can have, or if it was slower at the longest one and on the whole. With more rows than were
+measured, the largest measured number of rows decides. The plugin keeps everything else that was not
+measured. :mod:`dsv4_plugin.engines.shared.aside_table` has the figures.
 
 With a setting that demands the plugin (:func:`.decision.binding`, and any ``DSV4_TOPK`` but
 ``auto``) the plugin serves every call.
