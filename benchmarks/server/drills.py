@@ -1,22 +1,22 @@
 """Failure drills on live servers: ``python -m benchmarks.server.drills``.
 
-Every drill is a server of its own in which one thing is broken. It passes if the server starts and
-still runs at the end, if it answers every request in full and in time, if one clear line of the
-plugin says what happened, and if the counters show that the expected side served. Where vLLM's code
-has to serve and gives the same answers twice, the answers must also equal vLLM's. Requests of many
-lengths come at the same time, so that one step contains prefill chunks and decode.
+Every drill is a server of its own, in which one thing is broken or which runs in one mode. It
+passes if the server starts and still runs at the end, if it answers every request in full and in
+time, if one clear line of the plugin says what happened, and if the counters show that the expected
+side served. Where the engine's code has to serve and gives the same answers twice, the answers must
+also equal those without the plugin. Requests of many lengths come at the same time, so that prefill
+and decode alternate.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import dsv4_plugin
-from benchmarks.server import model
+from benchmarks.server import model, sglang_drills, vllm_drills
 from benchmarks.server.client import at_once, random_prompt
+from benchmarks.server.drill import BASE, LIBRARY, Drill
 from benchmarks.server.measure import agreement
 from benchmarks.server.options import about, add_common, checked, engine, make_server, place
 from benchmarks.server.server import Server, stop
@@ -38,145 +39,15 @@ from dsv4_plugin.cli.shared.secrets import Secrets
 
 __all__ = ["BASE", "DRILLS", "Drill", "main"]
 
-BASE = "off"
 CROWD = (40, 300, 600, 2500, 3000, 5000, 9000, 12000)  # tokens of the prompts sent at once
 ALONE = (1000, 3000, 9000)  # tokens of the prompts sent alone, whose answers are compared
 TOKENS = 32
 STATUS_S = 2.0  # until the status file has the last calls
 PLUGIN = re.compile(r"\[dsv4[^]]*\] (.*)")
-LIBRARY = "_C.so"
-
-
-def _sleep(server: Server, level: int) -> None:
-    """Put the engine to sleep and wake it up. Level 2 does not restore the weights."""
-    server.client.read(f"/sleep?level={level}", {})
-    if not json.loads(server.client.read("/is_sleeping"))["is_sleeping"]:
-        raise RuntimeError("it does not sleep after /sleep")
-    server.client.read("/wake_up", {})
-
-
-@dataclass(frozen=True)
-class Drill:
-    """One server with one fault.
-
-    Attributes:
-        name: the name of the drill and of its server.
-        what: what is broken.
-        says: the line that must be in the log, once for each kind of layer in each process.
-        environment: the server's variables.
-        arguments: the arguments of its ``vllm serve``.
-        counts: counters that must be above zero at the end.
-        never: counters that must be zero.
-        upstream: whether the answers must equal those of :data:`BASE`, for each prompt to which
-            :data:`BASE` gives the same answer twice.
-        library: whether the plugin has its compiled library.
-        act: runs between two rounds of requests.
-        same: whether the answers of both rounds must be equal, for the same prompts.
-        kind: the only kind of model that the drill is for, with the name of :mod:`.model`.
-    """
-
-    name: str
-    what: str
-    says: str
-    environment: dict[str, str] = field(default_factory=lambda: {"DSV4_PLUGIN": "1"})
-    arguments: tuple[str, ...] = ()
-    counts: tuple[str, ...] = ()
-    never: tuple[str, ...] = ("topk.decode", "topk.prefill", "logits.plugin")
-    upstream: bool = True
-    library: bool = True
-    act: Callable[[Server], None] | None = None
-    same: bool = True
-    kind: str | None = None
-
-
-def _fault(name: str) -> dict[str, str]:
-    return {"DSV4_PLUGIN": "1", "E2E_FAULT": name}
-
-
-def _candidates(op: str) -> Drill:
-    """Return the drill in which an op of two-level selection fails."""
-    return Drill(
-        op, f"{op} raises at its first call",
-        rf"topk failed at a call and was switched off \(RuntimeError: drill: {op}\)",
-        _fault(op), counts=("topk.decode.upstream",), never=("candidates.consumer",),
-        kind=model.V41,
-    )  # fmt: skip
-
-
-_ALL = ("topk.decode", "topk.prefill", "logits.plugin", "gather")
-DRILLS = (
-    Drill(
-        BASE, "the kill switch, DSV4_PLUGIN=0, although --plugin dsv4 asks for the plugin",
-        r"DSV4_PLUGIN=0: nothing is patched", {"DSV4_PLUGIN": "0"},
-    ),
-    Drill(
-        "on", "nothing: the plugin serves",
-        r"top-k: bf16 by cuda", counts=_ALL, never=(), upstream=False,
-    ),
-    Drill(
-        "capability", "the plugin sees a GPU of compute capability 7.5",
-        r"top-k: the engine's \(.*compute capability 7\.5", _fault("capability"),
-        never=(*_ALL,),
-    ),
-    Drill(
-        "library", f"{LIBRARY} is not there",
-        rf"top-k: the engine's \(.*{re.escape(LIBRARY)}", library=False,
-    ),
-    Drill(
-        "seam", "a function of vLLM's that is patched has other parameters",
-        r"the engine's own code stays at topk\.prefill \(.*top_k_per_row_prefill", _fault("seam"),
-        counts=("gather",),
-    ),
-    Drill(
-        "topk", "the top-k raises at its first call",
-        r"topk failed at a call and was switched off \(RuntimeError: drill: topk\)",
-        _fault("topk"), counts=("topk.decode.upstream", "gather"),
-        never=("topk.decode", "topk.prefill"),
-    ),
-    Drill(
-        "logits", "the logits kernel raises at its first call",
-        r"topk failed at a call and was switched off \(RuntimeError: drill: logits\)",
-        _fault("logits"), counts=("topk.decode.upstream", "gather"), never=("topk.decode",),
-    ),
-    Drill(
-        "gather", "the gather of the keys raises at its first call",
-        r"gather failed at a call and was switched off \(RuntimeError: drill: gather\)",
-        _fault("gather"), counts=("topk.decode", "topk.prefill", "gather.upstream"),
-        never=("gather",), upstream=False,
-    ),
-    Drill(
-        "shadow",
-        "nothing: vLLM's selection runs beside the plugin's in float32, on the same scores",
-        r"top-k: fp32 by cuda",
-        {"DSV4_PLUGIN": "1", "DSV4_TOPK": "fp32", "DSV4_SHADOW": "1"},
-        counts=("topk.decode", "topk.prefill"), never=(), upstream=False,
-    ),
-    Drill(
-        "sleep", "nothing: the engine sleeps (level 1) and wakes up between two rounds",
-        r"top-k: bf16 by cuda", {"DSV4_PLUGIN": "1", "VLLM_SERVER_DEV_MODE": "1"},
-        ("--enable-sleep-mode",), counts=_ALL, never=(), upstream=False,
-        act=partial(_sleep, level=1),
-    ),
-    Drill(
-        "sleep2", "nothing: the engine sleeps at level 2, where the shadow's counters must survive",
-        r"top-k: fp32 by cuda",
-        {"DSV4_PLUGIN": "1", "DSV4_TOPK": "fp32", "DSV4_SHADOW": "1", "VLLM_SERVER_DEV_MODE": "1"},
-        ("--enable-sleep-mode",), counts=("topk.decode", "topk.prefill"), never=(),
-        upstream=False, act=partial(_sleep, level=2), same=False,
-    ),
-    Drill(
-        "candidates", "nothing: the plugin serves the source of the candidates and its consumers",
-        r"top-k: bf16 by cuda", counts=(*_ALL, "candidates.source", "candidates.consumer"),
-        never=("candidates.source.engine",), upstream=False, kind=model.V41,
-    ),
-    Drill(
-        "candidate_seam", "vLLM's selection of candidate blocks has other parameters",
-        r"top-k: the engine's \(.*_select_candidate_blocks takes \(anything\)",
-        _fault("candidate_seam"), never=("candidates.source", "candidates.consumer"),
-        upstream=False, kind=model.V41,
-    ),
-    *map(_candidates, ("block_maxima", "select_blocks", "candidate_select")),
-)  # fmt: skip
+DRILLS: Mapping[str, tuple[Drill, ...]] = {
+    "vllm": vllm_drills.DRILLS,
+    "sglang": sglang_drills.DRILLS,
+}
 
 
 @dataclass
@@ -235,7 +106,7 @@ def _look(result: Result) -> None:
         result.note(f"no call was counted as {', '.join(silent)}")
     if served := [name for name in drill.never if result.counters.get(name)]:
         result.note(f"calls were counted as {', '.join(served)}")
-    for kind in ("decode", "prefill") if "DSV4_SHADOW" in drill.environment else ():
+    for kind in drill.shadow:
         seen = result.shadow.get(kind, {})
         if not seen.get("rows") or seen.get("higher"):
             result.note(f"the shadow of {kind} saw {seen}")
@@ -267,7 +138,7 @@ def _compare(result: Result, base: Result) -> dict[str, Any]:
     last = [a.alone[-1] if a.alone else [] for a in (base, result)]
     found = [agreement(a, b) if a and b else None for a, b in zip(*last, strict=False)]
     if result.drill.upstream:
-        _all_same(result, repeats, found, "the answers are not vLLM's")
+        _all_same(result, repeats, found, "the answers are not the engine's")
     if result.drill.act is not None and result.drill.same and len(result.alone) == 2:
         rounds = [agreement(a, b) if a and b else None for a, b in zip(*result.alone, strict=True)]
         _all_same(result, repeats, rounds, "the answers of the two rounds differ")
@@ -298,10 +169,10 @@ def parser() -> Parser:
     p = Parser(prog="python -m benchmarks.server.drills", description=__doc__.splitlines()[0])
     add_common(p, port=8200, ready=300, kv_gib=2, max_model_len=32 << 10)
     add = p.add_argument
-    names = [drill.name for drill in DRILLS]
+    names = list(dict.fromkeys(drill.name for table in DRILLS.values() for drill in table))
     add("--only", nargs="+", choices=names, default=names, metavar="DRILL",
-        help=f"only these of {', '.join(names)} (default: all that fit the model); {BASE} always "
-        "runs")  # fmt: skip
+        help=f"only these of {', '.join(names)} (default: all that fit engine and model); {BASE} "
+        "always runs")  # fmt: skip
     about = "the most servers at a time (default: all)"
     add("--at-once", type=numbers.COUNT, default=len(names), help=about)
     about = "the most seconds for one request (default: 120)"
@@ -334,7 +205,7 @@ def drill(
 
 
 def _wanted(a: argparse.Namespace) -> list[Drill]:
-    named = [each for each in DRILLS if each.name == BASE or each.name in a.only]
+    named = [each for each in DRILLS[a.engine] if each.name == BASE or each.name in a.only]
     return [each for each in named if each.kind in (None, model.read(a.model).kind)]
 
 

@@ -15,11 +15,13 @@ import pytest
 from kits.e2e_servers import FAKE, free_ports, tiny_model
 
 from benchmarks.server import drills, sglang_side, side, vllm_side
-from dsv4_plugin.engines.shared import adapter, import_hooks
+from dsv4_plugin.engines.shared import adapter, import_hooks, source
 from dsv4_plugin.engines.shared.decision import INERT
+from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 
-ALL = [drill.name for drill in drills.DRILLS]
-NAMES = [drill.name for drill in drills.DRILLS if drill.kind is None]  # every model's
+VLLM, SGLANG = drills.DRILLS["vllm"], drills.DRILLS["sglang"]
+ALL = [drill.name for drill in VLLM]
+NAMES = [drill.name for drill in VLLM if drill.kind is None]  # every model's
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def run(model: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict[str, An
     out = tmp_path / "drills.json"
     code = drills.main(
         ["--model", str(model), "--json", str(out), "--folder", str(tmp_path / "run"),
-         "--server-command", FAKE, "--port", str(free_ports(len(ALL))), *arguments]
+         "--server-command", FAKE, "--port", str(free_ports(20)), *arguments]
     )  # fmt: skip
     return code, json.loads(out.read_text())
 
@@ -80,6 +82,61 @@ def test_a_v41_model_has_drills_of_its_own(tmp_path: Path) -> None:
     assert len(own) == 5
 
 
+def test_sglang_has_the_same_drills_and_its_modes(model: Path, tmp_path: Path) -> None:
+    code, found = run(model, tmp_path, "--engine", "sglang", "--at-once", "5")
+    assert (code, wrong(found)) == (0, {})
+    by_name = {d["name"]: d for d in found["drills"]}
+    assert list(by_name) == [drill.name for drill in SGLANG]
+    assert {"topk", "logits", "deep_gemm", "seam", "library", "shadow", "sleep", "off"} <= {
+        *by_name
+    }
+    assert by_name["eager"]["arguments"] == ["--cuda-graph-backend-decode", "disabled"]
+    assert by_name["deep_gemm"]["counters"]["topk.paged"] == 4
+    assert by_name["shadow"]["shadow"]["paged"] == {"rows": 9, "higher": 0}
+
+
+def test_a_radix_cache_that_holds_nothing_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FORGETS", "1")
+    code, found = run(model, tmp_path, "--engine", "sglang", "--only", "radix")
+    assert code == 1
+    assert wrong(found) == {"radix": "RuntimeError: the radix cache held 0 of 5000 tokens"}
+
+
+def test_sglangs_source_looks_changed_to_the_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / side.OPTIONS).write_text("{}")
+    monkeypatch.setenv("E2E_DIR", str(tmp_path))
+    monkeypatch.setenv("E2E_FAULT", "seam")
+    monkeypatch.setattr(source, "_parse", source._parse)
+    monkeypatch.setattr(sglang_side, "after_import", lambda *args: None)
+    file = tmp_path / "topk.py"
+    file.write_text(f"def {sglang_side.SEAM}_v2(scores, page_size): ...\ndef other(a): ...\n")
+    assert source.Module("topk", file).parameters(f"{sglang_side.SEAM}_v2") == (
+        "scores",
+        "page_size",
+    )
+    sglang_side.register()
+    read = source.Module("topk", file)
+    assert read.parameters(f"{sglang_side.SEAM}_v2") == ()
+    assert read.parameters("other") == ("a",)
+
+
+def test_only_bfloat16_breaks_in_deep_gemm() -> None:
+    def logits(q: int, logits_dtype: str = "torch.float32") -> tuple[int, str]:
+        return q, logits_dtype
+
+    module = types.SimpleNamespace(**{sglang_side.DEEP_GEMM: logits})
+    sglang_side._no_bf16(module)
+    broken = getattr(module, sglang_side.DEEP_GEMM)
+    assert has_logits_dtype(broken)
+    assert broken(1) == (1, "torch.float32") and broken(1, logits_dtype="x") == (1, "x")
+    with pytest.raises(RuntimeError, match="drill: deep_gemm"):
+        broken(1, logits_dtype="torch.bfloat16")
+
+
 @pytest.mark.parametrize(
     ("fault", "names", "says"),
     [
@@ -108,7 +165,7 @@ def test_what_goes_wrong_is_named(
 
 
 def result(name: str, alone: list[list[list[int]]], **counters: int) -> drills.Result:
-    (drill,) = (d for d in drills.DRILLS if d.name == name)
+    (drill,) = (d for d in VLLM if d.name == name)
     found = types.SimpleNamespace(processes=[{"counters": counters}])
     server = types.SimpleNamespace(name=name, lines=lambda *args: [], workers=lambda: found)
     return drills.Result(drill, server, alone=alone)  # type: ignore[arg-type]
@@ -132,7 +189,7 @@ def test_a_consumer_that_was_served_by_the_engine_is_an_error() -> None:
 def test_answers_other_than_upstreams_are_an_error_where_upstream_repeats_itself() -> None:
     base, other = result("off", [[[1, 2]], [[1, 2]]]), result("topk", [[[1, 2]], [[1, 3]]])
     found = drills._compare(other, base)
-    assert other.wrong == ["the answers are not vLLM's: prompts of 70 tokens"]
+    assert other.wrong == ["the answers are not the engine's: prompts of 70 tokens"]
     assert found["answers"][0]["first_difference"] == 1
     unsteady = result("off", [[[1, 2]], [[2, 2]]])
     other.wrong.clear()
@@ -154,7 +211,7 @@ def test_answers_other_than_upstreams_are_an_error_where_upstream_repeats_itself
 def test_the_drills_look_for_what_the_plugin_says(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (drill,) = (d for d in drills.DRILLS if d.name == name)
+    (drill,) = (d for d in VLLM if d.name == name)
     try:
         with caplog.at_level(logging.INFO, "dsv4_plugin"):
             adapter.current().switch_off(name, RuntimeError(f"drill: {name}"))
