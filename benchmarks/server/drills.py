@@ -167,7 +167,7 @@ def _without_library(server: Server) -> None:
 def parser() -> Parser:
     """Return the command line."""
     p = Parser(prog="python -m benchmarks.server.drills", description=__doc__.splitlines()[0])
-    add_common(p, port=8200, ready=300, kv_gib=2, max_model_len=32 << 10)
+    add_common(p, port=8200, ready=300, kv_gib=2, max_model_len=32 << 10, engines=DRILLS)
     add = p.add_argument
     names = list(dict.fromkeys(drill.name for table in DRILLS.values() for drill in table))
     add("--only", nargs="+", choices=names, default=names, metavar="DRILL",
