@@ -43,7 +43,6 @@ CROWD = (40, 300, 600, 2500, 3000, 5000, 9000, 12000)  # tokens of the prompts s
 ALONE = (1000, 3000, 9000)  # tokens of the prompts sent alone, whose answers are compared
 TOKENS = 32
 STATUS_S = 2.0  # until the status file has the last calls
-PLUGIN = re.compile(r"\[dsv4[^]]*\] (.*)")
 DRILLS: Mapping[str, tuple[Drill, ...]] = {
     "vllm": vllm_drills.DRILLS,
     "sglang": sglang_drills.DRILLS,
@@ -91,8 +90,9 @@ def _answers(result: Result, salt: str, timeout: float) -> None:
 def _look(result: Result) -> None:
     """Check the log and the counters."""
     drill, server = result.drill, result.server
+    said = server.engine.said
     result.lines = sorted(
-        {m[1] for line in server.lines(PLUGIN, 999, 4000) if (m := PLUGIN.search(line))}
+        {m[1] for line in server.lines(said, 999, 4000) if (m := said.search(line))}
     )
     clear = [line for line in result.lines if re.search(drill.says, line)]
     kinds = {line.partition(":")[0] for line in clear}

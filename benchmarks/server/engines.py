@@ -25,6 +25,12 @@ _TOLD = (
 )
 
 
+# The plugin's lines in the formats of SGLang and TokenSpeed.
+_SAID = re.compile(
+    r"^\S*\[[^]]*\] ((?:dsv4 |DSV4_|--dsv4-topk |topk |DeepGEMM's bf16 |\w+ [\d.]+: the engine).*)"
+)
+
+
 @dataclass(frozen=True)
 class Request:
     """A greedy completion of exactly ``tokens`` tokens; the rest as in ``Client.complete``."""
@@ -89,6 +95,9 @@ class Engine:
         graphs: the pattern of the GiB of captured graphs, in the log, once for each capture.
         copies: whether contexts can be copied.
         command: Python's arguments before the model, if not those of ``shipped``.
+        said: the pattern of the plugin's lines in the log; its group is the message. SGLang and
+            TokenSpeed write them in their own format, without ``[dsv4]``.
+        told: the pattern of the lines that the results keep.
     """
 
     shipped: shipped.Engine
@@ -107,6 +116,7 @@ class Engine:
     graphs: re.Pattern[str]
     copies: bool
     command: tuple[str, ...] = ()
+    said: re.Pattern[str] = re.compile(r"\[dsv4[^]]*\] (.*)")
     told: re.Pattern[str] = re.compile(_TOLD, re.I)
 
 
@@ -237,6 +247,7 @@ ENGINES = {
         re.compile(r"max_total_num_tokens=(\d+)"),
         re.compile(r"Capture .* end\. .*mem usage=(-?[\d.]+) GB"),
         copies=False,
+        said=_SAID,
     ),
     "tokenspeed": Engine(
         shipped.ENGINES["tokenspeed"], "tokenspeed.plugins", "TOKENSPEED_PLUGINS",
@@ -247,5 +258,6 @@ ENGINES = {
         re.compile(r"\| Activations \+ device graphs +\| +([\d.]+)"),
         copies=False,
         command=("-m", "benchmarks.server.tokenspeed_front", "--model"),
+        said=_SAID,
     ),
 }  # fmt: skip

@@ -15,6 +15,7 @@ import pytest
 from kits.e2e_servers import FAKE, free_ports, tiny_model
 
 from benchmarks.server import drills, sglang_side, side, vllm_side
+from benchmarks.server.engines import ENGINES
 from dsv4_plugin.engines.shared import adapter, import_hooks, source
 from dsv4_plugin.engines.shared.decision import INERT
 from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
@@ -124,6 +125,27 @@ def test_sglangs_source_looks_changed_to_the_plugin(
     assert read.parameters("other") == ("a",)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[2026-12-01 06:28:52] DSV4_PLUGIN=0: nothing is patched in SGLang", True),
+        (
+            "[2026-12-01 06:22:01 TP0] dsv4 active in SGLang 0.5.23, DeepSeek-V4 indexer, k 512",
+            True,
+        ),
+        ("[2026-12-01 06:22:01] topk failed at a call and was switched off (x)", True),
+        ("[2026-12-01 06:22:01] SGLang 0.5.23: the engine's own code stays at topk.paged", True),
+        ("[2026-12-01 06:28:56] Use dsv4 attention backend for DeepseekV4ForCausalLM", False),
+        ("[2026-12-01 06:29:00] server_args={'model_path': 'dsv4 '}", False),
+    ],
+)
+def test_the_plugins_lines_in_sglangs_log(line: str, message: bool) -> None:
+    found = ENGINES["sglang"].said.search(line)
+    assert (found is not None) is message
+    if found:
+        assert found[1] == line.partition("] ")[2]
+
+
 def test_only_bfloat16_breaks_in_deep_gemm() -> None:
     def logits(q: int, logits_dtype: str = "torch.float32") -> tuple[int, str]:
         return q, logits_dtype
@@ -167,7 +189,9 @@ def test_what_goes_wrong_is_named(
 def result(name: str, alone: list[list[list[int]]], **counters: int) -> drills.Result:
     (drill,) = (d for d in VLLM if d.name == name)
     found = types.SimpleNamespace(processes=[{"counters": counters}])
-    server = types.SimpleNamespace(name=name, lines=lambda *args: [], workers=lambda: found)
+    server = types.SimpleNamespace(
+        name=name, lines=lambda *args: [], workers=lambda: found, engine=ENGINES["vllm"]
+    )
     return drills.Result(drill, server, alone=alone)  # type: ignore[arg-type]
 
 

@@ -143,12 +143,13 @@ def drilled() -> tuple[str, dict[str, int]]:
     if os.environ.get("DSV4_PLUGIN") == "0":
         return "DSV4_PLUGIN=0: nothing is patched in the engine", {}
     if Path(dsv4_plugin.__file__).is_relative_to(os.environ["E2E_DIR"]):
-        return "top-k: the engine's (bf16: /there/_C.so is not there)", upstream
+        return "dsv4 inactive in …: top-k: the engine's (bf16: /there/_C.so is not there)", upstream
     if fault == "capability":
-        return "top-k: the engine's (the GPU has compute capability 7.5)", upstream
+        why = "the GPU has compute capability 7.5"
+        return f"dsv4 inactive in …: top-k: the engine's ({why})", upstream
     if fault == "seam" and not IS_VLLM:
         where = "topk.paged (sglang.srt….topk_transform_paged takes (), not (scores, …))"
-        return f"SGLang: the engine's own code stays at {where}", upstream
+        return f"SGLang 0.5.23: the engine's own code stays at {where}", upstream
     if fault == "deep_gemm":
         why = "DeepGEMM's bf16 logits failed at a call (RuntimeError: drill: deep_gemm)"
         return f"{why}; …", {**all_of_it, "logits.bf16": 0}
@@ -203,7 +204,8 @@ if __name__ == "__main__":
     print("INFO dsv4: plugins allowed:", os.environ.get("VLLM_PLUGINS"), flush=True)
     line, counters = drilled()
     if "FAKE_SILENT" not in os.environ:
-        print(f"(EngineCore pid=1) INFO 11-25 23:34:28 [dsv4] {line}", flush=True)
+        there = "(EngineCore pid=1) INFO 11-25 23:34:28 [dsv4]"
+        print(f"{there if IS_VLLM else '[2026-11-25 23:34:28]'} {line}", flush=True)
     print("INFO Graph capturing finished in 3 secs, took 1.25 GiB", flush=True)
     folder = Path(os.environ["E2E_DIR"])
     seen = {"rows": 9, "higher": int(os.environ.get("FAKE_HIGHER", "0"))}
