@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -30,23 +29,13 @@ class Front(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], engine: Any) -> None:
         super().__init__(address, _Handler)
         self.engine = engine
-        self._salted = threading.Lock()
-        self._salt: str | None = None
 
     def generate(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the chunks of an answer.
-
-        TokenSpeed's prefix cache has no salts. So the first request with another salt empties it;
-        the engine refuses that while other requests run, and the cache stays as it is.
-        """
-        salt = body.get("cache_salt")
-        with self._salted:
-            if salt is not None and salt != self._salt:
-                self.engine.flush_cache()
-                self._salt = salt
-        yield from self.engine.generate(
+        """Return the chunks of an answer. TokenSpeed's cache has no salts: they change nothing."""
+        found: Iterator[dict[str, Any]] = self.engine.generate(
             input_ids=body["input_ids"], sampling_params=body["sampling_params"], stream=True
         )
+        return found
 
     def profile(self, body: dict[str, Any] | None) -> None:
         """Begin a profile with these options; end it if there are none."""

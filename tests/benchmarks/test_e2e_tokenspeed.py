@@ -27,9 +27,6 @@ class Engine:
         )
         self.llm = types.SimpleNamespace(run=self.calls.append)
 
-    def flush_cache(self) -> None:
-        self.calls.append("flush")
-
     def generate(self, input_ids: list[int], sampling_params: dict[str, Any], stream: bool) -> Any:
         assert stream and sampling_params["temperature"] == 0 and sampling_params["ignore_eos"]
         if not input_ids:
@@ -55,17 +52,11 @@ def client(front: Front) -> Client:
 
 
 def test_an_answer_comes_token_by_token(front: Front) -> None:
-    answer = client(front).complete([7, 8], 4, ids=True)
+    answer = client(front).complete([7, 8], 4, "salt", ids=True)
     assert (answer.tokens, answer.counts) == ([7, 8, 9, 10], [1, 1, 1, 1])
     assert client(front).read("/health") == b""
     with pytest.raises(RuntimeError, match="404"):
         client(front).read("/nothing")
-
-
-def test_a_new_salt_empties_the_cache(front: Front) -> None:
-    for salt in (None, "a", "a", "b"):
-        client(front).complete([7], 2, salt)
-    assert front.engine.calls == ["flush", "flush"]
 
 
 def test_an_error_of_the_engine_is_the_clients(front: Front) -> None:
