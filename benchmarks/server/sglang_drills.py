@@ -53,7 +53,7 @@ DRILLS = (
     capability(_NONE),
     without_library(_NONE),
     Drill(
-        "seam", "a function of SGLang's that is hooked has other parameters",
+        "seam", "a function of SGLang's that is hooked has another name",
         r"the engine's own code stays at topk\.paged \(.*topk_transform_paged", fault("seam"),
         never=_NONE, kind=model.V4,
     ),

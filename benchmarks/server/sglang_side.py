@@ -3,7 +3,7 @@
 It fills the weights with random values. SGLang's ``--load-format dummy`` takes ±1e-3 with scales of
 1, and does not fill the table that assigns experts to tokens.
 
-``E2E_FAULT`` can also be ``seam``: the plugin reads other parameters in SGLang's source. With
+``E2E_FAULT`` can also be ``seam``: the plugin reads another name in SGLang's source. With
 ``deep_gemm`` DeepGEMM's function for the logits of prefill raises if it is asked for bfloat16.
 """
 
@@ -31,7 +31,7 @@ def register() -> None:
         return
     fault = os.environ.get("E2E_FAULT", "")
     if fault == "seam":
-        _rename_parameters()
+        _rename()
     elif fault == "deep_gemm":
         after_import("deep_gemm", _no_bf16)
     elif fault and fault not in FAULTS:
@@ -55,8 +55,8 @@ def _weights(loader: Any) -> None:
     loader.initialize_dummy_weights = initialize_dummy_weights
 
 
-def _rename_parameters() -> None:
-    """Let the plugin read other parameters of :data:`SEAM`. It looks in the source, not in memory.
+def _rename() -> None:
+    """Let the plugin read another name for :data:`SEAM`. It looks in the source, not in memory.
 
     SGLang's function stays as it is.
     """
@@ -65,8 +65,8 @@ def _rename_parameters() -> None:
     def changed(path: Path, when: int) -> ast.Module:
         tree = parse(path, when)
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith(SEAM):
-                node.args = ast.parse("def f(*anything): ...").body[0].args  # type: ignore
+            if isinstance(node, (ast.FunctionDef, ast.alias)) and node.name.startswith(SEAM):
+                node.name = f"another_{node.name}"
         return tree
 
     source._parse = changed  # type: ignore[assignment]

@@ -113,16 +113,12 @@ def test_sglangs_source_looks_changed_to_the_plugin(
     monkeypatch.setenv("E2E_FAULT", "seam")
     monkeypatch.setattr(source, "_parse", source._parse)
     monkeypatch.setattr(sglang_side, "after_import", lambda *args: None)
-    file = tmp_path / "topk.py"
-    file.write_text(f"def {sglang_side.SEAM}_v2(scores, page_size): ...\ndef other(a): ...\n")
-    assert source.Module("topk", file).parameters(f"{sglang_side.SEAM}_v2") == (
-        "scores",
-        "page_size",
-    )
+    file = tmp_path / "indexer.py"
+    file.write_text(f"from topk import {sglang_side.SEAM}_v2, other\n")
+    assert source.Module("indexer", file).binds(f"{sglang_side.SEAM}_v2")
     sglang_side.register()
-    read = source.Module("topk", file)
-    assert read.parameters(f"{sglang_side.SEAM}_v2") == ()
-    assert read.parameters("other") == ("a",)
+    read = source.Module("indexer", file)
+    assert read.binds("other") and not read.binds(f"{sglang_side.SEAM}_v2")
 
 
 @pytest.mark.parametrize(
