@@ -16,10 +16,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +183,10 @@ def drill(
     a: argparse.Namespace, folder: Path, found: list[dict[str, Any]], saved: Callable[[], None],
     secrets: Secrets,
 ) -> None:  # fmt: skip
-    """Do the drills; add each result to ``found``, and call ``saved`` after each group."""
+    """Do the drills; add each result to ``found`` as it comes, and call ``saved``.
+
+    A result that comes before the one of :data:`BASE` waits for it, because it is compared with it.
+    """
     served = model.read(a.model)
     console = Console(secrets)
     results: list[Result] = []
@@ -195,13 +197,18 @@ def drill(
             served=served, requests=16, share=0.05, console=console,
         )  # fmt: skip
         results.append(Result(each, server))
+    names, waiting, base = [each.drill.name for each in results], [], results[0]
     for i in range(0, len(results), a.at_once):
-        some = results[i : i + a.at_once]
-        _together(a, some)
-        for result in some:
-            found.append(_told(result, _compare(result, results[0])))
-            print(f"{result.drill.name}: {'; '.join(result.wrong) or 'passed'}", flush=True)
-        saved()
+        for result in _together(a, results[i : i + a.at_once]):
+            waiting.append(result)
+            if i == 0 and base not in waiting and not found:
+                continue
+            while waiting:
+                each = waiting.pop()
+                found.append(_told(each, _compare(each, base)))
+                print(f"{each.drill.name}: {'; '.join(each.wrong) or 'passed'}", flush=True)
+            found.sort(key=lambda told: names.index(told["name"]))
+            saved()
 
 
 def _wanted(a: argparse.Namespace) -> list[Drill]:
@@ -209,15 +216,18 @@ def _wanted(a: argparse.Namespace) -> list[Drill]:
     return [each for each in named if each.kind in (None, model.read(a.model).kind)]
 
 
-def _together(a: argparse.Namespace, some: list[Result]) -> None:
-    """Do some drills at the same time; stop their servers, however the drills end."""
+def _together(a: argparse.Namespace, some: list[Result]) -> Iterator[Result]:
+    """Do some drills at the same time, and give each as it ends; stop all servers in any case."""
     pool = ThreadPoolExecutor(len(some))
     try:
         for result in some:
             if not result.drill.library:
                 _without_library(result.server)
             result.server.begin()
-        list(pool.map(partial(_run, ready=a.ready, timeout=a.timeout), some))
+        running = {pool.submit(_run, each, a.ready, a.timeout): each for each in some}
+        for ended in as_completed(running):
+            ended.result()
+            yield running[ended]
     finally:
         with held():  # the servers first: the threads that wait for their answers end then
             for said in stop([result.server for result in some]):

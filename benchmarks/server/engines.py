@@ -259,5 +259,6 @@ ENGINES = {
         copies=False,
         command=("-m", "benchmarks.server.tokenspeed_front", "--model"),
         said=_SAID,
+        told=re.compile(rf"{_SAID.pattern}|token_capacity|device graphs|Startup compiled"),
     ),
 }  # fmt: skip

@@ -24,6 +24,8 @@ __all__ = ["DRILLS"]
 _TOPK = ("topk.paged",)
 _ALL = (*_TOPK, "logits.plugin")
 _NONE = (*_ALL, "logits.bf16")
+# SGLang gathers the keys of a prefill of one request from so many tokens on (default: 8,192).
+_DENSE = {"SGLANG_OPT_DSV4_NONPAGED_INDEXER_MIN_QUERY_TOKENS": "1024"}
 _CACHED = 5000  # tokens of the prompt that the radix cache must hold
 
 
@@ -62,7 +64,7 @@ DRILLS = (
     Drill(
         "deep_gemm", "DeepGEMM's bfloat16 logits raise at their first call",
         r"DeepGEMM's bf16 logits failed at a call \(RuntimeError: drill: deep_gemm\)",
-        fault("deep_gemm"), counts=_ALL, never=("logits.bf16", "topk.paged.upstream"),
+        {**fault("deep_gemm"), **_DENSE}, counts=_ALL, never=("logits.bf16", "topk.paged.upstream"),
         upstream=False, kind=model.V4,
     ),
     serving(
@@ -74,7 +76,9 @@ DRILLS = (
           "--enable-memory-saver", "--enable-weights-cpu-backup", act=_sleep),
     _mode("eager", "without CUDA graphs", "--cuda-graph-backend-decode", "disabled"),
     _mode("breakable", "prefill in breakable CUDA graphs",
-          "--cuda-graph-backend-prefill", "breakable"),
+          "--cuda-graph-backend-prefill", "breakable", "--cuda-graph-max-bs-prefill", "512"),
+    serving("dense", "nothing: DeepGEMM writes the logits of a prefill of one request, in bfloat16",
+            (*_ALL, "logits.bf16"), _DENSE, kind=model.V4),
     _mode("mixed", "prefill in chunks of 2,048 tokens, in batches with decode",
           "--enable-mixed-chunk", "--chunked-prefill-size", "2048"),
     _mode("radix", "a prompt that the radix cache holds", act=_again, same=False),
