@@ -8,7 +8,9 @@ Both have every kind of layer of V4.1: without compressed keys; with its own key
 layer's keys and its own indices; with another layer's indices; the layer that publishes candidate
 blocks, and the layers that select among them. `--full` puts them at the layers where
 DeepSeek-V4.1-Flash has them. Widths outside the indexer are V4-Flash's, also where V4.1-Flash's
-differ. The n-gram tables, and all but a stub of the vision tower, are left out.
+differ. The n-gram tables, and all but a stub of the vision tower, are left out. The model has a
+DSpark drafter of three layers, which an engine builds only with a speculative configuration. Its
+sizes are not those of V4.1-Flash.
 
 Serve it with `--limit-mm-per-prompt '{"image": 0}'`, as `python -m benchmarks.server` does.
 """
@@ -30,21 +32,24 @@ class Layers:
     Attributes: ratios: positions that a layer's compressed key stands for; 0: the layer has none.
     keys: layers that write keys, for themselves and the layers after them. indices: layers with an
     indexer, for themselves and the layers after them. candidates: the layer that publishes
-    candidate blocks; the indexers after it read them.
+    candidate blocks; the indexers after it read them. targets: layers whose inputs the drafter
+    reads.
     """
 
     ratios: tuple[int, ...]
     keys: tuple[int, ...]
     indices: tuple[int, ...]
     candidates: int
+    targets: tuple[int, ...]
 
 
-TINY = Layers((0, 0, 2, 1, 1, 1), keys=(2, 3), indices=(2, 3, 4), candidates=3)
+TINY = Layers((0, 0, 2, 1, 1, 1), keys=(2, 3), indices=(2, 3, 4), candidates=3, targets=(1, 3, 5))
 FULL = Layers(
     (0, 0, *(2,) * 18, *(1,) * 20),
     keys=(2, 8, 14, 20),
     indices=(2, 8, 14, 20, 24, 28, 32, 36),
     candidates=20,
+    targets=(1, 20, 39),
 )
 
 
@@ -58,6 +63,12 @@ def config(layers: Layers = TINY, experts: int = EXPERTS, k: int = TOP_K) -> dic
         "candidate_source_layer_id": layers.candidates,
         "candidate_topk_blocks": 2048,
         "candidate_block_size": 8,
+        # The drafter: layers after the last one, which draft a block of tokens in one pass.
+        "num_nextn_predict_layers": 3,
+        "dspark_target_layer_ids": list(layers.targets),
+        "dspark_block_size": 5,
+        "dspark_markov_rank": 256,
+        "dspark_noise_token_id": 2,
     }
     return {
         "architectures": ["DeepseekV41ForCausalLM"],

@@ -108,13 +108,14 @@ def time_per_token(answers: Sequence[Answer], lead: int = 1, least: int = 2) -> 
     From the moment the last of them has ``lead`` tokens to the moment the first of them is done:
     what the requests spend on prefill, and the thinner batch at the end, stay outside. So do the
     first tokens, which come late and then at once: the server is busy with the prompt while the
-    GPU decodes already.
+    GPU decodes already. No time begins or ends with a piece of the tokens of many steps
+    (:meth:`.Answer.steady`).
 
     Raises:
         TooFew: a request has fewer than ``least`` tokens there.
     """
-    begin = max(answer.when(lead) for answer in answers)
-    end = min(answer.times[-1] for answer in answers)
+    begins, ends = zip(*(answer.steady(lead) for answer in answers), strict=True)
+    begin, end = max(begins), min(ends)
     counts = [answer.until(end) - answer.until(begin) for answer in answers]
     if end <= begin or min(counts) < least:
         raise TooFew(f"{len(answers)} requests did not decode at the same time for {least} tokens")

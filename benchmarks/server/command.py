@@ -218,12 +218,15 @@ class Run:
                 said = "; ".join([*found.failures, where])
                 self.results["skipped"].append(f"{server.name}: {said}")
         self.results["skipped"] += stop(self.servers)
-        self.results["complete"] &= not self.results["skipped"]
         for case, by_server in self.traces.results().items():
             context, count = map(int, case.split("x"))
             self.results["profiles"].append(
                 {"context": context, "concurrency": count, "servers": by_server}
             )
+            for name, found in by_server.items():
+                if "error" in found:
+                    self.results["skipped"].append(f"profile {case} of {name}: {found['error']}")
+        self.results["complete"] &= not self.results["skipped"]
         self.results["summary"] = summarise(self.results, self.bases)
         self.save()
 
@@ -291,9 +294,11 @@ class Run:
         self.say(f"{context} x {count} ({how} in {made:.1f} s): {shown} ms a token")
         self.save()
         if context in a.profile:
+            least = max(measure.CROWD_TOKENS, tokens)  # as they begin as far apart as when timed
+            most = measure.ALONE_TOKENS if count == 1 else least
             for server in self.servers:
                 case = f"{context + measure.TAIL}x{count}"
-                if wrong := measure.profile(server, prompts, 14, case, self.traces):
+                if wrong := measure.profile(server, prompts, most, case, self.traces):
                     raise RuntimeError(wrong)
 
     def _ttft(self, context: int) -> None:
@@ -319,8 +324,11 @@ def summarise(results: dict[str, Any], bases: Mapping[str, str]) -> list[dict[st
     rows = []
     for kind in ("tpot_ms", "ttft_s"):
         for entry in results[kind]:
+            measured = entry["servers"]
             for name, base in bases.items():
-                a, b = entry["servers"][base], entry["servers"][name]
+                if name not in measured or base not in measured:  # a step with some of the servers
+                    continue
+                a, b = measured[base], measured[name]
                 rows.append(
                     {
                         "figure": kind,

@@ -30,15 +30,16 @@ class Drill:
         says: the line that must be in the log, once for each kind of layer in each process.
         environment: the server's variables.
         arguments: further arguments of the engine's command.
-        counts: counters that must be above zero at the end.
+        counts: counters that must be above zero at the end; of ``a|b`` one of the two.
         never: counters that must be zero.
-        upstream: whether the answers must equal those of :data:`BASE`, for each prompt to which
-            :data:`BASE` gives the same answer twice.
+        upstream: whether the answers must equal those of ``base``, for each prompt to which
+            ``base`` gives the same answer twice.
         library: whether the plugin has its compiled library.
         shadow: the kinds of calls that the shadow must have compared.
         act: runs between two rounds of requests.
         same: whether the answers of both rounds must be equal, for the same prompts.
-        kind: the only kind of model that the drill is for, with the name of :mod:`.model`.
+        kinds: the kinds of model that the drill is for, with the names of :mod:`.model`; none: all.
+        base: the drill with whose answers its own are compared.
     """
 
     name: str
@@ -53,7 +54,8 @@ class Drill:
     shadow: tuple[str, ...] = ()
     act: Callable[[Server], None] | None = None
     same: bool = True
-    kind: str | None = None
+    kinds: tuple[str, ...] = ()
+    base: str = BASE
 
 
 def fault(name: str) -> dict[str, str]:

@@ -36,7 +36,7 @@ from dsv4_plugin.cli.shared import numbers, outputs
 from dsv4_plugin.cli.shared.run import Parser, held, interruptible
 from dsv4_plugin.cli.shared.secrets import Secrets
 
-__all__ = ["BASE", "DRILLS", "Drill", "main"]
+__all__ = ["BASE", "DRILLS", "Drill", "main", "parser", "run"]
 
 CROWD = (40, 300, 600, 2500, 3000, 5000, 9000, 12000)  # tokens of the prompts sent at once
 ALONE = (1000, 3000, 9000)  # tokens of the prompts sent alone, whose answers are compared
@@ -101,7 +101,8 @@ def _look(result: Result) -> None:
         for name, count in status.get("counters", {}).items():
             result.counters[name] = result.counters.get(name, 0) + count
         result.shadow.update(status.get("shadow") or {})
-    if silent := [name for name in drill.counts if not result.counters.get(name)]:
+    silent = [name for name in drill.counts if not any(map(result.counters.get, name.split("|")))]
+    if silent:
         result.note(f"no call was counted as {', '.join(silent)}")
     if served := [name for name in drill.never if result.counters.get(name)]:
         result.note(f"calls were counted as {', '.join(served)}")
@@ -133,7 +134,10 @@ def _compare(result: Result, base: Result) -> dict[str, Any]:
 
     With random weights it may not, because its kernels add up in another order from call to call.
     """
-    repeats = [a == b for a, b in zip(*base.alone, strict=True)] if len(base.alone) == 2 else []
+    repeats, own = (
+        [a == b for a, b in zip(*of.alone, strict=True)] if len(of.alone) == 2 else []
+        for of in (base, result)
+    )
     last = [a.alone[-1] if a.alone else [] for a in (base, result)]
     found = [agreement(a, b) if a and b else None for a, b in zip(*last, strict=False)]
     if result.drill.upstream:
@@ -141,7 +145,7 @@ def _compare(result: Result, base: Result) -> dict[str, Any]:
     if result.drill.act is not None and result.drill.same and len(result.alone) == 2:
         rounds = [agreement(a, b) if a and b else None for a, b in zip(*result.alone, strict=True)]
         _all_same(result, repeats, rounds, "the answers of the two rounds differ")
-    return {"upstream_repeats_itself": repeats, "answers": found}
+    return {"upstream_repeats_itself": repeats, "repeats_itself": own, "answers": found}
 
 
 def _all_same(result: Result, where: list[bool], found: list[Any], wrong: str) -> None:
@@ -163,15 +167,20 @@ def _without_library(server: Server) -> None:
     )
 
 
-def parser() -> Parser:
-    """Return the command line."""
-    p = Parser(prog="python -m benchmarks.server.drills", description=__doc__.splitlines()[0])
-    add_common(p, port=8200, ready=300, kv_gib=2, max_model_len=32 << 10, engines=DRILLS)
+def parser(
+    prog: str = "benchmarks.server.drills",
+    about: str = __doc__,
+    tables: Mapping[str, Sequence[Drill]] = DRILLS,
+) -> Parser:
+    """Return the command line of the tables of drills of some engines."""
+    p = Parser(prog=f"python -m {prog}", description=about.splitlines()[0])
+    p.set_defaults(tables=tables, module=prog)
+    add_common(p, port=8200, ready=300, kv_gib=2, max_model_len=32 << 10, engines=tables)
     add = p.add_argument
-    names = list(dict.fromkeys(drill.name for table in DRILLS.values() for drill in table))
-    add("--only", nargs="+", choices=names, default=names, metavar="DRILL",
-        help=f"only these of {', '.join(names)} (default: all that fit engine and model); {BASE} "
-        "always runs")  # fmt: skip
+    names = list(dict.fromkeys(drill.name for table in tables.values() for drill in table))
+    add("--only", nargs="+", choices=names, default=names, metavar="NAME",
+        help=f"only these of {', '.join(names)} (default: all that fit engine and model), and the "
+        "servers with which they are compared")  # fmt: skip
     about = "the most servers at a time (default: all)"
     add("--at-once", type=numbers.COUNT, default=len(names), help=about)
     about = "the most seconds for one request (default: 120)"
@@ -185,7 +194,7 @@ def drill(
 ) -> None:  # fmt: skip
     """Do the drills; add each result to ``found`` as it comes, and call ``saved``.
 
-    A result that comes before the one of :data:`BASE` waits for it, because it is compared with it.
+    A result that comes before the one of its base waits for it, because it is compared with it.
     """
     served = model.read(a.model)
     console = Console(secrets)
@@ -197,23 +206,27 @@ def drill(
             served=served, requests=16, share=0.05, console=console,
         )  # fmt: skip
         results.append(Result(each, server))
-    names, waiting, base = [each.drill.name for each in results], [], results[0]
+    names = [result.drill.name for result in results]
+    ended: dict[str, Result] = {}
+    waiting: list[Result] = []
     for i in range(0, len(results), a.at_once):
         for result in _together(a, results[i : i + a.at_once]):
+            ended[result.drill.name] = result
             waiting.append(result)
-            if i == 0 and base not in waiting and not found:
-                continue
-            while waiting:
-                each = waiting.pop()
-                found.append(_told(each, _compare(each, base)))
+            for each in [r for r in waiting if r.drill.base in ended]:
+                waiting.remove(each)
+                found.append(_told(each, _compare(each, ended[each.drill.base])))
                 print(f"{each.drill.name}: {'; '.join(each.wrong) or 'passed'}", flush=True)
             found.sort(key=lambda told: names.index(told["name"]))
             saved()
 
 
 def _wanted(a: argparse.Namespace) -> list[Drill]:
-    named = [each for each in DRILLS[a.engine] if each.name == BASE or each.name in a.only]
-    return [each for each in named if each.kind in (None, model.read(a.model).kind)]
+    kind = model.read(a.model).kind
+    fit = [each for each in a.tables[a.engine] if not each.kinds or kind in each.kinds]
+    named = [each for each in fit if each.name in a.only]
+    bases = {each.base for each in named} or {BASE}
+    return [each for each in fit if each in named or each.name in bases]
 
 
 def _together(a: argparse.Namespace, some: list[Result]) -> Iterator[Result]:
@@ -240,6 +253,7 @@ def _told(result: Result, compared: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": result.drill.name,
         "what": result.drill.what,
+        "base": result.drill.base,
         "passed": not result.wrong,
         "wrong": result.wrong,
         "requests": {"sent": result.sent, "answered": result.answered},
@@ -255,14 +269,15 @@ def _told(result: Result, compared: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 if every drill passed."""
-    return tool(parser(), _main, argv)
+    return tool(parser(), run, argv)
 
 
-def _main(a: argparse.Namespace) -> int:
+def run(a: argparse.Namespace) -> int:
+    """Do what a command line of drills asks for."""
     began = time.monotonic()
     secrets = checked(a, len(_wanted(a)))
     results: dict[str, Any] = {
-        "command": ["python", "-m", "benchmarks.server.drills", *a.argv],
+        "command": ["python", "-m", a.module, *a.argv],
         "complete": False,
         "drills": [],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = ["CHUNK", "ENGINES", "NAME", "Answer", "Engine", "Request"]
 
 CHUNK = 8192  # tokens of a forward pass
 NAME = "v4"  # the name of the model in a request
+LARGE = 4  # times as many tokens as usual are a large piece of an answer
 GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384)  # requests of a captured batch
 _TOLD = (
     r"dsv4|graph captur|Graph capturing|KV cache size|Model loading took|init engine|"
@@ -60,14 +62,19 @@ class Answer:
         """How many tokens came."""
         return sum(self.counts)
 
-    def when(self, tokens: int) -> float:
-        """When so many tokens had come; the last one's time if there are fewer."""
-        came = 0
+    def steady(self, tokens: int) -> tuple[float, float]:
+        """When so many tokens had come, and when the last one came, but for large pieces.
+
+        A server that was busy sends the tokens of many steps in one piece. The time of such a
+        piece says nothing of the steps. Both times are the same if there are no other pieces.
+        """
+        most = LARGE * statistics.median(self.counts)
+        came, known = 0, []
         for then, count in zip(self.times, self.counts, strict=True):
             came += count
-            if came >= tokens:
-                return then
-        return self.times[-1]
+            if came >= tokens and count <= most:
+                known.append(then)
+        return (known[0], known[-1]) if known else (self.times[-1], self.times[-1])
 
     def until(self, time: float) -> int:
         """How many tokens had come by then."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from dsv4_plugin.cli.shared.run import UsageError, reading
 
-__all__ = ["V4", "V41", "Model", "read"]
+__all__ = ["V32", "V4", "V41", "Model", "read"]
 
-V4, V41 = "deepseek_v4", "deepseek_v41"
+V4, V41, V32 = "deepseek_v4", "deepseek_v41", "deepseek_v32"
 _TOLD = (
     "num_hidden_layers", "n_routed_experts", "index_topk", "index_n_heads", "compress_ratios",
     "kv_source_layer_ids", "index_source_layer_ids", "candidate_source_layer_id",
@@ -24,7 +24,7 @@ class Model:
     """One model.
 
     Attributes:
-        kind: :data:`V4`, :data:`V41` or another ``model_type``.
+        kind: :data:`V4`, :data:`V41`, :data:`V32` or another ``model_type``.
         indexers: layers with an indexer.
         writers: layers that write their own key to an indexer's cache in each step.
         images: whether it also takes images.

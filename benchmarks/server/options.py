@@ -32,7 +32,7 @@ def add_common(
     """Add the options of every command; the values are defaults. ``engines`` can be chosen."""
     add = p.add_argument
     add("--model", type=Path, required=True,
-        help="a folder that examples/make_tiny_v4.py or make_tiny_v41.py wrote")  # fmt: skip
+        help="a folder that a script of examples/ (make_tiny_v4.py …) wrote")  # fmt: skip
     add("--json", type=outputs.file, required=True, help="the results file")
     add("--ready", type=numbers.SECONDS, default=ready,
         help=f"the most seconds for the servers to start (default: {ready})")  # fmt: skip

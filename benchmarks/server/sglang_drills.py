@@ -46,7 +46,7 @@ def _again(server: Server) -> None:
 
 
 def _mode(name: str, what: str, *arguments: str, **more: Any) -> Drill:
-    return serving(name, f"nothing: {what}", _ALL, arguments=arguments, kind=model.V4, **more)
+    return serving(name, f"nothing: {what}", _ALL, arguments=arguments, kinds=(model.V4,), **more)
 
 
 DRILLS = (
@@ -57,7 +57,7 @@ DRILLS = (
     Drill(
         "seam", "a function of SGLang's that is hooked has another name",
         r"the engine's own code stays at topk\.paged \(.*topk_transform_paged", fault("seam"),
-        never=_NONE, kind=model.V4,
+        never=_NONE, kinds=(model.V4,),
     ),
     failing("topk", "the top-k", ("topk.paged.upstream",), _TOPK),
     failing("logits", "the logits kernel", ("topk.paged.upstream",), ("logits.plugin",)),
@@ -65,12 +65,12 @@ DRILLS = (
         "deep_gemm", "DeepGEMM's bfloat16 logits raise at their first call",
         r"DeepGEMM's bf16 logits failed at a call \(RuntimeError: drill: deep_gemm\)",
         {**fault("deep_gemm"), **_DENSE}, counts=_ALL, never=("logits.bf16", "topk.paged.upstream"),
-        upstream=False, kind=model.V4,
+        upstream=False, kinds=(model.V4,),
     ),
     serving(
         "shadow",
         "nothing: SGLang's selection runs beside the plugin's in float32, on the same scores",
-        _TOPK, SHADOW, dtype="fp32", shadow=("paged",), kind=model.V4,
+        _TOPK, SHADOW, dtype="fp32", shadow=("paged",), kinds=(model.V4,),
     ),
     _mode("sleep", "the engine frees its memory and takes it again between two rounds",
           "--enable-memory-saver", "--enable-weights-cpu-backup", act=_sleep),
@@ -78,7 +78,7 @@ DRILLS = (
     _mode("breakable", "prefill in breakable CUDA graphs",
           "--cuda-graph-backend-prefill", "breakable", "--cuda-graph-max-bs-prefill", "512"),
     serving("dense", "nothing: DeepGEMM writes the logits of a prefill of one request, in bfloat16",
-            (*_ALL, "logits.bf16"), _DENSE, kind=model.V4),
+            (*_ALL, "logits.bf16"), _DENSE, kinds=(model.V4,)),
     _mode("mixed", "prefill in chunks of 2,048 tokens, in batches with decode",
           "--enable-mixed-chunk", "--chunked-prefill-size", "2048"),
     _mode("radix", "a prompt that the radix cache holds", act=_again, same=False),

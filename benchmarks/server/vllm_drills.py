@@ -18,11 +18,11 @@ from benchmarks.server.drill import (
 )
 from benchmarks.server.server import Server
 
-__all__ = ["DRILLS"]
+__all__ = ["DRILLS", "SCORED"]
 
 _TOPK = ("topk.decode", "topk.prefill")
-_SCORED = (*_TOPK, "logits.plugin")
-_ALL = (*_SCORED, "gather")
+SCORED = (*_TOPK, "logits.plugin")
+_ALL = (*SCORED, "gather")
 _SLEEPS = {"VLLM_SERVER_DEV_MODE": "1"}
 
 
@@ -37,19 +37,19 @@ def _sleep(server: Server, level: int) -> None:
 def _candidates(op: str) -> Drill:
     """Return the drill in which an op of two-level selection fails."""
     return failing(
-        op, op, ("topk.decode.upstream",), ("candidates.consumer",), kind=model.V41
+        op, op, ("topk.decode.upstream",), ("candidates.consumer",), kinds=(model.V41,)
     )  # fmt: skip
 
 
 DRILLS = (
-    off("--plugin dsv4", _SCORED),
+    off("--plugin dsv4", SCORED),
     serving("on", "nothing: the plugin serves", _ALL),
     capability(_ALL),
-    without_library(_SCORED),
+    without_library(SCORED),
     Drill(
         "seam", "a function of vLLM's that is patched has other parameters",
         r"the engine's own code stays at topk\.prefill \(.*top_k_per_row_prefill", fault("seam"),
-        counts=("gather",), never=_SCORED,
+        counts=("gather",), never=SCORED,
     ),
     failing("topk", "the top-k", ("topk.decode.upstream", "gather"), _TOPK),
     failing("logits", "the logits kernel", ("topk.decode.upstream", "gather"), ("topk.decode",)),
@@ -74,13 +74,13 @@ DRILLS = (
     serving(
         "candidates", "nothing: the plugin serves the source of the candidates and its consumers",
         (*_ALL, "candidates.source", "candidates.consumer"), never=("candidates.source.engine",),
-        kind=model.V41,
+        kinds=(model.V41,),
     ),
     Drill(
         "candidate_seam", "vLLM's selection of candidate blocks has other parameters",
         r"top-k: the engine's \(.*_select_candidate_blocks takes \(anything\)",
         fault("candidate_seam"), never=("candidates.source", "candidates.consumer"),
-        upstream=False, kind=model.V41,
+        upstream=False, kinds=(model.V41,),
     ),
     *map(_candidates, ("block_maxima", "select_blocks", "candidate_select")),
 )  # fmt: skip

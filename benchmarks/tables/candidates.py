@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 CANDIDATES, SERVER = "h200_candidates.json", "h200_vllm_v41.json"
-SERVERS = (SERVER, "h200_vllm_v41_four.json")
+SERVERS = (SERVER, "h200_vllm_v41_four.json", "h200_vllm_v41_long.json")
 DRAFT, FP4 = "h200_draft.json", "h200_fp4.json"
 MEMORY = "h200_vllm_v41_memory.json"
 PLUGIN, FULL_WIDTH = ("dsv4", "bfloat16"), ("full width", "float32")
@@ -59,8 +59,9 @@ def server() -> str:
             continue
         low, high = row["interval95"]
         busy = indexer = "–"
-        if found := kernels.get((row["context"], row["concurrency"])):
-            sides = found["off"], found["on"]
+        found = kernels.get((row["context"], row["concurrency"]), {})
+        sides = [side for side in found.values() if "busy_us" in side]  # off, on
+        if sides:
             busy = " / ".join(f"{side['busy_us'] / 1e3:.2f}" for side in sides)
             indexer = " / ".join(f"{side['chain_us_layer']:.1f}" for side in sides)
         lines.append(

@@ -18,10 +18,16 @@ from dsv4_plugin.cli.checks import compare
 from dsv4_plugin.cli.checks.compare import best_peers, geomean
 from dsv4_plugin.cli.shared.run import reading
 
-__all__ = ["RESULTS", "gain", "load", "ratios", "readme", "reads", "recall", "served", "server"]
+__all__ = [
+    "RESULTS", "SERVER", "SERVER33", "SERVERS", "gain", "load", "ratios", "readme", "reads",
+    "recall", "served", "server",
+]  # fmt: skip
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-TOPK, READ, SERVER = "h200_topk.json", "h200_read.json", "h200_vllm_e2e.json"
+TOPK, READ = "h200_topk.json", "h200_read.json"
+# Whole servers of DeepSeek-V4: the file, and in it the server with ``DSV4_TOPK=auto`` or its like.
+SERVER, SERVER33 = "h200_vllm_e2e.json", "h200_vllm033_e2e.json"
+SERVERS = {SERVER33: "on", SERVER: "bf16"}
 _ROWS = (1, 8, 32, 64, 128)
 _COLUMNS = (8192, 16_384, 32_768, 65_536, 131_072, 256_000)
 
@@ -193,7 +199,11 @@ def recall() -> str:
 
 def server() -> str:
     """Return the Markdown between the ``server`` markers of docs/results.md."""
-    document = load(SERVER)
+    return "\n\n".join(_server(name, with_it) for name, with_it in SERVERS.items())
+
+
+def _server(name: str, with_it: str) -> str:
+    document = load(name)
     about = document["machine"]
     chain = {
         (p["context"], p.get("concurrency", 1)): {
@@ -206,32 +216,35 @@ def server() -> str:
         }
         for p in document["profiles"]
     }
+    topk = document["servers"][with_it]["environment"].get("DSV4_TOPK", "auto")
     lines = [
         f"vLLM {about['vllm']} with {document['model']['num_hidden_layers']} layers of random "
-        f"weights, on one {about['gpu']} (`benchmarks/results/{SERVER}`, of commit "
-        f"{about['commit'][:7]}), without the plugin / with it "
-        "(`DSV4_TOPK=bf16`). The profiler gives the time in which the GPU is busy, and that of the "
+        f"weights, on one {about['gpu']} (`benchmarks/results/{name}`, of commit "
+        f"{about['commit'][:7]}), without the plugin / with it (`DSV4_TOPK={topk}`). "
+        "The profiler gives the time in which the GPU is busy, and that of the "
         "indexer's kernels: K write, logits, fill, top-k and index transform:",
         "",
         "| requests x tokens of context | ms a token | ratio (95 % interval) | "
         "GPU busy, ms a step | indexer, µs a layer | its top-k | its logits |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in _server_rows("tpot_ms"):
+    for row in _server_rows(document, "tpot_ms"):
+        (side,) = row.keys() & (document["servers"].keys() - {"off"})
         layer = chain.get((row["context"], row["concurrency"]))
         kernels = ["", "", "", ""]
         if layer:
             kernels = [
                 f"{o:.{digits}f} / {w:.{digits}f}"
-                for o, w, digits in zip(layer["off"], layer["bf16"], (2, 1, 1, 1), strict=True)
+                for o, w, digits in zip(layer["off"], layer[side], (2, 1, 1, 1), strict=True)
             ]
+        case = f"{row['concurrency']} x {row['context']:,}"
         lines.append(
-            f"| {row['concurrency']} x {row['context']:,} | {row['off']:.2f} / {row['bf16']:.2f} | "
-            f"{_ratio(row)} | {' | '.join(kernels)} |"
+            f"| {case}{'' if side == with_it else f', `{side}`'} | "
+            f"{row['off']:.2f} / {row[side]:.2f} | {_ratio(row)} | {' | '.join(kernels)} |"
         )
     firsts = [
-        f"{row['context']:,} tokens {row['off']:.2f} / {row['bf16']:.2f} s, {_ratio(row)}"
-        for row in _server_rows("ttft_s")
+        f"{row['context']:,} tokens {row['off']:.2f} / {row[with_it]:.2f} s, {_ratio(row)}"
+        for row in _server_rows(document, "ttft_s")
     ]
     if firsts:
         text = f"Time to the first token of a prompt that no cache holds: {'; '.join(firsts)}."
@@ -239,8 +252,8 @@ def server() -> str:
     return "\n".join(lines)
 
 
-def _server_rows(figure: str) -> list[dict[str, Any]]:
-    rows = [row for row in load(SERVER)["summary"] if row["figure"] == figure]
+def _server_rows(document: Any, figure: str) -> list[dict[str, Any]]:
+    rows = [row for row in document["summary"] if row["figure"] == figure]
     return sorted(rows, key=lambda row: (row["concurrency"], row["context"]))
 
 
@@ -251,7 +264,12 @@ def _ratio(row: dict[str, Any]) -> str:
 
 def gain() -> str:
     """Return the Markdown between the ``gain`` markers of docs/results.md."""
-    document, rows = load(SERVER), _server_rows("tpot_ms")
+    return "\n".join(_gain(name, with_it) for name, with_it in SERVERS.items())
+
+
+def _gain(name: str, with_it: str) -> str:
+    document = load(name)
+    rows = [row for row in _server_rows(document, "tpot_ms") if with_it in row]
     changes = ", ".join(
         f"{100 * (row['ratio'] - 1):+.1f} % ({row['concurrency']} x {row['context']:,})"
         for row in rows
@@ -259,11 +277,11 @@ def gain() -> str:
     faster = sum(row["interval95"][1] < 1 for row in rows)
     slower = sum(row["interval95"][0] > 1 for row in rows)
     about = document["machine"]
-    times: dict[str, list[float]] = {"off": [], "bf16": []}
+    times: dict[str, list[float]] = {"off": [], with_it: []}
     for cell in document["tpot_ms"]:
-        for name, of in times.items():
-            of.extend(cell["servers"][name])
-    pooled = paired(times["off"], times["bf16"])
+        for side, of in times.items():
+            of.extend(cell["servers"][side])
+    pooled = paired(times["off"], times[with_it])
     low, high = (100 * (bound - 1) for bound in pooled["interval95"])
     head = "a small gain" if high < 0 else "a loss" if low > 0 else "no gain that is certain"
     return (

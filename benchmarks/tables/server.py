@@ -12,19 +12,22 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.server.drills import ALONE, CROWD
 from benchmarks.server.measure import agreement
 from benchmarks.tables import readme as figures
 from dsv4_plugin.cli.ab import report
 
 __all__ = [
-    "AB", "DRILLS", "MODES", "SGLANG", "SGLANG_DRILLS", "TOKENSPEED", "ab", "drills", "modes",
-    "sglang", "sglang_drills", "tokenspeed",
+    "AB", "DRILLS", "MODES", "PAIRS", "SGLANG", "SGLANG_DRILLS", "TOKENSPEED", "ab", "drills",
+    "modes", "sglang", "sglang_drills", "tokenspeed",
 ]  # fmt: skip
 
 MODES, SGLANG, AB = "h200_vllm_modes.json", "h200_sglang_e2e.json", "h200_ab_sglang.json"
 TOKENSPEED = "h200_tokenspeed_e2e.json"
 SGLANG_DRILLS = "h200_sglang_drills.json"
+PAIRS = ("h200_vllm033_modes.json", "h200_vllm033_v32_modes.json")
 DRILLS = (
+    "h200_vllm033_v41_seam.json",
     "h200_vllm033_v41_drills.json",
     "h200_vllm033_drills.json",
     "h200_vllm_drills.json",
@@ -40,7 +43,48 @@ def _where(about: dict[str, Any], name: str) -> str:
 
 
 def modes() -> str:
-    """Return the Markdown between the ``modes`` markers."""
+    """Return the Markdown between the ``modes`` markers: one table for each file."""
+    return "\n\n".join([*map(_pairs, PAIRS), _modes()])
+
+
+def _pairs(name: str) -> str:
+    """Return the table of a file of :mod:`benchmarks.server.modes`."""
+    document = figures.load(name)
+    model, prompts = document["model"], len(ALONE)
+    lines = [
+        f"{_where(document['machine'], name)}, `{model['model_type']}` with "
+        f"{model['num_hidden_layers']} layers of random weights. Each server gets requests of "
+        f"{min(CROWD)} to {max(CROWD):,} tokens, {len(CROWD)} at a time, and {prompts} prompts "
+        "alone, twice. *twice alike* and *as without* are of these:",
+        "",
+        "| server | arguments | requests answered | decode calls, plugin / vLLM | prefill calls, "
+        "plugin / vLLM | twice alike | as without | passed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for server in document["drills"]:
+        counters, requests, found = server["counters"], server["requests"], server["compared"]
+        given = " ".join(server["arguments"])
+        given = f"`{given}`" if given else "default graphs"
+        topk = server["environment"].get("DSV4_TOPK")
+        calls = [
+            f"{counters.get(f'topk.{kind}', 0)} / "
+            f"{sum(counters.get(f'topk.{kind}.{of}', 0) for of in ('aside', 'upstream'))}"
+            for kind in ("decode", "prefill")
+        ]
+        alike = sum(answer is not None and answer["identical"] for answer in found["answers"])
+        lines.append(
+            f"| {server['name']} | {given}{f', `DSV4_TOPK={topk}`' if topk else ''} | "
+            f"{requests['answered']} of {requests['sent']} | "
+            f"{' | '.join(calls) if counters else 'no plugin | no plugin'} | "
+            f"{sum(found['repeats_itself'])} of {prompts} | "
+            f"{f'{alike} of {prompts}' if server['base'] != server['name'] else ''} | "
+            f"{'yes' if server['passed'] else 'no: ' + '; '.join(server['wrong'])} |"
+        )
+    return "\n".join(lines)
+
+
+def _modes() -> str:
+    """Return the table of the older file, of a run with ``--outputs``."""
     document = figures.load(MODES)
     outputs, servers = document["outputs"], document["servers"]
     tokens = outputs["tokens"]

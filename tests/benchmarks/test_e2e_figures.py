@@ -35,7 +35,7 @@ def test_the_drills_look_for_what_the_log_says() -> None:
     """The lines of the servers that were broken, in the committed files, of this release."""
     says = {drill.name: drill.says for drill in DRILLS}
     seen = set()
-    for name in tables.DRILLS[:2]:
+    for name in tables.DRILLS[:3]:
         for drill in figures.load(name)["drills"]:
             clear = [line for line in drill["said"] if re.search(says[drill["name"]], line)]
             kinds = {line.partition(":")[0] for line in clear}
@@ -72,7 +72,7 @@ def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> dict:
 def test_a_drill_that_did_not_pass_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = tables.DRILLS[1]
+    name = tables.DRILLS[2]
     monkeypatch.setattr(tables, "DRILLS", (name,))
     document = changed(tmp_path, monkeypatch, name)
     document["drills"][1] |= {"passed": False, "wrong": ["a request of 40 tokens: lost"]}
@@ -84,6 +84,7 @@ def test_a_drill_that_did_not_pass_says_why(
 def test_answers_that_are_alike_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tables, "PAIRS", ())
     document = changed(tmp_path, monkeypatch, tables.MODES)
     runs = document["outputs"]["token_ids"]["off"]
     runs[1] = runs[0]
@@ -96,9 +97,26 @@ def test_answers_that_are_alike_are_counted(
     assert line.endswith(" | 0 | 1 |")
 
 
+def test_the_table_of_a_mode_follows_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = tables.PAIRS[1]
+    document = changed(tmp_path, monkeypatch, name)
+    server = document["drills"][1]
+    server["counters"] = {"topk.decode": 7, "topk.decode.aside": 20, "topk.decode.upstream": 3}
+    server["compared"] |= {"repeats_itself": [True] * 3, "answers": [None] * 3}
+    server |= {"passed": False, "wrong": ["lost"], "arguments": ["--x", "1"]}
+    (tmp_path / name).write_text(json.dumps(document))
+    line = tables._pairs(name).splitlines()[-1]
+    assert line == (
+        "| default | `--x 1` | 22 of 22 | 7 / 23 | 0 / 0 | 3 of 3 | 0 of 3 | no: lost |"
+    )
+
+
 def test_several_requests_have_their_kernels_in_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(figures, "SERVERS", {figures.SERVER: "bf16"})
     document = changed(tmp_path, monkeypatch, figures.SERVER)
     chosen = [p for p in document["profiles"] if p["concurrency"] > 1]
     chosen[0]["servers"]["off"]["chain_us_layer"] = 987.65

@@ -317,6 +317,29 @@ def test_time_per_token_is_taken_where_all_decode() -> None:
     burst.times[:30] = [burst.times[29] - 1e-5 * (30 - i) for i in range(30)]
     assert client.time_per_token([burst], 40) == pytest.approx(10)
     assert client.time_per_token([burst]) < 5.1
+    # The server stands still for 300 ms, and then sends the tokens of thirty steps in one piece.
+    stalled = answer(1.0, 0.01, 60)
+    stalled.times[10:40], stalled.counts[10:40] = [1.6], [30]
+    stalled.times[11:] = [1.61 + 0.01 * i for i in range(20)]
+    assert client.time_per_token([stalled], 20) == pytest.approx(10)
+    stalled.times, stalled.counts = stalled.times[:11], stalled.counts[:11]
+    assert client.time_per_token([stalled], 2) == pytest.approx(10)  # the ten before
+    with pytest.raises(client.TooFew):
+        client.time_per_token([stalled], 20)
+
+
+def test_a_server_that_stood_still_is_asked_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
+    def third_at_once(pairs: list[tuple[Any, list[int]]], tokens: int) -> list[engines.Answer]:
+        sent.append(tokens)
+        return [engines.Answer(0, [1.0], [tokens]) if len(sent) == 3 else answer(1, 0.01, tokens)]
+
+    monkeypatch.setattr(measure, "together", third_at_once)
+    served = types.SimpleNamespace(name="a", client="client")
+    figures, tokens = measure.tpot([served], [[1]], measure.LEAD + 16, 3, 8)
+    assert (tokens, len(sent)) == (measure.LEAD + 16, 4)
+    assert figures == {"a": [pytest.approx(10)] * 3}
 
 
 def test_the_first_answers_of_a_shape_need_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,13 +356,13 @@ def test_the_first_answers_of_a_shape_need_not_overlap(monkeypatch: pytest.Monke
     served = types.SimpleNamespace(name="a", client="client")
     assert measure.unseen([served], [[1], [2]], 16) == 1.0
     assert sent == [([("client", [1]), ("client", [2])], 16)] * 2
-    assert measure.tokens_to_ask(96, 1.0, 512) == measure.LEAD + 96 + 250
+    assert measure.tokens_to_ask(96, 1.0, 512) == measure.LEAD + 96 + 125
     assert measure.tokens_to_ask(96, 0.0, 512) == measure.LEAD + 96
     assert measure.tokens_to_ask(96, 0.0, 1 << 20) == measure.LEAD + 256 + 96
     monkeypatch.setattr(measure, "MOST_TOKENS", 50)
     with pytest.raises(client.TooFew, match="did not decode at the same time"):
         measure.tpot([served], [[1], [2]], 16, 1, 2)
-    assert [tokens for _, tokens in sent[2:]] == [16, 32, 50]
+    assert [tokens for _, tokens in sent[2:]] == [16, 16, 32, 32, 50, 50]
 
 
 def test_what_comes_all_at_once_is_asked_for_again_with_more_tokens(
@@ -357,6 +380,31 @@ def test_what_comes_all_at_once_is_asked_for_again_with_more_tokens(
     assert found["skipped"] == [
         "context 64: TooFew: 1 requests did not decode at the same time for 10 tokens"
     ]
+
+
+def test_a_profile_without_a_step_is_named(model: Path, tmp_path: Path) -> None:
+    arguments = ("--contexts", "64", "--pairs", "2", "--tokens", "20", "--profile", "64")
+    code, found = run(model, tmp_path, "--server", "off:FAKE_EMPTY=1", *arguments)
+    assert (code, found["complete"], len(found["skipped"])) == (1, False, 1)
+    assert found["skipped"][0].startswith(
+        "profile 576x1 of off: 0 layers that write and score keys"
+    )
+
+
+def test_several_requests_are_profiled_for_as_long_as_they_are_timed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def profile(server: Any, prompts: Any, tokens: int, case: str, traces: Any) -> None:
+        asked.append((case, tokens))
+
+    monkeypatch.setattr(measure, "profile", profile)
+    arguments = ("--contexts", "64", "--concurrent", "64:2", "--profile", "64", "--pairs", "2")
+    code, found = run(model, tmp_path, "--server", "off", *arguments, "--tokens", "300")
+    (_, several) = found["tpot_ms"]
+    assert code == 0 and several["tokens"] > 300
+    assert asked == [("576x1", measure.ALONE_TOKENS), ("576x2", several["tokens"])]
 
 
 def test_the_interval_of_pairs() -> None:

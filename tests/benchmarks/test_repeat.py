@@ -51,7 +51,11 @@ def parsed(command: str) -> Iterator[argparse.Namespace]:
         words = shlex.split(one)
         if words[:2] == ["python", "-m"]:
             name = words[2]
-            alone = ("benchmarks.server.drills", "benchmarks.tuning.aside")
+            alone = (
+                "benchmarks.server.drills",
+                "benchmarks.server.modes",
+                "benchmarks.tuning.aside",
+            )
             where = name if name in alone else f"{name}.command"
             yield importlib.import_module(where).parser().parse_args(words[3:])
         elif words[0] == "dsv4-plugin":

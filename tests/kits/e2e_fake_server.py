@@ -13,6 +13,8 @@ FAKE_LOSES   breaks off an answer to a prompt of so many tokens
 FAKE_HANGS   never answers a prompt of so many tokens
 FAKE_HIGHER  so often its shadow saw a score of the engine's above our last
 FAKE_FORGETS gives other answers after it has slept
+FAKE_EMPTY   its traces have no kernel
+FAKE_HITS    tokens that its prefix cache answered
 FAKE_LAZY    the plugin serves in its first worker only
 """
 
@@ -52,6 +54,8 @@ def is_v41() -> bool:
 def trace(topk: float) -> dict[str, Any]:
     events, now = [], 0.0
     layers = V41_KERNELS if is_v41() else [KERNELS] * 3
+    if "FAKE_EMPTY" in os.environ:
+        layers = []
     for layer in layers * 9:
         for name, dur in [*layer, ("dsv4::topk_kernel", topk)]:
             events.append({"cat": "kernel", "name": name, "ts": now, "dur": dur, "args": {}})
@@ -73,9 +77,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"data: {json.dumps(data)}\n\n".encode())
 
     def do_GET(self) -> None:
-        known = ("/health", "/is_sleeping")
+        known = ("/health", "/is_sleeping", "/metrics")
         self.send_response(200 if self.path in known else 404)
         self.end_headers()
+        if self.path == "/metrics":
+            hits = os.environ.get("FAKE_HITS", "512.0")
+            self.wfile.write(f'vllm:prefix_cache_hits_total{{engine="0"}} {hits}\n'.encode())
+            return
         self.wfile.write(json.dumps({"is_sleeping": STATE["sleeping"]}).encode())
 
     def do_POST(self) -> None:

@@ -77,9 +77,28 @@ def test_vllm_reads_the_configuration_of_v41(form: str, tmp_path: Path) -> None:
     text = written["text_config"]
     same = ("index_topk", "index_n_heads", "index_source_layer_ids", "kv_source_layer_ids",
             "candidate_source_layer_id", "candidate_topk_blocks", "candidate_block_size",
-            "compress_ratios", "num_hidden_layers", "hidden_size", "sliding_window")  # fmt: skip
+            "compress_ratios", "num_hidden_layers", "hidden_size", "sliding_window",
+            "num_nextn_predict_layers", "dspark_target_layer_ids", "dspark_block_size",
+            "dspark_markov_rank", "dspark_noise_token_id")  # fmt: skip
     assert {key: getattr(config, key) for key in same} == {key: text[key] for key in same}
     assert (config.model_type, config.expert_dtype) == ("deepseek_v41", "fp4")
+    # The drafter reads layers of the model.
+    assert max(config.dspark_target_layer_ids) < config.num_hidden_layers
+
+
+def test_vllm_reads_the_configuration_of_v32(tmp_path: Path) -> None:
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.transformers_utils.config import get_config
+
+    maker = ROOT / "examples" / "make_tiny_v32.py"
+    subprocess.run([sys.executable, maker, tmp_path], capture_output=True, check=True)
+    written = json.loads((tmp_path / "config.json").read_text())
+    config = get_config(str(tmp_path), trust_remote_code=False)
+    same = ("index_topk", "index_n_heads", "index_head_dim", "num_hidden_layers", "hidden_size",
+            "kv_lora_rank", "qk_rope_head_dim", "first_k_dense_replace")  # fmt: skip
+    assert {key: getattr(config, key) for key in same} == {key: written[key] for key in same}
+    assert (config.index_topk, config.index_head_dim) == (2048, 128)
+    assert set(config.architectures) <= set(ModelRegistry.get_supported_archs())
 
 
 def test_the_tokenizer_returns_what_it_got(model: Path) -> None:
