@@ -146,6 +146,9 @@ def sglang() -> str:
 
 def tokenspeed() -> str:
     """Return the Markdown between the ``tokenspeed-server`` markers."""
+    document = figures.load(TOKENSPEED)
+    if not document["tpot_ms"]:
+        return _started(document)
     return _served(
         TOKENSPEED, "TokenSpeed",
         "*Indexer* is the time of the kernels of the logits, the top-k and the slots:",
@@ -191,6 +194,24 @@ def _served(
         lines += ["", "Time to the first token of a prompt that no cache holds: "
                       f"{'; '.join(firsts)}."]  # fmt: skip
     return "\n".join(lines)
+
+
+def _started(document: dict[str, Any]) -> str:
+    """Say what a run of two TokenSpeed engines showed that ended before it timed a request."""
+    about, off, on = document["machine"], *map(document["servers"].get, ("off", "on"))
+    rows, failures = on["rows"][0], on["status"][0]["failures"]
+    assert not failures
+    return (
+        f"TokenSpeed {about['tokenspeed']} with {document['model']['num_hidden_layers']} layers of "
+        f"random weights, on one {about['gpu']} (`benchmarks/results/{TOKENSPEED}`, of commit "
+        f"{about['commit'][:7]}): two whole engines, without the plugin and with it, side by side. "
+        f"Both served after {off['ready_s']:.0f} s, with CUDA graphs of decode "
+        f"({off['memory']['graphs_gib']:.1f} / {on['memory']['graphs_gib']:.1f} GB). In the one "
+        f"with the plugin it selected {rows['topk.dsa_prefill_topk']:,} rows of prefill and "
+        f"{rows['topk.dsa_decode_topk']:,} of decode, and none of its calls failed. **No time was "
+        "measured, and no answers were compared**: the run ended while the engine without the "
+        "plugin compiled its kernels for the first requests."
+    )
 
 
 def _chain(servers: dict[str, Any]) -> list[str]:
