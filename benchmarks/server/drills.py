@@ -213,11 +213,11 @@ def drill(
         for result in _together(a, results[i : i + a.at_once]):
             ended[result.drill.name] = result
             waiting.append(result)
-            for each in [r for r in waiting if r.drill.base in ended]:
-                waiting.remove(each)
-                found.append(_told(each, _compare(each, ended[each.drill.base])))
-                print(f"{each.drill.name}: {'; '.join(each.wrong) or 'passed'}", flush=True)
-            found.sort(key=lambda told: names.index(told["name"]))
+            for told in [r for r in waiting if r.drill.base in ended]:
+                waiting.remove(told)
+                found.append(_told(told, _compare(told, ended[told.drill.base])))
+                print(f"{told.drill.name}: {'; '.join(told.wrong) or 'passed'}", flush=True)
+            found.sort(key=lambda fields: names.index(fields["name"]))
             saved()
 
 

@@ -7,6 +7,7 @@ came. This module takes the same options and answers requests of the form of SGL
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -76,11 +77,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     """Start the engine with the options of ``tokenspeed serve``, and then answer requests."""
-    from tokenspeed.runtime.entrypoints.engine import Engine
-    from tokenspeed.runtime.utils.server_args import prepare_server_args
-
-    arguments = prepare_server_args([*sys.argv[1:], *TOKEN_IDS])
-    engine = Engine(server_args=arguments)
+    runtime = "tokenspeed.runtime"
+    options: Any = importlib.import_module(f"{runtime}.utils.server_args")
+    engines: Any = importlib.import_module(f"{runtime}.entrypoints.engine")
+    arguments = options.prepare_server_args([*sys.argv[1:], *TOKEN_IDS])
+    engine = engines.Engine(server_args=arguments)
     Front((arguments.host, arguments.port), engine).serve_forever()
 
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import re
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +154,29 @@ def test_only_bfloat16_breaks_in_deep_gemm() -> None:
     assert broken(1) == (1, "torch.float32") and broken(1, logits_dtype="x") == (1, "x")
     with pytest.raises(RuntimeError, match="drill: deep_gemm"):
         broken(1, logits_dtype="torch.bfloat16")
+
+
+def test_a_result_is_written_before_slower_servers_end(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the run is then ended. A result waits for the base's, because it is compared."""
+    out, seen, run_one = tmp_path / "drills.json", [], drills._run
+
+    def names() -> list[str]:
+        return [d["name"] for d in json.loads(out.read_text())["drills"]]
+
+    def slow(result: drills.Result, ready: float, timeout: float) -> None:
+        run_one(result, ready, timeout)
+        until = {"off": [], "topk": ["off", "on"]}.get(result.drill.name)
+        end = time.monotonic() + 20
+        while until and names() != until and time.monotonic() < end:
+            time.sleep(0.02)
+        seen.append((result.drill.name, names()))
+
+    monkeypatch.setattr(drills, "_run", slow)
+    assert run(model, tmp_path, "--only", "on", "topk")[0] == 0
+    assert dict(seen)["topk"] == ["off", "on"]
+    assert names() == ["off", "on", "topk"]
 
 
 @pytest.mark.parametrize(
