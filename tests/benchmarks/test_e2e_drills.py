@@ -6,6 +6,8 @@ import importlib
 import json
 import logging
 import re
+import subprocess
+import sys
 import time
 import types
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 from kits.e2e_servers import FAKE, free_ports, tiny_model
+from kits.packaging_tools import ROOT
 
 from benchmarks.server import drills, sglang_side, side, vllm_side
 from benchmarks.server.engines import ENGINES
@@ -204,6 +207,14 @@ def test_what_goes_wrong_is_named(
     assert code == 1 and found["complete"] is False
     for name in names:
         assert says in wrong(found)[name]
+
+
+def test_a_small_model_can_have_a_small_vocabulary(tmp_path: Path) -> None:
+    make = [sys.executable, ROOT / "examples" / "make_tiny_v4.py", tmp_path, "--vocabulary"]
+    subprocess.run([*make, "20480"], check=True)
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 20_480
+    refused = subprocess.run([*make, "100"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "the tokenizer has 20000 words" in refused.stderr
 
 
 def result(name: str, alone: list[list[list[int]]], **counters: int) -> drills.Result:
