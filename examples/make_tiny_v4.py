@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tiny_model import EXPERTS, QUANTIZATION, TOP_K, decoder, write
+from tiny_model import EXPERTS, QUANTIZATION, TOP_K, VOCABULARY, WORDS, decoder, write
 
 # The compression of each layer's cache: 0 none (sliding window only), 4 with the indexer, 128
 # without it.
@@ -50,11 +50,20 @@ def main() -> None:
     )
     parser.add_argument("--experts", type=int, default=EXPERTS, help=f"routed (default: {EXPERTS})")
     parser.add_argument("--topk", type=int, default=TOP_K, help=f"default: {TOP_K}")
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        default=VOCABULARY,
+        metavar="N",
+        help=f"rows of the embedding and of the head, {WORDS} or more (default: {VOCABULARY})",
+    )
     a = parser.parse_args()
     ratios = a.layers or (FULL if a.full else TINY)
     if bad := [r for r in ratios if r not in (0, 4, 128)]:
         parser.error(f"--layers has {bad[0]}; a layer compresses by 0, 4 or 128")
-    write(a.folder, config(ratios, a.experts, a.topk))
+    if a.vocabulary < WORDS:
+        parser.error(f"--vocabulary is {a.vocabulary}; the tokenizer has {WORDS} words")
+    write(a.folder, {**config(ratios, a.experts, a.topk), "vocab_size": a.vocabulary})
     print(f"{a.folder}: {len(ratios)} layers, {ratios.count(4)} with the indexer")
 
 

@@ -1,31 +1,31 @@
 """Failure drills on live servers: ``python -m benchmarks.server.drills``.
 
-Every drill is a server of its own in which one thing is broken. It passes if the server starts and
-still runs at the end, if it answers every request in full and in time, if one clear line of the
-plugin says what happened, and if the counters show that the expected side served. Where vLLM's code
-has to serve and gives the same answers twice, the answers must also equal vLLM's. Requests of many
-lengths come at the same time, so that one step contains prefill chunks and decode.
+Every drill is a server of its own, in which one thing is broken or which runs in one mode. It
+passes if the server starts and still runs at the end, if it answers every request in full and in
+time, if one clear line of the plugin says what happened, and if the counters show that the expected
+side served. Where the engine's code has to serve and gives the same answers twice, the answers must
+also equal those without the plugin. Requests of many lengths come at the same time, so that prefill
+and decode alternate.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dsv4_plugin
-from benchmarks.server import model
+from benchmarks.server import model, sglang_drills, vllm_drills
 from benchmarks.server.client import at_once, random_prompt
+from benchmarks.server.drill import BASE, LIBRARY, Drill
 from benchmarks.server.measure import agreement
 from benchmarks.server.options import about, add_common, checked, engine, make_server, place
 from benchmarks.server.server import Server, stop
@@ -38,147 +38,14 @@ from dsv4_plugin.cli.shared.secrets import Secrets
 
 __all__ = ["BASE", "DRILLS", "Drill", "main", "parser", "run"]
 
-BASE = "off"
 CROWD = (40, 300, 600, 2500, 3000, 5000, 9000, 12000)  # tokens of the prompts sent at once
 ALONE = (1000, 3000, 9000)  # tokens of the prompts sent alone, whose answers are compared
 TOKENS = 32
 STATUS_S = 2.0  # until the status file has the last calls
-PLUGIN = re.compile(r"\[dsv4[^]]*\] (.*)")
-LIBRARY = "_C.so"
-
-
-def _sleep(server: Server, level: int) -> None:
-    """Put the engine to sleep and wake it up. Level 2 does not restore the weights."""
-    server.client.read(f"/sleep?level={level}", {})
-    if not json.loads(server.client.read("/is_sleeping"))["is_sleeping"]:
-        raise RuntimeError("it does not sleep after /sleep")
-    server.client.read("/wake_up", {})
-
-
-@dataclass(frozen=True)
-class Drill:
-    """One server with one fault.
-
-    Attributes:
-        name: the name of the drill and of its server.
-        what: what is broken.
-        says: the line that must be in the log, once for each kind of layer in each process.
-        environment: the server's variables.
-        arguments: the arguments of its ``vllm serve``.
-        counts: counters that must be above zero at the end; of ``a|b`` one of the two.
-        never: counters that must be zero.
-        upstream: whether the answers must equal those of ``base``, for each prompt to which
-            ``base`` gives the same answer twice.
-        library: whether the plugin has its compiled library.
-        act: runs between two rounds of requests.
-        same: whether the answers of both rounds must be equal, for the same prompts.
-        kinds: the kinds of model that the drill is for, with the names of :mod:`.model`; none: all.
-        base: the drill with whose answers its own are compared.
-    """
-
-    name: str
-    what: str
-    says: str
-    environment: dict[str, str] = field(default_factory=lambda: {"DSV4_PLUGIN": "1"})
-    arguments: tuple[str, ...] = ()
-    counts: tuple[str, ...] = ()
-    never: tuple[str, ...] = ("topk.decode", "topk.prefill", "logits.plugin")
-    upstream: bool = True
-    library: bool = True
-    act: Callable[[Server], None] | None = None
-    same: bool = True
-    kinds: tuple[str, ...] = ()
-    base: str = BASE
-
-
-def _fault(name: str) -> dict[str, str]:
-    return {"DSV4_PLUGIN": "1", "E2E_FAULT": name}
-
-
-def _candidates(op: str) -> Drill:
-    """Return the drill in which an op of two-level selection fails."""
-    return Drill(
-        op, f"{op} raises at its first call",
-        rf"topk failed at a call and was switched off \(RuntimeError: drill: {op}\)",
-        _fault(op), counts=("topk.decode.upstream",), never=("candidates.consumer",),
-        kinds=(model.V41,),
-    )  # fmt: skip
-
-
-_ALL = ("topk.decode", "topk.prefill", "logits.plugin", "gather")
-DRILLS = (
-    Drill(
-        BASE, "the kill switch, DSV4_PLUGIN=0, although --plugin dsv4 asks for the plugin",
-        r"DSV4_PLUGIN=0: nothing is patched", {"DSV4_PLUGIN": "0"},
-    ),
-    Drill(
-        "on", "nothing: the plugin serves",
-        r"top-k: bf16 by cuda", counts=_ALL, never=(), upstream=False,
-    ),
-    Drill(
-        "capability", "the plugin sees a GPU of compute capability 7.5",
-        r"top-k: the engine's \(.*compute capability 7\.5", _fault("capability"),
-        never=(*_ALL,),
-    ),
-    Drill(
-        "library", f"{LIBRARY} is not there",
-        rf"top-k: the engine's \(.*{re.escape(LIBRARY)}", library=False,
-    ),
-    Drill(
-        "seam", "a function of vLLM's that is patched has other parameters",
-        r"the engine's own code stays at topk\.prefill \(.*top_k_per_row_prefill", _fault("seam"),
-        counts=("gather",),
-    ),
-    Drill(
-        "topk", "the top-k raises at its first call",
-        r"topk failed at a call and was switched off \(RuntimeError: drill: topk\)",
-        _fault("topk"), counts=("topk.decode.upstream", "gather"),
-        never=("topk.decode", "topk.prefill"),
-    ),
-    Drill(
-        "logits", "the logits kernel raises at its first call",
-        r"topk failed at a call and was switched off \(RuntimeError: drill: logits\)",
-        _fault("logits"), counts=("topk.decode.upstream", "gather"), never=("topk.decode",),
-    ),
-    Drill(
-        "gather", "the gather of the keys raises at its first call",
-        r"gather failed at a call and was switched off \(RuntimeError: drill: gather\)",
-        _fault("gather"), counts=("topk.decode", "topk.prefill", "gather.upstream"),
-        never=("gather",), upstream=False,
-    ),
-    Drill(
-        "shadow",
-        "nothing: vLLM's selection runs beside the plugin's in float32, on the same scores",
-        r"top-k: fp32 by cuda",
-        {"DSV4_PLUGIN": "1", "DSV4_TOPK": "fp32", "DSV4_SHADOW": "1"},
-        counts=("topk.decode", "topk.prefill"), never=(), upstream=False,
-    ),
-    Drill(
-        "sleep", "nothing: the engine sleeps (level 1) and wakes up between two rounds",
-        r"top-k: bf16 by cuda", {"DSV4_PLUGIN": "1", "VLLM_SERVER_DEV_MODE": "1"},
-        ("--enable-sleep-mode",), counts=_ALL, never=(), upstream=False,
-        act=partial(_sleep, level=1),
-    ),
-    Drill(
-        "sleep2", "nothing: the engine sleeps at level 2, where the shadow's counters must survive",
-        r"top-k: fp32 by cuda",
-        {"DSV4_PLUGIN": "1", "DSV4_TOPK": "fp32", "DSV4_SHADOW": "1", "VLLM_SERVER_DEV_MODE": "1"},
-        ("--enable-sleep-mode",), counts=("topk.decode", "topk.prefill"), never=(),
-        upstream=False, act=partial(_sleep, level=2), same=False,
-    ),
-    Drill(
-        "candidates", "nothing: the plugin serves the source of the candidates and its consumers",
-        r"top-k: bf16 by cuda", counts=(*_ALL, "candidates.source", "candidates.consumer"),
-        never=("candidates.source.engine",), upstream=False, kinds=(model.V41,),
-    ),
-    Drill(
-        "candidate_seam", "vLLM's selection of candidate blocks has other parameters",
-        r"top-k: the engine's \(.*_select_candidate_blocks takes \(anything\)",
-        _fault("candidate_seam"), never=("candidates.source", "candidates.consumer"),
-        upstream=False, kinds=(model.V41,),
-    ),
-    *map(_candidates, ("block_maxima", "select_blocks", "candidate_select")),
-)  # fmt: skip
+DRILLS: Mapping[str, tuple[Drill, ...]] = {
+    "vllm": vllm_drills.DRILLS,
+    "sglang": sglang_drills.DRILLS,
+}
 
 
 @dataclass
@@ -222,8 +89,9 @@ def _answers(result: Result, salt: str, timeout: float) -> None:
 def _look(result: Result) -> None:
     """Check the log and the counters."""
     drill, server = result.drill, result.server
+    said = server.engine.said
     result.lines = sorted(
-        {m[1] for line in server.lines(PLUGIN, 999, 4000) if (m := PLUGIN.search(line))}
+        {m[1] for line in server.lines(said, 999, 4000) if (m := said.search(line))}
     )
     clear = [line for line in result.lines if re.search(drill.says, line)]
     kinds = {line.partition(":")[0] for line in clear}
@@ -238,7 +106,7 @@ def _look(result: Result) -> None:
         result.note(f"no call was counted as {', '.join(silent)}")
     if served := [name for name in drill.never if result.counters.get(name)]:
         result.note(f"calls were counted as {', '.join(served)}")
-    for kind in ("decode", "prefill") if "DSV4_SHADOW" in drill.environment else ():
+    for kind in drill.shadow:
         seen = result.shadow.get(kind, {})
         if not seen.get("rows") or seen.get("higher"):
             result.note(f"the shadow of {kind} saw {seen}")
@@ -273,7 +141,7 @@ def _compare(result: Result, base: Result) -> dict[str, Any]:
     last = [a.alone[-1] if a.alone else [] for a in (base, result)]
     found = [agreement(a, b) if a and b else None for a, b in zip(*last, strict=False)]
     if result.drill.upstream:
-        _all_same(result, repeats, found, "the answers are not vLLM's")
+        _all_same(result, repeats, found, "the answers are not the engine's")
     if result.drill.act is not None and result.drill.same and len(result.alone) == 2:
         rounds = [agreement(a, b) if a and b else None for a, b in zip(*result.alone, strict=True)]
         _all_same(result, repeats, rounds, "the answers of the two rounds differ")
@@ -300,17 +168,19 @@ def _without_library(server: Server) -> None:
 
 
 def parser(
-    prog: str = "benchmarks.server.drills", about: str = __doc__, table: Sequence[Drill] = DRILLS
+    prog: str = "benchmarks.server.drills",
+    about: str = __doc__,
+    tables: Mapping[str, Sequence[Drill]] = DRILLS,
 ) -> Parser:
-    """Return the command line of a table of drills."""
+    """Return the command line of the tables of drills of some engines."""
     p = Parser(prog=f"python -m {prog}", description=about.splitlines()[0])
-    p.set_defaults(table=table, module=prog)
-    add_common(p, port=8200, ready=300, kv_gib=2, max_model_len=32 << 10)
+    p.set_defaults(tables=tables, module=prog)
+    add_common(p, port=8200, ready=300, kv_gib=2, max_model_len=32 << 10, engines=tables)
     add = p.add_argument
-    names = [drill.name for drill in table]
+    names = list(dict.fromkeys(drill.name for table in tables.values() for drill in table))
     add("--only", nargs="+", choices=names, default=names, metavar="NAME",
-        help=f"only these of {', '.join(names)} (default: all that fit the model), and the servers "
-        "with which they are compared")  # fmt: skip
+        help=f"only these of {', '.join(names)} (default: all that fit engine and model), and the "
+        "servers with which they are compared")  # fmt: skip
     about = "the most servers at a time (default: all)"
     add("--at-once", type=numbers.COUNT, default=len(names), help=about)
     about = "the most seconds for one request (default: 120)"
@@ -322,7 +192,10 @@ def drill(
     a: argparse.Namespace, folder: Path, found: list[dict[str, Any]], saved: Callable[[], None],
     secrets: Secrets,
 ) -> None:  # fmt: skip
-    """Do the drills; add each result to ``found``, and call ``saved`` after each group."""
+    """Do the drills; add each result to ``found`` as it comes, and call ``saved``.
+
+    A result that comes before the one of its base waits for it, because it is compared with it.
+    """
     served = model.read(a.model)
     console = Console(secrets)
     results: list[Result] = []
@@ -333,33 +206,41 @@ def drill(
             served=served, requests=16, share=0.05, console=console,
         )  # fmt: skip
         results.append(Result(each, server))
+    names = [result.drill.name for result in results]
+    ended: dict[str, Result] = {}
+    waiting: list[Result] = []
     for i in range(0, len(results), a.at_once):
-        some = results[i : i + a.at_once]
-        _together(a, some)
-        for result in some:
-            base = next(r for r in results if r.drill.name == result.drill.base)
-            found.append(_told(result, _compare(result, base)))
-            print(f"{result.drill.name}: {'; '.join(result.wrong) or 'passed'}", flush=True)
-        saved()
+        for result in _together(a, results[i : i + a.at_once]):
+            ended[result.drill.name] = result
+            waiting.append(result)
+            for told in [r for r in waiting if r.drill.base in ended]:
+                waiting.remove(told)
+                found.append(_told(told, _compare(told, ended[told.drill.base])))
+                print(f"{told.drill.name}: {'; '.join(told.wrong) or 'passed'}", flush=True)
+            found.sort(key=lambda fields: names.index(fields["name"]))
+            saved()
 
 
 def _wanted(a: argparse.Namespace) -> list[Drill]:
     kind = model.read(a.model).kind
-    fit = [each for each in a.table if not each.kinds or kind in each.kinds]
+    fit = [each for each in a.tables[a.engine] if not each.kinds or kind in each.kinds]
     named = [each for each in fit if each.name in a.only]
     bases = {each.base for each in named} or {BASE}
     return [each for each in fit if each in named or each.name in bases]
 
 
-def _together(a: argparse.Namespace, some: list[Result]) -> None:
-    """Do some drills at the same time; stop their servers, however the drills end."""
+def _together(a: argparse.Namespace, some: list[Result]) -> Iterator[Result]:
+    """Do some drills at the same time, and give each as it ends; stop all servers in any case."""
     pool = ThreadPoolExecutor(len(some))
     try:
         for result in some:
             if not result.drill.library:
                 _without_library(result.server)
             result.server.begin()
-        list(pool.map(partial(_run, ready=a.ready, timeout=a.timeout), some))
+        running = {pool.submit(_run, each, a.ready, a.timeout): each for each in some}
+        for ended in as_completed(running):
+            ended.result()
+            yield running[ended]
     finally:
         with held():  # the servers first: the threads that wait for their answers end then
             for said in stop([result.server for result in some]):

@@ -23,7 +23,13 @@ GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384)  # requests of a captured batch
 _TOLD = (
     r"dsv4|graph captur|Graph capturing|KV cache size|Model loading took|init engine|"
     r"took .* seconds|[Uu]s(?:e|ing) .* backend|Available KV|WARNING.*(?:topk|indexer)|"
-    r"max_total_num_tokens|Capture .* end|KV Cache is allocated"
+    r"max_total_num_tokens|Capture .* end|KV Cache is allocated|token_capacity|device graphs"
+)
+
+
+# The plugin's lines in the formats of SGLang and TokenSpeed.
+_SAID = re.compile(
+    r"^\S*\[[^]]*\] ((?:dsv4 |DSV4_|--dsv4-topk |topk |DeepGEMM's bf16 |\w+ [\d.]+: the engine).*)"
 )
 
 
@@ -95,6 +101,10 @@ class Engine:
         cache: the pattern of the tokens that the cache holds, in the log.
         graphs: the pattern of the GiB of captured graphs, in the log, once for each capture.
         copies: whether contexts can be copied.
+        command: Python's arguments before the model, if not those of ``shipped``.
+        said: the pattern of the plugin's lines in the log; its group is the message. SGLang and
+            TokenSpeed write them in their own format, without ``[dsv4]``.
+        told: the pattern of the lines that the results keep.
     """
 
     shipped: shipped.Engine
@@ -112,6 +122,8 @@ class Engine:
     cache: re.Pattern[str]
     graphs: re.Pattern[str]
     copies: bool
+    command: tuple[str, ...] = ()
+    said: re.Pattern[str] = re.compile(r"\[dsv4[^]]*\] (.*)")
     told: re.Pattern[str] = re.compile(_TOLD, re.I)
 
 
@@ -196,6 +208,30 @@ def _sglang_read(chunk: dict[str, Any], answer: Answer) -> int:
     return chunk["meta_info"]["completion_tokens"]
 
 
+# --- TokenSpeed --------------------------------------------------------------------------------
+
+
+def _tokenspeed_arguments(
+    model: Model, traces: Path, a: argparse.Namespace, requests: int, share: float
+) -> list[str]:
+    tokens = a.kv_tokens or requests * CHUNK + a.max_model_len
+    return [
+        "--max-model-len", str(a.max_model_len), "--max-num-seqs", str(requests),
+        "--max-total-tokens", str(tokens), "--gpu-memory-utilization", f"{share:.2f}",
+        "--chunked-prefill-size", str(CHUNK), "--max-prefill-tokens", str(CHUNK),
+        "--max-cudagraph-capture-size", str(requests), "--disable-kvstore", "--seed", "0",
+        "--log-level", "info",
+    ]  # fmt: skip
+
+
+def _torch_profile(traces: Path) -> dict[str, Any]:
+    """Return the request of SGLang and TokenSpeed."""
+    return {
+        "output_dir": str(traces), "activities": ["CPU", "GPU"],
+        "with_stack": False, "record_shapes": False,
+    }  # fmt: skip
+
+
 ENGINES = {
     "vllm": Engine(
         shipped.ENGINES["vllm"], "vllm.general_plugins", "VLLM_PLUGINS",
@@ -214,12 +250,22 @@ ENGINES = {
         shipped.ENGINES["sglang"], "sglang.srt.plugins", "SGLANG_PLUGINS",
         "benchmarks.server.sglang_side:register", {}, (), "--tp-size", _sglang_arguments,
         "/generate", _sglang_body, _sglang_read,
-        lambda traces: {
-            "output_dir": str(traces), "activities": ["CPU", "GPU"],
-            "with_stack": False, "record_shapes": False,
-        },
+        _torch_profile,
         re.compile(r"max_total_num_tokens=(\d+)"),
         re.compile(r"Capture .* end\. .*mem usage=(-?[\d.]+) GB"),
         copies=False,
+        said=_SAID,
+    ),
+    "tokenspeed": Engine(
+        shipped.ENGINES["tokenspeed"], "tokenspeed.plugins", "TOKENSPEED_PLUGINS",
+        "benchmarks.server.tokenspeed_side:register", {}, (), "--tensor-parallel-size",
+        _tokenspeed_arguments, "/generate", _sglang_body, _sglang_read,
+        _torch_profile,
+        re.compile(r"token_capacity=(\d+)"),
+        re.compile(r"\| Activations \+ device graphs +\| +([\d.]+)"),
+        copies=False,
+        command=("-m", "benchmarks.server.tokenspeed_front", "--model"),
+        said=_SAID,
+        told=re.compile(rf"{_SAID.pattern}|token_capacity|device graphs|Startup compiled"),
     ),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from functools import partial
 from benchmarks.server import drills, model
 from benchmarks.server.client import at_once, random_prompt
 from benchmarks.server.server import Server
+from benchmarks.server.vllm_drills import SCORED
 from benchmarks.tool import tool
 
 __all__ = ["MODES", "Mode", "main", "parser"]
@@ -98,20 +99,20 @@ def _pair(mode: Mode) -> list[drills.Drill]:
     served = ("topk.decode|topk.decode.aside", "topk.prefill|topk.prefill.aside", "gather")
     dtype = mode.environment.get("DSV4_TOPK", r"\w+")
     with_it = one(
-        mode.name, f"nothing: {said}", rf"top-k: {dtype} by cuda", counts=served, never=(),
+        mode.name, f"nothing: {said}", rf"top-k: {dtype} by cuda", counts=served,
         environment={"DSV4_PLUGIN": "1", **mode.environment},
     )  # fmt: skip
     if not mode.pair:
         return [with_it]
     without = one(
         off, f"nothing: {said}, without the plugin", "DSV4_PLUGIN=0: nothing is patched",
-        environment={"DSV4_PLUGIN": "0"},
+        environment={"DSV4_PLUGIN": "0"}, never=SCORED,
     )  # fmt: skip
     return [without, with_it]
 
 
 SERVERS = tuple(server for mode in MODES for server in _pair(mode))
-parser = partial(drills.parser, "benchmarks.server.modes", __doc__, SERVERS)
+parser = partial(drills.parser, "benchmarks.server.modes", __doc__, {"vllm": SERVERS})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,23 +26,24 @@ __all__ = ["about", "add_common", "engine", "checked", "make_server", "place"]
 
 
 def add_common(
-    p: argparse.ArgumentParser, *, port: int, ready: float, kv_gib: float, max_model_len: int
-) -> None:
-    """Add the options of every command; the values are defaults."""
+    p: argparse.ArgumentParser, *, port: int, ready: float, kv_gib: float, max_model_len: int,
+    engines: Iterable[str] = ENGINES,
+) -> None:  # fmt: skip
+    """Add the options of every command; the values are defaults. ``engines`` can be chosen."""
     add = p.add_argument
     add("--model", type=Path, required=True,
         help="a folder that a script of examples/ (make_tiny_v4.py …) wrote")  # fmt: skip
     add("--json", type=outputs.file, required=True, help="the results file")
     add("--ready", type=numbers.SECONDS, default=ready,
         help=f"the most seconds for the servers to start (default: {ready})")  # fmt: skip
-    add("--engine", choices=tuple(ENGINES), default="vllm", help="default: vllm")
+    add("--engine", choices=tuple(engines), default="vllm", help="default: vllm")
     add("--tensor-parallel-size", "--tp-size", type=numbers.COUNT, default=1, dest="gpus",
         metavar="N", help="GPUs of each server; all servers share them (default: 1)")  # fmt: skip
     add("--kv-gib", type=numbers.real(most=1e9), default=kv_gib,
         help=f"cache of each server, on each GPU (vLLM; default: {kv_gib})")  # fmt: skip
     add("--kv-tokens", type=numbers.LENGTH,
-        help="cache of each server in tokens (SGLang; default: one request of --max-model-len and "
-        "a chunk of each other)")  # fmt: skip
+        help="cache of each server in tokens (SGLang, TokenSpeed; default: one request of "
+        "--max-model-len and a chunk of each other)")  # fmt: skip
     add("--max-model-len", type=numbers.LENGTH, default=max_model_len)
     add("--port", type=numbers.PORT, default=port, help="port of the first server; others follow")
     add(

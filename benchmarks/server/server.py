@@ -62,7 +62,10 @@ class Server(servers.Server):
         url = f"http://{HOST}:{port}"
         super().__init__(
             name, url, console, log=folder / "serve.log", status=folder / "status", cwd=folder,
-            command=[*(command or (sys.executable, *engine.shipped.server)), *self.arguments],
+            command=[
+                *(command or (sys.executable, *(engine.command or engine.shipped.server))),
+                *self.arguments,
+            ],
             environ=self._environ_of(weights), patience=PATIENCE,
         )  # fmt: skip
         self.client = Client(url, engine)

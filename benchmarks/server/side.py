@@ -1,8 +1,8 @@
 """The code that runs inside every server that is measured, for every engine.
 
-:mod:`.server` puts :mod:`.vllm_side` or :mod:`.sglang_side`, an entry point of the engine's
-plugins, on the path of the servers that it starts and nowhere else. The two sides exchange files in
-the folder ``E2E_DIR``:
+:mod:`.server` puts :mod:`.vllm_side`, :mod:`.sglang_side` or :mod:`.tokenspeed_side`, an entry
+point of the engine's plugins, on the path of the servers that it starts and nowhere else. The two
+sides exchange files in the folder ``E2E_DIR``:
 
 ``options.json``
     ``weights``: fill the weights with random values of a useful size (the engines' own are ±1e-3,

@@ -57,11 +57,13 @@ _NAMES = (
     ("blocks", re.compile(r"^_store_candidates_kernel|dsv4::\S*select_blocks")),
     ("candidates", re.compile(r"^_(candidate_flags|mask_candidates)_kernel|"
                               r"dsv4::candidate_logits")),
-    ("logits", re.compile(r"paged_mqa_logits|dsv4::\S*paged_logits")),
-    ("transform", re.compile(r"compute_global_topk|dsv4::\S*(slots|global)")),
+    ("logits", re.compile(r"paged_mqa_logits|^_dsa_decode_logits|dsv4::\S*paged_logits")),
+    ("transform", re.compile(r"compute_global_topk|^_local_topk_to_global_slots|"
+                             r"dsv4::\S*(slots|global)")),
     ("topk", re.compile(r"dsv4::\S*topk|(cooperative|persistent|filtered)_?topk|"
                         r"topk_?per_?row|FilteredTopK|"
-                        r"topk_(main|\w*cluster|transform)_kernel", re.I)),
+                        r"topk_(main|\w*cluster|transform)_kernel|"
+                        r"^_dsa_(radix|logits_topk)", re.I)),
     ("k_write", re.compile(r"compress\w*_insert_indexer|indexer_k_quant_and_cache|"
                            r"indexer_k_norm_rope_quant_store|fused_norm_rope_indexer|"
                            r"dsv4::\S*(write|insert)")),

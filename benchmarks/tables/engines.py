@@ -28,7 +28,7 @@ def sglang() -> str:
     table = _table(
         "the indexer's forward of a layer",
         cells,
-        [OFF, *VARIANTS],
+        [OFF, *_variants(cells)],
         {OFF: "SGLang"},
         ("agreement of bf16: mean, worst row", lambda row: _agreement(row.get("bf16"))),
     )
@@ -37,12 +37,14 @@ def sglang() -> str:
         f"{_head(forward, SGLANG)} {forward['version']}, k = 512, a layer's "
         "`forward_c4_indexer` with its projections, µs in a CUDA graph. The columns are SGLang "
         "without the plugin, and with it for each `DSV4_TOPK`, on DeepGEMM's logits or on the "
-        "plugin's (`plugin`). A `raw` call also returns the row's indices. In a `v1` call SGLang "
+        "plugin's (`plugin`); with `auto` the plugin chooses. A `raw` call also returns the row's "
+        "indices. In a `v1` call SGLang "
         "uses its older top-k.",
         "",
         *table,
         "",
-        *(_against(_default(cells), name, [OFF], "SGLang's default") for name in VARIANTS),
+        *(_against(_default(cells), name, [OFF], "SGLang's default")
+          for name in _variants(cells)),
         f"- {_checked(forward)} The agreement is with SGLang's own selection on float32 scores; "
         f"that of `fp32` is at least {_least(cells, 'fp32')}, of `fp32 plugin` "
         f"{_least(cells, 'fp32 plugin')}.",
@@ -96,7 +98,7 @@ def tokenspeed() -> str:
         f"`--part forward`, µs in a CUDA graph.{_missing(driver)}",
         "",
         *_table(
-            "facade", parts, [OFF, *VARIANTS], {OFF: "TokenSpeed"},
+            "facade", parts, [OFF, *_variants(parts)], {OFF: "TokenSpeed"},
             ("agreement of bf16: mean, worst row", lambda row: _agreement(row.get("bf16"))),
         ),
         "",
@@ -119,7 +121,7 @@ def engines() -> str:
         "is faster):",
         "",
         f"- {forward['version']}'s `forward_c4_indexer` (`benchmarks/results/{SGLANG}`): "
-        + "; ".join(f"`{name}` {_span(cells, name, [OFF])}" for name in VARIANTS) + f". "
+        + "; ".join(f"`{name}` {_span(cells, name, [OFF])}" for name in _variants(cells)) + f". "
         f"{_checked(forward)} Its top-k alone against `{newest}` (`{ADAPTERS}`): "
         + "; ".join(
             f"{name.removeprefix('dsv4 ')} {_span(alone, name, [newest])}"
@@ -156,6 +158,11 @@ def _forward(document: Any) -> Cells:
 def _default(cells: Cells) -> Cells:
     """Return the calls as SGLang makes them by default: with its newer top-k."""
     return {name: row for name, row in cells.items() if not name.endswith(" v1")}
+
+
+def _variants(cells: Cells) -> list[str]:
+    """Return the variants with the plugin that a file has; older files have no ``auto``."""
+    return [name for name in VARIANTS if any(name in row for row in cells.values())]
 
 
 def _least(cells: Cells, variant: str) -> str:
@@ -282,7 +289,7 @@ def _missing(document: Any, suite: str | None = None) -> str:
     elif suite is None:  # older files without `not_run`
         rows = document["results"]
         seen = {row["variant"].replace(" own", " plugin") for row in rows}
-        names = [v for v in VARIANTS if v not in seen]
+        names = [v for v in VARIANTS if v not in seen and v != "auto"]
         names = [f"the plugin ({', '.join(names)})"] if names else []
         names += [kind for kind in ("prefill", "read")
                   if not any(row["part"].startswith(kind) for row in rows)]  # fmt: skip

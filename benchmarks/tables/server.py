@@ -1,14 +1,15 @@
 """What whole servers showed, made from the committed results.
 
 ``python -m benchmarks.tables NAME`` prints what stands between the markers of that name: ``modes``
-and ``drills`` of docs/development/vllm.md, ``sglang-server`` of docs/results.md, ``ab`` of
-docs/ab.md.
+and ``drills`` of docs/development/vllm.md, ``sglang-drills`` of docs/development/sglang.md,
+``sglang-server`` and ``tokenspeed-server`` of docs/results.md, ``ab`` of docs/ab.md.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.server.drills import ALONE, CROWD
@@ -16,9 +17,14 @@ from benchmarks.server.measure import agreement
 from benchmarks.tables import readme as figures
 from dsv4_plugin.cli.ab import report
 
-__all__ = ["AB", "DRILLS", "MODES", "PAIRS", "SGLANG", "ab", "drills", "modes", "sglang"]
+__all__ = [
+    "AB", "DRILLS", "MODES", "PAIRS", "SGLANG", "SGLANG_DRILLS", "TOKENSPEED", "ab", "drills",
+    "modes", "sglang", "sglang_drills", "tokenspeed",
+]  # fmt: skip
 
 MODES, SGLANG, AB = "h200_vllm_modes.json", "h200_sglang_e2e.json", "h200_ab_sglang.json"
+TOKENSPEED = "h200_tokenspeed_e2e.json"
+SGLANG_DRILLS = "h200_sglang_drills.json"
 PAIRS = ("h200_vllm033_modes.json", "h200_vllm033_v32_modes.json")
 DRILLS = (
     "h200_vllm033_v41_seam.json",
@@ -29,8 +35,9 @@ DRILLS = (
 
 
 def _where(about: dict[str, Any], name: str) -> str:
+    engine = "vLLM" if "vllm" in about else "SGLang"
     return (
-        f"vLLM {about['vllm']}, one {about['gpu']}, commit {about['commit'][:7]} "
+        f"{engine} {about[engine.lower()]}, one {about['gpu']}, commit {about['commit'][:7]} "
         f"(`benchmarks/results/{name}`)"
     )
 
@@ -128,19 +135,45 @@ def _modes() -> str:
 
 def sglang() -> str:
     """Return the Markdown between the ``sglang-server`` markers."""
-    document = figures.load(SGLANG)
+    return _served(
+        SGLANG, "SGLang",
+        "*Logits to top-k* is the time from the start of the logits to the end of the top-k; the "
+        "next columns are the times of the two kernels:",
+        ("GPU busy, ms a step", "logits to top-k, µs a layer", "its top-k", "its logits"),
+        _kernels,
+    )  # fmt: skip
+
+
+def tokenspeed() -> str:
+    """Return the Markdown between the ``tokenspeed-server`` markers."""
+    document = figures.load(TOKENSPEED)
+    if not document["tpot_ms"]:
+        return _started(document)
+    return _served(
+        TOKENSPEED, "TokenSpeed",
+        "*Indexer* is the time of the kernels of the logits, the top-k and the slots:",
+        ("GPU busy, ms a step", "indexer, µs a layer"),
+        _chain,
+    )  # fmt: skip
+
+
+def _served(
+    name: str, engine: str, note: str, columns: Sequence[str],
+    of: Callable[[dict[str, Any]], list[str]],
+) -> str:  # fmt: skip
+    """Return the table of one file: times, and what the profiler saw (``of``, for ``columns``)."""
+    document = figures.load(name)
     about = document["machine"]
     profiles = {(of["context"], of["concurrency"]): of["servers"] for of in document["profiles"]}
     lines = [
-        f"SGLang {about['sglang']} with {document['model']['num_hidden_layers']} layers of random "
-        f"weights, on one {about['gpu']} (`benchmarks/results/{SGLANG}`, of commit "
+        f"{engine} {about[engine.lower()]} with {document['model']['num_hidden_layers']} layers of "
+        f"random weights, on one {about['gpu']} (`benchmarks/results/{name}`, of commit "
         f"{about['commit'][:7]}), without the plugin / with it (`DSV4_TOPK=auto`: bfloat16). "
-        "*Logits to top-k* is the time from the start of the logits to the end of the top-k; the "
-        "next columns are the times of the two kernels:",
+        f"{note}",
         "",
-        "| requests x tokens of context | ms a token | ratio (95 % interval) | GPU busy, ms a step "
-        "| logits to top-k, µs a layer | its top-k | its logits |",
-        "|---|---|---|---|---|---|---|",
+        "| requests x tokens of context | ms a token | ratio (95 % interval) | "
+        f"{' | '.join(columns)} |",
+        "|---" * (3 + len(columns)) + "|",
     ]
     firsts = []
     for row in document["summary"]:
@@ -152,13 +185,41 @@ def sglang() -> str:
         if row["figure"] != "tpot_ms":
             continue
         found = profiles.get((row["context"], row["concurrency"]))
-        kernels = " | ".join(_kernels(found)) if found else " | ".join("–" * 4)
+        kernels = " | ".join(of(found) if found else "–" * len(columns))
         lines.append(
             f"| {row['concurrency']} x {row['context']:,} | {row['off']:.2f} / {row['on']:.2f} | "
             f"{ratio} | {kernels} |"
         )
-    prompts = f"Time to the first token of a prompt that no cache holds: {'; '.join(firsts)}."
-    return "\n".join([*lines, "", prompts])
+    if firsts:
+        lines += ["", "Time to the first token of a prompt that no cache holds: "
+                      f"{'; '.join(firsts)}."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _started(document: dict[str, Any]) -> str:
+    """Say what a run of two TokenSpeed engines showed that ended before it timed a request."""
+    about, off, on = document["machine"], *map(document["servers"].get, ("off", "on"))
+    rows, failures = on["rows"][0], on["status"][0]["failures"]
+    assert not failures
+    return (
+        f"TokenSpeed {about['tokenspeed']} with {document['model']['num_hidden_layers']} layers of "
+        f"random weights, on one {about['gpu']} (`benchmarks/results/{TOKENSPEED}`, of commit "
+        f"{about['commit'][:7]}): two whole engines, without the plugin and with it, side by side. "
+        f"Both served after {off['ready_s']:.0f} s, with CUDA graphs of decode "
+        f"({off['memory']['graphs_gib']:.1f} / {on['memory']['graphs_gib']:.1f} GB). In the one "
+        f"with the plugin it selected {rows['topk.dsa_prefill_topk']:,} rows of prefill and "
+        f"{rows['topk.dsa_decode_topk']:,} of decode, and none of its calls failed. **No time was "
+        "measured, and no answers were compared**: the run ended while the engine without the "
+        "plugin compiled its kernels for the first requests."
+    )
+
+
+def _chain(servers: dict[str, Any]) -> list[str]:
+    sides = servers["off"], servers["on"]
+    return [
+        " / ".join(f"{side['busy_us'] / 1e3:.2f}" for side in sides),
+        " / ".join(f"{side['chain_us_layer']:.1f}" for side in sides),
+    ]
 
 
 def _kernels(servers: dict[str, Any]) -> list[str]:
@@ -200,17 +261,22 @@ def drills() -> str:
     return "\n\n".join(map(_drills, DRILLS))
 
 
-def _drills(name: str) -> str:
+def sglang_drills() -> str:
+    """Return the Markdown between the ``sglang-drills`` markers."""
+    return _drills(SGLANG_DRILLS, "paged")
+
+
+def _drills(name: str, kind: str = "decode") -> str:
     document = figures.load(name)
     lines = [
         f"{_where(document['machine'], name)}:",
         "",
-        "| drill | what is broken | requests answered | decode calls, plugin / engine | passed |",
+        f"| drill | what is broken | requests answered | {kind} calls, plugin / engine | passed |",
         "|---|---|---|---|---|",
     ]
     for drill in document["drills"]:
         counters, requests = drill["counters"], drill["requests"]
-        calls = [counters.get(f"topk.decode{of}", 0) for of in ("", ".upstream")]
+        calls = [counters.get(f"topk.{kind}{of}", 0) for of in ("", ".upstream")]
         lines.append(
             f"| {drill['name']} | {drill['what']} | {requests['answered']} of {requests['sent']} | "
             f"{' / '.join(map(str, calls)) if counters else 'no plugin'} | "

@@ -6,6 +6,9 @@ import importlib
 import json
 import logging
 import re
+import subprocess
+import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +16,17 @@ from typing import Any
 
 import pytest
 from kits.e2e_servers import FAKE, free_ports, tiny_model
+from kits.packaging_tools import ROOT
 
 from benchmarks.server import drills, sglang_side, side, vllm_side
-from dsv4_plugin.engines.shared import adapter, import_hooks
+from benchmarks.server.engines import ENGINES
+from dsv4_plugin.engines.shared import adapter, import_hooks, source
 from dsv4_plugin.engines.shared.decision import INERT
+from dsv4_plugin.engines.shared.deep_gemm import has_logits_dtype
 
-ALL = [drill.name for drill in drills.DRILLS]
-NAMES = [drill.name for drill in drills.DRILLS if not drill.kinds]  # every model's
+VLLM, SGLANG = drills.DRILLS["vllm"], drills.DRILLS["sglang"]
+ALL = [drill.name for drill in VLLM]
+NAMES = [drill.name for drill in VLLM if not drill.kinds]  # every model's
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ def run(model: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict[str, An
     out = tmp_path / "drills.json"
     code = drills.main(
         ["--model", str(model), "--json", str(out), "--folder", str(tmp_path / "run"),
-         "--server-command", FAKE, "--port", str(free_ports(len(ALL))), *arguments]
+         "--server-command", FAKE, "--port", str(free_ports(20)), *arguments]
     )  # fmt: skip
     return code, json.loads(out.read_text())
 
@@ -80,6 +87,101 @@ def test_a_v41_model_has_drills_of_its_own(tmp_path: Path) -> None:
     assert len(own) == 5
 
 
+def test_sglang_has_the_same_drills_and_its_modes(model: Path, tmp_path: Path) -> None:
+    code, found = run(model, tmp_path, "--engine", "sglang", "--at-once", "5")
+    assert (code, wrong(found)) == (0, {})
+    by_name = {d["name"]: d for d in found["drills"]}
+    assert list(by_name) == [drill.name for drill in SGLANG]
+    assert {"topk", "logits", "deep_gemm", "seam", "library", "shadow", "sleep", "off"} <= {
+        *by_name
+    }
+    assert by_name["eager"]["arguments"] == ["--cuda-graph-backend-decode", "disabled"]
+    assert by_name["deep_gemm"]["counters"]["topk.paged"] == 4
+    assert by_name["shadow"]["shadow"]["paged"] == {"rows": 9, "higher": 0}
+
+
+def test_a_radix_cache_that_holds_nothing_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FORGETS", "1")
+    code, found = run(model, tmp_path, "--engine", "sglang", "--only", "radix")
+    assert code == 1
+    assert wrong(found) == {"radix": "RuntimeError: the radix cache held 0 of 5000 tokens"}
+
+
+def test_sglangs_source_looks_changed_to_the_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / side.OPTIONS).write_text("{}")
+    monkeypatch.setenv("E2E_DIR", str(tmp_path))
+    monkeypatch.setenv("E2E_FAULT", "seam")
+    monkeypatch.setattr(source, "_parse", source._parse)
+    monkeypatch.setattr(sglang_side, "after_import", lambda *args: None)
+    file = tmp_path / "indexer.py"
+    file.write_text(f"from topk import {sglang_side.SEAM}_v2, other\n")
+    assert source.Module("indexer", file).binds(f"{sglang_side.SEAM}_v2")
+    sglang_side.register()
+    read = source.Module("indexer", file)
+    assert read.binds("other") and not read.binds(f"{sglang_side.SEAM}_v2")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[2026-12-01 06:28:52] DSV4_PLUGIN=0: nothing is patched in SGLang", True),
+        (
+            "[2026-12-01 06:22:01 TP0] dsv4 active in SGLang 0.5.23, DeepSeek-V4 indexer, k 512",
+            True,
+        ),
+        ("[2026-12-01 06:22:01] topk failed at a call and was switched off (x)", True),
+        ("[2026-12-01 06:22:01] SGLang 0.5.23: the engine's own code stays at topk.paged", True),
+        ("[2026-12-01 06:28:56] Use dsv4 attention backend for DeepseekV4ForCausalLM", False),
+        ("[2026-12-01 06:29:00] server_args={'model_path': 'dsv4 '}", False),
+    ],
+)
+def test_the_plugins_lines_in_sglangs_log(line: str, message: bool) -> None:
+    found = ENGINES["sglang"].said.search(line)
+    assert (found is not None) is message
+    if found:
+        assert found[1] == line.partition("] ")[2]
+
+
+def test_only_bfloat16_breaks_in_deep_gemm() -> None:
+    def logits(q: int, logits_dtype: str = "torch.float32") -> tuple[int, str]:
+        return q, logits_dtype
+
+    module = types.SimpleNamespace(**{sglang_side.DEEP_GEMM: logits})
+    sglang_side._no_bf16(module)
+    broken = getattr(module, sglang_side.DEEP_GEMM)
+    assert has_logits_dtype(broken)
+    assert broken(1) == (1, "torch.float32") and broken(1, logits_dtype="x") == (1, "x")
+    with pytest.raises(RuntimeError, match="drill: deep_gemm"):
+        broken(1, logits_dtype="torch.bfloat16")
+
+
+def test_a_result_is_written_before_slower_servers_end(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the run is then ended. A result waits for the base's, because it is compared."""
+    out, seen, run_one = tmp_path / "drills.json", [], drills._run
+
+    def names() -> list[str]:
+        return [d["name"] for d in json.loads(out.read_text())["drills"]]
+
+    def slow(result: drills.Result, ready: float, timeout: float) -> None:
+        run_one(result, ready, timeout)
+        until = {"off": [], "topk": ["off", "on"]}.get(result.drill.name)
+        end = time.monotonic() + 20
+        while until and names() != until and time.monotonic() < end:
+            time.sleep(0.02)
+        seen.append((result.drill.name, names()))
+
+    monkeypatch.setattr(drills, "_run", slow)
+    assert run(model, tmp_path, "--only", "on", "topk")[0] == 0
+    assert dict(seen)["topk"] == ["off", "on"]
+    assert names() == ["off", "on", "topk"]
+
+
 @pytest.mark.parametrize(
     ("fault", "names", "says"),
     [
@@ -107,10 +209,20 @@ def test_what_goes_wrong_is_named(
         assert says in wrong(found)[name]
 
 
+def test_a_small_model_can_have_a_small_vocabulary(tmp_path: Path) -> None:
+    make = [sys.executable, ROOT / "examples" / "make_tiny_v4.py", tmp_path, "--vocabulary"]
+    subprocess.run([*make, "20480"], check=True)
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 20_480
+    refused = subprocess.run([*make, "100"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "the tokenizer has 20000 words" in refused.stderr
+
+
 def result(name: str, alone: list[list[list[int]]], **counters: int) -> drills.Result:
-    (drill,) = (d for d in drills.DRILLS if d.name == name)
+    (drill,) = (d for d in VLLM if d.name == name)
     found = types.SimpleNamespace(processes=[{"counters": counters}])
-    server = types.SimpleNamespace(name=name, lines=lambda *args: [], workers=lambda: found)
+    server = types.SimpleNamespace(
+        name=name, lines=lambda *args: [], workers=lambda: found, engine=ENGINES["vllm"]
+    )
     return drills.Result(drill, server, alone=alone)  # type: ignore[arg-type]
 
 
@@ -132,7 +244,7 @@ def test_a_consumer_that_was_served_by_the_engine_is_an_error() -> None:
 def test_answers_other_than_upstreams_are_an_error_where_upstream_repeats_itself() -> None:
     base, other = result("off", [[[1, 2]], [[1, 2]]]), result("topk", [[[1, 2]], [[1, 3]]])
     found = drills._compare(other, base)
-    assert other.wrong == ["the answers are not vLLM's: prompts of 70 tokens"]
+    assert other.wrong == ["the answers are not the engine's: prompts of 70 tokens"]
     assert found["answers"][0]["first_difference"] == 1
     unsteady = result("off", [[[1, 2]], [[2, 2]]])
     other.wrong.clear()
@@ -154,7 +266,7 @@ def test_answers_other_than_upstreams_are_an_error_where_upstream_repeats_itself
 def test_the_drills_look_for_what_the_plugin_says(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (drill,) = (d for d in drills.DRILLS if d.name == name)
+    (drill,) = (d for d in VLLM if d.name == name)
     try:
         with caplog.at_level(logging.INFO, "dsv4_plugin"):
             adapter.current().switch_off(name, RuntimeError(f"drill: {name}"))

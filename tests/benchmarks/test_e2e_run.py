@@ -111,7 +111,7 @@ def test_an_sglang_server_on_two_gpus(
     # Counters, memory and rows of both ranks.
     assert len(off["status"]) == len(on["status"]) == len(on["memory"]["end"]) == 2
     assert len({status["pid"] for status in on["status"]}) == 2
-    assert all(status["counters"]["topk.decode"] == 2 for status in on["status"])
+    assert all(status["counters"]["topk.paged"] == 4 for status in on["status"])
     assert sorted(map(str, on["rows"])) == [f"{{'prefill of rank {rank}': 5}}" for rank in (0, 1)]
     assert any(engines.ENGINES["sglang"].side in line for line in on["log"])
 

@@ -121,6 +121,10 @@ def test_what_follows_the_maxima_on_another_stream_is_not_a_selection_of_blocks(
 @pytest.mark.parametrize(
     ("name", "part"),
     [
+        ("_dsa_decode_logits_fp8_kernel", "logits"),
+        ("_dsa_radix_scatter_kernel", "topk"),
+        ("_dsa_logits_topk_kernel", "topk"),
+        ("_local_topk_to_global_slots_kernel", "transform"),
         ("void vllm::persistent::persistent_topk_kernel<512, 4u>(…)", "topk"),
         ("void vllm::filtered_topk::FilteredTopKUnifiedKernel<float, int, 1, 512u>", "topk"),
         ("void dsv4::topk_wide_kernel<1024>(dsv4::TopkParams)", "topk"),

@@ -95,8 +95,8 @@ class Handler(BaseHTTPRequestHandler):
                 STATE["traces"] or json.loads(option("--profiler-config"))["torch_profiler_dir"]
             )
             (folder / f"rank0.{time.time_ns()}.pt.trace.json").write_text(json.dumps(trace(MS)))
-        if self.path in ("/sleep?level=1", "/sleep?level=2", "/wake_up"):
-            STATE["sleeping"] = self.path != "/wake_up"
+        if self.path in SLEEPS + WAKES:
+            STATE["sleeping"] = self.path in SLEEPS
             STATE["slept"] = True
         self.send_response(200)
         self.end_headers()
@@ -104,6 +104,10 @@ class Handler(BaseHTTPRequestHandler):
         if not native and self.path != "/v1/completions":
             return
         prompt = body["input_ids" if native else "prompt"]
+        if native and "stream" not in body:
+            cached = 0 if "FAKE_FORGETS" in os.environ else len(prompt) - 1
+            self.wfile.write(json.dumps({"meta_info": {"cached_tokens": cached}}).encode())
+            return
         asked = body["sampling_params"] if native else body
         if len(prompt) == int(os.environ.get("FAKE_HANGS", "0")):
             time.sleep(60)
@@ -139,14 +143,24 @@ def drilled() -> tuple[str, dict[str, int]]:
 
     all_of_it = {"topk.decode": 2, "topk.prefill": 2, "logits.plugin": 4, "gather": 1}
     upstream = {"topk.decode.upstream": 2, "topk.prefill.upstream": 2}
+    if not IS_VLLM:
+        all_of_it = {"topk.paged": 4, "logits.plugin": 2, "logits.bf16": 2}
+        upstream = {"topk.paged.upstream": 4}
     off = "failed at a call and was switched off (RuntimeError: drill:"
     fault = os.environ.get("E2E_FAULT", "")
     if os.environ.get("DSV4_PLUGIN") == "0":
-        return "DSV4_PLUGIN=0: nothing is patched in vLLM", {}
+        return "DSV4_PLUGIN=0: nothing is patched in the engine", {}
     if Path(dsv4_plugin.__file__).is_relative_to(os.environ["E2E_DIR"]):
-        return "top-k: the engine's (bf16: /there/_C.so is not there)", upstream
+        return "dsv4 inactive in …: top-k: the engine's (bf16: /there/_C.so is not there)", upstream
     if fault == "capability":
-        return "top-k: the engine's (the GPU has compute capability 7.5)", upstream
+        why = "the GPU has compute capability 7.5"
+        return f"dsv4 inactive in …: top-k: the engine's ({why})", upstream
+    if fault == "seam" and not IS_VLLM:
+        where = "topk.paged (sglang.srt….topk_transform_paged takes (), not (scores, …))"
+        return f"SGLang 0.5.23: the engine's own code stays at {where}", upstream
+    if fault == "deep_gemm":
+        why = "DeepGEMM's bf16 logits failed at a call (RuntimeError: drill: deep_gemm)"
+        return f"{why}; …", {**all_of_it, "logits.bf16": 0}
     if fault == "seam":
         where = "topk.prefill (vllm._custom_ops.top_k_per_row_prefill takes …)"
         why = f"the engine's own code stays at {where}"
@@ -177,6 +191,9 @@ def workers() -> list[int]:
     return [os.getpid(), *more]
 
 
+IS_VLLM = "--profiler-config" in sys.argv
+SLEEPS = ("/sleep?level=1", "/sleep?level=2", "/release_memory_occupation")
+WAKES = ("/wake_up", "/resume_memory_occupation")
 STATE: dict[str, Any] = {"sleeping": False, "slept": False, "traces": None}
 MS = float(os.environ.get("FAKE_MS", "1"))
 OTHER = int(os.environ.get("FAKE_OTHER", "-1"))
@@ -187,7 +204,7 @@ if __name__ == "__main__":
         sys.exit(f"RuntimeError: {os.environ['FAKE_DIES']}")
     from importlib.metadata import entry_points
 
-    group = "vllm.general_plugins" if "--profiler-config" in sys.argv else "sglang.srt.plugins"
+    group = "vllm.general_plugins" if IS_VLLM else "sglang.srt.plugins"
     found = [e.value for e in entry_points(group=group) if e.name == "dsv4_e2e"]
     print("INFO dsv4 stands in, beside", found, flush=True)
     if "FAKE_CACHE" in os.environ:
@@ -195,11 +212,16 @@ if __name__ == "__main__":
     print("INFO dsv4: plugins allowed:", os.environ.get("VLLM_PLUGINS"), flush=True)
     line, counters = drilled()
     if "FAKE_SILENT" not in os.environ:
-        print(f"(EngineCore pid=1) INFO 11-25 23:34:28 [dsv4] {line}", flush=True)
+        there = "(EngineCore pid=1) INFO 11-25 23:34:28 [dsv4]"
+        print(f"{there if IS_VLLM else '[2026-11-25 23:34:28]'} {line}", flush=True)
     print("INFO Graph capturing finished in 3 secs, took 1.25 GiB", flush=True)
     folder = Path(os.environ["E2E_DIR"])
     seen = {"rows": 9, "higher": int(os.environ.get("FAKE_HIGHER", "0"))}
-    shadow = {"decode": seen, "prefill": seen} if "DSV4_SHADOW" in os.environ else None
+    shadow = (
+        {kind: seen for kind in ("decode", "prefill", "paged")}
+        if "DSV4_SHADOW" in os.environ
+        else None
+    )
     statuses = Path(os.environ["DSV4_STATUS_DIR"])
     statuses.mkdir()
     for rank, pid in enumerate(workers()):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from dsv4_plugin import log
 from dsv4_plugin.engines.sglang.probe import LOGITS
 from dsv4_plugin.engines.sglang.row_shard import tagged
 from dsv4_plugin.engines.shared import adapter, logits
@@ -70,9 +73,7 @@ def _wrapper(
             who = selection.prefill_logits
         asks = selection.request_bf16 or who != selection.logits
         if "topk" not in now.off:
-            if who == "plugin":
-                out = _by_plugin(plugin, own, selection, q, args, kwargs)
-            elif asks and with_dtype and isinstance(q, torch.Tensor):
+            if who != "plugin" and asks and with_dtype and isinstance(q, torch.Tensor):
                 if own is None or plugin is not _plugin_dense or len(args) < 4:
                     out = _in_bf16(now, with_dtype, q, args, kwargs)
                 else:
@@ -84,6 +85,11 @@ def _wrapper(
                         ),
                         q, *of_rows,
                     )  # fmt: skip
+                if out is None:
+                    now.call.selection = selection = _without_bf16(selection)
+                    who = selection.logits
+            if who == "plugin":
+                out = _by_plugin(plugin, own, selection, q, args, kwargs)
             if "topk" in now.off:
                 now.call.selection = None
         if out is None:
@@ -109,17 +115,33 @@ def _by_plugin(
 
 
 def _in_bf16(now: adapter.Adapter, with_dtype: Any, q: Any, args: Any, kwargs: Any) -> Any:
-    """Return DeepGEMM's logits in bfloat16; None if the call failed."""
+    """Return DeepGEMM's logits in bfloat16; None if the call failed.
+
+    After a failure no later call asks for them. The top-k stays on.
+    """
     try:
         out = with_dtype((q, None), *args, logits_dtype=torch.bfloat16, **kwargs)
     except Exception as error:
         if now.decision.strict:
             raise
-        now.switch_off("topk", error)
+        now.reselect(_without_bf16)
+        why = f"DeepGEMM's bf16 logits failed at a call ({type(error).__name__}: {error})"
+        state.fail("logits.bf16", why)
+        log.once(logging.ERROR, f"{why}; the plugin selects on other logits from now on")
         return None
     state.count("logits.bf16", rows_of(q))
     state.peak("logits.saved_mib", saved_mib(out))
     return out
+
+
+def _without_bf16(selection: Selection) -> Selection:
+    """Return a selection that asks DeepGEMM for no bfloat16.
+
+    The plugin's kernel writes the logits if it can, else DeepGEMM in float32.
+    """
+    if selection.logits == "plugin":
+        return replace(selection, prefill_logits="")
+    return replace(selection, dtype="fp32", request_bf16=False)
 
 
 def _plugin_paged(

@@ -143,6 +143,16 @@ class Adapter:
         if decision is INERT:
             self.off.clear()
 
+    def reselect(self, change: Callable[[Selection], Selection]) -> None:
+        """Change how every kind of layer selects, after something that it relied on failed."""
+
+        def changed(decision: Decision) -> Decision:
+            chosen = decision.selection
+            return decision if chosen is None else replace(decision, selection=change(chosen))
+
+        self.decision = changed(self.decision)
+        self.decisions = {kind: changed(each) for kind, each in self.decisions.items()}
+
     def forget_decisions(self) -> None:
         """Drop the decisions, so that the next call of each kind decides again."""
         self.decisions.clear()

@@ -14,6 +14,8 @@ import pytest
 from kits.real_client import check
 from kits.release_runner import Releases, versions
 
+from benchmarks.engines.forward.variants import VARIANTS
+
 CASES = Path(__file__).resolve().parent / "cases"
 VERSIONS = versions("DSV4_SGLANG_VERSIONS", "0.5.23,0.5.16")
 # Between the newest and the oldest: what is patched, decided and said, without the calls.
@@ -73,13 +75,15 @@ def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
     assert found["version"] == f"SGLang {version}"
     rows = {(row["part"], row["variant"]): row for row in found["results"]}
     calls = {part for part, variant in rows if variant == "off"}
-    assert len(calls) == 6 and len(rows) == 6 * 5 + 1
+    assert len(calls) == 6 and len(rows) == 6 * (1 + len(VARIANTS)) + 1
     for call in calls:
         assert not rows[call, "off"]["counters"]
         for dtype in ("fp32", "bf16"):
             counters = rows[call, f"{dtype} plugin"]["counters"]
             assert counters[f"logits.plugin.{dtype}.torch"] == 1
             assert counters[f"topk.paged.{dtype}.torch"] == 1
+        # On a CPU `auto` leaves no prefill to DeepGEMM.
+        assert rows[call, "auto"]["counters"] == rows[call, "bf16 plugin"]["counters"]
         assert rows[call, "fp32"]["agreement"] == 1.0
         assert rows[call, "bf16"]["counters"]["logits.bf16"] == 1
     assert found["seams"]["topk.paged"]["why"] is None

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from kits.release_runner import Releases, versions
 
+from benchmarks.engines.forward.variants import VARIANTS
+
 CASES = Path(__file__).resolve().parent / "cases"
 VERSIONS = versions("DSV4_TOKENSPEED_VERSIONS", "0.1.1")
 RELEASES = Releases(
@@ -47,7 +49,7 @@ def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
         assert row["counters"]["topk.dsv41_index_topk.bf16.torch"] == 1
     calls = {row["part"] for row in by_plugin} - {row["part"] for row in v41}
     # The Triton kernels are for a GPU.
-    assert len(calls) == 3 and len(rows) == 3 * 4 + len(v41) + 4
+    assert len(calls) == 3 and len(rows) == 3 * len(VARIANTS) + len(v41) + 4
     for call in calls:
         mode = "prefill" if call.startswith("prefill") else "decode"
         for dtype in ("fp32", "bf16"):
@@ -55,6 +57,7 @@ def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
             assert row["kernel"] == f"dsv4_plugin_dsa_{mode}_topk" and row["recall"] > 0.95
             assert row["counters"][f"topk.dsa_{mode}_topk.{dtype}.torch"] == 1
             assert row["counters"][f"logits.plugin.{dtype}.torch"] == 1
+        assert rows[call, "auto"]["counters"] == rows[call, "bf16 plugin"]["counters"]
     (read,) = (row for row in found["results"] if row["variant"] == "on" and "read" in row["part"])
     assert read["exact"] and read["counters"]["read.fp8"] == 1
     assert {n for n, s in found["seams"].items() if s["engaged"]} == {
@@ -62,7 +65,7 @@ def test_the_driver_for_a_gpu(version: str, tmp_path: Path) -> None:
     }  # fmt: skip
     # Every variant of a call before the next call: a run that is cut short has whole calls.
     order = [row["part"] for row in found["results"] if row["part"] in calls]
-    assert order == [call for call in dict.fromkeys(order) for _ in range(4)]
+    assert order == [call for call in dict.fromkeys(order) for _ in VARIANTS]
 
 
 @pytest.mark.slow

@@ -13,7 +13,9 @@ from kits.engine_parts import canonical
 from kits.told import check_warned, empty_settings, odd_settings
 
 import dsv4_plugin
+from dsv4_plugin.engines.shared import aside
 from dsv4_plugin.errors import SettingError, UnmetError
+from dsv4_plugin.state import state
 
 
 def lines(caplog, level=logging.INFO):
@@ -286,17 +288,27 @@ def test_strict_raises_instead(engine, load, monkeypatch):
         engine.step(engine.problem())
 
 
+@pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
 @whose
-def test_a_deepgemm_that_fails_on_bfloat16(engine, load, caplog, whose):
+def test_a_deepgemm_that_fails_on_bfloat16(engine, load, caplog, monkeypatch, whose, prefill):
+    """It is asked once. The plugin's kernel or DeepGEMM's float32 follow; the top-k stays on."""
+    monkeypatch.setattr(aside, "BACKENDS", ("torch",))  # `auto` leaves prefill to DeepGEMM
     load(DSV4_LOGITS=whose)
     engine.maths.fail_on_bf16 = True
-    problem = engine.problem()
-    out = engine.step(problem)
-    assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
-    asked = whose == "engine"  # `auto` is the plugin's from the start
-    assert engine.logits_of().dtype == (torch.float32 if asked else torch.bfloat16)
-    assert ("topk_v2" in names(engine)) is asked
-    assert len(lines(caplog, logging.ERROR)) == asked
+    problem = engine.problem((600, 1100, 1500), prefill=prefill)
+    for _ in range(2):
+        engine.calls.clear()
+        out = engine.step(problem)
+        assert torch.equal(canonical(out), canonical(problem.slots(expected(engine, problem))))
+        wrote = engine.logits_of()
+        auto = whose == "auto"
+        assert (wrote.dtype, wrote.by_plugin) == (torch.bfloat16 if auto else torch.float32, auto)
+        assert not names(engine) & {"topk_v1", "topk_v2"}
+    asked = whose == "engine" or prefill  # at decode `auto` is the plugin's from the start
+    said = lines(caplog, logging.ERROR)
+    assert len(said) == asked and all("bf16 logits failed at a call" in line for line in said)
+    assert list(state.report()["failures"]) == ["logits.bf16"] * asked
+    assert state.report()["counters"]["topk.paged"] == 2
 
 
 def test_a_deepgemm_that_fails_on_bfloat16_strictly(engine, load):
