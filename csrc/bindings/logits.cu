@@ -298,7 +298,7 @@ void set_ragged_queries(Queries& queries, const TensorView& q, const TensorView&
 void set_ragged_keys(RaggedKeys& keys, const TensorView& k, const TensorView& k_scale,
                      const TensorView& row_starts, const TensorView& row_ends, int64_t rows,
                      DLDevice device) {
-  // The grid's second dimension counts the runs of a tile.
+  // Columns of a row stay far below what int32 holds.
   constexpr int64_t kMostKeys = int64_t{65535} * 8 * kBlockKeys;
   check_bytes("k", k, 2);
   check_device("k", k, device);

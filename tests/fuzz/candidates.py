@@ -141,6 +141,7 @@ class CandidateLogitsRaggedCase(_Candidates, RaggedLogitsCase):
     """One call of the candidates' logits on gathered keys."""
 
     op: ClassVar[str] = "candidate_logits_ragged"
+    one_request: int = number(0, 0, 0, "the op is told nothing of the rows", (0,))
 
 
 def candidates_of(case: Any, n: list[int], first: int, step: int) -> torch.Tensor:

@@ -247,6 +247,7 @@ class RaggedLogitsCase(LogitsCase):
         ("full", "causal", "any"), "of the rows that are kept", ("full", "causal", "any", "any")
     )
     k_offset: int = number(0, 0, 4096, "bytes before the first key")
+    one_request: int = flag("what the call is told of the rows, right or wrong", (0, 1))
 
     unit, listable = "queries", ("starts", "ends")
 

@@ -278,7 +278,7 @@ class _RaggedProblem(_Problem):
         self.remember(step)
 
     def keywords(self) -> dict[str, Any]:
-        return {}
+        return {"one_request": True} if self.case.one_request else {}
 
     def arguments(self) -> tuple[Any, ...]:
         return self._of(self.bytes, self.weights, self.starts, self.ends)

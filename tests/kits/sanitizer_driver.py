@@ -193,6 +193,7 @@ class Logits:
     holes: bool = False  # pages that are none
     keys: int = 0  # of the table or the windows; 0: as many as the longest row
     kind: str = "normal"  # of queries and keys
+    one_request: bool = False  # what the ragged logits are told, right or wrong
 
 
 # One entry for each path: a change of the launch in csrc/bindings/logits.cu is a change here.
@@ -229,7 +230,12 @@ LOGITS = (
     Logits("ragged, windows past the keys", 70, (300, 1, 0, 64, 65, 129), op="ragged", keys=64),
     Logits("ragged, more rows than SMs, 32 heads", 150, (65, 700), op="ragged", heads=32),
     Logits("ragged, larger tiles", 1408, (12_700, 64, 700, 1), op="ragged", heads=32),
-    Logits("ragged, larger tiles, few rows", 70, (16_400, 700, 0, 64), op="ragged"),
+    Logits("ragged, larger tiles, few rows", 70, (16_400, 700, 0, 64), op="ragged",
+           one_request=True),
+    Logits("ragged, most rows of a tile", 1280, (5120, 64, 0, 1, 700, 65, 64, 129), op="ragged",
+           one_request=True),
+    Logits("ragged, most rows of a tile, 32 heads", 1280, (5120, 64, 0, 1, 700, 65, 64, 129),
+           op="ragged", heads=32, one_request=True),
     Logits("ragged, float32, misaligned", 5, (700, 64), op="ragged", dtype="float32", offset=1),
     Logits("select", 4, (3000, 513, 512, 0), op="select"),
     Logits("select, next_n 2, float32", 4, (3000, 600), op="select", next_n=2, dtype="float32"),
@@ -327,7 +333,8 @@ class LogitsCall:
             k, scale = (x.cuda() for x in self._keys())
             starts = self._starts().cuda()
             for out in outs:
-                ragged_logits(q[:, 0], k, scale, weights, starts, lengths, out=out, backend="cuda")
+                ragged_logits(q[:, 0], k, scale, weights, starts, lengths, out=out, backend="cuda",
+                              one_request=path.one_request)  # fmt: skip
         else:
             arguments = (q, self._cache(), weights, lengths, self._table())
             for i, out in enumerate(outs):

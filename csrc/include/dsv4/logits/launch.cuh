@@ -117,8 +117,9 @@ inline cudaError_t launch_ragged_config(const RaggedLogitsParams& p, int32_t chu
   constexpr int kBytes = TileShared<Config>::kBytes;
   const cudaError_t allowed = allow_shared_memory<kKernel>(device, kBytes);
   if (allowed != cudaSuccess) return allowed;
-  const dim3 grid(
-      static_cast<unsigned>(ceil_div(p.keys.keys, Config::kKeys) * ceil_div(p.rows, chunk)));
+  const int64_t ctas = ceil_div(p.keys.keys, Config::kKeys) * ceil_div(p.rows, chunk);
+  if (ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const dim3 grid(static_cast<unsigned>(ctas));
   return launch_overlapped(kKernel, grid, Config::kThreads, 1, kBytes, stream, p, chunk);
 }
 
