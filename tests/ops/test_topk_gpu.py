@@ -118,6 +118,19 @@ def test_lengths_around_k(k, dtype):
             ranking.check(got, k, sort=sort, context=kind)
 
 
+@pytest.mark.parametrize("rows", [1, 140])
+@pytest.mark.parametrize("columns", [4096, 8192, 20_000])
+def test_a_nan_whose_upper_half_is_infinitys(columns, rows):
+    """It is the last of all, also for code that looks at the upper halves of the scores."""
+    logits = torch.full((rows, columns), 1.5, device=DEVICE)
+    logits[:, :2047] = 100.0
+    logits.view(torch.int32)[:, 4000] = 0x7F800001
+    lengths = torch.full((rows,), columns, dtype=torch.int32, device=DEVICE)
+    ranking = Ranking(logits, lengths)
+    for sort in (False, True):
+        ranking.check(run(logits, lengths, 2048, sort=sort), 2048, sort=sort)
+
+
 @pytest.mark.parametrize("columns", [40_000, 262_144])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", KS)

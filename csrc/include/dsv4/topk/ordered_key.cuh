@@ -278,8 +278,9 @@ struct Float32Keys {
   static __device__ __forceinline__ uint32_t best_of_four(const uint4& v) {
     return larger(larger(v.x, v.y), larger(v.z, v.w));
   }
+  // A NaN becomes -inf: the head of some is that of +inf.
   static __device__ __forceinline__ uint32_t singles(const Unit& u, int i) {
-    return heads(element(u, 2 * i), element(u, 2 * i + 1));
+    return heads(larger(element(u, 2 * i), kLastOrder), larger(element(u, 2 * i + 1), kLastOrder));
   }
   static __device__ __forceinline__ uint32_t quarters(const Unit& u, int half) {
     const uint4& v = half == 0 ? u.low : u.high;
