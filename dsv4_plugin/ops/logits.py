@@ -168,8 +168,8 @@ def ragged_logits(
     row_starts: torch.Tensor,
     row_ends: torch.Tensor,
     *,
-    one_request: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    one_request: bool = False,
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -189,10 +189,10 @@ def ragged_logits(
         row_starts: ``[rows]`` int32 or int64, the row's first key.
         row_ends: ``[rows]`` int32 or int64, one past the row's last key. Clipped to the columns of
             ``out``. An end at or below the start gives an empty row.
+        dtype: bfloat16, float16 or float32; ignored when ``out`` is given.
         one_request: whether the rows are the last ones of one request, whose keys ``k`` are. It
             changes the time of a call and nothing else: the kernel then expects that all rows need
             about as many keys.
-        dtype: bfloat16, float16 or float32; ignored when ``out`` is given.
         out: ``[rows, columns]`` to fill, of such a dtype, unit inner stride, any row stride.
             Columns past a row's window are not written.
         backend: ``"cuda"``, ``"torch"`` or ``"auto"``; None: ``DSV4_BACKEND``.

@@ -89,3 +89,9 @@ def test_what_is_wrong_is_neither_sound_nor_right() -> None:
     assert sound(ties) and not right(ties)
     assert ratios([row("dsv4", 1.0, exact=False), row("a", 2.0)]) == []
     assert geomean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("us", [0.0, -0.2])
+def test_a_difference_that_is_no_time_is_not_compared(us: float) -> None:
+    assert ratios([row("dsv4", us), row("a", 2.0)]) == []
+    assert find([row("dsv4", 2.0), row("a", us), row("b", 4.0)], "any dtype").worst == 0.5

@@ -134,8 +134,15 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "paged_logits": [(*full(),), (*full(2), 64, torch.float32)],
         "paged_logits_out": [(*scored(), torch.zeros(4, 64))],
-        "ragged_logits": [windows(), (*windows(), torch.float16)],
-        "ragged_logits_out": [(*windows(), torch.zeros(4, 20))],
+        "ragged_logits": [
+            windows(),
+            (*windows(), torch.float16),
+            (*windows(), torch.float32, True),
+        ],
+        "ragged_logits_out": [
+            (*windows(), torch.zeros(4, 20)),
+            (*windows(), torch.zeros(4, 20), True),
+        ],
         "select": [(*scored(), K), (*scored(2), K, 64, torch.float32, pages(), 16, True)],
         "select_out": [
             (*scored(), K, new()),

@@ -120,6 +120,7 @@ RAGGED = {
     "row_starts": int32(ROWS),
     "row_ends": int32(ROWS),
     "out": bf16(ROWS, 192),
+    "one_request": False,
 }
 
 

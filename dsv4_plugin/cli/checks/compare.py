@@ -99,7 +99,8 @@ def _fastest(rows: Iterable[Row], field: str) -> Cells:
     best: Cells = {}
     for row in rows:
         us = row.get(field)
-        if us is not None and sound(row):
+        # As in a server a time is the difference of two, which scatter: zero and less is no time.
+        if us is not None and us > 0 and sound(row):
             cell = _cell(row)
             if cell not in best or us < best[cell][field]:
                 best[cell] = row
