@@ -7,17 +7,17 @@ setting that cannot be met ends the start with one error that lists every unmet 
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dsv4_plugin import envs, log
+from dsv4_plugin import envs
 from dsv4_plugin.engines.sglang import deep_gemm, row_shard
 from dsv4_plugin.engines.sglang.adapter import SglangAdapter, current
 from dsv4_plugin.engines.shared import aside, decision, logits, shadow
 from dsv4_plugin.engines.shared.decision import Selection
+from dsv4_plugin.engines.shared.row_shard import say
 from dsv4_plugin.ops import dispatch as backends
 
 __all__ = ["KINDS", "V41_HEADS", "V41_K", "LayerKind", "for_dsa", "for_v4", "for_v41"]
@@ -148,11 +148,7 @@ def _shard(now: SglangAdapter, settings: envs.Settings, selection: Selection | N
     why = row_shard.unmet(selection, settings.shadow)
     if not why and now.group is None:
         now.group = row_shard.group()
-        log.once(
-            logging.INFO,
-            f"dsv4 shards the rows of prefills in {now.engine} among {now.group.ranks} "
-            f"tensor-parallel ranks; this one is rank {now.group.rank}",
-        )
+        say(now.engine, now.group)
     return why
 
 

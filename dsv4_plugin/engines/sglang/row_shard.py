@@ -83,11 +83,7 @@ def group() -> Group:
     Raises:
         UnmetError: they have not.
     """
-    found = _parallel_state().get_tp_group()
-    why = row_shard.agree(found.ranks, found.rank_in_group)
-    if why:
-        raise UnmetError(SETTING, why)
-    return Group(found.rank_in_group, found.world_size, lambda piece: found.all_gather(piece, 0))
+    return row_shard.join(_parallel_state().get_tp_group())
 
 
 # --- a forward -----------------------------------------------------------------------------------

@@ -17,15 +17,18 @@ Ranks that disagree would hang or mix their rows. This excludes it:
 from __future__ import annotations
 
 import datetime
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dsv4_plugin import log
+from dsv4_plugin.errors import UnmetError
 from dsv4_plugin.version import __version__
 
-__all__ = ["FEWEST_KEYS", "SETTING", "Group", "Shard", "agree", "exchange", "shard"]
+__all__ = ["FEWEST_KEYS", "SETTING", "Group", "Shard", "agree", "exchange", "join", "say", "shard"]
 
 SETTING = "DSV4_SHARD_PREFILL=1"
 # A prefill is sharded if its rows together see at least FEWEST_KEYS keys, and KEYS_PER_INDEX more
@@ -148,3 +151,24 @@ def agree(
         return [f"rank {n} has not said in {patience} that it shards rows too" for n in silent]
     others = sorted({store.get(key).decode() for key in keys})
     return [] if len(others) == 1 else [f"ranks have other versions of dsv4: {', '.join(others)}"]
+
+
+def join(found: Any) -> Group:
+    """Return the engine's tensor-parallel group ``found``, once its ranks have agreed to shard.
+
+    Raises:
+        UnmetError: they have not.
+    """
+    why = agree(found.ranks, found.rank_in_group)
+    if why:
+        raise UnmetError(SETTING, why)
+    return Group(found.rank_in_group, found.world_size, lambda piece: found.all_gather(piece, 0))
+
+
+def say(engine: str, group: Group) -> None:
+    """Say once in the log that the rows of prefills are sharded."""
+    log.once(
+        logging.INFO,
+        f"dsv4 shards the rows of prefills in {engine} among {group.ranks} tensor-parallel ranks; "
+        f"this one is rank {group.rank}",
+    )

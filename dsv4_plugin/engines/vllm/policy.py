@@ -17,7 +17,7 @@ import torch
 from dsv4_plugin import envs, facts, log
 from dsv4_plugin.engines.shared import activation, aside, decision, logits, shadow
 from dsv4_plugin.engines.shared.decision import INERT, Decision, Selection, unique
-from dsv4_plugin.engines.shared.row_shard import SETTING
+from dsv4_plugin.engines.shared.row_shard import SETTING, say
 from dsv4_plugin.engines.vllm import late_patches, row_shard
 from dsv4_plugin.engines.vllm.adapter import VllmAdapter, current
 from dsv4_plugin.engines.vllm.layers import KINDS, Layer, LayerKind, kind_of, see
@@ -163,11 +163,7 @@ def _shard(now: VllmAdapter, settings: envs.Settings, config: Any) -> None:
     now.group = before or row_shard.group()
     late_patches.patch_shard(now)
     _note_shard(None)
-    log.once(
-        logging.INFO,
-        f"dsv4 shards the rows of prefills in {now.engine} among {now.group.ranks} "
-        f"tensor-parallel ranks; this one is rank {now.group.rank}",
-    )
+    say(now.engine, now.group)
 
 
 def _note_shard(why: str | None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dsv4_plugin.engines.shared.row_shard import SETTING, Group, Shard, agree, exchange, shard
+from dsv4_plugin.engines.shared.row_shard import SETTING, Group, Shard, exchange, join, shard
 from dsv4_plugin.engines.vllm.adapter import current
 from dsv4_plugin.engines.vllm.layers import Layer
 from dsv4_plugin.errors import UnmetError
@@ -68,11 +68,7 @@ def group() -> Group:
     """
     from vllm.distributed.parallel_state import get_tp_group
 
-    found: Any = get_tp_group()
-    why = agree(found.ranks, found.rank_in_group)
-    if why:
-        raise UnmetError(SETTING, why)
-    return Group(found.rank_in_group, found.world_size, lambda piece: found.all_gather(piece, 0))
+    return join(get_tp_group())
 
 
 # --- a step --------------------------------------------------------------------------------------
