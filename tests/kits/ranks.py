@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run_two"]
+import torch
+
+from dsv4_plugin.engines.shared.row_shard import Shard
+
+__all__ = ["compared", "digest", "only", "run_two"]
+
+
+def only(cut: Shard | None, empty: int) -> Shard | None:
+    """Give all rows to the other rank than ``empty``."""
+    if cut is None:
+        return None
+    first, last = cut.bounds[0], cut.bounds[-1]
+    return Shard(cut.group, (first, (last, first)[not empty], last))
+
+
+def compared(alone: Sequence[torch.Tensor], both: Sequence[torch.Tensor]) -> dict[str, bool]:
+    """Return whether the indices of one rank alone and of two are the same, and their sets."""
+    pairs = list(zip(alone, both, strict=True))
+    return {
+        "same": all(torch.equal(a, b) for a, b in pairs),
+        "same_sets": all(torch.equal(a.sort(1).values, b.sort(1).values) for a, b in pairs),
+    }
+
+
+def digest(rows: torch.Tensor) -> str:
+    """Return what tells the rows of one rank from those of another in a report."""
+    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
 def run_two(program: str | None, folder: Path) -> list[Any]:

@@ -39,6 +39,24 @@ def check_warned(caplog, variable: str, value: str) -> None:
     assert all(r.getMessage().startswith(f"{variable} is {value!r}") for r in loud)
 
 
+def check_logits(text: str) -> None:
+    """The first choice of ``auto`` on a CPU with the plugin's torch code; no second one is asked.
+
+    The device, and the implementation of the top-k.
+    """
+    assert "DSV4_LOGITS=auto, bf16 logits by plugin: yes" in text
+    assert "bf16 logits by engine" not in text  # not asked for needlessly
+    assert "device cpu: no GPU" in text
+    assert "topk on cpu (bfloat16, k 512): torch, as torch was asked for (not cuda: " in text
+
+
+def check_no_plugin_logits(text: str, can_bf16: bool) -> None:
+    """Why the plugin does not write the logits, and after it whether the engine can."""
+    by_plugin = text.index("bf16 logits by plugin: no: plugin's logits by torch: the library")
+    by_engine = f"bf16 logits by engine: {'yes' if can_bf16 else 'no: deep_gemm.'}"
+    assert by_plugin < text.index(by_engine)
+
+
 def check_process(lines: list[str], engine: str) -> None:
     """The process, the versions, the library, and every setting with its source."""
     text = "\n".join(lines)

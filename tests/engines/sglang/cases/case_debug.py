@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import INDEXER
 from kits.seams import moved
-from kits.told import check_process, told
+from kits.told import check_logits, check_no_plugin_logits, check_process, told
 
 
 def test_everything_is_told(engine, load, caplog):
@@ -25,11 +25,8 @@ def test_everything_is_told(engine, load, caplog):
         "DeepSeek-V4 indexer, k 512, cpu: DSV4_TOPK=auto, top-k in bf16: torch on the plugin's bf16"
         in text
     )
-    assert "DSV4_LOGITS=auto, bf16 logits by plugin: yes" in text
-    assert "bf16 logits by engine" not in text  # not asked for needlessly
+    check_logits(text)
     assert "patch deep_gemm.fp8_mqa_logits: applied, in place of " in text
-    assert "device cpu: no GPU" in text
-    assert "topk on cpu (bfloat16, k 512): torch, as torch was asked for (not cuda: " in text
     assert "first call of topk.paged" in text
     unregister()
     text = "\n".join(told(caplog))
@@ -50,9 +47,7 @@ def test_each_kind_of_call_is_told_with_its_reasons(
         "DSA top-k, k 512, cpu: DSV4_TOPK=auto, top-k in fp32: torch on the engine's float32"
         in text
     )
-    by_plugin = text.index("bf16 logits by plugin: no: plugin's logits by torch: the library")
-    by_engine = f"bf16 logits by engine: {'yes' if can_bf16 else 'no: deep_gemm.'}"
-    assert by_plugin < text.index(by_engine)
+    check_no_plugin_logits(text, can_bf16)
 
 
 def test_a_seam_that_is_missing_is_told_with_its_reason(engine, load, monkeypatch, caplog):

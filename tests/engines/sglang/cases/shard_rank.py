@@ -8,7 +8,6 @@ scenario is run by this rank alone first, then by both together.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -53,6 +52,7 @@ def main(rank: int, meet: str, out: Path) -> None:
     import conftest
     import torch
     import torch.distributed as dist
+    from kits.ranks import compared, digest, only
     from kits.sglang_engine import Engine, Layer, prepare
 
     prepare()
@@ -124,13 +124,6 @@ def main(rank: int, meet: str, out: Path) -> None:
             more["extend_num_tokens"] = len(keys)
         return problem, layer, more
 
-    def only(cut: row_shard.Shard | None, empty: int) -> row_shard.Shard | None:
-        """Give all rows to the other rank."""
-        if cut is None:
-            return None
-        first, last = cut.bounds[0], cut.bounds[-1]
-        return row_shard.Shard(cut.group, (first, (last, first)[not empty], last))
-
     def run(case: dict[str, Any], together: bool) -> list[dict[str, Any]]:
         settings = case.get("settings", AUTO)
         # It is chosen for the CUDA kernel only.
@@ -176,15 +169,9 @@ def main(rank: int, meet: str, out: Path) -> None:
         report[name] = [
             {
                 **{name: both[name] for name in ("gathered", "scored", "parts", "off", "bf16")},
-                "same": all(map(torch.equal, one["found"], both["found"])),
-                "same_sets": all(
-                    torch.equal(a.sort(1).values, b.sort(1).values)
-                    for a, b in zip(one["found"], both["found"], strict=True)
-                ),
+                **compared(one["found"], both["found"]),
                 "gathered_alone": one["gathered"],
-                "positions": [
-                    hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in both["positions"]
-                ],
+                "positions": [*map(digest, both["positions"])],
             }
             for one, both in zip(alone, together, strict=True)
         ]

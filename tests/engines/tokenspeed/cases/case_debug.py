@@ -6,7 +6,7 @@ import pytest
 import torch
 from case_calls import decode
 from conftest import MODES
-from kits.told import check_process, told
+from kits.told import check_logits, check_no_plugin_logits, check_process, told
 
 NAME = "read_deepseek_v4_indexer_fp8_cache"
 
@@ -28,10 +28,7 @@ def test_everything_is_told(engine, load, caplog):
         "dsa_decode_topk, k 512, cpu: DSV4_TOPK=auto, top-k in bf16: torch on the plugin's bf16"
         in text
     )
-    assert "DSV4_LOGITS=auto, bf16 logits by plugin: yes" in text
-    assert "bf16 logits by engine" not in text  # not asked for needlessly
-    assert "device cpu: no GPU" in text
-    assert "topk on cpu (bfloat16, k 512): torch, as torch was asked for (not cuda: " in text
+    check_logits(text)
     assert "first call of topk.dsa_decode_topk" in text
     unregister()
     text = "\n".join(told(caplog))
@@ -45,9 +42,7 @@ def test_the_reasons_against_logits_are_told(engine, load, caplog, no_plugin_log
     engine.install_deep_gemm(has_logits_dtype=can_bf16)
     decode(engine, engine.batch((1500, 3)))
     text = "\n".join(told(caplog))
-    by_plugin = text.index("bf16 logits by plugin: no: plugin's logits by torch: the library")
-    by_engine = f"bf16 logits by engine: {'yes' if can_bf16 else 'no: deep_gemm.'}"
-    assert by_plugin < text.index(by_engine)
+    check_no_plugin_logits(text, can_bf16)
 
 
 def test_the_reader_tells_what_serves_it(engine, load, caplog):

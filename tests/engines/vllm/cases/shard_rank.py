@@ -8,7 +8,6 @@ scenario is run by this rank alone first, then by both together.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -65,6 +64,7 @@ def main(rank: int, meet: str, out: Path) -> None:
     import torch
     import torch.distributed as dist
     import vllm.envs
+    from kits.ranks import compared, digest, only
     from kits.vllm_engine import Engine
     from kits.vllm_planner import World
     from vllm.distributed import parallel_state
@@ -147,13 +147,6 @@ def main(rank: int, meet: str, out: Path) -> None:
         row_shard_of_vllm.shard = whole
         return steps
 
-    def only(cut: row_shard.Shard | None, empty: int) -> row_shard.Shard | None:
-        """Give all rows to the other rank."""
-        if cut is None:
-            return None
-        first, last = cut.bounds[0], cut.bounds[-1]
-        return row_shard.Shard(cut.group, (first, (last, first)[not empty], last))
-
     from dsv4_plugin.engines.vllm import row_shard as row_shard_of_vllm
 
     report: dict[str, Any] = {}
@@ -162,17 +155,10 @@ def main(rank: int, meet: str, out: Path) -> None:
         report[name] = [
             {
                 **{key: value for key, value in both.items() if key != "found"},
-                "same": all(map(torch.equal, one["found"], both["found"])),
-                "same_sets": all(
-                    torch.equal(a.sort(1).values, b.sort(1).values)
-                    for a, b in zip(one["found"], both["found"], strict=True)
-                ),
+                **compared(one["found"], both["found"]),
                 "scored_alone": one["scored"],
                 "gathered_alone": one["gathered"],
-                "prefill_indices": [
-                    hashlib.sha256(x[len(x) - both["prefill"] :].numpy().tobytes()).hexdigest()
-                    for x in both["found"]
-                ],
+                "prefill_indices": [digest(x[len(x) - both["prefill"] :]) for x in both["found"]],
                 "chunks_alone": one["chunks"],
             }
             for one, both in zip(alone, together, strict=True)

@@ -10,7 +10,6 @@ does with NCCL, by a broadcast from each rank.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -50,6 +49,7 @@ def in_two_chunks(prefill: Any) -> Any:
 def main(rank: int, meet: str, out: Path) -> None:
     import torch
     import torch.distributed as dist
+    from kits.ranks import digest
     from kits.vllm_engine import Engine
     from vllm.distributed import parallel_state
     from vllm.v1.attention.backends.mla.indexer import balanced_prefill_row_shard
@@ -115,7 +115,7 @@ def main(rank: int, meet: str, out: Path) -> None:
             "scored": sum(c.rows for c in engine.calls if c.name == "dense_logits"),
             "served": served,
             "same_as_alone": torch.equal(alone.sort(1).values, together.sort(1).values),
-            "indices": hashlib.sha256(together[len(DECODE) :].numpy().tobytes()).hexdigest(),
+            "indices": digest(together[len(DECODE) :]),
         }
     out.write_text(json.dumps(found))
     dist.destroy_process_group()
