@@ -44,7 +44,7 @@ def adapter() -> Any:
 
 def kit() -> Any:
     """Return the page size and the class that runs vLLM's indexer, in this tree or an older one."""
-    for name in ("kits.vllm_engine", "dsv4_plugin.testing.vllm_engine"):
+    for name in ("kits.vllm_engine", "kits.vllm_host", "dsv4_plugin.testing.vllm_host"):
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError:
