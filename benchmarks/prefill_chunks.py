@@ -1,6 +1,6 @@
 """The chunks in which an engine scores a prompt of DeepSeek-V4, and the bytes of a chunk's scores.
 
-    python benchmarks/prefill_chunks.py --engine vllm --json cpu_prefill_chunks.json
+    python -m benchmarks.prefill_chunks --engine vllm --json cpu_prefill_chunks.json
 
 The engine's own function cuts each step of a prompt into chunks; no model and no GPU is needed.
 ``float32`` is the engine's budget as it is; ``bfloat16`` is twice the budget, which the plugin asks
@@ -14,8 +14,15 @@ import argparse
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.tool import tool
+from dsv4_plugin.cli.checks.results import Results
+from dsv4_plugin.cli.shared import outputs
+from dsv4_plugin.cli.shared.run import Parser, reading
+
+__all__ = ["main", "parser"]
 
 RATIO = 4  # tokens of a key of the indexer
 STEP = 8192  # tokens of a step
@@ -58,9 +65,10 @@ def sglang_chunks() -> tuple[int, Callable[[int, int, int], list[int]]]:
 ENGINES = {"vllm": vllm_chunks, "sglang": sglang_chunks}
 
 
-def measure(engine: str) -> list[dict[str, object]]:
+def measure(engine: str) -> list[dict[str, Any]]:
+    """Return the results of an engine, which is installed here."""
     budget, chunks = ENGINES[engine]()
-    results: list[dict[str, object]] = []
+    results = []
     for context in CONTEXTS:
         for dtype, size, asked in (("float32", 4, budget), ("bfloat16", 2, 2 * budget)):
             steps = [
@@ -79,19 +87,35 @@ def measure(engine: str) -> list[dict[str, object]]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engine", choices=sorted(ENGINES), required=True)
-    parser.add_argument("--json", type=Path, required=True)
-    args = parser.parse_args()
-    before = json.loads(args.json.read_text())["results"] if args.json.is_file() else []
-    kept = [row for row in before if row["engine"] != args.engine]
-    results = sorted([*kept, *measure(args.engine)], key=lambda row: str(row["engine"]))
+def parser() -> Parser:
+    """Return the command line."""
+    p = Parser(prog="python -m benchmarks.prefill_chunks", description=__doc__)
+    p.add_argument("--engine", choices=sorted(ENGINES), required=True)
+    p.add_argument("--json", type=outputs.file, required=True, help="the results file")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return tool(parser(), _run, argv)
+
+
+def _run(a: argparse.Namespace) -> int:
+    kept: list[dict[str, Any]] = []
+    if a.json.is_file():
+        with reading(a.json):
+            before = json.loads(a.json.read_text(encoding="utf-8"))["results"]
+        kept = [row for row in before if row["engine"] != a.engine]
     what = f"steps of {STEP} tokens, a key for {RATIO} tokens"
-    args.json.write_text(json.dumps({"what": what, "results": results}, indent=1) + "\n")
-    for row in results:
-        print(*row.values(), file=sys.stderr)
+    document: dict[str, Any] = {"what": what, "complete": False, "results": kept}
+    with Results(document, a.json):
+        found = measure(a.engine)
+        document["results"] = sorted([*kept, *found], key=lambda row: str(row["engine"]))
+        document["complete"] = True
+    for row in document["results"]:
+        print(*row.values())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

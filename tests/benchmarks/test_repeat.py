@@ -52,6 +52,7 @@ def parsed(command: str) -> Iterator[argparse.Namespace]:
         if words[:2] == ["python", "-m"]:
             name = words[2]
             alone = (
+                "benchmarks.prefill_chunks",
                 "benchmarks.server.drills",
                 "benchmarks.server.modes",
                 "benchmarks.tuning.aside",
