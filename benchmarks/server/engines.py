@@ -183,15 +183,20 @@ def _vllm_read(chunk: dict[str, Any], answer: Answer) -> int:
 # --- SGLang ------------------------------------------------------------------------------------
 
 
+def _cached(a: argparse.Namespace, requests: int) -> int:
+    """Return the tokens of the cache of SGLang and TokenSpeed."""
+    tokens: int = a.kv_tokens or requests * CHUNK + a.max_model_len
+    return tokens
+
+
 def _sglang_arguments(
     model: Model, traces: Path, a: argparse.Namespace, requests: int, share: float
 ) -> list[str]:
     # The cache is bounded in tokens. The share of the memory would also bound the weights, and
     # would count the memory of the servers beside this one.
-    tokens = a.kv_tokens or requests * CHUNK + a.max_model_len
     return [
         "--context-length", str(a.max_model_len), "--max-running-requests", str(requests),
-        "--max-total-tokens", str(tokens), "--mem-fraction-static", "0.7",
+        "--max-total-tokens", str(_cached(a, requests)), "--mem-fraction-static", "0.7",
         "--chunked-prefill-size", str(CHUNK), "--cuda-graph-max-bs-decode", str(requests),
         "--random-seed", "0", "--skip-server-warmup",
     ]  # fmt: skip
@@ -214,10 +219,9 @@ def _sglang_read(chunk: dict[str, Any], answer: Answer) -> int:
 def _tokenspeed_arguments(
     model: Model, traces: Path, a: argparse.Namespace, requests: int, share: float
 ) -> list[str]:
-    tokens = a.kv_tokens or requests * CHUNK + a.max_model_len
     return [
         "--max-model-len", str(a.max_model_len), "--max-num-seqs", str(requests),
-        "--max-total-tokens", str(tokens), "--gpu-memory-utilization", f"{share:.2f}",
+        "--max-total-tokens", str(_cached(a, requests)), "--gpu-memory-utilization", f"{share:.2f}",
         "--chunked-prefill-size", str(CHUNK), "--max-prefill-tokens", str(CHUNK),
         "--max-cudagraph-capture-size", str(requests), "--disable-kvstore", "--seed", "0",
         "--log-level", "info",

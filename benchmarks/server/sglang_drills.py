@@ -17,6 +17,7 @@ from benchmarks.server.drill import (
     serving,
     without_library,
 )
+from benchmarks.server.engines import Request
 from benchmarks.server.server import Server
 
 __all__ = ["DRILLS"]
@@ -37,9 +38,10 @@ def _sleep(server: Server) -> None:
 
 def _again(server: Server) -> None:
     """Send a prompt twice, and check that the second time the radix cache holds its beginning."""
-    sampling = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
-    prompt = {"input_ids": random_prompt(_CACHED, 7), "sampling_params": sampling}
-    answers = [json.loads(server.client.read("/generate", prompt)) for _ in range(2)]
+    engine = server.engine
+    whole = engine.body(Request(random_prompt(_CACHED, 7), 8))
+    del whole["stream"]
+    answers = [json.loads(server.client.read(engine.path, whole)) for _ in range(2)]
     found = answers[1]["meta_info"]["cached_tokens"]
     if found < _CACHED // 2:
         raise RuntimeError(f"the radix cache held {found} of {_CACHED} tokens")

@@ -122,14 +122,30 @@ def fill(name: str, tensor: Any, experts: int, seed: int) -> None:
             tensor.fill_(1)
 
 
+def _fault() -> str:
+    return os.environ.get("E2E_FAULT", "")
+
+
+def asked_fault(*more: str) -> str:
+    """Return the fault of this server, or ``""``; ``more`` are the faults of the engine's side.
+
+    Raises:
+        ValueError: there is no such fault.
+    """
+    known, fault = ("", *FAULTS, *more), _fault()
+    if fault not in known:
+        said = ", ".join(map(repr, known[1:]))
+        raise ValueError(f"E2E_FAULT is {fault!r}; it can be {said}")
+    return fault
+
+
 @functools.cache
 def watch(each: Callable[[], None] = lambda: None) -> None:
     """Set up a process with the model, once: apply the fault of the drill, and start reporting.
 
     ``each`` is called before every report.
     """
-    fault = os.environ.get("E2E_FAULT", "")
-    if fault in FAULTS:
+    if (fault := _fault()) in FAULTS:
         break_op(fault)
     count = state.State.count
 

@@ -7,10 +7,9 @@ TokenSpeed's ``--load-format dummy`` fills them afterwards, and leaves packed FP
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
-from benchmarks.server.side import FAULTS, fill, folder, options, watch
+from benchmarks.server.side import asked_fault, fill, folder, options, watch
 from dsv4_plugin.engines.shared.import_hooks import after_import
 
 __all__ = ["register"]
@@ -20,9 +19,7 @@ def register() -> None:
     """Register import hooks; import neither TokenSpeed nor torch."""
     if folder() is None:
         return
-    fault = os.environ.get("E2E_FAULT", "")
-    if fault and fault not in FAULTS:
-        raise ValueError(f"E2E_FAULT is {fault!r}; it can be {', '.join(map(repr, FAULTS))}")
+    asked_fault()
     weights = bool(options().get("weights"))
     after_import("tokenspeed.runtime.model_loader.loader", functools.partial(_loading, weights))
 

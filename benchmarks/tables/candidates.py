@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.tables.readme import load
+from benchmarks.tables.readme import load, profiled
 
 __all__ = [
     "CANDIDATES",
@@ -62,8 +62,7 @@ def server() -> str:
         found = kernels.get((row["context"], row["concurrency"]), {})
         sides = [side for side in found.values() if "busy_us" in side]  # off, on
         if sides:
-            busy = " / ".join(f"{side['busy_us'] / 1e3:.2f}" for side in sides)
-            indexer = " / ".join(f"{side['chain_us_layer']:.1f}" for side in sides)
+            busy, indexer = profiled(sides)
         lines.append(
             f"| {row['concurrency']} x {row['context']:,} | {row['off']:.2f} / {row['on']:.2f} | "
             f"{row['ratio']:.3f} ({low:.3f} – {high:.3f}) | {busy} | {indexer} |"

@@ -19,8 +19,8 @@ from dsv4_plugin.cli.checks.compare import best_peers, geomean
 from dsv4_plugin.cli.shared.run import reading
 
 __all__ = [
-    "RESULTS", "SERVER", "SERVER33", "SERVERS", "gain", "load", "ratios", "readme", "reads",
-    "recall", "served", "server",
+    "RESULTS", "SERVER", "SERVER33", "SERVERS", "gain", "load", "profiled", "ratios", "readme",
+    "reads", "recall", "served", "server",
 ]  # fmt: skip
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -36,6 +36,14 @@ def load(name: str) -> Any:
     """Return a committed results file."""
     with reading(RESULTS / name):
         return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def profiled(sides: list[dict[str, Any]]) -> list[str]:
+    """Return two cells of servers' profiles: the busy GPU, ms, and the indexer, µs a layer."""
+    return [
+        " / ".join(f"{side['busy_us'] / 1e3:.2f}" for side in sides),
+        " / ".join(f"{side['chain_us_layer']:.1f}" for side in sides),
+    ]
 
 
 def _decode(topk: Any) -> list[dict[str, Any]]:

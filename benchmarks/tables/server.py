@@ -215,11 +215,7 @@ def _started(document: dict[str, Any]) -> str:
 
 
 def _chain(servers: dict[str, Any]) -> list[str]:
-    sides = servers["off"], servers["on"]
-    return [
-        " / ".join(f"{side['busy_us'] / 1e3:.2f}" for side in sides),
-        " / ".join(f"{side['chain_us_layer']:.1f}" for side in sides),
-    ]
+    return figures.profiled([servers["off"], servers["on"]])
 
 
 def _kernels(servers: dict[str, Any]) -> list[str]:
